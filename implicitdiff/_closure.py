@@ -1,0 +1,158 @@
+"""Turn a function that captures tensors into a pure function of them.
+
+An autograd.Function only differentiates its operands: a tensor that reaches it through a closure, a
+`functools.partial`, a bound method or a module is lost, silently. So the function runs once, watched, and every
+tensor that it uses without having been given or having made it is noted; from then on it runs with those tensors
+substituted by operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from implicitdiff import _functorch as functorch
+from implicitdiff import pytree
+from implicitdiff.pytree import Leaves
+
+
+class Closure:
+    """A function together with the tensors that it captures.
+
+    Attributes:
+        captured: the captured tensors that a derivative or a batch dimension can hang on; plain constants stay where
+            they are.
+    """
+
+    def __init__(self, fn: Callable[..., Any], captured: Leaves) -> None:
+        self.fn = fn
+        self.captured = captured
+
+    def __call__(self, values: Sequence[torch.Tensor], *args: Any) -> Any:
+        """``fn(*args)`` with ``values`` in the place of the captured tensors."""
+        if not self.captured:
+            return self.fn(*args)
+        with _Substitute(self.captured, values) as substitute:
+            return pytree.map_tensors(substitute.resolve, self.fn(*args))
+
+
+def close_over(name: str, fn: Callable[..., Any], *args: Any) -> tuple[Any, Closure]:
+    """Run ``fn(*args)`` once and find what it captures.
+
+    Args:
+        name: how an error message calls the function.
+        fn: a deterministic function free of side effects.
+        args: pytrees; the tensors among them are replaced by detached aliases, so that the same tensor, captured as
+            well, counts as captured.
+
+    Returns:
+        The (detached) result and the closure.
+
+    Raises:
+        ValueError: the function drew random numbers or changed a tensor in place that it was given or had captured.
+    """
+    aliases = pytree.map_tensors(torch.Tensor.detach, args)
+    watch = _Watch(pytree.tensors(aliases))
+    random_state = torch.get_rng_state()
+    with torch.no_grad(), watch:
+        result = fn(*aliases)
+    watch.see(pytree.tensors(result))
+    if not torch.equal(random_state, torch.get_rng_state()):
+        raise ValueError(
+            f"{name} draws random numbers, but it is evaluated more than once and must give the same values each time; "
+            "draw them outside and pass them as arguments (dropout: use eval mode)"
+        )
+    if changed := watch.changed():
+        raise ValueError(
+            f"{name} changes a tensor of shape {list(changed[0].shape)} in place that it did not make, but it is "
+            "evaluated more than once and must be free of side effects (batch normalisation: use eval mode)"
+        )
+    captured = [t for t in watch.outside.values() if functorch.may_be_differentiated(t)]
+    return pytree.map_tensors(torch.Tensor.detach, result), Closure(fn, captured)
+
+
+def resolve(tensors: Sequence[torch.Tensor]) -> Leaves:
+    """The tensors as the functions that are running see them.
+
+    `autograd.Function.apply` is no torch function, so modes do not see its operands; what is applied inside a watched
+    or substituted function passes through here first.
+    """
+    return [t.view_as(t) for t in tensors] if is_traced() else list(tensors)
+
+
+def is_traced() -> bool:
+    """Whether a watched or substituted function is running."""
+    return any(isinstance(mode, (_Watch, _Substitute)) for mode in torch.overrides._get_current_function_mode_stack())
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the tensors that torch functions receive and that none of them returned."""
+
+    def __init__(self, given: Leaves) -> None:
+        super().__init__()
+        self.depth = functorch.depth()
+        # Ids are enough: a tensor captured from outside lives as long as the function runs, so no tensor made inside
+        # shares its id.
+        self.inside = {id(t) for t in given}
+        self.outside: dict[int, torch.Tensor] = {}
+        self.versions = [(t, t._version) for t in given if functorch.is_plain(t)]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.see(pytree.tensors((args, kwargs)))
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor):
+            self.inside.add(id(result))
+        elif isinstance(result, (tuple, list, dict)):
+            self.inside.update(id(t) for t in pytree.tensors(result))
+        return result
+
+    def see(self, tensors: Leaves) -> None:
+        for tensor in tensors:
+            self._see(tensor)
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        # Transforms that the function itself starts wrap what they are given without a torch function that could be
+        # seen.
+        while id(tensor) not in self.inside and functorch.level(tensor) > self.depth:
+            tensor = functorch.unwrap(tensor)
+        if id(tensor) not in self.inside and id(tensor) not in self.outside:
+            self.outside[id(tensor)] = tensor
+            if functorch.is_plain(tensor):
+                self.versions.append((tensor, tensor._version))
+
+    def changed(self) -> Leaves:
+        return [t for t, version in self.versions if t._version != version]
+
+
+class _Substitute(TorchFunctionMode):
+    """Gives torch functions other tensors in the place of captured ones."""
+
+    def __init__(self, captured: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.values = {id(old): new for old, new in zip(captured, values, strict=True)}
+        # A wrapper round a captured tensor and its substitute: one for one, since transforms mark and compare their
+        # wrappers.
+        self.wrappers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        replaced = tuple(functorch.swap(a, self.resolve) for a in args)
+        return func(*replaced, **{k: functorch.swap(v, self.resolve) for k, v in (kwargs or {}).items()})
+
+    def resolve(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in self.values:
+            return self.values[id(tensor)]
+        if functorch.is_plain(tensor):
+            return tensor
+        if id(tensor) in self.wrappers:
+            return self.wrappers[id(tensor)][1]
+        inner = functorch.unwrap(tensor)
+        substitute = self.resolve(inner)
+        if substitute is inner:
+            return tensor
+        wrapper = functorch.rewrap(substitute, tensor)
+        self.wrappers[id(tensor)] = (tensor, wrapper)
+        return wrapper

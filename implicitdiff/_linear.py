@@ -1,0 +1,283 @@
+"""Linear solves as differentiable problems, and the type of a linear solver."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitdiff import _closure, _functorch, pytree
+from implicitdiff._operator import Dims, Matvec, Operator, PlainPullback, Product, Pullback
+from implicitdiff._primitive import Problem, attach, solve_problem
+from implicitdiff._system import System, make_system, map_columns
+from implicitdiff.errors import LinearSolveError
+from implicitdiff.pytree import Leaves, Structure
+
+Solve = Callable[[Callable[[Any], Any], Any], Any]
+"""``solve(matvec, b) -> x`` over pytrees."""
+
+
+@dataclass(frozen=True)
+class LinearSolver:
+    """``solve(matvec, b) -> x`` with ``A x = b`` over pytrees; made by the factories of `implicitdiff.linear_solve`.
+
+    Attributes:
+        name: the name of its factory.
+        algorithm: gives the rows ``x`` of a `System`, and reports failure itself.
+        preconditioner: ``r -> M^-1 r`` over trees like ``b``, or None.
+        init: an initial guess, a tree like ``b``, or None for zero.
+    """
+
+    name: str
+    algorithm: Callable[[System], Tensor]
+    preconditioner: Callable[[Any], Any] | None = None
+    init: Any = None
+
+    def __post_init__(self) -> None:
+        # torch.compile drops the rules of custom Functions, silently: what holds one stays outside of compiled code.
+        object.__setattr__(self, "_eager", torch.compiler.disable(self._solve))
+
+    def __call__(self, matvec: Callable[[Any], Any], b: Any) -> Any:
+        return self._eager(matvec, b)  # type: ignore[attr-defined]
+
+    def _solve(self, matvec: Callable[[Any], Any], b: Any) -> Any:
+        leaves, structure = pytree.flatten(b)
+        check_leaves(f"{self.name}: the right-hand side b", leaves)
+        if isinstance(matvec, BoundMatvec):
+            operator, operands = matvec.operator, matvec.operands
+        else:
+            operator, operands = capture(f"{self.name}: matvec", matvec, leaves, structure)
+        return structure.unflatten(
+            solve_linear(LinearProblem(operator, self, structure, len(operands)), leaves, operands)
+        )
+
+    def __repr__(self) -> str:
+        return f"<implicitdiff.linear_solve.{self.name}>"
+
+
+def capture(name: str, linear: Callable[[Any], Any], leaves: Leaves, structure: Structure) -> tuple[Matvec, Leaves]:
+    """A linear function over trees as an operator, with the tensors that it captures as the operands."""
+    result, closure = _closure.close_over(name, linear, structure.unflatten(leaves))
+    check_like(f"{name}'s result", result, structure.unflatten(leaves), leaves, structure, "its argument")
+
+    def fn(v: Leaves, operands: Leaves) -> Leaves:
+        return structure.tensors_of(closure(operands, structure.unflatten(v)))
+
+    return Matvec(fn), closure.captured
+
+
+def check_leaves(name: str, leaves: Leaves) -> None:
+    """Unknowns and right-hand sides are floating or complex tensors on one device."""
+    if not leaves:
+        raise TypeError(f"{name} holds no tensor")
+    if wrong := [t.dtype for t in leaves if not (t.is_floating_point() or t.is_complex())]:
+        raise TypeError(f"{name} has a leaf of dtype {wrong[0]}; every tensor in it must be floating point or complex")
+    if len(devices := {t.device for t in leaves}) > 1:
+        raise ValueError(f"{name} has leaves on several devices, {sorted(map(str, devices))}; put them on one")
+
+
+def check_like(name: str, result: Any, like: Any, leaves: Leaves, structure: Structure, of: str) -> None:
+    """A tree that a user gave or returned is one like `like`, whose leaves and structure these are."""
+    try:
+        same = [(r.shape, r.dtype) for r in structure.tensors_of(result)] == [(t.shape, t.dtype) for t in leaves]
+    except ValueError:
+        same = False
+    if not same:
+        raise ValueError(
+            f"{name} must have the structure, shapes and dtypes of {of}: expected {pytree.describe(like)}, "
+            f"got {pytree.describe(result)}"
+        )
+
+
+class BoundMatvec:
+    """The matvec that a user's own ``solve(matvec, b)`` receives: an operator bound to its operands, over trees."""
+
+    def __init__(self, operator: Operator, operands: Leaves, structure: Structure) -> None:
+        self.operator, self.operands, self.structure = operator, operands, structure
+        self.product: Product | None = None
+
+    def __call__(self, v: Any) -> Any:
+        leaves = self.structure.tensors_of(v)
+        if _closure.is_traced():
+            # A wrapped matvec meets a linear solver again, which must see the operands.
+            product = self.operator.products(_closure.resolve(self.operands), leaves).matvec
+            return self.structure.unflatten(product(leaves))
+        if self.product is None:
+            pullback = PlainPullback if _functorch.depth() == 0 else Pullback
+            self.product = self.operator.products(self.operands, leaves, pullback).matvec
+        return self.structure.unflatten(self.product(leaves))
+
+
+def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves) -> Leaves:
+    """The solution of ``A(operands) x = b``, differentiable in both; `b` has the lanes and columns of the problem."""
+    if sum(t.numel() for t in b) == 0:
+        return [t.clone() for t in b]
+    if isinstance(problem.solver, LinearSolver):
+        return solve_problem(*_with_aids(problem, problem.solver, b, operands))
+    with _functorch.below_gradients():
+        x = problem.solve_by_user(
+            [_functorch.plain_under_vmap(t) for t in b], [_functorch.plain_under_vmap(t) for t in operands]
+        )
+    x = [t.detach() for t in x]
+    if broken := sum(not bool(torch.isfinite(_functorch.base(t)).all()) for t in x):
+        raise LinearSolveError(
+            f"{problem.solver!r} returned values that are not finite in {broken} of {len(x)} leaves; the operator may "
+            "be singular, or not of the kind that this solver is for",
+            solver=repr(problem.solver),
+            residual=math.nan,
+            target=math.nan,
+            failed=broken,
+            total=len(x),
+            iterations=0,
+        )
+    return attach(problem, x, [*b, *operands])
+
+
+def _with_aids(
+    problem: LinearProblem, solver: LinearSolver, b: Leaves, operands: Leaves
+) -> tuple[LinearProblem, Leaves]:
+    """The problem with the preconditioner and the initial guess of its solver, and all its operands.
+
+    Neither moves the solution, so their tensors are operands only to be batched, and are detached.
+    """
+    aids: Leaves = []
+    one = problem.one(b)
+    if solver.preconditioner is not None:
+        precondition, aids = capture(f"{solver.name}: preconditioner", solver.preconditioner, one, problem.structure)
+        levels = tuple(d + (None,) * len(aids) for d in problem.levels)
+        problem = replace(problem, precondition=precondition, aids=len(aids), levels=levels)
+    if solver.init is not None:
+        check_like(
+            f"{solver.name}: init",
+            solver.init,
+            problem.structure.unflatten(one),
+            one,
+            problem.structure,
+            "the right-hand side",
+        )
+        problem = replace(problem, has_start=True)
+        aids = aids + [t.expand_as(like) for t, like in zip(problem.structure.tensors_of(solver.init), b, strict=True)]
+    return problem, [*b, *operands, *(t.detach() for t in aids)]
+
+
+@dataclass(frozen=True)
+class LinearProblem(Problem):
+    """``A(operands) x - b = 0``; ``theta`` is ``b``, the operands, those of the preconditioner, the initial guess.
+
+    Batch dimensions come in two kinds. A vmap that batches the matrix adds a lane, in front of all others. One that
+    leaves the matrix alone adds a column, behind the lanes: one more right-hand side of the same matrix, which is
+    factorised once.
+
+    Attributes:
+        operator: the operator of one lane.
+        solver: what solves, over trees of `structure`.
+        structure: the tree of one right-hand side.
+        count: how many operands the operator has.
+        precondition: the preconditioner of one lane, with as many operands as `aids` says.
+        has_start: whether there is an initial guess.
+        levels: for each vmap that added a lane, where the operands and those of the preconditioner are batched (0,
+            else None).
+        lanes: the sizes of the lanes.
+        columns: the sizes of the columns.
+    """
+
+    operator: Operator
+    solver: Solve
+    structure: Structure
+    count: int
+    precondition: Operator | None = None
+    aids: int = 0
+    has_start: bool = False
+    levels: tuple[Dims, ...] = ()
+    lanes: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
+
+    def residual(self, x: Leaves, theta: Leaves) -> Leaves:
+        b, operands, *_ = self._split(theta)
+        matvec = self._over_lanes(self.operator, 0).products(operands, self._column(x)).matvec
+        return [y - t for y, t in zip(map_columns(matvec, len(self.lanes), len(self.columns))(x), b, strict=True)]
+
+    def primal(self, theta: Leaves) -> Leaves:
+        if not isinstance(self.solver, LinearSolver):
+            raise AssertionError("a user's function solves in its caller's frame, never here")
+        b, operands, aids, start = self._split(theta)
+        precondition = None
+        if self.precondition is not None:
+            precondition = self._over_lanes(self.precondition, self.count).products(aids, self._column(b)).matvec
+        operator = self._over_lanes(self.operator, 0)
+        vectors, system = make_system(operator, operands, b, self.lanes, self.columns, precondition, start or None)
+        return vectors.unravel(self.solver.algorithm(system) * system.scale)
+
+    def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
+        levels = tuple(d[: self.count] for d in self.levels)
+        problem = replace(self, precondition=None, aids=0, has_start=False, levels=levels)
+        if adjoint:
+            problem = replace(problem, operator=self.operator.adjoint)
+        return solve_linear(problem, b, self._split(theta)[1])
+
+    def solve_by_user(self, b: Leaves, operands: Leaves) -> Leaves:
+        """The solution by a user's function, which runs in the caller's frame since it may hold tensors of the
+        running vmaps."""
+
+        def one_lane(b: Leaves, operands: Leaves) -> Leaves:
+            tree = self.structure.unflatten(b)
+            x = self.solver(BoundMatvec(self.operator, operands, self.structure), tree)
+            check_like(f"the result of solve={self.solver!r}", x, tree, b, self.structure, "its right-hand side")
+            return self.structure.tensors_of(x)
+
+        fn = one_lane
+        for _ in self.columns:
+            fn = torch.func.vmap(fn, in_dims=(0, None))
+        for dims in self.levels:
+            fn = torch.func.vmap(fn, in_dims=(0, list(dims)))
+        return fn(b, operands)
+
+    def batched(self, dims: Dims, size: int) -> tuple[LinearProblem, Dims, int]:
+        b, operands, aids, start = self._split(dims)
+        free = (-1,) * len(b), (-1,) * len(start)
+        if all(d is None for d in (*operands, *aids)):
+            wanted = (*free[0], *(None for _ in (*operands, *aids)), *free[1])
+            return replace(self, columns=(size, *self.columns)), wanted, len(self.lanes)
+        point = self.operator.point
+        level = (0,) * point + tuple(None if d is None else 0 for d in (*operands, *aids)[point:])
+        wanted = (*free[0], *((-1,) * point + level[point:]), *free[1])
+        return replace(self, levels=(*self.levels, level), lanes=(size, *self.lanes)), wanted, 0
+
+    def one(self, b: Leaves) -> Leaves:
+        """The right-hand side of the first lane and column."""
+        return [t[(0,) * (len(self.lanes) + len(self.columns))] for t in b]
+
+    def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, Tensor]:
+        # d residual / d b = -1, and most solves are differentiated in b alone.
+        sides = len(self.structure.slots)
+        grads = {i: -u[i] for i in wanted if i < sides}
+        if rest := [i for i in wanted if i >= sides]:
+            grads |= super().pullback(x, theta, u, rest)
+        return grads
+
+    def pushforward(self, x: Leaves, theta: Leaves, tangents: dict[int, Tensor]) -> Leaves:
+        sides = len(self.structure.slots)
+        rest = {i: t for i, t in tangents.items() if i >= sides}
+        out = super().pushforward(x, theta, rest) if rest else [torch.zeros_like(t) for t in x]
+        return [t - tangents[i] if i in tangents else t for i, t in enumerate(out)]
+
+    def _over_lanes(self, operator: Operator, first: int) -> Operator:
+        count = self.count if first == 0 else self.aids
+        for dims in self.levels:
+            operator = operator.batched(dims[first : first + count])
+        return operator
+
+    def _column(self, leaves: Leaves) -> Leaves:
+        return [t[(slice(None),) * len(self.lanes) + (0,) * len(self.columns)] for t in leaves]
+
+    def _split(self, theta: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+        ends = [len(self.structure.slots), self.count, self.aids]
+        parts, at = [], 0
+        for n in ends:
+            parts.append(list(theta[at : at + n]))
+            at += n
+        return parts[0], parts[1], parts[2], list(theta[at:])

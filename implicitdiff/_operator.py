@@ -1,0 +1,179 @@
+"""Linear operators as pure functions of explicit operands.
+
+An operator ``A(operands)`` maps a list of leaves to a list of leaves of the same shapes and dtypes. Its products are
+linearised once and reused, in one of two ways: `Pullback` by torch.func, which every transform can differentiate and
+batch; `PlainPullback` by ordinary autograd, faster, for plain tensors outside of every transform.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from implicitdiff.pytree import Leaves
+
+Product = Callable[[Leaves], Leaves]
+Residual = Callable[[Leaves, Leaves], Leaves]
+Dims = tuple[int | None, ...]
+
+
+class Products(NamedTuple):
+    """``v -> A v`` and ``u -> A^H u`` for fixed operands."""
+
+    matvec: Product
+    rmatvec: Product
+
+
+class Pullback:
+    """``u -> (d fn(x, theta) / dx)^H u``, and by `transpose` its transpose ``v -> (d fn / dx) v``.
+
+    In terms of real and imaginary parts the adjoint is the transpose, also where ``fn`` is differentiable over the
+    reals only.
+    """
+
+    def __init__(self, fn: Residual, x: Leaves, theta: Leaves) -> None:
+        self.fn, self.x, self.theta = fn, x, theta
+
+    def __call__(self, u: Leaves) -> Leaves:
+        return list(self._pull(tuple(u)))
+
+    def transpose(self, v: Leaves) -> Leaves:
+        # The pullback is linear in its cotangent; pulled back in turn, it gives the product with A. Forward mode, the
+        # other way to it, does not nest everywhere.
+        return list(self._push(tuple(v))[0])
+
+    @cached_property
+    def _pull(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        return torch.func.vjp(lambda *x: tuple(self.fn(list(x), self.theta)), *self.x)[1]
+
+    @cached_property
+    def _push(self) -> Callable[..., tuple[tuple[torch.Tensor, ...]]]:
+        return torch.func.vjp(self._pull, tuple(map(torch.zeros_like, self.x)))[1]
+
+
+class PlainPullback(Pullback):
+    """The same by one autograd graph, kept for as long as the object lives."""
+
+    @cached_property
+    def _pull(self) -> Callable[..., tuple[torch.Tensor, ...]]:
+        x, y = self._graph
+        return lambda u: _vjp(y, x, u)
+
+    @cached_property
+    def _push(self) -> Callable[..., tuple[tuple[torch.Tensor, ...]]]:
+        x, y = self._graph
+        with torch.enable_grad():
+            u = tuple(torch.zeros_like(t).requires_grad_() for t in y)
+            g = _vjp(y, x, u, create_graph=True)
+        return lambda v: (_vjp(g, u, v),)
+
+    @cached_property
+    def _graph(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        with torch.enable_grad():
+            x = tuple(t.detach().requires_grad_() for t in self.x)
+            return x, tuple(self.fn(list(x), self.theta))
+
+
+def _vjp(
+    y: tuple[torch.Tensor, ...], x: tuple[torch.Tensor, ...], u: tuple[torch.Tensor, ...], *, create_graph: bool = False
+) -> tuple[torch.Tensor, ...]:
+    pairs = [(a, b) for a, b in zip(y, u, strict=True) if a.requires_grad]
+    if not pairs:
+        return tuple(map(torch.zeros_like, x))
+    ys, us = zip(*pairs, strict=True)
+    grads = torch.autograd.grad(ys, x, us, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(x, grads, strict=True))
+
+
+class Operator(ABC):
+    """``A(operands)``, square."""
+
+    @abstractmethod
+    def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
+        """The products for these operands; `like` shows what ``A`` acts on."""
+
+    @abstractmethod
+    def batched(self, dims: Dims) -> Operator:
+        """The operator over one more leading dimension of its operands, where `dims` is 0, and of what it acts on."""
+
+    @property
+    def rows_first(self) -> bool:
+        """Whether products with the adjoint, which give rows of the matrix, are the cheaper ones."""
+        return False
+
+    @property
+    def point(self) -> int:
+        """How many of the first operands are the point of a linearisation, which every lane needs for itself."""
+        return 0
+
+    @property
+    def adjoint(self) -> Operator:
+        return Adjoint(self)
+
+
+@dataclass(frozen=True)
+class Matvec(Operator):
+    """``A(operands) v = fn(v, operands)``."""
+
+    fn: Residual
+
+    def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
+        return Products(lambda v: self.fn(v, operands), pullback(self.fn, list(map(torch.zeros_like, like)), operands))
+
+    def batched(self, dims: Dims) -> Matvec:
+        return Matvec(torch.func.vmap(self.fn, in_dims=(0, list(dims))))
+
+
+@dataclass(frozen=True)
+class Jacobian(Operator):
+    """``A(x, theta) = d residual(x, theta) / dx``; the operands are the leaves of ``x``, then those of ``theta``."""
+
+    residual: Residual
+    unknowns: int
+
+    @property
+    def rows_first(self) -> bool:
+        return True
+
+    def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
+        at = pullback(self.residual, operands[: self.unknowns], operands[self.unknowns :])
+        return Products(at.transpose, at)
+
+    def batched(self, dims: Dims) -> Jacobian:
+        return Jacobian(torch.func.vmap(self.residual, in_dims=(0, list(dims[self.unknowns :]))), self.unknowns)
+
+    @property
+    def point(self) -> int:
+        # With x shared by the lanes, a derivative with respect to x would sum over them.
+        return self.unknowns
+
+
+@dataclass(frozen=True)
+class Adjoint(Operator):
+    """``A^H``."""
+
+    of: Operator
+
+    def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
+        matvec, rmatvec = self.of.products(operands, like, pullback)
+        return Products(rmatvec, matvec)
+
+    def batched(self, dims: Dims) -> Adjoint:
+        return Adjoint(self.of.batched(dims))
+
+    @property
+    def rows_first(self) -> bool:
+        return not self.of.rows_first
+
+    @property
+    def point(self) -> int:
+        return self.of.point
+
+    @property
+    def adjoint(self) -> Operator:
+        return self.of

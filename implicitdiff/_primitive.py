@@ -1,0 +1,157 @@
+"""The one primitive: a solution of an equation, with the derivatives that the equation implies.
+
+Let ``r(x, theta) = 0`` define ``x`` as a function of ``theta``, and ``A = dr/dx`` at the solution. Then
+
+    forward:   A x'      = - (dr/dtheta) theta'
+    reverse:   theta_bar = - (dr/dtheta)^H u,    A^H u = x_bar
+
+A root of a nonlinear residual and the solution of a linear system ``r = A(theta) x - b`` are both of this kind, and
+the linear solves in the rules are themselves applications of the primitive, so derivatives of any order follow.
+
+See Blondel et al., "Efficient and Modular Implicit Differentiation", 2022, section 2.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from implicitdiff import _closure
+from implicitdiff._functorch import nested_forward_mode
+from implicitdiff._operator import Dims
+from implicitdiff.pytree import Leaves
+
+
+class Problem(ABC):
+    """An equation ``residual(x, theta) = 0`` over lists of leaves, with everything static about it.
+
+    A problem knows nothing of transforms: under vmap it is replaced by its `batched` self, which takes plain tensors
+    with more dimensions, so whatever a problem computes in `primal` runs on plain tensors outside of every transform.
+    """
+
+    @abstractmethod
+    def residual(self, x: Leaves, theta: Leaves) -> Leaves:
+        """What the solution makes zero; pure."""
+
+    @abstractmethod
+    def primal(self, theta: Leaves) -> Leaves:
+        """The solution, from plain tensors."""
+
+    @abstractmethod
+    def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
+        """The ``v`` with ``A v = b``, or ``A^H v = b``, where ``A`` is ``d residual / dx``."""
+
+    @abstractmethod
+    def batched(self, dims: Dims, size: int) -> tuple[Problem, Dims, int]:
+        """The problem under one more vmap of `size` lanes, whose operands ``theta`` are batched at `dims`.
+
+        Returns the new problem, where it wants the batch dimension of each operand (None: not batched, -1: batched,
+        expand it if need be), and at which dimension of its solution the lanes lie.
+        """
+
+    def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
+        """``(d residual / d theta)^H u`` for the operands whose positions are `wanted`."""
+        pull = self._vjp(x, theta, wanted)[1]
+        return dict(zip(wanted, pull(tuple(u)), strict=True))
+
+    def pushforward(self, x: Leaves, theta: Leaves, tangents: dict[int, torch.Tensor]) -> Leaves:
+        """``(d residual / d theta) theta'`` for the tangents given by position."""
+        r, pull = self._vjp(x, theta, list(tangents))
+        # As in `Jacobian.matvec`: the transpose of the pullback, so that no forward mode is nested.
+        push: Any = torch.func.vjp(pull, tuple(map(torch.zeros_like, r)))[1]
+        return list(push(tuple(tangents.values()))[0])
+
+    def _vjp(self, x: Leaves, theta: Leaves, positions: Sequence[int]) -> Any:
+        def residual(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            replaced = list(theta)
+            for i, value in zip(positions, values, strict=True):
+                replaced[i] = value
+            return tuple(self.residual(x, replaced))
+
+        return torch.func.vjp(residual, *(theta[i] for i in positions))
+
+
+def solve_problem(problem: Problem, theta: Leaves) -> Leaves:
+    """The problem's solution as a differentiable function of `theta`."""
+    return _apply(problem, 0, theta)
+
+
+def attach(problem: Problem, x: Leaves, theta: Leaves) -> Leaves:
+    """The known solution `x` as a differentiable function of `theta`; `x` itself gets no gradient."""
+    return _apply(problem, len(x), [*x, *theta])
+
+
+def _apply(problem: Problem, known: int, operands: Leaves) -> Leaves:
+    return list(_Solution.apply(problem, known, *_closure.resolve(operands)))  # type: ignore[no-untyped-call]
+
+
+class _Solution(torch.autograd.Function):
+    """Operands: the problem, the number of leaves of a known solution (0 if it is to be computed), those leaves,
+    theta."""
+
+    @staticmethod
+    def forward(problem: Problem, known: int, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if known:
+            return tuple(t.clone() for t in operands[:known])
+        return tuple(problem.primal(list(operands)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.problem, ctx.known, *operands = inputs
+        ctx.unknowns = len(output)
+        ctx.save_for_backward(*output, *operands[ctx.known :])
+        ctx.save_for_forward(*output, *operands[ctx.known :])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        x, theta = _split(ctx.saved_tensors, ctx.unknowns)
+        grads: list[torch.Tensor | None] = [None] * (2 + ctx.known + len(theta))
+        first = 2 + ctx.known
+        wanted = [i for i in range(len(theta)) if ctx.needs_input_grad[first + i]]
+        if wanted and any(c is not None for c in cotangents):
+            x_bar = [torch.zeros_like(t) if c is None else c for c, t in zip(cotangents, x, strict=True)]
+            u = ctx.problem.solve(x, theta, x_bar, adjoint=True)
+            for i, grad in ctx.problem.pullback(x, theta, [-t for t in u], wanted).items():
+                grads[first + i] = grad
+        return tuple(grads)
+
+    @staticmethod
+    @nested_forward_mode
+    def jvp(ctx: Any, saved: Leaves, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        x, theta = _split(saved, ctx.unknowns)
+        given = {i: t for i, t in enumerate(tangents[2 + ctx.known :]) if t is not None}
+        if not given:
+            return (None,) * ctx.unknowns
+        # The saved solution does not carry the tangents of outer levels; attached again, it does.
+        x = attach(ctx.problem, x, theta)
+        rhs = ctx.problem.pushforward(x, theta, given)
+        solution: Leaves = ctx.problem.solve(x, theta, [-t for t in rhs], adjoint=False)
+        return tuple(solution)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, problem: Problem, known: int, *operands: torch.Tensor) -> Any:
+        x, theta = _split(operands, known)
+        x_dims, theta_dims = in_dims[2 : 2 + known], in_dims[2 + known :]
+        batched, wanted, at = problem.batched(theta_dims, info.batch_size)
+        theta = [_lay(t, d, w, info.batch_size, at) for t, d, w in zip(theta, theta_dims, wanted, strict=True)]
+        x = [_lay(t, d, -1, info.batch_size, at) for t, d in zip(x, x_dims, strict=True)]
+        out = tuple(_apply(batched, known, [*x, *theta]))
+        return out, (at,) * len(out)
+
+
+def _lay(tensor: torch.Tensor, dim: int | None, wanted: int | None, size: int, at: int) -> torch.Tensor:
+    """A vmapped operand with its batch dimension where the batched problem wants it."""
+    if wanted is None:
+        return tensor
+    target = at if wanted < 0 else wanted
+    if dim is None:
+        return tensor.unsqueeze(target).expand(*tensor.shape[:target], size, *tensor.shape[target:])
+    return tensor.movedim(dim, target)
+
+
+def _split(values: Sequence[torch.Tensor], count: int) -> tuple[Leaves, Leaves]:
+    return list(values[:count]), list(values[count:])

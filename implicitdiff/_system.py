@@ -1,0 +1,165 @@
+"""What a linear solver's algorithm sees of a problem.
+
+An algorithm never meets a pytree, a transform or a batch: it gets a `System` of real vectors, one row for each lane
+of vmap and right-hand side, on plain tensors. Complex leaves are pairs of real numbers, in which the adjoint is the
+transpose, and maps that are linear over the reals alone are linear.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+
+import torch
+from torch import Tensor
+
+from implicitdiff._operator import Operator, PlainPullback, Product
+from implicitdiff.pytree import Leaves
+
+Rows = Callable[[Tensor], Tensor]
+
+
+class Vectors:
+    """Lists of leaves of given shapes, batched in their leading dimensions, as rows of real numbers of one dtype."""
+
+    def __init__(self, like: Leaves, batch: Sequence[int]) -> None:
+        self.batch = tuple(batch)
+        self.shapes = [t.shape[len(self.batch) :] for t in like]
+        self.dtypes = [t.dtype for t in like]
+        self.sizes = [math.prod(s) * (2 if d.is_complex else 1) for s, d in zip(self.shapes, self.dtypes, strict=True)]
+        self.dimension = sum(self.sizes)
+        self.device = like[0].device
+        # LAPACK has no half precision.
+        self.dtype = reduce(torch.promote_types, (d.to_real() for d in self.dtypes), torch.float32)
+
+    def ravel(self, leaves: Sequence[Tensor]) -> Tensor:
+        """Leaves ``(*batch, *shape)`` as rows ``(prod(batch), dimension)``."""
+        rows = math.prod(self.batch)
+        flat = [_real(t).reshape(rows, n).to(self.dtype) for t, n in zip(leaves, self.sizes, strict=True)]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
+
+    def unravel(self, rows: Tensor) -> Leaves:
+        """The inverse of `ravel`, except that a dimension in front of the rows stays in front of the leaves."""
+        lead = (*rows.shape[:-2], *self.batch)
+        parts = rows.split(self.sizes, dim=-1)
+        return [_leaf(p, (*lead, *s), d) for p, s, d in zip(parts, self.shapes, self.dtypes, strict=True)]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _leaf(part: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if dtype.is_complex:
+        return torch.view_as_complex(part.reshape(*shape, 2).to(dtype.to_real()).contiguous())
+    return part.reshape(shape).to(dtype)
+
+
+@dataclass(frozen=True)
+class System:
+    """``A x = b`` as a solver's algorithm sees it: ``lanes`` matrices with ``columns`` right-hand sides each.
+
+    Attributes:
+        b: the right-hand sides, ``(lanes * columns, n)``, lane by lane; each row scaled to largest entry 1, or zero.
+        scale: what the rows were divided by, ``(lanes * columns, 1)``.
+        start: an initial guess in the same form, or None for zero.
+        lanes: how many matrices.
+        matvec: ``v -> A v`` on rows.
+        rmatvec: ``u -> A^T u`` on rows.
+        precondition: ``r -> M^-1 r`` on rows, or None.
+        materialise: ``() -> A``, as ``(lanes, n, n)``.
+    """
+
+    b: Tensor
+    scale: Tensor
+    start: Tensor | None
+    lanes: int
+    matvec: Rows
+    rmatvec: Rows
+    precondition: Rows | None
+    materialise: Callable[[], Tensor]
+
+    def shifted(self, ridge: float) -> System:
+        """The system of ``A + ridge I``."""
+        if not ridge:
+            return self
+
+        def materialise() -> Tensor:
+            a = self.materialise()
+            return a + ridge * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+
+        return replace(
+            self,
+            matvec=lambda v: self.matvec(v) + ridge * v,
+            rmatvec=lambda u: self.rmatvec(u) + ridge * u,
+            materialise=materialise,
+        )
+
+
+def make_system(
+    operator: Operator,
+    operands: Leaves,
+    b: Leaves,
+    lanes: Sequence[int],
+    columns: Sequence[int],
+    precondition: Product | None,
+    start: Leaves | None,
+) -> tuple[Vectors, System]:
+    """The system of ``A(operands) x = b`` from plain tensors.
+
+    The leaves of ``b`` have shape ``(*lanes, *columns, *shape)``, `operator` and `precondition` act on ``(*lanes,
+    *shape)``.
+    """
+    vectors = Vectors(b, (*lanes, *columns))
+    one_column = [t[(slice(None),) * len(lanes) + (0,) * len(columns)] for t in b]
+    one = Vectors(one_column, lanes)
+    products = operator.products(operands, one_column, PlainPullback)
+
+    def rows(product: Product) -> Rows:
+        over_columns = map_columns(product, len(lanes), len(columns))
+        return lambda v: vectors.ravel(over_columns(vectors.unravel(v)))
+
+    right = vectors.ravel(b)
+    scale = right.abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(scale > 0, scale, 1.0)
+    system = System(
+        b=right / scale,
+        scale=scale,
+        start=None if start is None else vectors.ravel(start) / scale,
+        lanes=math.prod(lanes),
+        matvec=rows(products.matvec),
+        rmatvec=rows(products.rmatvec),
+        precondition=None if precondition is None else rows(precondition),
+        materialise=partial(
+            _materialise, products.rmatvec if operator.rows_first else products.matvec, operator.rows_first, one
+        ),
+    )
+    return vectors, system
+
+
+def map_columns(product: Product, at: int, count: int) -> Product:
+    """A product that acts on leaves with `count` more batch dimensions from position `at` on."""
+    for _ in range(count):
+        product = torch.func.vmap(product, in_dims=at, out_dims=at)
+    return product
+
+
+def _materialise(product: Product, rows_first: bool, vectors: Vectors) -> Tensor:
+    lanes, n = math.prod(vectors.batch), vectors.dimension
+    basis = torch.eye(n, dtype=vectors.dtype, device=vectors.device)[:, None, :].expand(n, lanes, n)
+
+    def image(row: Tensor) -> Tensor:
+        return vectors.ravel(product(vectors.unravel(row)))
+
+    # A few products are cheaper one by one than under vmap; many are done together, within bounds on what is held at
+    # once.
+    if n <= 4:
+        images = torch.stack([image(row) for row in basis])
+    else:
+        images = torch.func.vmap(image, chunk_size=max(1, _HELD_AT_ONCE // (lanes * n)))(basis)
+    return images.permute(1, 0, 2) if rows_first else images.permute(1, 2, 0)
+
+
+_HELD_AT_ONCE = 2**22

@@ -1,0 +1,51 @@
+"""The library's own exception and warning types."""
+
+from __future__ import annotations
+
+__all__ = ["LinearSolveError", "LinearSolveWarning", "NotARootError"]
+
+
+class LinearSolveError(RuntimeError):
+    """A linear solve broke down or met its safety net before its target.
+
+    Attributes:
+        solver: name of the linear solver, e.g. ``"solve_cg"``.
+        residual: largest residual norm among the failed systems, in the units of the right-hand side.
+        target: the residual norm that this system had to reach.
+        failed: how many systems failed.
+        total: how many systems were solved together (lanes of ``vmap`` times right-hand sides).
+        iterations: iterations used (0 for a direct solver).
+    """
+
+    def __init__(
+        self, message: str, *, solver: str, residual: float, target: float, failed: int, total: int, iterations: int
+    ) -> None:
+        super().__init__(message)
+        self.solver = solver
+        self.residual = residual
+        self.target = target
+        self.failed = failed
+        self.total = total
+        self.iterations = iterations
+
+
+class LinearSolveWarning(RuntimeWarning):
+    """What `LinearSolveError` says, under ``on_failure="warn"``."""
+
+
+class NotARootError(RuntimeError):
+    """The decorated solver returned a point where the optimality condition does not hold.
+
+    Attributes:
+        residual: largest residual norm among the failed lanes.
+        check: the tolerance it was held against.
+        failed: how many lanes failed.
+        total: how many lanes there were.
+    """
+
+    def __init__(self, message: str, *, residual: float, check: float, failed: int, total: int) -> None:
+        super().__init__(message)
+        self.residual = residual
+        self.check = check
+        self.failed = failed
+        self.total = total

@@ -1,0 +1,348 @@
+"""Decorators that give any solver the derivatives of its solution, and the bare products with its Jacobian."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from implicitdiff import _functorch, pytree
+from implicitdiff._linear import Solve, check_like
+from implicitdiff._primitive import attach
+from implicitdiff._root import Kind, fixed_point, pose, root
+from implicitdiff._signature import Call, Matcher, name_of
+from implicitdiff.errors import NotARootError
+from implicitdiff.pytree import Leaves
+
+__all__ = ["custom_fixed_point", "custom_root", "root_jvp", "root_vjp"]
+
+Solver = Callable[..., Any]
+
+
+def custom_root(
+    optimality_fn: Callable[..., Any],
+    argnums: int | Sequence[int] | None = None,
+    has_aux: bool = False,
+    solve: Solve | None = None,
+    check: float | None = None,
+) -> Callable[[Solver], Solver]:
+    r"""Decorate a solver of ``optimality_fn(x, *args, **kwargs) = 0`` so that its solution has the derivatives that
+    the equation implies.
+
+    With ``A = dF/dx`` at the solution ``x*(theta)`` of ``F(x, theta) = 0``, the implicit function theorem gives
+
+        dx*/dtheta = -A^-1 dF/dtheta.
+
+    The solver ``solver(init, *args, **kwargs) -> sol`` (or ``(sol, aux)``) runs once, on detached values and with
+    gradients off, and may do anything: torch.autograd under ``enable_grad``, SciPy, host control flow, in-place
+    updates. Nothing of it is recorded, so memory does not grow with its iterations. Under `torch.func.vmap` it runs
+    once on batched values, as every function does there.
+
+    Differentiable are all floating-point and complex tensors in the arguments after the first, by position or
+    keyword, in pytrees of any nesting, and every tensor that ``optimality_fn`` captures: in a closure, a partial, a
+    method's ``self``, a module's parameters. The initial guess has zero gradient. The decorated solver composes with
+    grad, vjp, jvp, jacrev, jacfwd, hessian and vmap of torch.func in any nesting and to any order, and with
+    torch.autograd; under `torch.compile` it runs eagerly.
+
+    Args:
+        optimality_fn: ``F(x, *args, **kwargs)``, returning a tree like ``sol``; e.g. ``torch.func.grad(objective)``.
+            It is evaluated more than once and batched, so it must be deterministic, free of side effects and composed
+            of operations that torch.func can transform. Arguments are matched with the solver's by name, and by
+            position where the names differ.
+        argnums: which of the solver's arguments are differentiable, counted from the initial guess, which is number 0
+            and not among them; None: all. What ``optimality_fn`` captures is differentiable in any case.
+        has_aux: whether the solver returns ``(sol, aux)``; ``aux`` comes back detached.
+        solve: solves the linear systems with ``A`` and its adjoint: a factory's result from
+            `implicitdiff.linear_solve`, or any ``solve(matvec, b)`` over trees. None: exact for few unknowns, a
+            Krylov method beyond (`implicitdiff.linear_solve.solve_auto`).
+        check: the largest Euclidean norm of the residual ``F(sol)`` that passes for zero, in the units of ``F``, lane
+            by lane; None: not checked. The derivatives are those of the solution only where ``sol`` is one.
+
+    Returns:
+        A decorator of solvers.
+
+    Raises:
+        TypeError: on a call whose arguments the solver and ``optimality_fn`` do not share; names both.
+        ValueError: on a call, if ``optimality_fn``'s result is no tree like the solution, or if it is random or
+            changes what it captures.
+        NotARootError: on a call, if the residual exceeds ``check``.
+        LinearSolveError: in a derivative, if the linear solve fails.
+
+    Reference:
+        Blondel et al., "Efficient and Modular Implicit Differentiation", NeurIPS 2022, section 2.1.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import custom_root
+        >>> @custom_root(lambda x, theta: x**3 - theta)
+        ... def cube_root(init, theta):
+        ...     x = init
+        ...     for _ in range(50):
+        ...         x = x - (x**3 - theta) / (3 * x**2)
+        ...     return x
+        >>> torch.func.grad(cube_root, argnums=1)(torch.tensor(1.0), torch.tensor(8.0))  # 1 / (3 x^2) = 1 / 12
+        tensor(0.0833)
+    """
+    return _decorator("custom_root", optimality_fn, root, argnums, has_aux, solve, check)
+
+
+def custom_fixed_point(
+    fixed_point_fn: Callable[..., Any],
+    argnums: int | Sequence[int] | None = None,
+    has_aux: bool = False,
+    solve: Solve | None = None,
+    check: float | None = None,
+) -> Callable[[Solver], Solver]:
+    r"""Decorate a solver of ``fixed_point_fn(x, *args, **kwargs) = x`` so that its solution has the derivatives that
+    the equation implies.
+
+    `custom_root` of ``x - fixed_point_fn(x, *args, **kwargs)``, to which everything said there applies: with ``J =
+    df/dx`` at the fixed point ``x*(theta)``,
+
+        dx*/dtheta = (I - J)^-1 df/dtheta.
+
+    Any method may find the fixed point, a contraction or not, as long as ``I - J`` is non-singular.
+
+    Args:
+        fixed_point_fn: ``f(x, *args, **kwargs)``, returning a tree like ``x``.
+        argnums: see `custom_root`.
+        has_aux: see `custom_root`.
+        solve: see `custom_root`; the operator is ``I - J``.
+        check: see `custom_root`; the residual is ``x - f(x)``.
+
+    Returns:
+        A decorator of solvers.
+
+    Raises:
+        TypeError, ValueError, NotARootError, LinearSolveError: as `custom_root` does.
+
+    Reference:
+        Blondel et al., "Efficient and Modular Implicit Differentiation", NeurIPS 2022, section 2.2.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import custom_fixed_point
+        >>> @custom_fixed_point(lambda x, theta: torch.cos(x) + theta)
+        ... def solve(init, theta):
+        ...     x = init
+        ...     for _ in range(100):
+        ...         x = torch.cos(x) + theta
+        ...     return x
+        >>> torch.func.grad(solve, argnums=1)(torch.tensor(1.0), torch.tensor(0.0))  # 1 / (1 + sin x)
+        tensor(0.5975)
+    """
+    return _decorator("custom_fixed_point", fixed_point_fn, fixed_point, argnums, has_aux, solve, check)
+
+
+def _decorator(
+    maker: str,
+    fn: Callable[..., Any],
+    kind: Kind,
+    argnums: int | Sequence[int] | None,
+    has_aux: bool,
+    solve: Solve | None,
+    check: float | None,
+) -> Callable[[Solver], Solver]:
+    if not callable(fn):
+        raise TypeError(f"{maker}: the first argument must be a function of (x, *args), got {type(fn).__name__}")
+    if solve is not None and not callable(solve):
+        raise TypeError(f"{maker}: solve must be a function solve(matvec, b), got {type(solve).__name__}")
+    if check is not None and not check >= 0:
+        raise ValueError(f"{maker}: check must be a tolerance >= 0 or None, got {check!r}")
+    is_chosen = _chooser(maker, argnums)
+    name = f"{maker}: {name_of(fn)}"
+
+    def decorate(solver: Solver) -> Solver:
+        matcher = Matcher(solver, fn)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = matcher.bind(args, kwargs)
+            sol, aux = _run(solver, bound, has_aux)
+            operands = tuple(a if is_chosen(i) else _detached(a) for i, a in enumerate(bound.args, start=1))
+            keywords = bound.kwargs if argnums is None else _detached(bound.kwargs)
+            posed = pose(name, fn, kind, solve, sol, *bound.to_condition(operands, keywords))
+            if check is not None:
+                _check(name, check, posed.residual)
+            result = posed.problem.structure.unflatten(attach(posed.problem, posed.x, posed.theta))
+            return (result, aux) if has_aux else result
+
+        # torch.compile drops the rules of custom Functions, silently: the call stays outside of compiled code.
+        return functools.wraps(solver)(torch.compiler.disable(call))
+
+    return decorate
+
+
+def _chooser(maker: str, argnums: int | Sequence[int] | None) -> Callable[[int], bool]:
+    if argnums is None:
+        return lambda i: True
+    chosen = {argnums} if isinstance(argnums, int) else set(argnums)
+    if wrong := [i for i in chosen if not isinstance(i, int) or i < 1]:
+        raise ValueError(
+            f"{maker}: argnums counts the solver's arguments from the initial guess, number 0, which has zero "
+            f"gradient; give  integers >= 1, got {wrong[0]!r}"
+        )
+    return chosen.__contains__
+
+
+def _detached(tree: Any) -> Any:
+    return pytree.map_tensors(torch.Tensor.detach, tree)
+
+
+def _run(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any]:
+    """The solver's result, detached. It sees values that are out of every derivative's sight, and its own copy of the
+    initial guess."""
+
+    def value(tensor: torch.Tensor) -> torch.Tensor:
+        plain = _functorch.plain_under_vmap(tensor)
+        return plain.requires_grad_() if _functorch.is_plain(plain) and _functorch.base(tensor).requires_grad else plain
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        copy = value(tensor).clone().detach()
+        return copy.requires_grad_() if value(tensor).requires_grad else copy
+
+    with _functorch.below_gradients():
+        args, kwargs = pytree.map_tensors(value, (call.args, call.kwargs))
+        result = solver(pytree.map_tensors(own, call.init), *args, **kwargs)
+    if not has_aux:
+        return _detached(result), None
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            f"with has_aux=True the solver {name_of(solver)} must return (solution, aux), got {type(result).__name__}"
+        )
+    return _detached(result[0]), _detached(result[1])
+
+
+def _check(name: str, check: float, residual: Leaves) -> None:
+    norm = torch.stack([r.abs().to(torch.float64).square().sum() for r in residual]).sum().sqrt()
+    lanes = _functorch.base(norm).reshape(-1)
+    failed = ~(lanes <= check)
+    if bool(failed.any()):
+        worst = float(lanes[failed].nan_to_num(nan=torch.inf).max())
+        raise NotARootError(
+            f"{name}: what the solver returned is no solution: the norm of the residual is {worst:.3e}, above "
+            f"check={check:.3e}, in {int(failed.sum())} of {lanes.numel()} lanes; let the solver go on to a smaller "
+            "residual, or raise check",
+            residual=worst,
+            check=check,
+            failed=int(failed.sum()),
+            total=lanes.numel(),
+        )
+
+
+def root_vjp(
+    optimality_fn: Callable[..., Any], sol: Any, args: tuple[Any, ...], cotangent: Any, solve: Solve | None = None
+) -> tuple[Any, ...]:
+    r"""The vector-Jacobian product of a root: ``theta_bar = -(dF/dtheta)^H u`` with ``A^H u = cotangent``, ``A =
+    dF/dx``, at a given solution.
+
+    For a solution found elsewhere; `custom_root` does this for a solver. The result is itself differentiable in
+    `sol`, `args` and `cotangent`, which count as independent of each other, and composes with every transform of
+    torch.func.
+
+    Args:
+        optimality_fn: ``F(x, *args)``, as in `custom_root`.
+        sol: the ``x`` with ``F(x, *args) = 0``, a pytree.
+        args: the other arguments of ``F``, a tuple of pytrees.
+        cotangent: a tree like `sol`.
+        solve: as in `custom_root`.
+
+    Returns:
+        A tuple of trees like `args`, with None in the place of leaves that are no floating-point or complex tensors.
+
+    Raises:
+        ValueError: if `cotangent`, or what ``F`` returns, is no tree like `sol`.
+        LinearSolveError: if the linear solve fails.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import root_vjp
+        >>> root_vjp(lambda x, theta: x**3 - theta, torch.tensor(2.0), (torch.tensor(8.0),), torch.tensor(1.0))
+        (tensor(0.0833),)
+    """
+    posed = pose(
+        f"root_vjp: {name_of(optimality_fn)}", optimality_fn, root, solve, sol, _as_tuple("root_vjp", "args", args), {}
+    )
+    structure = posed.problem.structure
+    check_like("root_vjp: cotangent", cotangent, sol, posed.x, structure, "sol")
+    count = len(posed.arguments.slots)
+    wanted = [i for i, t in enumerate(posed.theta[:count]) if t.is_floating_point() or t.is_complex()]
+    u = posed.problem.solve(posed.x, posed.theta, structure.tensors_of(cotangent), adjoint=True)
+    grads = posed.problem.pullback(posed.x, posed.theta, [-t for t in u], wanted) if wanted else {}
+    return tuple(posed.arguments.fill(grads)[0])
+
+
+def root_jvp(
+    optimality_fn: Callable[..., Any],
+    sol: Any,
+    args: tuple[Any, ...],
+    tangents: tuple[Any, ...],
+    solve: Solve | None = None,
+) -> Any:
+    r"""The Jacobian-vector product of a root: the ``t`` with ``A t = -(dF/dtheta) tangents``, ``A = dF/dx``, at a
+    given solution.
+
+    For a solution found elsewhere; `custom_root` does this for a solver. The result is itself differentiable, as that
+    of `root_vjp` is.
+
+    Args:
+        optimality_fn: ``F(x, *args)``, as in `custom_root`.
+        sol: the ``x`` with ``F(x, *args) = 0``, a pytree.
+        args: the other arguments of ``F``, a tuple of pytrees.
+        tangents: a tuple of trees like `args`; None in the place of a tensor, or of a whole argument, stands for zero.
+        solve: as in `custom_root`.
+
+    Returns:
+        A tree like `sol`.
+
+    Raises:
+        ValueError: if `tangents` do not match `args`, or what ``F`` returns is no tree like `sol`.
+        LinearSolveError: if the linear solve fails.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import root_jvp
+        >>> root_jvp(lambda x, theta: x**3 - theta, torch.tensor(2.0), (torch.tensor(8.0),), (torch.tensor(1.0),))
+        tensor(0.0833)
+    """
+    args = _as_tuple("root_jvp", "args", args)
+    given = _tangents(args, _as_tuple("root_jvp", "tangents", tangents))
+    posed = pose(f"root_jvp: {name_of(optimality_fn)}", optimality_fn, root, solve, sol, args, {})
+    if not given:
+        return posed.problem.structure.unflatten([torch.zeros_like(t) for t in posed.x])
+    rhs = posed.problem.pushforward(posed.x, posed.theta, given)
+    return posed.problem.structure.unflatten(
+        posed.problem.solve(posed.x, posed.theta, [-t for t in rhs], adjoint=False)
+    )
+
+
+def _tangents(args: tuple[Any, ...], tangents: tuple[Any, ...]) -> dict[int, torch.Tensor]:
+    if len(tangents) != len(args):
+        raise ValueError(
+            f"root_jvp: tangents must be a tuple like args, of length {len(args)}, got length {len(tangents)}"
+        )
+    given: dict[int, torch.Tensor] = {}
+    first = 0
+    for i, (arg, tangent) in enumerate(zip(args, tangents, strict=True)):
+        leaves, structure = pytree.flatten(arg)
+        try:
+            found = {} if tangent is None else structure.positions_of(tangent)
+        except ValueError:
+            found = None
+        if found is None or any((t.shape, t.dtype) != (leaves[k].shape, leaves[k].dtype) for k, t in found.items()):
+            raise ValueError(
+                f"root_jvp: tangents[{i}] must be a tree like args[{i}] or None: "
+                f"expected {pytree.describe(arg)}, got {pytree.describe(tangent)}"
+            )
+        given |= {first + k: t for k, t in found.items()}
+        first += len(leaves)
+    return given
+
+
+def _as_tuple(maker: str, what: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, tuple):
+        raise TypeError(
+            f"{maker}: {what} must be a tuple, one entry for each argument after the first, got {type(value).__name__}"
+        )
+    return value

@@ -1,0 +1,68 @@
+"""What came out of a solve, and what is said when it failed."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitdiff._system import System
+from implicitdiff.errors import LinearSolveError, LinearSolveWarning
+
+OnFailure = Literal["raise", "warn", "ignore"]
+
+
+class Outcome(NamedTuple):
+    """Attributes:
+    x: the solution, row by row.
+    failed: which rows failed.
+    why: what went wrong in them, and what to do.
+    residual: residual norms, in the system's scaled rows.
+    target: what they had to reach.
+    iterations: how many were used; 0 for a direct solver.
+    """
+
+    x: Tensor
+    failed: Tensor
+    why: str
+    residual: Tensor
+    target: Tensor
+    iterations: int
+
+
+def settle(name: str, outcome: Outcome, system: System, on_failure: OnFailure) -> Tensor:
+    """The solution, once failure has been raised, warned of, or ignored as the user asked."""
+    if on_failure == "ignore" or not bool(outcome.failed.any()):
+        return outcome.x
+    scale = system.scale[:, 0]
+    excess = torch.where(outcome.failed, outcome.residual / outcome.target, -torch.inf).nan_to_num(nan=torch.inf)
+    worst = int(excess.argmax())
+    residual, target = float((outcome.residual * scale)[worst]), float((outcome.target * scale)[worst])
+    failed, total = int(outcome.failed.sum()), outcome.failed.numel()
+    after = f" after {outcome.iterations} iterations" if outcome.iterations else ""
+    numbers = f"{failed} of {total} systems failed{after}; worst residual {residual:.3e}, target {target:.3e}"
+    message = f"{name}: {outcome.why} ({numbers})"
+    if on_failure == "warn":
+        warnings.warn(message, LinearSolveWarning, stacklevel=2)
+        return outcome.x
+    raise LinearSolveError(
+        message,
+        solver=name,
+        residual=residual,
+        target=target,
+        failed=failed,
+        total=total,
+        iterations=outcome.iterations,
+    )
+
+
+def check_on_failure(name: str, on_failure: str) -> None:
+    if on_failure not in ("raise", "warn", "ignore"):
+        raise ValueError(f'{name}: on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')
+
+
+def check_ridge(name: str, ridge: float) -> None:
+    if not (isinstance(ridge, (int, float)) and ridge >= 0):
+        raise ValueError(f"{name}: ridge must be a number >= 0, got {ridge!r}")

@@ -1,0 +1,64 @@
+"""The choice for those who do not choose."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from implicitdiff._linear import LinearSolver
+from implicitdiff._system import System
+from implicitdiff.linear_solve import cg, gmres, lu
+from implicitdiff.linear_solve._direct import factorised, materialised
+from implicitdiff.linear_solve._krylov import check_tolerances, dot, iterate
+from implicitdiff.linear_solve._outcome import OnFailure, check_on_failure, settle
+
+
+def solve_auto(
+    *, dense_up_to: int = 1000, rtol: float | None = None, atol: float = 0.0, on_failure: OnFailure = "raise"
+) -> LinearSolver:
+    r"""Make the solver that ``solve=None`` stands for: exact for few unknowns, a Krylov method beyond.
+
+    Up to ``dense_up_to`` scalars, and while the matrices of all lanes together stay under 1 GiB in float64:
+    `solve_lu`. Beyond: where a random pair of vectors finds ``A`` symmetric, `solve_cg`; if that breaks down or
+    stalls, or ``A`` is not symmetric, `solve_gmres` with 50 vectors. What neither solves is reported.
+
+    Args:
+        dense_up_to: the most unknowns (scalars, over all leaves) for which the matrix is materialised.
+        rtol, atol, on_failure: see `implicitdiff.linear_solve`.
+
+    Raises (when solving):
+        LinearSolveError: the matrix is singular to working precision, or the iteration does not converge.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.linear_solve import solve_auto
+        >>> A = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+        >>> solve_auto()(lambda v: A @ v, torch.tensor([1.0, 5.0]))
+        tensor([2., 1.])
+    """
+    check_on_failure("solve_auto", on_failure)
+    check_tolerances("solve_auto", rtol, atol, None)
+
+    def algorithm(system: System) -> Tensor:
+        n = system.b.shape[-1]
+        if n <= dense_up_to and system.lanes * n * n <= 2**27:
+            return settle("solve_auto (LU)", materialised(system, factorised(lu.lu), lu.BROKEN), system, on_failure)
+        if _looks_symmetric(system):
+            outcome = iterate(system, cg.conjugate_gradients, cg.BROKEN, rtol, atol, None)
+            if not bool(outcome.failed.any()):
+                return outcome.x
+        outcome = iterate(system, partial(gmres.gmres, restart=50), gmres.BROKEN, rtol, atol, None)
+        return settle("solve_auto (GMRES)", outcome, system, on_failure)
+
+    return LinearSolver("solve_auto", algorithm)
+
+
+def _looks_symmetric(system: System) -> bool:
+    generator = torch.Generator(device=system.b.device).manual_seed(0)
+    u, v = torch.randn(2, *system.b.shape, dtype=system.b.dtype, device=system.b.device, generator=generator)
+    Au, Av = system.matvec(u), system.matvec(v)
+    size = torch.linalg.vector_norm(u, dim=-1) * torch.linalg.vector_norm(Av, dim=-1)
+    difference = (dot(u, Av) - dot(Au, v))[:, 0].abs()
+    return bool((difference <= torch.finfo(u.dtype).eps ** 0.75 * size).all())

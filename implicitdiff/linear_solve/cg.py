@@ -1,0 +1,88 @@
+"""Conjugate gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitdiff._linear import LinearSolver
+from implicitdiff._system import System
+from implicitdiff.linear_solve._krylov import Cycle, dot, iterative, norm, safe_divide
+from implicitdiff.linear_solve._outcome import OnFailure
+
+BROKEN = (
+    "the operator is not positive definite, or not finite (a search direction has p'Ap <= 0): at a minimum that is not "
+    "strict add a ridge, for other operators take solve_gmres, solve_lu or solve_lstsq"
+)
+
+
+def solve_cg(
+    *,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    maxiter: int | None = None,
+    ridge: float = 0.0,
+    preconditioner: Callable[[Any], Any] | None = None,
+    init: Any = None,
+    on_failure: OnFailure = "raise",
+) -> LinearSolver:
+    r"""Make a conjugate-gradient solver ``solve(matvec, b) -> x`` for ``A x = b``, ``A`` Hermitian positive definite.
+
+    Stops, lane by lane, at ``|b - A x| <= max(rtol |b|, atol)`` in the Euclidean norm over all leaves together. In
+    exact arithmetic it needs as many iterations as ``A`` has distinct eigenvalues; the error shrinks at least by
+    ``(sqrt(k) - 1) / (sqrt(k) + 1)`` in each, ``k`` being the condition number.
+
+    The options and what the returned solver does are those of every iterative solver here; see
+    `implicitdiff.linear_solve`.
+
+    Raises (when solving):
+        LinearSolveError: ``A`` is not positive definite, or no convergence with ``maxiter=None``.
+
+    Reference:
+        Hestenes and Stiefel (1952); Saad, "Iterative Methods for Sparse Linear Systems", 2nd ed., algorithm 9.1.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.linear_solve import solve_cg
+        >>> A = torch.tensor([[4.0, 1.0], [1.0, 3.0]])
+        >>> solve_cg()(lambda v: A @ v, torch.tensor([1.0, 2.0]))
+        tensor([0.0909, 0.6364])
+    """
+    return iterative(
+        "solve_cg",
+        conjugate_gradients,
+        BROKEN,
+        rtol=rtol,
+        atol=atol,
+        maxiter=maxiter,
+        ridge=ridge,
+        preconditioner=preconditioner,
+        init=init,
+        on_failure=on_failure,
+    )
+
+
+def conjugate_gradients(system: System, r: Tensor, target: Tensor, limit: int) -> Cycle:
+    """A `Method` for symmetric positive definite operators."""
+    precondition = system.precondition or (lambda v: v)
+    x = torch.zeros_like(r)
+    z = p = precondition(r)
+    rz = dot(r, z)
+    broken = torch.zeros_like(rz, dtype=torch.bool)
+    used = 0
+    # Negated comparisons catch nan as well.
+    while used < limit and bool((active := ~(norm(r) <= target) & ~broken).any()):
+        Ap = system.matvec(p)
+        pAp = dot(p, Ap)
+        broken = broken | (active & ~((pAp > 0) & (rz > 0)))
+        # A stopped row takes steps of length zero.
+        alpha = torch.where(active & ~broken, safe_divide(rz, pAp), 0.0)
+        x, r = x + alpha * p, r - alpha * Ap
+        z = precondition(r)
+        rz, before = dot(r, z), rz
+        p = torch.where(active, z + safe_divide(rz, before) * p, p)
+        used += 1
+    return Cycle(x, used, broken)

@@ -1,0 +1,101 @@
+"""The explicit inverse, and its Neumann series."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitdiff._linear import LinearSolver
+from implicitdiff._system import System
+from implicitdiff.linear_solve import lu
+from implicitdiff.linear_solve._direct import direct, factorised
+from implicitdiff.linear_solve._krylov import Cycle, iterative, norm
+from implicitdiff.linear_solve._outcome import OnFailure
+
+
+def solve_inv(
+    *,
+    ns: bool = False,
+    maxiter: int | None = None,
+    alpha: float | None = None,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    ridge: float = 0.0,
+    init: Any = None,
+    on_failure: OnFailure = "raise",
+) -> LinearSolver:
+    r"""Make a solver ``solve(matvec, b) -> x`` that multiplies by the inverse of ``A``, or by its Neumann series.
+
+    ``ns=False`` materialises ``A``, over all leaves together, and inverts it; `solve_lu` does the same with less work
+    and less rounding. ``ns=True`` sums ``x = alpha sum_k (I - alpha A)^k b``, one product a term, which converges
+    where the spectral radius of ``I - alpha A`` is below one, and stops as `solve_cg` does. The options:
+    `implicitdiff.linear_solve`.
+
+    Args:
+        ns: whether to take the Neumann series.
+        maxiter, rtol, atol, init: of the series; they do not go with ``ns=False``.
+        alpha: step of the series, a number > 0; 1 by default. Does not go with ``ns=False``.
+
+    Raises (when solving):
+        LinearSolveError: ``A`` is singular to working precision, or the series diverges, or does not converge with
+            ``maxiter=None``.
+
+    Reference:
+        Lorraine et al., "Optimizing Millions of Hyperparameters by Implicit Differentiation", 2020, section 4.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.linear_solve import solve_inv
+        >>> A = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
+        >>> solve_inv()(lambda v: A @ v, torch.tensor([2.0, 2.0]))
+        tensor([1., 2.])
+        >>> solve_inv(ns=True, maxiter=100)(lambda v: A @ v, torch.tensor([2.0, 2.0]))
+        tensor([1., 2.])
+    """
+    if ns:
+        alpha = 1.0 if alpha is None else alpha
+        if not alpha > 0:
+            raise ValueError(f"solve_inv: alpha must be > 0, got {alpha!r}")
+        broken = (
+            "the Neumann series diverges, since I - alpha A has spectral radius above one: take a smaller alpha, "
+            "or another solver"
+        )
+        method = partial(neumann, alpha=alpha)
+        return iterative(
+            "solve_inv",
+            method,
+            broken,
+            rtol=rtol,
+            atol=atol,
+            maxiter=maxiter,
+            ridge=ridge,
+            init=init,
+            on_failure=on_failure,
+        )
+    if (maxiter, alpha, rtol, init) != (None, None, None, None) or atol != 0.0:
+        raise ValueError(
+            "solve_inv: maxiter, alpha, rtol, atol and init are options of the Neumann series; they need ns=True"
+        )
+    return direct("solve_inv", factorised(inverse), lu.BROKEN, ridge=ridge, on_failure=on_failure)
+
+
+def inverse(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A `Factorise` that forms the inverse."""
+    inv, info = torch.linalg.inv_ex(a)
+    return inv @ b, info != 0
+
+
+def neumann(system: System, r: Tensor, target: Tensor, limit: int, *, alpha: float) -> Cycle:
+    """A `Method`: the partial sums of the series."""
+    first = norm(r)
+    x = torch.zeros_like(r)
+    used = 0
+    # The next term of the series is the residual of the sum so far.
+    while used < limit and bool((active := ~(norm(r) <= target)).any()):
+        x = torch.where(active, x + alpha * r, x)
+        r = torch.where(active, r - alpha * system.matvec(r), r)
+        used += 1
+    return Cycle(x, used, ~(norm(r) <= first))
