@@ -92,6 +92,9 @@ class _DropGradientLayers(TorchFunctionMode):
         self.outer = outer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # The inert levels would refuse `requires_grad_`, which is safe on what they do not batch; torch forgets the
+        # permission whenever a backward pass has run.
+        functorch.set_inplace_requires_grad_allowed(True)
         return func(*(swap(a, self._drop) for a in args), **{k: swap(v, self._drop) for k, v in (kwargs or {}).items()})
 
     def _drop(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -136,7 +139,6 @@ def below_gradients() -> Iterator[None]:
                 else:
                     functorch._vmap_increment_nesting(1, "same")
                 opened += 1
-            # A stack without gradient levels would refuse `requires_grad_`, which is safe here.
             with enable_inplace_requires_grad(True), torch.no_grad(), _DropGradientLayers(len(outer)):
                 yield
         finally:

@@ -104,11 +104,11 @@ class BoundMatvec:
         leaves = self.structure.tensors_of(v)
         if _closure.is_traced():
             # A wrapped matvec meets a linear solver again, which must see the operands.
-            product = self.operator.products(_closure.resolve(self.operands), leaves).matvec
+            product = self.operator.products(_closure.resolve(self.operands), leaves).matvec()
             return self.structure.unflatten(product(leaves))
         if self.product is None:
             pullback = PlainPullback if _functorch.depth() == 0 else Pullback
-            self.product = self.operator.products(self.operands, leaves, pullback).matvec
+            self.product = self.operator.products(self.operands, leaves, pullback).matvec()
         return self.structure.unflatten(self.product(leaves))
 
 
@@ -198,7 +198,7 @@ class LinearProblem(Problem):
 
     def residual(self, x: Leaves, theta: Leaves) -> Leaves:
         b, operands, *_ = self._split(theta)
-        matvec = self._over_lanes(self.operator, 0).products(operands, self._column(x)).matvec
+        matvec = self._over_lanes(self.operator, 0).products(operands, self._column(x)).matvec()
         return [y - t for y, t in zip(map_columns(matvec, len(self.lanes), len(self.columns))(x), b, strict=True)]
 
     def primal(self, theta: Leaves) -> Leaves:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,14 +23,14 @@ Dims = tuple[int | None, ...]
 
 
 class Products(NamedTuple):
-    """``v -> A v`` and ``u -> A^H u`` for fixed operands."""
+    """Make ``v -> A v`` and ``u -> A^H u`` for fixed operands; what is linearised is linearised then."""
 
-    matvec: Product
-    rmatvec: Product
+    matvec: Callable[[], Product]
+    rmatvec: Callable[[], Product]
 
 
 class Pullback:
-    """``u -> (d fn(x, theta) / dx)^H u``, and by `transpose` its transpose ``v -> (d fn / dx) v``.
+    """Makes ``u -> (d fn(x, theta) / dx)^H u``, and its transpose ``v -> (d fn / dx) v``.
 
     In terms of real and imaginary parts the adjoint is the transpose, also where ``fn`` is differentiable over the
     reals only.
@@ -39,38 +39,35 @@ class Pullback:
     def __init__(self, fn: Residual, x: Leaves, theta: Leaves) -> None:
         self.fn, self.x, self.theta = fn, x, theta
 
-    def __call__(self, u: Leaves) -> Leaves:
-        return list(self._pull(tuple(u)))
+    def pull(self) -> Product:
+        pull = self._pull
+        return lambda u: list(pull(*u))
 
-    def transpose(self, v: Leaves) -> Leaves:
+    def push(self) -> Product:
         # The pullback is linear in its cotangent; pulled back in turn, it gives the product with A. Forward mode, the
         # other way to it, does not nest everywhere.
-        return list(self._push(tuple(v))[0])
+        push: Callable[..., tuple[torch.Tensor, ...]] = torch.func.vjp(self._pull, *map(torch.zeros_like, self.x))[1]
+        return lambda v: list(push(tuple(v)))
 
     @cached_property
     def _pull(self) -> Callable[..., tuple[torch.Tensor, ...]]:
-        return torch.func.vjp(lambda *x: tuple(self.fn(list(x), self.theta)), *self.x)[1]
-
-    @cached_property
-    def _push(self) -> Callable[..., tuple[tuple[torch.Tensor, ...]]]:
-        return torch.func.vjp(self._pull, tuple(map(torch.zeros_like, self.x)))[1]
+        pull: Any = torch.func.vjp(lambda *x: tuple(self.fn(list(x), self.theta)), *self.x)[1]
+        return lambda *u: pull(u)
 
 
 class PlainPullback(Pullback):
     """The same by one autograd graph, kept for as long as the object lives."""
 
+    def push(self) -> Product:
+        with torch.enable_grad():
+            u = tuple(torch.zeros_like(t).requires_grad_() for t in self._graph[1])
+            g = _vjp(self._graph[1], self._graph[0], u, create_graph=True)
+        return lambda v: list(_vjp(g, u, tuple(v)))
+
     @cached_property
     def _pull(self) -> Callable[..., tuple[torch.Tensor, ...]]:
         x, y = self._graph
-        return lambda u: _vjp(y, x, u)
-
-    @cached_property
-    def _push(self) -> Callable[..., tuple[tuple[torch.Tensor, ...]]]:
-        x, y = self._graph
-        with torch.enable_grad():
-            u = tuple(torch.zeros_like(t).requires_grad_() for t in y)
-            g = _vjp(y, x, u, create_graph=True)
-        return lambda v: (_vjp(g, u, v),)
+        return lambda *u: _vjp(y, x, u)
 
     @cached_property
     def _graph(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -123,7 +120,8 @@ class Matvec(Operator):
     fn: Residual
 
     def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
-        return Products(lambda v: self.fn(v, operands), pullback(self.fn, list(map(torch.zeros_like, like)), operands))
+        at = pullback(self.fn, list(map(torch.zeros_like, like)), operands)
+        return Products(lambda: lambda v: self.fn(v, operands), at.pull)
 
     def batched(self, dims: Dims) -> Matvec:
         return Matvec(torch.func.vmap(self.fn, in_dims=(0, list(dims))))
@@ -142,7 +140,7 @@ class Jacobian(Operator):
 
     def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
         at = pullback(self.residual, operands[: self.unknowns], operands[self.unknowns :])
-        return Products(at.transpose, at)
+        return Products(at.push, at.pull)
 
     def batched(self, dims: Dims) -> Jacobian:
         return Jacobian(torch.func.vmap(self.residual, in_dims=(0, list(dims[self.unknowns :]))), self.unknowns)

@@ -125,7 +125,7 @@ class _Solution(torch.autograd.Function):
         x, theta = _split(saved, ctx.unknowns)
         given = {i: t for i, t in enumerate(tangents[2 + ctx.known :]) if t is not None}
         if not given:
-            return (None,) * ctx.unknowns
+            return tuple(None for _ in x)
         # The saved solution does not carry the tangents of outer levels; attached again, it does.
         x = attach(ctx.problem, x, theta)
         rhs = ctx.problem.pushforward(x, theta, given)

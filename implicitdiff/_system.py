@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import cache, partial, reduce
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def make_system(
     b: Leaves,
     lanes: Sequence[int],
     columns: Sequence[int],
-    precondition: Product | None,
+    precondition: Callable[[], Product] | None,
     start: Leaves | None,
 ) -> tuple[Vectors, System]:
     """The system of ``A(operands) x = b`` from plain tensors.
@@ -117,9 +117,9 @@ def make_system(
     one = Vectors(one_column, lanes)
     products = operator.products(operands, one_column, PlainPullback)
 
-    def rows(product: Product) -> Rows:
-        over_columns = map_columns(product, len(lanes), len(columns))
-        return lambda v: vectors.ravel(over_columns(vectors.unravel(v)))
+    def rows(make: Callable[[], Product]) -> Rows:
+        product = cache(lambda: map_columns(make(), len(lanes), len(columns)))
+        return lambda v: vectors.ravel(product()(vectors.unravel(v)))
 
     right = vectors.ravel(b)
     scale = right.abs().amax(dim=-1, keepdim=True)
@@ -146,8 +146,9 @@ def map_columns(product: Product, at: int, count: int) -> Product:
     return product
 
 
-def _materialise(product: Product, rows_first: bool, vectors: Vectors) -> Tensor:
+def _materialise(make: Callable[[], Product], rows_first: bool, vectors: Vectors) -> Tensor:
     lanes, n = math.prod(vectors.batch), vectors.dimension
+    product = make()
     basis = torch.eye(n, dtype=vectors.dtype, device=vectors.device)[:, None, :].expand(n, lanes, n)
 
     def image(row: Tensor) -> Tensor:
