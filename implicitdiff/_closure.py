@@ -8,7 +8,8 @@ substituted by operands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,18 +75,44 @@ def close_over(name: str, fn: Callable[..., Any], *args: Any) -> tuple[Any, Clos
     return pytree.map_tensors(torch.Tensor.detach, result), Closure(fn, captured)
 
 
-def resolve(tensors: Sequence[torch.Tensor]) -> Leaves:
-    """The tensors as the functions that are running see them.
+@contextmanager
+def below_gradients() -> Iterator[None]:
+    """Run the body as if there were no grad, vjp and jvp level, and with gradients off; vmaps stay.
 
-    `autograd.Function.apply` is no torch function, so modes do not see its operands; what is applied inside a watched
-    or substituted function passes through here first.
+    Inside, tensors taken through `functorch.plain_under_vmap` are plain tensors, or batched by the running vmaps alone:
+    in-place updates, NumPy, host control flow and `torch.autograd` work on the former as they do outside of any
+    transform.
     """
-    return [t.view_as(t) for t in tensors] if is_traced() else list(tensors)
+    with functorch.inert_gradient_levels() as levels, torch.no_grad():
+        if levels or is_traced():
+            with _DropGradientLayers(levels):
+                yield
+        else:
+            yield
+
+
+def alias(tensors: Sequence[torch.Tensor]) -> Leaves:
+    """The tensors as operands of an autograd.Function: views, for two reasons.
+
+    `apply` is no torch function, so a mode does not see its operands; the view is one, and a function that is watched
+    or run with substitutes gets the right operands. And captured tensors are told by identity: what a Function saves
+    and evaluates the function with must not be the very object that the function captures.
+    """
+    return [t.view_as(t) for t in tensors]
 
 
 def is_traced() -> bool:
     """Whether a watched or substituted function is running."""
-    return any(isinstance(mode, (_Watch, _Substitute)) for mode in torch.overrides._get_current_function_mode_stack())
+    return any(isinstance(mode, (_Watch, _Substitute)) for mode in _modes())
+
+
+def _substitutes() -> list[_Substitute]:
+    """Those that run, innermost first."""
+    return [mode for mode in reversed(_modes()) if isinstance(mode, _Substitute)]
+
+
+def _modes() -> list[TorchFunctionMode]:
+    return list(torch.overrides._get_current_function_mode_stack())
 
 
 class _Watch(TorchFunctionMode):
@@ -94,6 +121,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, given: Leaves) -> None:
         super().__init__()
         self.depth = functorch.depth()
+        self.around = _substitutes()
         # Ids are enough: a tensor captured from outside lives as long as the function runs, so no tensor made inside
         # shares its id.
         self.inside = {id(t) for t in given}
@@ -116,13 +144,16 @@ class _Watch(TorchFunctionMode):
 
     def _see(self, tensor: torch.Tensor) -> None:
         # Transforms that the function itself starts wrap what they are given without a torch function that could be
-        # seen.
-        while id(tensor) not in self.inside and functorch.level(tensor) > self.depth:
+        # seen. A tensor captured by a function round this one may have a high level too: its transform is not running.
+        while not self._is_known(tensor) and functorch.level(tensor) > self.depth:
             tensor = functorch.unwrap(tensor)
         if id(tensor) not in self.inside and id(tensor) not in self.outside:
             self.outside[id(tensor)] = tensor
             if functorch.is_plain(tensor):
                 self.versions.append((tensor, tensor._version))
+
+    def _is_known(self, tensor: torch.Tensor) -> bool:
+        return id(tensor) in self.inside or any(id(tensor) in outer.values for outer in self.around)
 
     def changed(self) -> Leaves:
         return [t for t, version in self.versions if t._version != version]
@@ -145,10 +176,10 @@ class _Substitute(TorchFunctionMode):
     def resolve(self, tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) in self.values:
             return self.values[id(tensor)]
-        if functorch.is_plain(tensor):
-            return tensor
         if id(tensor) in self.wrappers:
             return self.wrappers[id(tensor)][1]
+        if functorch.level(tensor) < 0:
+            return tensor
         inner = functorch.unwrap(tensor)
         substitute = self.resolve(inner)
         if substitute is inner:
@@ -156,3 +187,32 @@ class _Substitute(TorchFunctionMode):
         wrapper = functorch.rewrap(substitute, tensor)
         self.wrappers[id(tensor)] = (tensor, wrapper)
         return wrapper
+
+
+class _DropGradientLayers(TorchFunctionMode):
+    """Takes the gradient layers of outer transforms off every tensor that reaches a torch function.
+
+    A function that runs below the transforms may still hold tensors of theirs in its closure, or tensors for which a
+    function round it was given substitutes.
+    """
+
+    def __init__(self, outer: int) -> None:
+        super().__init__()
+        self.outer = outer
+        self.around = _substitutes()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        functorch.allow_requires_grad()
+        dropped = tuple(functorch.swap(a, self._drop) for a in args)
+        return func(*dropped, **{k: functorch.swap(v, self._drop) for k, v in (kwargs or {}).items()})
+
+    def _drop(self, tensor: torch.Tensor) -> torch.Tensor:
+        for substitute in self.around:
+            tensor = substitute.resolve(tensor)
+        if functorch.level(tensor) < 0:
+            return tensor
+        if functorch.level(tensor) <= self.outer:
+            return functorch.without_gradient_layers(tensor)
+        inner = functorch.unwrap(tensor)
+        dropped = self._drop(inner)
+        return tensor if dropped is inner else functorch.rewrap(dropped, tensor)

@@ -21,7 +21,6 @@ from torch._functorch.pyfunctorch import (
     temporarily_clear_interpreter_stack,
 )
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
 from implicitdiff import pytree
 
@@ -35,12 +34,14 @@ def depth() -> int:
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor is no functorch wrapper."""
-    return functorch.maybe_get_level(tensor) == _PLAIN
+    return level(tensor) == _PLAIN
 
 
 def level(tensor: torch.Tensor) -> int:
-    """The level of the transform a wrapper belongs to; negative for plain tensors and for what a finished transform
-    left."""
+    """The level of the transform a wrapper belongs to; negative for plain tensors and wrappers of a finished transform.
+
+    The latter act as plain numbers, except that a pullback still finds its graph through them.
+    """
     return int(functorch.maybe_get_level(tensor))
 
 
@@ -81,32 +82,6 @@ def plain_under_vmap(tensor: torch.Tensor) -> torch.Tensor:
     return without_gradient_layers(tensor.detach())
 
 
-class _DropGradientLayers(TorchFunctionMode):
-    """Takes the gradient layers of outer transforms off every tensor that reaches a torch function.
-
-    A function that runs below the transforms may still hold tensors of theirs in its closure.
-    """
-
-    def __init__(self, outer: int) -> None:
-        super().__init__()
-        self.outer = outer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # The inert levels would refuse `requires_grad_`, which is safe on what they do not batch; torch forgets the
-        # permission whenever a backward pass has run.
-        functorch.set_inplace_requires_grad_allowed(True)
-        return func(*(swap(a, self._drop) for a in args), **{k: swap(v, self._drop) for k, v in (kwargs or {}).items()})
-
-    def _drop(self, tensor: torch.Tensor) -> torch.Tensor:
-        if is_plain(tensor):
-            return tensor
-        if level(tensor) <= self.outer:
-            return without_gradient_layers(tensor)
-        inner = unwrap(tensor)
-        dropped = self._drop(inner)
-        return tensor if dropped is inner else rewrap(dropped, tensor)
-
-
 def swap(value: Any, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """`value`, an argument of a torch function, with its tensors replaced."""
     if isinstance(value, torch.Tensor):
@@ -117,18 +92,15 @@ def swap(value: Any, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 @contextmanager
-def below_gradients() -> Iterator[None]:
-    """Run the body with every vmap kept and every grad, vjp and jvp level made inert.
+def inert_gradient_levels() -> Iterator[int]:
+    """Run the body with every vmap kept and every grad, vjp and jvp level made inert; yields how many levels there are.
 
-    Inside, tensors taken through `without_gradient_layers` are plain tensors, or batched by the running vmaps alone:
-    in-place updates, NumPy, host control flow and `torch.autograd` work on the former as they do outside of any
-    transform. The levels keep their numbers (an inert level is a vmap that batches nothing), so batched tensors in a
-    closure stay valid, and a transform that starts inside cannot be taken for one of the outer ones.
+    The levels keep their numbers (an inert level is a vmap that batches nothing), so batched tensors in a closure stay
+    valid, and a transform that starts inside cannot be taken for one of the outer ones.
     """
     outer = retrieve_all_functorch_interpreters()
     if not outer:
-        with torch.no_grad():
-            yield
+        yield 0
         return
     with temporarily_clear_interpreter_stack():
         opened = 0
@@ -139,11 +111,16 @@ def below_gradients() -> Iterator[None]:
                 else:
                     functorch._vmap_increment_nesting(1, "same")
                 opened += 1
-            with enable_inplace_requires_grad(True), torch.no_grad(), _DropGradientLayers(len(outer)):
-                yield
+            with enable_inplace_requires_grad(True):
+                yield len(outer)
         finally:
             for _ in range(opened):
                 functorch._vmap_decrement_nesting()
+
+
+def allow_requires_grad() -> None:
+    """Let `requires_grad_` work inside `inert_gradient_levels`, which it does until a backward pass has run there."""
+    functorch.set_inplace_requires_grad_allowed(True)
 
 
 Rule = Callable[..., tuple[torch.Tensor | None, ...]]

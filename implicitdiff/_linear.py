@@ -104,7 +104,7 @@ class BoundMatvec:
         leaves = self.structure.tensors_of(v)
         if _closure.is_traced():
             # A wrapped matvec meets a linear solver again, which must see the operands.
-            product = self.operator.products(_closure.resolve(self.operands), leaves).matvec()
+            product = self.operator.products(_closure.alias(self.operands), leaves).matvec()
             return self.structure.unflatten(product(leaves))
         if self.product is None:
             pullback = PlainPullback if _functorch.depth() == 0 else Pullback
@@ -118,7 +118,7 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves) -> Leaves:
         return [t.clone() for t in b]
     if isinstance(problem.solver, LinearSolver):
         return solve_problem(*_with_aids(problem, problem.solver, b, operands))
-    with _functorch.below_gradients():
+    with _closure.below_gradients():
         x = problem.solve_by_user(
             [_functorch.plain_under_vmap(t) for t in b], [_functorch.plain_under_vmap(t) for t in operands]
         )
@@ -249,7 +249,8 @@ class LinearProblem(Problem):
 
     def one(self, b: Leaves) -> Leaves:
         """The right-hand side of the first lane and column."""
-        return [t[(0,) * (len(self.lanes) + len(self.columns))] for t in b]
+        batch = len(self.lanes) + len(self.columns)
+        return [t[(0,) * batch] for t in b] if batch else b
 
     def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, Tensor]:
         # d residual / d b = -1, and most solves are differentiated in b alone.

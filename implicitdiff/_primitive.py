@@ -85,7 +85,7 @@ def attach(problem: Problem, x: Leaves, theta: Leaves) -> Leaves:
 
 
 def _apply(problem: Problem, known: int, operands: Leaves) -> Leaves:
-    return list(_Solution.apply(problem, known, *_closure.resolve(operands)))  # type: ignore[no-untyped-call]
+    return list(_Solution.apply(problem, known, *_closure.alias(operands)))  # type: ignore[no-untyped-call]
 
 
 class _Solution(torch.autograd.Function):

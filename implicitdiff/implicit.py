@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from implicitdiff import _functorch, pytree
+from implicitdiff import _closure, _functorch, pytree
 from implicitdiff._linear import Solve, check_like
 from implicitdiff._primitive import attach
 from implicitdiff._root import Kind, fixed_point, pose, root
@@ -202,7 +202,7 @@ def _run(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any]:
         copy = value(tensor).clone().detach()
         return copy.requires_grad_() if value(tensor).requires_grad else copy
 
-    with _functorch.below_gradients():
+    with _closure.below_gradients():
         args, kwargs = pytree.map_tensors(value, (call.args, call.kwargs))
         result = solver(pytree.map_tensors(own, call.init), *args, **kwargs)
     if not has_aux:
