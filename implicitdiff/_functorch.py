@@ -73,8 +73,11 @@ def without_gradient_layers(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as the vmaps alone see it."""
     if is_plain(tensor):
         return tensor
-    inner = without_gradient_layers(unwrap(tensor))
-    return rewrap(inner, tensor) if functorch.is_batchedtensor(tensor) else inner
+    inner = unwrap(tensor)
+    without = without_gradient_layers(inner)
+    if not functorch.is_batchedtensor(tensor):
+        return without
+    return tensor if without is inner else rewrap(without, tensor)
 
 
 def plain_under_vmap(tensor: torch.Tensor) -> torch.Tensor:

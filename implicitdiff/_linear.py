@@ -13,7 +13,7 @@ from torch import Tensor
 from implicitdiff import _closure, _functorch, pytree
 from implicitdiff._operator import Dims, Matvec, Operator, PlainPullback, Product, Pullback
 from implicitdiff._primitive import Problem, attach, solve_problem
-from implicitdiff._system import System, make_system, map_columns
+from implicitdiff._system import System, first_column, make_system, map_columns
 from implicitdiff.errors import LinearSolveError
 from implicitdiff.pytree import Leaves, Structure
 
@@ -118,10 +118,9 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves) -> Leaves:
         return [t.clone() for t in b]
     if isinstance(problem.solver, LinearSolver):
         return solve_problem(*_with_aids(problem, problem.solver, b, operands))
+    values = [_functorch.plain_under_vmap(t) for t in [*b, *operands]]
     with _closure.below_gradients():
-        x = problem.solve_by_user(
-            [_functorch.plain_under_vmap(t) for t in b], [_functorch.plain_under_vmap(t) for t in operands]
-        )
+        x = problem.solve_by_user(values[: len(b)], values[len(b) :])
     x = [t.detach() for t in x]
     if broken := sum(not bool(torch.isfinite(_functorch.base(t)).all()) for t in x):
         raise LinearSolveError(
@@ -249,8 +248,7 @@ class LinearProblem(Problem):
 
     def one(self, b: Leaves) -> Leaves:
         """The right-hand side of the first lane and column."""
-        batch = len(self.lanes) + len(self.columns)
-        return [t[(0,) * batch] for t in b] if batch else b
+        return first_column(b, 0, len(self.lanes) + len(self.columns))
 
     def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, Tensor]:
         # d residual / d b = -1, and most solves are differentiated in b alone.
@@ -273,7 +271,7 @@ class LinearProblem(Problem):
         return operator
 
     def _column(self, leaves: Leaves) -> Leaves:
-        return [t[(slice(None),) * len(self.lanes) + (0,) * len(self.columns)] for t in leaves]
+        return first_column(leaves, len(self.lanes), len(self.columns))
 
     def _split(self, theta: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
         ends = [len(self.structure.slots), self.count, self.aids]

@@ -113,7 +113,7 @@ def make_system(
     *shape)``.
     """
     vectors = Vectors(b, (*lanes, *columns))
-    one_column = [t[(slice(None),) * len(lanes) + (0,) * len(columns)] for t in b]
+    one_column = first_column(b, len(lanes), len(columns))
     one = Vectors(one_column, lanes)
     products = operator.products(operands, one_column, PlainPullback)
 
@@ -137,6 +137,13 @@ def make_system(
         ),
     )
     return vectors, system
+
+
+def first_column(leaves: Leaves, at: int, count: int) -> Leaves:
+    """The leaves at the first index of `count` dimensions from position `at` on."""
+    for _ in range(count):
+        leaves = [t.select(at, 0) for t in leaves]
+    return leaves
 
 
 def map_columns(product: Product, at: int, count: int) -> Product:

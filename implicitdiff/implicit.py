@@ -194,17 +194,15 @@ def _run(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any]:
     """The solver's result, detached. It sees values that are out of every derivative's sight, and its own copy of the
     initial guess."""
 
-    def value(tensor: torch.Tensor) -> torch.Tensor:
-        plain = _functorch.plain_under_vmap(tensor)
-        return plain.requires_grad_() if _functorch.is_plain(plain) and _functorch.base(tensor).requires_grad else plain
-
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        copy = value(tensor).clone().detach()
-        return copy.requires_grad_() if value(tensor).requires_grad else copy
-
+    tensors, structure = pytree.flatten((call.init, call.args, call.kwargs))
+    own = len(pytree.tensors(call.init))
+    values = [_functorch.plain_under_vmap(t) for t in tensors]
+    flags = [_functorch.is_plain(v) and _functorch.base(t).requires_grad for v, t in zip(values, tensors, strict=True)]
     with _closure.below_gradients():
-        args, kwargs = pytree.map_tensors(value, (call.args, call.kwargs))
-        result = solver(pytree.map_tensors(own, call.init), *args, **kwargs)
+        values = [v.clone() for v in values[:own]] + values[own:]
+        entered = [v.requires_grad_() if flag else v for v, flag in zip(values, flags, strict=True)]
+        init, args, kwargs = structure.unflatten(entered)
+        result = solver(init, *args, **kwargs)
     if not has_aux:
         return _detached(result), None
     if not (isinstance(result, tuple) and len(result) == 2):
