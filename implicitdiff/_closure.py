@@ -178,15 +178,12 @@ class _Substitute(TorchFunctionMode):
             return self.values[id(tensor)]
         if id(tensor) in self.wrappers:
             return self.wrappers[id(tensor)][1]
-        if functorch.level(tensor) < 0:
+        if functorch.is_plain(tensor):
             return tensor
-        inner = functorch.unwrap(tensor)
-        substitute = self.resolve(inner)
-        if substitute is inner:
-            return tensor
-        wrapper = functorch.rewrap(substitute, tensor)
-        self.wrappers[id(tensor)] = (tensor, wrapper)
-        return wrapper
+        replaced = functorch.replace_inside(tensor, self.resolve)
+        if replaced is not tensor:
+            self.wrappers[id(tensor)] = (tensor, replaced)
+        return replaced
 
 
 class _DropGradientLayers(TorchFunctionMode):
@@ -209,10 +206,8 @@ class _DropGradientLayers(TorchFunctionMode):
     def _drop(self, tensor: torch.Tensor) -> torch.Tensor:
         for substitute in self.around:
             tensor = substitute.resolve(tensor)
-        if functorch.level(tensor) < 0:
+        if functorch.is_plain(tensor):
             return tensor
-        if functorch.level(tensor) <= self.outer:
+        if 0 < functorch.level(tensor) <= self.outer:
             return functorch.without_gradient_layers(tensor)
-        inner = functorch.unwrap(tensor)
-        dropped = self._drop(inner)
-        return tensor if dropped is inner else functorch.rewrap(dropped, tensor)
+        return functorch.replace_inside(tensor, self._drop)

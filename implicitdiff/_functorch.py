@@ -57,6 +57,18 @@ def rewrap(inner: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return functorch._wrap_for_grad(inner, level(like))
 
 
+def replace_inside(tensor: torch.Tensor, replace: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """A wrapper with what it wraps replaced; itself if that is replaced by itself.
+
+    A wrapper that a finished transform left gives way to the replacement: to everything but a pullback it is that.
+    """
+    inner = unwrap(tensor)
+    replaced = replace(inner)
+    if replaced is inner:
+        return tensor
+    return replaced if level(tensor) < 0 else rewrap(replaced, tensor)
+
+
 def base(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor inside all wrappers."""
     while not is_plain(tensor):
@@ -73,11 +85,9 @@ def without_gradient_layers(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as the vmaps alone see it."""
     if is_plain(tensor):
         return tensor
-    inner = unwrap(tensor)
-    without = without_gradient_layers(inner)
-    if not functorch.is_batchedtensor(tensor):
-        return without
-    return tensor if without is inner else rewrap(without, tensor)
+    if functorch.is_batchedtensor(tensor):
+        return replace_inside(tensor, without_gradient_layers)
+    return without_gradient_layers(unwrap(tensor))
 
 
 def plain_under_vmap(tensor: torch.Tensor) -> torch.Tensor:

@@ -193,7 +193,6 @@ def _detached(tree: Any) -> Any:
 def _run(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any]:
     """The solver's result, detached. It sees values that are out of every derivative's sight, and its own copy of the
     initial guess."""
-
     tensors, structure = pytree.flatten((call.init, call.args, call.kwargs))
     own = len(pytree.tensors(call.init))
     values = [_functorch.plain_under_vmap(t) for t in tensors]

@@ -1,6 +1,7 @@
 """The rows of the table of problems: a differentiable solution, and the same function by other means.
 
-Every row is a function ``solution(theta)`` of one vector, and a `reference` that is a closed form or an unrolled iteration.
+Every row is a function ``solution(theta)`` of one vector, and a `reference` that is a closed form or an unrolled
+iteration.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from implicitdiff.linear_solve import (
 )
 
 F64 = torch.float64
-# Derivatives through an exact factorisation are right to rounding; a Krylov solve leaves the residual that it was asked for.
+# Derivatives through an exact factorisation are right to rounding; a Krylov solve leaves the residual that it was
+# asked for.
 EXACT = 1e-8
 KRYLOV = 1e-6
 
@@ -116,7 +118,9 @@ def ridge_as_dict(theta: Tensor) -> Tensor:
     """Parameters and penalties in dictionaries, of different shapes, in different orders of keys."""
 
     def objective(params, penalty):
-        return ridge_objective(torch.cat([params["w"], params["v"][None]]), torch.cat([penalty["w"], penalty["v"][None]]))
+        return ridge_objective(
+            torch.cat([params["w"], params["v"][None]]), torch.cat([penalty["w"], penalty["v"][None]])
+        )
 
     @custom_root(torch.func.grad(objective))
     def solver(init, penalty):
@@ -337,7 +341,9 @@ PROBLEMS = [
     Problem("tanh", tanh_fixed_point, tanh_unrolled, TANH_THETA),
     Problem("tanh, several leaves, captured", tanh_several_leaves, tanh_unrolled, TANH_THETA),
     Problem("tanh, user's solve", lambda t: tanh_fixed_point(t, solve=users_solve), tanh_unrolled, TANH_THETA),
-    Problem("tanh, user's solve, wrapping", lambda t: tanh_fixed_point(t, solve=wrapping_solve), tanh_unrolled, TANH_THETA),
+    Problem(
+        "tanh, user's solve, wrapping", lambda t: tanh_fixed_point(t, solve=wrapping_solve), tanh_unrolled, TANH_THETA
+    ),
     Problem("complex root", complex_root, complex_unrolled, CUBIC_THETA),
     Problem("complex system", complex_system, complex_reference, LINEAR_THETA),
     Problem("nested", nested, nested_unrolled, TANH_THETA),
