@@ -8,8 +8,8 @@ wrappers nest.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +81,25 @@ def may_be_differentiated(tensor: torch.Tensor) -> bool:
     return tensor.requires_grad or not is_plain(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def is_quiet(tensors: Sequence[torch.Tensor], batched: Sequence[torch.Tensor] = ()) -> bool:
+    """Whether nothing can be differentiated in these tensors, and no running transform but vmap could start to.
+
+    `tensors` have to be plain; those of `batched` may take part in the running vmaps.
+    """
+    return (
+        all(isinstance(interpreter, VmapInterpreter) for interpreter in retrieve_all_functorch_interpreters())
+        and not any(map(may_be_differentiated, tensors))
+        and not any(may_be_differentiated(base(t)) or without_gradient_layers(t) is not t for t in batched)
+    )
+
+
+def alive(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without the layers that finished transforms left."""
+    while level(tensor) < 0 and not is_plain(tensor):
+        tensor = unwrap(tensor)
+    return tensor
+
+
 def without_gradient_layers(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as the vmaps alone see it."""
     if is_plain(tensor):
@@ -124,15 +143,20 @@ def inert_gradient_levels() -> Iterator[int]:
                 else:
                     functorch._vmap_increment_nesting(1, "same")
                 opened += 1
-            with enable_inplace_requires_grad(True):
+            with requires_grad_allowed():
                 yield len(outer)
         finally:
             for _ in range(opened):
                 functorch._vmap_decrement_nesting()
 
 
+def requires_grad_allowed() -> AbstractContextManager[None]:
+    """Let `requires_grad_` work on plain tensors where only vmaps run, until a backward pass has run there."""
+    return enable_inplace_requires_grad(True)
+
+
 def allow_requires_grad() -> None:
-    """Let `requires_grad_` work inside `inert_gradient_levels`, which it does until a backward pass has run there."""
+    """The same again, inside of it, whatever has run."""
     functorch.set_inplace_requires_grad_allowed(True)
 
 

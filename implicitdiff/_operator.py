@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from implicitdiff import _functorch as functorch
 from implicitdiff.pytree import Leaves
 
 Product = Callable[[Leaves], Leaves]
@@ -43,10 +44,11 @@ class Pullback:
         pull = self._pull
         return lambda u: list(pull(*u))
 
-    def push(self) -> Product:
-        # The pullback is linear in its cotangent; pulled back in turn, it gives the product with A. Forward mode, the
-        # other way to it, does not nest everywhere.
-        push: Callable[..., tuple[torch.Tensor, ...]] = torch.func.vjp(self._pull, *map(torch.zeros_like, self.x))[1]
+    def push(self, like: Leaves) -> Product:
+        """The transpose; `like` shows what ``fn`` returns."""
+        # The pullback is linear in its cotangent; pulled back in turn, it gives the product with the Jacobian. Forward
+        # mode, the other way to it, does not nest everywhere.
+        push: Callable[..., tuple[torch.Tensor, ...]] = torch.func.vjp(self._pull, *map(torch.zeros_like, like))[1]
         return lambda v: list(push(tuple(v)))
 
     @cached_property
@@ -56,10 +58,10 @@ class Pullback:
 
 
 class PlainPullback(Pullback):
-    """The same by one autograd graph, kept for as long as the object lives."""
+    """The same by one autograd graph, kept for as long as the object lives; ``x`` and ``theta`` are plain tensors."""
 
-    def push(self) -> Product:
-        with torch.enable_grad():
+    def push(self, like: Leaves) -> Product:
+        with torch.enable_grad(), functorch.requires_grad_allowed():
             u = tuple(torch.zeros_like(t).requires_grad_() for t in self._graph[1])
             g = _vjp(self._graph[1], self._graph[0], u, create_graph=True)
         return lambda v: list(_vjp(g, u, tuple(v)))
@@ -71,7 +73,7 @@ class PlainPullback(Pullback):
 
     @cached_property
     def _graph(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        with torch.enable_grad():
+        with torch.enable_grad(), functorch.requires_grad_allowed():
             x = tuple(t.detach().requires_grad_() for t in self.x)
             return x, tuple(self.fn(list(x), self.theta))
 
@@ -140,7 +142,7 @@ class Jacobian(Operator):
 
     def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
         at = pullback(self.residual, operands[: self.unknowns], operands[self.unknowns :])
-        return Products(at.push, at.pull)
+        return Products(lambda: at.push(like), at.pull)
 
     def batched(self, dims: Dims) -> Jacobian:
         return Jacobian(torch.func.vmap(self.residual, in_dims=(0, list(dims[self.unknowns :]))), self.unknowns)

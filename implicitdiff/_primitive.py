@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from implicitdiff import _closure
-from implicitdiff._functorch import nested_forward_mode
-from implicitdiff._operator import Dims
+from implicitdiff import _functorch as functorch
+from implicitdiff._operator import Dims, PlainPullback, Pullback, Residual
 from implicitdiff.pytree import Leaves
 
 
@@ -54,24 +54,24 @@ class Problem(ABC):
 
     def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
         """``(d residual / d theta)^H u`` for the operands whose positions are `wanted`."""
-        pull = self._vjp(x, theta, wanted)[1]
-        return dict(zip(wanted, pull(tuple(u)), strict=True))
+        how = PlainPullback if functorch.is_quiet([*x, *theta], u) else Pullback
+        pull = how(self._of(x, theta, wanted), [theta[i] for i in wanted], []).pull()
+        return dict(zip(wanted, pull(u), strict=True))
 
     def pushforward(self, x: Leaves, theta: Leaves, tangents: dict[int, torch.Tensor]) -> Leaves:
         """``(d residual / d theta) theta'`` for the tangents given by position."""
-        r, pull = self._vjp(x, theta, list(tangents))
-        # As in `Jacobian.matvec`: the transpose of the pullback, so that no forward mode is nested.
-        push: Any = torch.func.vjp(pull, tuple(map(torch.zeros_like, r)))[1]
-        return list(push(tuple(tangents.values()))[0])
+        given = list(tangents.values())
+        how = PlainPullback if functorch.is_quiet([*x, *theta], given) else Pullback
+        return how(self._of(x, theta, list(tangents)), [theta[i] for i in tangents], []).push(x)(given)
 
-    def _vjp(self, x: Leaves, theta: Leaves, positions: Sequence[int]) -> Any:
-        def residual(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _of(self, x: Leaves, theta: Leaves, positions: Sequence[int]) -> Residual:
+        def residual(values: Leaves, _: Leaves) -> Leaves:
             replaced = list(theta)
             for i, value in zip(positions, values, strict=True):
                 replaced[i] = value
-            return tuple(self.residual(x, replaced))
+            return self.residual(x, replaced)
 
-        return torch.func.vjp(residual, *(theta[i] for i in positions))
+        return residual
 
 
 def solve_problem(problem: Problem, theta: Leaves) -> Leaves:
@@ -108,7 +108,7 @@ class _Solution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        x, theta = _split(ctx.saved_tensors, ctx.unknowns)
+        x, theta = _split([functorch.alive(t) for t in ctx.saved_tensors], ctx.unknowns)
         grads: list[torch.Tensor | None] = [None] * (2 + ctx.known + len(theta))
         first = 2 + ctx.known
         wanted = [i for i in range(len(theta)) if ctx.needs_input_grad[first + i]]
@@ -120,7 +120,7 @@ class _Solution(torch.autograd.Function):
         return tuple(grads)
 
     @staticmethod
-    @nested_forward_mode
+    @functorch.nested_forward_mode
     def jvp(ctx: Any, saved: Leaves, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, theta = _split(saved, ctx.unknowns)
         given = {i: t for i, t in enumerate(tangents[2 + ctx.known :]) if t is not None}

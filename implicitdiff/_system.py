@@ -161,12 +161,11 @@ def _materialise(make: Callable[[], Product], rows_first: bool, vectors: Vectors
     def image(row: Tensor) -> Tensor:
         return vectors.ravel(product(vectors.unravel(row)))
 
-    # A few products are cheaper one by one than under vmap; many are done together, within bounds on what is held at
-    # once.
-    if n <= 4:
-        images = torch.stack([image(row) for row in basis])
-    else:
-        images = torch.func.vmap(image, chunk_size=max(1, _HELD_AT_ONCE // (lanes * n)))(basis)
+    # What is held at once is bounded.
+    at_once = max(1, _HELD_AT_ONCE // (lanes * n))
+    images = (
+        torch.func.vmap(image, chunk_size=at_once if at_once < n else None)(basis) if n > 1 else image(basis[0])[None]
+    )
     return images.permute(1, 0, 2) if rows_first else images.permute(1, 2, 0)
 
 

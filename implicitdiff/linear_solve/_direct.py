@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,42 +33,48 @@ def materialised(system: System, factorise: Factorise, broken: str) -> Outcome:
     a = system.materialise()
     lanes, n, _ = a.shape
     b = system.b.reshape(lanes, -1, n).mT
-    finite = torch.isfinite(a).all(dim=(-2, -1), keepdim=True)
-    a = torch.where(finite, a, torch.eye(n, dtype=a.dtype, device=a.device))
     x, singular = factorise(a, b)
-    bad = (singular | ~finite[:, 0, 0])[:, None] | ~torch.isfinite(x).all(dim=-2)
-    x = torch.where(finite, x, torch.nan)
-    residual = torch.linalg.vector_norm(b - a @ x, dim=-2)
-    target = torch.finfo(a.dtype).eps * torch.linalg.vector_norm(b, dim=-2)
-    return Outcome(x.mT.reshape(-1, n), bad.reshape(-1), broken, residual.reshape(-1), target.reshape(-1), 0)
+    failed = (singular[:, None] | ~torch.isfinite(x).all(dim=-2)).reshape(-1)
+    rows = x.mT.reshape(-1, n)
+    residual = target = torch.zeros_like(failed, dtype=x.dtype)
+    if bool(failed.any()):
+        residual = torch.linalg.vector_norm(b - a @ x, dim=-2).reshape(-1)
+        target = torch.finfo(a.dtype).eps * torch.linalg.vector_norm(system.b, dim=-1)
+    return Outcome(rows, failed, broken, residual, target, 0)
 
 
-def equilibrated(solve: Factorise, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve after scaling rows and columns to largest entry 1, and call a lane broken if it is singular to working
-    precision.
+def factorised(solve: Factorise) -> Factorise:
+    """A `Factorise` for any non-singular matrix that calls a lane broken if it is singular to working precision.
 
-    The condition of the scaled matrix is estimated from one more right-hand side: a vector with a share in every
-    direction grows by about the norm of the inverse. A small pivot alone would not tell, and the given right-hand
-    side may have no share in the bad direction.
+    Rows and columns are scaled to largest entry 1 where the matrix as it is does not pass: what is badly scaled is not
+    singular.
+    """
+
+    def probed_solve(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        x, broken = _probed(solve, a, b)
+        if not bool(broken.any()):
+            return x, broken
+        row = _inverse_or_one(a.abs().amax(dim=-1, keepdim=True))
+        col = _inverse_or_one((row * a).abs().amax(dim=-2, keepdim=True))
+        x, broken = _probed(solve, row * a * col, row * b)
+        return col.mT * x, broken
+
+    return probed_solve
+
+
+def _probed(solve: Factorise, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve, and estimate the condition number.
+
+    A vector with a share in every direction, as one more right-hand side, grows by about the norm of the inverse. A
+    small pivot alone would not tell, and the given right-hand side may have no share in the bad direction.
     """
     n = a.shape[-1]
-    row = _inverse_or_one(a.abs().amax(dim=-1, keepdim=True))
-    col = _inverse_or_one((row * a).abs().amax(dim=-2, keepdim=True))
-    scaled = row * a * col
-    probe = (
-        torch.cos(7.0 * torch.arange(1, n + 1, dtype=a.dtype, device=a.device) ** 2)
-        .reshape(1, n, 1)
-        .expand(a.shape[0], n, 1)
-    )
-    x, broken = solve(scaled, torch.cat([row * b, probe], dim=-1))
-    growth = torch.linalg.vector_norm(x[..., -1], dim=-1) / torch.linalg.vector_norm(probe[..., 0], dim=-1)
-    size = torch.linalg.matrix_norm(scaled)
-    return col.mT * x[..., :-1], broken | ~(growth * size * 10 * torch.finfo(a.dtype).eps < 1)
+    probe = torch.cos(7.0 * torch.arange(1, n + 1, dtype=a.dtype, device=a.device) ** 2)
+    x, broken = solve(a, torch.cat([b, probe.reshape(1, n, 1).expand(a.shape[0], n, 1)], dim=-1))
+    growth = torch.linalg.vector_norm(x[..., -1], dim=-1) / torch.linalg.vector_norm(probe)
+    condition = growth * torch.linalg.matrix_norm(a)
+    return x[..., :-1], broken | ~(condition * 10 * torch.finfo(a.dtype).eps < 1)
 
 
 def _inverse_or_one(size: Tensor) -> Tensor:
     return torch.where(size > 0, 1.0 / size, 1.0)
-
-
-def factorised(solve: Factorise) -> Factorise:
-    return partial(equilibrated, solve)

@@ -45,7 +45,9 @@ def solve_lstsq(*, rtol: float | None = None, on_failure: OnFailure = "raise") -
 
 def least_squares(a: Tensor, b: Tensor, *, rtol: float | None) -> tuple[Tensor, Tensor]:
     """A `Factorise` for any matrix: the product with its pseudoinverse."""
-    u, s, vh = torch.linalg.svd(a)
+    # The decomposition raises on what is not finite; the lanes that are go on.
+    finite = torch.isfinite(a).all(dim=(-2, -1))
+    u, s, vh = torch.linalg.svd(torch.where(finite[:, None, None], a, 0.0))
     cut = (a.shape[-1] * torch.finfo(a.dtype).eps if rtol is None else rtol) * s[:, :1]
     inverse = torch.where(s > cut, 1.0 / s, 0.0)[..., None]
-    return vh.mT @ (inverse * (u.mT @ b)), torch.zeros(a.shape[0], dtype=torch.bool, device=a.device)
+    return vh.mT @ (inverse * (u.mT @ b)), ~finite
