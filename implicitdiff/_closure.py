@@ -201,7 +201,12 @@ class _DropGradientLayers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         functorch.allow_requires_grad()
         dropped = tuple(functorch.swap(a, self._drop) for a in args)
-        return func(*dropped, **{k: functorch.swap(v, self._drop) for k, v in (kwargs or {}).items()})
+        options = {k: functorch.swap(v, self._drop) for k, v in (kwargs or {}).items()}
+        if func is torch.Tensor.backward and functorch.is_plain(dropped[0]):
+            # It refuses to run while there are levels, inert ones too.
+            with functorch.no_levels():
+                return func(*dropped, **options)
+        return func(*dropped, **options)
 
     def _drop(self, tensor: torch.Tensor) -> torch.Tensor:
         for substitute in self.around:

@@ -150,6 +150,11 @@ def inert_gradient_levels() -> Iterator[int]:
                 functorch._vmap_decrement_nesting()
 
 
+def no_levels() -> AbstractContextManager[object]:
+    """Run the body as if no transform were running."""
+    return temporarily_clear_interpreter_stack()
+
+
 def requires_grad_allowed() -> AbstractContextManager[None]:
     """Let `requires_grad_` work on plain tensors where only vmaps run, until a backward pass has run there."""
     return enable_inplace_requires_grad(True)

@@ -40,7 +40,7 @@ def anderson(z, x, history=5):
         gram = gram + 1e-14 * gram.diagonal().sum() * torch.eye(len(gram), dtype=z.dtype) + 1e-40 * torch.eye(len(gram))
         alpha = torch.linalg.inv(gram).sum(dim=1)
         z = (alpha / alpha.sum()) @ torch.stack(fs)
-        zs, fs = (zs + [z])[-history:], (fs + [step(z, x)])[-history:]
+        zs, fs = [*zs, z][-history:], [*fs, step(z, x)][-history:]
     return z
 
 
