@@ -186,6 +186,10 @@ class _Substitute(TorchFunctionMode):
         return replaced
 
 
+# Also inert ones.
+_REFUSES_LEVELS = (torch.Tensor.backward,)
+
+
 class _DropGradientLayers(TorchFunctionMode):
     """Takes the gradient layers of outer transforms off every tensor that reaches a torch function.
 
@@ -202,8 +206,7 @@ class _DropGradientLayers(TorchFunctionMode):
         functorch.allow_requires_grad()
         dropped = tuple(functorch.swap(a, self._drop) for a in args)
         options = {k: functorch.swap(v, self._drop) for k, v in (kwargs or {}).items()}
-        if func is torch.Tensor.backward and functorch.is_plain(dropped[0]):
-            # It refuses to run while there are levels, inert ones too.
+        if func in _REFUSES_LEVELS and functorch.is_plain(dropped[0]):
             with functorch.no_levels():
                 return func(*dropped, **options)
         return func(*dropped, **options)

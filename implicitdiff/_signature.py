@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import Parameter
 from typing import Any
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+_ANYTHING = inspect.Signature([Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs", Parameter.VAR_KEYWORD)])
+
+Route = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Call:
     init: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    to_condition: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+    to_condition: Route
 
 
 def name_of(fn: Any) -> str:
@@ -45,10 +49,13 @@ class Matcher:
         self.names = (
             f"solver {name_of(solver)}{_show(solver)} and optimality function {name_of(condition)}{_show(condition)}"
         )
-        self.solver = _signature(solver) or inspect.Signature(
-            [Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs", Parameter.VAR_KEYWORD)]
-        )
-        self.condition = _signature(condition)
+        self.solver = _signature(solver) or _ANYTHING
+        parameters = list((_signature(condition) or _ANYTHING).parameters.values())
+        slots = [p for p in parameters if p.kind in _POSITIONAL][1:]
+        self.slots = len(slots)
+        self.named = {p.name: p for p in (*slots, *(p for p in parameters if p.kind is Parameter.KEYWORD_ONLY))}
+        self.takes_more = any(p.kind is Parameter.VAR_POSITIONAL for p in parameters)
+        self.takes_keywords = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         try:
@@ -58,63 +65,49 @@ class Matcher:
         given = set(bound.arguments)
         bound.apply_defaults()
         if not bound.args:
-            raise TypeError(
-                f"the initial guess is missing, or is no positional argument, in a call of the {self.names}"
-            )
-        names = self._positional_names(len(bound.args))
-        route = self._route(names[1:], list(bound.kwargs), given)
-        return Call(bound.args[0], bound.args[1:], bound.kwargs, route)
+            raise TypeError(f"the initial guess must be a positional argument, in a call of the {self.names}")
+        named = [p.name for p in self.solver.parameters.values() if p.kind in _POSITIONAL]
+        names = [named[i] if i < len(named) else None for i in range(1, len(bound.args))]
+        options = {name for name in (*names, *bound.kwargs) if name in self.solver.parameters and name not in given}
+        return Call(bound.args[0], bound.args[1:], bound.kwargs, self._route(names, list(bound.kwargs), options))
 
-    def _positional_names(self, count: int) -> list[str | None]:
-        named: list[str | None] = [p.name for p in self.solver.parameters.values() if p.kind in _POSITIONAL]
-        return named[:count] + [None] * (count - len(named))
+    def _route(self, names: list[str | None], keywords: list[str], options: set[str | None]) -> Route:
+        """Feed every parameter of the condition from a position, or a keyword, of the solver's call.
 
-    def _route(self, names: list[str | None], keywords: list[str], given: set[str]) -> Any:
-        if self.condition is None:
-            return lambda args, kwargs: (args, kwargs)
-        parameters = list(self.condition.parameters.values())
-        slots = [p.name for p in parameters if p.kind in _POSITIONAL][1:]
-        by_keyword = {
-            p.name for p in parameters if p.kind not in (*_POSITIONAL, Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-        }
-        takes_rest = any(p.kind is Parameter.VAR_POSITIONAL for p in parameters)
-        takes_keywords = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
-
-        # Each of the condition's parameters is fed from a position or a keyword of the solver's call.
+        `names` are the solver's for the positions, None for those of ``*args``; `options` may go nowhere.
+        """
+        keys: dict[str, int | str] = {name: i for i, name in enumerate(names) if name is not None}
+        keys |= {name: name for name in keywords}
         source: dict[str, int | str] = {}
-        rest: list[int] = []
-        for i, name in enumerate(names):
-            if name is not None and (name in slots or name in by_keyword):
+        for i, (name, parameter) in enumerate(self.named.items()):
+            if name in keys:
+                source[name] = keys[name]
+            elif i < min(self.slots, len(names)) and names[i] not in self.named:
                 source[name] = i
-        for i, name in enumerate(names):
-            if name in source:
+            elif parameter.default is Parameter.empty:
+                raise TypeError(
+                    f"nothing is given for {name!r} of the optimality function, in a call of the {self.names}"
+                )
+        more: list[int] = []
+        for key in (*range(len(names)), *keywords):
+            called = names[key] if isinstance(key, int) else key
+            if key in source.values() or called in options:
                 continue
-            if i < len(slots) and slots[i] not in source and slots[i] not in names and slots[i] not in keywords:
-                source[slots[i]] = i
-            elif takes_rest and i >= len(slots):
-                rest.append(i)
-            elif takes_keywords and name is not None:
-                source.update({name: i} if name in given else {})
-            elif name is None or name in given:
-                self._refuse(f"argument {name or i + 1!r}")
-        for name in keywords:
-            if name in slots or name in by_keyword or takes_keywords:
-                source[name] = name
-            elif name in given or name not in self.solver.parameters:
-                self._refuse(f"keyword argument {name!r}")
-        required = [
-            p.name for p in parameters[1:] if p.default is Parameter.empty and (p.name in slots or p.name in by_keyword)
-        ]
-        if missing := [name for name in required if name not in source]:
-            raise TypeError(f"nothing is given for {missing} of the optimality function, in a call of the {self.names}")
-        positional: list[int | str] = []
-        for slot in slots:
-            if slot not in source:
-                break
-            positional.append(source.pop(slot))
-        if rest and len(positional) < len(slots):
-            self._refuse(f"argument {rest[0] + 1}")
-        positional += rest
+            if isinstance(key, int) and self.takes_more and key >= self.slots:
+                more.append(key)
+            elif called is not None and self.takes_keywords:
+                source[called] = key
+            else:
+                self._refuse(f"argument {called or key!r}")
+        return self._router(source, more)
+
+    def _router(self, source: dict[str, int | str], more: list[int]) -> Route:
+        slots = list(self.named)[: self.slots]
+        # A parameter that is left at its default ends the positional ones.
+        filled = list(itertools.takewhile(source.__contains__, slots))
+        if more and len(filled) < len(slots):
+            self._refuse(f"argument {more[0] + 1}")
+        positional = [*(source.pop(name) for name in filled), *more]
 
         def route(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             def pick(key: int | str) -> Any:
@@ -140,4 +133,9 @@ def _signature(fn: Callable[..., Any]) -> inspect.Signature | None:
 
 
 def _show(fn: Callable[..., Any]) -> str:
-    return str(_signature(fn) or "(...)")
+    signature = _signature(fn)
+    if signature is None:
+        return "(...)"
+    # Names alone: a default may be a large tensor.
+    bare = [p.replace(annotation=Parameter.empty, default=Parameter.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(bare, __validate_parameters__=False))

@@ -64,7 +64,7 @@ def test_jacobian_of_the_fixed_point_is_the_unrolled_one(solver):
 
 
 def test_differentiating_by_the_equation_calls_no_solver():
-    """What is differentiated is one evaluation of the step, so the work does not depend on how many steps were taken."""
+    """What is differentiated is the step itself, so the work does not depend on how many were taken."""
     calls = 0
 
     def counted(z, x):

@@ -1,0 +1,75 @@
+"""A module imports only from layers below its own, or from earlier files of its own folder."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "implicitdiff"
+
+# From the bottom up; the files of linear_solve in the order in which one may use another.
+ORDER = [
+    "errors",
+    "_C",
+    "pytree",
+    "_functorch",
+    "_closure",
+    "_signature",
+    "_operator",
+    "_primitive",
+    "_system",
+    "_linear",
+    "linear_solve._outcome",
+    "linear_solve._krylov",
+    "linear_solve._direct",
+    "linear_solve.lu",
+    "linear_solve.cholesky",
+    "linear_solve.lstsq",
+    "linear_solve.inv",
+    "linear_solve.cg",
+    "linear_solve.normal_cg",
+    "linear_solve.bicgstab",
+    "linear_solve.gmres",
+    "linear_solve.auto",
+    "linear_solve.jacobi",
+    "linear_solve",
+    "_root",
+    "implicit",
+    "",
+]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+FILES = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "implicitdiff":
+            inner = node.module.removeprefix("implicitdiff").removeprefix(".")
+            names = {f"{inner}.{alias.name}".removeprefix(".") for alias in node.names}
+            submodules = names & FILES.keys()
+            found |= submodules or {inner}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("implicitdiff.") for a in node.names if a.name.startswith("implicitdiff")}
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_imports_point_down(module):
+    assert module in ORDER, f"give {module} its place in ORDER"
+    for imported in imports(FILES[module]):
+        assert ORDER.index(imported) < ORDER.index(module), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_private_functorch_names_live_in_one_file(module):
+    if module != "_functorch":
+        source = FILES[module].read_text()
+        assert "torch._C" not in source and "torch._functorch" not in source
