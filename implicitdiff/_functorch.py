@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch._C import _functorch as functorch
+from torch._compile import _disable_dynamo
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.pyfunctorch import (
     VmapInterpreter,
@@ -25,6 +26,8 @@ from torch.autograd import forward_ad
 from implicitdiff import pytree
 
 _PLAIN = -1
+
+Fn = TypeVar("Fn", bound=Callable[..., Any])
 
 
 def depth() -> int:
@@ -163,6 +166,15 @@ def requires_grad_allowed() -> AbstractContextManager[None]:
 def allow_requires_grad() -> None:
     """The same again, inside of it, whatever has run."""
     functorch.set_inplace_requires_grad_allowed(True)
+
+
+def outside_compile(fn: Fn) -> Fn:
+    """Run a function eagerly, with all that it calls, whatever torch.compile does around it.
+
+    Dynamo drops custom derivative rules of an autograd.Function (pytorch #192985, #193279), silently. Unlike
+    `torch.compiler.disable`, this does not import the compiler before it is needed.
+    """
+    return cast(Fn, _disable_dynamo(fn))
 
 
 Rule = Callable[..., tuple[torch.Tensor | None, ...]]

@@ -37,14 +37,8 @@ class LinearSolver:
     preconditioner: Callable[[Any], Any] | None = None
     init: Any = None
 
-    def __post_init__(self) -> None:
-        # torch.compile drops the rules of custom Functions, silently: what holds one stays outside of compiled code.
-        object.__setattr__(self, "_eager", torch.compiler.disable(self._solve))
-
+    @_functorch.outside_compile
     def __call__(self, matvec: Callable[[Any], Any], b: Any) -> Any:
-        return self._eager(matvec, b)  # type: ignore[attr-defined]
-
-    def _solve(self, matvec: Callable[[Any], Any], b: Any) -> Any:
         leaves, structure = pytree.flatten(b)
         check_leaves(f"{self.name}: the right-hand side b", leaves)
         if isinstance(matvec, BoundMatvec):

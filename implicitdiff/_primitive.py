@@ -93,12 +93,14 @@ class _Solution(torch.autograd.Function):
     theta."""
 
     @staticmethod
+    @functorch.outside_compile
     def forward(problem: Problem, known: int, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if known:
             return tuple(t.clone() for t in operands[:known])
         return tuple(problem.primal(list(operands)))
 
     @staticmethod
+    @functorch.outside_compile
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         ctx.problem, ctx.known, *operands = inputs
         ctx.unknowns = len(output)
@@ -107,6 +109,7 @@ class _Solution(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @functorch.outside_compile
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, theta = _split([functorch.alive(t) for t in ctx.saved_tensors], ctx.unknowns)
         grads: list[torch.Tensor | None] = [None] * (2 + ctx.known + len(theta))
@@ -120,6 +123,7 @@ class _Solution(torch.autograd.Function):
         return tuple(grads)
 
     @staticmethod
+    @functorch.outside_compile
     @functorch.nested_forward_mode
     def jvp(ctx: Any, saved: Leaves, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, theta = _split(saved, ctx.unknowns)
@@ -133,6 +137,7 @@ class _Solution(torch.autograd.Function):
         return tuple(solution)
 
     @staticmethod
+    @functorch.outside_compile
     def vmap(info: Any, in_dims: Dims, problem: Problem, known: int, *operands: torch.Tensor) -> Any:
         x, theta = _split(operands, known)
         x_dims, theta_dims = in_dims[2 : 2 + known], in_dims[2 + known :]

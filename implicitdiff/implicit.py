@@ -168,8 +168,7 @@ def _decorator(
             result = posed.problem.structure.unflatten(attach(posed.problem, posed.x, posed.theta))
             return (result, aux) if has_aux else result
 
-        # torch.compile drops the rules of custom Functions, silently: the call stays outside of compiled code.
-        return functools.wraps(solver)(torch.compiler.disable(call))
+        return functools.wraps(solver)(_functorch.outside_compile(call))
 
     return decorate
 
