@@ -31,12 +31,13 @@ class Closure:
     def __init__(self, fn: Callable[..., Any], captured: Leaves) -> None:
         self.fn = fn
         self.captured = captured
+        self.levels = max(map(functorch.level, captured), default=0)
 
     def __call__(self, values: Sequence[torch.Tensor], *args: Any) -> Any:
         """``fn(*args)`` with ``values`` in the place of the captured tensors."""
         if not self.captured:
             return self.fn(*args)
-        with _Substitute(self.captured, values) as substitute:
+        with functorch.levels_up_to(self.levels), _Substitute(self.captured, values) as substitute:
             return pytree.map_tensors(substitute.resolve, self.fn(*args))
 
 
@@ -121,7 +122,6 @@ class _Watch(TorchFunctionMode):
     def __init__(self, given: Leaves) -> None:
         super().__init__()
         self.depth = functorch.depth()
-        self.around = _substitutes()
         # Ids are enough: a tensor captured from outside lives as long as the function runs, so no tensor made inside
         # shares its id.
         self.inside = {id(t) for t in given}
@@ -144,16 +144,13 @@ class _Watch(TorchFunctionMode):
 
     def _see(self, tensor: torch.Tensor) -> None:
         # Transforms that the function itself starts wrap what they are given without a torch function that could be
-        # seen. A tensor captured by a function round this one may have a high level too: its transform is not running.
-        while not self._is_known(tensor) and functorch.level(tensor) > self.depth:
+        # seen.
+        while id(tensor) not in self.inside and functorch.level(tensor) > self.depth:
             tensor = functorch.unwrap(tensor)
         if id(tensor) not in self.inside and id(tensor) not in self.outside:
             self.outside[id(tensor)] = tensor
             if functorch.is_plain(tensor):
                 self.versions.append((tensor, tensor._version))
-
-    def _is_known(self, tensor: torch.Tensor) -> bool:
-        return id(tensor) in self.inside or any(id(tensor) in outer.values for outer in self.around)
 
     def changed(self) -> Leaves:
         return [t for t, version in self.versions if t._version != version]

@@ -153,6 +153,22 @@ def inert_gradient_levels() -> Iterator[int]:
                 functorch._vmap_decrement_nesting()
 
 
+@contextmanager
+def levels_up_to(count: int) -> Iterator[None]:
+    """Run the body with at least so many levels, those that are missing being inert.
+
+    functorch refuses to wrap a tensor of a level that is not running at the same or a lower level.
+    """
+    missing = max(0, count - depth())
+    for _ in range(missing):
+        functorch._vmap_increment_nesting(1, "same")
+    try:
+        yield
+    finally:
+        for _ in range(missing):
+            functorch._vmap_decrement_nesting()
+
+
 def no_levels() -> AbstractContextManager[object]:
     """Run the body as if no transform were running."""
     return temporarily_clear_interpreter_stack()
