@@ -107,6 +107,11 @@ def is_traced() -> bool:
     return any(isinstance(mode, (_Watch, _Substitute)) for mode in _modes())
 
 
+def is_inside() -> bool:
+    """Whether any function that is handled here is running."""
+    return any(isinstance(mode, (_Watch, _Substitute, _DropGradientLayers)) for mode in _modes())
+
+
 def _substitutes() -> list[_Substitute]:
     """Those that run, innermost first."""
     return [mode for mode in reversed(_modes()) if isinstance(mode, _Substitute)]
@@ -130,7 +135,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.see(pytree.tensors((args, kwargs)))
+        for value in (*args, *kwargs.values()):
+            functorch.swap(value, self._see)
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor):
             self.inside.add(id(result))
@@ -142,7 +148,8 @@ class _Watch(TorchFunctionMode):
         for tensor in tensors:
             self._see(tensor)
 
-    def _see(self, tensor: torch.Tensor) -> None:
+    def _see(self, seen: torch.Tensor) -> torch.Tensor:
+        tensor = seen
         # Transforms that the function itself starts wrap what they are given without a torch function that could be
         # seen.
         while id(tensor) not in self.inside and functorch.level(tensor) > self.depth:
@@ -151,6 +158,7 @@ class _Watch(TorchFunctionMode):
             self.outside[id(tensor)] = tensor
             if functorch.is_plain(tensor):
                 self.versions.append((tensor, tensor._version))
+        return seen
 
     def changed(self) -> Leaves:
         return [t for t, version in self.versions if t._version != version]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch._C import _functorch as functorch
@@ -96,6 +96,32 @@ def is_quiet(tensors: Sequence[torch.Tensor], batched: Sequence[torch.Tensor] = 
     )
 
 
+class Layer(NamedTuple):
+    """The outermost batch layer among some tensors: its level, its size, and what is below it."""
+
+    level: int
+    size: int
+    dims: tuple[int | None, ...]
+    below: list[torch.Tensor]
+
+
+def outermost_layer(tensors: Sequence[torch.Tensor]) -> Layer | None:
+    """Take the outermost batch layer off; None if the tensors are plain."""
+    top = max(map(level, tensors), default=_PLAIN)
+    if top < 0:
+        return None
+    has = [level(t) == top for t in tensors]
+    dims = tuple(functorch.maybe_get_bdim(t) if h else None for t, h in zip(tensors, has, strict=True))
+    below = [unwrap(t) if h else t for t, h in zip(tensors, has, strict=True)]
+    size = next(t.shape[d] for t, d in zip(below, dims, strict=True) if d is not None)
+    return Layer(top, size, dims, below)
+
+
+def add_layer(tensor: torch.Tensor, dim: int, of: Layer) -> torch.Tensor:
+    """The inverse, for a tensor whose batch dimension lies at `dim`."""
+    return functorch._add_batch_dim(tensor, dim, of.level)
+
+
 def alive(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor without the layers that finished transforms left."""
     while level(tensor) < 0 and not is_plain(tensor):
@@ -172,6 +198,13 @@ def levels_up_to(count: int) -> Iterator[None]:
 def no_levels() -> AbstractContextManager[object]:
     """Run the body as if no transform were running."""
     return temporarily_clear_interpreter_stack()
+
+
+@contextmanager
+def nothing_running() -> Iterator[None]:
+    """The same with gradients off in both modes, as it is inside of an autograd.Function."""
+    with temporarily_clear_interpreter_stack(), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        yield
 
 
 def requires_grad_allowed() -> AbstractContextManager[None]:

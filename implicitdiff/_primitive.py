@@ -76,7 +76,26 @@ class Problem(ABC):
 
 def solve_problem(problem: Problem, theta: Leaves) -> Leaves:
     """The problem's solution as a differentiable function of `theta`."""
+    theta = [functorch.alive(t) for t in theta]
+    if functorch.is_quiet([], theta) and not _closure.is_inside():
+        return _solve_quietly(problem, theta)
     return _apply(problem, 0, theta)
+
+
+def _solve_quietly(problem: Problem, theta: Leaves) -> Leaves:
+    """The same where there is nothing to differentiate: the vmaps are taken off without an autograd.Function."""
+    layer = functorch.outermost_layer(theta)
+    if layer is None:
+        with functorch.nothing_running():
+            return problem.primal(theta)
+    batched, theta, at = _batch(problem, layer.below, layer.dims, layer.size)
+    return [functorch.add_layer(t, at, layer) for t in _solve_quietly(batched, theta)]
+
+
+def _batch(problem: Problem, theta: Leaves, dims: Dims, size: int) -> tuple[Problem, Leaves, int]:
+    """The problem under one more vmap, its operands as it wants them, and where its solution is batched."""
+    batched, wanted, at = problem.batched(dims, size)
+    return batched, [_lay(t, d, w, size, at) for t, d, w in zip(theta, dims, wanted, strict=True)], at
 
 
 def attach(problem: Problem, x: Leaves, theta: Leaves) -> Leaves:
@@ -141,8 +160,7 @@ class _Solution(torch.autograd.Function):
     def vmap(info: Any, in_dims: Dims, problem: Problem, known: int, *operands: torch.Tensor) -> Any:
         x, theta = _split(operands, known)
         x_dims, theta_dims = in_dims[2 : 2 + known], in_dims[2 + known :]
-        batched, wanted, at = problem.batched(theta_dims, info.batch_size)
-        theta = [_lay(t, d, w, info.batch_size, at) for t, d, w in zip(theta, theta_dims, wanted, strict=True)]
+        batched, theta, at = _batch(problem, theta, theta_dims, info.batch_size)
         x = [_lay(t, d, -1, info.batch_size, at) for t, d in zip(x, x_dims, strict=True)]
         out = tuple(_apply(batched, known, [*x, *theta]))
         return out, (at,) * len(out)

@@ -27,6 +27,8 @@ class Structure:
     slots: tuple[int, ...]
 
     def unflatten(self, tensors: Sequence[torch.Tensor]) -> Any:
+        if self.spec.is_leaf() and self.slots:
+            return tensors[0]
         leaves = list(self.statics)
         for slot, tensor in zip(self.slots, tensors, strict=True):
             leaves[slot] = tensor
@@ -37,7 +39,7 @@ class Structure:
 
         Dictionaries are matched by key, whatever their order.
         """
-        leaves = self.spec.flatten_up_to(tree)
+        leaves = [tree] if self.spec.is_leaf() else self.spec.flatten_up_to(tree)
         tensors = [leaves[slot] for slot in self.slots]
         if not all(isinstance(leaf, torch.Tensor) for leaf in tensors):
             raise ValueError("a tensor was expected where there is none")
