@@ -9,36 +9,46 @@ substituted by operands.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from implicitdiff import _functorch as functorch
 from implicitdiff import pytree
-from implicitdiff.pytree import Leaves
+from implicitdiff._modes import Substitute, Watch, version
 
 
 class Closure:
-    """A function together with the tensors that it captures.
+    """A function together with the tensors that it captures, to be evaluated later as it would have been at the call.
 
     Attributes:
         captured: the captured tensors that a derivative or a batch dimension can hang on; plain constants stay where
             they are.
     """
 
-    def __init__(self, fn: Callable[..., Any], captured: Leaves) -> None:
+    def __init__(self, name: str, fn: Callable[..., Any], outside: Sequence[tuple[torch.Tensor, int]]) -> None:
+        self.name = name
         self.fn = fn
-        self.captured = captured
-        self.levels = max(map(functorch.level, captured), default=0)
+        self.captured = [t for t, _ in outside if functorch.may_be_differentiated(t)]
+        # Captured tensors become operands, which autograd watches.
+        self.constants = [(t, v) for t, v in outside if not functorch.may_be_differentiated(t)]
+        # At least one, since functions of torch's C++ frontend are seen by modes only where some transform is running.
+        self.levels = max(1, max(map(functorch.level, self.captured), default=0))
+        self.autocast = _autocast_state()
 
     def __call__(self, values: Sequence[torch.Tensor], *args: Any) -> Any:
         """``fn(*args)`` with ``values`` in the place of the captured tensors."""
-        if not self.captured:
-            return self.fn(*args)
-        with functorch.levels_up_to(self.levels), _Substitute(self.captured, values) as substitute:
-            return pytree.map_tensors(substitute.resolve, self.fn(*args))
+        if changed := [t for t, before in self.constants if version(t) != before]:
+            raise RuntimeError(
+                f"{self.name} captures a tensor of shape {list(changed[0].shape)} that has been changed in place since "
+                "the call, so its derivative can no longer be taken; give the call a clone, or update out of place"
+            )
+        with _autocast(self.autocast):
+            if not self.captured:
+                return self.fn(*args)
+            with functorch.levels_up_to(self.levels), Substitute(self.captured, values) as substitute:
+                return pytree.map_tensors(substitute.resolve, self.fn(*args))
 
 
 def close_over(name: str, fn: Callable[..., Any], *args: Any) -> tuple[Any, Closure]:
@@ -57,7 +67,7 @@ def close_over(name: str, fn: Callable[..., Any], *args: Any) -> tuple[Any, Clos
         ValueError: the function drew random numbers or changed a tensor in place that it was given or had captured.
     """
     aliases = pytree.map_tensors(torch.Tensor.detach, args)
-    watch = _Watch(pytree.tensors(aliases))
+    watch = Watch(pytree.tensors(aliases))
     random_state = torch.get_rng_state()
     with torch.no_grad(), watch:
         result = fn(*aliases)
@@ -72,155 +82,27 @@ def close_over(name: str, fn: Callable[..., Any], *args: Any) -> tuple[Any, Clos
             f"{name} changes a tensor of shape {list(changed[0].shape)} in place that it did not make, but it is "
             "evaluated more than once and must be free of side effects (batch normalisation: use eval mode)"
         )
-    captured = [t for t in watch.outside.values() if functorch.may_be_differentiated(t)]
-    return pytree.map_tensors(torch.Tensor.detach, result), Closure(fn, captured)
+    return pytree.map_tensors(torch.Tensor.detach, result), Closure(name, fn, list(watch.outside.values()))
+
+
+Autocast = tuple[tuple[str, bool, torch.dtype], ...]
+
+
+def _autocast_state() -> Autocast:
+    return tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
 
 
 @contextmanager
-def below_gradients() -> Iterator[None]:
-    """Run the body as if there were no grad, vjp and jvp level, and with gradients off; vmaps stay.
-
-    Inside, tensors taken through `functorch.plain_under_vmap` are plain tensors, or batched by the running vmaps alone:
-    in-place updates, NumPy, host control flow and `torch.autograd` work on the former as they do outside of any
-    transform.
-    """
-    with functorch.inert_gradient_levels() as levels, torch.no_grad():
-        if levels or is_traced():
-            with _DropGradientLayers(levels):
-                yield
-        else:
-            yield
+def _autocast(state: Autocast) -> Iterator[None]:
+    with ExitStack() as stack:
+        for (device, enabled, dtype), now in zip(state, _autocast_state(), strict=True):
+            if (device, enabled, dtype) != now:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+        yield
 
 
-def alias(tensors: Sequence[torch.Tensor]) -> Leaves:
-    """The tensors as operands of an autograd.Function: views, for two reasons.
-
-    `apply` is no torch function, so a mode does not see its operands; the view is one, and a function that is watched
-    or run with substitutes gets the right operands. And captured tensors are told by identity: what a Function saves
-    and evaluates the function with must not be the very object that the function captures.
-    """
-    return [t.view_as(t) for t in tensors]
-
-
-def is_traced() -> bool:
-    """Whether a watched or substituted function is running."""
-    return any(isinstance(mode, (_Watch, _Substitute)) for mode in _modes())
-
-
-def is_inside() -> bool:
-    """Whether any function that is handled here is running."""
-    return any(isinstance(mode, (_Watch, _Substitute, _DropGradientLayers)) for mode in _modes())
-
-
-def _substitutes() -> list[_Substitute]:
-    """Those that run, innermost first."""
-    return [mode for mode in reversed(_modes()) if isinstance(mode, _Substitute)]
-
-
-def _modes() -> list[TorchFunctionMode]:
-    return list(torch.overrides._get_current_function_mode_stack())
-
-
-class _Watch(TorchFunctionMode):
-    """Notes the tensors that torch functions receive and that none of them returned."""
-
-    def __init__(self, given: Leaves) -> None:
-        super().__init__()
-        self.depth = functorch.depth()
-        # Ids are enough: a tensor captured from outside lives as long as the function runs, so no tensor made inside
-        # shares its id.
-        self.inside = {id(t) for t in given}
-        self.outside: dict[int, torch.Tensor] = {}
-        self.versions = [(t, t._version) for t in given if functorch.is_plain(t)]
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for value in (*args, *kwargs.values()):
-            functorch.swap(value, self._see)
-        result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor):
-            self.inside.add(id(result))
-        elif isinstance(result, (tuple, list, dict)):
-            self.inside.update(id(t) for t in pytree.tensors(result))
-        return result
-
-    def see(self, tensors: Leaves) -> None:
-        for tensor in tensors:
-            self._see(tensor)
-
-    def _see(self, seen: torch.Tensor) -> torch.Tensor:
-        tensor = seen
-        # Transforms that the function itself starts wrap what they are given without a torch function that could be
-        # seen.
-        while id(tensor) not in self.inside and functorch.level(tensor) > self.depth:
-            tensor = functorch.unwrap(tensor)
-        if id(tensor) not in self.inside and id(tensor) not in self.outside:
-            self.outside[id(tensor)] = tensor
-            if functorch.is_plain(tensor):
-                self.versions.append((tensor, tensor._version))
-        return seen
-
-    def changed(self) -> Leaves:
-        return [t for t, version in self.versions if t._version != version]
-
-
-class _Substitute(TorchFunctionMode):
-    """Gives torch functions other tensors in the place of captured ones."""
-
-    def __init__(self, captured: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-        super().__init__()
-        self.values = {id(old): new for old, new in zip(captured, values, strict=True)}
-        # A wrapper round a captured tensor and its substitute: one for one, since transforms mark and compare their
-        # wrappers.
-        self.wrappers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        replaced = tuple(functorch.swap(a, self.resolve) for a in args)
-        return func(*replaced, **{k: functorch.swap(v, self.resolve) for k, v in (kwargs or {}).items()})
-
-    def resolve(self, tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) in self.values:
-            return self.values[id(tensor)]
-        if id(tensor) in self.wrappers:
-            return self.wrappers[id(tensor)][1]
-        if functorch.is_plain(tensor):
-            return tensor
-        replaced = functorch.replace_inside(tensor, self.resolve)
-        if replaced is not tensor:
-            self.wrappers[id(tensor)] = (tensor, replaced)
-        return replaced
-
-
-# Also inert ones.
-_REFUSES_LEVELS = (torch.Tensor.backward,)
-
-
-class _DropGradientLayers(TorchFunctionMode):
-    """Takes the gradient layers of outer transforms off every tensor that reaches a torch function.
-
-    A function that runs below the transforms may still hold tensors of theirs in its closure, or tensors for which a
-    function round it was given substitutes.
-    """
-
-    def __init__(self, outer: int) -> None:
-        super().__init__()
-        self.outer = outer
-        self.around = _substitutes()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        functorch.allow_requires_grad()
-        dropped = tuple(functorch.swap(a, self._drop) for a in args)
-        options = {k: functorch.swap(v, self._drop) for k, v in (kwargs or {}).items()}
-        if func in _REFUSES_LEVELS and functorch.is_plain(dropped[0]):
-            with functorch.no_levels():
-                return func(*dropped, **options)
-        return func(*dropped, **options)
-
-    def _drop(self, tensor: torch.Tensor) -> torch.Tensor:
-        for substitute in self.around:
-            tensor = substitute.resolve(tensor)
-        if functorch.is_plain(tensor):
-            return tensor
-        if 0 < functorch.level(tensor) <= self.outer:
-            return functorch.without_gradient_layers(tensor)
-        return functorch.replace_inside(tensor, self._drop)
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Run linear algebra outside of autocast."""
+    with _autocast(tuple((device, False, dtype) for device, _, dtype in _autocast_state())):
+        yield

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -28,6 +29,11 @@ from implicitdiff import pytree
 _PLAIN = -1
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
+
+
+def is_transform(fn: FunctionType) -> bool:
+    """Whether a function is a wrapper that torch.func put round another."""
+    return str(fn.__globals__.get("__name__", "")).startswith("torch._functorch")
 
 
 def depth() -> int:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff import _closure, _functorch, pytree
+from implicitdiff import _closure, _functorch, _modes, pytree
+from implicitdiff._freeze import freeze
 from implicitdiff._operator import Dims, Matvec, Operator, PlainPullback, Product, Pullback
 from implicitdiff._primitive import Problem, attach, solve_problem
 from implicitdiff._system import System, first_column, make_system, map_columns
@@ -55,7 +56,7 @@ class LinearSolver:
 
 def capture(name: str, linear: Callable[[Any], Any], leaves: Leaves, structure: Structure) -> tuple[Matvec, Leaves]:
     """A linear function over trees as an operator, with the tensors that it captures as the operands."""
-    result, closure = _closure.close_over(name, linear, structure.unflatten(leaves))
+    result, closure = _closure.close_over(name, freeze(linear), structure.unflatten(leaves))
     check_like(f"{name}'s result", result, structure.unflatten(leaves), leaves, structure, "its argument")
 
     def fn(v: Leaves, operands: Leaves) -> Leaves:
@@ -96,9 +97,9 @@ class BoundMatvec:
 
     def __call__(self, v: Any) -> Any:
         leaves = self.structure.tensors_of(v)
-        if _closure.is_traced():
+        if _modes.is_traced():
             # A wrapped matvec meets a linear solver again, which must see the operands.
-            product = self.operator.products(_closure.alias(self.operands), leaves).matvec()
+            product = self.operator.products(_modes.alias(self.operands), leaves).matvec()
             return self.structure.unflatten(product(leaves))
         if self.product is None:
             pullback = PlainPullback if _functorch.depth() == 0 else Pullback
@@ -113,7 +114,7 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves) -> Leaves:
     if isinstance(problem.solver, LinearSolver):
         return solve_problem(*_with_aids(problem, problem.solver, b, operands))
     values = [_functorch.plain_under_vmap(t) for t in [*b, *operands]]
-    with _closure.below_gradients():
+    with _modes.below_gradients():
         x = problem.solve_by_user(values[: len(b)], values[len(b) :])
     x = [t.detach() for t in x]
     if broken := sum(not bool(torch.isfinite(_functorch.base(t)).all()) for t in x):

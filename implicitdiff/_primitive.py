@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from implicitdiff import _closure
+from implicitdiff import _closure, _modes
 from implicitdiff import _functorch as functorch
 from implicitdiff._operator import Dims, PlainPullback, Pullback, Residual
 from implicitdiff.pytree import Leaves
@@ -76,17 +76,17 @@ class Problem(ABC):
 
 def solve_problem(problem: Problem, theta: Leaves) -> Leaves:
     """The problem's solution as a differentiable function of `theta`."""
-    theta = [functorch.alive(t) for t in theta]
-    if functorch.is_quiet([], theta) and not _closure.is_inside():
+    theta = [functorch.alive(t) for t in _modes.alias(theta)]
+    if functorch.is_quiet([], theta) and not _modes.is_inside():
         return _solve_quietly(problem, theta)
-    return _apply(problem, 0, theta)
+    return list(_Solution.apply(problem, 0, *theta))  # type: ignore[no-untyped-call]
 
 
 def _solve_quietly(problem: Problem, theta: Leaves) -> Leaves:
     """The same where there is nothing to differentiate: the vmaps are taken off without an autograd.Function."""
     layer = functorch.outermost_layer(theta)
     if layer is None:
-        with functorch.nothing_running():
+        with functorch.nothing_running(), _closure.full_precision():
             return problem.primal(theta)
     batched, theta, at = _batch(problem, layer.below, layer.dims, layer.size)
     return [functorch.add_layer(t, at, layer) for t in _solve_quietly(batched, theta)]
@@ -104,7 +104,7 @@ def attach(problem: Problem, x: Leaves, theta: Leaves) -> Leaves:
 
 
 def _apply(problem: Problem, known: int, operands: Leaves) -> Leaves:
-    return list(_Solution.apply(problem, known, *_closure.alias(operands)))  # type: ignore[no-untyped-call]
+    return list(_Solution.apply(problem, known, *_modes.alias(operands)))  # type: ignore[no-untyped-call]
 
 
 class _Solution(torch.autograd.Function):
@@ -116,7 +116,8 @@ class _Solution(torch.autograd.Function):
     def forward(problem: Problem, known: int, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if known:
             return tuple(t.clone() for t in operands[:known])
-        return tuple(problem.primal(list(operands)))
+        with _closure.full_precision():
+            return tuple(problem.primal(list(operands)))
 
     @staticmethod
     @functorch.outside_compile

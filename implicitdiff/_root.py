@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from implicitdiff import _closure, pytree
+from implicitdiff._freeze import freeze
 from implicitdiff._linear import LinearProblem, Solve, check_leaves, check_like, solve_linear
 from implicitdiff._operator import Dims, Jacobian, Residual
 from implicitdiff._primitive import Problem
@@ -88,6 +89,7 @@ def pose(
     x, structure = pytree.flatten(sol)
     check_leaves(f"{name}: the solution", x)
     given, arguments = pytree.flatten((args, kwargs))
+    fn = freeze(fn)
     result, closure = _closure.close_over(name, lambda x, args, kwargs: fn(x, *args, **kwargs), sol, args, kwargs)
     check_like(f"{name}'s result", result, sol, x, structure, "the solution")
 

@@ -82,7 +82,7 @@ class Matcher:
         for i, (name, parameter) in enumerate(self.named.items()):
             if name in keys:
                 source[name] = keys[name]
-            elif i < min(self.slots, len(names)) and names[i] not in self.named:
+            elif i < min(self.slots, len(names)) and self._may_stand_for(names[i], parameter, options):
                 source[name] = i
             elif parameter.default is Parameter.empty:
                 raise TypeError(
@@ -100,6 +100,15 @@ class Matcher:
             else:
                 self._refuse(f"argument {called or key!r}")
         return self._router(source, more)
+
+    def _may_stand_for(self, name: str | None, parameter: Parameter, options: set[str | None]) -> bool:
+        """Whether an argument of the solver may go to a parameter of another name at its position.
+
+        Not an option of one to an option of the other: nothing but chance brings them together.
+        """
+        if name is None:
+            return True
+        return name not in self.named and name not in options and parameter.default is Parameter.empty
 
     def _router(self, source: dict[str, int | str], more: list[int]) -> Route:
         slots = list(self.named)[: self.slots]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from implicitdiff import _closure, _functorch, pytree
+from implicitdiff import _functorch, _modes, pytree
 from implicitdiff._linear import Solve, check_like
 from implicitdiff._primitive import attach
 from implicitdiff._root import Kind, fixed_point, pose, root
@@ -151,38 +151,57 @@ def _decorator(
         raise TypeError(f"{maker}: solve must be a function solve(matvec, b), got {type(solve).__name__}")
     if check is not None and not check >= 0:
         raise ValueError(f"{maker}: check must be a tolerance >= 0 or None, got {check!r}")
-    is_chosen = _chooser(maker, argnums)
-    name = f"{maker}: {name_of(fn)}"
+    made = _Made(f"{maker}: {name_of(fn)}", fn, kind, _chosen(maker, argnums), has_aux, solve, check)
 
     def decorate(solver: Solver) -> Solver:
         matcher = Matcher(solver, fn)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            bound = matcher.bind(args, kwargs)
-            sol, aux = _run(solver, bound, has_aux)
-            operands = tuple(a if is_chosen(i) else _detached(a) for i, a in enumerate(bound.args, start=1))
-            keywords = bound.kwargs if argnums is None else _detached(bound.kwargs)
-            posed = pose(name, fn, kind, solve, sol, *bound.to_condition(operands, keywords))
-            if check is not None:
-                _check(name, check, posed.residual)
-            result = posed.problem.structure.unflatten(attach(posed.problem, posed.x, posed.theta))
-            return (result, aux) if has_aux else result
+        @functools.wraps(solver)
+        def solution(*args: Any, **kwargs: Any) -> Any:
+            return _call(made, matcher, solver, args, kwargs)
 
-        return functools.wraps(solver)(_functorch.outside_compile(call))
+        return solution
 
     return decorate
 
 
-def _chooser(maker: str, argnums: int | Sequence[int] | None) -> Callable[[int], bool]:
+class _Made(NamedTuple):
+    """What a decorator was given."""
+
+    name: str
+    fn: Callable[..., Any]
+    kind: Kind
+    chosen: frozenset[int] | None
+    has_aux: bool
+    solve: Solve | None
+    check: float | None
+
+
+@_functorch.outside_compile
+def _call(made: _Made, matcher: Matcher, solver: Solver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    bound = matcher.bind(args, kwargs)
+    sol, aux = _run(solver, bound, made.has_aux)
+    given, keywords = bound.args, bound.kwargs
+    if made.chosen is not None:
+        given = tuple(a if i in made.chosen else _detached(a) for i, a in enumerate(given, start=1))
+        keywords = _detached(keywords)
+    posed = pose(made.name, made.fn, made.kind, made.solve, sol, *bound.to_condition(given, keywords))
+    if made.check is not None:
+        _check(made.name, made.check, posed.residual)
+    result = posed.problem.structure.unflatten(attach(posed.problem, posed.x, posed.theta))
+    return (result, aux) if made.has_aux else result
+
+
+def _chosen(maker: str, argnums: int | Sequence[int] | None) -> frozenset[int] | None:
     if argnums is None:
-        return lambda i: True
-    chosen = {argnums} if isinstance(argnums, int) else set(argnums)
+        return None
+    chosen = frozenset([argnums] if isinstance(argnums, int) else argnums)
     if wrong := [i for i in chosen if not isinstance(i, int) or i < 1]:
         raise ValueError(
             f"{maker}: argnums counts the solver's arguments from the initial guess, number 0, which has zero "
-            f"gradient; give  integers >= 1, got {wrong[0]!r}"
+            f"gradient; give integers >= 1, got {wrong[0]!r}"
         )
-    return chosen.__contains__
+    return chosen
 
 
 def _detached(tree: Any) -> Any:
@@ -196,11 +215,18 @@ def _run(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any]:
     own = len(pytree.tensors(call.init))
     values = [_functorch.plain_under_vmap(t) for t in tensors]
     flags = [_functorch.is_plain(v) and _functorch.base(t).requires_grad for v, t in zip(values, tensors, strict=True)]
-    with _closure.below_gradients():
+    with _modes.below_gradients():
         values = [v.clone() for v in values[:own]] + values[own:]
+        before = [_modes.version(v) for v in values]
         entered = [v.requires_grad_() if flag else v for v, flag in zip(values, flags, strict=True)]
         init, args, kwargs = structure.unflatten(entered)
         result = solver(init, *args, **kwargs)
+    for value, version in zip(values[own:], before[own:], strict=True):
+        if _modes.version(value) != version:
+            raise ValueError(
+                f"the solver {name_of(solver)} changes an argument of shape {list(value.shape)} in place; only the "
+                "initial guess is its own copy: clone the argument first"
+            )
     if not has_aux:
         return _detached(result), None
     if not (isinstance(result, tuple) and len(result) == 2):

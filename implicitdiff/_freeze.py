@@ -1,0 +1,68 @@
+"""Functions with the variables that they use as these are now.
+
+Python looks a captured variable up when the function runs. A condition runs again when the derivative is taken, often
+after the loop that defined it has gone on to the next task's data.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any
+
+from implicitdiff import _functorch as functorch
+
+
+def freeze(fn: Any) -> Any:
+    """The same function with its own copy of the variables that it captures: of enclosing functions and of its module.
+
+    What the variables hold is not copied. Functions among them, partials and methods are frozen in turn.
+    """
+    return _Freezer()(fn)
+
+
+class _Freezer:
+    def __init__(self) -> None:
+        self.functions: dict[int, FunctionType] = {}
+        self.modules: dict[int, dict[str, Any]] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if type(value) is functools.partial:
+            return functools.partial(self(value.func), *value.args, **value.keywords)
+        if isinstance(value, MethodType):
+            return MethodType(self(value.__func__), value.__self__)
+        if isinstance(value, FunctionType) and _is_users(value):
+            return self.functions.get(id(value)) or self._function(value)
+        return value
+
+    def _function(self, fn: FunctionType) -> FunctionType:
+        cells = tuple(CellType() for _ in fn.__closure__ or ())
+        known = id(fn.__globals__) in self.modules
+        variables = self.modules.setdefault(id(fn.__globals__), dict(fn.__globals__) if not known else {})
+        frozen = FunctionType(fn.__code__, variables, fn.__name__, fn.__defaults__, cells)
+        frozen.__kwdefaults__ = fn.__kwdefaults__
+        frozen.__qualname__ = fn.__qualname__
+        frozen.__dict__.update(fn.__dict__)
+        # Known before its variables are: it may be one of them.
+        self.functions[id(fn)] = frozen
+        for mine, theirs in zip(cells, fn.__closure__ or (), strict=True):
+            try:
+                mine.cell_contents = self(theirs.cell_contents)
+            except ValueError:  # not assigned yet
+                continue
+        for name in _names(fn.__code__) & variables.keys():
+            if isinstance(fn.__globals__.get(name), FunctionType):
+                variables[name] = self(fn.__globals__[name])
+        return frozen
+
+
+def _is_users(fn: FunctionType) -> bool:
+    """Whether a function belongs to the user, or is one of torch.func's wrappers round a function that does."""
+    package = fn.__globals__.get("__name__", "").partition(".")[0]
+    return functorch.is_transform(fn) or package not in ("torch", "implicitdiff")
+
+
+def _names(code: CodeType) -> set[str]:
+    """The global names that a function and the functions inside of it may look up."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
