@@ -64,12 +64,13 @@ def close_over(name: str, fn: Callable[..., Any], *args: Any) -> tuple[Any, Clos
         The (detached) result and the closure.
 
     Raises:
-        ValueError: the function drew random numbers or changed a tensor in place that it was given or had captured.
+        ValueError: the function drew random numbers, changed a tensor in place that it was given or had captured, or
+            captures one where that cannot be seen.
     """
     aliases = pytree.map_tensors(torch.Tensor.detach, args)
     watch = Watch(pytree.tensors(aliases))
     random_state = torch.get_rng_state()
-    with torch.no_grad(), watch:
+    with torch.enable_grad(), watch:
         result = fn(*aliases)
     watch.see(pytree.tensors(result))
     if not torch.equal(random_state, torch.get_rng_state()):
@@ -82,7 +83,21 @@ def close_over(name: str, fn: Callable[..., Any], *args: Any) -> tuple[Any, Clos
             f"{name} changes a tensor of shape {list(changed[0].shape)} in place that it did not make, but it is "
             "evaluated more than once and must be free of side effects (batch normalisation: use eval mode)"
         )
-    return pytree.map_tensors(torch.Tensor.detach, result), Closure(name, fn, list(watch.outside.values()))
+    closure = Closure(name, fn, list(watch.outside.values()))
+    _refuse_unseen(closure, result, args)
+    return pytree.map_tensors(torch.Tensor.detach, result), closure
+
+
+def _refuse_unseen(closure: Closure, result: Any, args: tuple[Any, ...]) -> None:
+    """Raise if the result still hangs on something when nothing that is known of does: its derivative would be lost."""
+    if closure.captured:
+        with torch.enable_grad():
+            result = closure([t.detach() for t in closure.captured], *pytree.map_tensors(torch.Tensor.detach, args))
+    if any(map(functorch.is_tracked, pytree.tensors(result))):
+        raise ValueError(
+            f"{closure.name} depends on a tensor that it captures where this cannot be seen, as in TorchScript, or where a "
+            "captured tensor passes through an inner vmap untouched: pass the tensor as an argument"
+        )
 
 
 Autocast = tuple[tuple[str, bool, torch.dtype], ...]

@@ -86,8 +86,18 @@ def base(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def may_be_differentiated(tensor: torch.Tensor) -> bool:
-    """Whether a derivative or a batch dimension can hang on this tensor."""
-    return tensor.requires_grad or not is_plain(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
+    """Whether a derivative or a batch dimension can hang on this tensor itself, whatever a mode puts in its place."""
+    with torch._C.DisableTorchFunction():
+        return tensor.requires_grad or not is_plain(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_tracked(tensor: torch.Tensor) -> bool:
+    """Whether autograd, or a running transform, records what is done with this tensor."""
+    while not is_plain(tensor):
+        if tensor.requires_grad:
+            return True
+        tensor = unwrap(tensor)
+    return tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def is_quiet(tensors: Sequence[torch.Tensor], batched: Sequence[torch.Tensor] = ()) -> bool:
@@ -211,6 +221,18 @@ def nothing_running() -> Iterator[None]:
     """The same with gradients off in both modes, as it is inside of an autograd.Function."""
     with temporarily_clear_interpreter_stack(), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         yield
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Let autograd record on plain tensors, whatever mode is on."""
+    with torch.inference_mode(False), torch.enable_grad(), requires_grad_allowed():
+        yield
+
+
+def recordable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors without what autograd knows of them, those made in inference mode copied."""
+    return [t.clone() if t.is_inference() else t.detach() for t in tensors]
 
 
 def requires_grad_allowed() -> AbstractContextManager[None]:

@@ -61,7 +61,7 @@ class PlainPullback(Pullback):
     """The same by one autograd graph, kept for as long as the object lives; ``x`` and ``theta`` are plain tensors."""
 
     def push(self, like: Leaves) -> Product:
-        with torch.enable_grad(), functorch.requires_grad_allowed():
+        with functorch.recording():
             u = tuple(torch.zeros_like(t).requires_grad_() for t in self._graph[1])
             g = _vjp(self._graph[1], self._graph[0], u, create_graph=True)
         return lambda v: list(_vjp(g, u, tuple(v)))
@@ -73,9 +73,11 @@ class PlainPullback(Pullback):
 
     @cached_property
     def _graph(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        with torch.enable_grad(), functorch.requires_grad_allowed():
-            x = tuple(t.detach().requires_grad_() for t in self.x)
-            return x, tuple(self.fn(list(x), self.theta))
+        with functorch.recording():
+            x = tuple(t.requires_grad_() for t in functorch.recordable(self.x))
+            y = tuple(self.fn(list(x), functorch.recordable(self.theta)))
+        _refuse_strangers(x, y)
+        return x, y
 
 
 def _vjp(
@@ -87,6 +89,25 @@ def _vjp(
     ys, us = zip(*pairs, strict=True)
     grads = torch.autograd.grad(ys, x, us, retain_graph=True, create_graph=create_graph, allow_unused=True)
     return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(x, grads, strict=True))
+
+
+def _refuse_strangers(x: tuple[torch.Tensor, ...], y: tuple[torch.Tensor, ...]) -> None:
+    """Raise if a result hangs on a tensor that is no operand, since its derivative would be lost, silently."""
+    own = {id(t) for t in x}
+    stranger = not all(map(functorch.is_plain, y))
+    seen: set[Any] = set()
+    nodes: list[Any] = [t.grad_fn for t in y]
+    while nodes and not stranger:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stranger = hasattr(node, "variable") and id(node.variable) not in own
+            nodes += [below for below, _ in node.next_functions]
+    if stranger:
+        raise RuntimeError(
+            "the function to be differentiated depends on a tensor that it did not depend on when the solver was "
+            "called: a parameter was replaced since then, or given its gradient flag; take the derivative first"
+        )
 
 
 class Operator(ABC):

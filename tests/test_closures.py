@@ -218,3 +218,108 @@ def test_a_constant_that_is_captured_costs_no_operand():
     constant = torch.ones(2, dtype=F64)
     x = custom_root(lambda x: constant * x**2 - theta)(lambda init: theta.detach().sqrt())(None)
     assert len(x.grad_fn.next_functions) == 2  # the solution and theta
+
+
+# ruff: noqa: B023
+def test_a_loop_may_go_on_before_the_derivative_is_taken():
+    """Captured variables are those of the call, as they are for plain autograd, whatever they are bound to later."""
+    theta = THETA.clone().requires_grad_()
+    solutions = []
+    for scale, shift in (1.0, torch.zeros(2, dtype=F64)), (4.0, torch.ones(2, dtype=F64)):
+
+        def condition(x):
+            return residual(x) + 0 * scale
+
+        def residual(x):
+            return scale * (x - shift) ** 2 - theta
+
+        solver = custom_root(torch.func.grad(lambda x: (scale * (x - shift) ** 3 / 3 - theta * x).sum()))
+        solutions.append(solver(lambda init: (theta.detach() / scale).sqrt() + shift)(None))
+        solutions.append(custom_root(condition)(lambda init: (theta.detach() / scale).sqrt() + shift)(None))
+    scale, shift = None, None
+    (found,) = torch.autograd.grad(sum(x.sum() for x in solutions), theta)
+    torch.testing.assert_close(found, 2 * (0.5 * THETA**-0.5 + 0.25 * THETA**-0.5))
+
+
+def test_a_name_may_be_bound_again_inside_of_a_transform():
+    def function(theta):
+        x = custom_root(lambda x: x**2 - theta)(lambda init: theta.sqrt())(None)
+        theta = 2 * theta
+        return (x * theta).sum()
+
+    torch.testing.assert_close(grad(function)(THETA), 3 * THETA.sqrt())
+    theta = THETA.clone().requires_grad_()
+    function(theta).backward()
+    torch.testing.assert_close(theta.grad, 3 * THETA.sqrt())
+
+
+def test_module_variables_are_those_of_the_call():
+    source = """
+import torch
+from implicitdiff import custom_root
+losses = []
+for scale in (1.0, 4.0):
+    def residual(x, theta):
+        return scale * x**2 - theta
+    solver = custom_root(lambda x, theta: residual(x, theta))
+    losses.append(solver(lambda init, theta: (theta / scale).sqrt())(None, theta))
+"""
+    theta = THETA.clone().requires_grad_()
+    names = {"theta": theta, "__name__": "a_script"}
+    exec(source, names)
+    (found,) = torch.autograd.grad(sum(x.sum() for x in names["losses"]), theta)
+    torch.testing.assert_close(found, 0.75 * THETA**-0.5)
+
+
+def test_a_constant_that_is_overwritten_before_the_derivative_is_refused():
+    theta, buffer = THETA.clone().requires_grad_(), torch.ones(2, dtype=F64)
+    x = custom_root(lambda x: buffer * x**2 - theta)(lambda init: theta.detach().sqrt())(None)
+    buffer.fill_(5)
+    with pytest.raises(RuntimeError, match="changed in place since the call"):
+        x.sum().backward()
+
+
+def test_a_parameter_that_is_replaced_before_the_derivative_is_refused():
+    net = nn.Linear(2, 2).to(F64)
+    solver = custom_root(lambda x: x + 0.1 * torch.tanh(net(x)))
+    x = solver(lambda init: torch.zeros(2, dtype=F64))(None)
+    net.weight = nn.Parameter(torch.eye(2, dtype=F64))
+    with pytest.raises(RuntimeError, match="did not depend on when the solver was called"):
+        x.sum().backward()
+
+
+def untouched(theta):
+    return lambda x: x**2 - vmap(lambda i: theta)(torch.ones(1))[0]
+
+
+def subclassed(theta):
+    return lambda x: x**2 - theta.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("condition", [untouched, subclassed])
+def test_a_capture_that_cannot_be_seen_is_refused_at_the_call(condition):
+    theta = THETA.clone().requires_grad_()
+    with pytest.raises(ValueError, match="cannot be seen"):
+        custom_root(condition(theta))(lambda init: theta.sqrt())(None)
+    with pytest.raises((ValueError, RuntimeError)):
+        grad(lambda t: custom_root(condition(t))(lambda init: t.sqrt())(None).sum())(THETA)
+
+
+def test_a_solver_may_differentiate_in_what_it_captures():
+    def solve(theta):
+        solver = custom_root(lambda x: x**2 - theta)
+        return solver(lambda init: grad(lambda t: (t**2 / 2).sum())(theta).sqrt())(None)
+
+    for f in TRANSFORMS.values():
+        torch.testing.assert_close(f(solve)[0], 0.5 * THETA**-0.5)
+
+
+def test_autocast_at_the_call_holds_for_the_derivative_and_not_for_the_linear_algebra():
+    weight = torch.tensor([[0.5, 0.25], [0.0, 0.5]])
+    theta = torch.ones(2, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = custom_fixed_point(lambda z, theta: (weight @ z).float() + theta)(
+            lambda z, theta: torch.tensor([6.0, 4.0]) * 0.5 * theta
+        )(torch.zeros(2), theta)
+    z.sum().backward()
+    torch.testing.assert_close(theta.grad, torch.tensor([2.0, 3.0]), rtol=1e-6, atol=0)

@@ -350,3 +350,19 @@ def test_root_vjp_of_one_solution_under_many_parameters_does_not_mix_the_lanes()
     batched = vmap(lambda theta: root_vjp(condition, THETA, (theta,), a)[0])(thetas)
     looped = torch.stack([root_vjp(condition, THETA, (theta,), a)[0] for theta in thetas])
     torch.testing.assert_close(batched, looped)
+
+
+def test_a_solver_that_changes_an_argument_in_place_is_refused():
+    def solver(init, theta):
+        return theta.clamp_(max=4.0).sqrt()
+
+    theta = THETA.clone().requires_grad_()
+    with pytest.raises(ValueError, match="changes an argument of shape"):
+        custom_root(square_condition)(solver)(None, theta)
+
+
+def test_inference_mode_gives_values_and_the_right_derivatives_of_transforms():
+    with torch.inference_mode():
+        theta = THETA.clone()
+        torch.testing.assert_close(root(None, theta), theta.sqrt())
+        torch.testing.assert_close(grad(lambda t: root(None, t).sum())(theta), 0.5 * theta**-0.5)

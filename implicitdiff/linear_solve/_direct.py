@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,11 +22,16 @@ def direct(name: str, factorise: Factorise, broken: str, *, ridge: float = 0.0, 
     check_on_failure(name, on_failure)
     check_ridge(name, ridge)
 
-    def algorithm(system: System) -> Tensor:
-        system = system.shifted(ridge)
-        return settle(name, materialised(system, factorise, broken), system, on_failure)
+    return LinearSolver(
+        name, partial(_solve, name=name, factorise=factorise, broken=broken, ridge=ridge, on_failure=on_failure)
+    )
 
-    return LinearSolver(name, algorithm)
+
+def _solve(
+    system: System, *, name: str, factorise: Factorise, broken: str, ridge: float, on_failure: OnFailure
+) -> Tensor:
+    system = system.shifted(ridge)
+    return settle(name, materialised(system, factorise, broken), system, on_failure)
 
 
 def materialised(system: System, factorise: Factorise, broken: str) -> Outcome:
@@ -49,17 +55,17 @@ def factorised(solve: Factorise) -> Factorise:
     Rows and columns are scaled to largest entry 1 where the matrix as it is does not pass: what is badly scaled is not
     singular.
     """
+    return partial(_solve_scaled_if_need_be, solve)
 
-    def probed_solve(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        x, broken = _probed(solve, a, b)
-        if not bool(broken.any()):
-            return x, broken
-        row = _inverse_or_one(a.abs().amax(dim=-1, keepdim=True))
-        col = _inverse_or_one((row * a).abs().amax(dim=-2, keepdim=True))
-        x, broken = _probed(solve, row * a * col, row * b)
-        return col.mT * x, broken
 
-    return probed_solve
+def _solve_scaled_if_need_be(solve: Factorise, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    x, broken = _probed(solve, a, b)
+    if not bool(broken.any()):
+        return x, broken
+    row = _inverse_or_one(a.abs().amax(dim=-1, keepdim=True))
+    col = _inverse_or_one((row * a).abs().amax(dim=-2, keepdim=True))
+    x, broken = _probed(solve, row * a * col, row * b)
+    return col.mT * x, broken
 
 
 def _probed(solve: Factorise, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -73,11 +74,34 @@ def iterative(
     if preconditioner is not None and not callable(preconditioner):
         raise TypeError(f"{name}: preconditioner must be a function v -> M^-1 v, got {type(preconditioner).__name__}")
 
-    def algorithm(system: System) -> Tensor:
-        system = system.shifted(ridge)
-        return settle(name, iterate(system, method, broken, rtol, atol, maxiter), system, on_failure)
-
+    algorithm = partial(
+        _solve,
+        name=name,
+        method=method,
+        broken=broken,
+        rtol=rtol,
+        atol=atol,
+        maxiter=maxiter,
+        ridge=ridge,
+        on_failure=on_failure,
+    )
     return LinearSolver(name, algorithm, preconditioner, init)
+
+
+def _solve(
+    system: System,
+    *,
+    name: str,
+    method: Method,
+    broken: str,
+    rtol: float | None,
+    atol: float,
+    maxiter: int | None,
+    ridge: float,
+    on_failure: OnFailure,
+) -> Tensor:
+    system = system.shifted(ridge)
+    return settle(name, iterate(system, method, broken, rtol, atol, maxiter), system, on_failure)
 
 
 def check_tolerances(name: str, rtol: float | None, atol: float, maxiter: int | None) -> None:

@@ -41,18 +41,20 @@ def solve_auto(
     check_on_failure("solve_auto", on_failure)
     check_tolerances("solve_auto", rtol, atol, None)
 
-    def algorithm(system: System) -> Tensor:
-        n = system.b.shape[-1]
-        if n <= dense_up_to and system.lanes * n * n <= 2**27:
-            return settle("solve_auto (LU)", materialised(system, factorised(lu.lu), lu.BROKEN), system, on_failure)
-        if _looks_symmetric(system):
-            outcome = iterate(system, cg.conjugate_gradients, cg.BROKEN, rtol, atol, None)
-            if not bool(outcome.failed.any()):
-                return outcome.x
-        outcome = iterate(system, partial(gmres.gmres, restart=50), gmres.BROKEN, rtol, atol, None)
-        return settle("solve_auto (GMRES)", outcome, system, on_failure)
-
+    algorithm = partial(_solve, dense_up_to=dense_up_to, rtol=rtol, atol=atol, on_failure=on_failure)
     return LinearSolver("solve_auto", algorithm)
+
+
+def _solve(system: System, *, dense_up_to: int, rtol: float | None, atol: float, on_failure: OnFailure) -> Tensor:
+    n = system.b.shape[-1]
+    if n <= dense_up_to and system.lanes * n * n <= 2**27:
+        return settle("solve_auto (LU)", materialised(system, factorised(lu.lu), lu.BROKEN), system, on_failure)
+    if _looks_symmetric(system):
+        outcome = iterate(system, cg.conjugate_gradients, cg.BROKEN, rtol, atol, None)
+        if not bool(outcome.failed.any()):
+            return outcome.x
+    outcome = iterate(system, partial(gmres.gmres, restart=50), gmres.BROKEN, rtol, atol, None)
+    return settle("solve_auto (GMRES)", outcome, system, on_failure)
 
 
 def _looks_symmetric(system: System) -> bool:
