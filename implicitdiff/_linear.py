@@ -12,7 +12,7 @@ from torch import Tensor
 
 from implicitdiff import _closure, _functorch, _modes, pytree
 from implicitdiff._freeze import freeze
-from implicitdiff._operator import Dims, Matvec, Operator, PlainPullback, Product, Pullback
+from implicitdiff._operator import Adjoint, Dims, Matvec, Operator, PlainPullback, Product, Pullback
 from implicitdiff._primitive import Problem, attach, solve_problem
 from implicitdiff._system import System, first_column, make_system, map_columns
 from implicitdiff.errors import LinearSolveError
@@ -45,6 +45,8 @@ class LinearSolver:
         if isinstance(matvec, BoundMatvec):
             operator, operands = matvec.operator, matvec.operands
         else:
+            if not callable(matvec):
+                raise TypeError(f"{self.name}: matvec must be a function v -> A v, got {type(matvec).__name__}")
             operator, operands = capture(f"{self.name}: matvec", matvec, leaves, structure)
         return structure.unflatten(
             solve_linear(LinearProblem(operator, self, structure, len(operands)), leaves, operands)
@@ -107,12 +109,17 @@ class BoundMatvec:
         return self.structure.unflatten(self.product(leaves))
 
 
-def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves) -> Leaves:
-    """The solution of ``A(operands) x = b``, differentiable in both; `b` has the lanes and columns of the problem."""
+def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leaves | None = None) -> Leaves:
+    """The solution of ``A(operands) x = b``, differentiable in both; `b` has the lanes and columns of the problem.
+
+    `aids` are the operands of the preconditioner, if the problem knows it already.
+    """
     if sum(t.numel() for t in b) == 0:
         return [t.clone() for t in b]
     if isinstance(problem.solver, LinearSolver):
-        return solve_problem(*_with_aids(problem, problem.solver, b, operands))
+        if aids is None:
+            return solve_problem(*_with_aids(problem, problem.solver, b, operands))
+        return solve_problem(problem, [*b, *operands, *aids])
     values = [_functorch.plain_under_vmap(t) for t in [*b, *operands]]
     with _modes.below_gradients():
         x = problem.solve_by_user(values[: len(b)], values[len(b) :])
@@ -139,9 +146,12 @@ def _with_aids(
     Neither moves the solution, so their tensors are operands only to be batched, and are detached.
     """
     aids: Leaves = []
+    precondition: Operator
     one = problem.one(b)
     if solver.preconditioner is not None:
         precondition, aids = capture(f"{solver.name}: preconditioner", solver.preconditioner, one, problem.structure)
+        if isinstance(problem.operator, Adjoint):
+            precondition = precondition.adjoint
         levels = tuple(d + (None,) * len(aids) for d in problem.levels)
         problem = replace(problem, precondition=precondition, aids=len(aids), levels=levels)
     if solver.init is not None:
@@ -207,11 +217,15 @@ class LinearProblem(Problem):
         return vectors.unravel(self.solver.algorithm(system) * system.scale)
 
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
-        levels = tuple(d[: self.count] for d in self.levels)
-        problem = replace(self, precondition=None, aids=0, has_start=False, levels=levels)
+        _, operands, aids, _ = self._split(theta)
+        problem = replace(self, has_start=False)
         if adjoint:
-            problem = replace(problem, operator=self.operator.adjoint)
-        return solve_linear(problem, b, self._split(theta)[1])
+            problem = replace(
+                problem,
+                operator=self.operator.adjoint,
+                precondition=None if self.precondition is None else self.precondition.adjoint,
+            )
+        return solve_linear(problem, b, operands, aids)
 
     def solve_by_user(self, b: Leaves, operands: Leaves) -> Leaves:
         """The solution by a user's function, which runs in the caller's frame since it may hold tensors of the

@@ -32,6 +32,7 @@ class Vectors:
         self.dimension = sum(self.sizes)
         self.device = like[0].device
         # LAPACK has no half precision.
+        self.eps = max(torch.finfo(d).eps for d in self.dtypes)
         self.dtype = reduce(torch.promote_types, (d.to_real() for d in self.dtypes), torch.float32)
 
     def ravel(self, leaves: Sequence[Tensor]) -> Tensor:
@@ -53,7 +54,8 @@ def _real(tensor: Tensor) -> Tensor:
 
 def _leaf(part: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if dtype.is_complex:
-        return torch.view_as_complex(part.reshape(*shape, 2).to(dtype.to_real()).contiguous())
+        pairs = part.reshape(*shape, 2).to(dtype.to_real())
+        return torch.complex(pairs[..., 0], pairs[..., 1])
     return part.reshape(shape).to(dtype)
 
 
@@ -62,6 +64,7 @@ class System:
     """``A x = b`` as a solver's algorithm sees it: ``lanes`` matrices with ``columns`` right-hand sides each.
 
     Attributes:
+        eps: the precision of the least precise leaf, which is that of the products.
         b: the right-hand sides, ``(lanes * columns, n)``, lane by lane; each row scaled to largest entry 1, or zero.
         scale: what the rows were divided by, ``(lanes * columns, 1)``.
         start: an initial guess in the same form, or None for zero.
@@ -73,6 +76,7 @@ class System:
     """
 
     b: Tensor
+    eps: float
     scale: Tensor
     start: Tensor | None
     lanes: int
@@ -126,6 +130,7 @@ def make_system(
     scale = torch.where(scale > 0, scale, 1.0)
     system = System(
         b=right / scale,
+        eps=vectors.eps,
         scale=scale,
         start=None if start is None else vectors.ravel(start) / scale,
         lanes=math.prod(lanes),

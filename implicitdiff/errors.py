@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 __all__ = ["LinearSolveError", "LinearSolveWarning", "NotARootError"]
 
 
@@ -28,6 +31,9 @@ class LinearSolveError(RuntimeError):
         self.total = total
         self.iterations = iterations
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), **vars(self)), self.args
+
 
 class LinearSolveWarning(RuntimeWarning):
     """What `LinearSolveError` says, under ``on_failure="warn"``."""
@@ -49,3 +55,6 @@ class NotARootError(RuntimeError):
         self.check = check
         self.failed = failed
         self.total = total
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), **vars(self)), self.args

@@ -1342,7 +1342,10 @@ def test_a_singular_matrix_always_fails(factory, family, dtype):
         a = family(n, count, n, dtype)
         b = draw(n + 5, count, n, dtype=dtype)
         b[::2] = (a @ draw(n + 6, count, n, 1, dtype=dtype))[::2, :, 0]
-        if found := count - failures(factory(), a, b):
+        # Together and alone: how one lane is scaled may depend on the others.
+        together, few = failures(factory(), a, b), min(count, 5)
+        alone = sum(failures(factory(), a[i : i + 1], b[i : i + 1]) for i in range(few))
+        if found := count - together + few - alone:
             missed[n] = found
     assert not missed
 

@@ -12,9 +12,14 @@ from implicitdiff._linear import LinearSolver
 from implicitdiff._system import System
 from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, settle
 
-Factorise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""``factorise(A, B) -> (X, broken)`` for ``A`` of shape ``(lanes, n, n)`` and ``B`` of shape ``(lanes, n, k)``;
+Factorise = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""``factorise(A, B, eps) -> (X, broken)`` for ``A`` of shape ``(lanes, n, n)`` and ``B`` of shape ``(lanes, n, k)``;
 ``broken`` is ``(lanes,)``."""
+
+
+Factors = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]
+"""``B -> A^-1 B``, ``B -> A^-T B`` and ``broken``."""
+Factor = Callable[[Tensor], Factors]
 
 
 def direct(name: str, factorise: Factorise, broken: str, *, ridge: float = 0.0, on_failure: OnFailure) -> LinearSolver:
@@ -39,7 +44,7 @@ def materialised(system: System, factorise: Factorise, broken: str) -> Outcome:
     a = system.materialise()
     lanes, n, _ = a.shape
     b = system.b.reshape(lanes, -1, n).mT
-    x, singular = factorise(a, b)
+    x, singular = factorise(a, b, system.eps)
     failed = (singular[:, None] | ~torch.isfinite(x).all(dim=-2)).reshape(-1)
     rows = x.mT.reshape(-1, n)
     residual = target = torch.zeros_like(failed, dtype=x.dtype)
@@ -49,37 +54,45 @@ def materialised(system: System, factorise: Factorise, broken: str) -> Outcome:
     return Outcome(rows, failed, broken, residual, target, 0)
 
 
-def factorised(solve: Factorise) -> Factorise:
+def factorised(factor: Factor) -> Factorise:
     """A `Factorise` for any non-singular matrix that calls a lane broken if it is singular to working precision.
 
     Rows and columns are scaled to largest entry 1 where the matrix as it is does not pass: what is badly scaled is not
     singular.
     """
-    return partial(_solve_scaled_if_need_be, solve)
+    return partial(_solve_scaled_if_need_be, factor)
 
 
-def _solve_scaled_if_need_be(solve: Factorise, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    x, broken = _probed(solve, a, b)
+def _solve_scaled_if_need_be(factor: Factor, a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, broken = probed(factor, a, b)
     if not bool(broken.any()):
         return x, broken
     row = _inverse_or_one(a.abs().amax(dim=-1, keepdim=True))
     col = _inverse_or_one((row * a).abs().amax(dim=-2, keepdim=True))
-    x, broken = _probed(solve, row * a * col, row * b)
+    x, broken = probed(factor, row * a * col, row * b)
     return col.mT * x, broken
 
 
-def _probed(solve: Factorise, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def probed(factor: Factor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Solve, and estimate the condition number.
 
-    A vector with a share in every direction, as one more right-hand side, grows by about the norm of the inverse. A
-    small pivot alone would not tell, and the given right-hand side may have no share in the bad direction.
+    Inverse iteration: a vector with a share in every direction turns, in one step with ``A`` and one with its
+    transpose, into the bad direction, and there grows by the norm of the inverse. A small pivot alone would not tell,
+    and the given right-hand side may have no share in the bad direction.
     """
     n = a.shape[-1]
-    probe = torch.cos(7.0 * torch.arange(1, n + 1, dtype=a.dtype, device=a.device) ** 2)
-    x, broken = solve(a, torch.cat([b, probe.reshape(1, n, 1).expand(a.shape[0], n, 1)], dim=-1))
-    growth = torch.linalg.vector_norm(x[..., -1], dim=-1) / torch.linalg.vector_norm(probe)
-    condition = growth * torch.linalg.matrix_norm(a)
-    return x[..., :-1], broken | ~(condition * 10 * torch.finfo(a.dtype).eps < 1)
+    solve, solve_transposed, broken = factor(a)
+    v = torch.cos(7.0 * torch.arange(1, n + 1, dtype=a.dtype, device=a.device) ** 2).reshape(1, n, 1)
+    v = (v / torch.linalg.vector_norm(v)).expand(a.shape[0], n, 1)
+    growth = torch.zeros_like(a[:, :1, :1])
+    for step in (solve, solve_transposed, solve):
+        v = step(v)
+        size = torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
+        # A size that left the range of the dtype, or is no number, stays.
+        growth = torch.maximum(growth, size)
+        v = v / size
+    condition = growth[:, 0, 0] * torch.linalg.matrix_norm(a)
+    return solve(b), broken | ~(condition * 10 * torch.finfo(a.dtype).eps < 1)
 
 
 def _inverse_or_one(size: Tensor) -> Tensor:

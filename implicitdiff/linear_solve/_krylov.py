@@ -21,11 +21,13 @@ class Cycle(NamedTuple):
         d: approximately solves ``A d = r``; zero in rows where ``r`` is.
         iterations: how many were used.
         broken: rows in which the method cannot go on.
+        ended: rows in which the method takes its target for reached; None: all.
     """
 
     d: Tensor
     iterations: int
     broken: Tensor
+    ended: Tensor | None = None
 
 
 Method = Callable[[System, Tensor, Tensor, int], Cycle]
@@ -45,7 +47,9 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def norm(a: Tensor) -> Tensor:
-    size: Tensor = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+    largest = a.abs().amax(dim=-1, keepdim=True)
+    largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    size: Tensor = largest * torch.linalg.vector_norm(a / largest, dim=-1, keepdim=True)
     return size
 
 
@@ -105,9 +109,9 @@ def _solve(
 
 
 def check_tolerances(name: str, rtol: float | None, atol: float, maxiter: int | None) -> None:
-    if rtol is not None and not rtol >= 0:
+    if rtol is not None and not (isinstance(rtol, (int, float)) and rtol >= 0):
         raise ValueError(f"{name}: rtol must be >= 0 or None, got {rtol!r}")
-    if not atol >= 0:
+    if not (isinstance(atol, (int, float)) and atol >= 0):
         raise ValueError(f"{name}: atol must be >= 0, got {atol!r}")
     if maxiter is not None and (not isinstance(maxiter, int) or maxiter < 1):
         raise ValueError(f"{name}: maxiter must be an integer >= 1 or None, got {maxiter!r}")
@@ -122,12 +126,16 @@ def iterate(
     refinement.
     """
     b = system.b
-    rtol = torch.finfo(b.dtype).eps ** (2 / 3) if rtol is None else rtol
+    rtol = system.eps ** (2 / 3) if rtol is None else rtol
     limit = max(100, 10 * b.shape[-1]) if maxiter is None else maxiter
     target = torch.maximum(rtol * norm(b), atol / system.scale)
-    x = torch.zeros_like(b) if system.start is None else system.start
-    r = b if system.start is None else b - system.matvec(x)
-    residual = norm(r)
+    x, r, residual = torch.zeros_like(b), b, norm(b)
+    if system.start is not None:
+        # A guess that is worse than zero is none.
+        guessed = b - system.matvec(system.start)
+        better = norm(guessed) < residual
+        x, r = torch.where(better, system.start, x), torch.where(better, guessed, r)
+        residual = norm(r)
     failed = ~torch.isfinite(residual)
     stalled = torch.zeros_like(failed)
     used = 0
@@ -138,9 +146,11 @@ def iterate(
         r = b - system.matvec(x)
         before, residual = residual, norm(r)
         failed = failed | (active & (cycle.broken | ~torch.isfinite(residual)))
-        stalled = active & ~(residual <= 0.9 * before)
-    why = broken
-    if not bool(failed.any()) and maxiter is None:
-        failed = ~(residual <= target)
-        why = NO_CONVERGENCE
+        # A method that ended at its restart, short of its target, may go on slowly; one that took itself for done may
+        # not.
+        enough = 0.9 if cycle.ended is None else torch.where(cycle.ended, 0.9, 0.999)
+        stalled = stalled | (active & ~(residual <= enough * before))
+    why = broken if bool(failed.any()) else NO_CONVERGENCE
+    if maxiter is None:
+        failed = failed | ~(residual <= target)
     return Outcome(x, failed[:, 0], why, residual[:, 0], target[:, 0], used)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Literal, NamedTuple
 
@@ -64,5 +65,5 @@ def check_on_failure(name: str, on_failure: str) -> None:
 
 
 def check_ridge(name: str, ridge: float) -> None:
-    if not (isinstance(ridge, (int, float)) and ridge >= 0):
+    if not (isinstance(ridge, (int, float)) and 0 <= ridge < math.inf):
         raise ValueError(f"{name}: ridge must be a number >= 0, got {ridge!r}")

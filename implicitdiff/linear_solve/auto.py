@@ -40,6 +40,8 @@ def solve_auto(
     """
     check_on_failure("solve_auto", on_failure)
     check_tolerances("solve_auto", rtol, atol, None)
+    if not isinstance(dense_up_to, int) or dense_up_to < 0:
+        raise ValueError(f"solve_auto: dense_up_to must be an integer >= 0, got {dense_up_to!r}")
 
     algorithm = partial(_solve, dense_up_to=dense_up_to, rtol=rtol, atol=atol, on_failure=on_failure)
     return LinearSolver("solve_auto", algorithm)

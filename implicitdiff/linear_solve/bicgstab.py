@@ -73,10 +73,10 @@ def bicgstab(system: System, r: Tensor, target: Tensor, limit: int) -> Cycle:
         s = r - alpha * v
         s_hat = precondition(s)
         t = system.matvec(s_hat)
-        omega = torch.where(active, safe_divide(dot(t, s), dot(t, t)), 0.0)
+        omega = torch.where(active, safe_divide(dot(safe_divide(t, norm(t)), s), norm(t)), 0.0)
         x, r = x + alpha * p_hat + omega * s_hat, s - omega * t
         rho, before = dot(shadow, r), rho
-        stopped = stopped | (active & ((alpha == 0) | (omega == 0) | (rho == 0)))
+        stopped = stopped | (active & ((alpha == 0) | (omega == 0) | (rho == 0) | ~torch.isfinite(norm(r))))
         beta = safe_divide(rho, before) * safe_divide(alpha, omega)
         p = torch.where(active, r + beta * (p - omega * v), p)
         used += 1

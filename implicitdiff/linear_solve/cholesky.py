@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff._linear import LinearSolver
-from implicitdiff.linear_solve._direct import direct
+from implicitdiff.linear_solve._direct import Factors, direct, probed
 from implicitdiff.linear_solve._outcome import OnFailure
 
 
@@ -37,15 +37,21 @@ def solve_cholesky(*, ridge: float = 0.0, on_failure: OnFailure = "raise") -> Li
     return direct("solve_cholesky", cholesky, broken, ridge=ridge, on_failure=on_failure)
 
 
-def cholesky(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def cholesky(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """A `Factorise` for symmetric positive definite matrices."""
-    eps = torch.finfo(a.dtype).eps
     size = a.abs().amax(dim=(-2, -1))
     asymmetric = (a - a.mT).abs().amax(dim=(-2, -1)) > eps**0.5 * size
-    # Scaled to unit diagonal, the squared pivots show what is lost to rounding.
+    # Scaled to unit diagonal, the condition is about the best that a scaling gives.
     scale = a.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     scale = torch.where(scale > 0, 1.0 / scale, 1.0)[..., None]
-    factor, info = torch.linalg.cholesky_ex(scale * a * scale.mT)
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square().amin(dim=-1)
-    x = scale * torch.cholesky_solve(scale * b, factor)
-    return x, asymmetric | (info != 0) | ~(pivots > 10 * eps)
+    x, broken = probed(_triangular, scale * a * scale.mT, scale * b)
+    return scale * x, asymmetric | broken
+
+
+def _triangular(a: Tensor) -> Factors:
+    factor, info = torch.linalg.cholesky_ex(a)
+
+    def solve(b: Tensor) -> Tensor:
+        return torch.cholesky_solve(b, factor)
+
+    return solve, solve, info != 0

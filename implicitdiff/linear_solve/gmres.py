@@ -103,8 +103,13 @@ def gmres(system: System, r: Tensor, target: Tensor, limit: int, *, restart: int
         s[:, k] = safe_divide(h[:, used, k], length)
         h[:, k, k], h[:, used, k] = length, 0.0
         g[:, k], g[:, used] = _rotate(c[:, k], s[:, k], g[:, k], g[:, used])
+        # A row that is done adds nothing more.
+        basis[used] = torch.where(g[:, used].abs() <= target[:, 0], 0.0, basis[used].mT).mT
     return Cycle(
-        precondition(torch.einsum("krn,rk->rn", basis[:used], _back_substitute(h, g, used))), used, norm(r) < 0
+        precondition(torch.einsum("krn,rk->rn", basis[:used], _back_substitute(h, g, used))),
+        used,
+        norm(r) < 0,
+        g[:, used, None].abs() <= target,
     )
 
 

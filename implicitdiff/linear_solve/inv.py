@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from implicitdiff._linear import LinearSolver
 from implicitdiff._system import System
 from implicitdiff.linear_solve import lu
-from implicitdiff.linear_solve._direct import direct, factorised
+from implicitdiff.linear_solve._direct import Factors, direct, factorised
 from implicitdiff.linear_solve._krylov import Cycle, iterative, norm
 from implicitdiff.linear_solve._outcome import OnFailure
 
@@ -57,7 +58,7 @@ def solve_inv(
     """
     if ns:
         alpha = 1.0 if alpha is None else alpha
-        if not alpha > 0:
+        if not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
             raise ValueError(f"solve_inv: alpha must be > 0, got {alpha!r}")
         broken = (
             "the Neumann series diverges, since I - alpha A has spectral radius above one: take a smaller alpha, "
@@ -82,10 +83,10 @@ def solve_inv(
     return direct("solve_inv", factorised(inverse), lu.BROKEN, ridge=ridge, on_failure=on_failure)
 
 
-def inverse(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A `Factorise` that forms the inverse."""
+def inverse(a: Tensor) -> Factors:
+    """The inverse itself."""
     inv, info = torch.linalg.inv_ex(a)
-    return inv @ b, info != 0
+    return lambda b: inv @ b, lambda b: inv.mT @ b, info != 0
 
 
 def neumann(system: System, r: Tensor, target: Tensor, limit: int, *, alpha: float) -> Cycle:
@@ -94,7 +95,7 @@ def neumann(system: System, r: Tensor, target: Tensor, limit: int, *, alpha: flo
     x = torch.zeros_like(r)
     used = 0
     # The next term of the series is the residual of the sum so far.
-    while used < limit and bool((active := ~(norm(r) <= target)).any()):
+    while used < limit and bool((active := ~(norm(r) <= target) & torch.isfinite(norm(r))).any()):
         x = torch.where(active, x + alpha * r, x)
         r = torch.where(active, r - alpha * system.matvec(r), r)
         used += 1

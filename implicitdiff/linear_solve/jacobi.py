@@ -43,6 +43,8 @@ def jacobi_preconditioner(matvec: Callable[[Any], Any], like: Any) -> Callable[[
             return (structure.tensors_of(matvec(structure.unflatten(v)))[i].reshape(-1) * unit).sum()
 
         n = leaves[i].numel()
+        if n == 0:
+            return leaves[i]
         return torch.func.vmap(entry)(torch.eye(n, dtype=leaves[i].dtype, device=leaves[i].device)).reshape(
             leaves[i].shape
         )

@@ -37,17 +37,17 @@ def solve_lstsq(*, rtol: float | None = None, on_failure: OnFailure = "raise") -
         >>> solve_lstsq()(lambda v: A @ v, torch.tensor([2.0, 2.0]))
         tensor([1.0000, 1.0000])
     """
-    if rtol is not None and not rtol >= 0:
+    if rtol is not None and not (isinstance(rtol, (int, float)) and rtol >= 0):
         raise ValueError(f"solve_lstsq: rtol must be >= 0 or None, got {rtol!r}")
     broken = "the matrix, or the right-hand side, is not finite"
     return direct("solve_lstsq", partial(least_squares, rtol=rtol), broken, on_failure=on_failure)
 
 
-def least_squares(a: Tensor, b: Tensor, *, rtol: float | None) -> tuple[Tensor, Tensor]:
+def least_squares(a: Tensor, b: Tensor, eps: float, *, rtol: float | None) -> tuple[Tensor, Tensor]:
     """A `Factorise` for any matrix: the product with its pseudoinverse."""
     # The decomposition raises on what is not finite; the lanes that are go on.
     finite = torch.isfinite(a).all(dim=(-2, -1))
     u, s, vh = torch.linalg.svd(torch.where(finite[:, None, None], a, 0.0))
-    cut = (a.shape[-1] * torch.finfo(a.dtype).eps if rtol is None else rtol) * s[:, :1]
+    cut = (a.shape[-1] * eps if rtol is None else rtol) * s[:, :1]
     inverse = torch.where(s > cut, 1.0 / s, 0.0)[..., None]
     return vh.mT @ (inverse * (u.mT @ b)), ~finite

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff._linear import LinearSolver
-from implicitdiff.linear_solve._direct import direct, factorised
+from implicitdiff.linear_solve._direct import Factors, direct, factorised
 from implicitdiff.linear_solve._outcome import OnFailure
 
 BROKEN = (
@@ -39,7 +39,11 @@ def solve_lu(*, ridge: float = 0.0, on_failure: OnFailure = "raise") -> LinearSo
     return direct("solve_lu", factorised(lu), BROKEN, ridge=ridge, on_failure=on_failure)
 
 
-def lu(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A `Factorise` for any non-singular matrix."""
-    x, info = torch.linalg.solve_ex(a, b)
-    return x, info != 0
+def lu(a: Tensor) -> Factors:
+    """``P L U``."""
+    factors, pivots, info = torch.linalg.lu_factor_ex(a)
+    return (
+        lambda b: torch.linalg.lu_solve(factors, pivots, b),
+        lambda b: torch.linalg.lu_solve(factors, pivots, b, adjoint=True),
+        info != 0,
+    )

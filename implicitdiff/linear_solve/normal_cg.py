@@ -67,16 +67,20 @@ def normal_conjugate_gradients(system: System, r: Tensor, target: Tensor, limit:
     precondition = system.precondition or (lambda v: v)
     x = torch.zeros_like(r)
     s = system.rmatvec(r)
+    # In units in which the first gradient has length one, no square leaves the range of the dtype.
+    unit = norm(s)
+    s = safe_divide(s, unit)
     z = p = precondition(s)
     sz = dot(s, z)
     broken = torch.zeros_like(sz, dtype=torch.bool)
     used = 0
     while used < limit and bool((active := ~(norm(r) <= target) & ~broken).any()):
         Ap = system.matvec(p)
-        broken = broken | (active & ~((dot(Ap, Ap) > 0) & (sz > 0)))
-        alpha = torch.where(active & ~broken, safe_divide(sz, dot(Ap, Ap)), 0.0)
+        length = norm(Ap)
+        broken = broken | (active & ~((length > 0) & (sz > 0)))
+        alpha = torch.where(active & ~broken, safe_divide(sz, length) * safe_divide(unit, length), 0.0)
         x, r = x + alpha * p, r - alpha * Ap
-        s = system.rmatvec(r)
+        s = safe_divide(system.rmatvec(r), unit)
         z = precondition(s)
         sz, before = dot(s, z), sz
         p = torch.where(active, z + safe_divide(sz, before) * p, p)
