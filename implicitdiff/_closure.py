@@ -95,8 +95,8 @@ def _refuse_unseen(closure: Closure, result: Any, args: tuple[Any, ...]) -> None
             result = closure([t.detach() for t in closure.captured], *pytree.map_tensors(torch.Tensor.detach, args))
     if any(map(functorch.is_tracked, pytree.tensors(result))):
         raise ValueError(
-            f"{closure.name} depends on a tensor that it captures where this cannot be seen, as in TorchScript, or where a "
-            "captured tensor passes through an inner vmap untouched: pass the tensor as an argument"
+            f"{closure.name} depends on a tensor that it captures where this cannot be seen, as in TorchScript, or "
+            "where a captured tensor passes through an inner vmap untouched: pass the tensor as an argument"
         )
 
 

@@ -48,6 +48,7 @@ class LinearSolver:
             if not callable(matvec):
                 raise TypeError(f"{self.name}: matvec must be a function v -> A v, got {type(matvec).__name__}")
             operator, operands = capture(f"{self.name}: matvec", matvec, leaves, structure)
+            _check_homogeneous(self.name, matvec, leaves, structure)
         return structure.unflatten(
             solve_linear(LinearProblem(operator, self, structure, len(operands)), leaves, operands)
         )
@@ -65,6 +66,15 @@ def capture(name: str, linear: Callable[[Any], Any], leaves: Leaves, structure: 
         return structure.tensors_of(closure(operands, structure.unflatten(v)))
 
     return Matvec(fn), closure.captured
+
+
+def _check_homogeneous(name: str, matvec: Callable[[Any], Any], leaves: Leaves, structure: Structure) -> None:
+    """The usual way not to be linear is a constant term, which would give another matrix without an error."""
+    with torch.no_grad():
+        at_zero = pytree.tensors(matvec(structure.unflatten([torch.zeros_like(t).detach() for t in leaves])))
+    values = [_functorch.base(t) for t in at_zero]
+    if any(bool(((v != 0) & torch.isfinite(v)).any()) for v in values):
+        raise ValueError(f"{name}: matvec is not linear: it does not take zero to zero; leave out its constant term")
 
 
 def check_leaves(name: str, leaves: Leaves) -> None:

@@ -6,24 +6,16 @@ iteration.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from solvers import SOLVERS, Row
 from torch import Tensor
 
 from implicitdiff import custom_fixed_point, custom_root, root_vjp
-from implicitdiff.linear_solve import (
-    solve_auto,
-    solve_bicgstab,
-    solve_cg,
-    solve_cholesky,
-    solve_gmres,
-    solve_inv,
-    solve_lstsq,
-    solve_lu,
-    solve_normal_cg,
-)
+from implicitdiff.linear_solve import LinearSolver, solve_gmres, solve_lu
 
 F64 = torch.float64
 # Derivatives through an exact factorisation are right to rounding; a Krylov solve leaves the residual that it was
@@ -313,22 +305,12 @@ def wrapping_solve(matvec, b):
     return solve_gmres(rtol=1e-13)(lambda v: 2.0 * matvec(v), 2.0 * b)
 
 
-TIGHT = {"rtol": 1e-13}
+def solver_of(row: Row) -> LinearSolver:
+    return row.factory(rtol=1e-13) if row.iterative else row.factory()
 
-# A new linear solver is one row here: how it is made, and a matrix that it is for.
-LINEAR_SOLVERS = [
-    ("auto", solve_auto(), general, EXACT),
-    ("auto, Krylov", solve_auto(dense_up_to=0, **TIGHT), general, KRYLOV),
-    ("bicgstab", solve_bicgstab(**TIGHT), general, KRYLOV),
-    ("cg", solve_cg(**TIGHT), definite, KRYLOV),
-    ("cholesky", solve_cholesky(), definite, EXACT),
-    ("gmres", solve_gmres(**TIGHT), general, KRYLOV),
-    ("inv", solve_inv(), general, EXACT),
-    ("inv, Neumann", solve_inv(ns=True, alpha=0.5, **TIGHT), definite, KRYLOV),
-    ("lstsq", solve_lstsq(), general, EXACT),
-    ("lu", solve_lu(), general, EXACT),
-    ("normal_cg", solve_normal_cg(**TIGHT), general, KRYLOV),
-]
+
+MATRICES = {"definite": definite, "contraction": lambda theta: definite(theta) / 3}
+
 
 PROBLEMS = [
     Problem("cubic", cubic_root, cubic_unrolled, CUBIC_THETA),
@@ -349,12 +331,24 @@ PROBLEMS = [
     Problem("nested", nested, nested_unrolled, TANH_THETA),
     Problem("nested, captured", nested_captured, nested_unrolled, TANH_THETA),
     *(
-        Problem(f"solve, {name}", solve_with(solve, matrix), solved_by_inverse(matrix), LINEAR_THETA, tolerance)
-        for name, solve, matrix, tolerance in LINEAR_SOLVERS
+        Problem(
+            f"solve, {row}",
+            solve_with(solver_of(row), MATRICES.get(row.families[-1], general)),
+            solved_by_inverse(MATRICES.get(row.families[-1], general)),
+            LINEAR_THETA,
+            KRYLOV if row.iterative else EXACT,
+        )
+        for row in SOLVERS
     ),
     *(
-        Problem(f"ridge by {name}", lambda t, s=solve: ridge(t, solve=s), ridge_closed_form, RIDGE_THETA, tolerance)
-        for name, solve, _, tolerance in LINEAR_SOLVERS
-        if "Neumann" not in name
+        Problem(
+            f"ridge by {row}",
+            functools.partial(ridge, solve=solver_of(row)),
+            ridge_closed_form,
+            RIDGE_THETA,
+            KRYLOV if row.iterative else EXACT,
+        )
+        for row in SOLVERS
+        if "definite" in row.families
     ),
 ]
