@@ -1,14 +1,14 @@
-"""What a derivative costs: implicit against unrolled, in time and in memory.
+"""What a derivative costs: implicit against unrolled, by time and by memory, and one linear solver against another.
 
-Prints two tables. Times are medians over interleaved repetitions, with the quartiles; what counts is the ratio of two
-rows of one run, since machines differ and are shared. Memory is the peak that PyTorch's allocations reach in a fresh
-process, over what the process had before.
+Times are medians of interleaved repetitions, with their quartiles; what counts is the ratio of two rows of one run,
+since machines differ and are shared. Memory is how far the peak of a fresh process rises.
 
     python benchmarks/cost.py
 """
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import resource
 import statistics
@@ -17,89 +17,131 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import jacrev
+from torch.func import jacfwd, jacrev, vmap
 
-from implicitdiff import custom_fixed_point
+from implicitdiff import custom_fixed_point, custom_root, root_jvp, root_vjp
+from implicitdiff import linear_solve as ls
 
-N = 10
-GENERATOR = torch.Generator().manual_seed(0)
-W = torch.randn(N, N, dtype=torch.float64, generator=GENERATOR) / (1.5 * N**0.5)
-X = torch.randn(N, dtype=torch.float64, generator=GENERATOR)
+torch.set_num_threads(1)
 
 
-def step(z: Tensor, x: Tensor, w: Tensor = W) -> Tensor:
-    return torch.tanh(z @ w.T + x)
-
-
-def newton(z: Tensor, x: Tensor) -> Tensor:
-    for _ in range(10):
-        f = step(z, x)
-        z = z - torch.linalg.inv(torch.eye(N, dtype=z.dtype) - (1 - f**2)[:, None] * W) @ (z - f)
-    return z
-
-
-def plain(z: Tensor, x: Tensor, w: Tensor = W, steps: int = 100) -> Tensor:
-    for _ in range(steps):
-        z = step(z, x, w)
-    return z
-
-
-def interleaved(rows: dict[str, Callable[[], object]], repetitions: int = 41) -> dict[str, list[float]]:
-    """Milliseconds of every row, each measured once in turn."""
+def measure(title: str, rows: dict[str, Callable[[], object]], repetitions: int = 31) -> None:
+    """Print the milliseconds of every row, each run once in turn, and its ratio to the first."""
     times: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(repetitions + 2):
+    for _ in range(repetitions + 3):
         for name, run in rows.items():
             began = time.perf_counter()
             run()
             times[name].append(1e3 * (time.perf_counter() - began))
-    return {name: measured[2:] for name, measured in times.items()}
-
-
-def time_table() -> None:
-    solution = newton(torch.zeros_like(X), X)
-    known = custom_fixed_point(step)(lambda z, x: solution)
-    solved = custom_fixed_point(step)(newton)
-    zero = torch.zeros_like(X)
-    times = interleaved(
-        {
-            "implicit, given the solution": lambda: jacrev(lambda x: known(zero, x))(X),
-            "implicit, with Newton's method": lambda: jacrev(lambda x: solved(zero, x))(X),
-            "Newton's method unrolled": lambda: jacrev(lambda x: newton(zero, x))(X),
-            "plain iteration unrolled": lambda: jacrev(lambda x: plain(zero, x))(X),
-        }
-    )
-    base = statistics.median(times["implicit, given the solution"])
-    print(f"Jacobian of z = tanh(W z + x) in x, n = {N}, float64, {torch.get_num_threads()} threads\n")
-    print(f"{'':32s} {'median ms':>10s} {'quartiles':>16s} {'ratio':>7s}")
+    base = statistics.median(next(iter(times.values()))[3:])
+    print(f"\n{title}\n\n{'':58s} {'median ms':>10s} {'quartiles':>16s} {'ratio':>7s}")
     for name, measured in times.items():
-        low, middle, high = statistics.quantiles(measured, n=4)
-        print(f"{name:32s} {middle:10.2f} {low:7.2f} .. {high:5.2f} {middle / base:7.1f}")
+        low, middle, high = statistics.quantiles(measured[3:], n=4)
+        print(f"{name:58s} {middle:10.2f} {low:7.2f} .. {high:5.2f} {middle / base:7.1f}")
+
+
+def jacobians(n: int = 10, steps: int = 10) -> None:
+    """The Jacobian in x of the fixed point z = tanh(W z + x)."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(n, n, dtype=torch.float64, generator=generator) / (1.5 * n**0.5)
+    x = torch.randn(n, dtype=torch.float64, generator=generator)
+    identity = torch.eye(n, dtype=torch.float64)
+    zero = torch.zeros_like(x)
+
+    def step(z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(w @ z + x)
+
+    def residual(z: Tensor, x: Tensor) -> Tensor:
+        return z - step(z, x)
+
+    def newton(z: Tensor, x: Tensor) -> Tensor:
+        for _ in range(steps):
+            z = z - torch.linalg.inv(jacrev(residual)(z, x)) @ residual(z, x)
+        return z
+
+    z = newton(zero, x)
+    decorated = custom_fixed_point(step)(newton)
+    measure(
+        f"Jacobian of a fixed point, n = {n}, float64, one thread",
+        {
+            "implicit, given the solution: vmap of root_jvp": lambda: vmap(lambda t: root_jvp(residual, z, (x,), (t,)))(
+                identity
+            ),
+            "implicit, given the solution: vmap of root_vjp": lambda: vmap(lambda u: root_vjp(residual, z, (x,), u)[0])(
+                identity
+            ),
+            f"implicit, {steps} Newton steps included: jacrev": lambda: jacrev(lambda x: decorated(zero, x))(x),
+            f"unrolled, {steps} Newton steps: jacrev": lambda: jacrev(lambda x: newton(zero, x))(x),
+            f"unrolled, {steps} Newton steps: jacfwd": lambda: jacfwd(lambda x: newton(zero, x))(x),
+            f"unrolled, {steps} Newton steps: autograd.functional.jacobian": lambda: torch.autograd.functional.jacobian(
+                lambda x: newton(zero, x), x
+            ),
+        },
+    )
+
+
+def linear_solvers(n: int = 200) -> None:
+    """One gradient of a ridge problem of condition 100 by every linear solver."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0]
+    a = (q * torch.logspace(0, 2, n, dtype=torch.float64)) @ q.T
+    solution = torch.linalg.inv(a) @ torch.ones(n, dtype=torch.float64)
+    solvers = {
+        "solve_auto": ls.solve_auto(),
+        "solve_lu": ls.solve_lu(),
+        "solve_cholesky": ls.solve_cholesky(),
+        "solve_inv": ls.solve_inv(),
+        "solve_inv, Neumann series": ls.solve_inv(ns=True, alpha=0.01, rtol=1e-6, on_failure="ignore"),
+        "solve_lstsq": ls.solve_lstsq(),
+        "solve_cg": ls.solve_cg(),
+        "solve_normal_cg": ls.solve_normal_cg(),
+        "solve_bicgstab": ls.solve_bicgstab(),
+        "solve_gmres": ls.solve_gmres(restart=100),
+    }
+
+    def gradient(solve: ls.LinearSolver) -> Tensor:
+        theta = torch.ones(n, dtype=torch.float64, requires_grad=True)
+        x = custom_root(lambda x, theta: a @ x - theta, solve=solve)(lambda init, theta: solution)(None, theta)
+        return torch.autograd.grad(x.square().sum(), theta)[0]
+
+    measure(
+        f"one gradient of a linear problem of condition 100, n = {n}, float64, one thread",
+        {name: functools.partial(gradient, solve) for name, solve in solvers.items()},
+        repetitions=9,
+    )
+
+
+def plain(z: Tensor, x: Tensor, steps: int) -> Tensor:
+    for _ in range(steps):
+        z = torch.tanh(0.5 * z + x)
+    return z
 
 
 def peak(kind: str, steps: int) -> float:
-    """Peak memory in MiB of one gradient, over the memory before, in this process."""
-    w = torch.zeros(64, 64)
+    """How far one gradient raises the peak memory of this process, in MiB."""
     x = torch.ones(4096, 64, requires_grad=True)
-    solver = custom_fixed_point(step, solve=lambda matvec, b: b)(plain) if kind == "implicit" else plain
-    solver(torch.zeros_like(x), x, w, steps=2).sum().backward()
+    solver: Callable[[Tensor, Tensor], Tensor] = functools.partial(plain, steps=steps)
+    if kind == "implicit":
+        solver = custom_fixed_point(lambda z, x: torch.tanh(0.5 * z + x), solve=ls.solve_cg())(solver)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    solver(torch.zeros_like(x), x, w, steps=steps).sum().backward()
+    solver(torch.zeros_like(x), x).sum().backward()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def memory_table() -> None:
-    print("\npeak memory of a gradient, 4096 x 64 unknowns in float32 (1 MiB), by iterations of the solver, in MiB\n")
+def memory() -> None:
+    """The peak memory of a gradient by the number of the solver's iterations."""
     counts = (10, 100, 1000)
+    print("\npeak memory of a gradient in MiB, 262,144 unknowns in float32 (1 MiB), by iterations of the solver\n")
     print(f"{'':32s}" + "".join(f"{count:>10d}" for count in counts))
-    context = multiprocessing.get_context("spawn")
     for kind in ("implicit", "unrolled"):
         row = []
         for count in counts:
-            with context.Pool(1) as pool:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
                 row.append(pool.apply(peak, (kind, count)))
         print(f"{kind:32s}" + "".join(f"{mib:10.1f}" for mib in row))
 
 
 if __name__ == "__main__":
-    time_table()
-    memory_table()
+    jacobians()
+    linear_solvers()
+    memory()

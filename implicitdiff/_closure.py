@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from implicitdiff import _functorch as functorch
-from implicitdiff import pytree
+import implicitdiff._functorch as functorch
+import implicitdiff.pytree as pytree
 from implicitdiff._modes import Substitute, Watch, version
 
 

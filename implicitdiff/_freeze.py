@@ -10,7 +10,7 @@ import functools
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
-from implicitdiff import _functorch as functorch
+import implicitdiff._functorch as functorch
 
 
 def freeze(fn: Any) -> Any:

@@ -24,7 +24,7 @@ from torch._functorch.pyfunctorch import (
 )
 from torch.autograd import forward_ad
 
-from implicitdiff import pytree
+import implicitdiff.pytree as pytree
 
 _PLAIN = -1
 

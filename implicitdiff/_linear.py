@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff import _closure, _functorch, _modes, pytree
+import implicitdiff._closure as _closure
+import implicitdiff._functorch as _functorch
+import implicitdiff._modes as _modes
+import implicitdiff.pytree as pytree
 from implicitdiff._freeze import freeze
 from implicitdiff._operator import Adjoint, Dims, Matvec, Operator, PlainPullback, Product, Pullback
 from implicitdiff._primitive import Problem, attach, solve_problem

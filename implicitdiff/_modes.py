@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from implicitdiff import _functorch as functorch
-from implicitdiff import pytree
+import implicitdiff._functorch as functorch
+import implicitdiff.pytree as pytree
 from implicitdiff.pytree import Leaves
 
 

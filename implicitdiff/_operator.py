@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from implicitdiff import _functorch as functorch
+import implicitdiff._functorch as functorch
 from implicitdiff.pytree import Leaves
 
 Product = Callable[[Leaves], Leaves]

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from implicitdiff import _closure, _modes
-from implicitdiff import _functorch as functorch
+import implicitdiff._closure as _closure
+import implicitdiff._functorch as functorch
+import implicitdiff._modes as _modes
 from implicitdiff._operator import Dims, PlainPullback, Pullback, Residual
 from implicitdiff.pytree import Leaves
 

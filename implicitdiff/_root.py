@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from implicitdiff import _closure, pytree
+import implicitdiff._closure as _closure
+import implicitdiff.pytree as pytree
 from implicitdiff._freeze import freeze
 from implicitdiff._linear import LinearProblem, Solve, check_leaves, check_like, solve_linear
 from implicitdiff._operator import Dims, Jacobian, Residual
 from implicitdiff._primitive import Problem
-from implicitdiff.linear_solve import solve_auto
+from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.pytree import Leaves, Structure
 
 Kind = Callable[[Leaves, Leaves], Leaves]
@@ -102,10 +103,12 @@ def pose(
 
 
 def root(x: Leaves, out: Leaves) -> Leaves:
+    """The `Kind` of ``fn(x) = 0``."""
     return out
 
 
 def fixed_point(x: Leaves, out: Leaves) -> Leaves:
+    """The `Kind` of ``fn(x) = x``."""
     # With this sign A = I - J, positive definite for a symmetric contraction, and the Neumann series of its inverse
     # converges.
     return [a - b for a, b in zip(x, out, strict=True)]

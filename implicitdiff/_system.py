@@ -35,10 +35,10 @@ class Vectors:
         self.eps = max(torch.finfo(d).eps for d in self.dtypes)
         self.dtype = reduce(torch.promote_types, (d.to_real() for d in self.dtypes), torch.float32)
 
-    def ravel(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Leaves ``(*batch, *shape)`` as rows ``(prod(batch), dimension)``."""
-        rows = math.prod(self.batch)
-        flat = [_real(t).reshape(rows, n).to(self.dtype) for t, n in zip(leaves, self.sizes, strict=True)]
+    def ravel(self, leaves: Sequence[Tensor], lead: int | None = None) -> Tensor:
+        """Leaves ``(*batch, *shape)`` as rows ``(prod(batch), dimension)``; `lead` is one more dimension in front."""
+        rows = (math.prod(self.batch),) if lead is None else (lead, math.prod(self.batch))
+        flat = [_real(t).reshape(*rows, n).to(self.dtype) for t, n in zip(leaves, self.sizes, strict=True)]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
     def unravel(self, rows: Tensor) -> Leaves:
@@ -162,15 +162,13 @@ def _materialise(make: Callable[[], Product], rows_first: bool, vectors: Vectors
     lanes, n = math.prod(vectors.batch), vectors.dimension
     product = make()
     basis = torch.eye(n, dtype=vectors.dtype, device=vectors.device)[:, None, :].expand(n, lanes, n)
-
-    def image(row: Tensor) -> Tensor:
-        return vectors.ravel(product(vectors.unravel(row)))
-
-    # What is held at once is bounded.
-    at_once = max(1, _HELD_AT_ONCE // (lanes * n))
-    images = (
-        torch.func.vmap(image, chunk_size=at_once if at_once < n else None)(basis) if n > 1 else image(basis[0])[None]
-    )
+    if n == 1:
+        images = vectors.ravel(product(vectors.unravel(basis[0])))[None]
+    else:
+        # What is held at once is bounded.
+        at_once = max(1, _HELD_AT_ONCE // (lanes * n))
+        products = torch.func.vmap(product, chunk_size=at_once if at_once < n else None)(vectors.unravel(basis))
+        images = vectors.ravel(products, lead=n)
     return images.permute(1, 0, 2) if rows_first else images.permute(1, 2, 0)
 
 

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from implicitdiff import _functorch, _modes, pytree
+import implicitdiff._functorch as _functorch
+import implicitdiff._modes as _modes
+import implicitdiff.pytree as pytree
 from implicitdiff._linear import Solve, check_like
 from implicitdiff._primitive import attach
 from implicitdiff._root import Kind, fixed_point, pose, root

@@ -47,6 +47,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def norm(a: Tensor) -> Tensor:
+    """Euclidean, row by row, kept as a column; no square leaves the range of the dtype."""
     largest = a.abs().amax(dim=-1, keepdim=True)
     largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
     size: Tensor = largest * torch.linalg.vector_norm(a / largest, dim=-1, keepdim=True)
@@ -109,6 +110,7 @@ def _solve(
 
 
 def check_tolerances(name: str, rtol: float | None, atol: float, maxiter: int | None) -> None:
+    """Refuse tolerances and budgets that make no sense."""
     if rtol is not None and not (isinstance(rtol, (int, float)) and rtol >= 0):
         raise ValueError(f"{name}: rtol must be >= 0 or None, got {rtol!r}")
     if not (isinstance(atol, (int, float)) and atol >= 0):

@@ -60,10 +60,12 @@ def settle(name: str, outcome: Outcome, system: System, on_failure: OnFailure) -
 
 
 def check_on_failure(name: str, on_failure: str) -> None:
+    """Refuse what is no way to report failure."""
     if on_failure not in ("raise", "warn", "ignore"):
         raise ValueError(f'{name}: on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')
 
 
 def check_ridge(name: str, ridge: float) -> None:
+    """Refuse a ridge that is no finite number >= 0."""
     if not (isinstance(ridge, (int, float)) and 0 <= ridge < math.inf):
         raise ValueError(f"{name}: ridge must be a number >= 0, got {ridge!r}")

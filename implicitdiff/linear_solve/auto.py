@@ -9,10 +9,12 @@ from torch import Tensor
 
 from implicitdiff._linear import LinearSolver
 from implicitdiff._system import System
-from implicitdiff.linear_solve import cg, gmres, lu
 from implicitdiff.linear_solve._direct import factorised, materialised
 from implicitdiff.linear_solve._krylov import check_tolerances, dot, iterate
 from implicitdiff.linear_solve._outcome import OnFailure, check_on_failure, settle
+from implicitdiff.linear_solve.cg import INDEFINITE, conjugate_gradients
+from implicitdiff.linear_solve.gmres import NOT_FINITE, gmres
+from implicitdiff.linear_solve.lu import SINGULAR, lu
 
 
 def solve_auto(
@@ -50,12 +52,12 @@ def solve_auto(
 def _solve(system: System, *, dense_up_to: int, rtol: float | None, atol: float, on_failure: OnFailure) -> Tensor:
     n = system.b.shape[-1]
     if n <= dense_up_to and system.lanes * n * n <= 2**27:
-        return settle("solve_auto (LU)", materialised(system, factorised(lu.lu), lu.BROKEN), system, on_failure)
+        return settle("solve_auto (LU)", materialised(system, factorised(lu), SINGULAR), system, on_failure)
     if _looks_symmetric(system):
-        outcome = iterate(system, cg.conjugate_gradients, cg.BROKEN, rtol, atol, None)
+        outcome = iterate(system, conjugate_gradients, INDEFINITE, rtol, atol, None)
         if not bool(outcome.failed.any()):
             return outcome.x
-    outcome = iterate(system, partial(gmres.gmres, restart=50), gmres.BROKEN, rtol, atol, None)
+    outcome = iterate(system, partial(gmres, restart=50), NOT_FINITE, rtol, atol, None)
     return settle("solve_auto (GMRES)", outcome, system, on_failure)
 
 

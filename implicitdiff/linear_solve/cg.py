@@ -13,7 +13,7 @@ from implicitdiff._system import System
 from implicitdiff.linear_solve._krylov import Cycle, dot, iterative, norm, safe_divide
 from implicitdiff.linear_solve._outcome import OnFailure
 
-BROKEN = (
+INDEFINITE = (
     "the operator is not positive definite, or not finite (a search direction has p'Ap <= 0): at a minimum that is not "
     "strict add a ridge, for other operators take solve_gmres, solve_lu or solve_lstsq"
 )
@@ -54,7 +54,7 @@ def solve_cg(
     return iterative(
         "solve_cg",
         conjugate_gradients,
-        BROKEN,
+        INDEFINITE,
         rtol=rtol,
         atol=atol,
         maxiter=maxiter,

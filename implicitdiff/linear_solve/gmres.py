@@ -14,7 +14,7 @@ from implicitdiff._system import System
 from implicitdiff.linear_solve._krylov import Cycle, iterative, norm, safe_divide
 from implicitdiff.linear_solve._outcome import OnFailure
 
-BROKEN = "the iteration met values that are not finite; is the operator finite?"
+NOT_FINITE = "the iteration met values that are not finite; is the operator finite?"
 
 
 def solve_gmres(
@@ -58,7 +58,7 @@ def solve_gmres(
     return iterative(
         "solve_gmres",
         partial(gmres, restart=restart),
-        BROKEN,
+        NOT_FINITE,
         rtol=rtol,
         atol=atol,
         maxiter=maxiter,

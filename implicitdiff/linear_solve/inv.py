@@ -11,10 +11,10 @@ from torch import Tensor
 
 from implicitdiff._linear import LinearSolver
 from implicitdiff._system import System
-from implicitdiff.linear_solve import lu
 from implicitdiff.linear_solve._direct import Factors, direct, factorised
 from implicitdiff.linear_solve._krylov import Cycle, iterative, norm
 from implicitdiff.linear_solve._outcome import OnFailure
+from implicitdiff.linear_solve.lu import SINGULAR
 
 
 def solve_inv(
@@ -80,7 +80,7 @@ def solve_inv(
         raise ValueError(
             "solve_inv: maxiter, alpha, rtol, atol and init are options of the Neumann series; they need ns=True"
         )
-    return direct("solve_inv", factorised(inverse), lu.BROKEN, ridge=ridge, on_failure=on_failure)
+    return direct("solve_inv", factorised(inverse), SINGULAR, ridge=ridge, on_failure=on_failure)
 
 
 def inverse(a: Tensor) -> Factors:

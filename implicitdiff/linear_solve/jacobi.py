@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from implicitdiff import pytree
+import implicitdiff.pytree as pytree
 
 
 def jacobi_preconditioner(matvec: Callable[[Any], Any], like: Any) -> Callable[[Any], Any]:

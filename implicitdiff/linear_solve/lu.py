@@ -9,7 +9,7 @@ from implicitdiff._linear import LinearSolver
 from implicitdiff.linear_solve._direct import Factors, direct, factorised
 from implicitdiff.linear_solve._outcome import OnFailure
 
-BROKEN = (
+SINGULAR = (
     "the matrix is singular to working precision, or not finite: take solve_lstsq for the solution of minimum norm, "
     "or add a ridge"
 )
@@ -36,7 +36,7 @@ def solve_lu(*, ridge: float = 0.0, on_failure: OnFailure = "raise") -> LinearSo
         >>> solve_lu()(lambda v: A @ v, torch.tensor([1.0, 5.0]))
         tensor([2., 1.])
     """
-    return direct("solve_lu", factorised(lu), BROKEN, ridge=ridge, on_failure=on_failure)
+    return direct("solve_lu", factorised(lu), SINGULAR, ridge=ridge, on_failure=on_failure)
 
 
 def lu(a: Tensor) -> Factors:
