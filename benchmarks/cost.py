@@ -40,7 +40,7 @@ def measure(title: str, rows: dict[str, Callable[[], object]], repetitions: int 
         print(f"{name:58s} {middle:10.2f} {low:7.2f} .. {high:5.2f} {middle / base:7.1f}")
 
 
-def jacobians(n: int = 10, steps: int = 10) -> None:
+def jacobians(n: int = 10, steps: int = 20) -> None:
     """The Jacobian in x of the fixed point z = tanh(W z + x)."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(n, n, dtype=torch.float64, generator=generator) / (1.5 * n**0.5)
@@ -64,10 +64,10 @@ def jacobians(n: int = 10, steps: int = 10) -> None:
     measure(
         f"Jacobian of a fixed point, n = {n}, float64, one thread",
         {
-            "implicit, given the solution: vmap of root_jvp": lambda: vmap(lambda t: root_jvp(residual, z, (x,), (t,)))(
+            "implicit, given the solution: vmap of root_vjp": lambda: vmap(lambda u: root_vjp(residual, z, (x,), u)[0])(
                 identity
             ),
-            "implicit, given the solution: vmap of root_vjp": lambda: vmap(lambda u: root_vjp(residual, z, (x,), u)[0])(
+            "implicit, given the solution: vmap of root_jvp": lambda: vmap(lambda t: root_jvp(residual, z, (x,), (t,)))(
                 identity
             ),
             f"implicit, {steps} Newton steps included: jacrev": lambda: jacrev(lambda x: decorated(zero, x))(x),
@@ -119,7 +119,7 @@ def plain(z: Tensor, x: Tensor, steps: int) -> Tensor:
 
 def peak(kind: str, steps: int) -> float:
     """How far one gradient raises the peak memory of this process, in MiB."""
-    x = torch.ones(4096, 64, requires_grad=True)
+    x = torch.ones(4096, 1024, requires_grad=True)
     solver: Callable[[Tensor, Tensor], Tensor] = functools.partial(plain, steps=steps)
     if kind == "implicit":
         solver = custom_fixed_point(lambda z, x: torch.tanh(0.5 * z + x), solve=ls.solve_cg())(solver)
@@ -130,8 +130,8 @@ def peak(kind: str, steps: int) -> float:
 
 def memory() -> None:
     """The peak memory of a gradient by the number of the solver's iterations."""
-    counts = (10, 100, 1000)
-    print("\npeak memory of a gradient in MiB, 262,144 unknowns in float32 (1 MiB), by iterations of the solver\n")
+    counts = (10, 50, 100)
+    print("\npeak memory of a gradient in MiB, 2^22 unknowns in float32 (16 MiB), by iterations of the solver\n")
     print(f"{'':32s}" + "".join(f"{count:>10d}" for count in counts))
     for kind in ("implicit", "unrolled"):
         row = []

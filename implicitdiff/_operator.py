@@ -8,7 +8,7 @@ batch; `PlainPullback` by ordinary autograd, faster, for plain tensors outside o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -77,6 +77,26 @@ class PlainPullback(Pullback):
             x = tuple(t.requires_grad_() for t in functorch.recordable(self.x))
             y = tuple(self.fn(list(x), functorch.recordable(self.theta)))
         _refuse_strangers(x, y)
+        return x, y
+
+
+class SharedPullback(PlainPullback):
+    """The same graph for products with ``d fn / dx`` and, by `pull_theta`, with the derivative in some of ``theta``."""
+
+    def __init__(self, fn: Residual, x: Leaves, theta: Leaves, wanted: Sequence[int]) -> None:
+        super().__init__(fn, x, functorch.recordable(theta))
+        with functorch.recording():
+            self.wanted = tuple(self.theta[i].requires_grad_() for i in wanted)
+
+    def pull_theta(self, u: Leaves) -> Leaves:
+        return list(_vjp(self._graph[1], self.wanted, tuple(u)))
+
+    @cached_property
+    def _graph(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        with functorch.recording():
+            x = tuple(t.requires_grad_() for t in functorch.recordable(self.x))
+            y = tuple(self.fn(list(x), self.theta))
+        _refuse_strangers((*x, *self.wanted), y)
         return x, y
 
 
@@ -172,6 +192,23 @@ class Jacobian(Operator):
     def point(self) -> int:
         # With x shared by the lanes, a derivative with respect to x would sum over them.
         return self.unknowns
+
+
+@dataclass(frozen=True)
+class Linearised(Operator):
+    """A Jacobian whose graph is there already; without operands, it is never batched."""
+
+    at: Pullback
+
+    def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
+        return Products(lambda: self.at.push(like), self.at.pull)
+
+    def batched(self, dims: Dims) -> Operator:
+        raise AssertionError("nothing that varies over lanes is an operand")
+
+    @property
+    def rows_first(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)

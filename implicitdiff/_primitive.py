@@ -53,6 +53,11 @@ class Problem(ABC):
         expand it if need be), and at which dimension of its solution the lanes lie.
         """
 
+    def vjp(self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
+        """``theta_bar`` for the operands whose positions are `wanted`."""
+        u = self.solve(x, theta, x_bar, adjoint=True)
+        return self.pullback(x, theta, [-t for t in u], wanted)
+
     def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
         """``(d residual / d theta)^H u`` for the operands whose positions are `wanted`."""
         how = PlainPullback if functorch.is_quiet([*x, *theta], u) else Pullback
@@ -138,8 +143,7 @@ class _Solution(torch.autograd.Function):
         wanted = [i for i in range(len(theta)) if ctx.needs_input_grad[first + i]]
         if wanted and any(c is not None for c in cotangents):
             x_bar = [torch.zeros_like(t) if c is None else c for c, t in zip(cotangents, x, strict=True)]
-            u = ctx.problem.solve(x, theta, x_bar, adjoint=True)
-            for i, grad in ctx.problem.pullback(x, theta, [-t for t in u], wanted).items():
+            for i, grad in ctx.problem.vjp(x, theta, x_bar, wanted).items():
                 grads[first + i] = grad
         return tuple(grads)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 import implicitdiff._closure as _closure
+import implicitdiff._functorch as functorch
+import implicitdiff._modes as _modes
 import implicitdiff.pytree as pytree
 from implicitdiff._freeze import freeze
-from implicitdiff._linear import LinearProblem, Solve, check_leaves, check_like, solve_linear
-from implicitdiff._operator import Dims, Jacobian, Residual
+from implicitdiff._linear import LinearProblem, LinearSolver, Solve, check_leaves, check_like, solve_linear
+from implicitdiff._operator import Dims, Jacobian, Linearised, Residual, SharedPullback
 from implicitdiff._primitive import Problem
 from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.pytree import Leaves, Structure
@@ -59,6 +61,16 @@ class RootProblem(Problem):
             lanes=self.lanes,
         )
         return solve_linear(problem, b, [*x, *theta])
+
+    def vjp(self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
+        quiet = functorch.is_quiet([*x, *theta], x_bar) and not _modes.is_inside()
+        if not (quiet and isinstance(self.solver, LinearSolver)):
+            return super().vjp(x, theta, x_bar, wanted)
+        # Nothing differentiates this any further: one graph serves the solve and the pullback.
+        at = SharedPullback(self.residual, x, theta, wanted)
+        problem = LinearProblem(Linearised(at).adjoint, self.solver, self.structure, count=0, lanes=self.lanes)
+        u = solve_linear(problem, x_bar, [])
+        return dict(zip(wanted, at.pull_theta([-t for t in u]), strict=True))
 
     def batched(self, dims: Dims, size: int) -> tuple[RootProblem, Dims, int]:
         front = tuple(None if d is None else 0 for d in dims)

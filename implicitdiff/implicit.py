@@ -292,8 +292,8 @@ def root_vjp(
     check_like("root_vjp: cotangent", cotangent, sol, posed.x, structure, "sol")
     count = len(posed.arguments.slots)
     wanted = [i for i, t in enumerate(posed.theta[:count]) if t.is_floating_point() or t.is_complex()]
-    u = posed.problem.solve(posed.x, posed.theta, structure.tensors_of(cotangent), adjoint=True)
-    grads = posed.problem.pullback(posed.x, posed.theta, [-t for t in u], wanted) if wanted else {}
+    x_bar = structure.tensors_of(cotangent)
+    grads = posed.problem.vjp(posed.x, posed.theta, x_bar, wanted) if wanted else {}
     return tuple(posed.arguments.fill(grads)[0])
 
 
