@@ -33,7 +33,7 @@ class Closure:
         self.captured = [t for t, _ in outside if functorch.may_be_differentiated(t)]
         # Captured tensors become operands, which autograd watches.
         self.constants = [(t, v) for t, v in outside if not functorch.may_be_differentiated(t)]
-        # At least one, since functions of torch's C++ frontend are seen by modes only where some transform is running.
+        # At least one: a mode sees what a custom autograd.Function is applied to only where some transform is running.
         self.levels = max(1, max(map(functorch.level, self.captured), default=0))
         self.autocast = _autocast_state()
 

@@ -155,8 +155,7 @@ class _Solution(torch.autograd.Function):
         given = {i: t for i, t in enumerate(tangents[2 + ctx.known :]) if t is not None}
         if not given:
             return tuple(None for _ in x)
-        # The saved solution does not carry the tangents of outer levels; attached again, it does.
-        x = attach(ctx.problem, x, theta)
+        # Without this level's tangent the saved solution is that of the level below, which has its derivatives already.
         rhs = ctx.problem.pushforward(x, theta, given)
         solution: Leaves = ctx.problem.solve(x, theta, [-t for t in rhs], adjoint=False)
         return tuple(solution)

@@ -315,7 +315,8 @@ def test_a_solver_may_differentiate_in_what_it_captures():
 
 
 def test_autocast_at_the_call_holds_for_the_derivative_and_not_for_the_linear_algebra():
-    weight = torch.tensor([[0.5, 0.25], [0.0, 0.5]])
+    # A product of two dtypes, which only autocast allows.
+    weight = torch.tensor([[0.5, 0.25], [0.0, 0.5]], dtype=torch.float16)
     theta = torch.ones(2, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         z = custom_fixed_point(lambda z, theta: (weight @ z).float() + theta)(

@@ -80,9 +80,13 @@ TRANSFORMS = {
     "three times forward": lambda f, t: jacfwd(jacfwd(jacfwd(f)))(t),
     "forward, reverse, forward": lambda f, t: jacfwd(jacrev(jacfwd(f)))(t),
     "reverse, forward, reverse": lambda f, t: jacrev(jacfwd(grad(scalar(f))))(t),
+    "four times, mixed": lambda f, t: jacfwd(jacrev(jacfwd(grad(scalar(f)))))(t),
     "backward()": autograd_backward,
     "autograd.grad three times": autograd_twice,
     "forward_ad": dual_numbers,
+    "forward_ad of grad": lambda f, t: dual_numbers(grad(scalar(f)), t),
+    "grad of forward_ad": lambda f, t: grad(lambda t: (dual_numbers(f, t) ** 2).sum())(t),
+    "backward() of forward_ad": lambda f, t: autograd_backward(lambda t: dual_numbers(f, t), t),
 }
 
 
