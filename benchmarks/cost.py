@@ -25,14 +25,20 @@ from implicitdiff import linear_solve as ls
 torch.set_num_threads(1)
 
 
-def measure(title: str, rows: dict[str, Callable[[], object]], repetitions: int = 31) -> None:
-    """Print the milliseconds of every row, each run once in turn, and its ratio to the first."""
+def measure(title: str, rows: dict[str, Callable[[], object]], repetitions: int = 21) -> None:
+    """Print the milliseconds of every row, and its ratio to the first.
+
+    The rows take turns. A turn is a call that is not counted, since what ran before leaves the caches cold, and the
+    mean of five that are.
+    """
     times: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(repetitions + 3):
         for name, run in rows.items():
-            began = time.perf_counter()
             run()
-            times[name].append(1e3 * (time.perf_counter() - began))
+            began = time.perf_counter()
+            for _ in range(5):
+                run()
+            times[name].append(1e3 * (time.perf_counter() - began) / 5)
     base = statistics.median(next(iter(times.values()))[3:])
     print(f"\n{title}\n\n{'':58s} {'median ms':>10s} {'quartiles':>16s} {'ratio':>7s}")
     for name, measured in times.items():
@@ -107,7 +113,7 @@ def linear_solvers(n: int = 200) -> None:
     measure(
         f"one gradient of a linear problem of condition 100, n = {n}, float64, one thread",
         {name: functools.partial(gradient, solve) for name, solve in solvers.items()},
-        repetitions=9,
+        repetitions=5,
     )
 
 

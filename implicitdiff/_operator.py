@@ -85,16 +85,18 @@ class SharedPullback(PlainPullback):
 
     def __init__(self, fn: Residual, x: Leaves, theta: Leaves, wanted: Sequence[int]) -> None:
         super().__init__(fn, x, functorch.recordable(theta))
-        with functorch.recording():
-            self.wanted = tuple(self.theta[i].requires_grad_() for i in wanted)
+        self.wanted = tuple(self.theta[i] for i in wanted)
 
     def pull_theta(self, u: Leaves) -> Leaves:
-        return list(_vjp(self._graph[1], self.wanted, tuple(u)))
+        _, y = self._graph
+        return list(_vjp(y, self.wanted, tuple(u)))
 
     @cached_property
     def _graph(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         with functorch.recording():
             x = tuple(t.requires_grad_() for t in functorch.recordable(self.x))
+            for t in self.wanted:
+                t.requires_grad_()
             y = tuple(self.fn(list(x), self.theta))
         _refuse_strangers((*x, *self.wanted), y)
         return x, y

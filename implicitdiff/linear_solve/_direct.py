@@ -76,23 +76,25 @@ def _solve_scaled_if_need_be(factor: Factor, a: Tensor, b: Tensor, eps: float) -
 def probed(factor: Factor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Solve, and estimate the condition number.
 
-    Inverse iteration: a vector with a share in every direction turns, in one step with ``A`` and one with its
-    transpose, into the bad direction, and there grows by the norm of the inverse. A small pivot alone would not tell,
-    and the given right-hand side may have no share in the bad direction.
+    A vector with a share in every direction, as one more right-hand side, grows by about the norm of the inverse. A
+    small pivot alone would not tell, and the given right-hand side may have no share in the bad direction. The vector's
+    own share there may be small too: where it does not clear the matrix by far, inverse iteration turns it there.
     """
     n = a.shape[-1]
     solve, solve_transposed, broken = factor(a)
     v = torch.cos(7.0 * torch.arange(1, n + 1, dtype=a.dtype, device=a.device) ** 2).reshape(1, n, 1)
     v = (v / torch.linalg.vector_norm(v)).expand(a.shape[0], n, 1)
-    growth = torch.zeros_like(a[:, :1, :1])
-    for step in (solve, solve_transposed, solve):
-        v = step(v)
-        size = torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
-        # A size that left the range of the dtype, or is no number, stays.
-        growth = torch.maximum(growth, size)
-        v = v / size
-    condition = growth[:, 0, 0] * torch.linalg.matrix_norm(a)
-    return solve(b), broken | ~(condition * 10 * torch.finfo(a.dtype).eps < 1)
+    x = solve(torch.cat([b, v], dim=-1))
+    x, v = x[..., :-1], x[..., -1:]
+    size = torch.linalg.matrix_norm(a)[:, None, None]
+    limit = 0.1 / torch.finfo(a.dtype).eps
+    growth = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    if not bool((growth * size < 1e-5 * limit).all()):
+        for step in (solve_transposed, solve):
+            v = step(v / torch.linalg.vector_norm(v, dim=-2, keepdim=True))
+            # A size that left the range of the dtype, or is no number, stays.
+            growth = torch.maximum(growth, torch.linalg.vector_norm(v, dim=-2, keepdim=True))
+    return x, broken | ~(growth * size < limit)[:, 0, 0]
 
 
 def _inverse_or_one(size: Tensor) -> Tensor:
