@@ -78,6 +78,20 @@ def replace_inside(tensor: torch.Tensor, replace: Callable[[torch.Tensor], torch
     return replaced if level(tensor) < 0 else rewrap(replaced, tensor)
 
 
+def leaves_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The leaves that autograd would accumulate into from here."""
+    seen: set[Any] = set()
+    leaves: list[torch.Tensor] = []
+    nodes: list[Any] = [tensor.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            nodes += [below for below, _ in node.next_functions]
+    return leaves
+
+
 def base(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor inside all wrappers."""
     while not is_plain(tensor):
@@ -209,6 +223,11 @@ def levels_up_to(count: int) -> Iterator[None]:
     finally:
         for _ in range(missing):
             functorch._vmap_decrement_nesting()
+
+
+def no_modes() -> AbstractContextManager[None]:
+    """Run the body with no mode looking at torch functions."""
+    return torch._C.DisableTorchFunction()
 
 
 def no_levels() -> AbstractContextManager[object]:

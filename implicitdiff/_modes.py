@@ -26,12 +26,15 @@ def below_gradients() -> Iterator[None]:
     in-place updates, NumPy, host control flow and `torch.autograd` work on the former as they do outside of any
     transform.
     """
-    with functorch.inert_gradient_levels() as levels, torch.no_grad():
-        if levels or is_traced():
-            with _DropGradientLayers(levels):
+    with _KeepGradients() as gradients, functorch.inert_gradient_levels() as levels, torch.no_grad():
+        try:
+            if levels or is_traced():
+                with _DropGradientLayers(levels):
+                    yield
+            else:
                 yield
-        else:
-            yield
+        finally:
+            gradients.restore()
 
 
 def alias(tensors: Sequence[torch.Tensor]) -> Leaves:
@@ -136,6 +139,31 @@ class Substitute(TorchFunctionMode):
         return replaced
 
 
+class _KeepGradients(TorchFunctionMode):
+    """Takes back what `backward()` accumulates into leaves, which may be captured ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: dict[torch.Tensor, torch.Tensor | None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _BACKWARD:
+            for leaf in functorch.leaves_of(args[0]):
+                if leaf not in self.before:
+                    # Accumulated in place, so kept as a copy.
+                    self.before[leaf] = None if leaf.grad is None else leaf.grad.clone()
+        return func(*args, **(kwargs or {}))
+
+    def restore(self) -> None:
+        with functorch.no_modes():
+            for leaf, grad in self.before.items():
+                if grad is None or leaf.grad is None:
+                    leaf.grad = grad
+                else:
+                    leaf.grad.copy_(grad)
+
+
+_BACKWARD: Any = torch.Tensor.backward
 # Also inert ones.
 _REFUSES_LEVELS = (torch.Tensor.backward,)
 

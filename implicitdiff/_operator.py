@@ -117,15 +117,7 @@ def _refuse_strangers(x: tuple[torch.Tensor, ...], y: tuple[torch.Tensor, ...]) 
     """Raise if a result hangs on a tensor that is no operand, since its derivative would be lost, silently."""
     own = {id(t) for t in x}
     stranger = not all(map(functorch.is_plain, y))
-    seen: set[Any] = set()
-    nodes: list[Any] = [t.grad_fn for t in y]
-    while nodes and not stranger:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stranger = hasattr(node, "variable") and id(node.variable) not in own
-            nodes += [below for below, _ in node.next_functions]
-    if stranger:
+    if stranger or any(id(leaf) not in own for t in y for leaf in functorch.leaves_of(t)):
         raise RuntimeError(
             "the function to be differentiated depends on a tensor that it did not depend on when the solver was "
             "called: a parameter was replaced since then, or given its gradient flag; take the derivative first"

@@ -41,7 +41,7 @@ def custom_root(
     gradients off, and may do anything: torch.autograd under ``enable_grad``, SciPy, host control flow, in-place
     updates of its own copies and of the initial guess, which is a copy. Nothing of it is recorded, so memory does not
     grow with its iterations. Under `torch.func.vmap` it runs once on batched values, as every function does there.
-    What it captures it sees as it is: `backward()` in it accumulates into captured leaves unless given ``inputs=``.
+    What `Tensor.backward` in it accumulates into leaves that it captures is taken back.
 
     Differentiable are all floating-point and complex tensors in the arguments after the first, by position or
     keyword, in pytrees of any nesting, and every tensor that ``optimality_fn`` captures: in a closure, a partial, a

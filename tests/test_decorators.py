@@ -366,3 +366,26 @@ def test_inference_mode_gives_values_and_the_right_derivatives_of_transforms():
         theta = THETA.clone()
         torch.testing.assert_close(root(None, theta), theta.sqrt())
         torch.testing.assert_close(grad(lambda t: root(None, t).sum())(theta), 0.5 * theta**-0.5)
+
+
+@pytest.mark.parametrize("before", [None, 7.0], ids=["without .grad", "with .grad"])
+def test_backward_in_a_solver_leaves_no_trace_on_captured_leaves(before):
+    theta = THETA.clone().requires_grad_()
+    theta.grad = None if before is None else torch.full((2,), before, dtype=F64)
+    held = theta.grad
+
+    def solver(init):
+        x = torch.ones(2, dtype=F64, requires_grad=True)
+        optimizer = torch.optim.SGD([x], lr=0.1)
+        for _ in range(200):
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                (x**3 / 3 - theta * x).sum().backward()
+            optimizer.step()
+        return x
+
+    x = custom_root(lambda x: x**2 - theta)(solver)(None)
+    assert theta.grad is held
+    assert before is None or torch.equal(held, torch.full((2,), before, dtype=F64))
+    x.sum().backward()
+    torch.testing.assert_close(theta.grad, (before or 0.0) + 0.5 * THETA**-0.5)
