@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
+
 import nox
 
 # Exact versions, so that a run today and a run next year check the same thing. They need
@@ -12,10 +16,13 @@ PINS = {
     "matplotlib": "3.11.2",
     "pytest": "9.2.0",
     "pytest-xdist": "3.8.0",
+    "hypothesis": "6.170.15",
     "ruff": "0.17.6",
     "mypy": "2.4.1",
+    "build": "1.6.1",
 }
 RUNTIME = ("torch", "numpy", "scipy")
+TESTING = ("pytest", "pytest-xdist", "hypothesis")
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["tests", "docs-test", "lint", "typecheck"]
@@ -25,9 +32,20 @@ def pinned(*names: str) -> list[str]:
     return [f"{name}=={PINS[name]}" for name in names]
 
 
-def install(session: nox.Session, *tools: str) -> None:
+def install(session: nox.Session, *tools: str, **switches: str) -> None:
     # One pip call for pins and package together: a second one could move torch past its pin.
-    session.install(*pinned(*RUNTIME, *tools), ".")
+    session.install(*pinned(*RUNTIME, *tools), ".", env=switches)
+
+
+def check(session: nox.Session, built: str, python: str = "python", **env: str) -> None:
+    # -I keeps this folder off the path: compiled modules of an editable install may lie in it.
+    session.run(python, "-I", "-m", "implicitdiff", env=env, external=True)
+    session.run(python, "-I", "-c", f"from implicitdiff import _C; assert {built}", env=env, external=True)
+
+
+def run_suite(session: nox.Session, pytest: str = "pytest", tests: str = "tests") -> None:
+    # One thread per worker: the workers already fill the cores.
+    session.run(pytest, "-n", "2", tests, *session.posargs, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
 @nox.session
@@ -40,15 +58,69 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the test suite."""
-    install(session, "pytest", "pytest-xdist")
-    # One thread per worker: the workers already fill the cores.
-    session.run("pytest", "-n", "2", "tests", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    install(session, *TESTING)
+    run_suite(session)
+
+
+@nox.session(name="tests-plain")
+def tests_plain(session: nox.Session) -> None:
+    """Run the test suite without compiled code."""
+    install(session, *TESTING, IMPLICITDIFF_NO_EXTENSIONS="1")
+    check(session, "_C.cpu is None and _C.cuda is None")
+    run_suite(session)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run the tests of the kernels under the address and the undefined behaviour sanitizers."""
+    install(session, "pytest", IMPLICITDIFF_SANITIZE="1", IMPLICITDIFF_CUDA="0")
+    compiler = os.environ.get("CXX", "g++")
+    # Python is not sanitized, so the runtimes have to be there before it.
+    runtimes = [
+        session.run(compiler, f"-print-file-name={name}", external=True, silent=True).strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    env = {
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    }
+    check(session, "_C.cpu", **env)
+    session.run("pytest", "tests/test_kernels.py", *session.posargs, env=env)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the sdist and from it the wheel, and test the wheel in an empty environment."""
+    session.install(*pinned("build"))
+    place = Path(session.create_tmp()).resolve()
+    shutil.rmtree(place)
+    place.mkdir()
+    session.run("python", "-m", "build", "--outdir", str(place))
+    session.run("python", "-m", "venv", str(place / "empty"))
+    python, pytest = (str(place / "empty/bin" / name) for name in ("python", "pytest"))
+    packages = [*pinned(*RUNTIME, *TESTING), *map(str, place.glob("*.whl"))]
+    session.run(python, "-m", "pip", "install", "--quiet", *packages, external=True)
+    suite = str(Path("tests").resolve())
+    session.chdir(place)
+    check(session, "_C.cpu", python)
+    run_suite(session, pytest, suite)
+
+
+@nox.session(name="cuda-build")
+def cuda_build(session: nox.Session) -> None:
+    """Compile the CUDA module and import it, which takes nvcc and no GPU."""
+    if not shutil.which("nvcc"):
+        session.log("nvcc not found: CUDA not compiled")
+        return
+    install(session, IMPLICITDIFF_CUDA="1")
+    check(session, "_C.cuda")
 
 
 @nox.session(name="docs-test")
 def docs_test(session: nox.Session) -> None:
     """Run the examples in the README and in the docstrings."""
-    install(session, "pytest")
+    install(session, "pytest", IMPLICITDIFF_NO_EXTENSIONS="1")
     session.run("pytest", "--doctest-modules", "implicitdiff", "--doctest-glob=README.md", "README.md")
 
 
@@ -63,7 +135,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check the package's types."""
-    install(session, "mypy")
+    install(session, "mypy", IMPLICITDIFF_NO_EXTENSIONS="1")
     session.run("mypy")
 
 

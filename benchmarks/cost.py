@@ -11,11 +11,10 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import resource
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from measure import measure
 from torch import Tensor
 from torch.func import jacfwd, jacrev, vmap
 
@@ -23,27 +22,6 @@ from implicitdiff import custom_fixed_point, custom_root, root_jvp, root_vjp
 from implicitdiff import linear_solve as ls
 
 torch.set_num_threads(1)
-
-
-def measure(title: str, rows: dict[str, Callable[[], object]], repetitions: int = 21) -> None:
-    """Print the milliseconds of every row, and its ratio to the first.
-
-    The rows take turns. A turn is a call that is not counted, since what ran before leaves the caches cold, and the
-    mean of five that are.
-    """
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(repetitions + 3):
-        for name, run in rows.items():
-            run()
-            began = time.perf_counter()
-            for _ in range(5):
-                run()
-            times[name].append(1e3 * (time.perf_counter() - began) / 5)
-    base = statistics.median(next(iter(times.values()))[3:])
-    print(f"\n{title}\n\n{'':58s} {'median ms':>10s} {'quartiles':>16s} {'ratio':>7s}")
-    for name, measured in times.items():
-        low, middle, high = statistics.quantiles(measured[3:], n=4)
-        print(f"{name:58s} {middle:10.2f} {low:7.2f} .. {high:5.2f} {middle / base:7.1f}")
 
 
 def jacobians(n: int = 10, steps: int = 20) -> None:

@@ -1,16 +1,48 @@
 """Implicit differentiation on torch.func: right derivatives of any solver's solution, under every transform."""
 
-from implicitdiff import linear_solve
+from implicitdiff import linear_solve, optim, schedule
+from implicitdiff._unroll import unroll
 from implicitdiff.errors import LinearSolveError, LinearSolveWarning, NotARootError
 from implicitdiff.implicit import custom_fixed_point, custom_root, root_jvp, root_vjp
+from implicitdiff.optim import (
+    GradientTransformation,
+    accelerated_op_available,
+    adadelta,
+    adagrad,
+    adam,
+    adamax,
+    adamw,
+    apply_updates,
+    chain,
+    clip_grad_norm,
+    radam,
+    rmsprop,
+    sgd,
+)
 
 __all__ = [
+    "GradientTransformation",
     "LinearSolveError",
     "LinearSolveWarning",
     "NotARootError",
+    "accelerated_op_available",
+    "adadelta",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "apply_updates",
+    "chain",
+    "clip_grad_norm",
     "custom_fixed_point",
     "custom_root",
     "linear_solve",
+    "optim",
+    "radam",
+    "rmsprop",
     "root_jvp",
     "root_vjp",
+    "schedule",
+    "sgd",
+    "unroll",
 ]

@@ -18,6 +18,7 @@ from torch._C import _functorch as functorch
 from torch._compile import _disable_dynamo
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.pyfunctorch import (
+    GradInterpreter,
     VmapInterpreter,
     retrieve_all_functorch_interpreters,
     temporarily_clear_interpreter_stack,
@@ -297,3 +298,55 @@ def primal(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor without the tangent of the innermost forward-mode level."""
     inner: torch.Tensor = forward_ad.unpack_dual(tensor, level=0).primal
     return inner
+
+
+def have_gradient_layer(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a running grad, vjp, jvp or forward mode differentiates with respect to one of these tensors."""
+    if are_constant(tensors):
+        return False
+    return any(
+        forward_ad.unpack_dual(t).tangent is not None if is_plain(t) else without_gradient_layers(t) is not t
+        for t in tensors
+    )
+
+
+def have_batch_layer(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a vmap batches one of these tensors."""
+    return not are_plain(tensors) and any(batch_levels(t) for t in tensors)
+
+
+def batch_levels(tensor: torch.Tensor) -> frozenset[int]:
+    """The levels of the vmaps that batch a tensor."""
+    levels = []
+    while not is_plain(tensor):
+        levels += [level(tensor)] if functorch.is_batchedtensor(tensor) else []
+        tensor = unwrap(tensor)
+    return frozenset(levels)
+
+
+def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether none of these tensors is a functorch wrapper."""
+    return all([functorch.maybe_get_level(t) == _PLAIN for t in tensors])
+
+
+def are_constant(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no transform, running or finished, has to do with these tensors; autograd may."""
+    if not are_plain(tensors):
+        return False
+    return forward_ad._current_level < 0 or all(forward_ad.unpack_dual(t).tangent is None for t in tensors)
+
+
+def only_reverse_mode() -> bool:
+    """Whether none but grad, vjp and their kin are running, so that an autograd.Function needs no other rule."""
+    running = retrieve_all_functorch_interpreters()
+    return forward_ad._current_level < 0 and all(isinstance(interpreter, GradInterpreter) for interpreter in running)
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a mode takes operations before they reach memory, as tracing, fake tensors and profilers of them do."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def have_legacy_batch(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the vmap of `torch.autograd.grad(..., is_grads_batched=True)`, which has no level, batches a tensor."""
+    return any(map(functorch.is_legacy_batchedtensor, tensors))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 
 import implicitdiff._functorch as functorch
 import implicitdiff.pytree as pytree
@@ -55,6 +56,18 @@ def is_traced() -> bool:
 def is_inside() -> bool:
     """Whether any function that is handled here is running."""
     return any(isinstance(mode, (Watch, Substitute, _DropGradientLayers)) for mode in _modes())
+
+
+def any_running() -> bool:
+    return bool(_modes())
+
+
+def lets_addresses_through() -> bool:
+    """Whether no mode has to see, or may exchange, the plain tensors whose memory is read directly."""
+    return all(
+        isinstance(mode, (DeviceContext, _KeepGradients)) or (isinstance(mode, _DropGradientLayers) and not mode.around)
+        for mode in _modes()
+    )
 
 
 def _substitutes() -> list[Substitute]:

@@ -1,0 +1,121 @@
+"""Loops differentiated step by step, with as little memory as is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+import implicitdiff._closure as _closure
+import implicitdiff.pytree as pytree
+from implicitdiff._freeze import freeze
+from implicitdiff._operator import Dims
+from implicitdiff._primitive import Problem, attach, solve_problem
+from implicitdiff.pytree import Leaves
+
+
+def unroll(step: Callable[..., Any], n: int, checkpoint_every: int | None = None) -> Callable[..., Any]:
+    """Make the loop of `n` steps ``carry = step(carry, *args)`` a function ``run(carry, *args) -> carry``.
+
+    The loop is differentiated through its steps, as plain Python would be, under every transform of torch.func and to
+    any order. With `checkpoint_every` only every so many-th carry is kept for the derivative, and the steps between two
+    of them are computed again when it is taken: memory is that of ``n / checkpoint_every`` carries and
+    ``checkpoint_every`` steps, least for the root of `n`, and time about one more evaluation of the steps (two, where
+    a step captures tensors). Derivatives of derivatives are right too, but keep all steps.
+
+    Args:
+        step: ``step(carry, *args) -> carry``, from a pytree to one; what it captures is differentiated as well. With
+            `checkpoint_every` it has to be deterministic and free of side effects: a step that draws random numbers
+            or changes its arguments in place is refused.
+        n: how many steps.
+        checkpoint_every: how many steps to compute again at a time; None keeps all.
+
+    Raises:
+        ValueError: ``n`` is negative, or ``checkpoint_every`` not positive; later, a step cannot be computed again.
+
+    Reference:
+        Griewank and Walther, "Evaluating Derivatives", 2008, chapter 12; one level of checkpoints.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import unroll
+        >>> descend = unroll(lambda w, lr: w - lr * 2 * w, 100, checkpoint_every=10)
+        >>> w, lr = torch.tensor(1.0), torch.tensor(0.01, dtype=torch.float64)
+        >>> torch.func.grad(descend, argnums=1)(w, lr), -200 * (1 - 2 * lr) ** 99
+        (tensor(-27.0653, dtype=torch.float64), tensor(-27.0653, dtype=torch.float64))
+    """
+    if n < 0:
+        raise ValueError(f"unroll: n has to be at least 0, but it is {n!r}")
+    if checkpoint_every is not None and not checkpoint_every >= 1:
+        raise ValueError(f"unroll: checkpoint_every has to be at least 1, or None, but it is {checkpoint_every!r}")
+
+    def steps(count: int, carry: Any, args: tuple[Any, ...]) -> Any:
+        for _ in range(count):
+            carry = step(carry, *args)
+        return carry
+
+    def run(carry: Any, *args: Any) -> Any:
+        if checkpoint_every is None:
+            return steps(n, carry, args)
+        for start in range(0, n, checkpoint_every):
+            carry = _recomputed(steps, min(checkpoint_every, n - start), carry, args)
+        return carry
+
+    return run
+
+
+def _recomputed(fn: Callable[..., Any], *args: Any) -> Any:
+    """``fn(*args)``, evaluated again when it is differentiated."""
+    given, arguments = pytree.flatten(args)
+    fn = freeze(fn)
+    result, closure = _closure.close_over("unroll: the step", fn, *args)
+    values, structure = pytree.flatten(result)
+    # Counters and the like have no derivative.
+    smooth = [i for i, t in enumerate(values) if t.is_floating_point() or t.is_complex()]
+
+    def evaluate(theta: Leaves) -> Leaves:
+        again = structure.tensors_of(closure(theta[len(given) :], *arguments.unflatten(theta[: len(given)])))
+        return [again[i] for i in smooth]
+
+    if smooth:
+        attached = attach(_Segment(evaluate), [values[i] for i in smooth], [*given, *closure.captured])
+        for i, value in zip(smooth, attached, strict=True):
+            values[i] = value
+    return structure.unflatten(values)
+
+
+@dataclass(frozen=True)
+class _Segment(Problem):
+    """``f(theta) - x = 0``: that x depends on theta as f does is all that has to be remembered.
+
+    With ``A = -I`` the rules of the primitive are those of f, which is evaluated where they use it.
+    """
+
+    fn: Callable[[Leaves], Leaves]
+    levels: tuple[Dims, ...] = ()
+
+    def residual(self, x: Leaves, theta: Leaves) -> Leaves:
+        return [a - b for a, b in zip(self.primal(theta), x, strict=True)]
+
+    def primal(self, theta: Leaves) -> Leaves:
+        fn = self.fn
+        for dims in self.levels:
+            fn = torch.func.vmap(fn, in_dims=(list(dims),))
+        return fn(theta)
+
+    def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
+        return [-t for t in b]
+
+    def vjp(self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
+        # torch.func.grad records the backward pass too. As a segment of its own that keeps nothing either.
+        def pull(operands: Leaves) -> Leaves:
+            theta, u = operands[: -len(x)], operands[-len(x) :]
+            return list(self.pullback([torch.zeros_like(t) for t in u], theta, u, wanted).values())
+
+        return dict(zip(wanted, solve_problem(_Segment(pull), [*theta, *x_bar]), strict=True))
+
+    def batched(self, dims: Dims, size: int) -> tuple[_Segment, Dims, int]:
+        front = tuple(None if d is None else 0 for d in dims)
+        return replace(self, levels=(*self.levels, front)), front, 0

@@ -1,0 +1,129 @@
+"""What an optimizer is: a pair of pure functions; how pairs are applied and chained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+import implicitdiff.optim._donation as _donation
+from implicitdiff.optim._columns import Columns
+
+
+class GradientTransformation(NamedTuple):
+    """A pair of pure functions that makes updates out of gradients.
+
+    ``state = init(params)``, then ``updates, state = update(grads, state, params)`` as often as wanted, each followed
+    by ``params = apply_updates(params, updates)``. All that changes from step to step is in the state, so one pair
+    serves any number of runs, and both functions go through every transform of torch.func.
+
+    Attributes:
+        init: ``init(params) -> state``, a pytree of tensors.
+        update: ``update(grads, state, params=None, *, inplace=False) -> (updates, state)``. ``grads`` and ``updates``
+            are nested like ``params``. A gradient may be None: its parameter and what belongs to it in the state are
+            left alone, and its update is None. ``inplace=True`` donates ``grads`` and ``state``: their memory is
+            overwritten and returned. That is refused where a graph or a transform needs the old values.
+
+    Reference:
+        The interface is that of Optax (DeepMind, 2020).
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import adam, apply_updates
+        >>> init, update = adam(lr=0.1)
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> updates, state = update({"w": torch.tensor([0.5, -3.0])}, init(params))
+        >>> apply_updates(params, updates)
+        {'w': tensor([0.9000, 2.1000])}
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+
+    def step(self, grads: Any, state: Any, params: Any, *, inplace: bool = False) -> tuple[Any, Any]:
+        """``update`` and `apply_updates` in one: returns ``(params, state)``.
+
+        The optimizers of this library read and write every parameter once in it, and round once. ``inplace=True``
+        donates ``params`` and ``state``; a chain overwrites ``grads`` as well.
+        """
+        fused = getattr(self.update, "step", None)
+        if fused is not None:
+            return fused(grads, state, params, inplace=inplace)  # type: ignore[no-any-return]
+        if inplace:
+            # Before the gradients are overwritten.
+            columns = Columns("step", "grads", grads)
+            _donation.refuse_overwriting("step", columns.column("params", columns.match("params", params)))
+        updates, state = self.update(grads, state, params, inplace=inplace)
+        return apply_updates(params, updates, inplace=inplace), state
+
+
+def apply_updates(params: Any, updates: Any, *, inplace: bool = False) -> Any:
+    """Add updates to parameters: ``params + updates``, leaf by leaf.
+
+    Args:
+        params: a pytree of tensors.
+        updates: a tree nested like it, of tensors of the same shapes, dtypes and devices; where an update is None, the
+            parameter is returned as it is.
+        inplace: overwrite the parameters and return them. Leaves that require a gradient, such as an
+            ``nn.Parameter``, are overwritten as an optimizer would: outside of any graph.
+
+    Returns:
+        A tree like ``params``.
+
+    Raises:
+        ValueError: the trees or their leaves do not match, or ``inplace=True`` would overwrite a value that a graph or
+            a transform needs, or parameters that share memory.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import apply_updates
+        >>> apply_updates([torch.tensor(1.0), torch.tensor(2.0)], [torch.tensor(0.5), None])
+        [tensor(1.5000), tensor(2.)]
+    """
+    columns = Columns("apply_updates", "updates", updates)
+    leaves = columns.match("params", params)
+    olds = columns.column("params", leaves)
+    if not inplace:
+        return columns.tree_of(leaves, [p + u for p, u in zip(olds, columns.first, strict=True)])
+    _donation.refuse_tracked("apply_updates", "updates", columns.first)
+    _donation.refuse_overwriting("apply_updates", olds)
+    _donation.refuse_unheld("apply_updates", olds, columns.first)
+    with torch.no_grad():
+        for p, u in zip(olds, columns.first, strict=True):
+            p.add_(u)
+    return params
+
+
+def chain(*transformations: GradientTransformation) -> GradientTransformation:
+    """Apply transformations one after the other: the updates of each are the gradients of the next.
+
+    Args:
+        transformations: pairs, `GradientTransformation` or any ``(init, update)`` alike.
+
+    Returns:
+        A pair whose state is the tuple of their states.
+
+    Example:
+        >>> import torch
+        >>> import implicitdiff
+        >>> from implicitdiff.optim import scale
+        >>> init, update = implicitdiff.chain(implicitdiff.clip_grad_norm(1.0), scale(-0.1))
+        >>> update(torch.tensor([30.0, 40.0]), init(torch.zeros(2)))[0]
+        tensor([-0.0600, -0.0800])
+    """
+    inits, chained = [t[0] for t in transformations], [t[1] for t in transformations]
+
+    def init(params: Any) -> tuple[Any, ...]:
+        return tuple(start(params) for start in inits)
+
+    def update(updates: Any, state: Any, params: Any = None, *, inplace: bool = False) -> tuple[Any, tuple[Any, ...]]:
+        if len(state) != len(chained):
+            raise ValueError(f"chain: {len(chained)} transformations, but a state of {len(state)}; give it its own")
+        states = []
+        for apply, inner in zip(chained, state, strict=True):
+            updates, inner = apply(updates, inner, params, inplace=inplace)
+            states.append(inner)
+        return updates, tuple(states)
+
+    return GradientTransformation(init, update)

@@ -1,0 +1,296 @@
+"""Steps by the compiled kernels: where they serve, what they are handed, and how they are differentiated.
+
+A kernel computes what a `Rule` says, all leaves in one pass over memory, and its companion the vector-Jacobian product.
+They take addresses, so everything is checked before one is taken. What they cannot serve is computed by the plain
+formula: vmap, forward mode, tracing, derivatives of derivatives.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+
+import implicitdiff._C as _C
+import implicitdiff._functorch as functorch
+import implicitdiff._modes as _modes
+import implicitdiff.optim._donation as _donation
+from implicitdiff.optim._step import Buffers, Operands, Step, flat, split
+from implicitdiff.pytree import Leaves
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+# What torch.func.grad adds to a Function is as much as plain operations on so many elements.
+_WORTH_A_FUNCTION = 1 << 16
+
+
+def accelerated_op_available(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether there are compiled optimizer steps for tensors of a device and dtype, here and now.
+
+    Args:
+        device: where the parameters live; None is torch's default device.
+        dtype: what they are stored in.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import accelerated_op_available
+        >>> accelerated_op_available("cpu", torch.int64)
+        False
+    """
+    return missing(torch.get_default_device() if device is None else torch.device(device), dtype) is None
+
+
+def missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is missing for compiled steps, in words; None if nothing is."""
+    if dtype not in _DTYPES:
+        return f"there is no compiled step for {dtype}, only for {', '.join(map(str, _DTYPES))}"
+    if device.type not in ("cpu", "cuda"):
+        return f"there is no compiled step for {device.type} devices"
+    if (_C.cpu if device.type == "cpu" else _C.cuda) is None:
+        return f"the compiled extension implicitdiff._C was not built for {device.type} (see python -m implicitdiff)"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def require(name: str) -> None:
+    """Raise if there are no compiled steps at all."""
+    if _C.cpu is None and _C.cuda is None:
+        raise RuntimeError(
+            f"{name}: use_accelerated_op=True, but the compiled extension implicitdiff._C was not built; install with "
+            "a C++ compiler and without IMPLICITDIFF_NO_EXTENSIONS, or leave use_accelerated_op at None"
+        )
+
+
+def serves(step: Step, name: str, *, insists: bool) -> bool:
+    """Whether a kernel may run this step, whatever its tensors are stored in.
+
+    Args:
+        step: the step.
+        name: the optimizer, for error messages.
+        insists: do not weigh costs, and raise where it is a hyper-parameter that is in the way.
+    """
+    if torch.compiler.is_compiling() or functorch.in_dispatch_mode() or not _modes.lets_addresses_through():
+        return False
+    if learned := [k for k in step.rule.numbers if not _is_number(getattr(step.rule, k))]:
+        if insists:
+            raise ValueError(
+                f"{name}: use_accelerated_op=True, but {', '.join(learned)} is a tensor that is differentiated, "
+                "batched or not on the CPU, and compiled steps take numbers; leave use_accelerated_op at None"
+            )
+        return False
+    operands = step.operands
+    if not {type(t) for t in operands} <= {torch.Tensor, torch.nn.Parameter}:
+        return False
+    if not _is_recorded(step):
+        return not functorch.have_batch_layer([step.count])
+    worth = insists or functorch.depth() == 0 or sum(g.numel() for g in step.grads) >= _WORTH_A_FUNCTION
+    return worth and functorch.only_reverse_mode() and not functorch.have_batch_layer([*operands, step.count])
+
+
+def _is_number(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor):
+        return True
+    return value.device.type == "cpu" and functorch.are_constant([value]) and not value.requires_grad
+
+
+def run(name: str, step: Step, buffers: Buffers | None) -> list[Leaves]:
+    """What `Step.results` gives, for tensors of one device and dtype; in the buffers, where they can hold it."""
+    if buffers is not None:
+        with _nothing_else():
+            return _in_place(name, step, buffers)
+    if not _is_recorded(step):
+        with _nothing_else():
+            return _forward(step)
+    return split(_Step.apply(step, *step.operands), 1 + len(step.moments))  # type: ignore[no-untyped-call]
+
+
+def _is_recorded(step: Step) -> bool:
+    """Whether autograd or a transform follows the tensors of a step."""
+    return not step.is_constant or (torch.is_grad_enabled() and any([t.requires_grad for t in step.operands]))
+
+
+class _Step(torch.autograd.Function):
+    """Operands: the step, its tensors."""
+
+    @staticmethod
+    def forward(step: Step, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(flat(_forward(step.of(operands))))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.step, *operands = inputs
+        ctx.save_for_backward(*operands)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Operands:
+        step, wanted = ctx.step.of(ctx.saved_tensors), ctx.needs_input_grad[1:]
+        given = [*ctx.saved_tensors, *(c for c in cotangents if c is not None)]
+        if not functorch.only_reverse_mode() or functorch.have_legacy_batch(given):
+            return (None, *step.pullback(cotangents, wanted))
+        return (None, *_Pull.apply(step, wanted, *ctx.saved_tensors, *cotangents))  # type: ignore[no-untyped-call]
+
+
+class _Pull(torch.autograd.Function):
+    """The vector-Jacobian product of a step.
+
+    Operands: the step, which cotangents of its tensors are wanted, its tensors, the cotangents of its results.
+    """
+
+    @staticmethod
+    def forward(step: Step, wanted: Sequence[bool], *operands: Any) -> tuple[torch.Tensor | None, ...]:
+        return tuple(_backward(step.of(operands[: len(wanted)]), operands[len(wanted) :], wanted))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor | None, ...]) -> None:
+        ctx.step, ctx.wanted, *operands = inputs
+        ctx.given = [t is not None for t in operands]
+        ctx.save_for_backward(*operands)
+
+    @staticmethod
+    def backward(ctx: Any, *bars: torch.Tensor | None) -> Operands:
+        # A derivative of a derivative: from here on it is the plain formula's.
+        def pull(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            operands = _spread(tensors, ctx.given)
+            step, cotangents = ctx.step.of(operands[: len(ctx.wanted)]), operands[len(ctx.wanted) :]
+            return tuple(t for t in step.pullback(cotangents, ctx.wanted) if t is not None)
+
+        pulled: Any = torch.func.vjp(pull, *(t for t in ctx.saved_tensors if t is not None))[1]
+        return (None, None, *_spread(pulled(tuple(bar for bar in bars if bar is not None)), ctx.given))
+
+
+def _spread(values: Sequence[Any], where: Sequence[bool]) -> list[Any]:
+    rest = iter(values)
+    return [next(rest) if there else None for there in where]
+
+
+def _forward(step: Step) -> list[Leaves]:
+    outputs = [[_fresh(t) for t in like] for like in (step.grads, *step.moments)]
+    _, addresses = _readable(step.columns)
+    _call("step", step, [*addresses, *map(_addresses, outputs)])
+    return outputs
+
+
+def _in_place(name: str, step: Step, buffers: Buffers) -> list[Leaves]:
+    inputs, addresses = _readable(step.columns)
+    known = {id(column): found for column, found in zip(inputs, addresses, strict=True)}
+    targets = [known[id(column)] for column in buffers if id(column) in known]
+    outputs: list[list[Any]] = [list(column) for column in buffers]
+    apart = len(targets) == len(outputs) and not _overlap(step, addresses, targets)
+    if not apart:
+        buffers = _donation.own(name, step, buffers)
+        outputs = [
+            [_fresh(t) if b is None or _located([b]) is None else b for b, t in zip(*pair, strict=True)]
+            for pair in zip(buffers, (step.grads, *step.moments), strict=True)
+        ]
+        targets = [_addresses(column) for column in outputs]
+    _call("step", step, [*addresses, *targets])
+    _note_change(flat(outputs))
+    return outputs if apart else _donation.fill(buffers, outputs)
+
+
+def _backward(step: Step, cotangents: Operands, wanted: Sequence[bool]) -> Operands:
+    bars = split(cotangents, 1 + len(step.moments))
+    asked = _spread(wanted, [t is not None for t in flat(step.columns)])
+    likes = [t if ask else None for t, ask in zip(flat(step.columns), asked, strict=True)]
+    outputs = split([None if t is None else _fresh(t) for t in likes], len(step.columns))
+    _, addresses = _readable([step.grads, step.decayed, *step.moments, *bars])
+    _call("pull", step, [*addresses, *map(_addresses, [*outputs[:2], *outputs[3:]])])
+    # What a base is added to has the cotangent of the sum.
+    bases = zip(outputs[2], bars[0], strict=True)
+    outputs[2] = [None if out is None else out.zero_() if bar is None else bar.view_as(bar) for out, bar in bases]
+    return [out for out, t in zip(flat(outputs), flat(step.columns), strict=True) if t is not None]
+
+
+def _call(which: str, step: Step, addresses: list[list[int]]) -> None:
+    device, dtype = step.grads[0].device, step.grads[0].dtype
+    count = functorch.base(step.count).to(device).contiguous()
+    numbers = [float(getattr(step.rule, name)) for name in step.rule.numbers]
+    operands = (step.rule.kernel, numbers, _DTYPES[dtype], step.sizes, step.rows, count.data_ptr(), flat(addresses))
+    if device.type == "cpu":
+        getattr(_C.cpu, which)(*operands, torch.get_num_threads())
+    else:
+        with torch.cuda.device(device):
+            getattr(_C.cuda, which)(*operands, torch.cuda.current_stream().cuda_stream)
+
+
+def _note_change(tensors: Leaves) -> None:
+    """Tell autograd what a kernel has overwritten."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # Tensors made in inference mode have no version.
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+def _overlap(step: Step, inputs: list[list[int]], outputs: list[list[int]]) -> bool:
+    """Whether what is written shares memory with anything but the input of its row that it replaces."""
+    addresses, lengths = flat(outputs), []
+    for like in (step.grads, *step.moments):
+        lengths += [n * like[0].itemsize for n in step.sizes]
+    for column in inputs:
+        if not any(column is output for output in outputs):
+            read = [0 if a == b else a for a, b in zip(column, outputs[0], strict=True)]
+            addresses, lengths = addresses + read, lengths + lengths[: len(read)]
+    return _donation.overlap(addresses, lengths)
+
+
+def _nothing_else() -> AbstractContextManager[Any]:
+    """Run the body with no mode and no transform between it and the memory."""
+    if functorch.depth() == 0 and not _modes.any_running():
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(functorch.no_modes())
+    stack.enter_context(functorch.nothing_running())
+    return stack
+
+
+def _fresh(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _readable(columns: Sequence[Operands]) -> tuple[list[Operands], list[list[int]]]:
+    """The columns as kernels read them, copied where they do not lie in memory so, and their addresses."""
+    kept, addresses = [], []
+    for column in columns:
+        found = _located(column)
+        if found is None:
+            column = [_copied(t) for t in column]
+            found = _addresses(column)
+        kept.append(column)
+        addresses.append(found)
+    return kept, addresses
+
+
+def _copied(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    if tensor is None or _located([tensor]):
+        return tensor
+    return tensor.resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def _located(column: Operands) -> list[int] | None:
+    """The addresses of tensors whose numbers lie there in order, and aligned; None if that is not so for all of them.
+
+    A view of a conjugate may stand for the negatives of what is in memory, and a tensor of zeros may have no memory.
+    """
+    tensors = [t for t in column if t is not None]
+    if not all([t.is_contiguous() for t in tensors]) or any([t.is_neg() for t in tensors]):
+        return None
+    addresses = _addresses(column)
+    if tensors and functools.reduce(operator.or_, addresses) & (tensors[0].itemsize - 1):
+        return None
+    homeless = 0 in addresses and any(t.numel() and not t.data_ptr() for t in tensors)
+    return None if homeless else addresses
+
+
+def _addresses(column: Operands) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in column]

@@ -1,0 +1,54 @@
+"""AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import implicitdiff.optim._check as _check
+from implicitdiff.optim._base import GradientTransformation
+from implicitdiff.optim._rule import Hyperparameter
+from implicitdiff.optim._transformation import transformation
+from implicitdiff.optim.adam import AdamState, adam_rule
+
+
+def adamw(
+    lr: Hyperparameter = 1e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 1e-2,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+    eps_root: Hyperparameter = 0.0,
+    mask: Any = None,
+    use_accelerated_op: bool | None = None,
+) -> GradientTransformation:
+    """AdamW: `adam` with the weight decay apart from the gradient.
+
+    To Adam's update it adds ``-lr * weight_decay * p``, and ``update`` needs ``params``. Hyper-parameters as in `adam`.
+
+    Args:
+        mask: which parameters decay: a tree of bools nested like the parameters, a prefix of one, or a function that
+            makes one from them; None for all.
+
+    Returns:
+        A pair of state `AdamState`.
+
+    Raises:
+        ValueError: as in `adam`; later, in ``update``: ``params`` is missing, or the mask does not fit.
+
+    Reference:
+        Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2, with the learning rate as
+        the schedule multiplier.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import adamw
+        >>> params = {"weight": torch.tensor([1.0]), "bias": torch.tensor([1.0])}
+        >>> init, update = adamw(lr=0.1, weight_decay=0.5, mask={"weight": True, "bias": False})
+        >>> update({"weight": torch.zeros(1), "bias": torch.zeros(1)}, init(params), params)[0]
+        {'weight': tensor([-0.0500]), 'bias': tensor([-0.])}
+    """
+    _check.non_negative("adamw", lr=lr)
+    rule = adam_rule("adamw", lr, betas, eps, weight_decay, amsgrad, maximize, eps_root, decoupled=True)
+    return transformation("adamw", rule, AdamState, mask=mask, use_accelerated_op=use_accelerated_op)

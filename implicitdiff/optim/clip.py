@@ -1,0 +1,95 @@
+"""Gradients kept within bounds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+import implicitdiff.optim._check as _check
+from implicitdiff.optim._base import GradientTransformation
+from implicitdiff.optim._columns import Columns, accumulator
+from implicitdiff.optim._rule import Number
+from implicitdiff.optim._stateless import each, stateless
+from implicitdiff.pytree import Leaves
+
+
+def clip(max_delta: float) -> GradientTransformation:
+    """Clamp every element to ``[-max_delta, max_delta]``.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.optim import clip
+        >>> init, update = clip(1.0)
+        >>> update(torch.tensor([-3.0, 0.5]), init(None))[0]
+        tensor([-1.0000,  0.5000])
+    """
+    _check.non_negative("clip", max_delta=max_delta)
+    return stateless("clip", each(lambda g: g.clamp(-max_delta, max_delta)))
+
+
+def nan_to_num(nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> GradientTransformation:
+    """Replace nan and infinities, as `torch.nan_to_num` does; the replacements have derivative 0."""
+    return stateless("nan_to_num", each(lambda g: torch.nan_to_num(g, nan, posinf, neginf)))
+
+
+def clip_grad_norm(max_norm: Number, norm_type: float = 2.0, *, eps: float = 1e-6) -> GradientTransformation:
+    """Scale all gradients together so that their global norm is at most `max_norm`.
+
+    That is::
+
+        update = min(1, max_norm / (|g| + eps)) g
+
+    The norm is that of all leaves as one vector. It is differentiated, and does not overflow before the gradients do.
+
+    Args:
+        max_norm: a positive number, or a scalar tensor, which may be learned.
+        norm_type: 2, infinity, or any p >= 1.
+        eps: keeps the quotient finite.
+
+    Raises:
+        ValueError: ``max_norm`` is negative, or ``norm_type`` less than 1.
+
+    Reference:
+        Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks", 2013, algorithm 1, as in
+        `torch.nn.utils.clip_grad_norm_`.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import clip_grad_norm
+        >>> init, update = clip_grad_norm(1.0)
+        >>> update([torch.tensor([3.0]), torch.tensor([4.0])], init(None))[0]
+        [tensor([0.6000]), tensor([0.8000])]
+    """
+    _check.non_negative("clip_grad_norm", max_norm=max_norm, eps=eps)
+    if not norm_type >= 1:
+        raise ValueError(f"clip_grad_norm: norm_type has to be at least 1, or infinity, but it is {norm_type!r}")
+
+    def compute(columns: Columns, params: Any) -> Leaves:
+        if not any(g.numel() for g in columns.first):
+            return columns.first
+        factor = (max_norm / (_global_norm(columns.first, norm_type) + eps)).clamp(max=1.0)
+        return [(g * factor.to(g.device, accumulator(g.dtype.to_real()))).to(g.dtype) for g in columns.first]
+
+    return stateless("clip_grad_norm", compute)
+
+
+def _global_norm(tensors: Leaves, p: float) -> torch.Tensor:
+    widest = torch.float64 if any(t.dtype.to_real() == torch.float64 for t in tensors) else torch.float32
+    wide = [
+        _reals(t).to(tensors[0].device, widest) if p == 2 else t.abs().to(tensors[0].device, widest) for t in tensors
+    ]
+    largest = torch.stack([t.abs().amax() for t in wide if t.numel()]).amax()
+    if p == math.inf:
+        return largest
+    # Any constant serves as the unit; this one keeps the powers in range.
+    unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0).detach()
+    total = torch.stack([((t / unit) ** p).sum() for t in wide]).sum()
+    # As in `root`: at zero gradients the update is a constant times them, whatever derivative the norm is given.
+    zero = total == 0
+    return unit * torch.where(zero, 0.0, torch.where(zero, 1.0, total) ** (1 / p))
+
+
+def _reals(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

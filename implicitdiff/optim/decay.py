@@ -1,0 +1,81 @@
+"""Weight decay, and transformations of some of the leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import implicitdiff.optim._check as _check
+import implicitdiff.pytree as pytree
+from implicitdiff.optim._base import GradientTransformation
+from implicitdiff.optim._columns import Columns, chosen
+from implicitdiff.optim._rule import Number
+from implicitdiff.optim._stateless import stateless
+from implicitdiff.pytree import Leaves
+
+
+def add_decayed_weights(weight_decay: Number = 0.0, mask: Any = None) -> GradientTransformation:
+    """Add a multiple of the parameters: ``update = g + weight_decay * p``; needs ``params`` in ``update``.
+
+    Args:
+        weight_decay: a number or a scalar tensor, which may be learned.
+        mask: which parameters decay: a tree of bools nested like them, a prefix of one, or a function that makes one
+            from them; None for all.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.optim import add_decayed_weights
+        >>> init, update = add_decayed_weights(0.1)
+        >>> params = torch.tensor([1.0, 2.0])
+        >>> update(torch.zeros(2), init(params), params)[0]
+        tensor([0.1000, 0.2000])
+    """
+    _check.non_negative("add_decayed_weights", weight_decay=weight_decay)
+
+    def compute(columns: Columns, params: Any) -> Leaves:
+        if params is None:
+            raise ValueError("add_decayed_weights needs the parameters; call update(grads, state, params)")
+        column = columns.column("params", columns.match("params", params))
+        wanted = columns.chosen(True if mask is None else mask, params)
+        decay = [
+            weight_decay.to(g.device, g.dtype) if isinstance(weight_decay, torch.Tensor) else weight_decay
+            for g in column
+        ]
+        return [g + d * p if want else g for g, p, d, want in zip(columns.first, column, decay, wanted, strict=True)]
+
+    return stateless("add_decayed_weights", compute)
+
+
+def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
+    """Transform some of the leaves and pass the others on as they are.
+
+    Args:
+        inner: a pair, which sees None in the place of the others and keeps no state for them.
+        mask: the leaves to transform: a tree of bools nested like the parameters, a prefix of one, or a function that
+            makes one from a tree nested like them (it is called with the parameters, and with the gradients).
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.optim import masked, scale
+        >>> init, update = masked(scale(-0.1), {"head": True, "body": False})
+        >>> grads = {"head": torch.tensor([1.0]), "body": torch.tensor([1.0])}
+        >>> update(grads, init(grads))[0]
+        {'head': tensor([-0.1000]), 'body': tensor([1.])}
+    """
+
+    def init(params: Any) -> Any:
+        leaves, spec = pytree.leaves_of(params)
+        pairs = zip(leaves, chosen("masked", params, spec, mask), strict=True)
+        return inner[0](pytree.unflatten([leaf if wanted else None for leaf, wanted in pairs], spec))
+
+    def update(grads: Any, state: Any, params: Any = None, *, inplace: bool = False) -> tuple[Any, Any]:
+        columns = Columns("masked", "grads", grads)
+        wanted = columns.chosen(mask, grads)
+        kept = [leaf if want else None for leaf, want in zip(columns.first, wanted, strict=True)]
+        updates, state = inner[1](columns.tree_of(columns.leaves, kept), state, params, inplace=inplace)
+        transformed = columns.pick(columns.match("updates", updates))
+        mixed = [u if want else g for u, g, want in zip(transformed, columns.first, wanted, strict=True)]
+        return columns.tree_of(columns.leaves, mixed), state
+
+    return GradientTransformation(init, update)

@@ -1,0 +1,161 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+import implicitdiff.optim._check as _check
+from implicitdiff.optim._base import GradientTransformation
+from implicitdiff.optim._rule import UPHILL, Hyperparameter, Number, Rule, root
+from implicitdiff.optim._transformation import transformation
+from implicitdiff.pytree import Leaves
+
+
+class RMSPropState(NamedTuple):
+    """State of `rmsprop` and `scale_by_rmsprop`.
+
+    Attributes:
+        count: how many gradients each leaf has had, int64, in the order of the leaves.
+        nu: the mean squares, a tree like the parameters.
+        mean: the mean gradients; empty unless ``centered``.
+        trace: the momentum; empty without.
+    """
+
+    count: torch.Tensor  # type: ignore[assignment]  # not the method of tuples
+    nu: Any
+    mean: Any = ()
+    trace: Any = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class RMSProp(Rule):
+    """The step of RMSprop."""
+
+    numbers: ClassVar[Sequence[str]] = ["lr", "alpha", "eps", "eps_root", "weight_decay", "momentum", "maximize"]
+
+    alpha: Any
+    eps: Any
+    eps_root: Any
+    momentum: Any
+    centered: bool
+
+    @property
+    def has_momentum(self) -> bool:
+        return isinstance(self.momentum, torch.Tensor) or callable(self.momentum) or self.momentum != 0
+
+    @property
+    def kernel(self) -> str:
+        return "rmsprop" + "_centered" * self.centered + "_momentum" * self.has_momentum
+
+    @property
+    def moments(self) -> dict[str, float]:
+        return {"nu": 0.0} | ({"mean": 0.0} if self.centered else {}) | ({"trace": 0.0} if self.has_momentum else {})
+
+    def constants(self, t: torch.Tensor) -> dict[str, Number]:
+        return {
+            "keep": self.alpha,
+            "take": 1 - self.alpha,
+            "eps": self.eps,
+            "eps_root": self.eps_root,
+            "momentum": self.momentum,
+        }
+
+    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Any) -> tuple[torch.Tensor, Leaves]:
+        nu, *rest = moments
+        nu = c.keep * nu + c.take * g * g
+        news, variance = [nu], nu
+        if self.centered:
+            mean = rest.pop(0)
+            mean = mean + c.take * (g - mean)
+            # Rounding must not make it negative.
+            variance = (nu - mean * mean).clamp(min=0)
+            news.append(mean)
+        d = g / (root(variance + c.eps_root) + c.eps)
+        if self.has_momentum:
+            d = c.momentum * rest.pop(0) + d
+            news.append(d)
+        return -c.lr * d, news
+
+
+def rmsprop(
+    lr: Hyperparameter = 1e-2,
+    alpha: Hyperparameter = 0.99,
+    eps: Hyperparameter = 1e-8,
+    weight_decay: Hyperparameter = 0.0,
+    momentum: Hyperparameter = 0.0,
+    centered: bool = False,
+    *,
+    maximize: bool = False,
+    eps_root: Hyperparameter = 0.0,
+    use_accelerated_op: bool | None = None,
+) -> GradientTransformation:
+    """RMSprop: gradients over the root of their mean squares.
+
+    With ``g`` the gradient plus ``weight_decay * p``::
+
+        nu <- alpha nu + (1 - alpha) g^2
+        d  =  g / (sqrt(nu + eps_root) + eps)
+        trace <- momentum trace + d
+        update = -lr trace    (without momentum: -lr d)
+
+    Hyper-parameters as in `adam`.
+
+    Args:
+        alpha: how much of the mean square is kept.
+        momentum: how much of the trace is kept.
+        centered: divide by the standard deviation: ``nu - mean^2`` in the place of ``nu``, where the mean of the
+            gradients decays like ``nu``; never less than 0.
+
+    Returns:
+        A pair of state `RMSPropState`.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Reference:
+        Hinton, "Neural Networks for Machine Learning", lecture 6e, 2012; centered: Graves, "Generating Sequences With
+        Recurrent Neural Networks", 2013, equations 38 to 45.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import rmsprop
+        >>> init, update = rmsprop(lr=0.1, alpha=0.75)
+        >>> update(torch.tensor([1.0, -20.0]), init(torch.zeros(2)))[0]
+        tensor([-0.2000,  0.2000])
+    """
+    _check.non_negative("rmsprop", lr=lr)
+    rule = _rule("rmsprop", lr, alpha, eps, weight_decay, momentum, centered, maximize, eps_root)
+    return transformation("rmsprop", rule, RMSPropState, use_accelerated_op=use_accelerated_op)
+
+
+def scale_by_rmsprop(
+    alpha: Hyperparameter = 0.99,
+    eps: Hyperparameter = 1e-8,
+    centered: bool = False,
+    *,
+    eps_root: Hyperparameter = 0.0,
+    use_accelerated_op: bool | None = None,
+) -> GradientTransformation:
+    """The direction of `rmsprop` without momentum, uphill and without a learning rate."""
+    rule = _rule("scale_by_rmsprop", UPHILL, alpha, eps, 0.0, 0.0, centered, False, eps_root)
+    return transformation("scale_by_rmsprop", rule, RMSPropState, use_accelerated_op=use_accelerated_op)
+
+
+def _rule(
+    name: str,
+    lr: Hyperparameter,
+    alpha: Hyperparameter,
+    eps: Hyperparameter,
+    weight_decay: Hyperparameter,
+    momentum: Hyperparameter,
+    centered: bool,
+    maximize: bool,
+    eps_root: Hyperparameter,
+) -> RMSProp:
+    _check.non_negative(name, eps=eps, weight_decay=weight_decay, momentum=momentum, eps_root=eps_root)
+    _check.non_negative(name, alpha=alpha)
+    return RMSProp(lr, weight_decay, maximize, alpha, eps, eps_root, momentum, centered)

@@ -1,0 +1,145 @@
+"""Stochastic gradient descent with momentum."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+import implicitdiff.optim._check as _check
+from implicitdiff.optim._base import GradientTransformation
+from implicitdiff.optim._rule import UPHILL, Hyperparameter, Number, Rule
+from implicitdiff.optim._transformation import transformation
+from implicitdiff.pytree import Leaves
+
+
+class SGDState(NamedTuple):
+    """State of `sgd` and `trace`.
+
+    Attributes:
+        count: how many gradients each leaf has had, int64, in the order of the leaves.
+        trace: the momentum, a tree like the parameters; empty without momentum.
+    """
+
+    count: torch.Tensor  # type: ignore[assignment]  # not the method of tuples
+    trace: Any = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD(Rule):
+    """The step of gradient descent, with heavy-ball or Nesterov momentum."""
+
+    numbers: ClassVar[Sequence[str]] = ["lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"]
+
+    momentum: Any
+    dampening: Any
+    nesterov: bool
+
+    @property
+    def has_momentum(self) -> bool:
+        return isinstance(self.momentum, torch.Tensor) or callable(self.momentum) or self.momentum != 0
+
+    @property
+    def kernel(self) -> str:
+        return "sgd_momentum" if self.has_momentum else "sgd"
+
+    @property
+    def moments(self) -> dict[str, float]:
+        return {"trace": 0.0} if self.has_momentum else {}
+
+    def constants(self, t: torch.Tensor) -> dict[str, Number]:
+        later = (t > 1).double()
+        return {
+            "momentum": self.momentum,
+            # The first momentum is the gradient itself, undamped.
+            "keep": self.momentum * later,
+            "take": 1 - self.dampening * later,
+        }
+
+    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Any) -> tuple[torch.Tensor, Leaves]:
+        if not moments:
+            return -c.lr * g, []
+        trace = c.keep * moments[0] + c.take * g
+        return -c.lr * (g + c.momentum * trace if self.nesterov else trace), [trace]
+
+
+def sgd(
+    lr: Hyperparameter = 1e-3,
+    momentum: Hyperparameter = 0.0,
+    dampening: Hyperparameter = 0.0,
+    weight_decay: Hyperparameter = 0.0,
+    nesterov: bool = False,
+    *,
+    maximize: bool = False,
+    use_accelerated_op: bool | None = None,
+) -> GradientTransformation:
+    """Gradient descent, with momentum if wanted.
+
+    With ``g`` the gradient plus ``weight_decay * p``::
+
+        trace <- momentum * trace + (1 - dampening) * g    (the first time: g)
+        update = -lr * trace, or with nesterov, -lr * (g + momentum * trace)
+
+    Hyper-parameters as in `adam`.
+
+    Args:
+        momentum: how much of the trace is kept; 0 keeps none, and no state.
+        dampening: how much of the gradient is left out of the trace.
+        nesterov: look ahead; needs momentum and no dampening.
+
+    Returns:
+        A pair of state `SGDState`.
+
+    Raises:
+        ValueError: a number is out of range, or ``nesterov`` without momentum or with dampening.
+
+    Reference:
+        Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013; the learning rate
+        stands outside of the trace, as in torch.optim.SGD.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import sgd
+        >>> init, update = sgd(lr=0.1, momentum=0.9)
+        >>> state, g = init(torch.zeros(2)), torch.tensor([1.0, 2.0])
+        >>> updates, state = update(g, state)
+        >>> update(g, state)[0]
+        tensor([-0.1900, -0.3800])
+    """
+    _check.non_negative("sgd", lr=lr)
+    rule = _rule("sgd", lr, momentum, dampening, weight_decay, nesterov, maximize)
+    return transformation("sgd", rule, SGDState, use_accelerated_op=use_accelerated_op)
+
+
+def trace(
+    momentum: Hyperparameter = 0.9,
+    dampening: Hyperparameter = 0.0,
+    nesterov: bool = False,
+    *,
+    use_accelerated_op: bool | None = None,
+) -> GradientTransformation:
+    """The direction of `sgd` with momentum, uphill and without a learning rate: a decaying sum of gradients."""
+    rule = _rule("trace", UPHILL, momentum, dampening, 0.0, nesterov, False)
+    return transformation("trace", rule, SGDState, use_accelerated_op=use_accelerated_op)
+
+
+def _rule(
+    name: str,
+    lr: Hyperparameter,
+    momentum: Hyperparameter,
+    dampening: Hyperparameter,
+    weight_decay: Hyperparameter,
+    nesterov: bool,
+    maximize: bool,
+) -> SGD:
+    _check.non_negative(name, momentum=momentum, weight_decay=weight_decay)
+    _check.finite(name, dampening=dampening)
+    rule = SGD(lr, weight_decay, maximize, momentum, dampening, nesterov)
+    damped = isinstance(dampening, torch.Tensor) or callable(dampening) or dampening != 0
+    if nesterov and (damped or not rule.has_momentum):
+        raise ValueError(
+            f"{name}: nesterov needs a momentum and no dampening, but they are {momentum!r} and {dampening!r}"
+        )
+    return rule

@@ -1,0 +1,202 @@
+"""Schedules: numbers that depend on how many updates there were.
+
+A schedule is a function ``schedule(count) -> value`` of an integer or an integer tensor; the value is a float64 tensor
+of the shape of ``count``. It goes wherever an optimizer takes a number, e.g. ``adam(lr=cosine(1e-3, 1000))``, and into
+`implicitdiff.optim.scale_by_schedule`. Numbers given to a schedule may be scalar tensors, which are
+then differentiated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+__all__ = ["constant", "cosine", "exponential", "linear", "piecewise", "polynomial", "warmup"]
+
+Number = float | torch.Tensor
+Count = int | torch.Tensor
+Schedule = Callable[[Count], torch.Tensor]
+
+
+def constant(value: Number) -> Schedule:
+    """Always ``value``.
+
+    Example:
+        >>> from implicitdiff.schedule import constant
+        >>> constant(0.1)(3)
+        tensor(0.1000, dtype=torch.float64)
+    """
+    return lambda count: value + 0 * _float(count)
+
+
+def polynomial(
+    init_value: Number, end_value: Number, power: Number, transition_steps: int, *, begin: int = 0
+) -> Schedule:
+    """From ``init_value`` to ``end_value`` along a power of the time that is left.
+
+    That is::
+
+        end_value + (init_value - end_value) (1 - s)^power,    s = clamp((count - begin) / transition_steps, 0, 1)
+
+    Args:
+        power: 1 is a straight line; 2 flattens at the end.
+        transition_steps: how many updates the way takes; at least 1.
+        begin: how many updates to stay at ``init_value`` before.
+
+    Example:
+        >>> from implicitdiff.schedule import polynomial
+        >>> polynomial(1.0, 0.0, power=2, transition_steps=4)(torch.arange(5))
+        tensor([1.0000, 0.5625, 0.2500, 0.0625, 0.0000], dtype=torch.float64)
+    """
+    _at_least_one("polynomial", transition_steps=transition_steps)
+
+    def schedule(count: Count) -> torch.Tensor:
+        left = 1 - _progress(count, begin, transition_steps)
+        return end_value * (1 - left**power) + init_value * left**power
+
+    return schedule
+
+
+def linear(init_value: Number, end_value: Number, transition_steps: int, *, begin: int = 0) -> Schedule:
+    """A straight line from ``init_value`` to ``end_value`` in ``transition_steps`` updates, constant before and after.
+
+    Example:
+        >>> from implicitdiff.schedule import linear
+        >>> linear(1.0, 0.0, 4)(torch.arange(6))
+        tensor([1.0000, 0.7500, 0.5000, 0.2500, 0.0000, 0.0000], dtype=torch.float64)
+    """
+    return polynomial(init_value, end_value, 1, transition_steps, begin=begin)
+
+
+def exponential(
+    init_value: Number,
+    decay_rate: Number,
+    transition_steps: int = 1,
+    *,
+    begin: int = 0,
+    staircase: bool = False,
+    end_value: float | None = None,
+) -> Schedule:
+    """Geometric decay: ``init_value * decay_rate^((count - begin) / transition_steps)``.
+
+    Args:
+        decay_rate: the factor of each ``transition_steps`` updates, positive.
+        begin: how many updates to stay at ``init_value`` before.
+        staircase: round the exponent down to an integer.
+        end_value: where it stops, from either side.
+
+    Example:
+        >>> from implicitdiff.schedule import exponential
+        >>> exponential(1.0, 0.5, 2, staircase=True)(torch.arange(5))
+        tensor([1.0000, 1.0000, 0.5000, 0.5000, 0.2500], dtype=torch.float64)
+    """
+    _at_least_one("exponential", transition_steps=transition_steps)
+    if not isinstance(decay_rate, torch.Tensor) and not decay_rate > 0:
+        raise ValueError(f"exponential: decay_rate has to be positive, but it is {decay_rate!r}")
+
+    def schedule(count: Count) -> torch.Tensor:
+        exponent = (_float(count) - begin).clamp(min=0) / transition_steps
+        value = init_value * decay_rate ** (exponent.floor() if staircase else exponent)
+        if end_value is None:
+            return value
+        return torch.where(torch.as_tensor(decay_rate) < 1, value.clamp(min=end_value), value.clamp(max=end_value))
+
+    return schedule
+
+
+def cosine(init_value: Number, decay_steps: int, *, alpha: Number = 0.0, begin: int = 0) -> Schedule:
+    """Half a cosine from ``init_value`` to ``alpha * init_value``.
+
+    That is::
+
+        init_value ((1 - alpha) (1 + cos(pi s)) / 2 + alpha),    s = clamp((count - begin) / decay_steps, 0, 1)
+
+    Reference:
+        Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017, equation 5.
+
+    Example:
+        >>> from implicitdiff.schedule import cosine
+        >>> cosine(1.0, 4)(torch.arange(5))
+        tensor([1.0000, 0.8536, 0.5000, 0.1464, 0.0000], dtype=torch.float64)
+    """
+    _at_least_one("cosine", decay_steps=decay_steps)
+
+    def schedule(count: Count) -> torch.Tensor:
+        fall = (1 + torch.cos(math.pi * _progress(count, begin, decay_steps))) / 2
+        return init_value * ((1 - alpha) * fall + alpha)
+
+    return schedule
+
+
+def warmup(schedule: Schedule, warmup_steps: int, *, init_value: Number = 0.0) -> Schedule:
+    """A straight line from ``init_value`` to where a schedule starts, then that schedule.
+
+    Args:
+        schedule: what follows; it counts from the end of the warm-up.
+        warmup_steps: how many updates the line takes; at least 1.
+
+    Reference:
+        Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", 2017, section 2.2.
+
+    Example:
+        >>> from implicitdiff.schedule import cosine, warmup
+        >>> warmup(cosine(1.0, 2), 2)(torch.arange(5))
+        tensor([0.0000, 0.5000, 1.0000, 0.5000, 0.0000], dtype=torch.float64)
+    """
+    _at_least_one("warmup", warmup_steps=warmup_steps)
+
+    def warmed(count: Count) -> torch.Tensor:
+        count = torch.as_tensor(count)
+        share = _progress(count, 0, warmup_steps)
+        rising = init_value + (schedule(torch.zeros_like(count)) - init_value) * share
+        return torch.where(count < warmup_steps, rising, schedule((count - warmup_steps).clamp(min=0)))
+
+    return warmed
+
+
+def piecewise(schedules: Sequence[Schedule | float], boundaries: Sequence[int]) -> Schedule:
+    """One schedule after the other, each counting from its own start.
+
+    Args:
+        schedules: schedules or numbers, one more than there are boundaries.
+        boundaries: after how many updates the next one begins, increasing.
+
+    Raises:
+        ValueError: the numbers of schedules and boundaries do not fit, or the boundaries do not increase.
+
+    Example:
+        >>> from implicitdiff.schedule import linear, piecewise
+        >>> piecewise([1.0, linear(0.5, 0.0, 2)], [2])(torch.arange(5))
+        tensor([1.0000, 1.0000, 0.5000, 0.2500, 0.0000], dtype=torch.float64)
+    """
+    if len(schedules) != len(boundaries) + 1 or list(boundaries) != sorted({0, *boundaries} - {0}):
+        raise ValueError(
+            "piecewise: there has to be one schedule more than boundaries, and these have to be positive and increase, "
+            f"but there are {len(schedules)} schedules and boundaries {list(boundaries)}"
+        )
+    pieces = [piece if callable(piece) else constant(piece) for piece in schedules]
+
+    def joined(count: Count) -> torch.Tensor:
+        count = torch.as_tensor(count)
+        value = pieces[0](count)
+        for piece, start in zip(pieces[1:], boundaries, strict=True):
+            value = torch.where(count < start, value, piece((count - start).clamp(min=0)))
+        return value
+
+    return joined
+
+
+def _progress(count: Count, begin: int, steps: int) -> torch.Tensor:
+    return ((_float(count) - begin) / steps).clamp(0, 1)
+
+
+def _float(count: Count) -> torch.Tensor:
+    return torch.as_tensor(count).double()
+
+
+def _at_least_one(name: str, **values: int) -> None:
+    for key, value in values.items():
+        if not value >= 1:
+            raise ValueError(f"{name}: {key} has to be at least 1, but it is {value!r}")

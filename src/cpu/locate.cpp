@@ -1,0 +1,168 @@
+#include "locate.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace py = pybind11;
+
+namespace implicitdiff {
+namespace {
+
+// From DLPack 1.3, dlpack.h (https://github.com/dmlc/dlpack, Apache-2.0); what is not called here has lost its type.
+struct DLPackVersion {
+  std::uint32_t major, minor;
+};
+enum DLDeviceType : std::int32_t { kDLCPU = 1, kDLCUDA = 2 };
+struct DLDevice {
+  DLDeviceType device_type;
+  std::int32_t device_id;
+};
+enum DLDataTypeCode : std::uint8_t { kDLFloat = 2, kDLBfloat = 4 };
+struct DLDataType {
+  std::uint8_t code, bits;
+  std::uint16_t lanes;
+};
+struct DLTensor {
+  void* data;
+  DLDevice device;
+  std::int32_t ndim;
+  DLDataType dtype;
+  std::int64_t *shape, *strides;
+  std::uint64_t byte_offset;
+};
+struct DLPackExchangeAPIHeader {
+  DLPackVersion version;
+  DLPackExchangeAPIHeader* prev_api;
+};
+struct DLPackExchangeAPI {
+  DLPackExchangeAPIHeader header;
+  void (*managed_tensor_allocator)();
+  void (*managed_tensor_from_py_object_no_sync)();
+  void (*managed_tensor_to_py_object_no_sync)();
+  int (*dltensor_from_py_object_no_sync)(void*, DLTensor*);
+  void (*current_work_stream)();
+};
+
+bool operator==(DLDevice a, DLDevice b) { return a.device_type == b.device_type && a.device_id == b.device_id; }
+bool operator==(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
+
+constexpr DLDataType bfloat16{kDLBfloat, 16, 1}, float16{kDLFloat, 16, 1}, float32{kDLFloat, 32, 1},
+    float64{kDLFloat, 64, 1};
+
+bool half(DLDataType type) { return type == bfloat16 || type == float16; }
+
+// The references are never given back: static objects outlive the interpreter.
+struct {
+  decltype(DLPackExchangeAPI::dltensor_from_py_object_no_sync) describe;
+  PyTypeObject *tensor, *parameter;
+  PyObject* is_neg;
+} torch;
+
+// A tensor, and no view of a conjugate, which may stand for the negatives of what is in memory.
+bool plain(PyObject* x) {
+  if (Py_TYPE(x) != torch.tensor && Py_TYPE(x) != torch.parameter) return false;
+  const auto neg = py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch.is_neg, &x, 1, nullptr));
+  if (!neg) PyErr_Clear();
+  return neg.ptr() == Py_False;
+}
+
+// Neither the address nor the shape outlives the next change of the tensor. A transform's wrapper is an error here.
+bool describe(PyObject* x, DLTensor& t) {
+  if (torch.describe(x, &t) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// The number of elements, -1 where they do not lie in order.
+std::int64_t size(const DLTensor& t) {
+  if (std::find(t.shape, t.shape + t.ndim, 0) != t.shape + t.ndim) return 0;
+  std::int64_t n = 1;
+  for (int d = t.ndim; d-- > 0; n *= t.shape[d])
+    if (t.shape[d] != 1 && t.strides && t.strides[d] != n) return -1;
+  return n;
+}
+
+// Of a tensor without memory, such as a part of torch's zeros, the address is its offset: never as high as this, below
+// which little lies on Linux.
+constexpr auto high = std::uint64_t(1) << 46;
+
+bool homeless(const py::object& x, std::size_t address) {
+  if (address >= high) return false;
+  try {
+    return (x.attr("storage_offset")() * x.attr("itemsize")).equal(py::int_(address));
+  } catch (const py::error_already_set&) {
+    return true;
+  }
+}
+
+template <class T> py::list integers(const std::vector<T>& values) {
+  py::list list(values.size());
+  for (std::size_t i = 0; i < values.size(); ++i) PyList_SET_ITEM(list.ptr(), i, PyLong_FromSize_t(values[i]));
+  return list;
+}
+
+}  // namespace
+
+bool use(const py::object& api, const py::type& tensor, const py::type& parameter) {
+  torch = {};
+  constexpr auto name = "dlpack_exchange_api";
+  if (!PyCapsule_IsValid(api.ptr(), name)) return false;
+  auto header = static_cast<const DLPackExchangeAPIHeader*>(PyCapsule_GetPointer(api.ptr(), name));
+  while (header && header->version.major != 1) header = header->prev_api;
+  if (!header) return false;
+  const auto type = [](py::type t) { return reinterpret_cast<PyTypeObject*>(t.release().ptr()); };
+  torch = {reinterpret_cast<const DLPackExchangeAPI*>(header)->dltensor_from_py_object_no_sync, type(tensor),
+           type(parameter), tensor.attr("is_neg").cast<py::object>().release().ptr()};
+  return torch.describe;
+}
+
+std::optional<Located> locate(const std::vector<py::list>& columns, std::size_t accumulated) {
+  if (!torch.describe || columns.empty()) return {};
+  const std::size_t rows = columns[0].size();
+  std::vector<py::object> entries;
+  entries.reserve(columns.size() * rows);
+  for (const py::list& column : columns) {
+    if (column.size() != rows) return {};
+    for (const py::handle x : column) entries.push_back(py::reinterpret_borrow<py::object>(x));
+  }
+  // is_neg lets other threads run: all of it comes before the shapes that are held below.
+  for (std::size_t i = 0; i < entries.size(); ++i)
+    if (!(entries[i].is_none() && i >= rows) && !plain(entries[i].ptr())) return {};
+
+  std::vector<DLTensor> first(rows);
+  std::vector<std::int64_t> sizes(rows);
+  std::vector<std::size_t> addresses(entries.size());
+  for (std::size_t column = 0, i = 0; column < columns.size(); ++column) {
+    for (std::size_t row = 0; row < rows; ++row, ++i) {
+      if (entries[i].is_none()) continue;
+      DLTensor t;
+      if (!describe(entries[i].ptr(), t)) return {};
+      const std::int64_t n = size(t);
+      if (column == 0) first[row] = t, sizes[row] = n;
+      const DLTensor &one = first[0], &like = first[row];
+      const DLDataType type = column >= accumulated && half(one.dtype) ? float32 : one.dtype;
+      const bool placed = (t.device.device_type == kDLCPU || t.device.device_type == kDLCUDA) && t.device == one.device;
+      const bool typed = (half(type) || type == float32 || type == float64) && t.dtype == type;
+      const bool shaped = n >= 0 && std::equal(t.shape, t.shape + t.ndim, like.shape, like.shape + like.ndim);
+      if (!placed || !typed || !shaped) return {};
+      const auto address = addresses[i] = reinterpret_cast<std::size_t>(t.data) + t.byte_offset;
+      if (address % (type.bits / 8) || (n && !address)) return {};
+    }
+  }
+  for (std::size_t i = 0; i < entries.size(); ++i)
+    if (addresses[i] && homeless(entries[i], addresses[i])) return {};
+  return Located{integers(addresses), integers(sizes)};
+}
+
+bool overlap(const std::vector<std::size_t>& addresses, const std::vector<std::size_t>& lengths) {
+  if (addresses.size() != lengths.size()) throw std::invalid_argument("as many addresses as lengths are needed");
+  std::vector<std::pair<std::size_t, std::size_t>> ranges;
+  for (std::size_t i = 0; i < addresses.size(); ++i)
+    if (addresses[i] && lengths[i]) ranges.emplace_back(addresses[i], addresses[i] + lengths[i]);
+  std::sort(ranges.begin(), ranges.end());
+  // Where two of them meet, the first meets its neighbour.
+  const auto meet = [](const auto& a, const auto& b) { return b.first < a.second; };
+  return std::adjacent_find(ranges.begin(), ranges.end(), meet) != ranges.end();
+}
+
+}  // namespace implicitdiff

@@ -1,0 +1,614 @@
+"""``inplace=True``: the same numbers in the memory given away, or a refusal that changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from optimizers import each_row
+from torch.func import grad, jacfwd, jvp, vmap
+from torch.utils import _pytree as pytree
+
+import implicitdiff as idf
+from implicitdiff import _C
+from implicitdiff.optim import (
+    add_decayed_weights,
+    clip,
+    inject_hyperparams,
+    masked,
+    nan_to_num,
+    scale,
+    scale_by_adam,
+    scale_by_schedule,
+)
+
+needs_cpu = pytest.mark.skipif(not idf.accelerated_op_available("cpu"), reason="_C is not built")
+each_flag = pytest.mark.parametrize("flag", [pytest.param(True, marks=needs_cpu), False], ids=["kernel", "plain"])
+each_method = pytest.mark.parametrize("method", ["update", "step"])
+
+# More than a kernel reads before it writes.
+LONG = 5000
+LARGE = 10**6
+# Enough for results that are not in place to be written past the caches.
+STREAMED = (1 << 21) + 3
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
+
+
+def normal(shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.complex128 if dtype.is_complex else torch.float64).to(
+        dtype
+    )
+
+
+def inputs_of(pair, shapes=((3,), (2, 4)), dtype=torch.float32):
+    """Gradients, a state after two steps, and parameters."""
+    params = {str(i): normal(shape, i, dtype) for i, shape in enumerate(shapes)}
+    state = pair.init(params)
+    for step in range(2):
+        _, state = pair.update({k: normal(p.shape, 10 + step, dtype) for k, p in params.items()}, state, params)
+    return {k: normal(p.shape, 20, dtype) for k, p in params.items()}, state, params
+
+
+def tensors(tree):
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def copied(tree):
+    """Copies that share no memory, leaves of no graph."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), tree)
+
+
+def call(pair, method, inputs, inplace):
+    grads, state, params = inputs
+    return getattr(pair, method)(grads, state, params, inplace=inplace)
+
+
+def assert_equal(actual, expected):
+    actual, expected = pytree.tree_flatten(actual), pytree.tree_flatten(expected)
+    assert actual[1] == expected[1]
+    for a, b in zip(actual[0], expected[0], strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a.detach(), b.detach(), rtol=0, atol=0)
+
+
+def assert_in(actual, donated):
+    """The very tensors that were given away."""
+    assert [id(t) for t in tensors(actual)] == [id(t) for t in tensors(donated)]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the compiled steps."""
+    counts, module = Counter(), _C.cpu
+
+    def step(*operands):
+        counts["step"] += 1
+        return module.step(*operands)
+
+    if module is not None:
+        monkeypatch.setattr(_C, "cpu", SimpleNamespace(step=step, pull=module.pull))
+    return counts
+
+
+# Numbers and memory
+
+
+@each_flag
+@each_method
+@each_row
+def test_a_step_in_place_gives_the_same_numbers_in_the_memory_given_away(row, method, flag):
+    pair = row.factory(**row.options, use_accelerated_op=flag)
+    for dtype in DTYPES:
+        inputs = inputs_of(pair, dtype=dtype)
+        expected = call(pair, method, copied(inputs), False)
+        grads, state, params = inputs
+        written = grads if method == "update" else params
+        kept = params if method == "update" else grads
+        before, addresses = copied(kept), [t.data_ptr() for t in tensors([written, state])]
+        actual = call(pair, method, inputs, True)
+        assert_equal(actual, expected)
+        assert_in(actual, [written, state])
+        assert [t.data_ptr() for t in tensors(actual)] == addresses
+        assert_equal(kept, before)
+
+
+@each_row
+def test_kernels_and_plain_torch_agree_in_place(row):
+    if not idf.accelerated_op_available("cpu"):
+        pytest.skip("_C is not built")
+    pairs = [row.factory(**row.options, use_accelerated_op=flag) for flag in (True, False)]
+    inputs = inputs_of(pairs[1], [(LONG,), (3,)], torch.float64)
+    results = [pair.step(*copied(inputs), inplace=True) for pair in pairs]
+    for a, b in zip(*map(tensors, results), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@each_flag
+@pytest.mark.parametrize("shape", [(0,), (), (1,), (LONG,), (STREAMED,)], ids=str)
+@each_method
+def test_a_leaf_of_any_size_is_overwritten(method, shape, flag):
+    pair = idf.adamw(amsgrad=True, use_accelerated_op=flag)
+    inputs = inputs_of(pair, [shape])
+    expected = call(pair, method, copied(inputs), False)
+    actual = call(pair, method, inputs, True)
+    assert_equal(actual, expected)
+    assert_in(actual, [inputs[0] if method == "update" else inputs[2], inputs[1]])
+
+
+PAIRS = {
+    "chain": lambda flag: idf.chain(idf.clip_grad_norm(0.5), scale_by_adam(use_accelerated_op=flag), scale(-0.1)),
+    "chain of chains": lambda flag: idf.chain(idf.chain(clip(0.5), scale(0.5)), idf.sgd(use_accelerated_op=flag)),
+    "clip": lambda flag: clip(0.5),
+    "clip_grad_norm": lambda flag: idf.clip_grad_norm(0.5),
+    "nan_to_num": lambda flag: nan_to_num(),
+    "scale": lambda flag: scale(0.5),
+    "scale by a tensor": lambda flag: scale(torch.tensor(0.5)),
+    "scale_by_schedule": lambda flag: scale_by_schedule(lambda count: 0.5 / (1 + count)),
+    "add_decayed_weights": lambda flag: add_decayed_weights(0.1, mask={"0": True, "1": False}),
+    "masked": lambda flag: masked(idf.adam(use_accelerated_op=flag), {"0": True, "1": False}),
+    "masked decay": lambda flag: idf.adamw(mask={"0": False, "1": True}, use_accelerated_op=flag),
+    "schedule": lambda flag: idf.adam(lambda count: 0.1 / (1 + count), use_accelerated_op=flag),
+    "inject_hyperparams": lambda flag: inject_hyperparams(idf.adam)(lr=0.1, use_accelerated_op=flag),
+}
+each_pair = pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
+
+
+@each_flag
+@each_method
+@each_pair
+def test_every_transformation_gives_the_same_numbers_in_the_memory_given_away(make, method, flag):
+    pair = make(flag)
+    inputs = inputs_of(pair)
+    expected = call(pair, method, copied(inputs), False)
+    actual, _ = results = call(pair, method, inputs, True)
+    # A chain adds to parameters what is rounded already, in place as out of place.
+    assert_equal(results, expected)
+    assert_in(actual, inputs[0] if method == "update" else inputs[2])
+
+
+def test_updates_are_applied_in_place():
+    params, updates = [normal(3), None, normal((2, 4))], [normal(3, 1), None, None]
+    expected, before = idf.apply_updates(params, updates), copied(updates)
+    actual = idf.apply_updates(params, updates, inplace=True)
+    assert_equal(actual, expected)
+    assert_in(actual, params)
+    assert_equal(updates, before)
+
+
+def allocated(f):
+    """The bytes that torch allocates while f runs."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        f()
+    return sum(max(0, event.self_cpu_memory_usage) for event in profile.function_events)
+
+
+@needs_cpu
+@each_method
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_kernel_in_place_allocates_next_to_nothing(dtype, method):
+    pair = idf.adamw(amsgrad=True, use_accelerated_op=True)
+    inputs = inputs_of(pair, [(LARGE,)], dtype)
+    assert allocated(lambda: call(pair, method, inputs, False)) >= LARGE * dtype.itemsize
+    assert allocated(lambda: call(pair, method, inputs, True)) < LARGE / 1000
+
+
+def test_leaves_without_a_gradient_are_left_alone():
+    for flag in [True, False] if idf.accelerated_op_available("cpu") else [False]:
+        pair = idf.adamw(use_accelerated_op=flag)
+        for method in "update", "step":
+            grads, state, params = inputs_of(pair)
+            grads["0"] = None
+            before, versions = copied([state, params]), [t._version for t in tensors([state.mu["0"], params["0"]])]
+            expected = call(pair, method, copied((grads, state, params)), False)
+            values, new = actual = call(pair, method, (grads, state, params), True)
+            assert_equal(actual, expected)
+            assert values["0"] is (None if method == "update" else params["0"])
+            assert_equal([s.mu["0"] for s in (new, state)], [before[0].mu["0"]] * 2)
+            assert_equal([s.nu["0"] for s in (new, state)], [before[0].nu["0"]] * 2)
+            assert_equal(params["0"], before[1]["0"])
+            assert [t._version for t in tensors([state.mu["0"], params["0"]])] == versions
+            assert (new.count - before[0].count).tolist() == [0, 1]
+
+
+# Refusals
+
+
+@pytest.fixture(params=[pytest.param(True, marks=needs_cpu), False], ids=["kernel", "plain"])
+def pair(request):
+    return idf.adamw(lr=0.1, use_accelerated_op=request.param)
+
+
+def refused(f, *trees, match="inplace=True"):
+    before = copied(trees)
+    with pytest.raises(ValueError, match=match):
+        f()
+    assert_equal(trees, before)
+
+
+def graphed(tree):
+    """The same numbers as results of a graph."""
+    return pytree.tree_map(lambda t: t.clone().requires_grad_() * 1, tree)
+
+
+def required(tree):
+    return pytree.tree_map(lambda t: t.clone().requires_grad_(), tree)
+
+
+@each_method
+@pytest.mark.parametrize("tracked", [graphed, required])
+@pytest.mark.parametrize("place", ["grads", "mu", "nu"])
+def test_what_a_graph_needs_is_not_overwritten(pair, method, place, tracked):
+    grads, state, params = inputs_of(pair)
+    if place == "grads":
+        grads = tracked(grads)
+    else:
+        state = state._replace(**{place: tracked(getattr(state, place))})
+    refused(
+        lambda: call(pair, method, (grads, state, params), True), grads, state, params, match="being differentiated"
+    )
+
+
+@pytest.mark.parametrize("tracked", [graphed, required])
+def test_an_update_does_not_overwrite_what_a_derivative_for_decayed_parameters_needs(pair, tracked):
+    grads, state, params = inputs_of(pair)
+    params = tracked(params)
+    refused(lambda: pair.update(grads, state, params, inplace=True), grads, state, params, match="being differentiated")
+
+
+def test_an_update_does_not_ask_about_parameters_that_it_does_not_read():
+    pair = idf.adam()
+    grads, state, params = inputs_of(pair)
+    expected = pair.update(copied(grads), copied(state), params)
+    assert_equal(pair.update(grads, state, required(params), inplace=True), expected)
+
+
+@each_method
+def test_a_learned_number_needs_what_would_be_overwritten(method):
+    pair = idf.adam(torch.tensor(0.1, requires_grad=True))
+    inputs = inputs_of(idf.adam())
+    refused(lambda: call(pair, method, inputs, True), *inputs, match="being differentiated")
+    expected = call(idf.adam(0.1), method, copied(inputs), False)
+    with torch.no_grad():
+        actual = call(pair, method, inputs, True)
+    for a, b in zip(tensors(actual), tensors(expected), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_parameters_of_a_graph_are_not_overwritten(pair):
+    grads, state, params = inputs_of(pair)
+    params = graphed(params)
+    refused(lambda: pair.step(grads, state, params, inplace=True), grads, state, params, match="overwrite params")
+    with torch.no_grad():
+        refused(lambda: pair.step(grads, state, params, inplace=True), grads, state, params, match="overwrite params")
+    refused(lambda: idf.apply_updates(params, grads, inplace=True), grads, params, match="overwrite params")
+
+
+def test_updates_of_a_graph_are_not_applied_in_place():
+    params, updates = normal(3), graphed(normal(3, 1))
+    refused(lambda: idf.apply_updates(params, updates, inplace=True), params, updates, match="being differentiated")
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["grads", "state", "params"])
+@pytest.mark.parametrize("transform", ["grad", "jvp", "grad of an outer one"])
+def test_what_a_transform_differentiates_is_not_overwritten(pair, which, transform):
+    inputs = list(inputs_of(pair))
+    count = inputs[1].count
+    before = copied(inputs)
+
+    def total(tree):
+        given = [*inputs[:which], tree, *inputs[which + 1 :]]
+        if which == 1:
+            given[1] = given[1]._replace(count=count)
+        values, _ = pair.step(*given, inplace=True)
+        return sum(t.sum() for t in tensors(values))
+
+    tree = inputs[which]._replace(count=normal(2)) if which == 1 else inputs[which]
+    with pytest.raises(ValueError, match="inplace=True"):
+        if transform == "grad":
+            grad(total)(tree)
+        elif transform == "jvp":
+            jvp(total, (tree,), (tree,))
+        else:
+            grad(lambda tree: grad(lambda x: x * total(tree))(torch.ones(())))(tree)
+    assert_equal(inputs, before)
+
+
+@pytest.mark.parametrize("shared", ["twice", "views", "itself", "in another order"])
+def test_parameters_that_share_memory_are_not_overwritten(pair, shared):
+    memory = normal(2 * LONG)
+    first, second = {
+        "twice": (memory[:LONG], memory[:LONG]),
+        "views": (memory[:LONG], memory[LONG - 1 : -1]),
+        "itself": (memory[:1].expand(LONG), memory[LONG:]),
+        "in another order": (memory[LONG:], memory[1 : 1 + LONG]),
+    }[shared]
+    params = [first, second]
+    grads = [normal(LONG, 1), normal(LONG, 2)]
+    state = pair.init(params)
+    refused(lambda: pair.step(grads, state, params, inplace=True), grads, state, params, match="shares memory")
+    refused(lambda: idf.apply_updates(params, grads, inplace=True), grads, params, match="shares memory")
+
+
+def test_one_tensor_in_two_places_of_params_is_not_overwritten(pair):
+    p, grads = normal(3), [normal(3, 1), normal(3, 2)]
+    state = pair.init([p, p])
+    refused(lambda: pair.step(grads, state, [p, p], inplace=True), grads, state, p, match="shares memory")
+    refused(lambda: idf.apply_updates([p, p], grads, inplace=True), grads, p, match="shares memory")
+
+
+def test_parameters_that_lanes_share_are_not_overwritten(pair):
+    params, many = normal(3), normal((4, 3), 1)
+    state = pair.init(params)
+    refused(lambda: vmap(lambda g: pair.step(g, state, params, inplace=True)[0])(many), many, state, params)
+    refused(lambda: vmap(lambda u: idf.apply_updates(params, u, inplace=True))(many), many, params)
+
+
+def test_nothing_is_overwritten_where_one_of_several_kinds_is_refused():
+    if not idf.accelerated_op_available("cpu"):
+        pytest.skip("_C is not built")
+    # In whichever order the kinds are taken.
+    for odd in torch.float8_e5m2, torch.float8_e4m3fn:
+        pair = idf.adam(use_accelerated_op=True)
+        params = [normal(3), torch.ones(3).to(odd), *(normal(3, dtype=dtype) for dtype in DTYPES[:1] + DTYPES[2:])]
+        state = pair.init(params)
+        grads = copied(params)
+        before = copied([params, state, grads])
+        for method in "update", "step":
+            with pytest.raises(ValueError, match="no compiled step"):
+                call(pair, method, (grads, state, params), True)
+        for a, b in zip(tensors([params, state, grads]), tensors(before), strict=True):
+            assert torch.equal(a.to(torch.complex128), b.to(torch.complex128))
+
+
+@pytest.mark.parametrize("make", [PAIRS["chain"], PAIRS["chain of chains"]], ids=["adam", "sgd"])
+def test_a_chain_that_is_refused_changes_nothing(make):
+    pair = make(False)
+    grads, state, params = inputs_of(pair)
+    params = graphed(params)
+    refused(lambda: pair.step(grads, state, params, inplace=True), grads, state, params)
+
+
+@each_pair
+def test_every_transformation_leaves_gradients_of_a_graph_alone(make):
+    pair = make(None)
+    grads, state, params = inputs_of(pair)
+    grads = graphed(grads)
+    refused(lambda: pair.update(grads, state, params, inplace=True), grads, state, params, match="being differentiated")
+
+
+# What is allowed
+
+
+@each_flag
+@each_row
+def test_parameters_of_modules_are_overwritten_as_by_an_optimizer(row, flag):
+    pair = row.factory(**row.options, use_accelerated_op=flag)
+    grads, state, params = inputs_of(pair)
+    expected = pair.step(grads, copied(state), copied(params))
+    params = {k: torch.nn.Parameter(p) for k, p in params.items()}
+    actual = pair.step(grads, state, params, inplace=True)
+    assert_equal(actual[0], expected[0])
+    assert_equal(actual[1], expected[1])
+    assert_in(actual[0], params)
+    assert all(p.is_leaf and p.requires_grad for p in params.values())
+
+
+def test_updates_are_applied_to_parameters_of_modules():
+    params, updates = torch.nn.Parameter(normal(3)), normal(3, 1)
+    expected = params.detach() + updates
+    assert idf.apply_updates(params, updates, inplace=True) is params
+    assert_equal(params, expected)
+    assert params.is_leaf and params.requires_grad
+
+
+def test_a_model_is_trained_by_steps_in_place(pair):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    x = normal((16, 3))
+    twin = {k: p.detach().clone() for k, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    named = {k: torch.nn.Parameter(p) for k, p in twin.items()}
+    state = pair.init(named)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+        for p in named.values():
+            p.grad = None
+        torch.func.functional_call(model, named, x).sum().backward()
+        result, state = pair.step({k: p.grad for k, p in named.items()}, state, named, inplace=True)
+        assert_in(result, named)
+    for k, p in model.named_parameters():
+        torch.testing.assert_close(named[k], p, rtol=1e-5, atol=1e-5)
+
+
+def expanded():
+    x = torch.ones(LONG, requires_grad=True)
+    x.sum().backward()
+    gradient = x.grad if x.grad.stride() == (0,) else torch.ones(1).expand(LONG)
+    return [gradient, gradient]
+
+
+def overlapping():
+    memory = normal(2 * LONG)
+    return [memory[:LONG], memory[LONG // 2 : LONG // 2 + LONG]]
+
+
+def twice():
+    gradient = normal(LONG)
+    return [gradient, gradient]
+
+
+def strided():
+    memory = normal((LONG, 2))
+    return [memory[:, 0], memory[:, 1]]
+
+
+def reordered():
+    return [normal((50, 100)).t(), normal((10, 5, 100)).permute(2, 0, 1)]
+
+
+def misaligned():
+    memory = normal(2 * LONG + 1)
+    return [memory[1 : 1 + LONG], memory[1 + LONG :]]
+
+
+GRADIENTS = {f.__name__: f for f in (expanded, overlapping, twice, strided, reordered, misaligned)}
+
+
+@each_method
+@pytest.mark.parametrize("make", GRADIENTS.values(), ids=GRADIENTS)
+def test_gradients_of_any_layout_give_the_same_numbers(pair, make, method):
+    grads = make()
+    params = [normal(g.shape, i) for i, g in enumerate(grads)]
+    _, state = pair.update(params, pair.init(params), params)
+    expected = call(pair, method, copied((grads, state, params)), False)
+    before = copied(grads)
+    actual = call(pair, method, (grads, state, params), True)
+    assert_equal(actual, expected)
+    assert_in(actual[1], state)
+    if method == "step":
+        assert_equal(grads, before)
+        assert_in(actual[0], params)
+
+
+@each_method
+def test_parameters_of_any_dense_layout_are_overwritten(pair, method):
+    params, grads = reordered(), [normal((100, 50), 1), normal((100, 10, 5), 2)]
+    state = pair.init(params)
+    expected = call(pair, method, copied((grads, state, params)), False)
+    actual = call(pair, method, (grads, state, params), True)
+    assert_equal(actual, expected)
+    assert_in(actual, [grads if method == "update" else params, state])
+
+
+def assert_right_or_refused(pair, method, inputs):
+    expected, before = call(pair, method, copied(inputs), False), copied(inputs)
+    try:
+        actual = call(pair, method, inputs, True)
+    except ValueError as error:
+        assert "inplace=True" in str(error)
+        assert_equal(inputs, before)
+    else:
+        assert_equal(actual, expected)
+
+
+@each_method
+def test_conjugate_and_negative_views_are_overwritten_or_replaced(pair, method):
+    z = normal(LONG, dtype=torch.complex64)
+    for view in z.conj(), torch.imag(z.conj()):
+        params = [view]
+        grads, state = [normal(LONG, 1, view.dtype)], pair.init([view.resolve_conj().resolve_neg()])
+        assert_right_or_refused(pair, method, (grads, state, params))
+        grads, state = [view], pair.init([view.resolve_conj().resolve_neg()])
+        params = [normal(LONG, 1, view.dtype)]
+        expected = call(pair, method, copied((grads, state, params)), False)
+        assert_equal(call(pair, method, (grads, state, params), True), expected)
+
+
+@each_method
+def test_gradients_may_be_the_parameters_themselves(pair, method):
+    params = [normal(LONG)]
+    state = pair.init(params)
+    expected = call(pair, method, copied((params, state, params)), False)
+    assert_equal(call(pair, method, (params, state, params), True), expected)
+
+
+def test_gradients_that_overlap_what_is_only_read_are_replaced(pair):
+    memory = normal(LONG + 1)
+    grads, params = [memory[1:]], [memory[:-1]]
+    state = pair.init(params)
+    expected = pair.update(*copied((grads, state, params)))
+    before = copied(params)
+    assert_equal(pair.update(grads, state, params, inplace=True), expected)
+    assert_equal(params, before)
+
+
+def test_parameters_that_overlap_gradients_are_right_or_refused(pair):
+    memory = normal(LONG + 1)
+    for grads, params in ([memory[1:]], [memory[:-1]]), ([memory[:-1]], [memory[1:]]):
+        assert_right_or_refused(pair, "step", (grads, pair.init(params), params))
+
+
+@each_method
+def test_moments_that_share_memory_are_right(pair, method):
+    params, grads = [normal(LONG)], [normal(LONG, 1).abs()]
+    memory = normal(LONG + 1, 2).abs()
+    for mu, nu in ([memory[1:]], [memory[:-1]]), ([memory[1:]], [memory[1:]]), ([memory[1:]], grads):
+        state = pair.init(params)._replace(mu=mu, nu=nu)
+        inputs = copied(grads) if nu is not grads else grads, state, copied(params)
+        expected = call(pair, method, copied(inputs), False)
+        assert_equal(call(pair, method, inputs, True), expected)
+
+
+@each_method
+def test_under_vmap_every_lane_is_overwritten(pair, method):
+    many = [torch.stack([normal(3, 10 * lane + i) for lane in range(4)]) for i in range(2)]
+    states = vmap(pair.init)(many[1])
+    expected = vmap(lambda g, s, p: call(pair, method, (g, s, p), False))(*copied((many[0], states, many[1])))
+    actual = vmap(lambda g, s, p: call(pair, method, (g, s, p), True))(many[0], states, many[1])
+    assert_equal(actual, expected)
+    assert_equal(many[0] if method == "update" else many[1], expected[0])
+    assert_equal([states.mu, states.nu], [expected[1].mu, expected[1].nu])
+
+
+def test_under_vmap_gradients_that_lanes_share_are_replaced(pair):
+    g, many = normal(3), normal((4, 3), 1)
+    state, before = vmap(pair.init)(many), g.clone()
+    expected = vmap(lambda s, p: pair.update(g, s, p))(copied(state), many)
+    assert_equal(vmap(lambda s, p: pair.update(g, s, p, inplace=True))(state, many), expected)
+    assert torch.equal(g, before)
+
+
+@pytest.mark.parametrize("transform", [grad, jacfwd])
+def test_a_solver_below_the_transforms_may_step_in_place(pair, transform, calls):
+    sgd = idf.sgd(0.5, use_accelerated_op=pair.update.use_accelerated_op)
+
+    @idf.custom_root(lambda x, theta: x - theta**2)
+    def solve(init, theta):
+        x, state = init.clone(), sgd.init(init)
+        for _ in range(60):
+            x, state = sgd.step(x - theta**2, state, x, inplace=True)
+        return x
+
+    theta = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    actual = transform(lambda theta: solve(torch.zeros_like(theta), theta).sum())(theta)
+    torch.testing.assert_close(actual, 2 * theta)
+    assert calls["step"] == (60 if pair.update.use_accelerated_op else 0)
+
+
+@pytest.mark.parametrize(["which", "method"], [("grads", "update"), ("mu", "step"), ("nu", "step"), ("params", "step")])
+def test_autograd_notices_what_was_overwritten(pair, which, method):
+    params, grads = normal(3), normal(3, 1)
+    state = pair.init(params)
+    overwritten = {"grads": grads, "mu": state.mu, "nu": state.nu, "params": params}[which]
+    x = torch.ones(3, requires_grad=True)
+    product = (x * overwritten).sum()
+    call(pair, method, (grads, state, params), True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_autograd_notices_parameters_that_updates_were_applied_to():
+    params, x = normal(3), torch.ones(3, requires_grad=True)
+    product = (x * params).sum()
+    idf.apply_updates(params, normal(3, 1), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@each_method
+def test_tensors_made_in_inference_mode_are_overwritten(pair, method):
+    expected = call(pair, method, inputs_of(pair), False)
+    with torch.inference_mode():
+        inputs = inputs_of(pair)
+        assert_equal(call(pair, method, inputs, True), expected)
+        # Some that were made in it, and some that were not.
+        grads, state, params = inputs_of(pair)
+    mixed = copied(grads), state, copied(params)
+    with torch.inference_mode():
+        assert_equal(call(pair, method, mixed, True), expected)

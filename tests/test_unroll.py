@@ -1,0 +1,126 @@
+"""`unroll`: a loop with checkpoints has the derivatives of the loop, in less memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils._pytree import tree_leaves
+
+import implicitdiff as idf
+
+N = 7  # not a multiple of the interval
+A = torch.tensor([[0.5, -0.2, 0.1], [0.3, 0.4, -0.6], [-0.1, 0.2, 0.7]], dtype=torch.float64)
+W = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
+TARGET = torch.tensor([0.2, 0.7, -0.4], dtype=torch.float64)
+TARGETS = torch.stack([TARGET, 2 * TARGET, TARGET - 1])
+
+
+def trained(checkpoint_every, captured=0.1):
+    """The loss of a trained model in its initial weights and its data; a penalty is captured by the step."""
+    opt = idf.adam(lr=0.05, eps_root=1e-3)
+
+    def step(carry, target):
+        w, state = carry
+        gradient = grad(lambda w: ((A @ w - target).sin() ** 2).sum() + (captured * w**2).sum())(w)
+        updates, state = opt.update(gradient, state)
+        return idf.apply_updates(w, updates), state
+
+    def loss(w, target):
+        w, _ = idf.unroll(step, N, checkpoint_every)((w, opt.init(w)), target)
+        return (w**2).sum()
+
+    return loss
+
+
+TRANSFORMS = {
+    "value": lambda f: f(W, TARGET),
+    "grad": lambda f: grad(f, (0, 1))(W, TARGET),
+    "jacfwd": lambda f: jacfwd(f, (0, 1))(W, TARGET),
+    "jvp": lambda f: jvp(f, (W, TARGET), (TARGET, W)),
+    "hessian": lambda f: hessian(f, 1)(W, TARGET),
+    "jacrev(jacrev)": lambda f: jacrev(jacrev(f, 1), 0)(W, TARGET),
+    "jacrev(jacfwd)": lambda f: jacrev(jacfwd(f, 1), 0)(W, TARGET),
+    "jacfwd(jacfwd)": lambda f: jacfwd(jacfwd(f, 1), 0)(W, TARGET),
+    "vmap": lambda f: vmap(f, (None, 0))(W, TARGETS),
+    "vmap(grad)": lambda f: vmap(grad(f, (0, 1)), (None, 0))(W, TARGETS),
+    "grad(vmap)": lambda f: grad(lambda w: vmap(f, (None, 0))(w, TARGETS).sum())(W),
+    "vmap(hessian)": lambda f: vmap(hessian(f), (None, 0))(W, TARGETS),
+}
+
+
+@pytest.mark.parametrize("every", [1, 3, N, N + 1])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_checkpoints_change_no_derivative(transform, every):
+    expected = transform(trained(None))
+    actual = transform(trained(every))
+    for a, b in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_what_a_step_captures_is_differentiated_to_second_order():
+    def derivatives(every):
+        penalty = torch.full((3,), 0.1, dtype=torch.float64, requires_grad=True)
+        target = TARGET.clone().requires_grad_()
+        first = torch.autograd.grad(trained(every, penalty)(W, target), (penalty, target), create_graph=True)
+        return *first, *torch.autograd.grad(first[0].sum(), (penalty, target))
+
+    for a, b in zip(derivatives(3), derivatives(None), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_counters_and_absent_leaves_come_through():
+    def step(carry, scale):
+        return {"x": carry["x"] * scale, "n": carry["n"] + 1, "nothing": None}
+
+    start = {"x": torch.tensor(1.0), "n": torch.tensor(0), "nothing": None}
+    end = idf.unroll(step, 5, checkpoint_every=2)(start, torch.tensor(2.0))
+    assert end["n"].item() == 5 and end["x"].item() == 32.0 and end["nothing"] is None
+    assert grad(lambda s: idf.unroll(step, 5, checkpoint_every=2)(start, s)["x"])(torch.tensor(2.0)).item() == 5 * 2.0**4
+
+
+def test_no_steps_return_the_carry():
+    carry = object()
+    assert idf.unroll(lambda c: None, 0, 3)(carry) is carry
+
+
+PEAK = """
+import resource, sys, torch, implicitdiff as idf
+torch.set_num_threads(1)
+steps, every = int(sys.argv[1]), int(sys.argv[2]) or None
+x = torch.ones(500_000)
+loop = idf.unroll(lambda x: (x.sin() * x).cos(), steps, every)
+torch.func.grad(lambda x: loop(x[:10]).sum())(x)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+torch.func.grad(lambda x: loop(x).sum())(x)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / x.nbytes)
+"""
+
+
+def peak_in_carries(steps, every):
+    """How much memory the gradient of a loop takes at most, in units of the carry."""
+    run = subprocess.run([sys.executable, "-c", PEAK, str(steps), str(every)], capture_output=True, text=True, check=True)
+    return float(run.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as on Linux")
+def test_memory_is_of_the_order_of_the_root_of_the_number_of_steps():
+    few = peak_in_carries(100, every=10)
+    assert few < peak_in_carries(100, every=0) / 5
+    assert peak_in_carries(400, every=20) < 3 * few  # theory says 2; linear growth would say 4
+
+
+def test_random_steps_are_refused_where_they_would_be_drawn_again():
+    noisy = idf.unroll(lambda x: x + torch.randn(()), 4, checkpoint_every=2)
+    with pytest.raises(ValueError, match="random"):
+        noisy(torch.tensor(0.0))
+    assert idf.unroll(lambda x: x + torch.rand(()), 4)(torch.tensor(0.0)) > 0
+
+
+@pytest.mark.parametrize(("n", "every"), [(-1, None), (3, 0), (3, -2)])
+def test_counts_are_checked(n, every):
+    with pytest.raises(ValueError, match="unroll"):
+        idf.unroll(lambda x: x, n, every)
