@@ -329,9 +329,10 @@ def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
     return all([functorch.maybe_get_level(t) == _PLAIN for t in tensors])
 
 
-def are_constant(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no transform, running or finished, has to do with these tensors; autograd may."""
-    if not are_plain(tensors):
+def are_constant(tensors: Sequence[torch.Tensor], *, plain: bool = False) -> bool:
+    """Whether no transform, running or finished, has to do with these tensors; autograd may. They may be known to be
+    plain."""
+    if not plain and not are_plain(tensors):
         return False
     return forward_ad._current_level < 0 or all(forward_ad.unpack_dual(t).tangent is None for t in tensors)
 

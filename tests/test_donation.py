@@ -90,7 +90,7 @@ def calls(monkeypatch):
         return module.step(*operands)
 
     if module is not None:
-        monkeypatch.setattr(_C, "cpu", SimpleNamespace(step=step, pull=module.pull))
+        monkeypatch.setattr(_C, "cpu", SimpleNamespace(**{**vars(module), "step": step}))
     return counts
 
 

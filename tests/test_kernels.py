@@ -157,7 +157,11 @@ def calls(monkeypatch):
     for device in "cpu", "cuda":
         module = getattr(_C, device)
         if module is not None:
-            monkeypatch.setattr(_C, device, SimpleNamespace(step=counted(module, "step"), pull=counted(module, "pull")))
+            monkeypatch.setattr(
+                _C,
+                device,
+                SimpleNamespace(**{**vars(module), "step": counted(module, "step"), "pull": counted(module, "pull")}),
+            )
     return counts
 
 

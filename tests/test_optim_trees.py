@@ -383,7 +383,7 @@ MISMATCHES = {
     "an update without its parameter": (
         lambda: idf.apply_updates([None], [ONE]),
         TypeError,
-        ["apply_updates: params[0] is None; where updates is not None, it has to be a tensor"],
+        ["apply_updates: params[0] is None; it has to be a tensor where updates is not None"],
     ),
     "no tensor": (
         lambda: _update(idf.adam(), _grads(b=1.0)),

@@ -81,7 +81,7 @@ def apply_updates(params: Any, updates: Any, *, inplace: bool = False) -> Any:
         >>> apply_updates([torch.tensor(1.0), torch.tensor(2.0)], [torch.tensor(0.5), None])
         [tensor(1.5000), tensor(2.)]
     """
-    columns = Columns("apply_updates", "updates", updates)
+    columns = Columns("apply_updates", "updates", updates).checked()
     leaves = columns.match("params", params)
     olds = columns.column("params", leaves)
     if not inplace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -13,18 +14,6 @@ from implicitdiff.pytree import Leaves
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What is computed in, and kept in a state, for parameters of a dtype: float32 for those of half precision."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def chosen(caller: str, tree: Any, spec: pytree.TreeSpec, mask: Any) -> list[Any]:
-    """What a mask says of each leaf: a tree of bools nested alike, or a prefix of one, or a function that makes one."""
-    bools = mask(tree) if callable(mask) else mask
-    try:
-        return pytree.broadcast(spec, bools)
-    except ValueError as error:
-        raise ValueError(
-            f"{caller}: mask has to be nested like the parameters, or be a prefix of them, but it is {bools!r} and "
-            f"they are {pytree.describe(tree)}"
-        ) from error
 
 
 class Columns:
@@ -41,17 +30,19 @@ class Columns:
         if like is not None:
             self.leaves = self._in_the_order_of(*like)
         self.rows = [i for i, leaf in enumerate(self.leaves) if leaf is not None]
-        self.first: Leaves = self.pick(self.leaves)
-        self._refuse_others(name, self.first, "it has to be a tensor or None")
-        self.shapes = [leaf.shape for leaf in self.first]
-        self.devices = [leaf.device for leaf in self.first]
-        self.dtypes = [leaf.dtype for leaf in self.first]
-        kinds = set(self.dtypes)
-        narrow = any(accumulator(dtype) is not dtype for dtype in kinds)
-        self.accumulators = [accumulator(dtype) for dtype in self.dtypes] if narrow else self.dtypes
-        smooth = all(dtype.is_floating_point or dtype.is_complex for dtype in kinds)
+        self.first = self.present(name, self.leaves)
+
+    def checked(self) -> Columns:
+        """Itself, if all in the first column is dense and of floating point."""
+        dtypes = {leaf.dtype for leaf in self.first}
+        smooth = all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
         if not smooth or {leaf.layout for leaf in self.first} - {torch.strided}:
-            self._refuse_rough()
+            for row, leaf in enumerate(self.first):
+                if leaf.layout is not torch.strided or not (leaf.is_floating_point() or leaf.is_complex()):
+                    self._refuse(
+                        TypeError, row, self.name, f"is {_kind(leaf)}; it has to be dense and of floating point"
+                    )
+        return self
 
     def match(self, name: str, tree: Any) -> list[Any]:
         """The leaves of another tree, those of rows that do not take part among them."""
@@ -78,22 +69,43 @@ class Columns:
         """What a list over all leaves has for the rows."""
         return leaves if len(self.rows) == len(leaves) else [leaves[i] for i in self.rows]
 
-    def column(self, name: str, leaves: list[Any], *, accumulated: bool = False) -> Leaves:
-        """The rows of a matched list, checked against the first column."""
+    def present(self, name: str, leaves: list[Any]) -> Leaves:
+        """The rows of a matched list, which have to be tensors."""
         column: Leaves = self.pick(leaves)
-        dtypes = self.accumulators if accumulated else self.dtypes
-        self._refuse_others(name, column, f"where {self.name} is not None, it has to be a tensor")
-        if (
-            [leaf.shape for leaf in column] != self.shapes
-            or [leaf.dtype for leaf in column] != dtypes
-            or [leaf.device for leaf in column] != self.devices
-        ):
-            self._refuse_unequal(name, column, dtypes)
+        if not set(map(type, column)) <= _TENSORS:
+            for row, leaf in enumerate(column):
+                if not isinstance(leaf, torch.Tensor):
+                    if name != self.name:
+                        self.checked()  # a gradient of integers has no moments, and is to blame
+                    what = "or None" if name == self.name else f"where {self.name} is not None"
+                    self._refuse(TypeError, row, name, f"is {leaf!r}; it has to be a tensor {what}")
         return column
 
-    def chosen(self, mask: Any, tree: Any) -> list[Any]:
-        """What a mask says of the rows, as `chosen` takes it."""
-        return self.pick(chosen(self.caller, tree, self.spec, mask))
+    def column(self, name: str, leaves: list[Any]) -> Leaves:
+        """The rows of a matched list, which have to agree with the first column."""
+        column = self.present(name, leaves)
+        self.compare(name, column)
+        return column
+
+    def compare(self, name: str, column: Sequence[torch.Tensor | None], *, accumulated: bool = False) -> None:
+        """Raise if a tensor differs from the first column's in shape or device, or in dtype: `accumulated`, it has that
+        of the accumulator."""
+        for row, (leaf, first) in enumerate(zip(column, self.first, strict=True)):
+            dtype = accumulator(first.dtype) if accumulated else first.dtype
+            if leaf is None or (leaf.shape, leaf.dtype, leaf.device) == (first.shape, dtype, first.device):
+                continue
+            at = "" if dtype is first.dtype else f", for which {str(dtype).removeprefix('torch.')} is kept"
+            self._refuse(ValueError, row, name, f"is {_kind(leaf)}, but {self.name} is {_kind(first)}{at}")
+
+    def chosen(self, mask: Any) -> list[Any]:
+        """What a tree of bools nested alike, or a prefix of one, says of the rows."""
+        try:
+            return self.pick(pytree.broadcast(self.spec, mask))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.caller}: mask has to be nested like the parameters, or be a prefix of them, but it is {mask!r} "
+                f"and {self.name} is {pytree.describe(self.tree)}"
+            ) from error
 
     def tree_of(self, leaves: list[Any], rows: list[Any]) -> Any:
         """The tree of these leaves with those of the rows replaced."""
@@ -101,24 +113,6 @@ class Columns:
             replaced = dict(zip(self.rows, rows, strict=True))
             rows = [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
         return pytree.unflatten(rows, self.spec)
-
-    def _refuse_others(self, name: str, column: list[Any], what: str) -> None:
-        if not set(map(type, column)) <= _TENSORS:
-            for row, leaf in enumerate(column):
-                if not isinstance(leaf, torch.Tensor):
-                    self._refuse(TypeError, row, name, f"is {leaf!r}; {what}")
-
-    def _refuse_rough(self) -> None:
-        for row, leaf in enumerate(self.first):
-            if leaf.layout is not torch.strided or not (leaf.is_floating_point() or leaf.is_complex()):
-                self._refuse(TypeError, row, self.name, f"is {_kind(leaf)}; it has to be dense and of floating point")
-
-    def _refuse_unequal(self, name: str, column: Leaves, dtypes: list[torch.dtype]) -> None:
-        for row, (leaf, dtype) in enumerate(zip(column, dtypes, strict=True)):
-            if (leaf.shape, leaf.device, leaf.dtype) != (self.shapes[row], self.devices[row], dtype):
-                first = self.first[row]
-                at = "" if dtype is first.dtype else f", for which {str(dtype).removeprefix('torch.')} is kept"
-                self._refuse(ValueError, row, name, f"is {_kind(leaf)}, but {self.name} is {_kind(first)}{at}")
 
     def _refuse(self, error: type[Exception], row: int, name: str, what: str) -> NoReturn:
         raise error(f"{self.caller}: {name}{pytree.names_of(self.spec)[self.rows[row]]} {what}")

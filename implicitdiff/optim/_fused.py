@@ -7,8 +7,6 @@ formula: vmap, forward mode, tracing, derivatives of derivatives.
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -21,6 +19,9 @@ import implicitdiff._modes as _modes
 import implicitdiff.optim._donation as _donation
 from implicitdiff.optim._step import Buffers, Operands, Step, flat, split
 from implicitdiff.pytree import Leaves
+
+if _C.cpu is not None:
+    _C.cpu.use(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), torch.Tensor, torch.nn.Parameter)
 
 _DTYPES = {
     torch.float32: "float32",
@@ -69,6 +70,15 @@ def require(name: str) -> None:
             f"{name}: use_accelerated_op=True, but the compiled extension implicitdiff._C was not built; install with "
             "a C++ compiler and without IMPLICITDIFF_NO_EXTENSIONS, or leave use_accelerated_op at None"
         )
+
+
+def locate(columns: Sequence[Operands]) -> tuple[list[int], list[int]] | None:
+    """`Step.memory` of these columns; None where there is none, or where it takes a closer look to say so."""
+    if _C.cpu is None or torch.compiler.is_compiling() or functorch.depth() or functorch.in_dispatch_mode():
+        return None
+    if _modes.any_running():
+        return None
+    return _C.cpu.locate([list(column) for column in columns], 3)  # type: ignore[no-any-return]
 
 
 def serves(step: Step, name: str, *, insists: bool) -> bool:
@@ -176,27 +186,29 @@ def _spread(values: Sequence[Any], where: Sequence[bool]) -> list[Any]:
 
 def _forward(step: Step) -> list[Leaves]:
     outputs = [[_fresh(t) for t in like] for like in (step.grads, *step.moments)]
-    _, addresses = _readable(step.columns)
-    _call("step", step, [*addresses, *map(_addresses, outputs)])
+    inputs = _readable(step.columns) if step.memory is None else []
+    _call("step", step, step.memory[0] if step.memory else _addresses(inputs), _addresses(outputs))
     return outputs
 
 
 def _in_place(name: str, step: Step, buffers: Buffers) -> list[Leaves]:
-    inputs, addresses = _readable(step.columns)
-    known = {id(column): found for column, found in zip(inputs, addresses, strict=True)}
-    targets = [known[id(column)] for column in buffers if id(column) in known]
-    outputs: list[list[Any]] = [list(column) for column in buffers]
-    apart = len(targets) == len(outputs) and not _overlap(step, addresses, targets)
-    if not apart:
-        buffers = _donation.own(name, step, buffers)
-        outputs = [
-            [_fresh(t) if b is None or _located([b]) is None else b for b, t in zip(*pair, strict=True)]
-            for pair in zip(buffers, (step.grads, *step.moments), strict=True)
-        ]
-        targets = [_addresses(column) for column in outputs]
-    _call("step", step, [*addresses, *targets])
+    if step.memory is not None and not any([t is None for t in flat(buffers)]):
+        n, addresses = len(step.rows), step.memory[0]
+        first = 0 if step.bases[0] is None else 2 * n
+        targets = addresses[first : first + n] + addresses[3 * n :]
+        if not _overlap(step, targets, addresses[: 2 * n] if first else addresses[n : 2 * n]):
+            _call("step", step, addresses, targets)
+            _note_change(flat(buffers))
+            return [list(column) for column in buffers]  # type: ignore[arg-type]
+    buffers = _donation.own(name, step, buffers)
+    inputs = _readable(step.columns)
+    outputs = [
+        [b if b is not None and _is_addressable(b) else _fresh(t) for b, t in zip(*pair, strict=True)]
+        for pair in zip(buffers, (step.grads, *step.moments), strict=True)
+    ]
+    _call("step", step, _addresses(inputs), _addresses(outputs))
     _note_change(flat(outputs))
-    return outputs if apart else _donation.fill(buffers, outputs)
+    return _donation.fill(buffers, outputs)
 
 
 def _backward(step: Step, cotangents: Operands, wanted: Sequence[bool]) -> Operands:
@@ -204,19 +216,19 @@ def _backward(step: Step, cotangents: Operands, wanted: Sequence[bool]) -> Opera
     asked = _spread(wanted, [t is not None for t in flat(step.columns)])
     likes = [t if ask else None for t, ask in zip(flat(step.columns), asked, strict=True)]
     outputs = split([None if t is None else _fresh(t) for t in likes], len(step.columns))
-    _, addresses = _readable([step.grads, step.decayed, *step.moments, *bars])
-    _call("pull", step, [*addresses, *map(_addresses, [*outputs[:2], *outputs[3:]])])
+    inputs = _readable([step.grads, step.decayed, *step.moments, *bars])
+    _call("pull", step, _addresses(inputs), _addresses([*outputs[:2], *outputs[3:]]))
     # What a base is added to has the cotangent of the sum.
     bases = zip(outputs[2], bars[0], strict=True)
     outputs[2] = [None if out is None else out.zero_() if bar is None else bar.view_as(bar) for out, bar in bases]
     return [out for out, t in zip(flat(outputs), flat(step.columns), strict=True) if t is not None]
 
 
-def _call(which: str, step: Step, addresses: list[list[int]]) -> None:
+def _call(which: str, step: Step, inputs: list[int], outputs: list[int]) -> None:
     device, dtype = step.grads[0].device, step.grads[0].dtype
     count = functorch.base(step.count).to(device).contiguous()
     numbers = [float(getattr(step.rule, name)) for name in step.rule.numbers]
-    operands = (step.rule.kernel, numbers, _DTYPES[dtype], step.sizes, step.rows, count.data_ptr(), flat(addresses))
+    operands = (step.rule.kernel, numbers, _DTYPES[dtype], step.sizes, step.rows, count.data_ptr(), inputs + outputs)
     if device.type == "cpu":
         getattr(_C.cpu, which)(*operands, torch.get_num_threads())
     else:
@@ -232,16 +244,14 @@ def _note_change(tensors: Leaves) -> None:
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
-def _overlap(step: Step, inputs: list[list[int]], outputs: list[list[int]]) -> bool:
-    """Whether what is written shares memory with anything but the input of its row that it replaces."""
-    addresses, lengths = flat(outputs), []
-    for like in (step.grads, *step.moments):
-        lengths += [n * like[0].itemsize for n in step.sizes]
-    for column in inputs:
-        if not any(column is output for output in outputs):
-            read = [0 if a == b else a for a, b in zip(column, outputs[0], strict=True)]
-            addresses, lengths = addresses + read, lengths + lengths[: len(read)]
-    return _donation.overlap(addresses, lengths)
+def _overlap(step: Step, written: list[int], read: list[int]) -> bool:
+    """Whether what is written shares memory, but with what is read at the same address in the same row."""
+    first = step.grads[0].itemsize
+    lengths = [n * first for n in step.sizes]
+    wide = [n * step.moments[0][0].itemsize for n in step.sizes] if step.moments else []
+    others = [0 if a == b else a for a, b in zip(read, written[: len(step.rows)] * 2, strict=False)]
+    assert _C.cpu is not None
+    return bool(_C.cpu.overlap(written + others, lengths + wide * len(step.moments) + (lengths * 2)[: len(others)]))
 
 
 def _nothing_else() -> AbstractContextManager[Any]:
@@ -258,39 +268,26 @@ def _fresh(like: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def _readable(columns: Sequence[Operands]) -> tuple[list[Operands], list[list[int]]]:
-    """The columns as kernels read them, copied where they do not lie in memory so, and their addresses."""
-    kept, addresses = [], []
-    for column in columns:
-        found = _located(column)
-        if found is None:
-            column = [_copied(t) for t in column]
-            found = _addresses(column)
-        kept.append(column)
-        addresses.append(found)
-    return kept, addresses
+def _readable(columns: Sequence[Operands]) -> list[Operands]:
+    """The columns with a copy in the place of what does not lie in memory as kernels read it."""
+    return [
+        [
+            t if t is None or _is_addressable(t) else t.resolve_neg().clone(memory_format=torch.contiguous_format)
+            for t in c
+        ]
+        for c in columns
+    ]
 
 
-def _copied(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    if tensor is None or _located([tensor]):
-        return tensor
-    return tensor.resolve_neg().clone(memory_format=torch.contiguous_format)
-
-
-def _located(column: Operands) -> list[int] | None:
-    """The addresses of tensors whose numbers lie there in order, and aligned; None if that is not so for all of them.
+def _is_addressable(tensor: torch.Tensor) -> bool:
+    """Whether the numbers lie at the address, in order and aligned.
 
     A view of a conjugate may stand for the negatives of what is in memory, and a tensor of zeros may have no memory.
     """
-    tensors = [t for t in column if t is not None]
-    if not all([t.is_contiguous() for t in tensors]) or any([t.is_neg() for t in tensors]):
-        return None
-    addresses = _addresses(column)
-    if tensors and functools.reduce(operator.or_, addresses) & (tensors[0].itemsize - 1):
-        return None
-    homeless = 0 in addresses and any(t.numel() and not t.data_ptr() for t in tensors)
-    return None if homeless else addresses
+    if not tensor.is_contiguous() or tensor.is_neg() or tensor.data_ptr() % tensor.itemsize:
+        return False
+    return tensor.numel() == 0 or tensor.untyped_storage().data_ptr() != 0
 
 
-def _addresses(column: Operands) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in column]
+def _addresses(columns: Sequence[Operands]) -> list[int]:
+    return [0 if t is None else t.data_ptr() for column in columns for t in column]

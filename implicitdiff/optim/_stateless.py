@@ -20,7 +20,7 @@ def stateless(name: str, compute: Callable[[Columns, Any], Leaves]) -> GradientT
         return ()
 
     def update(grads: Any, state: tuple[()], params: Any = None, *, inplace: bool = False) -> tuple[Any, tuple[()]]:
-        columns = Columns(name, "grads", grads)
+        columns = Columns(name, "grads", grads).checked()
         updates = overwritten(columns, compute(columns, params)) if inplace else compute(columns, params)
         return columns.tree_of(columns.leaves, updates), state
 

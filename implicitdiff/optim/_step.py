@@ -30,6 +30,8 @@ class Step:
         decayed: what weight decay reads, None where there is none.
         bases: what the update is added to, or None in every row.
         moments: the columns of the state.
+        memory: the addresses of all columns, one after the other, and the sizes of the rows, where the tensors were
+            found to be plain, alike, and laid out as kernels read them.
     """
 
     rule: _rule.Rule
@@ -39,6 +41,7 @@ class Step:
     decayed: Operands
     bases: Operands
     moments: list[Leaves]
+    memory: tuple[list[int], list[int]] | None = None
 
     @cached_property
     def columns(self) -> list[Operands]:
@@ -50,12 +53,12 @@ class Step:
 
     @cached_property
     def sizes(self) -> list[int]:
-        return [g.numel() for g in self.grads]
+        return self.memory[1] if self.memory else [g.numel() for g in self.grads]
 
     @cached_property
     def is_constant(self) -> bool:
         """Whether no transform has to do with the tensors."""
-        return functorch.are_constant(self.operands)
+        return functorch.are_constant(self.operands, plain=self.memory is not None)
 
     def of(self, operands: Sequence[torch.Tensor]) -> Step:
         """The same step of other tensors, in the order of `operands`."""
@@ -69,7 +72,7 @@ class Step:
 
     def _with(self, columns: list[Any]) -> Step:
         grads, decayed, bases, *moments = columns
-        return dataclasses.replace(self, grads=grads, decayed=decayed, bases=bases, moments=moments)
+        return dataclasses.replace(self, grads=grads, decayed=decayed, bases=bases, moments=moments, memory=None)
 
     def results(self) -> list[Leaves]:
         """By the plain formula: the updates, or new parameters where there are bases, and the new moments."""

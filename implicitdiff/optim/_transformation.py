@@ -86,7 +86,7 @@ class _Update:
     def step(self, grads: Any, state: Any, params: Any, *, inplace: bool = False) -> tuple[Any, Any]:
         columns = self._columns(grads, state)
         leaves = columns.match("params", params)
-        bases = columns.column("params", leaves)
+        bases = columns.present("params", leaves)
         outs, state = self._run(columns, state, self._decayed(columns, params), bases, inplace)
         return columns.tree_of(leaves, outs), state
 
@@ -105,26 +105,35 @@ class _Update:
             return [None] * len(columns.rows)
         if params is None:
             raise ValueError(f"{self.name}: weight_decay needs the parameters; call update(grads, state, params)")
-        column = columns.column("params", columns.match("params", params))
+        column = columns.present("params", columns.match("params", params))
         if self.mask is None:
             return column
-        wanted = columns.chosen(self.mask, params)
+        wanted = columns.chosen(self.mask(params) if callable(self.mask) else self.mask)
         return [p if want else None for p, want in zip(column, wanted, strict=True)]
 
     def _run(
         self, columns: Columns, state: Any, decayed: Operands, bases: Leaves | None, inplace: bool
     ) -> tuple[Leaves, Any]:
-        trees = {field: columns.match(f"state.{field}", getattr(state, field)) for field in self.rule.moments}
-        moments = [columns.column(f"state.{field}", leaves, accumulated=True) for field, leaves in trees.items()]
+        trees = {f"state.{field}": getattr(state, field) for field in self.rule.moments}
+        leaves = {name: columns.match(name, tree) for name, tree in trees.items()}
+        moments = {name: columns.present(name, column) for name, column in leaves.items()}
+        added: Operands = bases or [None] * len(decayed)
+        memory = _fused.locate([columns.first, decayed, added, *moments.values()])
+        if memory is None:
+            columns.checked()
+            columns.compare("params", decayed)
+            columns.compare("params", added)
+            for name, column in moments.items():
+                columns.compare(name, column, accumulated=True)
         count = _next_count(self.name, columns, state.count)
-        step = Step(self.rule, count, columns.rows, columns.first, decayed, bases or [None] * len(decayed), moments)
+        step = Step(self.rule, count, columns.rows, columns.first, decayed, added, [*moments.values()], memory)
         if inplace:
             results = self._overwrite(step)
             [[count]] = _donation.fill([[state.count]], [[count]])
         else:
             results = self._results(step, None)
-        news = zip(trees.items(), results[1:], strict=True)
-        fields = {field: columns.tree_of(leaves, new) for (field, leaves), new in news}
+        news = zip(self.rule.moments, leaves.values(), results[1:], strict=True)
+        fields = {field: columns.tree_of(old, new) for field, old, new in news}
         return results[0], self.state(count=count, **fields)
 
     def _overwrite(self, step: Step) -> list[Leaves]:
@@ -141,7 +150,9 @@ class _Update:
             return self._results(step, [step.bases if fused else step.grads, *step.moments])
 
     def _results(self, step: Step, buffers: Buffers | None) -> list[Leaves]:
-        devices, dtypes = {g.device for g in step.grads}, {g.dtype for g in step.grads}
+        # What was located is all of one kind.
+        some = step.grads[:1] if step.memory else step.grads
+        devices, dtypes = {g.device for g in some}, {g.dtype for g in some}
         if self.use_accelerated_op:
             self._insist(devices, dtypes)
         if len(devices) <= 1 and len(dtypes) <= 1:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 import implicitdiff.optim._check as _check
-import implicitdiff.pytree as pytree
 from implicitdiff.optim._base import GradientTransformation
-from implicitdiff.optim._columns import Columns, chosen
+from implicitdiff.optim._columns import Columns
 from implicitdiff.optim._rule import Number
 from implicitdiff.optim._stateless import stateless
 from implicitdiff.pytree import Leaves
@@ -37,7 +36,7 @@ def add_decayed_weights(weight_decay: Number = 0.0, mask: Any = None) -> Gradien
         if params is None:
             raise ValueError("add_decayed_weights needs the parameters; call update(grads, state, params)")
         column = columns.column("params", columns.match("params", params))
-        wanted = columns.chosen(True if mask is None else mask, params)
+        wanted = columns.chosen(True if mask is None else mask(params) if callable(mask) else mask)
         decay = [
             weight_decay.to(g.device, g.dtype) if isinstance(weight_decay, torch.Tensor) else weight_decay
             for g in column
@@ -65,13 +64,14 @@ def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
     """
 
     def init(params: Any) -> Any:
-        leaves, spec = pytree.leaves_of(params)
-        pairs = zip(leaves, chosen("masked", params, spec, mask), strict=True)
-        return inner[0](pytree.unflatten([leaf if wanted else None for leaf, wanted in pairs], spec))
+        columns = Columns("masked", "params", params)
+        wanted = columns.chosen(mask(params) if callable(mask) else mask)
+        kept = [leaf if want else None for leaf, want in zip(columns.first, wanted, strict=True)]
+        return inner[0](columns.tree_of(columns.leaves, kept))
 
     def update(grads: Any, state: Any, params: Any = None, *, inplace: bool = False) -> tuple[Any, Any]:
-        columns = Columns("masked", "grads", grads)
-        wanted = columns.chosen(mask, grads)
+        columns = Columns("masked", "grads", grads).checked()
+        wanted = columns.chosen(mask(grads) if callable(mask) else mask)
         kept = [leaf if want else None for leaf, want in zip(columns.first, wanted, strict=True)]
         updates, state = inner[1](columns.tree_of(columns.leaves, kept), state, params, inplace=inplace)
         transformed = columns.pick(columns.match("updates", updates))

@@ -61,7 +61,7 @@ def scale_by_schedule(schedule: Callable[[torch.Tensor], Number]) -> GradientTra
     def update(
         grads: Any, state: ScheduleState, params: Any = None, *, inplace: bool = False
     ) -> tuple[Any, ScheduleState]:
-        columns = Columns("scale_by_schedule", "grads", grads)
+        columns = Columns("scale_by_schedule", "grads", grads).checked()
         updates = _scaled(columns, schedule(state.count))
         if inplace:
             updates = overwritten(columns, updates)
