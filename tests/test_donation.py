@@ -612,3 +612,19 @@ def test_tensors_made_in_inference_mode_are_overwritten(pair, method):
     mixed = copied(grads), state, copied(params)
     with torch.inference_mode():
         assert_equal(call(pair, method, mixed, True), expected)
+
+
+@pytest.mark.parametrize("flag", [None, False])
+def test_a_graph_keeps_its_own_count_when_the_state_is_overwritten_later(flag):
+    pair = idf.adam(lr=0.1, eps=0.5, use_accelerated_op=flag)
+
+    def first_gradient(then):
+        grads = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+        updates, state = pair.update(grads, pair.init(grads))
+        then(pytree.tree_map(torch.Tensor.detach, state))
+        return torch.autograd.grad(updates.sum(), grads)[0]
+
+    def overwrite(state):
+        pair.update(torch.ones(2, dtype=torch.float64), state, inplace=True)
+
+    torch.testing.assert_close(first_gradient(overwrite), first_gradient(lambda state: None), rtol=0, atol=0)

@@ -121,7 +121,8 @@ def run(name: str, step: Step, buffers: Buffers | None) -> list[Leaves]:
     if not _is_recorded(step):
         with _nothing_else():
             return _forward(step)
-    return split(_Step.apply(step, *step.operands), 1 + len(step.moments))  # type: ignore[no-untyped-call]
+    results = _Step.apply(step.emptied(), *step.operands)  # type: ignore[no-untyped-call]
+    return split(results, 1 + len(step.moments))
 
 
 def _is_recorded(step: Step) -> bool:

@@ -18,6 +18,9 @@ Operands = Sequence[torch.Tensor | None]
 Buffers = Sequence[Operands]
 
 
+_HOLE = torch.empty(0, device="meta")
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """A step of a rule on the rows of a table of real tensors.
@@ -64,6 +67,11 @@ class Step:
         """The same step of other tensors, in the order of `operands`."""
         rest = iter(operands)
         return self._with([[None if t is None else next(rest) for t in column] for column in self.columns])
+
+    def emptied(self) -> Step:
+        """The step without its tensors, to be kept for a derivative: the count is one of its own, since that of the
+        state may be overwritten."""
+        return dataclasses.replace(self.of([_HOLE] * len(self.operands)), count=self.count.clone())
 
     def subset(self, at: Sequence[int]) -> Step:
         """The step of some of the rows."""
