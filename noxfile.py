@@ -56,6 +56,13 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def maml(session: nox.Session) -> None:
+    """Meta-learn the sinusoid tasks and draw the curves."""
+    install(session, "matplotlib")
+    session.run("python", "examples/maml_sine.py", *session.posargs)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run the test suite."""
     install(session, *TESTING)
@@ -141,6 +148,7 @@ def typecheck(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what a derivative costs."""
+    """Measure what a derivative and what a step costs."""
     install(session)
-    session.run("python", "benchmarks/cost.py", *session.posargs)
+    session.run("python", "benchmarks/cost.py")
+    session.run("python", "benchmarks/steps.py", *session.posargs)

@@ -1,4 +1,4 @@
-"""Implicit differentiation on torch.func: right derivatives of any solver's solution, under every transform."""
+"""Differentiation through optimisation on torch.func: of solutions, and of an optimizer's steps."""
 
 from implicitdiff import linear_solve, optim, schedule
 from implicitdiff._unroll import unroll
