@@ -128,7 +128,7 @@ def cuda_build(session: nox.Session) -> None:
 def docs_test(session: nox.Session) -> None:
     """Run the examples in the README and in the docstrings."""
     install(session, "pytest", IMPLICITDIFF_NO_EXTENSIONS="1")
-    session.run("pytest", "--doctest-modules", "implicitdiff", "--doctest-glob=README.md", "README.md")
+    session.run("pytest", "--doctest-modules", "implicitdiff", "--doctest-glob=*.md", "README.md", "docs")
 
 
 @nox.session

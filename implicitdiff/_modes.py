@@ -59,6 +59,7 @@ def is_inside() -> bool:
 
 
 def any_running() -> bool:
+    """Whether any mode at all looks at torch functions."""
     return bool(_modes())
 
 

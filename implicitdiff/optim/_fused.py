@@ -30,8 +30,9 @@ _DTYPES = {
     torch.float16: "float16",
 }
 
-# What torch.func.grad adds to a Function is as much as plain operations on so many elements.
-_WORTH_A_FUNCTION = 1 << 16
+# Under torch.func.grad a Function costs as much as plain operations on so many elements, and those on a leaf as much as
+# on so many more.
+_FUNCTION, _LEAF = 40_000, 8_000
 
 
 def accelerated_op_available(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> bool:
@@ -103,7 +104,7 @@ def serves(step: Step, name: str, *, insists: bool) -> bool:
         return False
     if not _is_recorded(step):
         return not functorch.have_batch_layer([step.count])
-    worth = insists or functorch.depth() == 0 or sum(g.numel() for g in step.grads) >= _WORTH_A_FUNCTION
+    worth = insists or functorch.depth() == 0 or sum(step.sizes) + _LEAF * len(step.rows) >= _FUNCTION
     return worth and functorch.only_reverse_mode() and not functorch.have_batch_layer([*operands, step.count])
 
 
@@ -251,8 +252,8 @@ def _overlap(step: Step, written: list[int], read: list[int]) -> bool:
     lengths = [n * first for n in step.sizes]
     wide = [n * step.moments[0][0].itemsize for n in step.sizes] if step.moments else []
     others = [0 if a == b else a for a, b in zip(read, written[: len(step.rows)] * 2, strict=False)]
-    assert _C.cpu is not None
-    return bool(_C.cpu.overlap(written + others, lengths + wide * len(step.moments) + (lengths * 2)[: len(others)]))
+    lengths = lengths + wide * len(step.moments) + (lengths * 2)[: len(others)]
+    return bool(_C.cpu.overlap(written + others, lengths))  # type: ignore[union-attr]
 
 
 def _nothing_else() -> AbstractContextManager[Any]:

@@ -37,4 +37,5 @@ def overwritten(columns: Columns, updates: Leaves) -> Leaves:
 
 
 def each(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Columns, Any], Leaves]:
+    """Compute leaf by leaf."""
     return lambda columns, params: [fn(g) for g in columns.first]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -104,7 +104,8 @@ class Step:
         return [next(grads) if want else None for want in wanted]
 
 
-def flat(columns: Sequence[Sequence[Any]]) -> list[Any]:
+def flat(columns: Iterable[Iterable[Any]]) -> list[Any]:
+    """One list out of columns."""
     return [t for column in columns for t in column]
 
 

@@ -163,7 +163,7 @@ def adam_rule(
     decoupled: bool = False,
 ) -> Adam:
     """The checked rule of all that is called Adam."""
-    b1, b2 = betas
+    b1, b2 = _check.pair(name, betas)
     _check.non_negative(name, eps=eps, weight_decay=weight_decay, eps_root=eps_root)
     _check.below_one(name, **{"betas[0]": b1, "betas[1]": b2})
     return Adam(lr, weight_decay, maximize, b1, b2, eps, eps_root, amsgrad, decoupled)

@@ -110,7 +110,7 @@ def _rule(
     weight_decay: Hyperparameter,
     maximize: bool,
 ) -> Adamax:
-    b1, b2 = betas
+    b1, b2 = _check.pair(name, betas)
     _check.non_negative(name, eps=eps, weight_decay=weight_decay)
     _check.below_one(name, **{"betas[0]": b1, "betas[1]": b2})
     return Adamax(lr, weight_decay, maximize, b1, b2, eps)

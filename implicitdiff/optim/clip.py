@@ -26,7 +26,13 @@ def clip(max_delta: float) -> GradientTransformation:
         tensor([-1.0000,  0.5000])
     """
     _check.non_negative("clip", max_delta=max_delta)
-    return stateless("clip", each(lambda g: g.clamp(-max_delta, max_delta)))
+
+    def clamp(g: torch.Tensor) -> torch.Tensor:
+        if g.is_complex():
+            raise TypeError(f"clip: complex numbers have no order, but a gradient is {g.dtype}; use clip_grad_norm")
+        return g.clamp(-max_delta, max_delta)
+
+    return stateless("clip", each(clamp))
 
 
 def nan_to_num(nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> GradientTransformation:

@@ -140,7 +140,7 @@ def _rule(
     maximize: bool,
     eps_root: Hyperparameter,
 ) -> RAdam:
-    b1, b2 = betas
+    b1, b2 = _check.pair(name, betas)
     _check.non_negative(name, eps=eps, weight_decay=weight_decay, eps_root=eps_root)
     _check.below_one(name, **{"betas[0]": b1, "betas[1]": b2})
     return RAdam(lr, weight_decay, maximize, b1, b2, eps, eps_root, decoupled)
