@@ -93,7 +93,8 @@ def sanitize(session: nox.Session) -> None:
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     }
     check(session, "_C.cpu", **env)
-    session.run("pytest", "tests/test_kernels.py", *session.posargs, env=env)
+    # Captured, a report would be lost with the process that it ends.
+    session.run("pytest", "--capture=sys", "tests/test_kernels.py", *session.posargs, env=env)
 
 
 @nox.session

@@ -17,7 +17,7 @@ CPU, CUDA = "implicitdiff._C._cpu", "implicitdiff._C._cuda"
 # Neither side contracts into fused multiply-adds: the CPU's and the GPU's numbers are the same.
 GNU = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
 FAST = ["-O3", "-g0"]
-SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-wrapv"]
 MSVC = ["/O2", "/std:c++17"]
 NVCC = ["-std=c++17", "-O3", "--fmad=false", "--threads=0", "-shared", "-cudart=static", "-lrt", "-ldl", "-lpthread"]
 NVCC += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-Xlinker=--exclude-libs=ALL", "-Xlinker=--strip-all"]

@@ -12,7 +12,7 @@ from implicitdiff import _C
 
 def _cpu() -> str:
     if _C.cpu is None:
-        return "not built: IMPLICITDIFF_NO_EXTENSIONS=1, or no C++ compiler, when it was installed"
+        return "not built: switched off, or no C++ compiler on PATH, when it was installed"
     info = _C.cpu.info()
     openmp = "OpenMP" if info["openmp"] else "no OpenMP"
     return f"compiler {info['compiler']}, {openmp}, {info['simd']} on this machine"
@@ -20,7 +20,7 @@ def _cpu() -> str:
 
 def _cuda() -> str:
     if _C.cuda is None:
-        return "not built: IMPLICITDIFF_CUDA=0, or no nvcc on PATH, when it was installed"
+        return "not built: switched off, or no nvcc or C++ compiler on PATH, when it was installed"
     info = _C.cuda.info()
     archs = ", ".join(f"sm_{arch}" for arch in info["archs"])
     toolkit = f"toolkit {info['cuda'] // 1000}.{info['cuda'] % 1000 // 10}"

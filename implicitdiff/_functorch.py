@@ -337,6 +337,11 @@ def are_constant(tensors: Sequence[torch.Tensor], *, plain: bool = False) -> boo
     return forward_ad._current_level < 0 or all(forward_ad.unpack_dual(t).tangent is None for t in tensors)
 
 
+def nothing_records() -> bool:
+    """Whether no derivative is recorded, in either mode, and no transform is running."""
+    return not torch.is_grad_enabled() and forward_ad._current_level < 0 and depth() == 0
+
+
 def only_reverse_mode() -> bool:
     """Whether none but grad, vjp and their kin are running, so that an autograd.Function needs no other rule."""
     running = retrieve_all_functorch_interpreters()

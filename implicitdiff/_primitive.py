@@ -123,7 +123,10 @@ class _Solution(torch.autograd.Function):
         if known:
             return tuple(t.clone() for t in operands[:known])
         with _closure.full_precision():
-            return tuple(problem.primal(list(operands)))
+            solution = problem.primal(list(operands))
+        # What is returned as it came in cannot be saved.
+        given = set(map(id, operands))
+        return tuple(t.clone() if id(t) in given else t for t in solution)
 
     @staticmethod
     @functorch.outside_compile

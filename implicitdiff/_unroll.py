@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import implicitdiff._closure as _closure
+import implicitdiff._functorch as functorch
 import implicitdiff.pytree as pytree
 from implicitdiff._freeze import freeze
 from implicitdiff._operator import Dims
@@ -27,13 +28,14 @@ def unroll(step: Callable[..., Any], n: int, checkpoint_every: int | None = None
 
     Args:
         step: ``step(carry, *args) -> carry``, from a pytree to one; what it captures is differentiated as well. With
-            `checkpoint_every` it has to be deterministic and free of side effects: a step that draws random numbers
-            or changes its arguments in place is refused.
+            `checkpoint_every` it has to be deterministic and free of side effects, and takes gradients by torch.func; a
+            step that gives other values when it is computed again is refused.
         n: how many steps.
         checkpoint_every: how many steps to compute again at a time; None keeps all.
 
     Raises:
-        ValueError: ``n`` is negative, or ``checkpoint_every`` not positive; later, a step cannot be computed again.
+        ValueError: ``n`` is negative, or ``checkpoint_every`` not positive; later, a step draws random numbers.
+        RuntimeError: when the derivative is taken: the steps gave other values than before.
 
     Reference:
         Griewank and Walther, "Evaluating Derivatives", 2008, chapter 12; one level of checkpoints.
@@ -44,7 +46,7 @@ def unroll(step: Callable[..., Any], n: int, checkpoint_every: int | None = None
         >>> descend = unroll(lambda w, lr: w - lr * 2 * w, 100, checkpoint_every=10)
         >>> w, lr = torch.tensor(1.0), torch.tensor(0.01, dtype=torch.float64)
         >>> torch.func.grad(descend, argnums=1)(w, lr), -200 * (1 - 2 * lr) ** 99
-        (tensor(-27.0653, dtype=torch.float64), tensor(-27.0653, dtype=torch.float64))
+        (tensor(-27.0652, dtype=torch.float64), tensor(-27.0652, dtype=torch.float64))
     """
     if n < 0:
         raise ValueError(f"unroll: n has to be at least 0, but it is {n!r}")
@@ -68,6 +70,8 @@ def unroll(step: Callable[..., Any], n: int, checkpoint_every: int | None = None
 
 def _recomputed(fn: Callable[..., Any], *args: Any) -> Any:
     """``fn(*args)``, evaluated again when it is differentiated."""
+    if functorch.nothing_records():
+        return fn(*args)
     given, arguments = pytree.flatten(args)
     fn = freeze(fn)
     result, closure = _closure.close_over("unroll: the step", fn, *args)
@@ -97,7 +101,9 @@ class _Segment(Problem):
     levels: tuple[Dims, ...] = ()
 
     def residual(self, x: Leaves, theta: Leaves) -> Leaves:
-        return [a - b for a, b in zip(self.primal(theta), x, strict=True)]
+        again = self.primal(theta)
+        _refuse_others(again, x)
+        return [a - b for a, b in zip(again, x, strict=True)]
 
     def primal(self, theta: Leaves) -> Leaves:
         fn = self.fn
@@ -111,11 +117,34 @@ class _Segment(Problem):
     def vjp(self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
         # torch.func.grad records the backward pass too. As a segment of its own that keeps nothing either.
         def pull(operands: Leaves) -> Leaves:
-            theta, u = operands[: -len(x)], operands[-len(x) :]
-            return list(self.pullback([torch.zeros_like(t) for t in u], theta, u, wanted).values())
+            x, theta, u = operands[:n], operands[n:-n], operands[-n:]
+            return list(self.pullback(x, theta, u, wanted).values())
 
-        return dict(zip(wanted, solve_problem(_Segment(pull), [*theta, *x_bar]), strict=True))
+        n, operands = len(x), [*x, *theta, *x_bar]
+        if functorch.nothing_records():
+            operands = [t.detach() for t in operands]
+        return dict(zip(wanted, solve_problem(_Segment(pull), operands), strict=True))
 
     def batched(self, dims: Dims, size: int) -> tuple[_Segment, Dims, int]:
         front = tuple(None if d is None else 0 for d in dims)
         return replace(self, levels=(*self.levels, front)), front, 0
+
+
+def _refuse_others(again: Leaves, before: Leaves) -> None:
+    """Raise if a step gives other values than it gave at first, as far as these can be looked at."""
+    if functorch.have_batch_layer([*again, *before]):
+        return
+    for a, b in zip(again, before, strict=True):
+        a, b = functorch.base(a).detach(), functorch.base(b).detach()
+        tolerance = torch.finfo(b.dtype).eps ** 0.5
+        if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * _largest(b), equal_nan=True):
+            raise RuntimeError(
+                "unroll: the steps gave other values when they were computed again for the derivative; with "
+                "checkpoint_every a step must not depend on what changes meanwhile, as random numbers, iterators and "
+                "counters do; pass those as arguments, or use checkpoint_every=None"
+            )
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    sizes = tensor.abs()[tensor.isfinite()]
+    return sizes.max().item() if sizes.numel() else 0.0

@@ -95,6 +95,8 @@ def describe(tree: Any) -> str:
 
 def leaves_of(tree: Any) -> tuple[list[Any], TreeSpec]:
     """The leaves of a pytree, None and everything else among them, and its nesting."""
+    if torch.compiler.is_compiling():  # which does not trace what is cached
+        return torch_pytree.tree_flatten(tree)
     if type(tree) is dict and set(map(type, tree.values())) <= _LEAF_TYPES:
         return list(tree.values()), _flat_spec(tuple(tree))
     if type(tree) is list and set(map(type, tree)) <= _LEAF_TYPES:

@@ -101,7 +101,8 @@ def exponential(
         value = init_value * decay_rate ** (exponent.floor() if staircase else exponent)
         if end_value is None:
             return value
-        return torch.where(torch.as_tensor(decay_rate) < 1, value.clamp(min=end_value), value.clamp(max=end_value))
+        falls = torch.as_tensor(decay_rate, device=value.device) < 1
+        return torch.where(falls, value.clamp(min=end_value), value.clamp(max=end_value))
 
     return schedule
 
@@ -148,7 +149,7 @@ def warmup(schedule: Schedule, warmup_steps: int, *, init_value: Number = 0.0) -
     _at_least_one("warmup", warmup_steps=warmup_steps)
 
     def warmed(count: Count) -> torch.Tensor:
-        count = torch.as_tensor(count)
+        count = _tensor(count)
         share = _progress(count, 0, warmup_steps)
         rising = init_value + (schedule(torch.zeros_like(count)) - init_value) * share
         return torch.where(count < warmup_steps, rising, schedule((count - warmup_steps).clamp(min=0)))
@@ -176,10 +177,10 @@ def piecewise(schedules: Sequence[Schedule | float], boundaries: Sequence[int]) 
             "piecewise: there has to be one schedule more than boundaries, and these have to be positive and increase, "
             f"but there are {len(schedules)} schedules and boundaries {list(boundaries)}"
         )
-    pieces = [piece if callable(piece) else constant(piece) for piece in schedules]
+    pieces = [_widened(piece) if callable(piece) else constant(piece) for piece in schedules]
 
     def joined(count: Count) -> torch.Tensor:
-        count = torch.as_tensor(count)
+        count = _tensor(count)
         value = pieces[0](count)
         for piece, start in zip(pieces[1:], boundaries, strict=True):
             value = torch.where(count < start, value, piece((count - start).clamp(min=0)))
@@ -188,12 +189,21 @@ def piecewise(schedules: Sequence[Schedule | float], boundaries: Sequence[int]) 
     return joined
 
 
+def _widened(schedule: Callable[[Count], Number]) -> Schedule:
+    return lambda count: schedule(count) + 0 * _float(count)
+
+
 def _progress(count: Count, begin: int, steps: int) -> torch.Tensor:
     return ((_float(count) - begin) / steps).clamp(0, 1)
 
 
 def _float(count: Count) -> torch.Tensor:
-    return torch.as_tensor(count).double()
+    return _tensor(count).double()
+
+
+def _tensor(count: Count) -> torch.Tensor:
+    # Not `as_tensor`, which moves a tensor to the default device.
+    return count if isinstance(count, torch.Tensor) else torch.tensor(count, device="cpu")
 
 
 def _at_least_one(name: str, **values: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from implicitdiff import custom_fixed_point, custom_root
+from implicitdiff import adam, apply_updates, custom_fixed_point, custom_root
 from implicitdiff.linear_solve import solve_cg
 
 THETA = torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
@@ -31,7 +31,18 @@ def linear(theta):
     return solve_cg(rtol=1e-13)(lambda v: a @ v, theta.sin())
 
 
+def trained(theta):
+    init, update = adam(lr=0.1, eps_root=1e-3)
+    w = torch.ones_like(theta)
+    state = init(w)
+    for _ in range(2):
+        updates, state = update(w * theta.sin() - theta, state)
+        w = apply_updates(w, updates)
+    return (w**2).sum()
+
+
 FUNCTIONS = {
+    "optimizer": trained,
     "fixed point": lambda theta: (fixed_point(torch.zeros_like(theta), theta) ** 2).sum(),
     "root": lambda theta: (cube_root(None, theta) ** 2).sum(),
     "linear solve": lambda theta: (linear(theta) ** 2).sum(),

@@ -12,7 +12,7 @@ from torch.func import grad, jacfwd, jvp, vmap
 from torch.utils import _pytree as pytree
 
 import implicitdiff as idf
-from implicitdiff import _C
+from implicitdiff import _C, optim
 from implicitdiff.optim import (
     add_decayed_weights,
     clip,
@@ -628,3 +628,29 @@ def test_a_graph_keeps_its_own_count_when_the_state_is_overwritten_later(flag):
         pair.update(torch.ones(2, dtype=torch.float64), state, inplace=True)
 
     torch.testing.assert_close(first_gradient(overwrite), first_gradient(lambda state: None), rtol=0, atol=0)
+
+
+def test_a_mask_keeps_what_it_leaves_out_when_two_leaves_have_one_gradient():
+    shared = torch.tensor([1.0, 2.0])
+    pair = optim.masked(optim.scale(-0.1), {"a": True, "b": False})
+    grads = {"a": shared, "b": shared}
+    updates, _ = pair.update(grads, pair.init(grads), inplace=True)
+    torch.testing.assert_close(updates["a"], torch.tensor([-0.1, -0.2]))
+    torch.testing.assert_close(updates["b"], torch.tensor([1.0, 2.0]))
+
+
+def test_updates_may_lie_in_the_memory_of_parameters():
+    p = torch.tensor([1.0, 2.0])
+    pair = idf.chain(optim.scale(-0.1))
+    torch.testing.assert_close(pair.step(p, pair.init(p), p, inplace=True)[0], torch.tensor([0.9, 1.8]))
+    a, b = torch.tensor([1.0]), torch.tensor([10.0])
+    assert [t.item() for t in idf.apply_updates([a, b], [b, a], inplace=True)] == [11.0, 11.0]
+    x = torch.arange(4.0)
+    assert idf.apply_updates(x[:3], x[1:], inplace=True).tolist() == [1.0, 3.0, 5.0]
+
+
+def test_injected_numbers_belong_to_the_state_alone():
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    pair = optim.inject_hyperparams(idf.sgd)(lr=lr)
+    pair.init(torch.ones(1)).hyperparams["lr"].mul_(2)
+    assert lr.item() == 0.1 and pair.init(torch.ones(1)).hyperparams["lr"].item() == 0.1

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import implicitdiff as idf
 from implicitdiff import _C
@@ -896,3 +897,60 @@ def test_the_module_refuses_arguments_of_other_types(module):
         module.step("adam", [0.1] * 8, "float32", [3])
     with pytest.raises(TypeError):
         module.step("adam", "numbers", "float32", [3], [0], NOWHERE, [NOWHERE] * 8, 1)
+
+
+@pytest.mark.parametrize("flag", [None, False])
+def test_accumulated_gradients_of_parameters_that_are_stepped_do_not_share_memory(flag):
+    pair = idf.sgd(lr=0.1, use_accelerated_op=flag)
+    params = {k: torch.ones(3, requires_grad=True) for k in "ab"}
+
+    def loss():
+        new, _ = pair.step({k: torch.ones(3) for k in params}, pair.init(params), params)
+        return ((new["a"] + new["b"]).exp() * torch.arange(3.0)).sum()
+
+    (expected,) = torch.autograd.grad(loss(), [params["a"]])
+    for _ in range(2):
+        loss().backward()
+    for p in params.values():
+        torch.testing.assert_close(p.grad, 2 * expected)
+
+
+@pytest.mark.parametrize("flag", [None, False])
+def test_a_graph_keeps_the_numbers_of_its_step(flag):
+    lr = torch.tensor(0.1)
+    pair = idf.sgd(lr=lr, use_accelerated_op=flag)
+    g = torch.ones(2, requires_grad=True)
+    updates, _ = pair.update(g, pair.init(g))
+    if flag is None:  # autograd refuses this where it saved the number itself
+        lr.fill_(7.0)
+    torch.testing.assert_close(torch.autograd.grad(updates.sum(), g)[0], torch.full((2,), -0.1))
+
+
+def test_a_converted_count_is_refused():
+    pair = idf.adam()
+    params = torch.ones(3, dtype=torch.float64)
+    state = pair.init(params)
+    with pytest.raises(TypeError, match=r"adam: state.count is torch.float64; it has to stay int64"):
+        pair.update(params, state._replace(count=state.count.double()))
+
+
+@pytest.mark.parametrize("flag", [None, False])
+def test_checkpointing_by_torch_recomputes_a_step(flag):
+    pair = idf.adam(lr=0.1, eps=0.3, use_accelerated_op=flag)
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+
+    def stepped(w):
+        return pair.update(w**3, pair.init(w))[0].sum()
+
+    expected = torch.autograd.grad(stepped(w), w)
+    actual = torch.autograd.grad(checkpoint(stepped, w, use_reentrant=False), w)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("flag", [None, False])
+def test_a_parameter_may_be_changed_after_its_step(flag):
+    pair = idf.sgd(lr=0.1, use_accelerated_op=flag)
+    g, p = torch.ones(2, requires_grad=True), torch.ones(2)
+    new, _ = pair.step(g, pair.init(p), p)
+    p.add_(1)
+    torch.testing.assert_close(torch.autograd.grad(new.sum(), g)[0], torch.full((2,), -0.1))

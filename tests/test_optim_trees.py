@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from optimizers import ROWS, Row
+from optimizers import ROWS, Row, each_row
 from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_structure, tree_unflatten
@@ -732,3 +733,40 @@ def test_leaves_of_several_dtypes_have_one_norm():
     torch.testing.assert_close(
         torch.cat([u.double() for u in updates]), torch.tensor([3, 4, 12], dtype=F64) / 13, rtol=1e-3, atol=0
     )
+
+
+def test_a_pair_can_be_pickled():
+    init, update = pickle.loads(pickle.dumps(idf.adam(lr=0.1)))
+    assert_close(update(ONE, init(ONE))[0], idf.adam(lr=0.1).update(ONE, idf.adam(lr=0.1).init(ONE))[0])
+
+
+def test_a_learned_start_of_adagrad_is_differentiated():
+    def first_update(start):
+        pair = idf.adagrad(lr=0.1, initial_accumulator_value=start)
+        return pair.update(ONE.double(), pair.init(ONE.double()))[0].sum()
+
+    start, h = torch.tensor(0.5, dtype=torch.float64), 1e-6
+    difference = (first_update(start + h) - first_update(start - h)) / (2 * h)
+    torch.testing.assert_close(torch.func.grad(first_update)(start), difference, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_that_are_tensors_keep_their_digits_beside_half_precision(dtype):
+    g = torch.full((2,), 1000.0, dtype=dtype)
+    for factor in (1e-8, 0.1234567):
+        torch.testing.assert_close(
+            optim.scale(torch.tensor(factor)).update(g, ())[0], optim.scale(factor).update(g, ())[0], rtol=0, atol=0
+        )
+    decayed = [optim.add_decayed_weights(d).update(g, (), g)[0] for d in (torch.tensor(1e-3), 1e-3)]
+    torch.testing.assert_close(*decayed, rtol=0, atol=0)
+
+
+@each_row
+def test_a_state_is_loaded_without_trusting_its_file(row, tmp_path):
+    params = {"w": ONE, "b": [torch.ones(())]}
+    pair = row.factory(**row.options)
+    _, state = pair.update(params, pair.init(params), params)
+    torch.save(state, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt")
+    assert type(loaded) is type(state)
+    assert_close(loaded, state)

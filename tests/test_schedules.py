@@ -221,3 +221,17 @@ def test_what_makes_no_schedule_is_refused(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        schedule.exponential(0.1, 0.9, end_value=1e-3),
+        schedule.warmup(schedule.constant(0.1), 3),
+        schedule.piecewise([0.1, lambda count: 0.2], [2]),
+    ],
+)
+def test_schedules_stay_where_their_count_is(made):
+    with torch.device("meta"):
+        value = made(torch.tensor(1, device="cpu"))
+    assert value.device.type == "cpu" and value.dtype == torch.float64

@@ -129,3 +129,34 @@ def test_random_steps_are_refused_where_they_would_be_drawn_again():
 def test_counts_are_checked(n, every):
     with pytest.raises(ValueError, match="unroll"):
         idf.unroll(lambda x: x, n, every)
+
+
+PASSING = {
+    "shift": lambda x: x + 1,
+    "identity": lambda x: x,
+    "passing through": lambda c: (c[0] * 2, c[1]),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_cotangents_may_pass_through_unchanged(name):
+    start = (torch.ones(2), torch.ones(2)) if name == "passing through" else torch.ones(2)
+
+    def end(start, every):
+        return sum(t.sum() for t in tree_leaves(idf.unroll(PASSING[name], 4, every)(start)))
+
+    for a, b in zip(tree_leaves(grad(end)(start, 2)), tree_leaves(grad(end)(start, None)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("transform", [grad, lambda f: lambda x: torch.autograd.grad(f(x.requires_grad_()), x)])
+def test_steps_that_change_meanwhile_are_noticed(transform):
+    numbers = iter(range(1, 100))
+    with pytest.raises(RuntimeError, match="unroll: the steps gave other values"):
+        transform(idf.unroll(lambda x: x * next(numbers), 4, checkpoint_every=2))(torch.tensor(1.0))
+
+
+def test_nothing_is_kept_where_nothing_is_recorded():
+    weight = torch.tensor(2.0, requires_grad=True)
+    with torch.no_grad():
+        assert idf.unroll(lambda x: x * weight, 3, checkpoint_every=2)(torch.tensor(1.0)).item() == 8.0

@@ -1,5 +1,7 @@
 """Optimizers as (init, update) pairs, and the parts to make others of."""
 
+from torch.serialization import add_safe_globals
+
 from implicitdiff.optim._base import GradientTransformation, apply_updates, chain
 from implicitdiff.optim._fused import accelerated_op_available
 from implicitdiff.optim._inject import InjectState, inject_hyperparams
@@ -53,3 +55,18 @@ __all__ = [
     "sgd",
     "trace",
 ]
+
+# A state that was saved can be loaded without trusting its file.
+add_safe_globals(
+    [
+        AdadeltaState,
+        AdagradState,
+        AdamState,
+        AdamaxState,
+        InjectState,
+        RAdamState,
+        RMSPropState,
+        SGDState,
+        ScheduleState,
+    ]
+)

@@ -53,7 +53,9 @@ class GradientTransformation(NamedTuple):
         if inplace:
             # Before the gradients are overwritten.
             columns = Columns("step", "grads", grads)
-            _donation.refuse_overwriting("step", columns.column("params", columns.match("params", params)))
+            olds = columns.column("params", columns.match("params", params))
+            _donation.refuse_overwriting("step", olds)
+            grads = columns.tree_of(columns.leaves, _donation.apart(columns.first, olds))
         updates, state = self.update(grads, state, params, inplace=inplace)
         return apply_updates(params, updates, inplace=inplace), state
 
@@ -90,13 +92,15 @@ def apply_updates(params: Any, updates: Any, *, inplace: bool = False) -> Any:
     _donation.refuse_overwriting("apply_updates", olds)
     _donation.refuse_unheld("apply_updates", olds, columns.first)
     with torch.no_grad():
-        for p, u in zip(olds, columns.first, strict=True):
+        for p, u in zip(olds, _donation.apart(columns.first, olds), strict=True):
             p.add_(u)
     return params
 
 
 def chain(*transformations: GradientTransformation) -> GradientTransformation:
     """Apply transformations one after the other: the updates of each are the gradients of the next.
+
+    In place, a transformation that raises leaves behind what those before it have overwritten.
 
     Args:
         transformations: pairs, `GradientTransformation` or any ``(init, update)`` alike.

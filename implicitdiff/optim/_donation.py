@@ -74,6 +74,12 @@ def refuse_shared(caller: str, params: Operands) -> None:
         )
 
 
+def apart(tensors: Leaves, others: Leaves) -> Leaves:
+    """The tensors with copies of those that share memory with one of the others, which are apart from each other."""
+    meeting = shared([*others, *tensors])
+    return [t.clone() if len(others) + i in meeting else t for i, t in enumerate(tensors)]
+
+
 def shared(tensors: Leaves) -> set[int]:
     """The positions of plain tensors whose memory overlaps another's or, where it is not plain to see, their own."""
     plain = [i for i, t in enumerate(tensors) if functorch.is_plain(t) and t.numel()]

@@ -140,17 +140,26 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        ctx.step, *operands = inputs
-        ctx.save_for_backward(*operands)
+        step, *operands = inputs
+        ctx.step, ctx.bases = step.baseless(), step.places_of_bases
+        ctx.save_for_backward(*(t for k, t in enumerate(operands) if k not in ctx.bases))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Operands:
-        step, wanted = ctx.step.of(ctx.saved_tensors), ctx.needs_input_grad[1:]
-        given = [*ctx.saved_tensors, *(c for c in cotangents if c is not None)]
-        if not functorch.only_reverse_mode() or functorch.have_legacy_batch(given):
-            return (None, *step.pullback(cotangents, wanted))
-        return (None, *_Pull.apply(step, wanted, *ctx.saved_tensors, *cotangents))  # type: ignore[no-untyped-call]
+        saved = ctx.saved_tensors
+        step, asked = ctx.step.of(saved), ctx.needs_input_grad[1:]
+        wanted = [ask for k, ask in enumerate(asked) if k not in ctx.bases]
+        given = [*saved, *(c for c in cotangents if c is not None)]
+        if not any(wanted):
+            grads: list[torch.Tensor | None] = [None] * len(wanted)
+        elif not functorch.only_reverse_mode() or functorch.have_legacy_batch(given):
+            grads = list(step.pullback(cotangents, wanted))
+        else:
+            grads = list(_Pull.apply(step.emptied(), wanted, *saved, *cotangents))  # type: ignore[no-untyped-call]
+        # What a base is added to has the cotangent of the sum.
+        grads[ctx.bases.start : ctx.bases.start] = cotangents[: len(ctx.bases)]
+        return (None, *grads)
 
 
 class _Pull(torch.autograd.Function):
@@ -220,9 +229,6 @@ def _backward(step: Step, cotangents: Operands, wanted: Sequence[bool]) -> Opera
     outputs = split([None if t is None else _fresh(t) for t in likes], len(step.columns))
     inputs = _readable([step.grads, step.decayed, *step.moments, *bars])
     _call("pull", step, _addresses(inputs), _addresses([*outputs[:2], *outputs[3:]]))
-    # What a base is added to has the cotangent of the sum.
-    bases = zip(outputs[2], bars[0], strict=True)
-    outputs[2] = [None if out is None else out.zero_() if bar is None else bar.view_as(bar) for out, bar in bases]
     return [out for out, t in zip(flat(outputs), flat(step.columns), strict=True) if t is not None]
 
 

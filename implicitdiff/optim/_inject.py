@@ -61,7 +61,7 @@ def inject_hyperparams(factory: Callable[..., GradientTransformation]) -> Callab
 
         def init(params: Any) -> InjectState:
             count = torch.zeros((), dtype=torch.int64, device="cpu")
-            values = hyperparams(count, {k: pytree.map_leaves(_scalar, v) for k, v in numbers.items()})
+            values = hyperparams(count, {k: pytree.map_leaves(_own, v) for k, v in numbers.items()})
             return InjectState(count, values, factory(**statics, **values).init(params))
 
         def update(
@@ -80,6 +80,10 @@ def _is_numeric(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_numeric, value))
     return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
+
+
+def _own(value: Any) -> torch.Tensor:
+    return _scalar(value).clone()
 
 
 def _scalar(value: Any) -> torch.Tensor:

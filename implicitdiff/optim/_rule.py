@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -49,7 +48,7 @@ class Rule(ABC):
 
     @property
     @abstractmethod
-    def moments(self) -> dict[str, float]:
+    def moments(self) -> dict[str, Any]:
         """What the state keeps for each leaf, and the number each starts from, in the kernel's order."""
 
     @abstractmethod
@@ -95,11 +94,19 @@ def run(
     results: list[Leaves] = [[] for _ in range(1 + len(moments))]
     for i, (g, p, base, *old) in enumerate(zip(grads, decayed, bases, *moments, strict=True)):
         dtype = accumulator(g.dtype)
-        c = SimpleNamespace(**{k: _of_leaf(v, i, g.device, dtype) for k, v in constants.items()})
+        c = _Constants({k: _of_leaf(v, i, g.device, dtype) for k, v in constants.items()})
         u, new = rule.apply(c, g.to(dtype), None if p is None else p.to(dtype), old)
         for column, result in zip(results, [(u if base is None else base + u).to(g.dtype), *new], strict=True):
             column.append(result)
     return results
+
+
+class _Constants:
+    """Numbers by name; Dynamo does not trace a SimpleNamespace."""
+
+    def __init__(self, values: dict[str, Number]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
 
 
 def _of_leaf(value: Number, i: int, device: torch.device, dtype: torch.dtype) -> Number:

@@ -9,7 +9,8 @@ import torch
 
 import implicitdiff.optim._donation as _donation
 from implicitdiff.optim._base import GradientTransformation
-from implicitdiff.optim._columns import Columns
+from implicitdiff.optim._columns import Columns, accumulator
+from implicitdiff.optim._rule import Number
 from implicitdiff.pytree import Leaves
 
 
@@ -34,6 +35,16 @@ def overwritten(columns: Columns, updates: Leaves) -> Leaves:
     buffers = [None if i in shared else g for i, g in enumerate(columns.first)]
     [updates] = _donation.fill([buffers], [[u.detach() for u in updates]])
     return updates
+
+
+def widely(g: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """A function of a gradient in its accumulator's precision."""
+    return fn(g.to(accumulator(g.dtype))).to(g.dtype)
+
+
+def factor_like(factor: Number, g: torch.Tensor) -> Number:
+    """A number as it multiplies a tensor: a scalar tensor must not change its dtype."""
+    return factor.to(g.device, g.dtype.to_real()) if isinstance(factor, torch.Tensor) else factor
 
 
 def each(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Columns, Any], Leaves]:

@@ -69,9 +69,21 @@ class Step:
         return self._with([[None if t is None else next(rest) for t in column] for column in self.columns])
 
     def emptied(self) -> Step:
-        """The step without its tensors, to be kept for a derivative: the count is one of its own, since that of the
+        """The step without its tensors, to be kept for a derivative: count and numbers are its own, since those of the
         state may be overwritten."""
-        return dataclasses.replace(self.of([_HOLE] * len(self.operands)), count=self.count.clone())
+        numbers: dict[str, Any] = {k: v.clone() for k, v in vars(self.rule).items() if isinstance(v, torch.Tensor)}
+        rule = dataclasses.replace(self.rule, **numbers)
+        return dataclasses.replace(self.of([_HOLE] * len(self.operands)), rule=rule, count=self.count.clone())
+
+    def baseless(self) -> Step:
+        """The step that gives the updates alone."""
+        return dataclasses.replace(self, bases=[None] * len(self.rows), memory=None)
+
+    @property
+    def places_of_bases(self) -> range:
+        """Where the bases stand among the operands."""
+        first = sum(t is not None for column in self.columns[:2] for t in column)
+        return range(first, first + sum(t is not None for t in self.bases))
 
     def subset(self, at: Sequence[int]) -> Step:
         """The step of some of the rows."""

@@ -29,7 +29,8 @@ def transformation(
         name: what error messages call it.
         rule: its hyper-parameters may be schedules.
         state: a NamedTuple of ``count`` and the moments.
-        mask: which parameters weight decay is for, as `Columns.rows_of` takes it; None for all.
+        mask: which parameters weight decay is for, as `Columns.chosen` takes it, or a function of the parameters; None
+            for all.
         use_accelerated_op: True insists on compiled steps, False forbids them, None takes them where they help.
     """
     if use_accelerated_op:
@@ -43,39 +44,43 @@ def transformation(
             )
 
         return inject_hyperparams(at)(**schedules)
-
-    def init(params: Any) -> Any:
-        leaves, spec = pytree.leaves_of(params)
-        moments = {
-            field: pytree.unflatten([_initial(name, leaf, value) for leaf in leaves], spec)
-            for field, value in rule.moments.items()
-        }
-        device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
-        return state(count=torch.zeros(len(leaves), dtype=torch.int64, device=device), **moments)
-
-    return GradientTransformation(init, _Update(name, rule, state, mask, use_accelerated_op))
+    update = _Update(name, rule, state, mask, use_accelerated_op)
+    return GradientTransformation(update.init, update)
 
 
-def _initial(name: str, leaf: Any, value: float) -> torch.Tensor | None:
+def _initial(name: str, leaf: Any, value: Any) -> torch.Tensor | None:
     if leaf is None:
         return None
     if not isinstance(leaf, torch.Tensor):
         raise TypeError(f"{name}: params have the leaf {leaf!r}; each has to be a tensor, or None")
     if not (leaf.is_floating_point() or leaf.is_complex()):
         return None
-    fill = complex(value, value) if leaf.is_complex() else value
-    return torch.full_like(leaf, fill, dtype=accumulator(leaf.dtype), requires_grad=False)
+    dtype = accumulator(leaf.dtype)
+    if leaf.is_complex():  # A pair of reals starts from a pair.
+        value = value * (1 + 1j)
+    if not isinstance(value, torch.Tensor):
+        return torch.full_like(leaf, value, dtype=dtype, requires_grad=False)
+    return torch.zeros_like(leaf, dtype=dtype, requires_grad=False) + value.to(leaf.device, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Update:
-    """``update``, and the step that gives the new parameters at once."""
+    """The pair: ``init``, ``update``, and the step that gives the new parameters at once."""
 
     name: str
     rule: Rule
     state: type[Any]
     mask: Any
     use_accelerated_op: bool | None
+
+    def init(self, params: Any) -> Any:
+        leaves, spec = pytree.leaves_of(params)
+        moments = {
+            field: pytree.unflatten([_initial(self.name, leaf, value) for leaf in leaves], spec)
+            for field, value in self.rule.moments.items()
+        }
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
+        return self.state(count=torch.zeros(len(leaves), dtype=torch.int64, device=device), **moments)
 
     def __call__(self, grads: Any, state: Any, params: Any = None, *, inplace: bool = False) -> tuple[Any, Any]:
         columns = self._columns(grads, state)
@@ -214,6 +219,8 @@ def _complex_of(real: torch.Tensor, buffer: torch.Tensor | None, pairs: dict[int
 
 def _next_count(name: str, columns: Columns, count: torch.Tensor) -> torch.Tensor:
     """The step number of each leaf, one more where there is a gradient."""
+    if count.dtype != torch.int64:
+        raise TypeError(f"{name}: state.count is {count.dtype}; it has to stay int64 when the state is converted")
     total = len(columns.leaves)
     if count.shape != (total,):
         raise ValueError(f"{name}: grads have {total} leaves, but state.count has the shape {list(count.shape)}")

@@ -35,12 +35,12 @@ class Adagrad(Rule):
     kernel: ClassVar[str] = "adagrad"
 
     lr_decay: Any
-    initial: float
+    initial: Any
     eps: Any
     eps_root: Any
 
     @property
-    def moments(self) -> dict[str, float]:
+    def moments(self) -> dict[str, Any]:
         return {"total": self.initial}
 
     def constants(self, t: torch.Tensor) -> dict[str, Number]:
@@ -55,7 +55,7 @@ def adagrad(
     lr: Hyperparameter = 1e-2,
     lr_decay: Hyperparameter = 0.0,
     weight_decay: Hyperparameter = 0.0,
-    initial_accumulator_value: float = 0.0,
+    initial_accumulator_value: Number = 0.0,
     eps: Hyperparameter = 1e-10,
     *,
     maximize: bool = False,
@@ -98,7 +98,7 @@ def adagrad(
 
 
 def scale_by_adagrad(
-    initial_accumulator_value: float = 0.0,
+    initial_accumulator_value: Number = 0.0,
     eps: Hyperparameter = 1e-10,
     *,
     eps_root: Hyperparameter = 0.0,
@@ -114,11 +114,11 @@ def _rule(
     lr: Hyperparameter,
     lr_decay: Hyperparameter,
     weight_decay: Hyperparameter,
-    initial: float,
+    initial: Number,
     eps: Hyperparameter,
     maximize: bool,
     eps_root: Hyperparameter,
 ) -> Adagrad:
     _check.non_negative(name, lr_decay=lr_decay, weight_decay=weight_decay, eps=eps, eps_root=eps_root)
-    _check.non_negative(name, initial_accumulator_value=float(initial))
-    return Adagrad(lr, weight_decay, maximize, lr_decay, float(initial), eps, eps_root)
+    _check.non_negative(name, initial_accumulator_value=initial)
+    return Adagrad(lr, weight_decay, maximize, lr_decay, initial, eps, eps_root)

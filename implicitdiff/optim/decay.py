@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 import implicitdiff.optim._check as _check
+import implicitdiff.optim._donation as _donation
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns
 from implicitdiff.optim._rule import Number
-from implicitdiff.optim._stateless import stateless
+from implicitdiff.optim._stateless import factor_like, stateless, widely
 from implicitdiff.pytree import Leaves
 
 
@@ -37,13 +38,14 @@ def add_decayed_weights(weight_decay: Number = 0.0, mask: Any = None) -> Gradien
             raise ValueError("add_decayed_weights needs the parameters; call update(grads, state, params)")
         column = columns.column("params", columns.match("params", params))
         wanted = columns.chosen(True if mask is None else mask(params) if callable(mask) else mask)
-        decay = [
-            weight_decay.to(g.device, g.dtype) if isinstance(weight_decay, torch.Tensor) else weight_decay
-            for g in column
-        ]
-        return [g + d * p if want else g for g, p, d, want in zip(columns.first, column, decay, wanted, strict=True)]
+        rows = zip(columns.first, column, wanted, strict=True)
+        return [_decayed(g, p, weight_decay) if want else g for g, p, want in rows]
 
     return stateless("add_decayed_weights", compute)
+
+
+def _decayed(g: torch.Tensor, p: torch.Tensor, weight_decay: Number) -> torch.Tensor:
+    return widely(g, lambda g: g + factor_like(weight_decay, g) * p.to(g.dtype))
 
 
 def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
@@ -73,6 +75,10 @@ def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
         columns = Columns("masked", "grads", grads).checked()
         wanted = columns.chosen(mask(grads) if callable(mask) else mask)
         kept = [leaf if want else None for leaf, want in zip(columns.first, wanted, strict=True)]
+        if inplace:
+            # One tensor may be the gradient of a leaf that is to stay as well.
+            shared = _donation.shared(columns.first)
+            kept = [g.clone() if g is not None and i in shared else g for i, g in enumerate(kept)]
         updates, state = inner[1](columns.tree_of(columns.leaves, kept), state, params, inplace=inplace)
         transformed = columns.pick(columns.match("updates", updates))
         mixed = [u if want else g for u, g, want in zip(transformed, columns.first, wanted, strict=True)]

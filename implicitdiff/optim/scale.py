@@ -11,7 +11,7 @@ import implicitdiff.optim._check as _check
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns
 from implicitdiff.optim._rule import Number
-from implicitdiff.optim._stateless import overwritten, stateless
+from implicitdiff.optim._stateless import factor_like, overwritten, stateless, widely
 from implicitdiff.pytree import Leaves
 
 
@@ -71,6 +71,4 @@ def scale_by_schedule(schedule: Callable[[torch.Tensor], Number]) -> GradientTra
 
 
 def _scaled(columns: Columns, factor: Number) -> Leaves:
-    if not isinstance(factor, torch.Tensor):
-        return [factor * g for g in columns.first]
-    return [factor.to(g.device, g.dtype) * g for g in columns.first]
+    return [widely(g, lambda g: factor_like(factor, g) * g) for g in columns.first]

@@ -137,7 +137,7 @@ def _rule(
     _check.non_negative(name, momentum=momentum, weight_decay=weight_decay)
     _check.finite(name, dampening=dampening)
     rule = SGD(lr, weight_decay, maximize, momentum, dampening, nesterov)
-    damped = isinstance(dampening, torch.Tensor) or callable(dampening) or dampening != 0
+    damped = isinstance(dampening, (int, float)) and dampening != 0
     if nesterov and (damped or not rule.has_momentum):
         raise ValueError(
             f"{name}: nesterov needs a momentum and no dampening, but they are {momentum!r} and {dampening!r}"
