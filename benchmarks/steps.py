@@ -186,11 +186,11 @@ def kept(run: Callable[[], object], inputs: list[Tensor]) -> int:
 
 
 if __name__ == "__main__":
-    adam_in_place(1, 10_000_000, repetitions=21, calls=5)
+    adam_in_place(1, 10_000_000, repetitions=41, calls=5)
     adam_in_place(100, 1_000, repetitions=41, calls=20)
     if DEVICE.type == "cuda":
         adam_in_place(1, 100_000_000, repetitions=21, calls=5)
         adam_in_place(1000, 1_000, repetitions=21, calls=5)
     out_of_place(10_000_000)
     differentiable(4, 1_000_000)
-    every_optimizer(1, 1_000_000)
+    every_optimizer(1, 10_000_000)

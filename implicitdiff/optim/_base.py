@@ -54,8 +54,7 @@ class GradientTransformation(NamedTuple):
             # Before the gradients are overwritten.
             columns = Columns("step", "grads", grads)
             olds = columns.column("params", columns.match("params", params))
-            _donation.refuse_overwriting("step", olds)
-            grads = columns.tree_of(columns.leaves, _donation.apart(columns.first, olds))
+            grads = columns.tree_of(columns.leaves, _donation.apart("step", olds, columns.first))
         updates, state = self.update(grads, state, params, inplace=inplace)
         return apply_updates(params, updates, inplace=inplace), state
 
@@ -89,10 +88,10 @@ def apply_updates(params: Any, updates: Any, *, inplace: bool = False) -> Any:
     if not inplace:
         return columns.tree_of(leaves, [p + u for p, u in zip(olds, columns.first, strict=True)])
     _donation.refuse_tracked("apply_updates", "updates", columns.first)
-    _donation.refuse_overwriting("apply_updates", olds)
+    updates = _donation.apart("apply_updates", olds, columns.first)
     _donation.refuse_unheld("apply_updates", olds, columns.first)
     with torch.no_grad():
-        for p, u in zip(olds, _donation.apart(columns.first, olds), strict=True):
+        for p, u in zip(olds, updates, strict=True):
             p.add_(u)
     return params
 

@@ -58,11 +58,19 @@ def own(caller: str, step: Step, buffers: Buffers) -> list[list[torch.Tensor | N
     return kept
 
 
-def refuse_overwriting(caller: str, params: Leaves) -> None:
-    """Raise if parameters cannot be overwritten."""
+def apart(caller: str, params: Leaves, tensors: Leaves) -> Leaves:
+    """The tensors with copies of those that share memory with parameters, which are to be overwritten.
+
+    Raises:
+        ValueError: the parameters cannot be.
+    """
     refuse_needed(caller, "params", params)
+    meeting = shared([*params, *tensors])
+    if not meeting:
+        return tensors
     unfit = shared(params)
     refuse_shared(caller, [None if i in unfit else p for i, p in enumerate(params)])
+    return [t.clone() if len(params) + i in meeting else t for i, t in enumerate(tensors)]
 
 
 def refuse_shared(caller: str, params: Operands) -> None:
@@ -74,14 +82,11 @@ def refuse_shared(caller: str, params: Operands) -> None:
         )
 
 
-def apart(tensors: Leaves, others: Leaves) -> Leaves:
-    """The tensors with copies of those that share memory with one of the others, which are apart from each other."""
-    meeting = shared([*others, *tensors])
-    return [t.clone() if len(others) + i in meeting else t for i, t in enumerate(tensors)]
-
-
 def shared(tensors: Leaves) -> set[int]:
     """The positions of plain tensors whose memory overlaps another's or, where it is not plain to see, their own."""
+    simple = functorch.are_plain(tensors) and all([t.is_contiguous() for t in tensors])
+    if simple and not overlap([t.data_ptr() for t in tensors], [t.nbytes for t in tensors]):
+        return set()
     plain = [i for i, t in enumerate(tensors) if functorch.is_plain(t) and t.numel()]
     loose = {i for i in plain if not tensors[i].is_contiguous() and not _is_dense(tensors[i])}
     spans = [(tensors[i].data_ptr(), tensors[i].data_ptr() + _extent(tensors[i]), i) for i in plain]
