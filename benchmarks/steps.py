@@ -16,6 +16,7 @@ from measure import measure
 from torch import Tensor
 
 import implicitdiff as idf
+from implicitdiff import _C
 
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
 ROWS: dict[str, tuple[Callable[..., idf.GradientTransformation], type[torch.optim.Optimizer], dict[str, object]]] = {
@@ -87,12 +88,33 @@ def fused_adam(count: int, size: int) -> Callable[[], object]:
     return lambda: torch._fused_adam_(*columns, [], counts, **options, amsgrad=False, maximize=False)
 
 
+def compiled_alone(count: int, size: int) -> Callable[[], object]:
+    """The call below ours, without what finds the addresses and looks at them."""
+    grads, params = tensors(count, size), tensors(count, size)
+    moments = [t.zero_() for t in tensors(2 * count, size)]
+    counts = torch.ones(count, dtype=torch.int64, device=DEVICE)
+    new = [t.data_ptr() for t in (*params, *moments)]
+    addresses = [t.data_ptr() for t in grads] + [0] * count + new + new
+    numbers = [1e-3, 0.9, 0.999, 1e-8, 0.0, 0.0, 0.0, 0.0]
+    call = ("adam", numbers, "float32", [size] * count, list(range(count)), counts.data_ptr(), addresses)
+
+    def step() -> None:
+        if DEVICE.type == "cpu":
+            _C.cpu.step(*call, torch.get_num_threads())
+        else:
+            _C.cuda.step(*call, torch.cuda.current_stream().cuda_stream)
+        assert grads and params and moments and counts is not None  # their memory is in use
+
+    return step
+
+
 def adam_in_place(count: int, size: int, repetitions: int, calls: int) -> None:
     measure(
         f"Adam in place, {count} x {size:,} float32 on {DEVICE}, {torch.get_num_threads()} threads",
         {
             "torch.optim.Adam(fused=True).step": timed(in_place("adam", count, size, fused=True)),
             "torch._fused_adam_ alone": timed(fused_adam(count, size)),
+            "the compiled step alone": timed(compiled_alone(count, size)),
             "adam().step": timed(ours("adam", count, size)),
             "adam().update, then apply_updates": timed(ours_in_two(count, size)),
         },
@@ -188,6 +210,7 @@ def kept(run: Callable[[], object], inputs: list[Tensor]) -> int:
 if __name__ == "__main__":
     adam_in_place(1, 10_000_000, repetitions=41, calls=5)
     adam_in_place(100, 1_000, repetitions=41, calls=20)
+    adam_in_place(1, 10, repetitions=41, calls=100)
     if DEVICE.type == "cuda":
         adam_in_place(1, 100_000_000, repetitions=21, calls=5)
         adam_in_place(1000, 1_000, repetitions=21, calls=5)
