@@ -1,6 +1,6 @@
 """Differentiation through optimisation on torch.func: of solutions, and of an optimizer's steps."""
 
-from implicitdiff import linear_solve, optim, schedule
+from implicitdiff import linear_solve, optim, projections, prox, schedule
 from implicitdiff._unroll import unroll
 from implicitdiff.errors import LinearSolveError, LinearSolveWarning, NotARootError
 from implicitdiff.implicit import custom_fixed_point, custom_root, root_jvp, root_vjp
@@ -38,6 +38,8 @@ __all__ = [
     "custom_root",
     "linear_solve",
     "optim",
+    "projections",
+    "prox",
     "radam",
     "rmsprop",
     "root_jvp",

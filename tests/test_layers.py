@@ -10,8 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "implicitdiff"
 
-# From the bottom up. A linear solver has the place of "linear_solve.*", an optimizer that of "optim.*", and either may
-# use another.
+# From the bottom up. A linear solver has the place of "linear_solve.*", an optimizer that of "optim.*", a solver that of
+# "solvers.*", and each may use another of its kind.
 ORDER = [
     "errors",
     "_C",
@@ -46,6 +46,24 @@ ORDER = [
     "optim.*",
     "optim",
     "schedule",
+    "_point",
+    "projections",
+    "prox",
+    "solvers._status",
+    "solvers._condition",
+    "solvers._dense",
+    "solvers._rows",
+    "solvers._report",
+    "solvers._solver",
+    "solvers._backtracking",
+    "solvers._low_rank",
+    "solvers._newton",
+    "solvers._proximal_gradient",
+    "solvers._line_search",
+    "solvers._scipy",
+    "solvers._admm",
+    "solvers.*",
+    "solvers",
     "",
     "__main__",
 ]

@@ -26,7 +26,8 @@ class SavedBytes:
 
     def pack(self, tensor):
         self.total += tensor.nbytes
-        return tensor
+        # Not the tensor itself, which a result would hold in a cycle.
+        return tensor.detach()
 
     def __enter__(self):
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
