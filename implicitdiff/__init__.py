@@ -1,8 +1,14 @@
 """Differentiation through optimisation on torch.func: of solutions, and of an optimizer's steps."""
 
-from implicitdiff import linear_solve, optim, projections, prox, schedule
+from implicitdiff import linear_solve, optim, projections, prox, schedule, solvers
 from implicitdiff._unroll import unroll
-from implicitdiff.errors import LinearSolveError, LinearSolveWarning, NotARootError
+from implicitdiff.errors import (
+    ConvergenceError,
+    ConvergenceWarning,
+    LinearSolveError,
+    LinearSolveWarning,
+    NotARootError,
+)
 from implicitdiff.implicit import custom_fixed_point, custom_root, root_jvp, root_vjp
 from implicitdiff.optim import (
     GradientTransformation,
@@ -21,6 +27,8 @@ from implicitdiff.optim import (
 )
 
 __all__ = [
+    "ConvergenceError",
+    "ConvergenceWarning",
     "GradientTransformation",
     "LinearSolveError",
     "LinearSolveWarning",
@@ -46,5 +54,6 @@ __all__ = [
     "root_vjp",
     "schedule",
     "sgd",
+    "solvers",
     "unroll",
 ]

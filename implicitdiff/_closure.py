@@ -44,11 +44,13 @@ class Closure:
                 f"{self.name} captures a tensor of shape {list(changed[0].shape)} that has been changed in place since "
                 "the call, so its derivative can no longer be taken; give the call a clone, or update out of place"
             )
-        with _autocast(self.autocast):
-            if not self.captured:
-                return self.fn(*args)
-            with functorch.levels_up_to(self.levels), Substitute(self.captured, values) as substitute:
-                return pytree.map_tensors(substitute.resolve, self.fn(*args))
+        if self.autocast != _autocast_state():
+            with _autocast(self.autocast):
+                return self(values, *args)
+        if not self.captured:
+            return self.fn(*args)
+        with functorch.levels_up_to(self.levels), Substitute(self.captured, values) as substitute:
+            return pytree.map_tensors(substitute.resolve, self.fn(*args))
 
 
 def close_over(name: str, fn: Callable[..., Any], *args: Any) -> tuple[Any, Closure]:

@@ -153,6 +153,18 @@ def add_layer(tensor: torch.Tensor, dim: int, of: Layer) -> torch.Tensor:
     return functorch._add_batch_dim(tensor, dim, of.level)
 
 
+def without_batch_layers(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Layer]]:
+    """Plain tensors with their batch dimensions in front, that of the outermost vmap first, and the layers that were
+    taken off, that of the innermost vmap first; for tensors that only vmaps see."""
+    plain, layers = list(tensors), []
+    # A layer below can be moved only where its level is running.
+    with inert_gradient_levels(), torch.no_grad():
+        while (layer := outermost_layer(plain)) is not None:
+            plain = [t if d is None else t.movedim(d, 0) for t, d in zip(layer.below, layer.dims, strict=True)]
+            layers.append(layer)
+    return plain, layers
+
+
 def alive(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor without the layers that finished transforms left."""
     while level(tensor) < 0 and not is_plain(tensor):
@@ -253,6 +265,12 @@ def recording() -> Iterator[None]:
 def recordable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors without what autograd knows of them, those made in inference mode copied."""
     return [t.clone() if t.is_inference() else t.detach() for t in tensors]
+
+
+def out_of_inference(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors, those made in inference mode copied to ones that autograd can save."""
+    with torch.inference_mode(False):
+        return [t.clone() if t.is_inference() else t for t in tensors]
 
 
 def requires_grad_allowed() -> AbstractContextManager[None]:

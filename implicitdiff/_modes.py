@@ -48,6 +48,29 @@ def alias(tensors: Sequence[torch.Tensor]) -> Leaves:
     return [t.view_as(t) for t in tensors]
 
 
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Run the body without the modes that are handled here, as the body of an autograd.Function runs.
+
+    Below all transforms the levels begin anew, and the tensors of the first would be taken for those of the first level
+    outside.
+    """
+    modes = _modes()
+    others = [mode for mode in modes if not isinstance(mode, (Watch, Substitute, _DropGradientLayers))]
+    _exchange(modes, others)
+    try:
+        yield
+    finally:
+        _exchange(others, modes)
+
+
+def _exchange(old: Sequence[TorchFunctionMode], new: Sequence[TorchFunctionMode]) -> None:
+    for _ in old:
+        torch.overrides._pop_mode()
+    for mode in new:
+        torch.overrides._push_mode(mode)
+
+
 def is_traced() -> bool:
     """Whether a watched or substituted function is running."""
     return any(isinstance(mode, (Watch, Substitute)) for mode in _modes())

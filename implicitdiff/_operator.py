@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -188,11 +188,19 @@ class Jacobian(Operator):
         return self.unknowns
 
 
+class Linearisation(Protocol):
+    """What makes the products with a Jacobian, as a `Pullback` does."""
+
+    def pull(self) -> Product: ...
+
+    def push(self, like: Leaves) -> Product: ...
+
+
 @dataclass(frozen=True)
 class Linearised(Operator):
     """A Jacobian whose graph is there already; without operands, it is never batched."""
 
-    at: Pullback
+    at: Linearisation
 
     def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
         return Products(lambda: self.at.push(like), self.at.pull)

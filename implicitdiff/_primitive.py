@@ -124,9 +124,9 @@ class _Solution(torch.autograd.Function):
             return tuple(t.clone() for t in operands[:known])
         with _closure.full_precision():
             solution = problem.primal(list(operands))
-        # What is returned as it came in cannot be saved.
+        # What is returned as it came in cannot be saved, nor marked as a result under vmap what was expanded.
         given = set(map(id, operands))
-        return tuple(t.clone() if id(t) in given else t for t in solution)
+        return tuple(t.clone() if id(t) in given or 0 in t.stride() else t for t in solution)
 
     @staticmethod
     @functorch.outside_compile

@@ -44,6 +44,8 @@ class Vectors:
     def unravel(self, rows: Tensor) -> Leaves:
         """The inverse of `ravel`, except that a dimension in front of the rows stays in front of the leaves."""
         lead = (*rows.shape[:-2], *self.batch)
+        if len(self.sizes) == 1:
+            return [_leaf(rows, (*lead, *self.shapes[0]), self.dtypes[0])]
         parts = rows.split(self.sizes, dim=-1)
         return [_leaf(p, (*lead, *s), d) for p, s, d in zip(parts, self.shapes, self.dtypes, strict=True)]
 

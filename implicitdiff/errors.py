@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-__all__ = ["LinearSolveError", "LinearSolveWarning", "NotARootError"]
+__all__ = ["ConvergenceError", "ConvergenceWarning", "LinearSolveError", "LinearSolveWarning", "NotARootError"]
 
 
 class LinearSolveError(RuntimeError):
@@ -58,3 +58,45 @@ class NotARootError(RuntimeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), **vars(self)), self.args
+
+
+class ConvergenceError(RuntimeError):
+    """A solver stopped before its target.
+
+    Attributes:
+        solver: name of the solver and of the function that it was given.
+        status: why, of the lane that is worst; an `implicitdiff.solvers.Status`.
+        iterations: how many that lane took.
+        error: its error, in the units of the optimality condition.
+        target: what the error had to reach.
+        lanes: the numbers of the lanes that failed, counted over all vmaps.
+        total: how many lanes there were.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        solver: str,
+        status: int,
+        iterations: int,
+        error: float,
+        target: float,
+        lanes: tuple[int, ...],
+        total: int,
+    ) -> None:
+        super().__init__(message)
+        self.solver = solver
+        self.status = status
+        self.iterations = iterations
+        self.error = error
+        self.target = target
+        self.lanes = lanes
+        self.total = total
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), **vars(self)), self.args
+
+
+class ConvergenceWarning(RuntimeWarning):
+    """What `ConvergenceError` says, under ``on_failure="warn"``."""

@@ -10,7 +10,9 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import searches
 import torch
+from searches import SEARCHES
 from solvers import SOLVERS, Row
 from torch import Tensor
 
@@ -350,5 +352,9 @@ PROBLEMS = [
         )
         for row in SOLVERS
         if "definite" in row.families
+    ),
+    *(
+        Problem(f"solvers.{row}", row.solution, row.family.closed_form, searches.THETA, row.tolerance)
+        for row in SEARCHES
     ),
 ]

@@ -10,8 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "implicitdiff"
 
-# From the bottom up. A linear solver has the place of "linear_solve.*", an optimizer that of "optim.*", a solver that of
-# "solvers.*", and each may use another of its kind.
+# From the bottom up. A linear solver has the place of "linear_solve.*", an optimizer that of "optim.*", a solver that
+# of "solvers.*", and each may use another of its kind.
 ORDER = [
     "errors",
     "_C",
@@ -61,6 +61,8 @@ ORDER = [
     "solvers._proximal_gradient",
     "solvers._line_search",
     "solvers._scipy",
+    "solvers._quadratic",
+    "solvers._polish",
     "solvers._admm",
     "solvers.*",
     "solvers",

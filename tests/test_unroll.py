@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import implicitdiff as idf
 
+F64 = torch.float64
 N = 7  # not a multiple of the interval
 A = torch.tensor([[0.5, -0.2, 0.1], [0.3, 0.4, -0.6], [-0.1, 0.2, 0.7]], dtype=torch.float64)
 W = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
@@ -160,3 +161,15 @@ def test_nothing_is_kept_where_nothing_is_recorded():
     weight = torch.tensor(2.0, requires_grad=True)
     with torch.no_grad():
         assert idf.unroll(lambda x: x * weight, 3, checkpoint_every=2)(torch.tensor(1.0)).item() == 8.0
+
+
+def test_a_solver_in_segments_is_differentiated_in_a_batch():
+    # The batched derivative of what a step passes on may be one number in all places.
+    solver = idf.solvers.fixed_point_iteration(lambda x, theta: 0.5 * torch.cos(x) + theta)
+
+    def solution(theta, checkpoint_every):
+        return solver.run(torch.zeros(3, dtype=F64), theta, implicit_diff=False, checkpoint_every=checkpoint_every)[0]
+
+    batch = torch.arange(6.0, dtype=F64).reshape(2, 3)
+    result, expected = (vmap(jacrev(lambda theta, every=every: solution(theta, every)))(batch) for every in (3, None))
+    torch.testing.assert_close(result, expected)

@@ -1,0 +1,134 @@
+"""Solvers: factories of pure functions that find roots, fixed points and minima, with the derivatives of the solution.
+
+A factory, ``anderson(fixed_point_fn, history=5, ...)`` say, takes the user's function of ``(x, *args)`` and returns a
+`Solver`, a NamedTuple of pure functions::
+
+    state = solver.init(params, *args)
+    params, state = solver.update(params, state, *args)     # one iteration
+    params, state = solver.run(params, *args)               # iterations until every lane has stopped
+
+``params`` is a pytree of floating-point (for fixed points and roots also complex) tensors, the initial guess; what
+comes back is a tree like it. ``args`` are pytrees, the same from ``init`` to the end: the state holds values at them.
+
+Derivatives
+    ``run`` gives the solution the derivatives that its optimality condition implies (`implicitdiff.custom_root`), to
+    any order, in both modes, under any nesting of torch.func's transforms, in ``args`` and in every tensor that the
+    user's functions capture. The initial guess has zero gradient. ``run(..., implicit_diff=False)`` differentiates the
+    iterations in its place, as a loop over ``update`` does: the exact derivative of what was computed, also in the
+    initial guess; with ``checkpoint_every=k`` only every k-th iterate is kept (`implicitdiff.unroll`).
+
+Batches
+    Under `torch.func.vmap` every lane is a problem of its own and stops by itself; the lanes are computed together, as
+    one plain batch below all transforms.
+
+State
+    A NamedTuple of tensors. It begins with ``iter_num``, ``error``, ``target``, ``status`` and ``history``, goes on
+    with what the method remembers, and has one value for each lane. It comes out of ``run`` detached; out of
+    ``update``, what is reported is detached and what is remembered is not, so that a loop over ``update`` has the right
+    derivative.
+
+Options of every factory
+    rtol, atol: a lane has converged at ``error <= max(rtol * first_error, atol)``. The error is the Euclidean norm
+        over all leaves of what the solution makes zero, at the current ``params`` and in its units: ``f(x) - x`` for
+        fixed points, ``F(x)`` for roots, the gradient for minima, ``J'r`` for least squares, ``x - prox(x - grad, 1)``
+        for constrained and composite minima, the violation of the KKT conditions for `qp`. A small step is not
+        convergence. ``first_error`` is that of the initial guess. None is ``eps^(2/3)`` of the dtype for both: 4e-11 in
+        float64, 2e-5 in float32.
+    maxiter: an integer is a budget, and using it up is no failure. None is a safety net, far above what the method
+        should need, and meeting it is one.
+    check_every: how many iterations to make between two looks at the status, which cost a synchronisation on a GPU.
+        Iterations after convergence change nothing.
+    solve: the linear solver of the implicit derivative, see `implicitdiff.custom_root`.
+    on_failure: ``"raise"`` an `implicitdiff.ConvergenceError` if a lane fails, ``"warn"`` with an
+        `implicitdiff.ConvergenceWarning`, or ``"ignore"``: look at ``state.status``, whose values are those of
+        `Status`. What is not finite is a failure also within a budget.
+
+Options of ``run``
+    implicit_diff, checkpoint_every: see above.
+    keep_history: whether ``state.history`` is to hold the errors of all iterations, ``(iterations + 1,)``, with
+        checkpoints those where one is kept; a lane that has stopped repeats its last.
+    verbose: show a progress bar (tqdm) on a run of more than a second.
+    callback: ``callback(iter_num, params, state)`` at every look at the status, the first before the first iteration.
+        Tensors are plain and detached, the lanes of the vmaps in front.
+"""
+
+from implicitdiff.solvers._proximal_gradient import ProximalGradientState
+from implicitdiff.solvers._scipy import ScipyState
+from implicitdiff.solvers._solver import Solver
+from implicitdiff.solvers._status import Status
+from implicitdiff.solvers.anderson import AndersonState, anderson
+from implicitdiff.solvers.bisection import BisectionState, bisection
+from implicitdiff.solvers.broyden import BroydenState, broyden
+from implicitdiff.solvers.broyden_root import BroydenRootState, broyden_root
+from implicitdiff.solvers.chord import ChordState, chord
+from implicitdiff.solvers.fixed_point_iteration import FixedPointState, fixed_point_iteration
+from implicitdiff.solvers.from_optimizer import FromOptimizerState, from_optimizer
+from implicitdiff.solvers.gauss_newton import GaussNewtonState, gauss_newton
+from implicitdiff.solvers.gradient_descent import gradient_descent
+from implicitdiff.solvers.kkt import KKTSolution, make_kkt_optimality_fn
+from implicitdiff.solvers.lbfgs import LbfgsState, lbfgs
+from implicitdiff.solvers.levenberg_marquardt import LevenbergMarquardtState, levenberg_marquardt
+from implicitdiff.solvers.mirror_descent import MirrorDescentState, mirror_descent
+from implicitdiff.solvers.newton import NewtonState, newton
+from implicitdiff.solvers.newton_cg import NewtonCgState, newton_cg
+from implicitdiff.solvers.nonlinear_cg import (
+    NonlinearCgState,
+    fletcher_reeves,
+    hestenes_stiefel,
+    nonlinear_cg,
+    polak_ribiere,
+)
+from implicitdiff.solvers.projected_gradient import projected_gradient
+from implicitdiff.solvers.proximal_gradient import proximal_gradient
+from implicitdiff.solvers.qp import QPState, qp
+from implicitdiff.solvers.scipy_least_squares import scipy_least_squares
+from implicitdiff.solvers.scipy_minimize import scipy_minimize
+from implicitdiff.solvers.scipy_root import scipy_root
+
+__all__ = [
+    "AndersonState",
+    "BisectionState",
+    "BroydenRootState",
+    "BroydenState",
+    "ChordState",
+    "FixedPointState",
+    "FromOptimizerState",
+    "GaussNewtonState",
+    "KKTSolution",
+    "LbfgsState",
+    "LevenbergMarquardtState",
+    "MirrorDescentState",
+    "NewtonCgState",
+    "NewtonState",
+    "NonlinearCgState",
+    "ProximalGradientState",
+    "QPState",
+    "ScipyState",
+    "Solver",
+    "Status",
+    "anderson",
+    "bisection",
+    "broyden",
+    "broyden_root",
+    "chord",
+    "fixed_point_iteration",
+    "fletcher_reeves",
+    "from_optimizer",
+    "gauss_newton",
+    "gradient_descent",
+    "hestenes_stiefel",
+    "lbfgs",
+    "levenberg_marquardt",
+    "make_kkt_optimality_fn",
+    "mirror_descent",
+    "newton",
+    "newton_cg",
+    "nonlinear_cg",
+    "polak_ribiere",
+    "projected_gradient",
+    "proximal_gradient",
+    "qp",
+    "scipy_least_squares",
+    "scipy_minimize",
+    "scipy_root",
+]

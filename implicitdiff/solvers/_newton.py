@@ -1,0 +1,83 @@
+"""Steps of Newton's kind: the linear system of a root, and a step that makes the residual smaller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import implicitdiff.solvers._dense as _dense
+from implicitdiff._linear import LinearProblem, LinearSolver, solve_linear
+from implicitdiff._operator import Linearised, Product
+from implicitdiff.pytree import Leaves
+from implicitdiff.solvers._backtracking import Point, backtrack
+from implicitdiff.solvers._rows import Rows, norm, select
+from implicitdiff.solvers._status import Status
+
+
+def check_linear_solve(name: str, linear_solve: Any) -> None:
+    """Refuse what is no linear solver of the library: a user's own knows nothing of lanes."""
+    if linear_solve is not None and not isinstance(linear_solve, LinearSolver):
+        raise TypeError(
+            f"{name}: linear_solve must be made by a factory of implicitdiff.linear_solve, or be None for a dense "
+            f"factorisation, got {type(linear_solve).__name__}"
+        )
+
+
+def solve(rows: Rows, at: Tensor, r: Tensor, linear_solve: LinearSolver | None) -> Tensor:
+    """The ``d`` with ``J(at) d = r``."""
+    if linear_solve is None:
+        return _dense.solve(rows.fn.jacobian(at)[1], r)
+    inputs, structure = rows.inputs, rows.structure
+    b = inputs.unravel(r)
+    if rows.plain:
+        _, push, pull = rows.fn.linearise(at)
+        operator = Linearised(_Products(_on_leaves(rows, push), _on_leaves(rows, pull)))
+        problem = LinearProblem(operator, linear_solve, structure, count=0, lanes=inputs.batch)
+        return inputs.ravel(solve_linear(problem, b, []))
+
+    def matvec(v: Any) -> Any:
+        # Linearised here, where the linear solver sees on what its matrix depends.
+        push = _on_leaves(rows, rows.fn.linearise(at)[1])
+        return structure.unflatten(push(structure.tensors_of(v)))
+
+    return inputs.ravel(structure.tensors_of(linear_solve(matvec, structure.unflatten(b))))
+
+
+class _Products:
+    """Products that are there already, as an operator wants them."""
+
+    def __init__(self, push: Product, pull: Product) -> None:
+        self._push, self._pull = push, pull
+
+    def push(self, like: Leaves) -> Product:
+        return self._push
+
+    def pull(self) -> Product:
+        return self._pull
+
+
+def _on_leaves(rows: Rows, product: Any) -> Product:
+    return lambda v: rows.inputs.unravel(product(rows.inputs.ravel(v)))
+
+
+def move(rows: Rows, x: Tensor, state: Any, step: Tensor, backtracking: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``x + step``, its residual and the status; with backtracking the step is halved in the lanes where the residual
+    does not get smaller by enough (Armijo's condition on its norm)."""
+    if not backtracking:
+        new_x = x + step
+        return new_x, rows.fn(new_x), state.status
+
+    def at(length: Tensor) -> Point:
+        new_x = x + length[:, None] * step
+        return new_x, rows.fn(new_x)
+
+    def enough(new: Point, length: Tensor) -> Tensor:
+        limit: Tensor = (1.0 - 1e-4 * length) * state.error
+        return norm(new[1]) <= limit
+
+    whole = torch.ones_like(state.error)
+    (new_x, new_r), _, refused = backtrack(at, enough, whole, state.status == Status.RUNNING)
+    status = torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status)
+    return select(refused, x, new_x), select(refused, state.residual, new_r), status

@@ -1,0 +1,119 @@
+"""From a rough solution of a quadratic program to the precision of the dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from implicitdiff.solvers._quadratic import Point, Program, cholesky, factor, gram, point, solve, times
+from implicitdiff.solvers._rows import any_lane, dot, safe_divide, select
+
+_LINKS = 100
+"""How many active sets to try."""
+_REFINEMENTS = 4
+"""How many steps to make with the last of them."""
+
+
+def precision(eps: float) -> tuple[float, float]:
+    """The regularisation of the multipliers and of the unknowns: so little that a few steps make up for it, so much
+    that its inverse does not drown in rounding what it multiplies."""
+    return 10 * eps**0.5, eps**0.5
+
+
+def polish(
+    of: Program, at: Point, active: Tensor, eps: float, plain: bool
+) -> tuple[Point, Tensor, Tensor, Tensor]:
+    """The point where the active constraints are equalities, the last steps of x and of y towards it, and where that
+    fails.
+
+    Iterative refinement with the regularised matrix of OSQP's polishing (section 4), its multipliers eliminated; in
+    other words the method of multipliers with very long steps.
+    """
+    delta, shift = precision(eps)
+    weights = torch.where(active, of.rows / delta, 0.0)
+    lower, broken = factor(of, weights, shift, plain)
+    x, y, image, slope = point(of, at.x, torch.where(active, at.y, 0.0))
+    excess, dx, dy = image - of.u, x, y
+    for _ in range(_REFINEMENTS):
+        dx = -solve(lower, slope + times(weights * excess, of.C))
+        # In increments: weights this large would make noise of the rounding of a sum.
+        excess = excess + times(dx, of.C.mT)
+        dy = weights * excess
+        slope = slope + times(dx, of.Q) + times(dy, of.C)
+        x, y = x + dx, y + dy
+    return point(of, x, y), dx, dy, broken
+
+
+def active_set(of: Program, at: Point, eps: float, plain: bool) -> Tensor:
+    """Which constraints are active after one long step of the proximal method of multipliers from a point.
+
+    With weights ``w`` that step minimises
+
+        x'Qx / 2 + c'x + shift |x - x0|^2 / 2 + sum w (v)_+^2 / 2,    v = C x - u + y0 / w,
+
+    without the ``_+`` for equalities, by Newton's method with an exact line search, which converges from anywhere. It
+    starts where the minimum is if the constraints with positive multipliers are the active ones.
+
+    Hermans, Themelis and Patrinos, "QPALM", 2022. `plain`: rows are plain tensors, so that lanes can be left out.
+    """
+    of, x0, y0 = of.detach(), at.x.detach(), at.y.detach()
+    delta, shift = eps ** (1 / 3), 0.1 * eps ** (1 / 3)
+    weights = of.rows / delta
+    ahead = y0 / weights - of.u
+    x, v = x0, at.image.detach() + ahead
+    active = of.equal | (y0 > 0)
+    matrix = of.Q + torch.diag_embed(shift * of.columns) + gram(of.C, torch.where(active, weights, 0.0), plain)
+    open_lanes = torch.ones_like(x[:, 0], dtype=torch.bool)
+    for link in range(_LINKS):
+        if not any_lane(open_lanes):
+            break
+        lanes = picked(open_lanes, plain)
+        part, w, was, M = of.of(lanes), weights[lanes], active[lanes], matrix[lanes]
+        slope = times(x[lanes], part.Q) + part.c + shift * part.columns * (x[lanes] - x0[lanes])
+        d = -solve(cholesky(M)[0], slope + times(torch.where(was, w * v[lanes], 0.0), part.C))
+        if link:
+            bend = dot(d, times(d, part.Q) + shift * part.columns * d)
+            d = d * _search(v[lanes], times(d, part.C.mT), w, part.equal, dot(d, slope), bend)[:, None]
+        new_x = x[lanes] + d
+        new_v = times(new_x, part.C.mT) + ahead[lanes]
+        new = part.equal | (new_v > 0)
+        new_M = M + gram(part.C, w * (new.to(w.dtype) - was.to(w.dtype)), plain)
+        x, v, active, matrix, open_lanes = (
+            put(old, open_lanes, lanes, value)
+            for old, value in (
+                (x, new_x),
+                (v, new_v),
+                (active, new),
+                (matrix, new_M),
+                (open_lanes, (new != was).any(dim=-1)),
+            )
+        )
+    return active
+
+
+def picked(flag: Tensor, plain: bool) -> Tensor | slice:
+    """The lanes in which a flag is up; all, where what they are cannot be looked at."""
+    return flag.nonzero()[:, 0] if plain else slice(None)
+
+
+def put(old: Tensor, flag: Tensor, lanes: Tensor | slice, new: Tensor) -> Tensor:
+    """`old` with new values, which belong to the lanes that were picked, where the flag is up."""
+    return select(flag, new, old) if isinstance(lanes, slice) else old.index_copy(0, lanes, new)
+
+
+def _search(v: Tensor, push: Tensor, w: Tensor, equal: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+    """The ``t`` where ``slope + bend t + sum w push (v + t push)_+`` is zero, which increases and is linear between the
+    points where a constraint comes or goes."""
+    at = -safe_divide(v, push)
+    turns = ~equal & (push != 0) & (at > 0)
+    on = equal | (v > 0) | ((v == 0) & (push > 0))
+    # What every constraint adds to the two coefficients, at first and from its turn on.
+    both = torch.stack([w * push * v, w * push * push])
+    now = torch.stack([slope, bend]) + torch.where(on, both, 0.0).sum(dim=-1)
+    at, order = torch.where(turns, at, torch.inf).sort(dim=-1)
+    change = torch.where(turns, torch.where(on, -both, both), 0.0).gather(-1, order.expand_as(both))
+    slopes, bends = torch.cat([now[..., None], now[..., None] + change.cumsum(dim=-1)], dim=-1)
+    end = torch.cat([at, torch.full_like(at[:, :1], torch.inf)], dim=-1)
+    reached = torch.isinf(end) | (slopes + bends * torch.where(torch.isinf(end), 0.0, end) >= 0)
+    piece = reached.to(torch.uint8).argmax(dim=-1, keepdim=True)
+    return -safe_divide(slopes.gather(-1, piece), bends.gather(-1, piece))[:, 0]

@@ -1,0 +1,142 @@
+"""Quadratic programs as rows, their optimality, and the proofs that they have no solution.
+
+A program has its constraints stacked, ``C x = u`` in the first rows and ``C x <= u`` in the others, with one
+multiplier ``y`` for each. Scaling it, ``x = D x'`` and ``C' = E C D``, would change nothing in the methods but the
+metrics in which they measure, so the data stays as it is and ``D^-2`` and ``E^2`` are weights. They are powers of two:
+what the iterates depend on then has no derivative but at jumps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitdiff.solvers._rows import any_lane, dot, norm, select
+
+
+class Program(NamedTuple):
+    """``min x'Qx / 2 + c'x`` subject to ``C x = u`` in the first rows, ``C x <= u`` in the others; lanes in front.
+
+    Attributes:
+        Q: symmetric.
+        c: the linear term.
+        C: the matrix of the constraints.
+        u: their right-hand sides.
+        equal: which of them are equalities, ``(1, rows of C)``.
+        columns: the weights ``D^-2`` of the unknowns.
+        rows: the weights ``E^2`` of the constraints.
+    """
+
+    Q: Tensor
+    c: Tensor
+    C: Tensor
+    u: Tensor
+    equal: Tensor
+    columns: Tensor
+    rows: Tensor
+
+    def of(self, lanes: Tensor | slice) -> Program:
+        """The programs of some lanes."""
+        return Program(*(t if t is self.equal else t[lanes] for t in self))
+
+    def detach(self) -> Program:
+        return Program(*(t.detach() for t in self))
+
+
+class Point(NamedTuple):
+    """A primal ``x`` and a dual ``y`` with ``image = C x`` and ``slope = Q x + c + C'y``."""
+
+    x: Tensor
+    y: Tensor
+    image: Tensor
+    slope: Tensor
+
+
+def program(Q: Tensor, c: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> Program:
+    """The program with these constraints, and its scaling."""
+    C, u = torch.cat([A, G], dim=-2), torch.cat([b, h], dim=-1)
+    equal = torch.arange(C.shape[-2], device=C.device)[None] < A.shape[-2]
+    return Program(Q, c, C, u, equal, *_weights(Q.detach().abs(), C.detach().abs()))
+
+
+def _weights(Q: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Ruiz equilibration of ``[[Q, C'], [C, 0]]`` in the 1-norm, which takes nothing but products."""
+    D, E = torch.ones_like(Q[..., 0]), torch.ones_like(C[..., 0])
+    for _ in range(10):
+        column, row = D * (times(D, Q) + times(E, C)), E * times(D, C.mT)
+        D, E = (v / torch.where(s > 0, s, 1.0).sqrt() for v, s in ((D, column), (E, row)))
+    return torch.exp2(torch.round(-2 * torch.log2(D))), torch.exp2(torch.round(2 * torch.log2(E)))
+
+
+def times(v: Tensor, matrix: Tensor) -> Tensor:
+    """``M'v``, row by row; in this form it is fast for many small matrices."""
+    return (v[:, None] @ matrix)[:, 0]
+
+
+def point(of: Program, x: Tensor, y: Tensor) -> Point:
+    """The point of these coordinates."""
+    return Point(x, y, times(x, of.C.mT), times(x, of.Q) + of.c + times(y, of.C))
+
+
+def residual(of: Program, at: Point) -> Tensor:
+    """The norm of what the KKT conditions make zero: ``Q x + c + C'y``, ``C x - u``, ``min(y, u - C x)``."""
+    slack = of.u - at.image
+    return norm(torch.cat([at.slope, torch.where(of.equal | (slack < at.y), slack, at.y)], dim=-1))
+
+
+def factor(of: Program, weights: Tensor, shift: float, plain: bool) -> tuple[Tensor, Tensor]:
+    """The `cholesky` of ``Q + shift D^-2 + C' diag(weights) C``."""
+    return cholesky(of.Q + torch.diag_embed(shift * of.columns) + gram(of.C, weights, plain))
+
+
+def gram(C: Tensor, weights: Tensor, plain: bool) -> Tensor:
+    """``C' diag(weights) C``; where the weights can be looked at, without the rows that have none."""
+    if plain and C.shape[-2]:
+        there = weights != 0
+        rows = there.to(torch.uint8).topk(int(there.sum(dim=-1).max()), dim=-1, sorted=False).indices
+        if 2 * rows.shape[-1] < C.shape[-2]:
+            C, weights = C.gather(-2, rows[..., None].expand(-1, -1, C.shape[-1])), weights.gather(-1, rows)
+    return (C.mT * weights[:, None]) @ C
+
+
+def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower factor, and where there is none, so that it is another's."""
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    broken = info != 0
+    if any_lane(broken):
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        lower = torch.linalg.cholesky_ex(select(broken, eye.expand_as(matrix), matrix))[0]
+    return lower, broken
+
+
+def solve(lower: Tensor, b: Tensor) -> Tensor:
+    """``(L L')^-1 b``."""
+    half = torch.linalg.solve_triangular(lower, b[..., None], upper=False)
+    return torch.linalg.solve_triangular(lower.mT, half, upper=True)[..., 0]
+
+
+def certificates(of: Program, dx: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Where a step of a method of multipliers proves a program infeasible, and where unbounded.
+
+    If x is feasible, ``u'y >= x'C'y`` for all y that are not negative for inequalities; if x and y solve the program,
+    ``c'd >= -x'Qd - y'Cd`` for all d with ``C d`` as it is for a feasible direction. Where a left side is negative, and
+    what x and y are multiplied by is almost zero, no solution has a norm that can be told from infinity.
+
+    Stellato et al., "OSQP", section 3.4: the steps converge to such directions where the program has no solution.
+    """
+    bound = eps**-0.6
+    dx, dy, scale = dx.detach(), dy.detach(), of.columns.rsqrt()
+    dy = torch.where(of.equal, dy, dy.clamp(min=0))
+    climb = times(dx, of.C.mT)
+    climb = torch.where(of.equal, climb, climb.clamp(min=0)) * of.rows.sqrt()
+    bend = torch.cat([times(dx, of.Q) * scale, climb], dim=-1)
+    infeasible = bound * norm(times(dy, of.C) * scale) < -_clear(of.u, dy, eps)
+    return infeasible, bound * norm(bend) < -_clear(of.c, dx, eps)
+
+
+def _clear(a: Tensor, b: Tensor, eps: float) -> Tensor:
+    """``a'b``, and 0 where that may be rounding."""
+    value = dot(a, b)
+    return torch.where(value.abs() > 1e3 * eps * dot(a.abs(), b.abs()), value, 0.0)

@@ -1,0 +1,106 @@
+"""What became of a search, lane by lane, and how it is said."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from implicitdiff.errors import ConvergenceError, ConvergenceWarning
+
+OnFailure = Literal["raise", "warn", "ignore"]
+
+
+class Status(enum.IntEnum):
+    """The values of a state's `status`.
+
+    Attributes:
+        RUNNING: not there yet.
+        CONVERGED: the error has reached its target.
+        BUDGET_SPENT: `maxiter` iterations were made, or so many as the safety net allows.
+        DIVERGED: a value is not finite, or the method has nowhere to go on from (a singular matrix).
+        LINE_SEARCH_FAILED: no step along the method's direction is good enough.
+        INFEASIBLE: no point satisfies the constraints.
+        UNBOUNDED: the objective has no lower bound on the feasible set.
+    """
+
+    RUNNING = 0
+    CONVERGED = 1
+    BUDGET_SPENT = 2
+    DIVERGED = 3
+    LINE_SEARCH_FAILED = 4
+    INFEASIBLE = 5
+    UNBOUNDED = 6
+
+
+_ADVICE = {
+    Status.BUDGET_SPENT: "no convergence; the problem may have no solution, or this method may not suit it: look at "
+    "the errors (keep_history=True), try another solver, another initial guess, or a larger rtol or atol",
+    Status.DIVERGED: "the iterates are not finite, or a matrix is singular: try another initial guess, a smaller "
+    "step, or a solver with a line search",
+    Status.LINE_SEARCH_FAILED: "no step makes the error smaller; the function may not be smooth there, or its values "
+    "may be too imprecise for these rtol and atol",
+    Status.INFEASIBLE: "no point satisfies the constraints",
+    Status.UNBOUNDED: "the objective has no lower bound on the feasible set",
+}
+
+
+def advance(status: Tensor, error: Tensor, target: Tensor, iter_num: Tensor, limit: int) -> Tensor:
+    """The status after a step, from that which the method gave."""
+    ended = torch.where(iter_num >= limit, int(Status.BUDGET_SPENT), int(Status.RUNNING))
+    ended = torch.where(error <= target, int(Status.CONVERGED), ended)
+    ended = torch.where(torch.isfinite(error), ended, int(Status.DIVERGED))
+    return torch.where(status == Status.RUNNING, ended, status)
+
+
+def settle(name: str, state: Any, on_failure: OnFailure, *, budget: bool) -> None:
+    """Say so if a lane failed. With an integer budget, not to have converged within it is no failure.
+
+    Args:
+        name: of the solver.
+        state: with plain tensors, the lanes in front.
+        on_failure: what the user asked for.
+        budget: whether the number of iterations was the user's.
+    """
+    status = state.status.reshape(-1)
+    good = (Status.CONVERGED, Status.BUDGET_SPENT) if budget else (Status.CONVERGED,)
+    failed = torch.stack([status != int(s) for s in good]).all(dim=0)
+    if on_failure == "ignore" or not bool(failed.any()):
+        return
+    lanes = failed.nonzero()[:, 0].tolist()
+    error, target = state.error.reshape(-1), state.target.reshape(-1)
+    excess = torch.where(failed, error / target, -torch.inf).nan_to_num(nan=torch.inf)
+    worst = int(excess.argmax())
+    why = Status(int(status[worst]))
+    shown = ", ".join(map(str, lanes[:5])) + (", ..." if len(lanes) > 5 else "")
+    which = f"lanes {shown}: {len(lanes)} of {status.numel()}; worst" if state.status.dim() else "at the end"
+    iterations = int(state.iter_num.reshape(-1)[worst])
+    message = (
+        f"{name}: {_ADVICE[why]} ({why.name} after {iterations} iterations; {which} error {float(error[worst]):.3e}, "
+        f"target {float(target[worst]):.3e})"
+    )
+    if on_failure == "warn":
+        warnings.warn(message, ConvergenceWarning, stacklevel=_level_of_caller())
+        return
+    raise ConvergenceError(
+        message,
+        solver=name,
+        status=why,
+        iterations=iterations,
+        error=float(error[worst]),
+        target=float(target[worst]),
+        lanes=tuple(lanes),
+        total=status.numel(),
+    )
+
+
+def _level_of_caller() -> int:
+    """How far up the stack the user's code is."""
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("implicitdiff", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

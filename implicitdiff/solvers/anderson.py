@@ -1,0 +1,123 @@
+"""Anderson acceleration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._dense as _dense
+from implicitdiff.solvers._rows import Rows, any_lane, norm, select, times
+from implicitdiff.solvers._solver import Method, Solver, check_count, check_number, make
+
+
+class AndersonState(NamedTuple):
+    """The state of `anderson`; the first five fields are those of every solver.
+
+    Attributes:
+        iter_num: iterations so far.
+        error: ``|f(x) - x|``.
+        target: what ``error`` has to reach.
+        status: an `implicitdiff.solvers.Status`.
+        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
+        residual: ``f(x) - x``, as one vector of length ``n``.
+        steps: the last changes of ``x``, ``(history, n)``, the latest last; zero where there is none yet.
+        changes: the changes of the residual that belong to them.
+    """
+
+    iter_num: Tensor
+    error: Tensor
+    target: Tensor
+    status: Tensor
+    history: Tensor
+    residual: Tensor
+    steps: Tensor
+    changes: Tensor
+
+
+def anderson(
+    fixed_point_fn: Callable[..., Any],
+    history: int = 5,
+    ridge: float = 1e-14,
+    mixing: float = 1.0,
+    safeguard: float | None = 10.0,
+    **options: Any,
+) -> Solver:
+    r"""Make a solver of ``f(x, *args) = x`` by Anderson acceleration.
+
+    With the residual ``r(x) = f(x) - x`` and the last changes ``S`` of ``x`` and ``Y`` of ``r`` as columns, it goes to
+
+        x + mixing r - (S + mixing Y) c,    c = argmin |r - Y c|^2.
+
+    On a linear map this is GMRES as long as ``history`` holds all steps, so the map need be no contraction; each
+    iteration takes one evaluation of ``f`` and ``O(history^2 n)`` more.
+
+    Args:
+        fixed_point_fn: ``f(x, *args)``, a tree like ``x``.
+        history: how many steps to remember, at least 1.
+        ridge: Tikhonov term of the least-squares problem, whose columns are scaled to length 1.
+        mixing: how far to go along the residual, not zero; less than 1 damps.
+        safeguard: a step that makes the error more than so many times as large is not made: the iteration forgets its
+            history and takes a plain step in its place. None: every step is made.
+        options: see `implicitdiff.solvers`.
+
+    Raises:
+        ValueError: an option is out of its range.
+
+    Reference:
+        Walker and Ni, "Anderson acceleration for fixed-point iterations", SIAM J. Numer. Anal. 49 (2011), type II.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.solvers import anderson
+        >>> solver = anderson(lambda z, rate: rate * z)  # plain iteration takes thousands of steps
+        >>> rate = torch.tensor([0.9, 0.99, 0.999], dtype=torch.float64)
+        >>> z, state = solver.run(torch.tensor([1.0, 0.4, -0.2], dtype=torch.float64), rate)
+        >>> bool(z.abs().max() < 1e-6), bool(state.iter_num < 30)
+        (True, True)
+    """
+    check_count("anderson", "history", history)
+    check_number("anderson", "ridge", ridge, "a number >= 0", lambda r: r >= 0)
+    check_number("anderson", "mixing", mixing, "a number other than 0", bool)
+    if safeguard is not None:
+        check_number("anderson", "safeguard", safeguard, "a number >= 1 or None", lambda s: s >= 1)
+
+    def start(rows: Rows, x: Tensor) -> AndersonState:
+        residual = rows.fn(x) - x
+        none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+        return AndersonState(**rows.header(norm(residual)), residual=residual, steps=none, changes=none)
+
+    def step(rows: Rows, x: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
+        r, steps, changes = state.residual, state.steps, state.changes
+        c = _coefficients(changes, r, max(ridge, torch.finfo(x.dtype).eps))
+        new_x = x + mixing * r - times(c, steps + mixing * changes)
+        new_r = rows.fn(new_x) - new_x
+        if safeguard is not None:
+            refused = ~(norm(new_r) <= safeguard * state.error)
+            if any_lane(refused):
+                plain_x = x + mixing * r
+                new_x = select(refused, plain_x, new_x)
+                new_r = select(refused, rows.fn(plain_x) - plain_x, new_r)
+                steps, changes = (select(refused, torch.zeros_like(t), t) for t in (steps, changes))
+        return new_x, state._replace(
+            error=norm(new_r),
+            residual=new_r,
+            steps=torch.cat([steps[:, 1:], (new_x - x)[:, None]], dim=1),
+            changes=torch.cat([changes[:, 1:], (new_r - r)[:, None]], dim=1),
+        )
+
+    return make("anderson", _condition.fixed_point, (fixed_point_fn,), Method(start, step, 1_000), options)
+
+
+def _coefficients(changes: Tensor, residual: Tensor, ridge: float) -> Tensor:
+    """``c`` by the normal equations; columns that are zero get none."""
+    size = norm(changes)[..., None]
+    scale = torch.where(size > 0, 1.0 / torch.where(size > 0, size, 1.0), 0.0)
+    unit = scale * changes
+    gram = unit @ unit.mT
+    shift = ridge + (size[..., 0] == 0).to(gram.dtype)
+    rhs = times(residual, unit.mT)
+    return _dense.solve(gram + torch.diag_embed(shift), rhs) * scale[..., 0]

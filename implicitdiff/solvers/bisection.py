@@ -1,0 +1,172 @@
+"""Bisection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import implicitdiff.pytree as pytree
+import implicitdiff.solvers._condition as _condition
+from implicitdiff.solvers._condition import Condition
+from implicitdiff.solvers._rows import Rows, any_lane, norm
+from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._status import Status
+
+
+class BisectionState(NamedTuple):
+    """The state of `bisection`; the first five fields are those of every solver.
+
+    Attributes:
+        iter_num: iterations so far.
+        error: ``|F(x)|``.
+        target: what ``error`` has to reach.
+        status: an `implicitdiff.solvers.Status`.
+        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
+        residual: ``F(x)``, as one vector.
+        lower: the lower ends of the brackets.
+        upper: the upper ends.
+        rising: 1 where ``F`` rises over the bracket, -1 where it falls.
+        largest: the largest ``|F|`` at the ends of the first bracket.
+    """
+
+    iter_num: Tensor
+    error: Tensor
+    target: Tensor
+    status: Tensor
+    history: Tensor
+    residual: Tensor
+    lower: Tensor
+    upper: Tensor
+    rising: Tensor
+    largest: Tensor
+
+
+def bisection(fn: Callable[..., Any], lower: Any, upper: Any, **options: Any) -> Solver:
+    r"""Make a solver of ``F(x, *args) = 0`` by bisection, entry by entry: ``F(x)[i]`` may depend on ``x[i]`` alone.
+
+    Every iteration halves the brackets ``[lower, upper]``, at whose ends ``F`` must have different signs. It stops
+    where the error reaches its target, or where the ends of a bracket are neighbouring numbers. In the latter case a
+    residual larger than those at the first ends tells a pole from a root, and gives the status ``DIVERGED``.
+
+    ``init`` and ``run`` take an initial guess, the first point to be looked at, or None for the middle. Bisection has
+    no derivative of its own, so ``run(..., implicit_diff=False)`` is refused.
+
+    Args:
+        fn: ``F(x, *args)``, a tree like ``x``.
+        lower: numbers, or a tensor or a tree that broadcasts to ``x``; under vmap each lane may have its own.
+        upper: likewise.
+        options: see `implicitdiff.solvers`.
+
+    Raises (when solving):
+        ValueError: ``F`` has the same sign at both ends of a bracket, or ``lower > upper``.
+
+    Reference:
+        Burden and Faires, "Numerical Analysis", section 2.1.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.solvers import bisection
+        >>> solver = bisection(lambda x, theta: x**3 - theta, 0.0, 10.0)
+        >>> x, state = solver.run(torch.ones(3), torch.tensor([1.0, 8.0, 27.0]))
+        >>> x.round(decimals=4)
+        tensor([1., 2., 3.])
+        >>> torch.func.grad(lambda theta: solver.run(None, theta)[0])(torch.tensor(8.0))  # 1 / (3 x^2)
+        tensor(0.0833)
+    """
+
+    def ends(name: str, value: Any) -> Callable[..., Any]:
+        return lambda x, args: _spread(name, value, x)
+
+    def pose(fn: Callable[..., Any]) -> Condition:
+        root = _condition.root(fn)
+        return root._replace(parts={**root.parts, "lower": ends("lower", lower), "upper": ends("upper", upper)})
+
+    base = make(
+        "bisection", pose, (fn,), Method(_start, _step, 10_000, "bisection has no derivative of its own"), options
+    )
+
+    def guess(params: Any) -> Any:
+        return _middle(lower, upper) if params is None else params
+
+    def init(params: Any, *args: Any) -> BisectionState:
+        return base.init(guess(params), *args)  # type: ignore[no-any-return]
+
+    def run(params: Any, *args: Any, **how: Any) -> tuple[Any, BisectionState]:
+        return base.run(guess(params), *args, **how)
+
+    return base._replace(init=init, run=run)
+
+
+def _start(rows: Rows, x: Tensor) -> BisectionState:
+    lower, upper = rows.part("lower")(x), rows.part("upper")(x)
+    low, high = rows.fn(lower), rows.fn(upper)
+    # Negated, so that nan is refused as well.
+    if any_lane(~(lower <= upper)) or any_lane(~(low * high.sign() <= 0)):
+        raise ValueError(
+            "bisection: a bracket holds no change of sign: fn must have different signs at lower and upper, and lower "
+            "must not exceed upper; widen the brackets, or look for them lane by lane"
+        )
+    inside = _clip(x, lower, upper)
+    residual = rows.fn(inside)
+    header = rows.header(norm(residual))
+    # A guess outside of its bracket is no solution, whatever the residual inside.
+    header["error"] = torch.where((inside == x).all(dim=-1), header["error"], torch.finfo(x.dtype).max)
+    return BisectionState(
+        **header,
+        residual=residual,
+        lower=lower,
+        upper=upper,
+        rising=(high - low).sign(),
+        largest=torch.maximum(low.abs(), high.abs()),
+    )
+
+
+def _step(rows: Rows, x: Tensor, state: BisectionState) -> tuple[Tensor, BisectionState]:
+    side = state.rising * state.residual
+    x = _clip(x, state.lower, state.upper)
+    lower, upper = torch.where(side <= 0, x, state.lower), torch.where(side >= 0, x, state.upper)
+    # Not their sum, which may overflow.
+    x = lower + (upper - lower) / 2
+    residual = rows.fn(x)
+    collapsed = ((x <= lower) | (x >= upper)).all(dim=-1)
+    sound = (residual.abs() <= state.largest).all(dim=-1)
+    ended = torch.where(sound, int(Status.CONVERGED), int(Status.DIVERGED))
+    status = torch.where(collapsed, ended, state.status)
+    return x, state._replace(error=norm(residual), status=status, residual=residual, lower=lower, upper=upper)
+
+
+def _clip(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(x, lower), upper)
+
+
+def _spread(name: str, value: Any, x: Any) -> Any:
+    """A bound as a tree like `x`."""
+    leaves, structure = pytree.flatten(x)
+    try:
+        values = [value] * len(leaves) if isinstance(value, (int, float, Tensor)) else structure.tensors_of(value)
+        return structure.unflatten(
+            [
+                torch.as_tensor(v, dtype=t.dtype, device=t.device).expand_as(t)
+                for v, t in zip(values, leaves, strict=True)
+            ]
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"bisection: {name} must be a number, or a tensor or a tree that broadcasts to {pytree.describe(x)}, got "
+            f"{pytree.describe(value)}"
+        ) from error
+
+
+def _middle(lower: Any, upper: Any) -> Any:
+    lows, structure = pytree.flatten(lower)
+    if not lows:
+        highs, structure = pytree.flatten(upper)
+        lows = [torch.as_tensor(lower, dtype=t.dtype, device=t.device) for t in highs]
+    else:
+        highs = structure.tensors_of(upper) if pytree.tensors(upper) else [upper] * len(lows)
+    if not lows:
+        return torch.tensor((lower + upper) / 2, dtype=torch.get_default_dtype())
+    return structure.unflatten([low + (high - low) / 2 for low, high in zip(lows, highs, strict=True)])

@@ -1,0 +1,91 @@
+"""Broyden's method for fixed points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._low_rank as _low_rank
+from implicitdiff.solvers._rows import Rows, norm
+from implicitdiff.solvers._solver import Method, Solver, check_count, make
+
+
+class BroydenState(NamedTuple):
+    """The state of `broyden`; the first five fields are those of every solver.
+
+    Attributes:
+        iter_num: iterations so far.
+        error: ``|f(x) - x|``.
+        target: what ``error`` has to reach.
+        status: an `implicitdiff.solvers.Status`.
+        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
+        residual: ``x - f(x)``, as one vector of length ``n``.
+        u: the inverse Jacobian of the residual is about ``I + sum_j u_j v_j'``; ``(history, n)``.
+        v: the other factors.
+        rank: how many of them there are.
+    """
+
+    iter_num: Tensor
+    error: Tensor
+    target: Tensor
+    status: Tensor
+    history: Tensor
+    residual: Tensor
+    u: Tensor
+    v: Tensor
+    rank: Tensor
+
+
+def broyden(fixed_point_fn: Callable[..., Any], history: int = 20, **options: Any) -> Solver:
+    r"""Make a solver of ``f(x, *args) = x`` by Broyden's method on ``x - f(x) = 0``, from the identity as Jacobian.
+
+    Every iteration corrects the inverse Jacobian ``H`` by the rank-one matrix that is least in norm and makes the
+    Jacobian agree with the last step, and goes to ``x - H (x - f(x))``: one evaluation of ``f`` and
+    ``O(history n)`` more. Superlinear near a solution; on linear maps it ends after at most ``2 n`` steps.
+
+    Args:
+        fixed_point_fn: ``f(x, *args)``, a tree like ``x``.
+        history: how many rank-one corrections to hold, at least 1; when there is no room left, it starts again from
+            the identity.
+        options: see `implicitdiff.solvers`.
+
+    Raises:
+        ValueError: ``history`` is less than 1.
+
+    Reference:
+        Broyden, Math. Comp. 19 (1965); Kelley, "Iterative Methods for Linear and Nonlinear Equations", 1995, chapter 7.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.solvers import broyden
+        >>> solver = broyden(lambda z, rate: rate * z)
+        >>> rate = torch.tensor([0.9, 0.99, 0.999], dtype=torch.float64)
+        >>> z, state = solver.run(torch.tensor([1.0, 0.4, -0.2], dtype=torch.float64), rate)
+        >>> bool(z.abs().max() < 1e-6), bool(state.iter_num <= 10)
+        (True, True)
+    """
+    check_count("broyden", "history", history)
+
+    def start(rows: Rows, x: Tensor) -> BroydenState:
+        residual = x - rows.fn(x)
+        none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+        header = rows.header(norm(residual))
+        return BroydenState(**header, residual=residual, u=none, v=none, rank=header["iter_num"])
+
+    def step(rows: Rows, x: Tensor, state: BroydenState) -> tuple[Tensor, BroydenState]:
+        new_x = x - _low_rank.product(_identity, state.u, state.v, state.residual)
+        new_r = new_x - rows.fn(new_x)
+        u, v, rank = _low_rank.updated(
+            _identity, _identity, state.u, state.v, state.rank, new_x - x, new_r - state.residual
+        )
+        return new_x, state._replace(error=norm(new_r), residual=new_r, u=u, v=v, rank=rank)
+
+    return make("broyden", _condition.fixed_point, (fixed_point_fn,), Method(start, step, 1_000), options)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,77 @@
+"""Plain iteration of a map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+import implicitdiff.solvers._condition as _condition
+from implicitdiff.solvers._rows import Rows, norm
+from implicitdiff.solvers._solver import Method, Solver, check_number, make
+
+
+class FixedPointState(NamedTuple):
+    """The state of `fixed_point_iteration`; the first five fields are those of every solver.
+
+    Attributes:
+        iter_num: iterations so far.
+        error: ``|f(x) - x|``.
+        target: what ``error`` has to reach.
+        status: an `implicitdiff.solvers.Status`.
+        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
+        image: ``f(x)``, as one vector.
+    """
+
+    iter_num: Tensor
+    error: Tensor
+    target: Tensor
+    status: Tensor
+    history: Tensor
+    image: Tensor
+
+
+def fixed_point_iteration(fixed_point_fn: Callable[..., Any], damping: float = 0.0, **options: Any) -> Solver:
+    r"""Make a solver of ``f(x, *args) = x`` that iterates ``x <- damping x + (1 - damping) f(x, *args)``.
+
+    Converges where ``f`` is a contraction near the solution, with ``damping`` also for some maps that oscillate: the
+    eigenvalues ``mu`` of ``df/dx`` must satisfy ``|damping + (1 - damping) mu| < 1``. Each iteration multiplies the
+    error by the largest of these, and takes one evaluation of ``f``. The error is ``|f(x) - x|``, so a slow map is not
+    taken for a converged one because its steps are small, as long as ``atol`` is small.
+
+    Args:
+        fixed_point_fn: ``f(x, *args)``, a tree like ``x``.
+        damping: how much of the old iterate is kept, in [0, 1).
+        options: see `implicitdiff.solvers`.
+
+    Raises:
+        ValueError: ``damping`` is not in [0, 1).
+
+    Reference:
+        Kelley, "Iterative Methods for Linear and Nonlinear Equations", 1995, section 4.2.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.solvers import fixed_point_iteration
+        >>> solver = fixed_point_iteration(lambda z, theta: torch.cos(z) + theta)
+        >>> z, state = solver.run(torch.tensor(1.0), torch.tensor(0.0))
+        >>> z
+        tensor(0.7391)
+        >>> torch.func.grad(lambda theta: solver.run(torch.tensor(1.0), theta)[0])(torch.tensor(0.0))
+        tensor(0.5975)
+    """
+    check_number("fixed_point_iteration", "damping", damping, "a number in [0, 1)", lambda d: 0 <= d < 1)
+
+    def start(rows: Rows, x: Tensor) -> FixedPointState:
+        image = rows.fn(x)
+        return FixedPointState(**rows.header(norm(image - x)), image=image)
+
+    def step(rows: Rows, x: Tensor, state: FixedPointState) -> tuple[Tensor, FixedPointState]:
+        x = damping * x + (1.0 - damping) * state.image if damping else state.image
+        image = rows.fn(x)
+        return x, state._replace(error=norm(image - x), image=image)
+
+    return make(
+        "fixed_point_iteration", _condition.fixed_point, (fixed_point_fn,), Method(start, step, 100_000), options
+    )

@@ -1,0 +1,99 @@
+"""Any optimizer of this library, run to convergence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import implicitdiff.pytree as pytree
+import implicitdiff.solvers._condition as _condition
+from implicitdiff.optim import GradientTransformation
+from implicitdiff.solvers._rows import Rows, norm
+from implicitdiff.solvers._solver import Method, Solver, make
+
+
+class FromOptimizerState(NamedTuple):
+    """The state of `from_optimizer`; the first five fields are those of every solver.
+
+    Attributes:
+        iter_num: iterations so far.
+        error: ``|grad f(x)|``.
+        target: what ``error`` has to reach.
+        status: an `implicitdiff.solvers.Status`.
+        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
+        grad: the gradient, as one vector.
+        inner: the state of the optimizer.
+    """
+
+    iter_num: Tensor
+    error: Tensor
+    target: Tensor
+    status: Tensor
+    history: Tensor
+    grad: Tensor
+    inner: Any
+
+
+def from_optimizer(objective_fn: Callable[..., Any], transformation: GradientTransformation, **options: Any) -> Solver:
+    r"""Make a minimiser of a smooth ``f(x, *args)`` that takes an optimizer's steps until the gradient is zero.
+
+    Each iteration is ``x, inner = transformation.step(grad f(x), inner, x)``. Optimizers were made for noisy
+    gradients: most need a learning rate that decays, or ``rtol`` and ``atol`` that are not small, to be taken for
+    converged. The solution is differentiated as a stationary point, whatever the optimizer.
+
+    Args:
+        objective_fn: ``f(x, *args)``, a real number.
+        transformation: e.g. ``implicitdiff.adam(1e-2)``.
+        options: see `implicitdiff.solvers`.
+
+    Raises:
+        TypeError: ``transformation`` is no pair of functions.
+
+    Example:
+        >>> import torch
+        >>> import implicitdiff
+        >>> from implicitdiff.solvers import from_optimizer
+        >>> solver = from_optimizer(lambda x, theta: ((x - theta) ** 2).sum(), implicitdiff.sgd(0.1, momentum=0.5))
+        >>> solver.run(torch.zeros(2), torch.tensor([1.0, 2.0]))[0]
+        tensor([1.0000, 2.0000])
+    """
+    if not isinstance(transformation, GradientTransformation):
+        raise TypeError(
+            "from_optimizer: transformation must be a GradientTransformation, such as implicitdiff.adam(1e-2), got "
+            f"{type(transformation).__name__}"
+        )
+
+    def start(rows: Rows, x: Tensor) -> FromOptimizerState:
+        _, grad = rows.fn.value_and_grad(x)
+        inner = _over_lanes(transformation.init, _tree(rows, x))
+        return FromOptimizerState(**rows.header(norm(grad)), grad=grad, inner=inner)
+
+    def step(rows: Rows, x: Tensor, state: FromOptimizerState) -> tuple[Tensor, FromOptimizerState]:
+        params, inner = _over_lanes(transformation.step, _tree(rows, state.grad), state.inner, _tree(rows, x))
+        x = _rows(rows, params)
+        _, grad = rows.fn.value_and_grad(x)
+        return x, state._replace(error=norm(grad), grad=grad, inner=inner)
+
+    return make("from_optimizer", _condition.stationary, (objective_fn,), Method(start, step, 100_000), options)
+
+
+def _tree(rows: Rows, x: Tensor) -> Any:
+    """The tree of some rows, with one dimension of lanes in front, whatever the vmaps."""
+    leaves = rows.inputs.unravel(x)
+    batch = len(rows.inputs.batch)
+    return rows.structure.unflatten([t.reshape(x.shape[0], *t.shape[batch:]) for t in leaves])
+
+
+def _rows(rows: Rows, tree: Any) -> Tensor:
+    leaves = rows.structure.tensors_of(tree)
+    return rows.inputs.ravel([t.reshape((*rows.inputs.batch, *t.shape[1:])) for t in leaves])
+
+
+def _over_lanes(fn: Callable[..., Any], *trees: Any) -> Any:
+    if pytree.tensors(trees[0])[0].shape[0] > 1:
+        return torch.func.vmap(fn)(*trees)
+    out = fn(*(pytree.map_tensors(lambda t: t[0], tree) for tree in trees))
+    return pytree.map_tensors(lambda t: t[None], out)

@@ -1,0 +1,52 @@
+"""Gradient descent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._proximal_gradient as _proximal_gradient
+from implicitdiff.solvers._rows import Rows
+from implicitdiff.solvers._solver import Solver, make
+
+
+def gradient_descent(
+    objective_fn: Callable[..., Any], stepsize: float | None = None, acceleration: bool = True, **options: Any
+) -> Solver:
+    r"""Make a minimiser of a smooth ``f(x, *args)`` by ``x <- y - stepsize grad f(y)``.
+
+    ``y`` is ``x``, or with Nesterov's acceleration a point ahead of it, ``x + (x - x_before) (t_before - 1) / t``; the
+    momentum starts again where it points uphill. On a convex ``f`` of condition number ``k`` it needs about
+    ``k log(1/tolerance)`` iterations, with acceleration ``sqrt(k) log(1/tolerance)``. For an optimizer of this library
+    in its place see `from_optimizer`.
+
+    Args:
+        objective_fn: ``f(x, *args)``, a real number.
+        stepsize: positive; None finds one by backtracking and lets it grow again. A given one has to be less than
+            ``2 / L``, ``L`` being the largest curvature.
+        acceleration: whether to accelerate, for one more gradient an iteration.
+        options: see `implicitdiff.solvers`.
+
+    Raises:
+        ValueError: ``stepsize`` is not positive.
+
+    Reference:
+        Nesterov, "Introductory Lectures on Convex Optimization", 2004, section 2.2; O'Donoghue and Candes, Found.
+        Comput. Math. 15 (2015), for the restarts.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.solvers import gradient_descent
+        >>> solver = gradient_descent(lambda x, theta: ((x - theta) ** 2).sum() + x.sum() ** 2)
+        >>> solver.run(torch.zeros(2), torch.tensor([1.0, 2.0]))[0].round(decimals=4)
+        tensor([0., 1.])
+    """
+    method = _proximal_gradient.method("gradient_descent", _identity, stepsize, acceleration)
+    return make("gradient_descent", _condition.stationary, (objective_fn,), method, options)
+
+
+def _identity(rows: Rows, v: Tensor, stepsize: Tensor) -> Tensor:
+    return v

@@ -1,0 +1,122 @@
+"""The conditions of Karush, Kuhn and Tucker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import implicitdiff.pytree as pytree
+from implicitdiff._linear import check_like
+from implicitdiff._signature import name_of
+
+
+class KKTSolution(NamedTuple):
+    """A point with its multipliers.
+
+    Attributes:
+        primal: the minimiser, a tree.
+        dual_eq: the multipliers of the equalities, a tree like ``eq_fn(primal)``; None where there are none.
+        dual_ineq: the multipliers of the inequalities, not negative at a solution, a tree like ``ineq_fn(primal)``;
+            None where there are none.
+    """
+
+    primal: Any
+    dual_eq: Any = None
+    dual_ineq: Any = None
+
+
+def make_kkt_optimality_fn(
+    objective_fn: Callable[..., Any],
+    eq_fn: Callable[..., Any] | None = None,
+    ineq_fn: Callable[..., Any] | None = None,
+) -> Callable[..., KKTSolution]:
+    r"""Make the conditions that a solution of a constrained problem satisfies, for `implicitdiff.custom_root`.
+
+    A minimiser of ``f(x)`` subject to ``h(x) = 0`` and ``g(x) <= 0`` has, with multipliers ``nu`` and ``lambda``,
+
+        grad f(x) + (dh/dx)' nu + (dg/dx)' lambda = 0,    h(x) = 0,    lambda g(x) = 0,
+
+    besides ``g(x) <= 0`` and ``lambda >= 0``, which are no equations: that they hold is left to the solver. Around
+    whatever solver returns a `KKTSolution`, `custom_root` gives the primal and the multipliers their derivatives. The
+    equations determine them where the active constraints are linearly independent, none of them has multiplier zero,
+    and the Lagrangian is convex on their tangent space. Elsewhere their Jacobian is singular, which raises
+    `LinearSolveError`; with ``custom_root(..., solve=solve_lstsq())`` the derivative is then the one of least norm.
+
+    Args:
+        objective_fn: ``f(x, params_obj)``, one real number; x is a tree of real tensors.
+        eq_fn: ``h(x, params_eq)``, a tree of tensors, or None.
+        ineq_fn: ``g(x, params_ineq)``, a tree of tensors, or None.
+
+    Returns:
+        ``optimality_fn(params, params_obj=None, params_eq=None, params_ineq=None)``, a `KKTSolution` like its first
+        argument that is zero at a solution. Parameters that are None are left out of the call, so that functions of
+        ``x`` alone, which capture what they depend on, need none.
+
+    Raises:
+        TypeError: a function is not callable.
+        ValueError: when called: there is a multiplier without its constraints, or the other way round, or one is no
+            tree like its constraints.
+
+    Reference:
+        Nocedal and Wright, "Numerical Optimization", 2nd ed., section 12.3; Blondel et al., "Efficient and Modular
+        Implicit Differentiation", NeurIPS 2022, section 2.2.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import custom_root
+        >>> from implicitdiff.solvers import KKTSolution, make_kkt_optimality_fn
+        >>> optimality_fn = make_kkt_optimality_fn(lambda x, c: ((x - c) ** 2).sum(), ineq_fn=lambda x: x.sum() - 1)
+        >>> @custom_root(optimality_fn)
+        ... def nearest(init, params_obj):  # in the half space sum(x) <= 1
+        ...     excess = (params_obj.sum() - 1).clamp(min=0) / params_obj.numel()
+        ...     return KKTSolution(params_obj - excess, dual_ineq=2 * excess)
+        >>> torch.func.jacrev(lambda c: nearest(None, c).primal)(torch.tensor([1.0, 2.0]))
+        tensor([[ 0.5000, -0.5000],
+                [-0.5000,  0.5000]])
+    """
+    for name, fn in {"objective_fn": objective_fn, "eq_fn": eq_fn, "ineq_fn": ineq_fn}.items():
+        if not callable(fn) and (fn is not None or name == "objective_fn"):
+            raise TypeError(f"make_kkt_optimality_fn: {name} must be a function of (x, params), got {fn!r}")
+
+    def optimality_fn(
+        params: KKTSolution, params_obj: Any = None, params_eq: Any = None, params_ineq: Any = None
+    ) -> KKTSolution:
+        primal, dual_eq, dual_ineq = params
+        h = _constraint(eq_fn, primal, params_eq, dual_eq, "dual_eq")
+        g = _constraint(ineq_fn, primal, params_ineq, dual_ineq, "dual_ineq")
+
+        def lagrangian(x: Any) -> Tensor:
+            value: Tensor = _call(objective_fn, x, params_obj)
+            return value + _inner(dual_eq, eq_fn, x, params_eq) + _inner(dual_ineq, ineq_fn, x, params_ineq)
+
+        leaves, structure = pytree.flatten(g)
+        complementarity = [d * v for d, v in zip(structure.tensors_of(dual_ineq), leaves, strict=True)]
+        return KKTSolution(torch.func.grad(lagrangian)(primal), h, structure.unflatten(complementarity))
+
+    return optimality_fn
+
+
+def _call(fn: Callable[..., Any], x: Any, params: Any) -> Any:
+    return fn(x) if params is None else fn(x, params)
+
+
+def _constraint(fn: Callable[..., Any] | None, x: Any, params: Any, dual: Any, name: str) -> Any:
+    if (fn is None) != (dual is None):
+        what = "has no function of constraints, so it must be None" if fn is None else "must not be None"
+        raise ValueError(f"make_kkt_optimality_fn: {name} {what}, got {pytree.describe(dual)}")
+    if fn is None:
+        return None
+    values = _call(fn, x, params)
+    leaves, structure = pytree.flatten(dual)
+    check_like(f"make_kkt_optimality_fn: {name_of(fn)}'s result", values, dual, leaves, structure, name)
+    return values
+
+
+def _inner(dual: Any, fn: Callable[..., Any] | None, x: Any, params: Any) -> Any:
+    if fn is None:
+        return 0.0
+    leaves, structure = pytree.flatten(_call(fn, x, params))
+    return sum((d * v).sum() for d, v in zip(structure.tensors_of(dual), leaves, strict=True))

@@ -1,0 +1,82 @@
+"""Newton's method for roots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._newton as _newton
+from implicitdiff._linear import LinearSolver
+from implicitdiff.solvers._rows import Rows, norm
+from implicitdiff.solvers._solver import Method, Solver, make
+
+
+class NewtonState(NamedTuple):
+    """The state of `newton`; the first five fields are those of every solver.
+
+    Attributes:
+        iter_num: iterations so far.
+        error: ``|F(x)|``.
+        target: what ``error`` has to reach.
+        status: an `implicitdiff.solvers.Status`.
+        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
+        residual: ``F(x)``, as one vector.
+    """
+
+    iter_num: Tensor
+    error: Tensor
+    target: Tensor
+    status: Tensor
+    history: Tensor
+    residual: Tensor
+
+
+def newton(
+    residual_fn: Callable[..., Any],
+    linear_solve: LinearSolver | None = None,
+    backtracking: bool = False,
+    **options: Any,
+) -> Solver:
+    r"""Make a solver of ``F(x, *args) = 0`` by Newton's method, ``x <- x - J^-1 F(x)`` with ``J = dF/dx``.
+
+    Converges quadratically near a solution where ``J`` is non-singular. Each iteration makes ``J`` from products with
+    unit vectors and factorises it, or solves with products alone if a linear solver is given. Where ``J`` is singular
+    the status is ``DIVERGED``.
+
+    Args:
+        residual_fn: ``F(x, *args)``, a tree like ``x``.
+        linear_solve: of `implicitdiff.linear_solve`, e.g. ``solve_gmres(rtol=1e-3)``; its own failures are raised by
+            it. None: LU.
+        backtracking: whether to halve a step until the residual gets smaller, which makes it converge from farther
+            away; where no step does, the status is ``LINE_SEARCH_FAILED``.
+        options: see `implicitdiff.solvers`.
+
+    Raises:
+        TypeError: ``linear_solve`` is no linear solver of this library.
+
+    Reference:
+        Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithms 11.1 and 11.4.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.solvers import newton
+        >>> solver = newton(lambda x, theta: x**3 + x.sum() - theta)
+        >>> x, state = solver.run(torch.ones(2), torch.tensor([3.0, 4.0]))
+        >>> x, int(state.iter_num)
+        (tensor([0.9414, 1.2241]), 3)
+    """
+    _newton.check_linear_solve("newton", linear_solve)
+
+    def start(rows: Rows, x: Tensor) -> NewtonState:
+        residual = rows.fn(x)
+        return NewtonState(**rows.header(norm(residual)), residual=residual)
+
+    def step(rows: Rows, x: Tensor, state: NewtonState) -> tuple[Tensor, NewtonState]:
+        direction = -_newton.solve(rows, x, state.residual, linear_solve)
+        x, residual, status = _newton.move(rows, x, state, direction, backtracking)
+        return x, state._replace(error=norm(residual), status=status, residual=residual)
+
+    return make("newton", _condition.root, (residual_fn,), Method(start, step, 1_000), options)

@@ -1,0 +1,56 @@
+"""The projected gradient method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._proximal_gradient as _proximal_gradient
+from implicitdiff.solvers._rows import Rows
+from implicitdiff.solvers._solver import Solver, make
+
+
+def projected_gradient(
+    objective_fn: Callable[..., Any],
+    projection: Callable[[Any], Any],
+    stepsize: float | None = None,
+    acceleration: bool = True,
+    **options: Any,
+) -> Solver:
+    r"""Make a minimiser of a smooth ``f(x, *args)`` over a convex set by ``x <- projection(y - stepsize grad f(y))``.
+
+    `proximal_gradient` with the projection in the place of the proximal operator. Every iterate lies in the set,
+    except an initial guess that does not. The solution is the fixed point of the step of size 1, and is differentiated
+    as such.
+
+    Args:
+        objective_fn: ``f(x, *args)``, a real number.
+        projection: ``projection(v)``, the nearest point of the set, a tree like ``v``; e.g. one of
+            `implicitdiff.projections`. What it captures, such as a radius, is differentiated as well.
+        stepsize: see `gradient_descent`.
+        acceleration: see `gradient_descent`.
+        options: see `implicitdiff.solvers`.
+
+    Raises:
+        ValueError: ``stepsize`` is not positive.
+
+    Reference:
+        Beck and Teboulle, "A Fast Iterative Shrinkage-Thresholding Algorithm", SIAM J. Imaging Sciences 2 (2009).
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import projections
+        >>> from implicitdiff.solvers import projected_gradient
+        >>> solver = projected_gradient(lambda x, y: ((x - y) ** 2).sum(), projections.simplex)
+        >>> solver.run(torch.ones(3) / 3, torch.tensor([1.0, 0.5, -2.0]))[0]
+        tensor([0.7500, 0.2500, 0.0000])
+    """
+    method = _proximal_gradient.method("projected_gradient", _project, stepsize, acceleration)
+    return make("projected_gradient", _condition.projected, (objective_fn, projection), method, options)
+
+
+def _project(rows: Rows, v: Tensor, stepsize: Tensor) -> Tensor:
+    return rows.part("prox")(v)

@@ -1,0 +1,342 @@
+"""Quadratic programs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import implicitdiff.pytree as pytree
+import implicitdiff.solvers._admm as _admm
+import implicitdiff.solvers._dense as _dense
+from implicitdiff.linear_solve.auto import solve_auto
+from implicitdiff.solvers._condition import Condition, Parts
+from implicitdiff.solvers._polish import active_set, picked, polish, precision, put
+from implicitdiff.solvers._quadratic import Point, Program, certificates, factor, point, program, residual, times
+from implicitdiff.solvers._rows import Rows, any_lane, select
+from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._status import Status
+from implicitdiff.solvers.kkt import KKTSolution
+
+
+class QPState(NamedTuple):
+    """The state of `qp`; the first five fields are those of every solver. With ``m`` constraints of both kinds:
+
+    Attributes:
+        iter_num: iterations so far.
+        error: the norm of ``Q x + c + A' dual_eq + G' dual_ineq``, ``A x - b`` and ``min(dual_ineq, h - G x)``.
+        target: what ``error`` has to reach.
+        status: an `implicitdiff.solvers.Status`.
+        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
+        image: ``A x`` and ``G x``, ``(m,)``.
+        slope: the gradient of the Lagrangian, ``(n,)``.
+        values: what ADMM has in the place of ``image``, at which the constraints hold.
+        rho: the step size of ADMM.
+        factor: what an iteration solves with: a Cholesky factor, or without inequalities the inverse of the matrix of
+            the KKT conditions.
+        review: the number of the next iteration after which the active constraints are guessed, what makes a solution
+            impossible is looked for, and ``rho`` is adapted.
+        record: the least error of those that a guess has led to.
+    """
+
+    iter_num: Tensor
+    error: Tensor
+    target: Tensor
+    status: Tensor
+    history: Tensor
+    image: Tensor
+    slope: Tensor
+    values: Tensor
+    rho: Tensor
+    factor: Tensor
+    review: Tensor
+    record: Tensor
+
+
+def qp(**options: Any) -> Solver:
+    r"""Make a solver of convex quadratic programs,
+
+        min x'Q x / 2 + c'x    subject to    A x = b,    G x <= h.
+
+    ``solver.run(init, Q, c, A, b, G, h)`` returns a `KKTSolution` and the state. What is absent is None, and may be
+    left out at the end; its multipliers are then empty, not None, so that they can leave a vmap. The solution is
+    differentiable in all six by the KKT conditions
+
+        Q x + c + A' dual_eq + G' dual_ineq = 0,    A x = b,    min(dual_ineq, h - G x) = 0.
+
+    Without inequalities these are a linear system, and one factorisation solves it. With them: ADMM, as OSQP has it
+    (equilibration, over-relaxation, a ``rho`` that adapts), which soon is near a solution and slow from there on. After
+    10, 20, 40, ... iterations (and after the first, if ``init`` has multipliers) a long step of the proximal method of
+    multipliers guesses the active constraints, and the equations that hold if these are the ones are solved by
+    iterative refinement. What that gives is taken where its error is smaller; if the guess is right, it is exact.
+
+    - ``Q``, which need not be symmetric, counts as ``(Q + Q') / 2``, also in its derivative. It has to be positive
+      semidefinite on the null space of ``A``. If it is not, then without inequalities the status is ``UNBOUNDED``, and
+      with them, where all of it may be, ``DIVERGED``.
+    - A direction that proves that there is no solution sets ``INFEASIBLE`` or ``UNBOUNDED``, lane by lane. If neither
+      the constraints nor those of the dual can be satisfied, either may be found.
+    - A linear program has ``Q = 0``.
+    - Where the active constraints are linearly dependent, or the minimiser is not unique, the derivative is not either:
+      it raises `LinearSolveError`, or is the one of least norm with ``qp(solve=solve_lstsq())``. Where a constraint
+      touches without pressing, it is the derivative to the side where the constraint is inactive.
+    - The first error, to which ``rtol`` refers, is that at zero, if that is larger than the one of ``init``: a good
+      guess does not make the target smaller.
+
+    ``init`` is None for zeros, a tensor like ``c``, or a `KKTSolution`, with None for multipliers that are zero.
+    ``update`` takes and gives a `KKTSolution`. Problems in a batch are vmapped, all tensors having one dtype.
+
+    Args:
+        options: see `implicitdiff.solvers`. The default of ``solve`` is `solve_auto` with matrices of up to 4000 rows.
+
+    Raises (when solving):
+        TypeError: an argument is no real floating-point tensor.
+        ValueError: shapes, dtypes or devices do not match, or a matrix is given without its right-hand side.
+
+    Reference:
+        Stellato et al., "OSQP: an operator splitting solver for quadratic programs", Math. Prog. Comp. 12 (2020).
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.solvers import qp
+        >>> Q, c = torch.tensor([[4.0, 1.0], [1.0, 2.0]]), torch.tensor([1.0, 1.0])
+        >>> A = torch.tensor([[1.0, 1.0]])
+        >>> solution, state = qp().run(None, Q, c, A, torch.tensor([1.0]))
+        >>> solution.primal, solution.dual_eq
+        (tensor([0.2500, 0.7500]), tensor([-2.7500]))
+        >>> torch.func.jacrev(lambda b: qp().run(None, Q, c, A, b)[0].primal)(torch.tensor([1.0]))
+        tensor([[0.2500],
+                [0.7500]])
+    """
+    base = make("qp", _pose, (), Method(_start, _step, 10_000), {"solve": solve_auto(dense_up_to=4000), **options})
+
+    def init(
+        params: Any,
+        Q: Tensor,
+        c: Tensor,
+        A: Tensor | None = None,
+        b: Tensor | None = None,
+        G: Tensor | None = None,
+        h: Tensor | None = None,
+    ) -> QPState:
+        data = (Q, c, A, b, G, h)
+        return base.init(_guess(params, data), *data)  # type: ignore[no-any-return]
+
+    def update(
+        params: KKTSolution,
+        state: QPState,
+        Q: Tensor,
+        c: Tensor,
+        A: Tensor | None = None,
+        b: Tensor | None = None,
+        G: Tensor | None = None,
+        h: Tensor | None = None,
+    ) -> tuple[KKTSolution, QPState]:
+        data = (Q, c, A, b, G, h)
+        return base.update(_guess(params, data), state, *data)
+
+    def run(
+        params: Any,
+        Q: Tensor,
+        c: Tensor,
+        A: Tensor | None = None,
+        b: Tensor | None = None,
+        G: Tensor | None = None,
+        h: Tensor | None = None,
+        **how: Any,
+    ) -> tuple[KKTSolution, QPState]:
+        data = (Q, c, A, b, G, h)
+        return base.run(_guess(params, data), *data, **how)
+
+    def optimality_fn(
+        params: KKTSolution,
+        Q: Tensor,
+        c: Tensor,
+        A: Tensor | None = None,
+        b: Tensor | None = None,
+        G: Tensor | None = None,
+        h: Tensor | None = None,
+    ) -> KKTSolution:
+        data = (Q, c, A, b, G, h)
+        return base.optimality_fn(_guess(params, data), *data)  # type: ignore[no-any-return]
+
+    return Solver(init, update, run, optimality_fn)
+
+
+# --- what the user gives ----------------------------------------------------------------------------------------------
+
+_Data = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _guess(init: Any, data: _Data) -> KKTSolution:
+    """The initial guess with everything in it, as far as the shapes allow."""
+    _check(data)
+    c, b, h = data[1::2]
+    like = KKTSolution(*(c.new_zeros((0,)) if t is None else torch.zeros_like(t) for t in (c, b, h)))  # type: ignore[union-attr]
+    given = init if isinstance(init, KKTSolution) else KKTSolution(init)
+    filled = KKTSolution(*(zero if t is None else t for t, zero in zip(given, like, strict=True)))
+    for name, t, zero in zip(KKTSolution._fields, filled, like, strict=True):
+        if not (isinstance(t, Tensor) and t.shape == zero.shape and t.dtype == zero.dtype):
+            raise ValueError(
+                f"qp: the initial guess must be None, a tensor like c or a KKTSolution; its {name} must be "
+                f"{pytree.describe(zero)}, got {pytree.describe(t)}"
+            )
+    return filled
+
+
+def _check(data: _Data) -> None:
+    named = dict(zip("QcAbGh", data, strict=True))
+    for name, t in named.items():
+        if not (isinstance(t, Tensor) and t.is_floating_point()) and (t is not None or name in "Qc"):
+            raise TypeError(f"qp: {name} must be a real floating-point tensor, got {pytree.describe(t)}")
+    for matrix, vector in ("Ab", "Gh"):
+        if (named[matrix] is None) != (named[vector] is None):
+            raise ValueError(f"qp: {matrix} and {vector} go together: give both, or None for both")
+    n, p, m = (t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in data[1::2])
+    expected = {"Q": (n, n), "c": (n,), "A": (p, n), "b": (p,), "G": (m, n), "h": (m,)}
+    given = {name: t for name, t in named.items() if t is not None}
+    if not n or any(tuple(t.shape) != expected[name] for name, t in given.items()):
+        raise ValueError(
+            "qp: for n unknowns the shapes must be Q (n, n), c (n,), A (p, n), b (p,), G (m, n), h (m,), with batches "
+            f"by vmap, got {', '.join(f'{name} {tuple(t.shape)}' for name, t in given.items())}"
+        )
+    if len({(t.dtype, t.device) for t in given.values()}) > 1:
+        raise ValueError(f"qp: all arguments must have one dtype and device, got {pytree.describe(given)}")
+
+
+def _pose() -> Condition:
+    def everything(x: KKTSolution, args: _Data) -> tuple[Tensor, ...]:
+        Q, c, *constraints = args
+        none = c.new_zeros((0, *c.shape)), c.new_zeros((0,))
+        return 0.5 * (Q + Q.mT), c, *(none[i % 2] if t is None else t for i, t in enumerate(constraints))
+
+    def optimality(parts: Parts, x: KKTSolution, args: tuple[Any, ...]) -> KKTSolution:
+        Q, c, A, b, G, h = parts["fn"](x, args)
+        slack = h - G @ x.primal
+        return KKTSolution(
+            Q @ x.primal + c + A.mT @ x.dual_eq + G.mT @ x.dual_ineq,
+            A @ x.primal - b,
+            torch.where(slack < x.dual_ineq, slack, x.dual_ineq),
+        )
+
+    return Condition({"fn": everything}, optimality)
+
+
+def _program(rows: Rows) -> Program:
+    n, p, m = rows.inputs.sizes
+    unused = torch.zeros(math.prod(rows.inputs.batch), n + p + m, dtype=rows.inputs.dtype, device=rows.inputs.device)
+    Q, c, A, b, G, h = rows.fn(unused).split([n * n, n, p * n, p, m * n, m], dim=-1)
+    Q, A, G = (t.unflatten(-1, (k, n)) for t, k in ((Q, n), (A, p), (G, m)))
+    return program(Q, c, A, b, G, h)
+
+
+# --- the iteration ----------------------------------------------------------------------------------------------------
+
+_FIRST_REVIEW = 10
+
+
+def _start(rows: Rows, x: Tensor) -> QPState:
+    of = rows.once(_program)
+    n, _, inequalities = rows.inputs.sizes
+    at = point(of, x[:, :n], x[:, n:])
+    error, zero = residual(of, at), torch.zeros_like
+    header = rows.header(torch.maximum(error, residual(of, point(of, zero(at.x), zero(at.y)))))
+    delta, shift = precision(rows.eps)
+    # Q is positive on the null space of A if it is so with A'A added often enough.
+    _, curved = factor(of, torch.where(of.equal, of.rows / delta, 0.0), shift, rows.plain)
+    why = int(Status.DIVERGED if inequalities else Status.UNBOUNDED)
+    rho = torch.full_like(error, _admm.RHO)
+    warm = (at.y.detach() != 0).any(dim=-1)
+    return QPState(
+        **{**header, "error": error, "status": torch.where(curved & torch.isfinite(error), why, header["status"])},
+        image=at.image,
+        slope=at.slope,
+        values=torch.where(of.equal | (at.image > of.u), of.u, at.image),
+        rho=rho,
+        factor=_admm.factorise(of, rho) if inequalities else _kkt_inverse(of, rows.eps),
+        review=torch.where(warm, 1, _FIRST_REVIEW),
+        record=torch.full_like(error, torch.inf),
+    )
+
+
+def _step(rows: Rows, x: Tensor, state: QPState) -> tuple[Tensor, QPState]:
+    of = rows.once(_program)
+    n, _, inequalities = rows.inputs.sizes
+    at = Point(x[:, :n], x[:, n:], state.image, state.slope)
+    new, state = (_alternate if inequalities else _correct)(rows, of, at, state)
+    return torch.cat([new.x, new.y], dim=-1), state._replace(image=new.image, slope=new.slope)
+
+
+def _kkt_inverse(of: Program, eps: float) -> Tensor:
+    """The inverse of ``[[Q, C'], [C, 0]]``, shifted by so little that the corrections make up for it."""
+    delta = eps**0.75
+    shift = torch.cat([delta * of.columns, -delta / of.rows], dim=-1)
+    upper = torch.cat([of.Q, of.C.mT], dim=-1)
+    lower = torch.cat([of.C, torch.zeros_like(of.C @ of.C.mT)], dim=-1)
+    return _dense.inverse(torch.cat([upper, lower], dim=-2) + torch.diag_embed(shift))
+
+
+def _correct(rows: Rows, of: Program, at: Point, state: QPState) -> tuple[Point, QPState]:
+    """Newton's method on the linear KKT conditions; once is enough but for rounding."""
+    d = -times(torch.cat([at.slope, at.image - of.u], dim=-1), state.factor.mT)
+    dx, dy = d.split([at.x.shape[-1], at.y.shape[-1]], dim=-1)
+    new = point(of, at.x + dx, at.y + dy)
+    error = residual(of, new)
+    stuck = (error > state.target) & ~(error < 0.5 * state.error)
+    status = _proved(of, dx, dy, rows.eps, stuck, state.status) if any_lane(stuck) else state.status
+    return new, state._replace(error=error, status=status)
+
+
+def _alternate(rows: Rows, of: Program, at: Point, state: QPState) -> tuple[Point, QPState]:
+    new, values = _admm.iterate(of, at, state.values, state.rho, state.factor)
+    state = state._replace(error=residual(of, new), values=values)
+    due = (state.status == Status.RUNNING) & (state.iter_num + 1 >= state.review) & (state.error > state.target)
+    if any_lane(due):
+        status = _proved(of, new.x - at.x, new.y - at.y, rows.eps, due, state.status)
+        new, state = _polished(rows, of, new, state._replace(status=status), due)
+        state = _adapted(rows, of, new, state, due & (state.error > state.target))
+    return new, state
+
+
+def _proved(of: Program, dx: Tensor, dy: Tensor, eps: float, asked: Tensor, status: Tensor) -> Tensor:
+    infeasible, unbounded = certificates(of, dx, dy, eps)
+    status = torch.where(asked & unbounded, int(Status.UNBOUNDED), status)
+    return torch.where(asked & infeasible, int(Status.INFEASIBLE), status)
+
+
+def _polished(rows: Rows, of: Program, at: Point, state: QPState, due: Tensor) -> tuple[Point, QPState]:
+    """The point that the guessed active set leads to, where it is better."""
+    lanes = picked(due, rows.plain)
+    part, base = of.of(lanes), Point(*(t[lanes] for t in at))
+    active = active_set(part, base, rows.eps, rows.plain)
+    found, dx, dy, broken = polish(part, base, active, rows.eps, rows.plain)
+    error = residual(part, found)
+    target, record = state.target[lanes], state.record[lanes]
+    # Every guess that is taken, but for the last, has a tenth of the error of the one before, lest they take turns.
+    better = ~broken & (error < state.error[lanes]) & ((error <= target) | (error < 0.1 * record))
+    values = torch.where(active | (found.image > part.u), part.u, found.image)
+    status = _proved(part, dx, dy, rows.eps, ~broken & (error > target), state.status[lanes])
+
+    def merged(old: Tensor, new: Tensor, where: Tensor = better) -> Tensor:
+        return put(old, due, lanes, select(where, new, old[lanes]))
+
+    done = state.iter_num[lanes] + 1
+    again = torch.where(better, done + 1, torch.clamp(2 * done, min=_FIRST_REVIEW))
+    return Point(*(merged(old, new) for old, new in zip(at, found, strict=True))), state._replace(
+        error=merged(state.error, error),
+        record=merged(state.record, error),
+        values=merged(state.values, values),
+        status=merged(state.status, status, torch.ones_like(better)),
+        review=put(state.review, due, lanes, again),
+    )
+
+
+def _adapted(rows: Rows, of: Program, at: Point, state: QPState, due: Tensor) -> QPState:
+    rho = torch.where(due, _admm.balanced(of, at, state.values, state.rho), state.rho)
+    changed = rho != state.rho
+    if not any_lane(changed):
+        return state
+    lanes = picked(changed, rows.plain)
+    lower = put(state.factor, changed, lanes, _admm.factorise(of.of(lanes), rho[lanes]))
+    return state._replace(rho=rho, factor=lower)

@@ -1,0 +1,122 @@
+"""SciPy's solvers of systems of equations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+import implicitdiff.solvers._condition as _condition
+from implicitdiff.solvers._rows import Rows, norm
+from implicitdiff.solvers._scipy import Engine, Lane, check_scipy_options, lookup, make_engine
+from implicitdiff.solvers._solver import Solver
+
+Tolerances = Callable[[float, float], dict[str, Any]]
+
+
+class _Row(NamedTuple):
+    """What SciPy's documentation says of a method.
+
+    Attributes:
+        jac: whether it takes the Jacobian.
+        budget: the option that limits it.
+        counts: what in the result this counts.
+        tolerances: ``tolerances(aim, eps)``, the options with which it does not stop before ``|F| <= aim``.
+    """
+
+    jac: bool
+    budget: str
+    counts: str
+    tolerances: Tolerances
+
+
+def _by_residual(aim: float, eps: float) -> dict[str, Any]:
+    return {"fatol": aim, "tol_norm": np.linalg.norm}
+
+
+def _krylov(aim: float, eps: float) -> dict[str, Any]:
+    # Its products with the Jacobian are differences of the values.
+    return {**_by_residual(aim, eps), "jac_options": {"rdiff": eps**0.5}}
+
+
+_QUASI_NEWTON = _Row(False, "maxiter", "nit", _by_residual)
+_METHODS = {
+    "hybr": _Row(True, "maxfev", "nfev", lambda aim, eps: {"xtol": eps}),
+    "lm": _Row(True, "maxiter", "nfev", lambda aim, eps: {"xtol": eps, "ftol": eps, "gtol": eps}),
+    "broyden1": _QUASI_NEWTON,
+    "broyden2": _QUASI_NEWTON,
+    "anderson": _QUASI_NEWTON,
+    "linearmixing": _QUASI_NEWTON,
+    "diagbroyden": _QUASI_NEWTON,
+    "excitingmixing": _QUASI_NEWTON,
+    "krylov": _QUASI_NEWTON._replace(tolerances=_krylov),
+    "df-sane": _Row(False, "maxfev", "nfev", lambda aim, eps: {"fatol": aim, "ftol": 0.0}),
+}
+
+
+def scipy_root(
+    residual_fn: Callable[..., Any],
+    method: str = "hybr",
+    scipy_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Solver:
+    r"""Make a solver of ``F(x, *args) = 0``, as many equations as unknowns, by `scipy.optimize.root`.
+
+    SciPy's solver runs on the host with the Jacobian of `torch` (``hybr`` and ``lm`` take one), below every transform,
+    and the solution has the implicit derivatives of ``F``. Under vmap it runs once for each lane, one after the other;
+    the solvers written in this library solve all lanes together. Arrays are float64 on SciPy's side, whatever the
+    dtype and device of ``x``.
+
+    One `update` is the whole search, and its result has the implicit derivatives too. `iter_num` counts what
+    ``maxiter`` limits: iterations, or evaluations of ``F`` for ``hybr``, ``lm`` and ``df-sane``. SciPy's steps cannot
+    be unrolled: ``run(..., implicit_diff=False)`` is refused.
+
+    Whether a search has converged is decided by ``|F|``, whatever SciPy reports; one that stopped by itself before has
+    the status ``LINE_SEARCH_FAILED``.
+
+    Args:
+        residual_fn: ``F(x, *args)``, a tree like ``x``.
+        method: any of `scipy.optimize.root`'s.
+        scipy_options: the method's own options. They go before the tolerances that are otherwise made of ``rtol`` and
+            ``atol``.
+        options: see `implicitdiff.solvers`; ``maxiter=None`` allows 200 for each unknown, at least 1000.
+
+    Raises:
+        ValueError: SciPy has no such method, or the budget is among ``scipy_options``.
+
+    Reference:
+        Virtanen et al., "SciPy 1.0", Nature Methods 17 (2020); `scipy.optimize.root`.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.solvers import scipy_root
+        >>> solver = scipy_root(lambda z, shift: torch.tanh(z + shift) - z)
+        >>> z, state = solver.run(torch.tensor(0.5), torch.tensor(1.0))
+        >>> z
+        tensor(0.9612)
+        >>> torch.func.grad(lambda shift: solver.run(torch.tensor(0.5), shift)[0])(torch.tensor(1.0))
+        tensor(0.0824)
+    """
+    row = lookup("scipy_root", method, _METHODS)
+    own = check_scipy_options("scipy_root", scipy_options, {row.budget: "give maxiter= to the solver"})
+
+    def solve(lane: Lane, aim: float, limit: int) -> Any:
+        # Takes half a second to import.
+        from scipy.optimize import root
+
+        return root(
+            lane.residual,
+            lane.x0,
+            method=method,
+            jac=lane.jacobian if row.jac else None,
+            options={**row.tolerances(aim, lane.eps), row.budget: limit, **own},
+        )
+
+    def measure(rows: Rows, x: Tensor) -> Tensor:
+        return norm(rows.fn(x))
+
+    return make_engine(
+        "scipy_root", _condition.root, residual_fn, measure, Engine(solve, row.counts, digits=2 / 3), options
+    )

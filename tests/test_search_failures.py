@@ -1,0 +1,202 @@
+"""Every way in which a search can fail, alone and in a batch: what the state says, what is raised, and what is not
+touched by the failure of another lane."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+import implicitdiff.solvers as solvers
+from implicitdiff.errors import ConvergenceError, ConvergenceWarning
+from implicitdiff.solvers import Solver, Status
+
+F64 = torch.float64
+
+
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=F64)
+
+
+class Failure(NamedTuple):
+    """A way to fail: with `bad` as its argument, from `start`, while all goes well with `good`."""
+
+    name: str
+    make: Callable[..., Solver]
+    status: Status
+    bad: float
+    good: float
+    start: float = 1.0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def rate(solver: Callable[..., Solver]) -> Callable[..., Solver]:
+    """``x = theta x + 1``, a contraction for |theta| < 1, without solution for theta = 1."""
+    return lambda **options: solver(lambda x, theta: theta * x + 1, **options)
+
+
+def square(solver: Callable[..., Solver], **more: Any) -> Callable[..., Solver]:
+    """``x^2 = theta``."""
+    return lambda **options: solver(lambda x, theta: x**2 - theta, **more, **options)
+
+
+def logarithm(solver: Callable[..., Solver]) -> Callable[..., Solver]:
+    return lambda **options: solver(lambda x, theta: torch.log(x) - theta, **options)
+
+
+def bowl(solver: Callable[..., Solver], *more: Any) -> Callable[..., Solver]:
+    """Unbounded below for theta < 0."""
+    return lambda **options: solver(lambda x, theta: theta * x**2 / 2 - x, *more, **options)
+
+
+FAILURES = [
+    Failure("the map expands", rate(solvers.fixed_point_iteration), Status.DIVERGED, bad=1e30, good=0.5),
+    Failure("a value is not a number", rate(solvers.fixed_point_iteration), Status.DIVERGED, bad=math.nan, good=0.5),
+    Failure("no fixed point", rate(solvers.fixed_point_iteration), Status.BUDGET_SPENT, bad=1.0, good=0.5),
+    Failure("no fixed point, anderson", rate(solvers.anderson), Status.BUDGET_SPENT, bad=1.0, good=0.5),
+    Failure("no fixed point, broyden", rate(solvers.broyden), Status.BUDGET_SPENT, bad=1.0, good=0.5),
+    Failure("a rotation", lambda **o: solvers.fixed_point_iteration(lambda x, theta: theta - x, **o),
+            Status.BUDGET_SPENT, bad=4.0, good=2.0),
+    Failure("nan, anderson", rate(solvers.anderson), Status.DIVERGED, bad=math.nan, good=0.5),
+    Failure("nan, broyden", rate(solvers.broyden), Status.DIVERGED, bad=math.nan, good=0.5),
+    Failure("a singular Jacobian", square(solvers.newton), Status.DIVERGED, bad=1.0, good=0.0, start=0.0),
+    Failure("outside of the domain", logarithm(solvers.newton), Status.DIVERGED, bad=-9.0, good=0.5),
+    Failure("a singular Jacobian, chord", square(solvers.chord), Status.DIVERGED, bad=1.0, good=0.0, start=0.0),
+    Failure("nan, newton", square(solvers.newton), Status.DIVERGED, bad=math.nan, good=2.0),
+    Failure("nan, broyden_root", square(solvers.broyden_root), Status.DIVERGED, bad=math.nan, good=1.1),
+    Failure("no root, newton", square(solvers.newton), Status.BUDGET_SPENT, bad=-3.0, good=2.0),
+    Failure("a pole", lambda **o: solvers.bisection(lambda x, theta: (x - 0.3) ** theta, 0.0, 1.0, **o),
+            Status.DIVERGED, bad=-1.0, good=1.0),
+    Failure("a singular Jacobian, gauss_newton", square(solvers.gauss_newton), Status.DIVERGED, bad=math.nan, good=4.0),
+    Failure("nan, levenberg_marquardt", square(solvers.levenberg_marquardt), Status.DIVERGED, bad=math.nan, good=4.0),
+    Failure("nan, gradient_descent", bowl(solvers.gradient_descent), Status.DIVERGED, bad=math.nan, good=1.0),
+    Failure("nan, projected_gradient", bowl(solvers.projected_gradient, lambda v: v.clamp(-3, 3)), Status.DIVERGED,
+            bad=math.nan, good=1.0),
+    Failure("the steps are too long",
+            lambda **o: solvers.gradient_descent(
+                lambda x, theta: theta * x**2 / 2, stepsize=1.0, acceleration=False, **o),
+            Status.DIVERGED, bad=1e9, good=0.5),
+]  # fmt: skip
+
+every_failure = pytest.mark.parametrize("failure", FAILURES, ids=str)
+# The safety net, without which a spent budget is no failure, is far.
+every_failure_that_raises = pytest.mark.parametrize(
+    "failure", [f for f in FAILURES if f.status is not Status.BUDGET_SPENT], ids=str
+)
+
+
+@every_failure_that_raises
+def test_a_search_that_fails_raises_what_happened(failure: Failure) -> None:
+    with pytest.raises(ConvergenceError) as caught:
+        failure.make().run(number(failure.start), number(failure.bad))
+    error = caught.value
+    assert error.status == failure.status and error.lanes == (0,) and error.total == 1
+    assert failure.status.name in str(error) and error.solver in str(error)
+
+
+@every_failure
+def test_on_request_it_says_so_in_the_status_alone(failure: Failure) -> None:
+    solver = failure.make(maxiter=100, on_failure="ignore")
+    for solve in (solver.run, vmap(solver.run)):
+        state = solve(*(number(v) if solve == solver.run else number(v)[None] for v in (failure.start, failure.bad)))[1]
+        assert state.status == failure.status
+        assert not state.error <= state.target
+
+
+@every_failure
+def test_a_lane_that_fails_leaves_the_others_alone(failure: Failure) -> None:
+    solver = failure.make(maxiter=100, on_failure="ignore")
+    theta = torch.tensor([failure.good, failure.bad, failure.good], dtype=F64)
+    x = torch.full((3,), failure.start, dtype=F64)
+    found, state = vmap(solver.run)(x, theta)
+    alone, state_alone = solver.run(x[0], theta[0])
+    assert state.status.tolist() == [Status.CONVERGED, failure.status, Status.CONVERGED]
+    assert found[0] == found[2] and state.iter_num[0] == state_alone.iter_num
+    torch.testing.assert_close(found[0], alone, rtol=1e-12, atol=0.0)
+
+
+@every_failure_that_raises
+def test_a_batch_raises_and_names_the_lanes(failure: Failure) -> None:
+    solver = failure.make()
+    theta = torch.tensor([[failure.good, failure.bad, failure.good], [failure.bad] * 3], dtype=F64)
+    x = torch.full((2, 3), failure.start, dtype=F64)
+    with pytest.raises(ConvergenceError, match="lanes 1, 3, 4, 5: 4 of 6") as caught:
+        vmap(vmap(solver.run))(x, theta)
+    assert caught.value.lanes == (1, 3, 4, 5) and caught.value.total == 6 and caught.value.status == failure.status
+
+
+@every_failure_that_raises
+def test_a_failed_search_warns_if_asked_to(failure: Failure) -> None:
+    with pytest.warns(ConvergenceWarning, match=failure.status.name):
+        failure.make(on_failure="warn").run(number(failure.start), number(failure.bad))
+
+
+# --- the budget -------------------------------------------------------------------------------------------------------
+
+
+def half(x: Tensor, theta: Tensor) -> Tensor:
+    return x / 2 + theta
+
+
+def test_to_spend_an_integer_budget_is_no_failure() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x, state = solvers.fixed_point_iteration(half, maxiter=5).run(number(0.0), number(1.0))
+    assert state.status == Status.BUDGET_SPENT and state.iter_num == 5
+    assert x == 2 - 2 / 2**5 and state.error == 1 / 2**5
+
+
+def test_to_converge_with_the_last_iteration_of_the_budget_is_to_converge() -> None:
+    options = {"rtol": 0.0, "atol": 1 / 2**5}
+    x, state = solvers.fixed_point_iteration(half, maxiter=5, **options).run(number(0.0), number(1.0))
+    assert state.status == Status.CONVERGED and state.iter_num == 5
+    assert solvers.fixed_point_iteration(half, maxiter=4, **options).run(x, number(1.0))[1].iter_num == 0
+
+
+def test_to_meet_the_safety_net_is_a_failure() -> None:
+    solver = solvers.newton(lambda x: x + torch.where(x > 0, 1.0, -1.0))
+    with pytest.raises(
+        ConvergenceError, match=r"BUDGET_SPENT after 1000 iterations; at the end error 2\.000e"
+    ) as caught:
+        solver.run(number(1.0))
+    assert caught.value.iterations == 1000 and caught.value.error == 2.0
+
+
+@pytest.mark.parametrize("every", [1, 3, 7, 100])
+def test_no_more_iterations_are_made_than_the_budget_allows(every: int) -> None:
+    _, state = solvers.fixed_point_iteration(lambda x: x + 1, maxiter=5, check_every=every).run(number(0.0))
+    assert state.iter_num == 5 and state.status == Status.BUDGET_SPENT
+
+
+def test_divergence_is_an_error_also_with_a_budget() -> None:
+    with pytest.raises(ConvergenceError, match="DIVERGED"):
+        solvers.fixed_point_iteration(lambda x: x * 1e200, maxiter=100).run(number(1.0))
+
+
+def test_the_derivative_of_a_spent_budget_is_that_of_the_condition_at_the_point_that_was_reached() -> None:
+    solver = solvers.fixed_point_iteration(lambda x, theta: x / 2 + theta, maxiter=3)
+    assert grad(lambda theta: solver.run(number(0.0), theta)[0])(number(1.0)) == 2
+
+
+# --- brackets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lower", "upper"), [(1.5, 3.0), (3.0, 1.5), (0.0, 1.0), (math.nan, 2.0)])
+def test_a_bracket_without_a_change_of_sign_is_refused(lower: float, upper: float) -> None:
+    solver = solvers.bisection(lambda x, theta: x**2 - theta, lower, upper)
+    with pytest.raises(ValueError, match="bracket"):
+        solver.run(None, number(2.0))
+
+
+def test_a_bracket_without_a_change_of_sign_in_one_lane_is_refused() -> None:
+    solver = solvers.bisection(lambda x, theta: x**2 - theta, number(0.0), number(2.0))
+    with pytest.raises(ValueError, match="bracket"):
+        vmap(lambda theta: solver.run(None, theta))(torch.tensor([1.0, 2.0, 5.0], dtype=F64))
