@@ -21,6 +21,15 @@ PINS = {
     "mypy": "2.4.1",
     "build": "1.6.1",
 }
+# What benchmarks/solvers.py compares with.
+PEERS = {
+    "jax": "0.10.2",
+    "jaxlib": "0.10.2",
+    "jaxopt": "0.8.5",
+    "optimistix": "0.1.0",
+    "equinox": "0.13.8",
+    "lineax": "0.1.1",
+}
 RUNTIME = ("torch", "numpy", "scipy")
 TESTING = ("pytest", "pytest-xdist", "hypothesis")
 
@@ -60,6 +69,13 @@ def maml(session: nox.Session) -> None:
     """Meta-learn the sinusoid tasks and draw the curves."""
     install(session, "matplotlib")
     session.run("python", "examples/maml_sine.py", *session.posargs)
+
+
+@nox.session
+def deq(session: nox.Session) -> None:
+    """Train a deep-equilibrium classifier of digits and draw its convergence and memory."""
+    install(session, "scikit-learn", "matplotlib")
+    session.run("python", "examples/deep_equilibrium.py", *session.posargs)
 
 
 @nox.session
@@ -153,3 +169,11 @@ def bench(session: nox.Session) -> None:
     install(session)
     session.run("python", "benchmarks/cost.py")
     session.run("python", "benchmarks/steps.py", *session.posargs)
+
+
+@nox.session(name="bench-solvers")
+def bench_solvers(session: nox.Session) -> None:
+    """Measure the solvers against those of JAXopt, Optimistix and SciPy."""
+    install(session)
+    session.install(*pinned(*RUNTIME), *(f"{name}=={version}" for name, version in PEERS.items()))
+    session.run("python", "benchmarks/solvers.py", *session.posargs)
