@@ -18,6 +18,7 @@ from torch import Tensor
 
 from implicitdiff import custom_fixed_point, custom_root, root_vjp
 from implicitdiff.linear_solve import LinearSolver, solve_gmres, solve_lu
+from implicitdiff.solvers import qp
 
 F64 = torch.float64
 # Derivatives through an exact factorisation are right to rounding; a Krylov solve leaves the residual that it was
@@ -294,6 +295,40 @@ def nested_unrolled(theta: Tensor) -> Tensor:
     return x
 
 
+# --- quadratic programs, all of whose data depend on theta ------------------------------------------------------------
+
+
+def program(theta: Tensor) -> tuple[Tensor, ...]:
+    """``Q, c, A, b, G, h``; of the two inequalities the first is active at the solution."""
+    G = torch.stack([torch.cos(theta), torch.sin(theta)])
+    h = torch.stack([theta[0] - 1.0, theta[0] + 40.0])
+    return definite(theta), torch.sin(theta), torch.exp(theta)[None], theta[:1] + 1.0, G, h
+
+
+def qp_equalities(theta: Tensor) -> Tensor:
+    return torch.cat(qp(rtol=1e-13).run(None, *program(theta)[:4])[0][:2])
+
+
+def qp_solution(theta: Tensor) -> Tensor:
+    primal, dual_eq, dual_ineq = qp(rtol=1e-13).run(None, *program(theta))[0]
+    return torch.cat([primal, dual_eq, dual_ineq[:1]])
+
+
+def kkt_equalities(theta: Tensor, Q: Tensor, c: Tensor, A: Tensor, b: Tensor) -> Tensor:
+    none = torch.zeros(len(A), len(A), dtype=F64) * theta[0]
+    matrix = torch.cat([torch.cat([Q, A.T], dim=1), torch.cat([A, none], dim=1)])
+    return torch.linalg.inv(matrix) @ torch.cat([-c, b])
+
+
+def qp_equalities_reference(theta: Tensor) -> Tensor:
+    return kkt_equalities(theta, *program(theta)[:4])
+
+
+def qp_reference(theta: Tensor) -> Tensor:
+    Q, c, A, b, G, h = program(theta)
+    return kkt_equalities(theta, Q, c, torch.cat([A, G[:1]]), torch.cat([b, h[:1]]))
+
+
 def users_solve(matvec, b):
     """A user's own linear solver: Richardson iteration, which knows nothing of the library."""
     x = b
@@ -357,4 +392,6 @@ PROBLEMS = [
         Problem(f"solvers.{row}", row.solution, row.family.closed_form, searches.THETA, row.tolerance)
         for row in SEARCHES
     ),
+    Problem("solvers.qp, equalities", qp_equalities, qp_equalities_reference, LINEAR_THETA),
+    Problem("solvers.qp", qp_solution, qp_reference, LINEAR_THETA),
 ]
