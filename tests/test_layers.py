@@ -54,6 +54,8 @@ ORDER = [
     "solvers._dense",
     "solvers._rows",
     "solvers._report",
+    "solvers._options",
+    "solvers._below",
     "solvers._solver",
     "solvers._backtracking",
     "solvers._low_rank",

@@ -20,9 +20,7 @@ def precision(eps: float) -> tuple[float, float]:
     return 10 * eps**0.5, eps**0.5
 
 
-def polish(
-    of: Program, at: Point, active: Tensor, eps: float, plain: bool
-) -> tuple[Point, Tensor, Tensor, Tensor]:
+def polish(of: Program, at: Point, active: Tensor, eps: float, plain: bool) -> tuple[Point, Tensor, Tensor, Tensor]:
     """The point where the active constraints are equalities, the last steps of x and of y towards it, and where that
     fails.
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from implicitdiff.solvers._backtracking import Point, backtrack, lies_below
+from implicitdiff.solvers._options import check_number
 from implicitdiff.solvers._rows import Rows, dot, norm
-from implicitdiff.solvers._solver import Method, check_number
+from implicitdiff.solvers._solver import Method
 from implicitdiff.solvers._status import Status
 
 Prox = Callable[[Rows, Tensor, Tensor], Tensor]

@@ -39,10 +39,8 @@ class Report:
         self.lanes = lanes
         return self
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
+        """Take the bar away."""
         if self.bar is not None:
             self.bar.close()
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._dense as _dense
+from implicitdiff.solvers._options import check_count, check_number
 from implicitdiff.solvers._rows import Rows, any_lane, norm, select, times
-from implicitdiff.solvers._solver import Method, Solver, check_count, check_number, make
+from implicitdiff.solvers._solver import Method, Solver, make
 
 
 class AndersonState(NamedTuple):

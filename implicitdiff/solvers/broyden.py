@@ -10,8 +10,9 @@ from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._low_rank as _low_rank
+from implicitdiff.solvers._options import check_count
 from implicitdiff.solvers._rows import Rows, norm
-from implicitdiff.solvers._solver import Method, Solver, check_count, make
+from implicitdiff.solvers._solver import Method, Solver, make
 
 
 class BroydenState(NamedTuple):

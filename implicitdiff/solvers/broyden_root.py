@@ -12,8 +12,9 @@ import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._dense as _dense
 import implicitdiff.solvers._low_rank as _low_rank
 import implicitdiff.solvers._newton as _newton
+from implicitdiff.solvers._options import check_count
 from implicitdiff.solvers._rows import Rows, norm, times
-from implicitdiff.solvers._solver import Method, Solver, check_count, make
+from implicitdiff.solvers._solver import Method, Solver, make
 
 
 class BroydenRootState(NamedTuple):

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
+from implicitdiff.solvers._options import check_number
 from implicitdiff.solvers._rows import Rows, norm
-from implicitdiff.solvers._solver import Method, Solver, check_number, make
+from implicitdiff.solvers._solver import Method, Solver, make
 
 
 class FixedPointState(NamedTuple):

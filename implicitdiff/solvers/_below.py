@@ -1,0 +1,136 @@
+"""The user's functions below the transforms, where a solver runs on plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import implicitdiff._closure as _closure
+import implicitdiff._functorch as functorch
+import implicitdiff._modes as _modes
+import implicitdiff.pytree as pytree
+from implicitdiff._freeze import freeze
+from implicitdiff._linear import check_leaves
+from implicitdiff._operator import Dims
+from implicitdiff._system import Vectors
+from implicitdiff.pytree import Leaves
+from implicitdiff.solvers._condition import Pose
+from implicitdiff.solvers._rows import Part, RowFunction, Rows
+
+Search = Callable[[Rows, Tensor], tuple[Tensor, Any]]
+"""``search(rows, x) -> (x, state)``."""
+Tolerances = tuple[float | None, float | None]
+
+
+class Closed:
+    """The user's functions with all that they capture as operands, so that the vmaps can be taken off."""
+
+    def __init__(
+        self, name: str, pose: Pose, functions: tuple[Callable[..., Any], ...], params: Any, args: tuple[Any, ...]
+    ) -> None:
+        self.x0, self.structure = pytree.flatten(params)
+        check_leaves(f"{name}: the initial guess", self.x0)
+        given, self.arguments = pytree.flatten(args)
+        self.given = len(given)
+        self.condition = pose(*map(freeze, functions))
+        parts = self.condition.parts
+
+        def dispatch(name: str | None, *operands: Any) -> Any:
+            if name is None:
+                return {name: part(*operands) for name, part in parts.items()}
+            return parts[name](*operands)
+
+        _, self.closure = _closure.close_over(name, dispatch, None, params, args)
+        self.theta = [*given, *self.closure.captured]
+
+    def _parts(self, theta: Leaves) -> tuple[dict[str, Callable[..., Any]], tuple[Any, ...]]:
+        captured = theta[self.given :]
+        bound: dict[str, Callable[..., Any]] = {
+            name: partial(self.closure, captured, name) for name in self.condition.parts
+        }
+        args: tuple[Any, ...] = self.arguments.unflatten(theta[: self.given])
+        return bound, args
+
+    def residual(self, x: Leaves, theta: Leaves) -> Leaves:
+        parts, args = self._parts(theta)
+        return self.structure.tensors_of(self.condition.optimality(parts, self.structure.unflatten(x), args))
+
+    def search(self, solve: Search, rtol: float | None, atol: float | None) -> tuple[Leaves, Any]:
+        """The solution and the state, which only the vmaps see; `solve` finds them below all transforms."""
+        operands = [functorch.plain_under_vmap(functorch.alive(t)) for t in _modes.alias([*self.x0, *self.theta])]
+        operands, layers = functorch.without_batch_layers(operands)
+        levels: list[Dims] = [tuple(None if d is None else 0 for d in layer.dims) for layer in layers]
+        lanes = tuple(layer.size for layer in reversed(layers))
+        n = len(self.x0)
+        with _modes.unseen(), functorch.nothing_running(), _closure.full_precision():
+            operands = functorch.out_of_inference(operands)
+            x = [_everywhere(t, [dims[i] for dims in levels], lanes) for i, t in enumerate(operands[:n])]
+            rows = self._rows(x, operands[n:], [dims[n:] for dims in levels], lanes, (rtol, atol))
+            found, state = solve(rows, rows.inputs.ravel(x))
+            solution = rows.inputs.unravel(found)
+            state = pytree.map_tensors(lambda t: t.reshape((*lanes, *t.shape[1:])), state)
+        # The lanes of the outermost vmap lie in front.
+        for layer in reversed(layers):
+            solution = [functorch.add_layer(t, 0, layer) for t in solution]
+            state = pytree.map_tensors(partial(functorch.add_layer, dim=0, of=layer), state)
+        return solution, state
+
+    def _rows(
+        self, x: Leaves, theta: Leaves, levels: list[Dims], lanes: tuple[int, ...], tolerances: Tolerances
+    ) -> Rows:
+        def lane(i: int) -> Rows:
+            at = tuple(int(k) for k in torch.unravel_index(torch.tensor(i), lanes))
+            outermost_first = zip(theta, *levels[::-1], strict=True)
+            own = [t[tuple(k for k, d in zip(at, dims, strict=True) if d is not None)] for t, *dims in outermost_first]
+            return self._rows([t[at] for t in x], own, [], (), tolerances)
+
+        inputs = Vectors(x, lanes)
+        parts = {name: self._over_lanes(name, theta, levels) for name in self.condition.parts}
+        if not lanes:
+            return Rows(parts, inputs, self.structure, True, *tolerances)
+        jacobians = {name: self._jacobian_over_lanes(name, theta, levels) for name in parts}
+        return Rows(parts, inputs, self.structure, True, *tolerances, lane, jacobians)
+
+    def _over_lanes(self, name: str, theta: Leaves, levels: list[Dims]) -> Part:
+        fn = self._one_lane(name)
+        for dims in levels:
+            fn = torch.func.vmap(fn, in_dims=(0, list(dims), 0))
+        return lambda x, more: fn(x, theta, more)
+
+    def _jacobian_over_lanes(
+        self, name: str, theta: Leaves, levels: list[Dims]
+    ) -> Callable[[Leaves], tuple[Tensor, Tensor]]:
+        """The vmap over unit vectors inside of those over lanes: outside, it would copy what the lanes hold, once for
+        each vector."""
+        part = self._one_lane(name)
+
+        def one_lane(x: Leaves, theta: Leaves) -> tuple[Tensor, Tensor]:
+            inputs = Vectors(x, ())
+            y, matrix = RowFunction(lambda x, more: part(x, theta, more), inputs, False).jacobian(inputs.ravel(x))
+            return y[0], matrix[0]
+
+        fn = one_lane
+        for dims in levels:
+            fn = torch.func.vmap(fn, in_dims=(0, list(dims)))
+        return lambda x: fn(x, theta)
+
+    def _one_lane(self, name: str) -> Callable[[Leaves, Leaves, Leaves], Leaves]:
+        def fn(x: Leaves, theta: Leaves, more: Leaves) -> Leaves:
+            parts, args = self._parts(theta)
+            return pytree.tensors(parts[name](self.structure.unflatten(x), args, *more))
+
+        return fn
+
+
+def _everywhere(tensor: Tensor, dims: list[int | None], lanes: tuple[int, ...]) -> Tensor:
+    """A tensor with a batch dimension in front for every lane; it has those where `dims`, from the innermost vmap
+    outwards, is not None."""
+    has = [d is not None for d in reversed(dims)]
+    for at, there in enumerate(has):
+        if not there:
+            tensor = tensor.unsqueeze(at)
+    return tensor.expand((*lanes, *tensor.shape[len(lanes) :]))
