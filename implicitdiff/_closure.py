@@ -35,7 +35,7 @@ class Closure:
         self.constants = [(t, v) for t, v in outside if not functorch.may_be_differentiated(t)]
         # At least one: a mode sees what a custom autograd.Function is applied to only where some transform is running.
         self.levels = max(1, max(map(functorch.level, self.captured), default=0))
-        self.autocast = _autocast_state()
+        self.autocast = autocast_state()
 
     def __call__(self, values: Sequence[torch.Tensor], *args: Any) -> Any:
         """``fn(*args)`` with ``values`` in the place of the captured tensors."""
@@ -44,8 +44,8 @@ class Closure:
                 f"{self.name} captures a tensor of shape {list(changed[0].shape)} that has been changed in place since "
                 "the call, so its derivative can no longer be taken; give the call a clone, or update out of place"
             )
-        if self.autocast != _autocast_state():
-            with _autocast(self.autocast):
+        if self.autocast != autocast_state():
+            with autocast(self.autocast):
                 return self(values, *args)
         if not self.captured:
             return self.fn(*args)
@@ -105,14 +105,16 @@ def _refuse_unseen(closure: Closure, result: Any, args: tuple[Any, ...]) -> None
 Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 
 
-def _autocast_state() -> Autocast:
+def autocast_state() -> Autocast:
+    """What autocast does now."""
     return tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
 
 
 @contextmanager
-def _autocast(state: Autocast) -> Iterator[None]:
+def autocast(state: Autocast) -> Iterator[None]:
+    """Run the body as autocast was."""
     with ExitStack() as stack:
-        for (device, enabled, dtype), now in zip(state, _autocast_state(), strict=True):
+        for (device, enabled, dtype), now in zip(state, autocast_state(), strict=True):
             if (device, enabled, dtype) != now:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
         yield
@@ -121,5 +123,5 @@ def _autocast(state: Autocast) -> Iterator[None]:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Run linear algebra outside of autocast."""
-    with _autocast(tuple((device, False, dtype) for device, _, dtype in _autocast_state())):
+    with autocast(tuple((device, False, dtype) for device, _, dtype in autocast_state())):
         yield

@@ -10,27 +10,65 @@ import functools
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
+from torch.nn import Module
+
 import implicitdiff._functorch as functorch
 
 
 def freeze(fn: Any) -> Any:
     """The same function with its own copy of the variables that it captures: of enclosing functions and of its module.
 
-    What the variables hold is not copied. Functions among them, partials and methods are frozen in turn.
+    What the variables hold is not copied. Functions among them, partials and methods are frozen in turn, and of an
+    ``nn.Module`` the parameters and buffers that it has now: `torch.func.functional_call` puts them there for the time
+    of a call.
     """
-    return _Freezer()(fn)
+    freezer = _Freezer()
+    frozen = freezer(fn)
+    parts = [part for module in freezer.modules_met for part in module.modules()]
+    tensors = [(held, dict(held)) for part in parts for held in (part._parameters, part._buffers)]
+    return _AsNow(frozen, tensors) if tensors else frozen
+
+
+Held = dict[str, Any]
+
+
+class _AsNow:
+    """A function of modules that runs with the tensors which they had."""
+
+    def __init__(self, fn: Any, tensors: list[tuple[Held, Held]]) -> None:
+        functools.update_wrapper(self, fn)
+        self.fn, self.tensors = fn, tensors
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        changed = [(held, dict(held), then) for held, then in self.tensors if not _are_same(held, then)]
+        try:
+            for held, _, then in changed:
+                held.update(then)
+            return self.fn(*args, **kwargs)
+        finally:
+            for held, now, _ in changed:
+                held.update(now)
+
+
+def _are_same(a: Held, b: Held) -> bool:
+    return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
 
 
 class _Freezer:
     def __init__(self) -> None:
         self.functions: dict[int, FunctionType] = {}
         self.modules: dict[int, dict[str, Any]] = {}
+        self.modules_met: list[Module] = []
 
     def __call__(self, value: Any) -> Any:
+        if isinstance(value, Module):
+            self.modules_met.append(value)
         if type(value) is functools.partial:
+            for argument in (*value.args, *value.keywords.values()):
+                self(argument)
             return functools.partial(self(value.func), *value.args, **value.keywords)
         if isinstance(value, MethodType):
-            return MethodType(self(value.__func__), value.__self__)
+            return MethodType(self(value.__func__), self(value.__self__))
         if isinstance(value, FunctionType) and _is_users(value):
             return self.functions.get(id(value)) or self._function(value)
         return value
@@ -51,7 +89,7 @@ class _Freezer:
             except ValueError:  # not assigned yet
                 continue
         for name in _names(fn.__code__) & variables.keys():
-            if isinstance(fn.__globals__.get(name), FunctionType):
+            if isinstance(fn.__globals__.get(name), (FunctionType, Module)):
                 variables[name] = self(fn.__globals__[name])
         return frozen
 

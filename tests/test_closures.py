@@ -279,13 +279,49 @@ def test_a_constant_that_is_overwritten_before_the_derivative_is_refused():
         x.sum().backward()
 
 
-def test_a_parameter_that_is_replaced_before_the_derivative_is_refused():
+def test_a_parameter_that_is_replaced_before_the_derivative_is_differentiated_as_it_was():
     net = nn.Linear(2, 2).to(F64)
-    solver = custom_root(lambda x: x + 0.1 * torch.tanh(net(x)))
-    x = solver(lambda init: torch.zeros(2, dtype=F64))(None)
-    net.weight = nn.Parameter(torch.eye(2, dtype=F64))
-    with pytest.raises(RuntimeError, match="did not depend on when the solver was called"):
-        x.sum().backward()
+    old = net.bias
+    x = custom_root(lambda x: x - net(torch.zeros_like(x)))(lambda init: net.bias.detach())(None)
+    net.bias = nn.Parameter(torch.zeros(2, dtype=F64))
+    x.sum().backward()
+    torch.testing.assert_close(old.grad, torch.ones(2, dtype=F64))
+    assert net.bias.grad is None
+
+
+class Equilibrium(nn.Module):
+    """``z = w z + x``, solved inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.5, dtype=F64))
+
+    def condition(self, z, x):
+        return z - self.w * z - x
+
+    def forward(self, x):
+        return custom_root(self.condition)(lambda init, x: x / (1 - self.w))(torch.zeros_like(x), x)
+
+
+class EquilibriumByLambda(Equilibrium):
+    def forward(self, x):
+        return custom_root(lambda z, x: z - self.w * z - x)(lambda init, x: x / (1 - self.w))(torch.zeros_like(x), x)
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+@pytest.mark.parametrize("module", [Equilibrium, EquilibriumByLambda])
+def test_a_module_that_solves_inside_may_be_called_functionally(module, needs_gradient):
+    # functional_call puts the module's own parameters back before the derivative is taken.
+    model = module().requires_grad_(needs_gradient)
+    w, x = torch.tensor([0.8, 0.4], dtype=F64), torch.tensor(2.0, dtype=F64)
+
+    def f(w, x):
+        return functional_call(model, {"w": w}, (x,))
+
+    torch.testing.assert_close(vmap(grad(f), in_dims=(0, None))(w, x), x / (1 - w) ** 2)
+    torch.testing.assert_close(vmap(grad(f, argnums=1), in_dims=(0, None))(w, x), 1 / (1 - w))
+    torch.testing.assert_close(vmap(grad(grad(f)), in_dims=(0, None))(w, x), 2 * x / (1 - w) ** 3)
+    torch.testing.assert_close(vmap(jacfwd(f), in_dims=(0, None))(w, x), x / (1 - w) ** 2)
 
 
 def untouched(theta):

@@ -145,3 +145,20 @@ def test_a_thousand_box_programs_in_one_call_with_a_hypergradient_for_each():
     for lane in (0, 17, 999):
         up, down = (value(bound[lane] + e, Q[lane], c[lane]) for e in (1e-6, -1e-6))
         torch.testing.assert_close(hypergradients[lane], (up - down) / 2e-6, rtol=1e-6, atol=1e-7)
+
+
+def test_a_large_violation_of_the_constraints_does_not_hide_the_gradient():
+    scales, f32 = torch.tensor([1.0, 2.0, 3.0]), torch.float32
+    Q, c = 1e-4 * torch.diag(scales), torch.tensor([1.0, -1.0, 2.0])
+    h = torch.tensor([-5000.0, 2500.0], dtype=f32)
+    solution, _ = qp().run(None, Q, c, None, None, torch.eye(3)[:2], h)
+    torch.testing.assert_close(solution.primal, torch.tensor([-10000.0, 2500.0, -20000.0 / 3]), rtol=1e-3, atol=0)
+
+
+def test_a_target_below_rounding_is_not_asked_for():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        half = torch.randn(5, 5, generator=generator)
+        c, x, A = (torch.randn(*shape, generator=generator) for shape in ((5,), (5,), (2, 5)))
+        _, state = qp().run(None, 1e3 * (half @ half.T + 0.1 * torch.eye(5)), c, A, A @ x)
+        assert state.status == Status.CONVERGED

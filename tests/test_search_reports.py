@@ -371,3 +371,19 @@ def test_functions_that_change_what_they_are_given_are_refused() -> None:
     for fn in functions:
         with pytest.raises(ValueError, match="in place"):
             anderson(fn).run(torch.ones(2))
+
+
+@pytest.mark.parametrize("maker", [anderson, fixed_point_iteration])
+def test_autocast_reaches_the_function_and_not_the_method(maker) -> None:
+    seen = []
+
+    def image(z, t):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return 0.5 * torch.tanh(z + t)
+
+    t = torch.tensor([0.4, 0.9, -0.3])
+    plain, _ = maker(image).run(torch.zeros(3), t, implicit_diff=False)
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast, _ = maker(image).run(torch.zeros(3), t, implicit_diff=False)
+    assert all(seen) and torch.equal(plain, cast)

@@ -12,7 +12,9 @@ from implicitdiff.solvers._rows import Rows, any_lane, dot, select
 Point = tuple[Tensor, ...]
 """Where a step leads, and what is known there; all with the lanes in front."""
 
-HALVINGS = 60
+GROWTH = 1.25
+"""What the last size of a step is multiplied by before the next."""
+_HALVINGS = 60
 
 
 def backtrack(
@@ -31,7 +33,7 @@ def backtrack(
     """
     new = at(size)
     refused = active & ~enough(new, size)
-    for _ in range(HALVINGS):
+    for _ in range(_HALVINGS):
         if not any_lane(refused):
             break
         size = torch.where(refused, size / 2, size)

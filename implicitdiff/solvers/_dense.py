@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from implicitdiff._closure import full_precision
 from implicitdiff._operator import Dims
 from implicitdiff._primitive import Problem, solve_problem
 from implicitdiff.pytree import Leaves
@@ -75,7 +76,8 @@ class _LeastSquares(_Square):
 
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
         a = theta[0]
-        return solve_problem(_Square(), [a.mT @ a, b[0]])
+        with full_precision():
+            return solve_problem(_Square(), [a.mT @ a, b[0]])
 
     def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, Tensor]:
         return Problem.pullback(self, x, theta, u, wanted)

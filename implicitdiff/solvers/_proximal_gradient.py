@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._backtracking import Point, backtrack, lies_below
+from implicitdiff.solvers._backtracking import GROWTH, Point, backtrack, lies_below
 from implicitdiff.solvers._options import check_number
 from implicitdiff.solvers._rows import Rows, dot, norm
 from implicitdiff.solvers._solver import Method
@@ -103,7 +103,7 @@ def _descend(rows: Rows, prox: Prox, state: ProximalGradientState, search: bool)
 
     if not search:
         return at(state.stepsize), state.stepsize, torch.zeros_like(state.status, dtype=torch.bool)
-    size = torch.where(state.iter_num > 0, _GROWTH * state.stepsize, state.stepsize)
+    size = torch.where(state.iter_num > 0, GROWTH * state.stepsize, state.stepsize)
     return backtrack(at, enough, size, state.status == Status.RUNNING)
 
 
@@ -114,6 +114,3 @@ def _accelerate(rows: Rows, x: Tensor, new_x: Tensor, state: ProximalGradientSta
     ahead = new_x + ((t - 1.0) / next_t)[:, None] * (new_x - x)
     value, grad = rows.fn.value_and_grad(ahead)
     return state._replace(point=ahead, value=value, grad=grad, momentum=next_t)
-
-
-_GROWTH = 1.25

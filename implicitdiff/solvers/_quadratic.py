@@ -114,7 +114,23 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def solve(lower: Tensor, b: Tensor) -> Tensor:
     """``(L L')^-1 b``."""
     half = torch.linalg.solve_triangular(lower, b[..., None], upper=False)
-    return torch.linalg.solve_triangular(lower.mT, half, upper=True)[..., 0]
+    whole: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    return whole[..., 0]
+
+
+def error_parts(of: Program, at: Point) -> tuple[Tensor, Tensor]:
+    """The norms of the gradient of the Lagrangian, and of what violates the constraints and complementarity; they have
+    different units."""
+    slack = of.u - at.image
+    return norm(at.slope), norm(torch.where(of.equal | (slack < at.y), slack, at.y))
+
+
+def rounding(of: Program, at: Point, eps: float) -> tuple[Tensor, Tensor]:
+    """What rounding alone may make of the two."""
+    x, y, C = at.x.detach().abs(), at.y.detach().abs(), of.C.detach().abs()
+    slope = times(x, of.Q.detach().abs()) + of.c.detach().abs() + times(y, C)
+    image = times(x, C.mT) + torch.where(torch.isfinite(of.u), of.u, 0.0).detach().abs()
+    return 2.0 * eps * norm(slope), 2.0 * eps * norm(image)
 
 
 def certificates(of: Program, dx: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import implicitdiff._closure as _closure
 import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 import implicitdiff.pytree as pytree
+from implicitdiff._freeze import freeze
 from implicitdiff._linear import check_leaves
 from implicitdiff._primitive import attach
 from implicitdiff._root import RootProblem
@@ -110,12 +112,14 @@ class _Maker:
     @functorch.outside_compile
     def init(self, params: Any, *args: Any) -> Any:
         x, rows, _ = self._frame(params, args)
-        return _unbatched(self._start(rows, x))
+        with _closure.full_precision():
+            return _unbatched(self._start(rows, x))
 
     @functorch.outside_compile
     def update(self, params: Any, state: Any, *args: Any) -> tuple[Any, Any]:
         x, rows, structure = self._frame(params, args)
-        x, state = self._step(rows, x, pytree.map_tensors(lambda t: t[None], state), mask=True)
+        with _closure.full_precision():
+            x, state = self._step(rows, x, pytree.map_tensors(lambda t: t[None], state), mask=True)
         return structure.unflatten(rows.inputs.unravel(x)), _unbatched(state)
 
     @functorch.outside_compile
@@ -164,11 +168,13 @@ class _Maker:
         check_leaves(f"{self.name}: the initial guess", leaves)
         parts = self.pose(*self.functions).parts
         inputs = Vectors(leaves, ())
+        autocast = _closure.autocast_state()
 
         def on_leaves(part: Callable[..., Any]) -> Part:
             def fn(x: Leaves, more: Leaves) -> Leaves:
                 before = [_modes.version(t) for t in x]
-                result = pytree.tensors(part(structure.unflatten(x), args, *more))
+                with _closure.autocast(autocast):
+                    result = pytree.tensors(part(structure.unflatten(x), args, *more))
                 if before != [_modes.version(t) for t in x]:
                     raise ValueError(f"{self.name} changes its first argument in place; work on a clone of it")
                 return result
@@ -182,8 +188,10 @@ class _Maker:
     def _unrolled(
         self, params: Any, args: tuple[Any, ...], checkpoint_every: int | None, report: Report
     ) -> tuple[Any, Any]:
+        frozen = replace(self, functions=tuple(map(freeze, self.functions)))
+
         def step(carry: tuple[Any, Any], *args: Any) -> tuple[Any, Any]:
-            return self.update(*carry, *args)
+            return frozen.update(*carry, *args)
 
         if checkpoint_every is not None:
             check_count(self.name, "checkpoint_every", checkpoint_every)

@@ -90,7 +90,9 @@ def make_kkt_optimality_fn(
 
         def lagrangian(x: Any) -> Tensor:
             value: Tensor = _call(objective_fn, x, params_obj)
-            return value + _inner(dual_eq, eq_fn, x, params_eq) + _inner(dual_ineq, ineq_fn, x, params_ineq)
+            value = value + _inner(dual_eq, eq_fn, x, params_eq)
+            value = value + _inner(dual_ineq, ineq_fn, x, params_ineq)
+            return value
 
         leaves, structure = pytree.flatten(g)
         complementarity = [d * v for d, v in zip(structure.tensors_of(dual_ineq), leaves, strict=True)]

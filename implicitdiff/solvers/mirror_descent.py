@@ -10,7 +10,7 @@ from torch import Tensor
 
 import implicitdiff.pytree as pytree
 import implicitdiff.solvers._condition as _condition
-from implicitdiff.solvers._backtracking import Point, backtrack, lies_below
+from implicitdiff.solvers._backtracking import GROWTH, Point, backtrack, lies_below
 from implicitdiff.solvers._condition import Condition, Parts
 from implicitdiff.solvers._proximal_gradient import check_stepsize
 from implicitdiff.solvers._rows import Rows, dot, norm
@@ -65,7 +65,9 @@ def mirror_descent(
     ``mapping`` is the gradient of a strictly convex potential, which takes ``x`` to the dual space, and ``projection``
     comes back from there to the nearest point of the set in the potential's Bregman divergence. The defaults are those
     of the probability simplex, each leaf being one: the entropy, whose steps multiply. The solution is the fixed point
-    of the step of size 1, and is differentiated as such. Start inside: an entry that is zero stays zero.
+    of the step of size 1, and is differentiated as such. Start inside: an entry that is zero stays zero. The error is
+    that of this step too, in which an entry counts by its size: one that has become small counts little, whatever its
+    gradient.
 
     Args:
         objective_fn: ``f(x, *args)``, a real number.
@@ -131,7 +133,7 @@ def _step(rows: Rows, x: Tensor, state: MirrorDescentState, search: bool) -> tup
         return lies_below(rows, (x, state.value, state.grad), new, bound)
 
     if search:
-        size = torch.where(state.iter_num > 0, 2.0 * state.stepsize, state.stepsize)
+        size = torch.where(state.iter_num > 0, GROWTH * state.stepsize, state.stepsize)
         new, size, failed = backtrack(at, enough, size, state.status == Status.RUNNING)
     else:
         new, size, failed = at(state.stepsize), state.stepsize, torch.zeros_like(state.status, dtype=torch.bool)

@@ -14,15 +14,26 @@ import implicitdiff.solvers._dense as _dense
 from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.solvers._condition import Condition, Parts
 from implicitdiff.solvers._polish import active_set, picked, polish, precision, put
-from implicitdiff.solvers._quadratic import Point, Program, certificates, factor, point, program, residual, times
-from implicitdiff.solvers._rows import Rows, any_lane, select
+from implicitdiff.solvers._quadratic import (
+    Point,
+    Program,
+    certificates,
+    error_parts,
+    factor,
+    point,
+    program,
+    residual,
+    rounding,
+    times,
+)
+from implicitdiff.solvers._rows import Rows, all_of, any_lane, select
 from implicitdiff.solvers._solver import Method, Solver, make
 from implicitdiff.solvers._status import Status
 from implicitdiff.solvers.kkt import KKTSolution
 
 
 class QPState(NamedTuple):
-    """The state of `qp`; the first five fields are those of every solver. With ``m`` constraints of both kinds:
+    """The state of `qp`, with ``m`` constraints of both kinds; the first five fields are those of every solver.
 
     Attributes:
         iter_num: iterations so far.
@@ -56,7 +67,9 @@ class QPState(NamedTuple):
 
 
 def qp(**options: Any) -> Solver:
-    r"""Make a solver of convex quadratic programs,
+    r"""Make a solver of convex quadratic programs.
+
+    These are::
 
         min x'Q x / 2 + c'x    subject to    A x = b,    G x <= h.
 
@@ -81,8 +94,9 @@ def qp(**options: Any) -> Solver:
     - Where the active constraints are linearly dependent, or the minimiser is not unique, the derivative is not either:
       it raises `LinearSolveError`, or is the one of least norm with ``qp(solve=solve_lstsq())``. Where a constraint
       touches without pressing, it is the derivative to the side where the constraint is inactive.
-    - The first error, to which ``rtol`` refers, is that at zero, if that is larger than the one of ``init``: a good
-      guess does not make the target smaller.
+    - The first error, to which ``rtol`` refers, is that at zero, whatever ``init`` is: of the gradient and of the
+      constraints there the smaller, as their units differ. What is left of either part may be as large as rounding
+      makes it.
 
     ``init`` is None for zeros, a tensor like ``c``, or a `KKTSolution`, with None for multipliers that are zero.
     ``update`` takes and gives a `KKTSolution`. Problems in a batch are vmapped, all tensors having one dtype.
@@ -173,7 +187,7 @@ def _guess(init: Any, data: _Data) -> KKTSolution:
     """The initial guess with everything in it, as far as the shapes allow."""
     _check(data)
     c, b, h = data[1::2]
-    like = KKTSolution(*(c.new_zeros((0,)) if t is None else torch.zeros_like(t) for t in (c, b, h)))  # type: ignore[union-attr]
+    like = KKTSolution(*(c.new_zeros((0,)) if t is None else torch.zeros_like(t) for t in (c, b, h)))
     given = init if isinstance(init, KKTSolution) else KKTSolution(init)
     filled = KKTSolution(*(zero if t is None else t for t, zero in zip(given, like, strict=True)))
     for name, t, zero in zip(KKTSolution._fields, filled, like, strict=True):
@@ -241,7 +255,11 @@ def _start(rows: Rows, x: Tensor) -> QPState:
     n, _, inequalities = rows.inputs.sizes
     at = point(of, x[:, :n], x[:, n:])
     error, zero = residual(of, at), torch.zeros_like
-    header = rows.header(torch.maximum(error, residual(of, point(of, zero(at.x), zero(at.y)))))
+    # Of the two parts of the first error, at zero, the smaller that is not zero: a target for the units of the larger
+    # would hide the other.
+    parts = torch.stack(error_parts(of, point(of, zero(at.x), zero(at.y))))
+    first = torch.where(parts > 0, parts, torch.inf).amin(dim=0)
+    header = rows.header(torch.where(torch.isinf(first), error, first))
     delta, shift = precision(rows.eps)
     # Q is positive on the null space of A if it is so with A'A added often enough.
     _, curved = factor(of, torch.where(of.equal, of.rows / delta, 0.0), shift, rows.plain)
@@ -265,7 +283,11 @@ def _step(rows: Rows, x: Tensor, state: QPState) -> tuple[Tensor, QPState]:
     n, _, inequalities = rows.inputs.sizes
     at = Point(x[:, :n], x[:, n:], state.image, state.slope)
     new, state = (_alternate if inequalities else _correct)(rows, of, at, state)
-    return torch.cat([new.x, new.y], dim=-1), state._replace(image=new.image, slope=new.slope)
+    # No part of the error can be made smaller than rounding makes it.
+    pairs = zip(error_parts(of, new), rounding(of, new, rows.eps), strict=True)
+    there = all_of([part <= torch.maximum(state.target, floor) for part, floor in pairs])
+    status = torch.where(there & (state.status == Status.RUNNING), int(Status.CONVERGED), state.status)
+    return torch.cat([new.x, new.y], dim=-1), state._replace(image=new.image, slope=new.slope, status=status)
 
 
 def _kkt_inverse(of: Program, eps: float) -> Tensor:
