@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize
-from torch.func import grad, jacrev, vmap
+from scipy.optimize import linprog, lsq_linear, minimize
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
-from implicitdiff import ConvergenceError
-from implicitdiff.solvers import Status, qp
+from implicitdiff import ConvergenceError, LinearSolveError, custom_root
+from implicitdiff.linear_solve import solve_lstsq
+from implicitdiff.solvers import KKTSolution, Status, make_kkt_optimality_fn, qp
 
 F64 = torch.float64
 ARGUMENTS = ("Q", "c", "A", "b", "G", "h")
@@ -162,3 +163,309 @@ def test_a_target_below_rounding_is_not_asked_for():
         c, x, A = (torch.randn(*shape, generator=generator) for shape in ((5,), (5,), (2, 5)))
         _, state = qp().run(None, 1e3 * (half @ half.T + 0.1 * torch.eye(5)), c, A, A @ x)
         assert state.status == Status.CONVERGED
+
+
+# --- derivatives ------------------------------------------------------------------------------------------------------
+
+WEIGHTS = torch.cos(torch.arange(11, dtype=F64))
+
+
+def weighed(solver, *data, **how):
+    return WEIGHTS @ torch.cat(solver.run(None, *data, **how)[0]) ** 2
+
+
+def entrywise(function, at, step):
+    unit = step * torch.eye(at.numel(), dtype=F64).reshape(-1, *at.shape)
+    return torch.stack([(function(at + e) - function(at - e)) / (2 * step) for e in unit]).reshape(at.shape)
+
+
+@pytest.mark.parametrize("argument", range(6), ids=ARGUMENTS)
+def test_unrolled_and_implicit_derivatives_agree(argument):
+    data = program(0)
+    implicit = grad(lambda *data: weighed(qp(), *data), argnums=argument)(*data)
+    unrolled = grad(lambda *data: weighed(qp(), *data, implicit_diff=False), argnums=argument)(*data)
+    torch.testing.assert_close(implicit, unrolled, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("argument", range(6), ids=ARGUMENTS)
+def test_the_unrolled_derivative_is_that_of_so_many_iterations(argument):
+    data = program(0)
+
+    def value(t):
+        return weighed(qp(maxiter=3), *data[:argument], t, *data[argument + 1 :], implicit_diff=False)
+
+    expected = entrywise(value, data[argument], 1e-5)
+    torch.testing.assert_close(grad(value)(data[argument]), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_derivatives_compose():
+    data = program(0)
+
+    def value(c, b):
+        return weighed(qp(), data[0], c, data[2], b, *data[4:])
+
+    c, b = data[1], data[3]
+    gradient, curvature = grad(value)(c, b), hessian(value)(c, b)
+    torch.testing.assert_close(jacfwd(value)(c, b), gradient)
+    columns = [entrywise(lambda c, i=i: grad(value)(c, b)[i], c, 1e-5) for i in range(5)]
+    torch.testing.assert_close(curvature, torch.stack(columns), rtol=1e-6, atol=1e-6)
+    cs = c + torch.linspace(-1, 1, 15, dtype=F64).reshape(3, 5)
+    torch.testing.assert_close(vmap(grad(value), (0, None))(cs, b), torch.stack([grad(value)(c, b) for c in cs]))
+    unrolled = vmap(grad(lambda c: weighed(qp(), data[0], c, *data[2:], implicit_diff=False)))(cs)
+    torch.testing.assert_close(unrolled, torch.stack([grad(value)(c, b) for c in cs]))
+
+
+def test_a_loop_over_update_is_the_run():
+    data, solver = program(0), qp()
+    params = KKTSolution(torch.zeros(5, dtype=F64), torch.zeros(2, dtype=F64), torch.zeros(4, dtype=F64))
+    state = solver.init(None, *data)
+    while state.status == Status.RUNNING:
+        params, state = solver.update(params, state, *data)
+    torch.testing.assert_close(params, solver.run(None, *data)[0])
+    assert max(t.abs().max() for t in solver.optimality_fn(params, *data)) < 1e-10
+
+
+def test_where_multipliers_are_not_unique_the_primal_still_has_a_derivative():
+    Q, c, A, b, G, h = program(0)
+    twice = Q, c, torch.cat([A, A]), torch.cat([b, b]), torch.cat([G, G]), torch.cat([h, h])
+    torch.testing.assert_close(qp().run(None, *twice)[0].primal, qp().run(None, Q, c, A, b, G, h)[0].primal)
+
+    def primal(solver, c, data):
+        return WEIGHTS[:5] @ solver.run(None, Q, c, *data)[0].primal
+
+    with pytest.raises(LinearSolveError):
+        grad(primal, argnums=1)(qp(), c, twice[2:])
+    least = grad(primal, argnums=1)(qp(solve=solve_lstsq()), c, twice[2:])
+    torch.testing.assert_close(least, grad(primal, argnums=1)(qp(), c, (A, b, G, h)))
+
+
+# --- harder programs --------------------------------------------------------------------------------------------------
+
+
+def linear_program(seed: int, n: int, equalities: int, inequalities: int) -> tuple[torch.Tensor, ...]:
+    """In a box, with a solution by duality."""
+    Q, _, A, b, G, h = program(seed, n, equalities, inequalities)
+    eye, inside = torch.eye(n, dtype=F64), torch.linalg.lstsq(torch.cat([A, G]), torch.cat([b, h - 0.5])).solution
+    G, h = torch.cat([G, eye, -eye]), torch.cat([h, inside + 1, 1 - inside])
+    multipliers = torch.rand(len(h), dtype=F64, generator=torch.Generator().manual_seed(seed))
+    return torch.zeros_like(Q), -G.T @ multipliers, A, b, G, h
+
+
+@pytest.mark.parametrize(("n", "equalities", "inequalities"), [(6, 0, 4), (20, 5, 30), (60, 30, 20), (120, 40, 100)])
+def test_linear_programs_are_linprogs(n, equalities, inequalities):
+    data = linear_program(1, n, equalities, inequalities)
+    solution, state = qp().run(None, *data)
+    _, c, A, b, G, h = (t.numpy() for t in data)
+    expected = linprog(c, G, h, A if equalities else None, b if equalities else None, (None, None))
+    assert violation(solution, *data) < 1e-8 and state.iter_num <= 20
+    np.testing.assert_allclose(c @ solution.primal.numpy(), expected.fun, rtol=1e-9)
+
+
+def test_bounded_least_squares_is_scipys():
+    generator = torch.Generator().manual_seed(3)
+    design = torch.randn(60, 30, dtype=F64, generator=generator)
+    y, eye = torch.randn(60, dtype=F64, generator=generator), torch.eye(30, dtype=F64)
+    bounds = torch.full((60,), 0.05, dtype=F64)
+    solution, _ = qp().run(None, design.T @ design, -design.T @ y, G=torch.cat([eye, -eye]), h=bounds)
+    expected = lsq_linear(design.numpy(), y.numpy(), (-0.05, 0.05), method="bvls", tol=1e-14)
+    np.testing.assert_allclose(solution.primal.numpy(), expected.x, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("condition", [1e4, 1e8])
+def test_ill_conditioned_and_badly_scaled_programs_are_solved(seed, condition):
+    generator = torch.Generator().manual_seed(seed)
+    _, c, A, b, G, h = program(seed, 30, 5, 40)
+    basis = torch.linalg.qr(torch.randn(30, 30, dtype=F64, generator=generator))[0]
+    Q = basis @ torch.diag(torch.logspace(0, -np.log10(condition), 30, dtype=F64)) @ basis.T
+    data = Q, c, A, b, torch.cat([G, basis, -basis]), torch.cat([h, torch.full((60,), 30.0, dtype=F64)])
+    solution, state = qp().run(None, *data)
+    assert violation(solution, *data) < 1e-8 and state.iter_num <= 40
+    columns, rows = (10.0 ** (4 * torch.rand(k, dtype=F64, generator=generator) - 2) for k in (30, 100))
+    scaled, _ = qp().run(
+        None,
+        columns[:, None] * Q * columns,
+        columns * c,
+        A * columns,
+        b,
+        rows[:, None] * data[4] * columns,
+        rows * data[5],
+    )
+    torch.testing.assert_close(columns * scaled.primal, solution.primal, rtol=1e-5, atol=1e-5)
+
+
+def test_lanes_are_what_they_would_be_alone():
+    """One converges, one is infeasible, one is unbounded, one is not convex, one is not finite."""
+    eye, one = torch.eye(2, dtype=F64), torch.ones((), dtype=F64)
+    Q = torch.stack([eye, eye, 0 * eye, torch.diag(torch.stack([one, -one])), torch.nan * eye])
+    c = torch.ones(5, 2, dtype=F64)
+    h = torch.tensor([[-6.0, -6.0, 20.0], [-6.0, -6.0, 11.0], [1.0, torch.inf, 3.0], [0.0] * 3, [0.0] * 3], dtype=F64)
+    solver = qp(on_failure="ignore")
+    solution, state = vmap(lambda *lane: solver.run(None, lane[0], lane[1], G=CORNER, h=lane[2]))(Q, c, h)
+    expected = [Status.CONVERGED, Status.INFEASIBLE, Status.UNBOUNDED, Status.DIVERGED, Status.DIVERGED]
+    assert state.status.tolist() == expected
+    for lane in range(5):
+        alone, its = solver.run(None, Q[lane], c[lane], G=CORNER, h=h[lane])
+        torch.testing.assert_close([t[lane] for t in solution], list(alone), rtol=1e-6, atol=1e-9, equal_nan=True)
+        assert its.status == state.status[lane] and its.iter_num == state.iter_num[lane]
+
+
+@pytest.mark.parametrize(
+    ("Q", "c", "A", "b", "status"),
+    [
+        ([[1.0, 0.0], [0.0, -1.0]], [0.0, 0.0], None, None, Status.UNBOUNDED),
+        ([[1.0, 0.0], [0.0, 0.0]], [0.0, 1.0], None, None, Status.UNBOUNDED),
+        ([[1.0, 0.0], [0.0, -1.0]], [0.0, 0.0], [[1.0, 0.0]], [1.0], Status.UNBOUNDED),
+        ([[1.0, 0.0], [0.0, -1.0]], [0.0, 0.0], [[0.0, 1.0]], [1.0], Status.CONVERGED),
+        ([[1.0, 0.0], [0.0, 0.0]], [1.0, 0.0], None, None, Status.CONVERGED),
+        ([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0], [[1.0, 1.0], [2.0, 2.0]], [1.0, 1.0], Status.INFEASIBLE),
+        ([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0], [[1.0, 1.0], [2.0, 2.0]], [1.0, 2.0], Status.CONVERGED),
+    ],
+)
+def test_what_equalities_and_curvature_allow(Q, c, A, b, status):
+    data = [None if t is None else torch.tensor(t, dtype=F64) for t in (Q, c, A, b)]
+    _, state = qp(on_failure="ignore").run(None, *data)
+    assert state.status == status
+
+
+def test_a_program_that_is_convex_on_the_null_space_alone_is_solved():
+    Q, A = torch.diag(torch.tensor([1.0, -1.0], dtype=F64)), torch.tensor([[0.0, 1.0]], dtype=F64)
+    data = Q, torch.tensor([-3.0, 0.0], dtype=F64), A, A[0, 1:], torch.eye(2, dtype=F64)[:1], A[0, 1:]
+    solution, _ = qp().run(None, *data)
+    torch.testing.assert_close(list(solution), [torch.tensor(t, dtype=F64) for t in ([1.0, 1.0], [1.0], [2.0])])
+
+
+def test_an_infinite_bound_is_no_constraint():
+    Q, c, A, b, G, h = program(2)
+    none = torch.tensor([False, True, False, True])
+    some = qp().run(None, Q, c, A, b, G, torch.where(none, torch.inf, h))[0]
+    expected = qp().run(None, Q, c, A, b, G[~none], h[~none])[0]
+    torch.testing.assert_close(some.primal, expected.primal)
+    torch.testing.assert_close(some.dual_ineq, torch.zeros(4, dtype=F64).masked_scatter(~none, expected.dual_ineq))
+    gradient = grad(lambda h: (qp().run(None, Q, c, A, b, G, h)[0].primal ** 2).sum())(torch.where(none, torch.inf, h))
+    assert bool(torch.isfinite(gradient).all()) and not gradient[none].any()
+
+
+def test_a_good_guess_saves_the_iterations():
+    data = program(4, 30, 5, 40)
+    solution, cold = qp().run(None, *data)
+    near = (data[0], data[1] + 1e-3, *data[2:])
+    warm = qp().run(solution, *near)[1]
+    assert warm.iter_num == 1 and cold.iter_num == 10
+    assert qp().run(solution, *data)[1].iter_num == 0
+    torch.testing.assert_close(qp().run(solution.primal, *near)[0], qp().run(None, *near)[0])
+
+
+def test_float32_is_enough():
+    data = [t.float() for t in program(0, 20, 5, 30)]
+    solution, state = qp().run(None, *data)
+    exact = qp().run(None, *(t.double() for t in data))[0]
+    assert solution.primal.dtype == torch.float32 and state.status == Status.CONVERGED
+    torch.testing.assert_close(solution.primal.double(), exact.primal, rtol=1e-3, atol=1e-3)
+
+
+def test_a_matrix_that_is_not_symmetric_counts_as_its_symmetric_part():
+    Q, *rest = program(0)
+    skew = torch.arange(25, dtype=F64).reshape(5, 5)
+    torch.testing.assert_close(qp().run(None, Q + skew - skew.T, *rest)[0], qp().run(None, Q, *rest)[0])
+    gradient = grad(lambda Q: weighed(qp(), Q, *rest))(Q + skew - skew.T)
+    torch.testing.assert_close(gradient, gradient.T)
+
+
+def replaced(data, **other):
+    return [other.get(name, t) for name, t in zip(ARGUMENTS, data, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "message"),
+    [
+        ({"A": None}, ValueError, "A and b go together"),
+        ({"h": None}, ValueError, "G and h go together"),
+        ({"Q": torch.zeros(5, 4, dtype=F64)}, ValueError, r"shapes must be .* got Q \(5, 4\)"),
+        ({"c": torch.zeros(3, 5, dtype=F64)}, ValueError, "batches by vmap"),
+        ({"h": torch.zeros(3, dtype=F64)}, ValueError, r"h \(3,\)"),
+        ({"c": torch.zeros(5)}, ValueError, "one dtype"),
+        ({"Q": torch.zeros(5, 5, dtype=torch.int64)}, TypeError, "Q must be a real floating-point tensor"),
+        ({"c": None}, TypeError, "c must be a real floating-point tensor"),
+    ],
+)
+def test_what_does_not_fit_is_refused(other, error, message):
+    with pytest.raises(error, match=message):
+        qp().run(None, *replaced(program(0), **other))
+
+
+def test_a_guess_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="its dual_eq must be float64\\[2\\], got float64\\[3\\]"):
+        qp().run(KKTSolution(torch.zeros(5, dtype=F64), torch.zeros(3, dtype=F64)), *program(0))
+
+
+# --- the conditions of other solvers ----------------------------------------------------------------------------------
+
+
+def test_any_solver_that_gives_multipliers_has_derivatives():
+    """The point of the ellipse x^2 + 4 y^2 <= r nearest to (2, 1), on the line x = p y, by SLSQP and trust-constr."""
+
+    def objective(x, target):
+        return ((x - target) ** 2).sum()
+
+    def line(x, p):
+        return (x[0] - p * x[1])[None]
+
+    def ellipse(x, r):
+        return (x[0] ** 2 + 4 * x[1] ** 2 - r)[None]
+
+    @custom_root(make_kkt_optimality_fn(objective, line, ellipse), check=1e-6)
+    def nearest(init, params_obj, params_eq, params_ineq):
+        target, p, r = params_obj.detach().numpy(), float(params_eq), float(params_ineq)
+        found = minimize(
+            lambda x: ((x - target) ** 2).sum(),
+            init.numpy(),
+            jac=lambda x: 2 * (x - target),
+            method="SLSQP",
+            constraints=[
+                {"type": "eq", "fun": lambda x: x[0] - p * x[1]},
+                {"type": "ineq", "fun": lambda x: r - x[0] ** 2 - 4 * x[1] ** 2},
+            ],
+            options={"ftol": 1e-15},
+        )
+        x = found.x
+        normals = np.array([[1.0, -p], [2 * x[0], 8 * x[1]]]).T
+        dual = np.linalg.solve(normals, -2 * (x - target))
+        return KKTSolution(*(torch.tensor(t, dtype=F64) for t in (x, dual[:1], dual[1:])))
+
+    target, p, r = torch.tensor([2.0, 1.0], dtype=F64), torch.tensor(0.5, dtype=F64), torch.tensor(1.0, dtype=F64)
+    start = torch.ones(2, dtype=F64)
+    solution = nearest(start, target, p, r)
+    y = 1 / (p**2 + 4) ** 0.5
+    torch.testing.assert_close(solution.primal, torch.stack([p * y, y]))
+    jacobian = jacrev(lambda p, r: nearest(start, target, p, r).primal, argnums=(0, 1))(p, r)
+    expected = jacrev(lambda p, r: torch.stack([p, torch.ones_like(p)]) * (r / (p**2 + 4)) ** 0.5, argnums=(0, 1))(p, r)
+    torch.testing.assert_close(jacobian, expected, rtol=1e-6, atol=1e-7)
+    assert bool((jacrev(lambda t: nearest(start, t, p, r).primal)(target).abs() < 1e-6).all())
+
+
+def test_the_two_statements_of_the_conditions_have_the_same_derivatives():
+    Q, c, A, b, G, h = program(0)
+    optimality_fn = make_kkt_optimality_fn(
+        lambda x, c: 0.5 * x @ Q @ x + c @ x, lambda x: A @ x - b, lambda x, h: G @ x - h
+    )
+    solve = custom_root(optimality_fn)(
+        lambda init, params_obj, params_ineq: qp().run(init, Q, params_obj, A, b, G, params_ineq)[0]
+    )
+    ours = jacrev(lambda c, h: qp().run(None, Q, c, A, b, G, h)[0], argnums=(0, 1))(c, h)
+    torch.testing.assert_close(jacrev(lambda c, h: solve(None, c, h), argnums=(0, 1))(c, h), ours)
+    assert sum(t.abs().sum() for t in optimality_fn(solve(None, c, h), c, None, h)) < 1e-9
+
+
+def test_multipliers_and_constraints_go_together():
+    x = torch.ones(2, dtype=F64)
+    optimality_fn = make_kkt_optimality_fn(lambda x: (x**2).sum(), ineq_fn=lambda x: x)
+    with pytest.raises(ValueError, match="dual_ineq must not be None"):
+        optimality_fn(KKTSolution(x))
+    with pytest.raises(ValueError, match="dual_eq has no function of constraints"):
+        optimality_fn(KKTSolution(x, x, x))
+    with pytest.raises(ValueError, match="must have the structure, shapes and dtypes of dual_ineq"):
+        optimality_fn(KKTSolution(x, None, x[:1]))
+    with pytest.raises(TypeError, match="objective_fn must be a function"):
+        make_kkt_optimality_fn(None)
+    torch.testing.assert_close(optimality_fn(KKTSolution(x, x[:0], x)), KKTSolution(3 * x, x[:0], x))

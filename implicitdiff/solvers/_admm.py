@@ -23,7 +23,7 @@ def factorise(of: Program, rho: Tensor) -> Tensor:
 
 
 def _penalties(of: Program, rho: Tensor) -> Tensor:
-    return rho[:, None] * torch.where(of.equal, _EQUALITIES, 1.0) * of.rows
+    return rho[:, None] * torch.where(of.equal, _EQUALITIES * of.rows, of.rows)
 
 
 def iterate(of: Program, at: Point, z: Tensor, rho: Tensor, lower: Tensor) -> tuple[Point, Tensor]:

@@ -8,8 +8,10 @@ from torch import Tensor
 from implicitdiff.solvers._quadratic import Point, Program, cholesky, factor, gram, point, solve, times
 from implicitdiff.solvers._rows import any_lane, dot, safe_divide, select
 
-_LINKS = 100
-"""How many active sets to try."""
+_LINKS = 50
+"""How many active sets to try in a step."""
+_DELTAS = [10.0**-k for k in range(1, 7)]
+"""The inverse lengths of the steps that come before the last."""
 _REFINEMENTS = 4
 """How many steps to make with the last of them."""
 
@@ -42,51 +44,71 @@ def polish(of: Program, at: Point, active: Tensor, eps: float, plain: bool) -> t
     return point(of, x, y), dx, dy, broken
 
 
-def active_set(of: Program, at: Point, eps: float, plain: bool) -> Tensor:
-    """Which constraints are active after one long step of the proximal method of multipliers from a point.
+def active_set(
+    of: Program, x: Tensor, y: Tensor, eps: float, plain: bool, *, patient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where steps of the proximal method of multipliers lead from a point, and which constraints are active there.
 
-    With weights ``w`` that step minimises
+    With weights ``w`` a step minimises
 
         x'Qx / 2 + c'x + shift |x - x0|^2 / 2 + sum w (v)_+^2 / 2,    v = C x - u + y0 / w,
 
-    without the ``_+`` for equalities, by Newton's method with an exact line search, which converges from anywhere. It
-    starts where the minimum is if the constraints with positive multipliers are the active ones.
+    without the ``_+`` for equalities, and has the multipliers ``w (v)_+``. Near a solution one long step will do, from
+    the point where the constraints with positive multipliers are equalities; a `patient` search makes longer and longer
+    steps from the point itself. `plain`: rows are plain tensors, so that lanes can be left out.
 
-    Hermans, Themelis and Patrinos, "QPALM", 2022. `plain`: rows are plain tensors, so that lanes can be left out.
+    Hermans, Themelis and Patrinos, "QPALM: a proximal augmented Lagrangian method for nonconvex quadratic programs",
+    Math. Prog. Comp. 14 (2022).
     """
-    of, x0, y0 = of.detach(), at.x.detach(), at.y.detach()
-    delta, shift = eps ** (1 / 3), 0.1 * eps ** (1 / 3)
+    of, x, y = of.detach(), x.detach(), y.detach()
+    active = of.equal | (y > 0)
+    rows = gram(of.C, torch.where(active, of.rows, 0.0), plain)
+    last, shift = precision(eps)
+    deltas = [d for d in _DELTAS if d > 3 * last] if patient else []
+    for delta in (*deltas, last):
+        x, y, active, rows = _advance(of, x, y, active, rows, delta, shift / last * delta, plain, jump=not patient)
+    return x, y, active
+
+
+def _advance(
+    of: Program,
+    x0: Tensor,
+    y0: Tensor,
+    active: Tensor,
+    rows: Tensor,
+    delta: float,
+    shift: float,
+    plain: bool,
+    *,
+    jump: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One step, by Newton's method with an exact line search, which converges from anywhere.
+
+    It starts at x0, or with a `jump` to where the minimum is if the `active` constraints are the right ones; `rows` is
+    ``C' diag(rows) C`` of these.
+    """
     weights = of.rows / delta
     ahead = y0 / weights - of.u
-    x, v = x0, at.image.detach() + ahead
-    active = of.equal | (y0 > 0)
-    matrix = of.Q + torch.diag_embed(shift * of.columns) + gram(of.C, torch.where(active, weights, 0.0), plain)
+    x, v = x0, times(x0, of.C.mT) + ahead
     open_lanes = torch.ones_like(x[:, 0], dtype=torch.bool)
-    for link in range(_LINKS):
+    for link in range(_LINKS // 2 if jump else _LINKS):
         if not any_lane(open_lanes):
             break
         lanes = picked(open_lanes, plain)
-        part, w, was, M = of.of(lanes), weights[lanes], active[lanes], matrix[lanes]
+        part, w, was, inner = of.of(lanes), weights[lanes], active[lanes], rows[lanes]
+        matrix = part.Q + torch.diag_embed(shift * part.columns) + inner / delta
         slope = times(x[lanes], part.Q) + part.c + shift * part.columns * (x[lanes] - x0[lanes])
-        d = -solve(cholesky(M)[0], slope + times(torch.where(was, w * v[lanes], 0.0), part.C))
-        if link:
+        d = -solve(cholesky(matrix)[0], slope + times(torch.where(was, w * v[lanes], 0.0), part.C))
+        if link or not jump:
             bend = dot(d, times(d, part.Q) + shift * part.columns * d)
             d = d * _search(v[lanes], times(d, part.C.mT), w, part.equal, dot(d, slope), bend)[:, None]
         new_x = x[lanes] + d
         new_v = times(new_x, part.C.mT) + ahead[lanes]
         new = part.equal | (new_v > 0)
-        new_M = M + gram(part.C, w * (new.to(w.dtype) - was.to(w.dtype)), plain)
-        x, v, active, matrix, open_lanes = (
-            put(old, open_lanes, lanes, value)
-            for old, value in (
-                (x, new_x),
-                (v, new_v),
-                (active, new),
-                (matrix, new_M),
-                (open_lanes, (new != was).any(dim=-1)),
-            )
-        )
-    return active
+        new_inner = inner + gram(part.C, part.rows * (new.to(w.dtype) - was.to(w.dtype)), plain)
+        changes = (x, new_x), (v, new_v), (active, new), (rows, new_inner), (open_lanes, (new != was).any(dim=-1))
+        x, v, active, rows, open_lanes = (put(old, open_lanes, lanes, value) for old, value in changes)
+    return x, torch.where(active, weights * v, 0.0), active, rows
 
 
 def picked(flag: Tensor, plain: bool) -> Tensor | slice:

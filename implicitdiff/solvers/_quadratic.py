@@ -25,8 +25,9 @@ class Program(NamedTuple):
         C: the matrix of the constraints.
         u: their right-hand sides.
         equal: which of them are equalities, ``(1, rows of C)``.
-        columns: the weights ``D^-2`` of the unknowns.
-        rows: the weights ``E^2`` of the constraints.
+        columns: the weights ``D^-2`` of the unknowns, times `scale`.
+        rows: the weights ``E^2`` of the constraints, times `scale`.
+        scale: the size of the scaled objective, ``(lanes,)``.
     """
 
     Q: Tensor
@@ -36,6 +37,7 @@ class Program(NamedTuple):
     equal: Tensor
     columns: Tensor
     rows: Tensor
+    scale: Tensor
 
     def of(self, lanes: Tensor | slice) -> Program:
         """The programs of some lanes."""
@@ -57,17 +59,23 @@ class Point(NamedTuple):
 def program(Q: Tensor, c: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> Program:
     """The program with these constraints, and its scaling."""
     C, u = torch.cat([A, G], dim=-2), torch.cat([b, h], dim=-1)
+    # What is bounded by infinity is no constraint.
+    none = torch.isposinf(u)
+    C, u = torch.where(none[..., None], 0.0, C), torch.where(none, 1.0, u)
     equal = torch.arange(C.shape[-2], device=C.device)[None] < A.shape[-2]
-    return Program(Q, c, C, u, equal, *_weights(Q.detach().abs(), C.detach().abs()))
+    return Program(Q, c, C, u, equal, *_weights(*(t.detach().abs() for t in (Q, c, C))))
 
 
-def _weights(Q: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Ruiz equilibration of ``[[Q, C'], [C, 0]]`` in the 1-norm, which takes nothing but products."""
+def _weights(Q: Tensor, c: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ruiz equilibration of ``[[Q, C'], [C, 0]]`` in the 1-norm, which takes nothing but products; then the size of the
+    objective, as in section 5.1 of OSQP."""
     D, E = torch.ones_like(Q[..., 0]), torch.ones_like(C[..., 0])
     for _ in range(10):
         column, row = D * (times(D, Q) + times(E, C)), E * times(D, C.mT)
         D, E = (v / torch.where(s > 0, s, 1.0).sqrt() for v, s in ((D, column), (E, row)))
-    return torch.exp2(torch.round(-2 * torch.log2(D))), torch.exp2(torch.round(2 * torch.log2(E)))
+    size = torch.maximum((D * times(D, Q)).mean(dim=-1), (D * c).amax(dim=-1))
+    D, E, size = (torch.exp2(torch.round(torch.log2(v))) for v in (D**2, E**2, torch.where(size > 0, size, 1.0)))
+    return size[:, None] / D, size[:, None] * E, size
 
 
 def times(v: Tensor, matrix: Tensor) -> Tensor:
@@ -142,7 +150,7 @@ def certificates(of: Program, dx: Tensor, dy: Tensor, eps: float) -> tuple[Tenso
 
     Stellato et al., "OSQP", section 3.4: the steps converge to such directions where the program has no solution.
     """
-    bound = eps**-0.6
+    bound = eps**-0.6 * of.scale.sqrt()
     dx, dy, scale = dx.detach(), dy.detach(), of.columns.rsqrt()
     dy = torch.where(of.equal, dy, dy.clamp(min=0))
     climb = times(dx, of.C.mT)

@@ -40,8 +40,8 @@ class Status(enum.IntEnum):
 _ADVICE = {
     Status.BUDGET_SPENT: "no convergence; the problem may have no solution, or this method may not suit it: look at "
     "the errors (keep_history=True), try another solver, another initial guess, or a larger rtol or atol",
-    Status.DIVERGED: "the iterates are not finite, or a matrix is singular: try another initial guess, a smaller "
-    "step, or a solver with a line search",
+    Status.DIVERGED: "the iterates are not finite, a matrix is singular, or a quadratic program is not convex: try "
+    "another initial guess, a smaller step, or a solver with a line search",
     Status.LINE_SEARCH_FAILED: "no step makes the error smaller; the function may not be smooth there, or its values "
     "may be too imprecise for these rtol and atol",
     Status.INFEASIBLE: "no point satisfies the constraints",

@@ -18,9 +18,9 @@ class KKTSolution(NamedTuple):
 
     Attributes:
         primal: the minimiser, a tree.
-        dual_eq: the multipliers of the equalities, a tree like ``eq_fn(primal)``; None where there are none.
-        dual_ineq: the multipliers of the inequalities, not negative at a solution, a tree like ``ineq_fn(primal)``;
-            None where there are none.
+        dual_eq: the multipliers of the equalities, a tree like ``eq_fn(primal)``; None, or tensors without entries,
+            which can leave a vmap, where there are none.
+        dual_ineq: those of the inequalities, not negative at a solution, a tree like ``ineq_fn(primal)``; likewise.
     """
 
     primal: Any
@@ -106,11 +106,11 @@ def _call(fn: Callable[..., Any], x: Any, params: Any) -> Any:
 
 
 def _constraint(fn: Callable[..., Any] | None, x: Any, params: Any, dual: Any, name: str) -> Any:
-    if (fn is None) != (dual is None):
+    if fn is None and not any(t.numel() for t in pytree.tensors(dual)):
+        return dual
+    if fn is None or dual is None:
         what = "has no function of constraints, so it must be None" if fn is None else "must not be None"
         raise ValueError(f"make_kkt_optimality_fn: {name} {what}, got {pytree.describe(dual)}")
-    if fn is None:
-        return None
     values = _call(fn, x, params)
     leaves, structure = pytree.flatten(dual)
     check_like(f"make_kkt_optimality_fn: {name_of(fn)}'s result", values, dual, leaves, structure, name)

@@ -81,9 +81,10 @@ def qp(**options: Any) -> Solver:
 
     Without inequalities these are a linear system, and one factorisation solves it. With them: ADMM, as OSQP has it
     (equilibration, over-relaxation, a ``rho`` that adapts), which soon is near a solution and slow from there on. After
-    10, 20, 40, ... iterations (and after the first, if ``init`` has multipliers) a long step of the proximal method of
-    multipliers guesses the active constraints, and the equations that hold if these are the ones are solved by
-    iterative refinement. What that gives is taken where its error is smaller; if the guess is right, it is exact.
+    10, 20, 40, ... iterations (later if there are more than 100 unknowns, and at once if ``init`` has multipliers)
+    steps of a proximal method of multipliers guess the active constraints, and the equations that hold if these are the
+    ones are solved by iterative refinement. What that gives is taken where its error is smaller; if the guess is right,
+    it is exact but for rounding.
 
     - ``Q``, which need not be symmetric, counts as ``(Q + Q') / 2``, also in its derivative. It has to be positive
       semidefinite on the null space of ``A``. If it is not, then without inequalities the status is ``UNBOUNDED``, and
@@ -98,8 +99,9 @@ def qp(**options: Any) -> Solver:
       constraints there the smaller, as their units differ. What is left of either part may be as large as rounding
       makes it.
 
-    ``init`` is None for zeros, a tensor like ``c``, or a `KKTSolution`, with None for multipliers that are zero.
-    ``update`` takes and gives a `KKTSolution`. Problems in a batch are vmapped, all tensors having one dtype.
+    An infinite entry of ``h`` is no constraint. ``init`` is None for zeros, a tensor like ``c``, or a `KKTSolution`,
+    with None for multipliers that are zero. ``update`` takes and gives a `KKTSolution`. All tensors have one dtype; a
+    batch of problems is vmapped.
 
     Args:
         options: see `implicitdiff.solvers`. The default of ``solve`` is `solve_auto` with matrices of up to 4000 rows.
@@ -247,7 +249,13 @@ def _program(rows: Rows) -> Program:
 
 # --- the iteration ----------------------------------------------------------------------------------------------------
 
-_FIRST_REVIEW = 10
+_GUESSES = 3
+"""How many active sets to try in a review."""
+
+
+def _first_review(rows: Rows) -> int:
+    """The more unknowns there are, the more iterations a guess costs."""
+    return min(max(rows.inputs.sizes[0] // 10, 10), 100)
 
 
 def _start(rows: Rows, x: Tensor) -> QPState:
@@ -273,7 +281,7 @@ def _start(rows: Rows, x: Tensor) -> QPState:
         values=torch.where(of.equal | (at.image > of.u), of.u, at.image),
         rho=rho,
         factor=_admm.factorise(of, rho) if inequalities else _kkt_inverse(of, rows.eps),
-        review=torch.where(warm, 1, _FIRST_REVIEW),
+        review=torch.where(warm, 1, _first_review(rows)),
         record=torch.full_like(error, torch.inf),
     )
 
@@ -328,29 +336,42 @@ def _proved(of: Program, dx: Tensor, dy: Tensor, eps: float, asked: Tensor, stat
 
 
 def _polished(rows: Rows, of: Program, at: Point, state: QPState, due: Tensor) -> tuple[Point, QPState]:
-    """The point that the guessed active set leads to, where it is better."""
-    lanes = picked(due, rows.plain)
-    part, base = of.of(lanes), Point(*(t[lanes] for t in at))
-    active = active_set(part, base, rows.eps, rows.plain)
-    found, dx, dy, broken = polish(part, base, active, rows.eps, rows.plain)
-    error = residual(part, found)
-    target, record = state.target[lanes], state.record[lanes]
+    """The best of the points that some guesses of the active set lead to, where it is better."""
+    again = torch.clamp(2 * (state.iter_num + 1), min=_first_review(rows))
+    state = state._replace(review=torch.where(due, again, state.review))
+    x, y, asked = at.x, at.y, due
+    for guess in range(_GUESSES):
+        if not any_lane(asked):
+            break
+        lanes, patient = picked(asked, rows.plain), guess > 0
+        part = of.of(lanes)
+        ahead_x, ahead_y, active = active_set(part, x[lanes], y[lanes], rows.eps, rows.plain, patient=patient)
+        at, state = _taken(rows, part, at, state, active, asked, lanes)
+        if patient:
+            x, y = put(x, asked, lanes, ahead_x), put(y, asked, lanes, ahead_y)
+        asked = asked & (state.error > state.target) & (state.status == Status.RUNNING)
+    return at, state
+
+
+def _taken(
+    rows: Rows, part: Program, at: Point, state: QPState, active: Tensor, asked: Tensor, lanes: Tensor | slice
+) -> tuple[Point, QPState]:
+    """The point that an active set leads to, in the `asked` lanes, whose program is `part`."""
+    found, dx, dy, broken = polish(part, Point(*(t[lanes] for t in at)), active, rows.eps, rows.plain)
+    error, before, target, record = residual(part, found), state.error[lanes], state.target[lanes], state.record[lanes]
     # Every guess that is taken, but for the last, has a tenth of the error of the one before, lest they take turns.
-    better = ~broken & (error < state.error[lanes]) & ((error <= target) | (error < 0.1 * record))
+    better = ~broken & (error < before) & ((error <= target) | (error < 0.1 * record))
     values = torch.where(active | (found.image > part.u), part.u, found.image)
     status = _proved(part, dx, dy, rows.eps, ~broken & (error > target), state.status[lanes])
 
-    def merged(old: Tensor, new: Tensor, where: Tensor = better) -> Tensor:
-        return put(old, due, lanes, select(where, new, old[lanes]))
+    def merged(old: Tensor, new: Tensor) -> Tensor:
+        return put(old, asked, lanes, select(better, new, old[lanes]))
 
-    done = state.iter_num[lanes] + 1
-    again = torch.where(better, done + 1, torch.clamp(2 * done, min=_FIRST_REVIEW))
     return Point(*(merged(old, new) for old, new in zip(at, found, strict=True))), state._replace(
         error=merged(state.error, error),
         record=merged(state.record, error),
         values=merged(state.values, values),
-        status=merged(state.status, status, torch.ones_like(better)),
-        review=put(state.review, due, lanes, again),
+        status=put(state.status, asked, lanes, status),
     )
 
 
