@@ -1,6 +1,6 @@
 """Differentiation through optimisation on torch.func: of solutions, and of an optimizer's steps."""
 
-from implicitdiff import linear_solve, optim, projections, prox, schedule, solvers
+from implicitdiff import linear_solve, nn, optim, projections, prox, pytree, schedule, solvers
 from implicitdiff._unroll import unroll
 from implicitdiff.errors import (
     ConvergenceError,
@@ -8,6 +8,33 @@ from implicitdiff.errors import (
     LinearSolveError,
     LinearSolveWarning,
     NotARootError,
+)
+from implicitdiff.fronts import (
+    SGD,
+    AdaDelta,
+    AdaGrad,
+    Adam,
+    AdaMax,
+    AdamW,
+    FuncOptimizer,
+    MetaAdaDelta,
+    MetaAdaGrad,
+    MetaAdam,
+    MetaAdaMax,
+    MetaAdamW,
+    MetaOptimizer,
+    MetaRAdam,
+    MetaRMSProp,
+    MetaSGD,
+    ModuleState,
+    Optimizer,
+    RAdam,
+    RMSProp,
+    extract_state_dict,
+    from_torch,
+    module_clone,
+    recover_state_dict,
+    stop_gradient,
 )
 from implicitdiff.implicit import custom_fixed_point, custom_root, root_jvp, root_vjp
 from implicitdiff.optim import (
@@ -27,12 +54,32 @@ from implicitdiff.optim import (
 )
 
 __all__ = [
+    "SGD",
+    "AdaDelta",
+    "AdaGrad",
+    "AdaMax",
+    "Adam",
+    "AdamW",
     "ConvergenceError",
     "ConvergenceWarning",
+    "FuncOptimizer",
     "GradientTransformation",
     "LinearSolveError",
     "LinearSolveWarning",
+    "MetaAdaDelta",
+    "MetaAdaGrad",
+    "MetaAdaMax",
+    "MetaAdam",
+    "MetaAdamW",
+    "MetaOptimizer",
+    "MetaRAdam",
+    "MetaRMSProp",
+    "MetaSGD",
+    "ModuleState",
     "NotARootError",
+    "Optimizer",
+    "RAdam",
+    "RMSProp",
     "accelerated_op_available",
     "adadelta",
     "adagrad",
@@ -44,16 +91,23 @@ __all__ = [
     "clip_grad_norm",
     "custom_fixed_point",
     "custom_root",
+    "extract_state_dict",
+    "from_torch",
     "linear_solve",
+    "module_clone",
+    "nn",
     "optim",
     "projections",
     "prox",
+    "pytree",
     "radam",
+    "recover_state_dict",
     "rmsprop",
     "root_jvp",
     "root_vjp",
     "schedule",
     "sgd",
     "solvers",
+    "stop_gradient",
     "unroll",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import implicitdiff._functorch as functorch
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 from implicitdiff._modes import Substitute, Watch, version
 
 

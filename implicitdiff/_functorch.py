@@ -25,7 +25,7 @@ from torch._functorch.pyfunctorch import (
 )
 from torch.autograd import forward_ad
 
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 
 _PLAIN = -1
 

@@ -13,13 +13,13 @@ from torch import Tensor
 import implicitdiff._closure as _closure
 import implicitdiff._functorch as _functorch
 import implicitdiff._modes as _modes
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 from implicitdiff._freeze import freeze
 from implicitdiff._operator import Adjoint, Dims, Matvec, Operator, PlainPullback, Product, Pullback
 from implicitdiff._primitive import Problem, attach, solve_problem
+from implicitdiff._pytree import Leaves, Structure
 from implicitdiff._system import System, first_column, make_system, map_columns
 from implicitdiff.errors import LinearSolveError
-from implicitdiff.pytree import Leaves, Structure
 
 Solve = Callable[[Callable[[Any], Any], Any], Any]
 """``solve(matvec, b) -> x`` over pytrees."""

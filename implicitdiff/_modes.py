@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
 import implicitdiff._functorch as functorch
-import implicitdiff.pytree as pytree
-from implicitdiff.pytree import Leaves
+import implicitdiff._pytree as pytree
+from implicitdiff._pytree import Leaves
 
 
 @contextmanager

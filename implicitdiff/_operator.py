@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 import implicitdiff._functorch as functorch
-from implicitdiff.pytree import Leaves
+from implicitdiff._pytree import Leaves
 
 Product = Callable[[Leaves], Leaves]
 Residual = Callable[[Leaves, Leaves], Leaves]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff._functorch as _functorch
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 
 Number = float | Tensor
 

@@ -23,7 +23,7 @@ import implicitdiff._closure as _closure
 import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 from implicitdiff._operator import Dims, PlainPullback, Pullback, Residual
-from implicitdiff.pytree import Leaves
+from implicitdiff._pytree import Leaves
 
 
 class Problem(ABC):

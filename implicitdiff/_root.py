@@ -11,13 +11,13 @@ import torch
 import implicitdiff._closure as _closure
 import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 from implicitdiff._freeze import freeze
 from implicitdiff._linear import LinearProblem, LinearSolver, Solve, check_leaves, check_like, solve_linear
 from implicitdiff._operator import Dims, Jacobian, Linearised, Residual, SharedPullback
 from implicitdiff._primitive import Problem
+from implicitdiff._pytree import Leaves, Structure
 from implicitdiff.linear_solve.auto import solve_auto
-from implicitdiff.pytree import Leaves, Structure
 
 Kind = Callable[[Leaves, Leaves], Leaves]
 """``kind(x, fn(x))`` is zero at a solution."""

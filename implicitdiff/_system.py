@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff._operator import Operator, PlainPullback, Product
-from implicitdiff.pytree import Leaves
+from implicitdiff._pytree import Leaves
 
 Rows = Callable[[Tensor], Tensor]
 

@@ -10,11 +10,11 @@ import torch
 
 import implicitdiff._closure as _closure
 import implicitdiff._functorch as functorch
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 from implicitdiff._freeze import freeze
 from implicitdiff._operator import Dims
 from implicitdiff._primitive import Problem, attach, solve_problem
-from implicitdiff.pytree import Leaves
+from implicitdiff._pytree import Leaves
 
 
 def unroll(step: Callable[..., Any], n: int, checkpoint_every: int | None = None) -> Callable[..., Any]:

@@ -10,13 +10,13 @@ import torch
 
 import implicitdiff._functorch as _functorch
 import implicitdiff._modes as _modes
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 from implicitdiff._linear import Solve, check_like
 from implicitdiff._primitive import attach
+from implicitdiff._pytree import Leaves
 from implicitdiff._root import Kind, fixed_point, pose, root
 from implicitdiff._signature import Call, Matcher, name_of
 from implicitdiff.errors import NotARootError
-from implicitdiff.pytree import Leaves
 
 __all__ = ["custom_fixed_point", "custom_root", "root_jvp", "root_vjp"]
 
@@ -183,7 +183,7 @@ class _Made(NamedTuple):
 @_functorch.outside_compile
 def _call(made: _Made, matcher: Matcher, solver: Solver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     bound = matcher.bind(args, kwargs)
-    sol, aux = _run(solver, bound, made.has_aux)
+    sol, aux = run_solver(solver, bound, made.has_aux)
     given, keywords = bound.args, bound.kwargs
     if made.chosen is not None:
         given = tuple(a if i in made.chosen else _detached(a) for i, a in enumerate(given, start=1))
@@ -211,7 +211,7 @@ def _detached(tree: Any) -> Any:
     return pytree.map_tensors(torch.Tensor.detach, tree)
 
 
-def _run(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any]:
+def run_solver(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any]:
     """The solver's result, detached. It sees values that are out of every derivative's sight, and its own copy of the
     initial guess."""
     tensors, structure = pytree.flatten((call.init, call.args, call.kwargs))

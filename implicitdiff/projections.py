@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 from implicitdiff._point import Number, Point, broadcasts, holds
 
 __all__ = ["affine_set", "box", "halfspace", "hyperplane", "l1_ball", "l2_ball", "non_negative", "simplex"]

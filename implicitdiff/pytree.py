@@ -1,156 +1,134 @@
-"""Pytrees split into their tensors and everything else."""
+"""Arithmetic of pytrees: nested containers of tensors as vectors.
+
+Every function goes leaf by leaf, is differentiable, and works under every transform of torch.func.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as torch_pytree
 
-Leaves = list[torch.Tensor]
-TreeSpec = torch_pytree.TreeSpec
+import implicitdiff._pytree as _pytree
+
+__all__ = [
+    "tree_add",
+    "tree_add_scalar_mul",
+    "tree_div",
+    "tree_l2_norm",
+    "tree_map",
+    "tree_mul",
+    "tree_neg",
+    "tree_scalar_mul",
+    "tree_sub",
+    "tree_vdot",
+    "tree_zeros_like",
+]
+
+Scalar = torch.Tensor | float | complex
 
 
-@dataclass(frozen=True)
-class Structure:
-    """What remains of a pytree when its tensors are taken out.
+def tree_map(fn: Callable[..., torch.Tensor], tree: Any, *others: Any) -> Any:
+    """The tree of ``fn(leaf, *leaves of others)`` over the tensors of trees that are nested alike.
 
-    Attributes:
-        spec: the nesting.
-        statics: every leaf in order, ``None`` where a tensor stood.
-        slots: positions of the tensors among the leaves.
+    What is no tensor stays as it is in the first tree.
+
+    Raises:
+        ValueError: the trees are nested differently.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.pytree import tree_map
+        >>> tree_map(torch.maximum, {"a": torch.tensor([1.0, 5.0])}, {"a": torch.tensor([3.0, 2.0])})
+        {'a': tensor([3., 5.])}
     """
-
-    spec: TreeSpec
-    statics: tuple[Any, ...]
-    slots: tuple[int, ...]
-
-    def unflatten(self, tensors: Sequence[torch.Tensor]) -> Any:
-        if self.spec.is_leaf() and self.slots:
-            return tensors[0]
-        leaves = list(self.statics)
-        for slot, tensor in zip(self.slots, tensors, strict=True):
-            leaves[slot] = tensor
-        return torch_pytree.tree_unflatten(leaves, self.spec)
-
-    def tensors_of(self, tree: Any) -> Leaves:
-        """The tensors of another tree of this structure; ValueError if it has another one.
-
-        Dictionaries are matched by key, whatever their order.
-        """
-        leaves = [tree] if self.spec.is_leaf() else self.spec.flatten_up_to(tree)
-        tensors = [leaves[slot] for slot in self.slots]
-        if not all(isinstance(leaf, torch.Tensor) for leaf in tensors):
-            raise ValueError("a tensor was expected where there is none")
-        return tensors
-
-    def fill(self, values: Mapping[int, torch.Tensor]) -> Any:
-        """The tree with these tensors, by position among the tensors, and None for every other leaf."""
-        leaves: list[Any] = [None] * len(self.statics)
-        for i, value in values.items():
-            leaves[self.slots[i]] = value
-        return torch_pytree.tree_unflatten(leaves, self.spec)
-
-    def positions_of(self, tree: Any) -> dict[int, torch.Tensor]:
-        """The tensors of a tree of this structure, by position, where None may stand for any of them; ValueError if
-        it has another."""
-        leaves = self.spec.flatten_up_to(tree)
-        values = {i: leaves[slot] for i, slot in enumerate(self.slots) if leaves[slot] is not None}
-        if not all(isinstance(value, torch.Tensor) for value in values.values()):
-            raise ValueError("a tensor or None was expected where there is something else")
-        return values
+    leaves, structure = _pytree.flatten(tree)
+    columns = [leaves]
+    for other in others:
+        try:
+            columns.append(structure.tensors_of(other))
+        except ValueError:
+            raise ValueError(
+                f"trees must be nested alike, with tensors in the same places: got {_pytree.describe(tree)} and "
+                f"{_pytree.describe(other)}"
+            ) from None
+    return structure.unflatten([fn(*row) for row in zip(*columns, strict=True)])
 
 
-def flatten(tree: Any) -> tuple[Leaves, Structure]:
-    """Split a pytree into the list of its tensors and its `Structure`."""
-    leaves, spec = torch_pytree.tree_flatten(tree)
-    slots = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
-    statics = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-    return [leaves[i] for i in slots], Structure(spec, statics, slots)
+def tree_add(x: Any, y: Any) -> Any:
+    """``x + y``."""
+    return tree_map(torch.add, x, y)
 
 
-def tensors(tree: Any) -> Leaves:
-    """The tensors of a pytree, in order."""
-    return [leaf for leaf in torch_pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def tree_sub(x: Any, y: Any) -> Any:
+    """``x - y``."""
+    return tree_map(torch.sub, x, y)
 
 
-def map_tensors(fn: Any, tree: Any) -> Any:
-    """The same tree with ``fn`` applied to its tensors."""
-    return torch_pytree.tree_map_only(torch.Tensor, fn, tree)
+def tree_mul(x: Any, y: Any) -> Any:
+    """``x * y``, entry by entry."""
+    return tree_map(torch.mul, x, y)
 
 
-def map_leaves(fn: Any, tree: Any) -> Any:
-    """The same tree with ``fn`` applied to all of its leaves."""
-    return torch_pytree.tree_map(fn, tree)
+def tree_div(x: Any, y: Any) -> Any:
+    """``x / y``, entry by entry."""
+    return tree_map(torch.div, x, y)
 
 
-def describe(tree: Any) -> str:
-    """One line that shows a tree's nesting with shapes and dtypes, for error messages."""
-    text = repr(map_tensors(lambda t: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}", tree)).replace("'", "")
-    return text if len(text) <= 300 else text[:297] + "..."
+def tree_neg(x: Any) -> Any:
+    """``-x``."""
+    return tree_map(torch.neg, x)
 
 
-def leaves_of(tree: Any) -> tuple[list[Any], TreeSpec]:
-    """The leaves of a pytree, None and everything else among them, and its nesting."""
-    if torch.compiler.is_compiling():  # which does not trace what is cached
-        return torch_pytree.tree_flatten(tree)
-    if type(tree) is dict and set(map(type, tree.values())) <= _LEAF_TYPES:
-        return list(tree.values()), _flat_spec(tuple(tree))
-    if type(tree) is list and set(map(type, tree)) <= _LEAF_TYPES:
-        return list(tree), _flat_spec(len(tree))
-    return torch_pytree.tree_flatten(tree)
+def tree_scalar_mul(scalar: Scalar, x: Any) -> Any:
+    """``scalar * x``."""
+    return tree_map(lambda leaf: scalar * leaf, x)
 
 
-def match(spec: TreeSpec, tree: Any) -> list[Any]:
-    """What a tree has in the place of each leaf of `spec`; ValueError if it is nested otherwise."""
-    if spec.is_leaf():
-        return [tree]
-    if _is_flat(spec, tree):
-        return [tree[key] for key in spec.context] if spec.type is dict else list(tree)
-    return spec.flatten_up_to(tree)
+def tree_add_scalar_mul(x: Any, scalar: Scalar, y: Any) -> Any:
+    """``x + scalar * y``."""
+    return tree_map(lambda a, b: a + scalar * b, x, y)
 
 
-def unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
-    """The tree of these leaves."""
-    if spec.num_leaves + 1 == spec.num_nodes and spec.type is list:
-        return list(leaves)
-    if spec.num_leaves + 1 == spec.num_nodes and spec.type is dict:
-        return dict(zip(spec.context, leaves, strict=True))
-    return torch_pytree.tree_unflatten(leaves, spec)
+def tree_zeros_like(x: Any) -> Any:
+    """Zeros like the tensors of ``x``."""
+    return tree_map(torch.zeros_like, x)
 
 
-# Flat lists and dictionaries, as most models' parameters are, need none of the recursion.
-_LEAF_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
+def tree_vdot(x: Any, y: Any) -> torch.Tensor:
+    """The inner product ``sum(conj(x) * y)`` over all entries of all leaves, a scalar tensor.
+
+    Raises:
+        ValueError: the trees are nested differently, or hold no tensor.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.pytree import tree_vdot
+        >>> tree_vdot([torch.tensor([1.0, 2.0]), torch.tensor(3.0)], [torch.ones(2), torch.tensor(2.0)])
+        tensor(9.)
+    """
+    products = _pytree.tensors(tree_map(lambda a, b: (a.conj() * b).sum(), x, y))
+    if not products:
+        raise ValueError(f"tree_vdot: a tree with tensors is needed, got {_pytree.describe(x)}")
+    return functools.reduce(torch.add, products)
 
 
-@functools.lru_cache(maxsize=256)
-def _flat_spec(keys: int | tuple[Any, ...]) -> TreeSpec:
-    return torch_pytree.tree_structure([None] * keys if isinstance(keys, int) else dict.fromkeys(keys))
+def tree_l2_norm(x: Any) -> torch.Tensor:
+    """The Euclidean norm over all entries of all leaves, a scalar tensor; its derivative at zero is zero.
 
+    Raises:
+        ValueError: the tree holds no tensor.
 
-def _is_flat(spec: TreeSpec, tree: Any) -> bool:
-    if type(tree) is not spec.type or spec.num_leaves + 1 != spec.num_nodes or len(tree) != spec.num_leaves:
-        return False
-    return spec.type is list or (spec.type is dict and tree.keys() == set(spec.context))
-
-
-def broadcast(spec: TreeSpec, prefix: Any) -> list[Any]:
-    """The leaves of `prefix`, each repeated for all that lies below it in a tree nested like `spec`; ValueError if it
-    is no prefix."""
-    if torch_pytree.tree_structure(prefix).is_leaf():
-        return [prefix] * spec.num_leaves
-    if spec.is_leaf():
-        raise ValueError("a leaf was expected where there is a node")
-    # One level at a time: `flatten_up_to` matches dictionaries by key.
-    level = TreeSpec(spec.type, spec.context, [torch_pytree.treespec_leaf() for _ in spec.children()])
-    pairs = zip(spec.children(), level.flatten_up_to(prefix), strict=True)
-    return [leaf for child, below in pairs for leaf in broadcast(child, below)]
-
-
-def names_of(spec: TreeSpec) -> list[str]:
-    """How Python writes the way to each leaf, e.g. ``['layer'][0]``."""
-    tree = unflatten([0] * spec.num_leaves, spec)
-    return [torch_pytree.keystr(path) for path, _ in torch_pytree.tree_flatten_with_path(tree)[0]]
+    Example:
+        >>> import torch
+        >>> from implicitdiff.pytree import tree_l2_norm
+        >>> tree_l2_norm({"a": torch.tensor([3.0, 0.0]), "b": torch.tensor(4.0)})
+        tensor(5.)
+    """
+    leaves = _pytree.tensors(x)
+    if not leaves:
+        raise ValueError(f"tree_l2_norm: a tree with tensors is needed, got {_pytree.describe(x)}")
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in leaves]))
+    return norm

@@ -15,7 +15,9 @@ PACKAGE = Path(__file__).parent.parent / "implicitdiff"
 ORDER = [
     "errors",
     "_C",
+    "_pytree",
     "pytree",
+    "_places",
     "_functorch",
     "_freeze",
     "_modes",
@@ -68,6 +70,12 @@ ORDER = [
     "solvers._admm",
     "solvers.*",
     "solvers",
+    "nn._given",
+    "nn.*",
+    "nn",
+    "fronts._check",
+    "fronts.*",
+    "fronts",
     "",
     "__main__",
 ]

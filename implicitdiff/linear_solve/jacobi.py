@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 
 
 def jacobi_preconditioner(matvec: Callable[[Any], Any], like: Any) -> Callable[[Any], Any]:

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 import torch
 
-import implicitdiff.pytree as pytree
-from implicitdiff.pytree import Leaves
+import implicitdiff._pytree as pytree
+from implicitdiff._pytree import Leaves
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 import implicitdiff._functorch as functorch
+from implicitdiff._pytree import Leaves
 from implicitdiff.optim._step import Buffers, Operands, Step
-from implicitdiff.pytree import Leaves
 
 
 def refuse_tracked(caller: str, name: str, tensors: Leaves) -> None:

@@ -17,8 +17,8 @@ import implicitdiff._C as _C
 import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 import implicitdiff.optim._donation as _donation
+from implicitdiff._pytree import Leaves
 from implicitdiff.optim._step import Buffers, Operands, Step, flat, split
-from implicitdiff.pytree import Leaves
 
 if _C.cpu is not None:
     _C.cpu.use(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), torch.Tensor, torch.nn.Parameter)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 from implicitdiff.optim._base import GradientTransformation
 
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from implicitdiff._pytree import Leaves
 from implicitdiff.optim._columns import accumulator
-from implicitdiff.pytree import Leaves
 
 Number = float | torch.Tensor
 # A number, a scalar tensor, or a schedule.

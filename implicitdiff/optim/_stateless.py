@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 import implicitdiff.optim._donation as _donation
+from implicitdiff._pytree import Leaves
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns, accumulator
 from implicitdiff.optim._rule import Number
-from implicitdiff.pytree import Leaves
 
 
 def stateless(name: str, compute: Callable[[Columns, Any], Leaves]) -> GradientTransformation:

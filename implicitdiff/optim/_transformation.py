@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
+import implicitdiff._pytree as pytree
 import implicitdiff.optim._donation as _donation
 import implicitdiff.optim._fused as _fused
-import implicitdiff.pytree as pytree
+from implicitdiff._pytree import Leaves
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns, accumulator
 from implicitdiff.optim._inject import inject_hyperparams
 from implicitdiff.optim._rule import Rule
 from implicitdiff.optim._step import Buffers, Operands, Step, flat
-from implicitdiff.pytree import Leaves
 
 
 def transformation(

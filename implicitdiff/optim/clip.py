@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 import implicitdiff.optim._check as _check
+from implicitdiff._pytree import Leaves
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns, accumulator
 from implicitdiff.optim._rule import Number
 from implicitdiff.optim._stateless import each, stateless
-from implicitdiff.pytree import Leaves
 
 
 def clip(max_delta: float) -> GradientTransformation:

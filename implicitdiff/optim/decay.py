@@ -8,11 +8,11 @@ import torch
 
 import implicitdiff.optim._check as _check
 import implicitdiff.optim._donation as _donation
+from implicitdiff._pytree import Leaves
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns
 from implicitdiff.optim._rule import Number
 from implicitdiff.optim._stateless import factor_like, stateless, widely
-from implicitdiff.pytree import Leaves
 
 
 def add_decayed_weights(weight_decay: Number = 0.0, mask: Any = None) -> GradientTransformation:

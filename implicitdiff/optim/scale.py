@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 
 import implicitdiff.optim._check as _check
+from implicitdiff._pytree import Leaves
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns
 from implicitdiff.optim._rule import Number
 from implicitdiff.optim._stateless import factor_like, overwritten, stateless, widely
-from implicitdiff.pytree import Leaves
 
 
 class ScheduleState(NamedTuple):

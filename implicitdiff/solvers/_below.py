@@ -12,12 +12,12 @@ from torch import Tensor
 import implicitdiff._closure as _closure
 import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 from implicitdiff._freeze import freeze
 from implicitdiff._linear import check_leaves
 from implicitdiff._operator import Dims
+from implicitdiff._pytree import Leaves
 from implicitdiff._system import Vectors
-from implicitdiff.pytree import Leaves
 from implicitdiff.solvers._condition import Pose
 from implicitdiff.solvers._rows import Part, RowFunction, Rows
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 from implicitdiff._linear import check_leaves, check_like
 from implicitdiff._signature import name_of
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from implicitdiff._closure import full_precision
 from implicitdiff._operator import Dims
 from implicitdiff._primitive import Problem, solve_problem
-from implicitdiff.pytree import Leaves
+from implicitdiff._pytree import Leaves
 
 
 def solve(a: Tensor, b: Tensor) -> Tensor:

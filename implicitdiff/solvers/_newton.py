@@ -10,7 +10,7 @@ from torch import Tensor
 import implicitdiff.solvers._dense as _dense
 from implicitdiff._linear import LinearProblem, LinearSolver, solve_linear
 from implicitdiff._operator import Linearised, Product
-from implicitdiff.pytree import Leaves
+from implicitdiff._pytree import Leaves
 from implicitdiff.solvers._backtracking import Point, backtrack
 from implicitdiff.solvers._rows import Rows, norm, select
 from implicitdiff.solvers._status import Status

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 from implicitdiff.solvers._status import Status
 
 Callback = Callable[[int, Any, Any], Any]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import implicitdiff._functorch as functorch
+from implicitdiff._pytree import Leaves, Structure
 from implicitdiff._system import Vectors
-from implicitdiff.pytree import Leaves, Structure
 from implicitdiff.solvers._status import Status
 
 Product = Callable[[Tensor], Tensor]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import implicitdiff._functorch as functorch
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 from implicitdiff._signature import name_of
 from implicitdiff.projections import box
 from implicitdiff.solvers._condition import Condition, Parts, Pose, subtract

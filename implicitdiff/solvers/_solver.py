@@ -19,16 +19,16 @@ from torch import Tensor
 import implicitdiff._closure as _closure
 import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 from implicitdiff._freeze import freeze
 from implicitdiff._linear import check_leaves
 from implicitdiff._primitive import attach
+from implicitdiff._pytree import Leaves, Structure
 from implicitdiff._root import RootProblem
 from implicitdiff._signature import name_of
 from implicitdiff._system import Vectors
 from implicitdiff._unroll import unroll
 from implicitdiff.linear_solve.auto import solve_auto
-from implicitdiff.pytree import Leaves, Structure
 from implicitdiff.solvers._below import Closed
 from implicitdiff.solvers._condition import Pose
 from implicitdiff.solvers._options import Options, check_count, options_of

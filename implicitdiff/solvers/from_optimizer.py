@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 import implicitdiff.solvers._condition as _condition
 from implicitdiff.optim import GradientTransformation
 from implicitdiff.solvers._rows import Rows, norm

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 from implicitdiff._linear import check_like
 from implicitdiff._signature import name_of
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 import implicitdiff.solvers._condition as _condition
 from implicitdiff.solvers._backtracking import GROWTH, Point, backtrack, lies_below
 from implicitdiff.solvers._condition import Condition, Parts

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.pytree as pytree
+import implicitdiff._pytree as pytree
 import implicitdiff.solvers._admm as _admm
 import implicitdiff.solvers._dense as _dense
 from implicitdiff.linear_solve.auto import solve_auto

@@ -1,0 +1,45 @@
+"""What every front checks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import implicitdiff._pytree as pytree
+from implicitdiff.optim._base import GradientTransformation
+
+
+def transformation(name: str, given: Any) -> GradientTransformation:
+    """What was given, if it is a `GradientTransformation`."""
+    if not isinstance(given, GradientTransformation):
+        raise TypeError(
+            f"{name}: transformation must be a GradientTransformation such as implicitdiff.adam(1e-3), "
+            f"got {type(given).__name__}"
+        )
+    return given
+
+
+def state(name: str, mine: Any, given: Any) -> Any:
+    """A state to go on with, if it is nested like the present one, with tensors of the same shapes and dtypes."""
+    leaves, structure = pytree.flatten(mine)
+    try:
+        others = structure.tensors_of(given)
+    except ValueError:
+        others = []
+    if [(t.shape, t.dtype) for t in others] != [(t.shape, t.dtype) for t in leaves]:
+        raise ValueError(
+            f"{name}: the state given is not one of this optimizer for these parameters: expected "
+            f"{pytree.describe(mine)}, got {pytree.describe(given)}"
+        )
+    return given
+
+
+def signature(first: str, factory: Callable[..., Any]) -> inspect.Signature:
+    """How a front of a factory's transformation is called."""
+    given = inspect.signature(factory)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return given.replace(
+        parameters=[inspect.Parameter(first, kind), *given.parameters.values()],
+        return_annotation=inspect.Signature.empty,
+    )

@@ -1,0 +1,158 @@
+"""Optimizers whose steps on a module are differentiable."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+import implicitdiff.fronts._check as _check
+import implicitdiff.optim as optim
+from implicitdiff._places import Place, parameters_of
+from implicitdiff.fronts.func_optimizer import gradients
+from implicitdiff.optim._base import GradientTransformation
+
+
+class MetaOptimizer:
+    """Steps of a module's parameters that stay part of the graph.
+
+    A step replaces each parameter of the module by ``p + update``, a tensor that depends on the parameters before, on
+    the loss, and on the transformation's hyper-parameters; what is computed with the module afterwards is
+    differentiable in all of these. Tied parameters stay tied. Those that are frozen, or that the loss does not depend
+    on, are left alone.
+
+    The graph grows with each step. `extract_state_dict` before the first and `recover_state_dict` after the last
+    return to where it began, `stop_gradient` goes on from where it ended; both let go of the graph.
+
+    Args:
+        module: its parameters are optimized, of an `implicitdiff.nn.MetaGradientModule` the inner ones.
+        transformation: the pair, e.g. ``implicitdiff.adam(1e-3)``.
+
+    Attributes:
+        module: the module.
+        transformation: the pair.
+        state: its state, for the parameters by name.
+
+    Raises:
+        TypeError: `transformation` is none, or `module` no module.
+        ValueError: the module has no parameters.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import MetaSGD, extract_state_dict, recover_state_dict
+        >>> net = torch.nn.Linear(1, 1, bias=False)
+        >>> torch.nn.init.ones_(net.weight)
+        Parameter containing:
+        tensor([[1.]], requires_grad=True)
+        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> inner, x = MetaSGD(net, lr=lr), torch.tensor([[1.0]])
+        >>> start = extract_state_dict(net)
+        >>> inner.step((net(x) ** 2).sum())  # w - 2 lr w
+        >>> (net(x) ** 2).sum().backward()
+        >>> lr.grad  # of (1 - 2 lr)^2
+        tensor(-3.2000)
+        >>> recover_state_dict(net, start)
+    """
+
+    def __init__(self, module: nn.Module, transformation: GradientTransformation) -> None:
+        name = type(self).__name__
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name}: module must be an nn.Module, got {type(module).__name__}")
+        self.transformation = _check.transformation(name, transformation)
+        self.module = module
+        places = self._places()
+        if not places:
+            raise ValueError(f"{name}: the module has no parameters")
+        with torch.no_grad():
+            self.state = self.transformation.init({key: place.tensor for key, place in places.items()})
+        self._names = list(places)
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Replace the module's parameters by those after a step down the gradient of a loss.
+
+        Args:
+            loss: a scalar that was computed with the module as it is now.
+
+        Raises:
+            ValueError: the loss depends on none of the parameters, or the module has others than it had.
+        """
+        name = f"{type(self).__name__}.step"
+        places = self._places()
+        if list(places) != self._names:
+            raise ValueError(
+                f"{name}: the module's parameters are {list(places)}, but they were {self._names} when this optimizer "
+                "was made; make another one"
+            )
+        params = {key: place.tensor for key, place in places.items()}
+        grads = gradients(name, loss, params, create_graph=True)
+        with torch.enable_grad():
+            params, self.state = self.transformation.step(grads, self.state, params)
+        for key, place in places.items():
+            if grads[key] is not None:
+                place.put(params[key])
+
+    def state_dict(self) -> Any:
+        """The state, a pytree of tensors. These are the tensors, with their graphs, not copies."""
+        return self.state
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Go on from a state that `state_dict` gave."""
+        self.state = _check.state(f"{type(self).__name__}.load_state_dict", self.state, state_dict)
+
+    def _places(self) -> dict[str, Place]:
+        chosen = set(map(id, self.module.parameters()))
+        return {
+            name: place
+            for name, place in parameters_of(self.module).items()
+            if id(place.tensor) in chosen and (place.tensor.is_floating_point() or place.tensor.is_complex())
+        }
+
+
+class _Of(MetaOptimizer):
+    """A meta-optimizer by the name of its transformation."""
+
+    factory: ClassVar[Callable[..., GradientTransformation]]
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, factory: Callable[..., GradientTransformation], **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.factory = staticmethod(factory)
+        cls.__signature__ = _check.signature("module", factory)
+
+    def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(module, type(self).factory(*args, **kwargs))
+
+
+class MetaSGD(_Of, factory=optim.sgd):
+    """`MetaOptimizer` of `implicitdiff.sgd`, whose arguments it takes."""
+
+
+class MetaAdam(_Of, factory=optim.adam):
+    """`MetaOptimizer` of `implicitdiff.adam`, whose arguments it takes."""
+
+
+class MetaAdamW(_Of, factory=optim.adamw):
+    """`MetaOptimizer` of `implicitdiff.adamw`, whose arguments it takes."""
+
+
+class MetaRMSProp(_Of, factory=optim.rmsprop):
+    """`MetaOptimizer` of `implicitdiff.rmsprop`, whose arguments it takes."""
+
+
+class MetaAdaGrad(_Of, factory=optim.adagrad):
+    """`MetaOptimizer` of `implicitdiff.adagrad`, whose arguments it takes."""
+
+
+class MetaAdaDelta(_Of, factory=optim.adadelta):
+    """`MetaOptimizer` of `implicitdiff.adadelta`, whose arguments it takes."""
+
+
+class MetaAdaMax(_Of, factory=optim.adamax):
+    """`MetaOptimizer` of `implicitdiff.adamax`, whose arguments it takes."""
+
+
+class MetaRAdam(_Of, factory=optim.radam):
+    """`MetaOptimizer` of `implicitdiff.radam`, whose arguments it takes."""
