@@ -191,7 +191,7 @@ def _deep_copy(tensor: torch.Tensor, device: torch.device | str | None) -> torch
     value = tensor.detach().clone().to(device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(value, tensor.requires_grad)
-    return value.requires_grad_(tensor.requires_grad)
+    return value.requires_grad_() if tensor.requires_grad else value
 
 
 def _recover_module(module: nn.Module, state: Any) -> None:
