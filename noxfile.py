@@ -20,6 +20,11 @@ PINS = {
     "ruff": "0.17.6",
     "mypy": "2.4.1",
     "build": "1.6.1",
+    "sphinx": "9.0.4",
+    "myst-parser": "5.2.0",
+    "sphinx-gallery": "0.22.1",
+    "furo": "2025.12.19",
+    "sphinx-copybutton": "0.5.2",
 }
 # What benchmarks/solvers.py compares with.
 PEERS = {
@@ -32,6 +37,7 @@ PEERS = {
 }
 RUNTIME = ("torch", "numpy", "scipy")
 TESTING = ("pytest", "pytest-xdist", "hypothesis")
+DOCS = ("sphinx", "myst-parser", "sphinx-gallery", "furo", "sphinx-copybutton", "scikit-learn", "matplotlib")
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["tests", "docs-test", "lint", "typecheck"]
@@ -65,17 +71,12 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
-def maml(session: nox.Session) -> None:
-    """Meta-learn the sinusoid tasks and draw the curves."""
-    install(session, "matplotlib")
-    session.run("python", "examples/maml_sine.py", *session.posargs)
-
-
-@nox.session
-def deq(session: nox.Session) -> None:
-    """Train a deep-equilibrium classifier of digits and draw its convergence and memory."""
+def examples(session: nox.Session) -> None:
+    """Run the examples, all or those named, each of which checks its own claims and draws a figure."""
     install(session, "scikit-learn", "matplotlib")
-    session.run("python", "examples/deep_equilibrium.py", *session.posargs)
+    chosen = session.posargs or sorted(path.stem for path in Path("examples").glob("*.py"))
+    for name in chosen:
+        session.run("python", f"examples/{name}.py")
 
 
 @nox.session
@@ -143,9 +144,22 @@ def cuda_build(session: nox.Session) -> None:
 
 @nox.session(name="docs-test")
 def docs_test(session: nox.Session) -> None:
-    """Run the examples in the README and in the docstrings."""
+    """Run the examples in the README, in the pages and in the docstrings."""
     install(session, "pytest", IMPLICITDIFF_NO_EXTENSIONS="1")
-    session.run("pytest", "--doctest-modules", "implicitdiff", "--doctest-glob=*.md", "README.md", "docs")
+    # What Python there is in docs/ configures Sphinx, or was put there by it.
+    pages = ("--doctest-glob=*.md", "--ignore-glob=docs/*.py", "README.md", "docs")
+    session.run("pytest", "--doctest-modules", "implicitdiff", *pages)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation: every warning an error, every example run for the gallery."""
+    install(session, *DOCS, IMPLICITDIFF_NO_EXTENSIONS="1")
+    for generated in ("docs/_build", "docs/api/generated", "docs/gallery"):
+        shutil.rmtree(generated, ignore_errors=True)
+    # The examples' operations are small: on several threads they lose time, on a busy machine most of it.
+    env = {"OMP_NUM_THREADS": "1"}
+    session.run("sphinx-build", "-W", "--keep-going", "-n", *session.posargs, "docs", "docs/_build/html", env=env)
 
 
 @nox.session

@@ -1,13 +1,12 @@
-"""A deep-equilibrium classifier: one layer, applied until it changes nothing, reads handwritten digits.
+"""A deep-equilibrium classifier
 
-The hidden state of an image ``x`` is the ``z`` with ``z = tanh(W z + U x + b)``. `anderson` finds it, and what is
-differentiated is this equation, not the iterations: the backward pass is one linear solve, and what it needs is as
-much after 80 iterations as after 5. The parameters are those of an ordinary module, which the solver captures.
+One layer, applied until it changes nothing, reads digits: the hidden state of an image ``x`` is the ``z`` with
+``z = tanh(W z + U x + b)``. `anderson` finds it, and this equation is differentiated, not the iterations: the backward
+pass is one linear solve, for which as much is kept after 80 iterations as after 5. The solver captures the parameters.
 
 With ``W = (1 - m) I - A'A + B - B'`` every image has exactly one equilibrium, whatever the parameters are. Plain
-iteration need not find it, and with the trained parameters it does not.
-
-The script checks the test accuracy, the gradient against that of the unrolled iterations, and the memory.
+iteration need not find it, and with the trained parameters it does not. The script checks the test accuracy, the
+gradient against that of the unrolled iterations, and the memory.
 
 Bai, Kolter and Koltun, "Deep equilibrium models", 2019; Winston and Kolter, "Monotone operator equilibrium networks",
 2020, for ``W``.
@@ -58,13 +57,10 @@ class Cell(nn.Module):
 net = nn.ModuleDict({"cell": Cell(), "readout": nn.Linear(HIDDEN, 10)})
 
 
+# %%
+# As lanes of ``vmap`` images stop one by one, each with its own acceleration: no answer depends on the others. And the
+# derivative factorises a matrix of HIDDEN rows for each, where one long fixed point would have BATCH times as many.
 def equilibria(solver: Solver, x: Tensor, **options: object) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The hidden states of a batch.
-
-    The batch could be one long fixed point, which takes fewer operations. As lanes of vmap its images stop one by one,
-    each with its own acceleration, so that no answer depends on the rest of the batch; and the derivative factorises a
-    matrix of HIDDEN rows for each image, where one of BATCH * HIDDEN rows would need an iterative solver.
-    """
     return vmap(solver.run)(x.new_zeros(len(x), HIDDEN), x, **options)
 
 
@@ -72,6 +68,8 @@ def loss(solver: Solver, x: Tensor, y: Tensor, **options: object) -> Tensor:
     return cross_entropy(net["readout"](equilibria(solver, x, **options)[0]), y)
 
 
+# %%
+# Training. The solver is made once; it sees the parameters as they are at each call.
 solver = anderson(net["cell"], rtol=1e-3, atol=1e-3)
 optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
 decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, EPOCHS)
@@ -88,8 +86,8 @@ for epoch in range(1, EPOCHS + 1):
 print(f"trained in {time.perf_counter() - began:.0f} s")
 
 
+# What autograd keeps for the gradient of a batch, in MiB.
 def memory(iterations: int, **options: object) -> float:
-    """The MiB that autograd keeps for the gradient of a batch."""
     kept: WeakSet[Callable[[], Tensor]] = WeakSet()
 
     def pack(tensor: Tensor) -> Callable[[], Tensor]:
@@ -111,6 +109,7 @@ print("\niterations   unrolled, MiB   with checkpoints   implicit")
 for row in zip(budgets, unrolled, checkpointed, implicit, strict=True):
     print("{:10} {:15.2f} {:18.2f} {:10.2f}".format(*row))
 
+# %%
 # The gradient, in float64 and at equilibria as exact as they get.
 net.double()
 exact = anderson(net["cell"], rtol=0.0, atol=1e-11)
@@ -120,6 +119,7 @@ by_unrolling = torch.autograd.grad(loss(exact, *batch, implicit_diff=False), lis
 errors = [((a - b).norm() / b.norm()).item() for a, b in zip(gradients, by_unrolling, strict=True)]
 print(f"\nimplicit gradient against unrolled: largest relative error of a parameter {max(errors):.1e}")
 
+# %%
 # The picture. A history has a row for each test image.
 plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left"})
 plt.rcParams.update({"axes.titlepad": 12, "axes.spines.top": False, "axes.spines.right": False})

@@ -1,5 +1,4 @@
-"""Leave a state, come back to it
-==============================
+"""Leave a state, come back to it.
 
 A meta-optimizer replaces a module's parameters by tensors that remember how they came about. Several inner loops from
 one start, such as the tasks of a meta-batch, need a way back: ``extract_state_dict`` before, ``recover_state_dict``

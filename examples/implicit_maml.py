@@ -1,5 +1,4 @@
-"""Implicit MAML, as functions and as objects
-==========================================
+"""Implicit MAML, as functions and as objects.
 
 Implicit MAML learns where fine-tuning starts. The fine-tuned weights minimise the loss of a task plus the squared
 distance to the meta-parameters, so they are a function of the meta-parameters, and its derivative follows from the

@@ -1,5 +1,4 @@
-"""A fixed point of a linear layer
-===============================
+"""A fixed point of a linear layer.
 
 The equation is ``x = W x + b``. Whatever number of plain iterations finds its solution, the derivatives come from the
 equation: with ``v`` the gradient of an outer loss in ``x``, solve ``(I - W)' u = v``; then the gradient in ``b`` is

@@ -1,12 +1,11 @@
-"""Meta-learning on the classic sinusoid tasks: functional MAML, all tasks of a meta-batch in one vmap.
+"""Meta-learning on sinusoids
 
-A task is to fit a sine of random amplitude and phase from ten points. What is learned is where its network starts:
-such that five gradient steps from there fit any of them. So the loss after the steps is differentiated through the
-steps, in the initial weights.
+Functional MAML on the classic tasks, each to fit a sine of random amplitude and phase from ten points. What is learned
+is where the network starts: such that five gradient steps from there fit any of them. So the loss after the steps is
+differentiated through the steps, in the initial weights, and all tasks of a meta-batch are one ``vmap``.
 
 The inner optimizer is `sgd`, the outer one a chain of clipping and `adam` under a cosine schedule. The script checks
-the meta-gradient against central differences and that the loss after adaptation falls at least tenfold, and draws the
-curves of unseen tasks before and after adaptation.
+the meta-gradient against central differences, and that the loss after adaptation falls at least tenfold.
 
 Finn, Abbeel and Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", 2017, section 5.1.
 """
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from implicitdiff import adam, apply_updates, chain, clip_grad_norm, sgd, unroll
@@ -32,15 +31,14 @@ Params = dict[str, Tensor]
 
 torch.manual_seed(0)
 began = time.perf_counter()
-net = torch.nn.Sequential(
-    torch.nn.Linear(1, 40), torch.nn.Tanh(), torch.nn.Linear(40, 40), torch.nn.Tanh(), torch.nn.Linear(40, 1)
-)
+net = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
 inner = sgd(lr=0.02)
 outer = chain(clip_grad_norm(10.0), adam(lr=cosine(3e-3, META_STEPS)))
 
 
+# %%
+# A task has points to adapt to, and points to be judged on.
 def draw_tasks(count: int) -> tuple[Tensor, ...]:
-    """Points to adapt to, and points to be judged on."""
     amplitude = torch.empty(count, 1, 1).uniform_(0.1, 5.0)
     phase = torch.empty(count, 1, 1).uniform_(0.0, math.pi)
     x = torch.empty(2, count, SHOTS, 1).uniform_(-5.0, 5.0)
@@ -52,6 +50,8 @@ def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
     return ((functional_call(net, params, x) - y) ** 2).mean()
 
 
+# %%
+# Adaptation is a loop of steps, and the meta-loss is the loss after it, of all tasks at once.
 def inner_step(carry: tuple[Params, object], x: Tensor, y: Tensor) -> tuple[Params, object]:
     params, state = carry
     updates, state = inner.update(grad(loss)(params, x, y), state)
@@ -63,7 +63,6 @@ def adapt(params: Params, x: Tensor, y: Tensor) -> Params:
 
 
 def meta_loss(params: Params, tasks: tuple[Tensor, ...]) -> Tensor:
-    """The loss after adaptation, all tasks at once."""
     return vmap(lambda x, y, x_new, y_new: loss(adapt(params, x, y), x_new, y_new))(*tasks).mean()
 
 
@@ -79,6 +78,8 @@ def check_meta_gradient(params: Params, tasks: tuple[Tensor, ...], h: float = 1e
     return abs(slope / difference - 1).item()
 
 
+# %%
+# The meta-gradient, and meta-training.
 start = {name: p.detach() for name, p in net.named_parameters()}
 unseen = draw_tasks(1000)
 error = check_meta_gradient(start, draw_tasks(TASKS))
@@ -95,6 +96,8 @@ after = meta_loss(params, unseen).item()
 print(f"before meta-training {before:.3f}, after {after:.3f}: {before / after:.0f} times lower")
 print(f"{time.perf_counter() - began:.0f} s; figure: {FIGURE.name}")
 
+# %%
+# Three unseen tasks.
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True, layout="constrained")
 grid = torch.linspace(-5, 5, 200)[:, None]
 for axis, amplitude, phase in zip(axes, (1.0, 2.5, 4.5), (0.3, 1.4, 2.6), strict=True):
@@ -103,12 +106,9 @@ for axis, amplitude, phase in zip(axes, (1.0, 2.5, 4.5), (0.3, 1.4, 2.6), strict
     axis.plot(grid, amplitude * torch.sin(grid - phase), color="0.6", label="task")
     axis.plot(grid, functional_call(net, params, grid), ":", color="C0", label="meta-learned, before adaptation")
     axis.plot(grid, functional_call(net, adapt(params, x, y), grid), color="C0", label=f"after {INNER_STEPS} steps")
-    axis.plot(
-        grid, functional_call(net, adapt(start, x, y), grid), "--", color="C1", label="random start, after as many"
-    )
+    axis.plot(grid, functional_call(net, adapt(start, x, y), grid), "--", color="C1", label="from a random start")
     axis.plot(x, y, "k.", label=f"its {SHOTS} points")
-    axis.set_title(f"amplitude {amplitude}, phase {phase}")
-    axis.set_xlabel("x")
+    axis.set(title=f"amplitude {amplitude}, phase {phase}", xlabel="x")
 axes[0].set_ylabel("y")
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
 figure.savefig(FIGURE, dpi=120)

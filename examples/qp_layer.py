@@ -2,11 +2,11 @@
 
 Every day a factory makes the amounts ``x`` of six products that earn most: it maximises ``margin'x - x'x / 2`` subject
 to ``recipe x <= hours`` and ``x >= 0``. Known are the market, the hours of two machines and, with noise, the amounts;
-unknown, how many hours a product takes and how margins depend on the market. A network for the margins and a matrix
-for the recipe feed the program, and are trained on the distance between its solution and the amounts.
+unknown, how many hours a product takes and how margins depend on the market. A network and a matrix for the two feed
+the program, and are trained on the distance between its solution and the amounts.
 
-The script checks the solutions by the conditions of Karush, Kuhn and Tucker and against SciPy, the gradient through
-them against central differences, and unseen days against a larger network that predicts amounts without a program.
+Checked are the solutions, by the conditions of Karush, Kuhn and Tucker and against SciPy, the gradient through them
+against central differences, and unseen days against a larger network that predicts amounts without a program.
 """
 
 from pathlib import Path
@@ -31,12 +31,11 @@ torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)  # operations as small as these lose time on several
 torch.manual_seed(0)
 recipe, sensitivity = 0.3 + 0.7 * torch.rand(2, PRODUCTS), torch.randn(MARKET, PRODUCTS)
-solver = qp(rtol=0.0, atol=1e-8)
 
 
 def plan(margin: Tensor, recipe: Tensor, hours: Tensor) -> KKTSolution:
     G, h = torch.cat([recipe, -torch.eye(PRODUCTS)]), torch.cat([hours, torch.zeros(PRODUCTS)])
-    return solver.run(None, torch.eye(PRODUCTS), -margin, G=G, h=h)[0]
+    return qp().run(None, torch.eye(PRODUCTS), -margin, G=G, h=h)[0]
 
 
 plans = vmap(plan, in_dims=(0, None, 0))
@@ -93,7 +92,6 @@ for name, model in models.items():
 # What the solutions and their gradient are worth
 # -----------------------------------------------
 # The conditions of optimality on all unseen days, written out.
-
 factory = models["with the program"].requires_grad_(False)
 margin, learned, hours = factory.program(unseen)
 x, _, dual = plans(margin, learned, hours)

@@ -1,16 +1,14 @@
-"""One penalty per feature, tuned by gradient descent through cross-validation.
+"""One penalty per feature
 
-A logistic regression with a single L2 penalty has one number to tune, and a grid finds it. With a penalty for each of
-thirty features no grid will do. The search needs the gradient of the validation loss in every penalty, and the loss
-knows the penalties only through the weights that a solver returns.
+A logistic regression with a single L2 penalty has one number to tune, and a grid finds it. For a penalty for each of
+thirty features it takes the gradient of the validation loss, which knows them only through the weights of a solver.
 
 ``custom_root`` supplies that gradient. The solver below is Newton's method, and its steps are not what is
 differentiated: the weights satisfy ``grad(objective)(weights, ...) == 0``, and this alone says how they move with the
 penalties. A fold is a 0/1 mask over the samples, so that all five are solved, and differentiated, as one ``vmap``.
 
-The script checks its claims: the weights against SciPy's, the gradient against central differences of the whole
-pipeline, and the tuned penalties on patients that the tuning never saw. Thirty numbers can learn five folds too well,
-so the report and the picture also show what the best single penalty reaches.
+The script checks the weights against SciPy's, the gradient against central differences, and the penalties on patients
+that the tuning never saw. The best single penalty is shown too, as thirty numbers can learn five folds too well.
 """
 
 import time
@@ -48,8 +46,9 @@ for mask, (_, rows) in zip(held_out, StratifiedKFold(FOLDS, shuffle=True, random
 fitted = 1.0 - held_out
 
 
+# %%
+# The problem (the last weight is the intercept) and Newton's method, of a fixed number of steps for a whole batch.
 def log_loss(weights: Tensor, mask: Tensor) -> Tensor:
-    """Mean loss over the samples that the mask selects; the last weight is the intercept."""
     return (mask * softplus(-y * (X @ weights))).sum() / mask.sum()
 
 
@@ -59,7 +58,6 @@ def objective(weights: Tensor, log_penalty: Tensor, mask: Tensor) -> Tensor:
 
 @custom_root(grad(objective))
 def fit(weights: Tensor, log_penalty: Tensor, mask: Tensor) -> Tensor:
-    """Newton's method. The number of steps is fixed, so that a whole batch can take them together."""
     penalty = torch.nn.functional.pad(log_penalty.exp(), (0, 1))
     for _ in range(NEWTON_STEPS):
         p = torch.sigmoid(X @ weights)
@@ -79,7 +77,8 @@ def test_loss(log_penalty: Tensor) -> Tensor:
     return softplus(-y_test * (X_test @ weights)).mean()
 
 
-# Tune all thirty from the same start.
+# %%
+# Tune all thirty from the same start. A grid finds one penalty that all features share.
 start = torch.full((30,), 0.1).log()
 log_penalty, path, losses = start.clone(), [], []
 adam = torch.optim.Adam([log_penalty], lr=LEARNING_RATE)
@@ -93,13 +92,13 @@ for step in range(OUTER_STEPS + 1):
 tuned = path[-1]
 test_losses = vmap(test_loss)(torch.stack(path))  # every refit along the path, in one batch
 
-# What a grid finds with one penalty shared by all features.
 grid = torch.linspace(-9, 0, 37)[:, None].expand(-1, 30)
 shared = grid[vmap(validation_loss)(grid).argmin()]
 print("\nlog-loss                     validation     test")
 for label, choice in ("every penalty at 0.1", start), (f"best shared, {shared[0].exp():.4f}", shared), ("tuned", tuned):
     print(f"{label:26s} {validation_loss(choice):12.5f} {test_loss(choice):8.5f}")
 
+# %%
 # The solver against SciPy, which is given the first fold in NumPy and a gradient written by hand.
 A, s, lam = X[fitted[0] > 0].numpy(), y[fitted[0] > 0].numpy(), np.append(tuned.exp().numpy(), 0.0)
 scipy_fit = scipy.optimize.minimize(
@@ -123,7 +122,8 @@ for j in range(0, 30, 5):
     print(f"{cancer.feature_names[j]:28s} {implicit[j]:18.10e} {central[j]:22.10e} {relative[j]:17.1e}")
 print(f"largest relative error of all thirty: {relative.max():.1e}")
 
-# The picture.
+# %%
+# The picture, and the claims.
 KEPT, SUPPRESSED, INK = "#1b7f79", "#d9683c", "#333333"
 plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left"})
 plt.rcParams.update({"axes.titlepad": 12, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK})

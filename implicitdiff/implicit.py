@@ -33,7 +33,7 @@ def custom_root(
     r"""Decorate a solver of ``optimality_fn(x, *args, **kwargs) = 0`` so that its solution has the derivatives that
     the equation implies.
 
-    With ``A = dF/dx`` at the solution ``x*(theta)`` of ``F(x, theta) = 0``, the implicit function theorem gives
+    With ``A = dF/dx`` at the solution ``x*(theta)`` of ``F(x, theta) = 0``, the implicit function theorem gives::
 
         dx*/dtheta = -A^-1 dF/dtheta.
 
@@ -102,7 +102,7 @@ def custom_fixed_point(
     the equation implies.
 
     `custom_root` of ``x - fixed_point_fn(x, *args, **kwargs)``, to which everything said there applies: with ``J =
-    df/dx`` at the fixed point ``x*(theta)``,
+    df/dx`` at the fixed point ``x*(theta)``::
 
         dx*/dtheta = (I - J)^-1 df/dtheta.
 

@@ -6,7 +6,7 @@ Every family poses problems in ``theta`` whose solution is known in closed form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ class Row(NamedTuple):
         unrolls: whether its steps can be differentiated.
         tolerance: of implicit derivatives.
         of_one_leaf: whether the family's functions take one tensor alone.
+        in_units: the factory for an objective that is so many times as large, where that matters to its step size.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Row(NamedTuple):
     unrolls: bool = True
     tolerance: float = 1e-8
     of_one_leaf: bool = False
+    in_units: Callable[[float], Callable[..., Solver]] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -185,6 +187,25 @@ def inside_simplex(theta: Tensor) -> Tensor:
     return torch.zeros_like(theta) + torch.tensor([0.5, 0.3, 0.2], dtype=theta.dtype)
 
 
+def in_units(family: Family, unit: float) -> tuple[Function, ...]:
+    """The functions of the same problem in which the first is so many times as large, and x for fixed points."""
+    fn, *others = family.functions
+    if family.name == "fixed point":
+        return (lambda x, theta: unit * fn(x / unit, theta),)
+    if family.name == "lasso":
+        others = [lambda v, stepsize: shrink(v, unit * stepsize)]
+    return lambda x, theta: unit * fn(x, theta), *others
+
+
+def in_single_precision(functions: Iterable[Function]) -> list[Function]:
+    """Functions of single precision, though the problems' constants are in double precision."""
+
+    def single(fn: Function) -> Function:
+        return lambda v, *more: fn(v.double(), *(torch.as_tensor(m).double() for m in more)).float()
+
+    return [single(fn) for fn in functions]
+
+
 FIXED_POINT = Family("fixed point", (image,), rotated_cubic, zeros, lambda x: x + 1)
 ROOT = Family("root", (residual,), rotated_cubic, zeros, lambda x: x**2 + 1, far=20.0)
 EACH = Family("root of each entry", (residual_of_each,), cubic, zeros, lambda x: 1 / x, far=20.0)
@@ -222,11 +243,17 @@ SEARCHES = [
     Row("broyden_root", solvers.broyden_root, ROOT._replace(far=5.0)),
     Row("bisection", bisection_on_wide_brackets, EACH, unrolls=False),
     Row("gradient_descent", solvers.gradient_descent, MINIMUM),
-    Row("gradient_descent, fixed step", partial(solvers.gradient_descent, stepsize=0.3), MINIMUM._replace(far=2.0)),
+    Row(
+        "gradient_descent, fixed step",
+        partial(solvers.gradient_descent, stepsize=0.3),
+        MINIMUM._replace(far=2.0),
+        in_units=lambda unit: partial(solvers.gradient_descent, stepsize=0.3 / unit),
+    ),
     Row(
         "from_optimizer",
-        lambda fn, **o: solvers.from_optimizer(fn, sgd(0.2, momentum=0.3), **o),
+        partial(solvers.from_optimizer, transformation=sgd(0.2, momentum=0.3)),
         MINIMUM._replace(far=2.0),
+        in_units=lambda unit: partial(solvers.from_optimizer, transformation=sgd(0.2 / unit, momentum=0.3)),
     ),
     Row("lbfgs", solvers.lbfgs, MINIMUM),
     Row("nonlinear_cg", solvers.nonlinear_cg, MINIMUM),

@@ -55,6 +55,7 @@ ORDER = [
     "solvers._condition",
     "solvers._dense",
     "solvers._rows",
+    "solvers._gap",
     "solvers._report",
     "solvers._options",
     "solvers._below",

@@ -189,6 +189,23 @@ def test_the_derivative_of_a_spent_budget_is_that_of_the_condition_at_the_point_
 # --- brackets ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("lower", "upper"),
+    [({"a": 0.0, "b": -9}, {"a": 10, "b": 9.0}), (-9, {"a": 10, "b": 9.0}), ({"a": number(0.0), "b": -9.0}, 11.0)],
+)
+def test_the_ends_of_brackets_may_be_trees_of_numbers(lower, upper) -> None:
+    solver = solvers.bisection(lambda x, theta: {"a": x["a"] ** 3 - theta, "b": x["b"] + theta}, lower, upper)
+    x, _ = vmap(lambda theta: solver.run(None, theta))(torch.tensor([8.0, 1.0]))
+    torch.testing.assert_close(x["a"].float(), torch.tensor([2.0, 1.0]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(x["b"].float(), torch.tensor([-8.0, -1.0]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("lower", "upper"), [({"a": 0.0}, {"b": 9.0}), (None, 3.0), ({"a": "low"}, 3.0)])
+def test_brackets_without_a_middle_are_refused(lower, upper) -> None:
+    with pytest.raises(ValueError, match="bisection: without an initial guess, lower and upper must be"):
+        solvers.bisection(lambda x: x, lower, upper).run(None)
+
+
 @pytest.mark.parametrize(("lower", "upper"), [(1.5, 3.0), (3.0, 1.5), (0.0, 1.0), (math.nan, 2.0)])
 def test_a_bracket_without_a_change_of_sign_is_refused(lower: float, upper: float) -> None:
     solver = solvers.bisection(lambda x, theta: x**2 - theta, lower, upper)

@@ -4,15 +4,17 @@ transform."""
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
-from searches import SEARCHES, THETA, Row
+from searches import SEARCHES, THETA, Row, in_single_precision, in_units
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 from implicitdiff import custom_root
-from implicitdiff.solvers import Status, fixed_point_iteration
+from implicitdiff.errors import ConvergenceError
+from implicitdiff.solvers import Status, fixed_point_iteration, newton
 
 F64 = torch.float64
 DIRECTION = torch.tensor([0.6, -1.0, 0.8], dtype=F64)
@@ -429,18 +431,128 @@ def test_what_is_given_is_not_changed(row: Row, implicit_diff: bool) -> None:
 @every_solver
 def test_single_precision_converges_to_its_own_precision(row: Row) -> None:
     """With the default tolerances."""
-    fn, *others = row.family.functions
-    # The problem's constants are in double precision.
-    functions = [
-        lambda x, theta: fn(x.double(), theta.double()).float(),
-        *(lambda v, *more, g=g: g(v.double(), *(torch.as_tensor(m).double() for m in more)).float() for g in others),
-    ]
-    solver = row.solver(*functions, rtol=None, atol=None)
+    solver = row.solver(*in_single_precision(row.family.functions), rtol=None, atol=None)
     theta = THETA.float()
     x, state = solver.run(row.family.start(theta), theta)
     assert x.dtype == state.error.dtype == torch.float32
     assert state.status == Status.CONVERGED
     torch.testing.assert_close(x, row.family.closed_form(THETA).float(), rtol=1e-3, atol=2e-4)
+
+
+# --- default tolerances -----------------------------------------------------------------------------------------------
+
+F32 = torch.float32
+units = pytest.mark.parametrize("unit, dtype", [(1.0, F64), (1e-4, F64), (1e-8, F64), (1.0, F32), (1e-4, F32)], ids=str)
+
+
+class InUnits(NamedTuple):
+    """A row's problem in other units and another precision, with default tolerances."""
+
+    row: Row
+    unit: float
+    dtype: torch.dtype
+
+    def solver(self, **options):
+        functions = in_units(self.row.family, self.unit)
+        if self.dtype == F32:
+            functions = in_single_precision(functions)
+        factory = self.row.in_units(self.unit) if self.row.in_units else self.row.factory
+        return factory(*functions, **options)
+
+    def guess(self, x: Tensor) -> Tensor:
+        return (self._of_x * x).to(self.dtype)
+
+    def assert_solved(self, x: Tensor, theta: Tensor) -> None:
+        rtol, atol = (1e-8, 1e-8) if self.dtype == F64 else (1e-3, 2e-4)
+        if len(self.row.family.functions) > 1 or self.row.of_one_leaf:
+            # In x - prox(x - grad, 1), a gradient that is small beside x is rounded.
+            atol = atol + 20 * torch.finfo(self.dtype).eps / self.unit
+        torch.testing.assert_close(x.double() / self._of_x, self.row.family.closed_form(theta), rtol=rtol, atol=atol)
+
+    @property
+    def _of_x(self) -> float:
+        return self.unit if self.row.family.name == "fixed point" else 1.0
+
+
+@units
+@every_solver
+def test_default_tolerances_do_not_depend_on_units(row: Row, unit: float, dtype: torch.dtype) -> None:
+    problem = InUnits(row, unit, dtype)
+    x, state = problem.solver().run(problem.guess(row.family.start(THETA)), THETA.to(dtype))
+    assert state.status == Status.CONVERGED
+    problem.assert_solved(x, THETA)
+
+
+@units
+@every_solver
+def test_a_guess_that_is_a_solution_but_for_rounding_is_soon_accepted(
+    row: Row, unit: float, dtype: torch.dtype
+) -> None:
+    problem = InUnits(row, unit, dtype)
+    solver, theta = problem.solver(), THETA.to(dtype)
+    first, cold = solver.run(problem.guess(row.family.start(THETA)), theta)
+    # The brackets of bisection are as wide as ever.
+    soon = 70 if row.name == "bisection" else 8
+    # What was accepted as the most that rounding allows, or SciPy could do, may be looked at again.
+    guesses = [(first, max(soon, int(cold.iter_num))), (problem.guess(row.family.closed_form(THETA)), soon)]
+    for guess, limit in guesses:
+        x, state = solver.run(guess, theta)
+        assert state.status == Status.CONVERGED
+        assert state.iter_num <= limit
+        problem.assert_solved(x, THETA)
+
+
+@units
+@every_solver
+def test_default_tolerances_of_a_batch_are_those_of_its_lanes(row: Row, unit: float, dtype: torch.dtype) -> None:
+    problem = InUnits(row, unit, dtype)
+    solver = problem.solver()
+    theta = torch.stack([THETA, 1.1 * THETA, THETA, 0.9 * THETA])
+    x = torch.stack([row.family.start(THETA), *(row.family.closed_form(t) for t in (1.1 * THETA, 1.05 * THETA))])
+    x = torch.cat([x, row.family.start(THETA)[None]])
+    x, theta = problem.guess(x), theta.to(dtype)
+    found, state = vmap(solver.run)(x, theta)
+    looped = [solver.run(*lane)[1] for lane in zip(x, theta, strict=True)]
+    assert state.status.tolist() == [int(s.status) for s in looped] == [Status.CONVERGED] * 4
+    # The sizes of which targets are made are known to a few digits, as differences.
+    torch.testing.assert_close(state.target, torch.stack([s.target for s in looped]), rtol=0.1, atol=0.0)
+    for x_i, theta_i in zip(found, theta, strict=True):
+        problem.assert_solved(x_i, theta_i.double())
+
+
+def laplacian(n: int) -> Tensor:
+    return 2 * torch.eye(n) - torch.diag(torch.ones(n - 1), 1) - torch.diag(torch.ones(n - 1), -1)
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-6, 1e6])
+@pytest.mark.parametrize("backtracking", [False, True])
+def test_no_error_has_to_be_smaller_than_rounding_makes_it(backtracking: bool, unit: float) -> None:
+    """``L x = b`` with a smooth ``x``: the terms of ``L x`` are a thousand times as large as ``b``."""
+    matrix, b = laplacian(100), 1e-3 * torch.sin(torch.linspace(0, 3, 100))
+    solver = newton(lambda x, b: unit * (matrix @ x - b), backtracking=backtracking)
+    x, state = solver.run(torch.zeros(100), b)
+    assert state.status == Status.CONVERGED and state.iter_num <= 8
+    assert state.target > torch.finfo(F32).eps ** (2 / 3) * unit * b.norm()
+    exact = torch.linalg.solve(matrix.double(), b.double())
+    torch.testing.assert_close(x.double(), exact, rtol=0, atol=1e-4 * float(exact.abs().max()))
+    again, state = solver.run(x, b)
+    assert state.status == Status.CONVERGED
+    torch.testing.assert_close(again, x, rtol=0, atol=1e-4 * float(exact.abs().max()))
+    with pytest.raises(ConvergenceError):
+        newton(lambda x, b: unit * (matrix @ x - b), atol=0.0, maxiter=None).run(torch.zeros(100), b)
+
+
+def test_steps_taken_by_hand_see_the_same_targets() -> None:
+    matrix, b = laplacian(100), 1e-3 * torch.sin(torch.linspace(0, 3, 100)) * torch.tensor([[1.0], [-2.0]])
+    solver = newton(lambda x, b: matrix @ x - b)
+    x = torch.zeros(2, 100)
+    state = vmap(solver.init)(x, b)
+    for _ in range(10):
+        x, state = vmap(solver.update)(x, state, b)
+    assert state.status.tolist() == [Status.CONVERGED] * 2
+    found, expected = vmap(solver.run)(torch.zeros(2, 100), b)
+    torch.testing.assert_close(x, found, rtol=1e-4, atol=1e-4)
+    assert state.iter_num.tolist() == expected.iter_num.tolist()
 
 
 @every_solver

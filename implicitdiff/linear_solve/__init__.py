@@ -4,14 +4,14 @@
 tensors, and ``x`` is a tree like it. Unknowns are coupled across all leaves; leaves may differ in shape and dtype
 (the arithmetic is done in the widest, and in no less than float32). Complex systems are solved with the adjoint where
 the transpose would be wrong. Every solver is itself differentiable, in ``b`` and in every tensor that ``matvec``
-captures, to any order, in both modes, by the implicit rule
+captures, to any order, in both modes, by the implicit rule::
 
     dx = A^-1 (db - dA x),      b_bar = A^-H x_bar,    A_bar = - b_bar x^H,
 
 and batches under `torch.func.vmap`, where every lane stops by itself. Adjoint systems in the derivatives are solved
 by the same solver.
 
-Common options
+Common options:
     rtol, atol: stop at ``|b - A x| <= max(rtol |b|, atol)``, Euclidean norms over all leaves. ``atol`` has the units
         of ``b``. ``rtol=None`` is ``eps^(2/3)`` of the dtype: 4e-11 in float64, 2e-5 in float32. The residual that is
         tested in the end is the true one.

@@ -27,13 +27,23 @@ State
     ``update``, what is reported is detached and what is remembered is not, so that a loop over ``update`` has the right
     derivative.
 
-Options of every factory
+Options of every factory:
     rtol, atol: a lane has converged at ``error <= max(rtol * first_error, atol)``. The error is the Euclidean norm
         over all leaves of what the solution makes zero, at the current ``params`` and in its units: ``f(x) - x`` for
         fixed points, ``F(x)`` for roots, the gradient for minima, ``J'r`` for least squares, ``x - prox(x - grad, 1)``
         for constrained and composite minima, the violation of the KKT conditions for `qp`. A small step is not
-        convergence. ``first_error`` is that of the initial guess. None is ``eps^(2/3)`` of the dtype for both: 4e-11 in
-        float64, 2e-5 in float32.
+        convergence. ``first_error`` is that of the initial guess ``x``. ``rtol=None`` is ``eps^(2/3)`` of the dtype:
+        4e-11 in float64, 2e-5 in float32. ``atol=None`` is no number, so that the units of the user's function do not
+        matter, but ``eps^(2/3)`` times the size, at the initial guess, of the terms that cancel in the error:
+        ``|f(x)|`` for fixed points, ``|J x|`` for roots, ``|H x|`` for minima, ``|J'J x|`` for least squares, for
+        constrained minima what the constraints leave of ``|H x|``, and zero for `bisection` and `qp`, which know when
+        they are done. So a guess near the solution has about the target that the guess zero has. (``J x`` and ``H x``
+        are differences, one evaluation more.) Nor must an error be smaller than rounding makes it: with ``atol=None``,
+        after 8, 16, 32, ... iterations and where a search fails, the target is at least what becomes of the error if
+        every unknown moves by ``4 eps`` of itself; ``state.target`` says what it was in the end.
+        Give a number, in the error's units, where the guess is zero and so, but for rounding, is the solution: then
+        there is no size to go by, and the search fails. Give one also where unknowns, or equations, of very different
+        sizes share the norm, in which the large ones hide the small.
     maxiter: an integer is a budget, and using it up is no failure. None is a safety net, far above what the method
         should need, and meeting it is one.
     check_every: how many iterations to make between two looks at the status, which cost a synchronisation on a GPU.
@@ -43,7 +53,7 @@ Options of every factory
         `implicitdiff.ConvergenceWarning`, or ``"ignore"``: look at ``state.status``, whose values are those of
         `Status`. What is not finite is a failure also within a budget.
 
-Options of ``run``
+Options of run:
     implicit_diff, checkpoint_every: see above.
     keep_history: whether ``state.history`` is to hold the errors of all iterations, ``(iterations + 1,)``, with
         checkpoints those where one is kept; a lane that has stopped repeats its last.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import implicitdiff.solvers._gap as _gap
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select
 from implicitdiff.solvers._status import Status
 
@@ -96,7 +97,8 @@ def begin(rows: Rows, x: Tensor) -> dict[str, Tensor]:
     value, grad = rows.fn.value_and_grad(x)
     # The gradient of a value that is not a number may be finite.
     error = torch.where(torch.isfinite(value), norm(grad), torch.nan)
-    return {**rows.header(error), "value": value, "grad": grad, "magnitude": value.detach().abs()}
+    header = rows.header(error, lambda: norm(_gap.change(_gap.stationary, rows, x, grad)))
+    return {**header, "value": value, "grad": grad, "magnitude": value.detach().abs()}
 
 
 def arrive(state: Any, point: Point) -> dict[str, Tensor]:

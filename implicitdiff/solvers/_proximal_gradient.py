@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import implicitdiff.solvers._gap as _gap
 from implicitdiff.solvers._backtracking import GROWTH, Point, backtrack, lies_below
 from implicitdiff.solvers._options import check_number
 from implicitdiff.solvers._rows import Rows, dot, norm
@@ -53,7 +54,16 @@ def check_stepsize(name: str, stepsize: float | None) -> None:
         check_number(name, "stepsize", stepsize, "a number > 0, or None for a line search", lambda s: s > 0)
 
 
-def method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) -> Method:
+Away = Callable[[Rows, Tensor, Tensor], Tensor]
+"""``away(rows, x, grad)``, what a solution makes zero."""
+
+
+def by_prox(prox: Prox) -> Away:
+    """``x - prox(x - grad, 1)``."""
+    return lambda rows, x, grad: x - prox(rows, x - grad, torch.ones_like(x[:, 0]))
+
+
+def method(name: str, prox: Prox, away: Away, stepsize: float | None, acceleration: bool) -> Method:
     """Proximal gradient with a backtracking line search, or a given step size, and Nesterov's acceleration.
 
     Beck and Teboulle, SIAM J. Imaging Sciences 2 (2009); the momentum starts again where it points uphill, after
@@ -61,14 +71,19 @@ def method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) ->
     """
     check_stepsize(name, stepsize)
 
-    def error(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
-        return norm(x - prox(rows, x - grad, torch.ones_like(x[:, 0])))
+    def gap(rows: Rows, x: Tensor) -> Tensor:
+        return away(rows, x, _gap.stationary(rows, x))
 
     def start(rows: Rows, x: Tensor) -> ProximalGradientState:
         value, grad = rows.fn.value_and_grad(x)
-        one = torch.ones_like(value)
+        one, here = torch.ones_like(value), away(rows, x, grad)
+
+        def size() -> Tensor:
+            unbalanced = grad - _gap.change(_gap.stationary, rows, x, grad)
+            return norm(away(rows, x, unbalanced) - here)
+
         return ProximalGradientState(
-            **rows.header(error(rows, x, grad)),
+            **rows.header(norm(here), size),
             stepsize=one * (stepsize or 1.0),
             point=x,
             value=value,
@@ -79,7 +94,7 @@ def method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) ->
     def step(rows: Rows, x: Tensor, state: ProximalGradientState) -> tuple[Tensor, ProximalGradientState]:
         (new_x, value, grad), size, failed = _descend(rows, prox, state, search=stepsize is None)
         state = state._replace(
-            error=error(rows, new_x, grad),
+            error=norm(away(rows, new_x, grad)),
             status=torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status),
             stepsize=size,
         )
@@ -87,7 +102,7 @@ def method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) ->
             return new_x, state._replace(point=new_x, value=value, grad=grad)
         return new_x, _accelerate(rows, x, new_x, state)
 
-    return Method(start, step, 100_000)
+    return Method(start, step, 100_000, gap)
 
 
 def _descend(rows: Rows, prox: Prox, state: ProximalGradientState, search: bool) -> tuple[Point, Tensor, Tensor]:

@@ -139,8 +139,8 @@ class Rows:
         structure: the tree of these leaves.
         plain: whether the rows are plain tensors below every transform, where nothing is differentiated.
         eps: the precision of the least precise leaf.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
+        rtol: the user's relative tolerance, or None.
+        atol: the user's absolute tolerance, or None.
     """
 
     def __init__(
@@ -160,8 +160,7 @@ class Rows:
         self.fn = self._functions["fn"]
         self.inputs, self.structure, self.plain = inputs, structure, plain
         self.eps = inputs.eps
-        self.rtol = self.eps ** (2 / 3) if rtol is None else rtol
-        self.atol = self.eps ** (2 / 3) if atol is None else atol
+        self.rtol, self.atol = rtol, atol
         self._lane = lane
         self._once: dict[Any, Any] = {}
 
@@ -179,19 +178,35 @@ class Rows:
             self._once[make] = make(self)
         return self._once[make]
 
-    def header(self, error: Tensor, **memory: Any) -> dict[str, Any]:
-        """The first fields of every state, at an initial guess with this error of shape ``(lanes,)``."""
+    def header(self, error: Tensor, size: Callable[[], Tensor] | None = None) -> dict[str, Any]:
+        """The first fields of every state, at an initial guess.
+
+        A default must not depend on the units of the user's function, so it is no number: in the place of ``atol`` is a
+        small part of what the terms that cancel in an error amount to. If the user's function is linear, that is its
+        change from zero to here, so that a guess near the solution is asked for what zero as a guess would be.
+
+        Args:
+            error: there, ``(lanes,)``.
+            size: of these terms, ``(lanes,)``; None: zero.
+        """
         error = error.detach()
+        rtol = self.eps ** (2 / 3) if self.rtol is None else self.rtol
         zero = torch.zeros_like(error, dtype=torch.int64)
-        target = torch.clamp(self.rtol * error, min=self.atol)
         return {
             "iter_num": zero,
             "error": error,
-            "target": target,
+            "target": torch.maximum(rtol * error, self._least(error, size)),
             "status": torch.full_like(zero, int(Status.RUNNING)),
             "history": error.new_zeros((error.shape[0], 0)),
-            **memory,
         }
+
+    def _least(self, error: Tensor, size: Callable[[], Tensor] | None) -> Tensor:
+        if self.atol is not None:
+            return torch.full_like(error, self.atol)
+        if size is None:
+            return torch.zeros_like(error)
+        found = size()
+        return torch.where(torch.isfinite(found), self.eps ** (2 / 3) * found, 0.0)
 
 
 def norm(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import implicitdiff._pytree as pytree
 from implicitdiff._signature import name_of
 from implicitdiff.projections import box
 from implicitdiff.solvers._condition import Condition, Parts, Pose, subtract
+from implicitdiff.solvers._gap import Gap, change
 from implicitdiff.solvers._rows import Rows, any_lane, norm
 from implicitdiff.solvers._solver import Method, Solver, make
 from implicitdiff.solvers._status import Status
@@ -141,32 +142,33 @@ class Engine(NamedTuple):
     Attributes:
         solve: ``solve(lane, aim, limit) -> OptimizeResult``; `aim` is an error to stop at.
         counts: which field of the result counts what ``limit`` limits; the evaluations if it has none of this name.
-        digits: an ``atol`` of None accepts an error of the precision to this power.
+        gap: what is zero at a solution without bounds; not a number where the user's function is not.
+        bounded: whether there are bounds.
+        digits: default tolerances accept the precision to this power, where SciPy can do no more.
     """
 
     solve: Callable[[Lane, float, int], Any]
     counts: str
-    digits: float
+    gap: Gap
+    bounded: bool = False
+    digits: float = 2 / 3
+
+    def away(self, rows: Rows, x: Tensor, gap: Tensor) -> Tensor:
+        """How far a point is from a solution, in the box or without."""
+        return x - rows.part("box")(x - gap) if self.bounded else gap
 
 
-Measure = Callable[[Rows, Tensor], Tensor]
-"""``measure(rows, x)``, the errors ``(lanes,)``."""
-
-
-def make_engine(
-    name: str, pose: Pose, fn: Callable[..., Any], measure: Measure, engine: Engine, options: dict[str, Any]
-) -> Solver:
+def make_engine(name: str, pose: Pose, fn: Callable[..., Any], engine: Engine, options: dict[str, Any]) -> Solver:
     """A solver whose one iteration is all of SciPy's.
 
     Args:
         name: of the factory.
         pose: makes the condition of the user's function.
         fn: that.
-        measure: the error of that condition.
         engine: what solves.
         options: see `implicitdiff.solvers`.
     """
-    method = _method(engine, measure, options)
+    method = _method(engine, options)
     solver = make(name, pose, (fn,), method, options)
     quiet = make(name, pose, (fn,), method, {**options, "on_failure": "ignore"})
 
@@ -194,32 +196,45 @@ def make_engine(
     return solver._replace(update=update, run=run)
 
 
-def _method(engine: Engine, measure: Measure, options: Mapping[str, Any]) -> Method:
+def _method(engine: Engine, options: Mapping[str, Any]) -> Method:
+    def gap(rows: Rows, x: Tensor) -> Tensor:
+        return engine.away(rows, x, engine.gap(rows, x))
+
     def start(rows: Rows, x: Tensor) -> ScipyState:
-        header = rows.header(measure(rows, x))
-        if options.get("atol") is None:
-            header["target"] = torch.clamp(header["target"], min=rows.eps**engine.digits)
+        value = engine.gap(rows, x)
+        here = engine.away(rows, x, value)
+
+        def size() -> Tensor:
+            return norm(engine.away(rows, x, value - change(engine.gap, rows, x, value)) - here)
+
+        header = rows.header(norm(here), size)
         return ScipyState(**header, nfev=header["iter_num"])
+
+    def accepted(rows: Rows, state: ScipyState) -> Tensor:
+        """The target where SciPy can do no more; what the user asked for is kept to."""
+        if rows.atol is not None:
+            return state.target
+        given = state.error * (rows.rtol or 0.0)
+        return torch.where(state.target > given, rows.eps ** (engine.digits - 2 / 3) * state.target, state.target)
 
     def step(rows: Rows, x: Tensor, state: ScipyState) -> tuple[Tensor, ScipyState]:
         new_x, spent, nfev, status = x.clone(), torch.ones_like(state.nfev), state.nfev.clone(), state.status.clone()
         limit = options.get("maxiter") or max(1000, 200 * x.shape[1])
-        # As tight as for every solver: what SciPy is asked for is usually more than what is accepted.
-        aim = torch.clamp(rows.rtol * state.error, min=rows.atol)
         for i in (state.status == Status.RUNNING).nonzero()[:, 0].tolist():
             lane = Lane(rows.lane(i), x[i : i + 1])
-            end = _solve(engine, lane, float(aim[i]), limit)
+            end = _solve(engine, lane, float(state.target[i]), limit)
             new_x[i] = torch.from_numpy(end.x)
             spent[i], nfev[i], status[i] = end.spent, lane.nfev, _why(end, limit)
-        error = measure(rows, new_x)
+        error = norm(gap(rows, new_x))
         # Where it has got there, or is not finite, the loop says so.
-        missed = torch.isfinite(error) & (error > state.target)
+        target = torch.where(error > state.target, accepted(rows, state), state.target)
+        missed = torch.isfinite(error) & (error > target)
         status = torch.where(missed, status, state.status)
         # The loop adds one.
         iter_num = state.iter_num + spent - 1
-        return new_x, state._replace(iter_num=iter_num, error=error, status=status, nfev=nfev)
+        return new_x, state._replace(iter_num=iter_num, error=error, target=target, status=status, nfev=nfev)
 
-    return Method(start, step, net=10_000)
+    return Method(start, step, 10_000, gap)
 
 
 def _why(end: End, limit: int) -> Status:
@@ -258,10 +273,9 @@ def _without_warnings() -> Iterator[None]:
         yield
 
 
-def stationarity(rows: Rows, x: Tensor, value: Tensor, gradient: Tensor, bounded: bool) -> Tensor:
-    """How far a point is from stationary, in a box or without; not a number where a value is not finite."""
-    away = x - rows.part("box")(x - gradient) if bounded else gradient
-    return torch.where(torch.isfinite(value).all(dim=-1), norm(away), math.nan)
+def known(gradient: Tensor, value: Tensor) -> Tensor:
+    """A gradient, not a number where the value that it belongs to is not finite."""
+    return torch.where(torch.isfinite(value).all(dim=-1, keepdim=True), gradient, math.nan)
 
 
 def boxed(condition: Condition, lower: Any, upper: Any) -> Condition:

@@ -31,9 +31,10 @@ from implicitdiff._unroll import unroll
 from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.solvers._below import Closed
 from implicitdiff.solvers._condition import Pose
+from implicitdiff.solvers._gap import Gap, rounding
 from implicitdiff.solvers._options import Options, check_count, options_of
 from implicitdiff.solvers._report import Callback, Report
-from implicitdiff.solvers._rows import Part, Rows, select
+from implicitdiff.solvers._rows import Part, Rows, any_lane, select
 from implicitdiff.solvers._status import Status, advance, settle
 
 
@@ -64,12 +65,14 @@ class Method(NamedTuple):
             and ``status`` where it fails; the rest of the header is the loop's. What it does in lanes that have
             stopped is thrown away, but must be finite, since transforms differentiate it.
         net: how many iterations ``maxiter=None`` allows.
+        gap: what ``error`` is the norm of; None where the method itself knows what rounding makes of it.
         only_implicit: why ``implicit_diff=False`` makes no sense, if it makes none.
     """
 
     start: Callable[[Rows, Tensor], Any]
     step: Callable[[Rows, Tensor, Any], tuple[Tensor, Any]]
     net: int
+    gap: Gap | None = None
     only_implicit: str | None = None
 
 
@@ -119,7 +122,10 @@ class _Maker:
     def update(self, params: Any, state: Any, *args: Any) -> tuple[Any, Any]:
         x, rows, structure = self._frame(params, args)
         with _closure.full_precision():
-            x, state = self._step(rows, x, pytree.map_tensors(lambda t: t[None], state), mask=True)
+            old = pytree.map_tensors(lambda t: t[None], state)
+            x, state = self._step(rows, x, old, mask=True)
+            asked = _is_milestone(state.iter_num) | (state.status != Status.RUNNING)
+            state = self._spared(rows, x, state, asked & (old.status == Status.RUNNING))
         return structure.unflatten(rows.inputs.unravel(x)), _unbatched(state)
 
     @functorch.outside_compile
@@ -154,12 +160,29 @@ class _Maker:
         """One iteration; with `mask` it leaves the lanes alone that have stopped."""
         new_x, new = self.method.step(rows, x, state)
         error, iter_num = new.error.detach(), new.iter_num + 1
-        status = advance(new.status.detach(), error, state.target, iter_num, self.limit)
+        status = advance(new.status.detach(), error, new.target, iter_num, self.limit)
         new = new._replace(iter_num=iter_num, error=error, status=status)
         if not mask:
             return new_x, new
         active = state.status == Status.RUNNING
         return select(active, new_x, x), _select_all(active, new, state)
+
+    def _spared(self, rows: Rows, x: Tensor, state: Any, asked: Tensor) -> Any:
+        """The state with targets that rounding leaves within reach, in the lanes that are asked for.
+
+        A relative target may be out of reach where an error is a difference of large terms. As long as errors fall,
+        that does not matter, so it is looked into after 8, 16, 32, ... iterations and where a search ends in failure.
+        """
+        gap, in_vain = self.method.gap, state.status == Status.RUNNING
+        for status in (Status.BUDGET_SPENT, Status.LINE_SEARCH_FAILED):
+            in_vain = in_vain | (state.status == status)
+        asked = asked & in_vain & (state.error > state.target)
+        if gap is None or rows.atol is not None or not any_lane(asked):
+            return state
+        floor = rounding(gap, rows, x)
+        target = torch.where(asked & (floor > state.target), floor, state.target)
+        there = asked & (state.error <= target)
+        return state._replace(target=target, status=torch.where(there, int(Status.CONVERGED), state.status))
 
     # --- in the caller's frame --------------------------------------------------------------------------------------
 
@@ -233,15 +256,25 @@ class _Maker:
             return structure.unflatten(rows.inputs.unravel(x))
 
         with contextlib.closing(report.over(lanes)):
+            count = 0
             while running := report.see(state, partial(show, x), state.error):
                 mask = every > 1 or running < state.status.numel()
                 for _ in range(every):
                     x, state = self._step(rows, x, state, mask=mask)
+                    count += 1
+                    if _is_milestone(count):
+                        state = self._spared(rows, x, state, state.status == Status.RUNNING)
+            state = self._spared(rows, x, state, state.iter_num > 0)
         self._settle(state if lanes else _unbatched(state))
         return x, report.into(state)
 
     def _settle(self, state: Any) -> None:
         settle(self.name, state, self.options.on_failure, budget=self.options.maxiter is not None)
+
+
+def _is_milestone(count: Any) -> Any:
+    """Whether a number, or each of a tensor's, is 8, 16, 32, ..."""
+    return (count >= 8) & (count & (count - 1) == 0)
 
 
 def _unbatched(state: Any) -> Any:

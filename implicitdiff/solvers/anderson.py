@@ -10,6 +10,7 @@ from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._dense as _dense
+import implicitdiff.solvers._gap as _gap
 from implicitdiff.solvers._options import check_count, check_number
 from implicitdiff.solvers._rows import Rows, any_lane, norm, select, times
 from implicitdiff.solvers._solver import Method, Solver, make
@@ -49,7 +50,8 @@ def anderson(
 ) -> Solver:
     r"""Make a solver of ``f(x, *args) = x`` by Anderson acceleration.
 
-    With the residual ``r(x) = f(x) - x`` and the last changes ``S`` of ``x`` and ``Y`` of ``r`` as columns, it goes to
+    With the residual ``r(x) = f(x) - x`` and as columns the last changes ``S`` of ``x`` and ``Y`` of ``r``, it goes
+    to::
 
         x + mixing r - (S + mixing Y) c,    c = argmin |r - Y c|^2.
 
@@ -89,7 +91,8 @@ def anderson(
     def start(rows: Rows, x: Tensor) -> AndersonState:
         residual = rows.fn(x) - x
         none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
-        return AndersonState(**rows.header(norm(residual)), residual=residual, steps=none, changes=none)
+        header = rows.header(norm(residual), lambda: norm(residual + x))
+        return AndersonState(**header, residual=residual, steps=none, changes=none)
 
     def step(rows: Rows, x: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
         r, steps, changes = state.residual, state.steps, state.changes
@@ -110,7 +113,9 @@ def anderson(
             changes=torch.cat([changes[:, 1:], (new_r - r)[:, None]], dim=1),
         )
 
-    return make("anderson", _condition.fixed_point, (fixed_point_fn,), Method(start, step, 1_000), options)
+    return make(
+        "anderson", _condition.fixed_point, (fixed_point_fn,), Method(start, step, 1_000, _gap.fixed_point), options
+    )
 
 
 def _coefficients(changes: Tensor, residual: Tensor, ridge: float) -> Tensor:

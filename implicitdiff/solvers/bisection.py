@@ -49,14 +49,15 @@ def bisection(fn: Callable[..., Any], lower: Any, upper: Any, **options: Any) ->
 
     Every iteration halves the brackets ``[lower, upper]``, at whose ends ``F`` must have different signs. It stops
     where the error reaches its target, or where the ends of a bracket are neighbouring numbers. In the latter case a
-    residual larger than those at the first ends tells a pole from a root, and gives the status ``DIVERGED``.
+    residual larger than those at the first ends tells a pole from a root, and gives the status ``DIVERGED``. As it ends
+    in any case, ``atol=None`` is 0 here, and a guess near the root saves little.
 
     ``init`` and ``run`` take an initial guess, the first point to be looked at, or None for the middle. Bisection has
     no derivative of its own, so ``run(..., implicit_diff=False)`` is refused.
 
     Args:
         fn: ``F(x, *args)``, a tree like ``x``.
-        lower: numbers, or a tensor or a tree that broadcasts to ``x``; under vmap each lane may have its own.
+        lower: a number, or a tensor or a tree of these that broadcasts to ``x``; under vmap each lane may have its own.
         upper: likewise.
         options: see `implicitdiff.solvers`.
 
@@ -85,7 +86,11 @@ def bisection(fn: Callable[..., Any], lower: Any, upper: Any, **options: Any) ->
         return root._replace(parts={**root.parts, "lower": ends("lower", lower), "upper": ends("upper", upper)})
 
     base = make(
-        "bisection", pose, (fn,), Method(_start, _step, 10_000, "bisection has no derivative of its own"), options
+        "bisection",
+        pose,
+        (fn,),
+        Method(_start, _step, 10_000, only_implicit="bisection has no derivative of its own"),
+        options,
     )
 
     def guess(params: Any) -> Any:
@@ -146,27 +151,29 @@ def _spread(name: str, value: Any, x: Any) -> Any:
     """A bound as a tree like `x`."""
     leaves, structure = pytree.flatten(x)
     try:
-        values = [value] * len(leaves) if isinstance(value, (int, float, Tensor)) else structure.tensors_of(value)
+        ends = pytree.broadcast(structure.spec, value)
+        values = [ends[slot] for slot in structure.slots]
         return structure.unflatten(
             [
                 torch.as_tensor(v, dtype=t.dtype, device=t.device).expand_as(t)
                 for v, t in zip(values, leaves, strict=True)
             ]
         )
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"bisection: {name} must be a number, or a tensor or a tree that broadcasts to {pytree.describe(x)}, got "
-            f"{pytree.describe(value)}"
+            f"bisection: {name} must be a number, or a tensor or a tree of these that broadcasts to "
+            f"{pytree.describe(x)}, got {pytree.describe(value)}"
         ) from error
 
 
 def _middle(lower: Any, upper: Any) -> Any:
-    lows, structure = pytree.flatten(lower)
-    if not lows:
-        highs, structure = pytree.flatten(upper)
-        lows = [torch.as_tensor(lower, dtype=t.dtype, device=t.device) for t in highs]
-    else:
-        highs = structure.tensors_of(upper) if pytree.tensors(upper) else [upper] * len(lows)
-    if not lows:
-        return torch.tensor((lower + upper) / 2, dtype=torch.get_default_dtype())
-    return structure.unflatten([low + (high - low) / 2 for low, high in zip(lows, highs, strict=True)])
+    """The middles of brackets whose ends are trees of numbers and tensors; one of them may be one for all."""
+    _, spec = pytree.leaves_of(upper if isinstance(lower, (int, float, Tensor)) else lower)
+    try:
+        pairs = zip(pytree.broadcast(spec, lower), pytree.broadcast(spec, upper), strict=True)
+        return pytree.unflatten([torch.as_tensor(low + (high - low) / 2) for low, high in pairs], spec)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "bisection: without an initial guess, lower and upper must be numbers, tensors or trees of these that are "
+            f"alike, got {pytree.describe(lower)} and {pytree.describe(upper)}"
+        ) from error

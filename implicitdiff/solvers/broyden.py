@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._gap as _gap
 import implicitdiff.solvers._low_rank as _low_rank
 from implicitdiff.solvers._options import check_count
 from implicitdiff.solvers._rows import Rows, norm
@@ -74,7 +75,7 @@ def broyden(fixed_point_fn: Callable[..., Any], history: int = 20, **options: An
     def start(rows: Rows, x: Tensor) -> BroydenState:
         residual = x - rows.fn(x)
         none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
-        header = rows.header(norm(residual))
+        header = rows.header(norm(residual), lambda: norm(x - residual))
         return BroydenState(**header, residual=residual, u=none, v=none, rank=header["iter_num"])
 
     def step(rows: Rows, x: Tensor, state: BroydenState) -> tuple[Tensor, BroydenState]:
@@ -85,7 +86,9 @@ def broyden(fixed_point_fn: Callable[..., Any], history: int = 20, **options: An
         )
         return new_x, state._replace(error=norm(new_r), residual=new_r, u=u, v=v, rank=rank)
 
-    return make("broyden", _condition.fixed_point, (fixed_point_fn,), Method(start, step, 1_000), options)
+    return make(
+        "broyden", _condition.fixed_point, (fixed_point_fn,), Method(start, step, 1_000, _gap.fixed_point), options
+    )
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._dense as _dense
+import implicitdiff.solvers._gap as _gap
 import implicitdiff.solvers._low_rank as _low_rank
 import implicitdiff.solvers._newton as _newton
 from implicitdiff.solvers._options import check_count
@@ -78,7 +79,7 @@ def broyden_root(
     def start(rows: Rows, x: Tensor) -> BroydenRootState:
         residual = rows.fn(x)
         none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
-        header = rows.header(norm(residual))
+        header = rows.header(norm(residual), lambda: norm(_gap.change(_gap.root, rows, x, residual)))
         inverse = _dense.inverse(rows.fn.jacobian(x)[1])
         return BroydenRootState(**header, residual=residual, inverse=inverse, u=none, v=none, rank=header["iter_num"])
 
@@ -89,7 +90,7 @@ def broyden_root(
         u, v, rank = _low_rank.updated(first, adjoint, state.u, state.v, state.rank, new_x - x, new_r - state.residual)
         return new_x, state._replace(error=norm(new_r), status=status, residual=new_r, u=u, v=v, rank=rank)
 
-    return make("broyden_root", _condition.root, (residual_fn,), Method(start, step, 1_000), options)
+    return make("broyden_root", _condition.root, (residual_fn,), Method(start, step, 1_000, _gap.root), options)
 
 
 def _times(matrix: Tensor) -> Callable[[Tensor], Tensor]:

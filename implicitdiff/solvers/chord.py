@@ -9,6 +9,7 @@ from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._dense as _dense
+import implicitdiff.solvers._gap as _gap
 import implicitdiff.solvers._newton as _newton
 from implicitdiff._linear import LinearSolver
 from implicitdiff.solvers._rows import Rows, norm, times
@@ -66,8 +67,8 @@ def chord(
         >>> import torch
         >>> from implicitdiff.solvers import chord
         >>> solver = chord(lambda x, theta: x**3 + x.sum() - theta)
-        >>> solver.run(torch.ones(2), torch.tensor([3.0, 4.0]))[0]
-        tensor([0.9414, 1.2241])
+        >>> solver.run(torch.ones(2, dtype=torch.float64), torch.tensor([3.0, 4.0]))[0]
+        tensor([0.9414, 1.2241], dtype=torch.float64)
     """
     _newton.check_linear_solve("chord", linear_solve)
 
@@ -75,7 +76,8 @@ def chord(
         residual = rows.fn(x)
         empty = x.new_zeros((x.shape[0], 0, 0))
         inverse = _dense.inverse(rows.fn.jacobian(x)[1]) if linear_solve is None else empty
-        return ChordState(**rows.header(norm(residual)), residual=residual, point=x, inverse=inverse)
+        header = rows.header(norm(residual), lambda: norm(_gap.change(_gap.root, rows, x, residual)))
+        return ChordState(**header, residual=residual, point=x, inverse=inverse)
 
     def step(rows: Rows, x: Tensor, state: ChordState) -> tuple[Tensor, ChordState]:
         r = state.residual
@@ -86,4 +88,4 @@ def chord(
         x, residual, status = _newton.move(rows, x, state, direction, backtracking)
         return x, state._replace(error=norm(residual), status=status, residual=residual)
 
-    return make("chord", _condition.root, (residual_fn,), Method(start, step, 1_000), options)
+    return make("chord", _condition.root, (residual_fn,), Method(start, step, 1_000, _gap.root), options)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._gap as _gap
 from implicitdiff.solvers._options import check_number
 from implicitdiff.solvers._rows import Rows, norm
 from implicitdiff.solvers._solver import Method, Solver, make
@@ -66,7 +67,7 @@ def fixed_point_iteration(fixed_point_fn: Callable[..., Any], damping: float = 0
 
     def start(rows: Rows, x: Tensor) -> FixedPointState:
         image = rows.fn(x)
-        return FixedPointState(**rows.header(norm(image - x)), image=image)
+        return FixedPointState(**rows.header(norm(image - x), lambda: norm(image)), image=image)
 
     def step(rows: Rows, x: Tensor, state: FixedPointState) -> tuple[Tensor, FixedPointState]:
         x = damping * x + (1.0 - damping) * state.image if damping else state.image
@@ -74,5 +75,9 @@ def fixed_point_iteration(fixed_point_fn: Callable[..., Any], damping: float = 0
         return x, state._replace(error=norm(image - x), image=image)
 
     return make(
-        "fixed_point_iteration", _condition.fixed_point, (fixed_point_fn,), Method(start, step, 100_000), options
+        "fixed_point_iteration",
+        _condition.fixed_point,
+        (fixed_point_fn,),
+        Method(start, step, 100_000, _gap.fixed_point),
+        options,
     )

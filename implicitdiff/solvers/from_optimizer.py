@@ -10,6 +10,7 @@ from torch import Tensor
 
 import implicitdiff._pytree as pytree
 import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._gap as _gap
 from implicitdiff.optim import GradientTransformation
 from implicitdiff.solvers._rows import Rows, norm
 from implicitdiff.solvers._solver import Method, Solver, make
@@ -69,7 +70,8 @@ def from_optimizer(objective_fn: Callable[..., Any], transformation: GradientTra
     def start(rows: Rows, x: Tensor) -> FromOptimizerState:
         _, grad = rows.fn.value_and_grad(x)
         inner = _over_lanes(transformation.init, _tree(rows, x))
-        return FromOptimizerState(**rows.header(norm(grad)), grad=grad, inner=inner)
+        header = rows.header(norm(grad), lambda: norm(_gap.change(_gap.stationary, rows, x, grad)))
+        return FromOptimizerState(**header, grad=grad, inner=inner)
 
     def step(rows: Rows, x: Tensor, state: FromOptimizerState) -> tuple[Tensor, FromOptimizerState]:
         params, inner = _over_lanes(transformation.step, _tree(rows, state.grad), state.inner, _tree(rows, x))
@@ -77,7 +79,9 @@ def from_optimizer(objective_fn: Callable[..., Any], transformation: GradientTra
         _, grad = rows.fn.value_and_grad(x)
         return x, state._replace(error=norm(grad), grad=grad, inner=inner)
 
-    return make("from_optimizer", _condition.stationary, (objective_fn,), Method(start, step, 100_000), options)
+    return make(
+        "from_optimizer", _condition.stationary, (objective_fn,), Method(start, step, 100_000, _gap.stationary), options
+    )
 
 
 def _tree(rows: Rows, x: Tensor) -> Any:

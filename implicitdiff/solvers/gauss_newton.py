@@ -10,7 +10,8 @@ from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._dense as _dense
-from implicitdiff.solvers._rows import Rows, norm
+import implicitdiff.solvers._gap as _gap
+from implicitdiff.solvers._rows import Rows, norm, times
 from implicitdiff.solvers._solver import Method, Solver, make
 
 
@@ -70,15 +71,21 @@ def gauss_newton(residual_fn: Callable[..., Any], **options: Any) -> Solver:
                 f"gauss_newton: {residual.shape[-1]} residuals do not determine {x.shape[-1]} unknowns; use "
                 "levenberg_marquardt, or add a regularising residual"
             )
-        error = norm(gradient(jacobian, residual))
-        return GaussNewtonState(**rows.header(error), residual=residual, jacobian=jacobian)
+        header = rows.header(norm(gradient(jacobian, residual)), lambda: normal_size(jacobian, x))
+        return GaussNewtonState(**header, residual=residual, jacobian=jacobian)
 
     def step(rows: Rows, x: Tensor, state: GaussNewtonState) -> tuple[Tensor, GaussNewtonState]:
         x = x - _dense.lstsq(state.jacobian, state.residual)
         residual, jacobian = rows.fn.jacobian(x)
         return x, state._replace(error=norm(gradient(jacobian, residual)), residual=residual, jacobian=jacobian)
 
-    return make("gauss_newton", _condition.least_squares, (residual_fn,), Method(start, step, 1_000), options)
+    method = Method(start, step, 1_000, _gap.least_squares)
+    return make("gauss_newton", _condition.least_squares, (residual_fn,), method, options)
+
+
+def normal_size(jacobian: Tensor, x: Tensor) -> Tensor:
+    """``|J'J x|``: how much the gradient changes from zero to here, if the residual is linear."""
+    return norm(gradient(jacobian, times(x, jacobian.mT)))
 
 
 def gradient(jacobian: Tensor, residual: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def make_kkt_optimality_fn(
 ) -> Callable[..., KKTSolution]:
     r"""Make the conditions that a solution of a constrained problem satisfies, for `implicitdiff.custom_root`.
 
-    A minimiser of ``f(x)`` subject to ``h(x) = 0`` and ``g(x) <= 0`` has, with multipliers ``nu`` and ``lambda``,
+    A minimiser of ``f(x)`` subject to ``h(x) = 0`` and ``g(x) <= 0`` has, with multipliers ``nu`` and ``lambda``::
 
         grad f(x) + (dh/dx)' nu + (dg/dx)' lambda = 0,    h(x) = 0,    lambda g(x) = 0,
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._gap as _gap
 from implicitdiff.solvers._line_search import arrive, begin, search, unit_step
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select
 from implicitdiff.solvers._solver import Method, Solver, make
@@ -94,7 +95,7 @@ def lbfgs(objective_fn: Callable[..., Any], history: int = 10, **options: Any) -
         new = new._replace(**arrive(state, point), status=status)
         return point.x, _forget(failed, new) if any_lane(failed) else new
 
-    return make("lbfgs", _condition.stationary, (objective_fn,), Method(start, step, 10_000), options)
+    return make("lbfgs", _condition.stationary, (objective_fn,), Method(start, step, 10_000, _gap.stationary), options)
 
 
 def _direction(state: LbfgsState) -> Tensor:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._dense as _dense
+import implicitdiff.solvers._gap as _gap
 from implicitdiff.solvers._options import check_number
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, select
 from implicitdiff.solvers._solver import Method, Solver, make
 from implicitdiff.solvers._status import Status
-from implicitdiff.solvers.gauss_newton import gradient
+from implicitdiff.solvers.gauss_newton import gradient, normal_size
 
 
 class LevenbergMarquardtState(NamedTuple):
@@ -48,7 +49,7 @@ class LevenbergMarquardtState(NamedTuple):
 def levenberg_marquardt(residual_fn: Callable[..., Any], damping: float = 1e-3, **options: Any) -> Solver:
     r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by damped Gauss-Newton steps.
 
-    Each iteration solves
+    Each iteration solves::
 
         (J'J + lambda D^2) d = - J' r,    J = dr/dx,
 
@@ -83,7 +84,7 @@ def levenberg_marquardt(residual_fn: Callable[..., Any], damping: float = 1e-3, 
 
     def start(rows: Rows, x: Tensor) -> LevenbergMarquardtState:
         residual, jacobian = rows.fn.jacobian(x)
-        header = rows.header(norm(gradient(jacobian, residual)))
+        header = rows.header(norm(gradient(jacobian, residual)), lambda: normal_size(jacobian, x))
         return LevenbergMarquardtState(
             **header,
             residual=residual,
@@ -93,7 +94,8 @@ def levenberg_marquardt(residual_fn: Callable[..., Any], damping: float = 1e-3, 
             growth=torch.full_like(header["error"], 2.0),
         )
 
-    return make("levenberg_marquardt", _condition.least_squares, (residual_fn,), Method(start, _step, 1_000), options)
+    method = Method(start, _step, 1_000, _gap.least_squares)
+    return make("levenberg_marquardt", _condition.least_squares, (residual_fn,), method, options)
 
 
 def _step(rows: Rows, x: Tensor, state: LevenbergMarquardtState) -> tuple[Tensor, LevenbergMarquardtState]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import implicitdiff._pytree as pytree
 import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._gap as _gap
 from implicitdiff.solvers._backtracking import GROWTH, Point, backtrack, lies_below
 from implicitdiff.solvers._condition import Condition, Parts
 from implicitdiff.solvers._proximal_gradient import check_stepsize
@@ -97,10 +98,16 @@ def mirror_descent(
 
     def start(rows: Rows, x: Tensor) -> MirrorDescentState:
         value, grad = rows.fn.value_and_grad(x)
-        header = rows.header(_error(rows, x, grad))
+        here = _away(rows, x, grad)
+
+        def size() -> Tensor:
+            unbalanced = grad - _gap.change(_gap.stationary, rows, x, grad)
+            return norm(_away(rows, x, unbalanced) - here)
+
+        header = rows.header(norm(here), size)
         return MirrorDescentState(**header, stepsize=torch.ones_like(value) * (stepsize or 1.0), value=value, grad=grad)
 
-    method = Method(start, step, 100_000)
+    method = Method(start, step, 100_000, lambda rows, x: _away(rows, x, _gap.stationary(rows, x)))
     return make("mirror_descent", _pose, (objective_fn, projection, mapping), method, options)
 
 
@@ -116,8 +123,8 @@ def _pose(fn: Callable[..., Any], projection: Callable[[Any], Any], mapping: Cal
     return Condition({**smooth.parts, **own}, optimality)
 
 
-def _error(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
-    return norm(x - rows.part("projection")(rows.part("mapping")(x) - grad))
+def _away(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
+    return x - rows.part("projection")(rows.part("mapping")(x) - grad)
 
 
 def _step(rows: Rows, x: Tensor, state: MirrorDescentState, search: bool) -> tuple[Tensor, MirrorDescentState]:
@@ -139,7 +146,7 @@ def _step(rows: Rows, x: Tensor, state: MirrorDescentState, search: bool) -> tup
         new, size, failed = at(state.stepsize), state.stepsize, torch.zeros_like(state.status, dtype=torch.bool)
     x, value, grad = new
     return x, state._replace(
-        error=_error(rows, x, grad),
+        error=norm(_away(rows, x, grad)),
         status=torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status),
         stepsize=size,
         value=value,

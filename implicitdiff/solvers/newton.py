@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._gap as _gap
 import implicitdiff.solvers._newton as _newton
 from implicitdiff._linear import LinearSolver
 from implicitdiff.solvers._rows import Rows, norm
@@ -72,11 +73,12 @@ def newton(
 
     def start(rows: Rows, x: Tensor) -> NewtonState:
         residual = rows.fn(x)
-        return NewtonState(**rows.header(norm(residual)), residual=residual)
+        header = rows.header(norm(residual), lambda: norm(_gap.change(_gap.root, rows, x, residual)))
+        return NewtonState(**header, residual=residual)
 
     def step(rows: Rows, x: Tensor, state: NewtonState) -> tuple[Tensor, NewtonState]:
         direction = -_newton.solve(rows, x, state.residual, linear_solve)
         x, residual, status = _newton.move(rows, x, state, direction, backtracking)
         return x, state._replace(error=norm(residual), status=status, residual=residual)
 
-    return make("newton", _condition.root, (residual_fn,), Method(start, step, 1_000), options)
+    return make("newton", _condition.root, (residual_fn,), Method(start, step, 1_000, _gap.root), options)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._gap as _gap
 from implicitdiff.solvers._line_search import arrive, begin, search, unit_step
 from implicitdiff.solvers._rows import Product, Rows, any_lane, dot, norm, safe_divide
 from implicitdiff.solvers._solver import Method, Solver, make
@@ -45,7 +46,7 @@ def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by Newton's method with conjugate gradients.
 
     The direction ``d`` is what conjugate gradients make of ``hess f(x) d = -g``, ``g = grad f(x)``, until the residual
-    is at most
+    is at most::
 
         min(1/2, sqrt(|g| / |g_0|)) |g|,
 
@@ -90,7 +91,9 @@ def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None
         status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), status)
         return point.x, state._replace(**arrive(state, point), status=status)
 
-    return make("newton_cg", _condition.stationary, (objective_fn,), Method(start, step, 1_000), options)
+    return make(
+        "newton_cg", _condition.stationary, (objective_fn,), Method(start, step, 1_000, _gap.stationary), options
+    )
 
 
 def _direction(product: Product, grad: Tensor, target: Tensor, active: Tensor, limit: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._gap as _gap
 from implicitdiff.solvers._line_search import arrive, begin, search, unit_step
 from implicitdiff.solvers._rows import Rows, any_lane, dot, safe_divide, select
 from implicitdiff.solvers._solver import Method, Solver, make
@@ -68,7 +69,7 @@ def hestenes_stiefel(grad: Tensor, old_grad: Tensor, old_direction: Tensor) -> T
 def nonlinear_cg(objective_fn: Callable[..., Any], formula: Formula = polak_ribiere, **options: Any) -> Solver:
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by nonlinear conjugate gradients.
 
-    With ``g = grad f(x)`` it goes along
+    With ``g = grad f(x)`` it goes along::
 
         d = -g + beta d_old
 
@@ -121,4 +122,6 @@ def nonlinear_cg(objective_fn: Callable[..., Any], formula: Formula = polak_ribi
         new = state._replace(**arrive(state, point), status=status, direction=ahead, first_step=first_step)
         return point.x, new
 
-    return make("nonlinear_cg", _condition.stationary, (objective_fn,), Method(start, step, 10_000), options)
+    return make(
+        "nonlinear_cg", _condition.stationary, (objective_fn,), Method(start, step, 10_000, _gap.stationary), options
+    )

@@ -48,7 +48,9 @@ def projected_gradient(
         >>> solver.run(torch.ones(3) / 3, torch.tensor([1.0, 0.5, -2.0]))[0]
         tensor([0.7500, 0.2500, 0.0000])
     """
-    method = _proximal_gradient.method("projected_gradient", _project, stepsize, acceleration)
+    method = _proximal_gradient.method(
+        "projected_gradient", _project, _proximal_gradient.by_prox(_project), stepsize, acceleration
+    )
     return make("projected_gradient", _condition.projected, (objective_fn, projection), method, options)
 
 

@@ -54,7 +54,9 @@ def proximal_gradient(
         >>> torch.func.jacrev(fit)(torch.tensor(1.0))
         tensor([-1.,  0.,  1.])
     """
-    method = _proximal_gradient.method("proximal_gradient", _prox, stepsize, acceleration)
+    method = _proximal_gradient.method(
+        "proximal_gradient", _prox, _proximal_gradient.by_prox(_prox), stepsize, acceleration
+    )
     return make("proximal_gradient", _condition.proximal, (objective_fn, prox), method, options)
 
 

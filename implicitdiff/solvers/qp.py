@@ -75,7 +75,7 @@ def qp(**options: Any) -> Solver:
 
     ``solver.run(init, Q, c, A, b, G, h)`` returns a `KKTSolution` and the state. What is absent is None, and may be
     left out at the end; its multipliers are then empty, not None, so that they can leave a vmap. The solution is
-    differentiable in all six by the KKT conditions
+    differentiable in all six by the KKT conditions::
 
         Q x + c + A' dual_eq + G' dual_ineq = 0,    A x = b,    min(dual_ineq, h - G x) = 0.
 

@@ -16,10 +16,10 @@ from implicitdiff.solvers._scipy import (
     Lane,
     boxed,
     check_scipy_options,
+    known,
     limits_of,
     lookup,
     make_engine,
-    stationarity,
 )
 from implicitdiff.solvers._solver import Solver
 
@@ -27,8 +27,9 @@ _EPS = float(np.finfo(np.float64).eps)
 
 
 def _of_trust_region(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
-    # A small change of |r|^2 tells little of J' r. In a box SciPy scales J' r with the distances from the bounds.
-    return {"ftol": None, "xtol": eps, "gtol": _EPS if bounded else max(aim, _EPS)}
+    # A small change of |r|^2 tells little of J' r. In a box SciPy scales J' r with the distances from the bounds, and
+    # it takes no number below the precision, whatever the units.
+    return {"ftol": None, "xtol": eps, "gtol": None if bounded or aim < _EPS else aim}
 
 
 def _of_minpack(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
@@ -66,8 +67,8 @@ def scipy_least_squares(
 
     Whether a search has converged is decided by the condition's error, whatever SciPy reports; one that stopped by
     itself before has the status ``LINE_SEARCH_FAILED``. SciPy compares sums of squares, in which rounding hides a
-    ``J' r`` of about the square root of the precision. So ``atol=None`` asks SciPy for as much as any solver, but
-    accepts ``eps^(2/5)``, 5e-7 in float64.
+    ``J' r`` of about the square root of the precision. So the defaults ask SciPy for as much as any solver, but where
+    it stops before, accept what they would be with ``eps^(2/5)``, 5e-7 in float64, in the place of ``eps^(2/3)``.
 
     Args:
         residual_fn: ``r(x, *args)``, a tree of any shapes.
@@ -119,11 +120,13 @@ def scipy_least_squares(
             **{**tolerances(aim / lane.x0.size**0.5, lane.eps, bounds is not None), **own},
         )
 
-    def measure(rows: Rows, x: Tensor) -> Tensor:
-        residual, pull = rows.fn.pull(x)
-        return stationarity(rows, x, residual, pull(residual), bounds is not None)
+    engine = Engine(solve, "nfev", _gap, bounds is not None, digits=2 / 5)
+    return make_engine("scipy_least_squares", pose, residual_fn, engine, options)
 
-    return make_engine("scipy_least_squares", pose, residual_fn, measure, Engine(solve, "nfev", digits=2 / 5), options)
+
+def _gap(rows: Rows, x: Tensor) -> Tensor:
+    residual, pull = rows.fn.pull(x)
+    return known(pull(residual), residual)
 
 
 def _boxed(fn: Callable[..., Any], limits: tuple[Any, Any]) -> _condition.Condition:

@@ -16,10 +16,10 @@ from implicitdiff.solvers._scipy import (
     Lane,
     boxed,
     check_scipy_options,
+    known,
     limits_of,
     lookup,
     make_engine,
-    stationarity,
 )
 from implicitdiff.solvers._solver import Solver
 
@@ -111,8 +111,10 @@ def scipy_minimize(
 
     Whether a search has converged is decided by the condition's error, whatever SciPy reports; one that stopped by
     itself before has the status ``LINE_SEARCH_FAILED``. SciPy compares values of ``f``, in which rounding hides a
-    gradient of about the square root of the precision. So ``atol=None`` asks SciPy for as much as any solver, but
-    accepts ``eps^(2/5)``, 5e-7 in float64. Methods that know no gradient may need more than that.
+    gradient of about the square root of the precision. So the defaults ask SciPy for as much as any solver, but where
+    it stops before, accept what they would be with ``eps^(2/5)``, 5e-7 in float64, in the place of ``eps^(2/3)``.
+    Methods that know no gradient may need more than that. Some of SciPy's methods have constants of their own, and fail
+    where ``f`` is very small or large: multiply it by a number.
 
     Args:
         objective_fn: ``f(x, *args)``, one number.
@@ -167,11 +169,13 @@ def scipy_minimize(
             options={**row.tolerances(aim / lane.x0.size**0.5, lane.eps, bounds is not None), row.budget: limit, **own},
         )
 
-    def measure(rows: Rows, x: Tensor) -> Tensor:
-        value, gradient = rows.fn.value_and_grad(x)
-        return stationarity(rows, x, value[:, None], gradient, bounds is not None)
+    engine = Engine(solve, row.counts, _gap, bounds is not None, digits=2 / 5)
+    return make_engine("scipy_minimize", pose, objective_fn, engine, options)
 
-    return make_engine("scipy_minimize", pose, objective_fn, measure, Engine(solve, row.counts, digits=2 / 5), options)
+
+def _gap(rows: Rows, x: Tensor) -> Tensor:
+    value, gradient = rows.fn.value_and_grad(x)
+    return known(gradient, value[:, None])
 
 
 def _boxed(fn: Callable[..., Any], limits: tuple[Any, Any]) -> _condition.Condition:

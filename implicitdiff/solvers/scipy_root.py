@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 import implicitdiff.solvers._condition as _condition
-from implicitdiff.solvers._rows import Rows, norm
+import implicitdiff.solvers._gap as _gap
 from implicitdiff.solvers._scipy import Engine, Lane, check_scipy_options, lookup, make_engine
 from implicitdiff.solvers._solver import Solver
 
@@ -114,9 +113,4 @@ def scipy_root(
             options={**row.tolerances(aim, lane.eps), row.budget: limit, **own},
         )
 
-    def measure(rows: Rows, x: Tensor) -> Tensor:
-        return norm(rows.fn(x))
-
-    return make_engine(
-        "scipy_root", _condition.root, residual_fn, measure, Engine(solve, row.counts, digits=2 / 3), options
-    )
+    return make_engine("scipy_root", _condition.root, residual_fn, Engine(solve, row.counts, _gap.root), options)
