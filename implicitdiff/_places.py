@@ -33,6 +33,12 @@ def parameters_of(module: nn.Module) -> dict[str, Place]:
     return _places(module, lambda part: part._parameters)
 
 
+def listed_parameters_of(module: nn.Module) -> dict[str, Place]:
+    """Those parameters that ``module.parameters()`` lists: an `implicitdiff.nn.MetaGradientModule` lists its own."""
+    listed = set(map(id, module.parameters()))
+    return {name: place for name, place in parameters_of(module).items() if id(place.tensor) in listed}
+
+
 def buffers_of(module: nn.Module) -> dict[str, Place]:
     """The buffers of a module, those that are not saved among them."""
     return _places(module, lambda part: part._buffers)

@@ -50,10 +50,9 @@ def tree_map(fn: Callable[..., torch.Tensor], tree: Any, *others: Any) -> Any:
         try:
             columns.append(structure.tensors_of(other))
         except ValueError:
-            raise ValueError(
-                f"trees must be nested alike, with tensors in the same places: got {_pytree.describe(tree)} and "
-                f"{_pytree.describe(other)}"
-            ) from None
+            raise _unlike(tree, other) from None
+        if len(_pytree.tensors(other)) != len(leaves):
+            raise _unlike(tree, other)
     return structure.unflatten([fn(*row) for row in zip(*columns, strict=True)])
 
 
@@ -101,7 +100,7 @@ def tree_vdot(x: Any, y: Any) -> torch.Tensor:
     """The inner product ``sum(conj(x) * y)`` over all entries of all leaves, a scalar tensor.
 
     Raises:
-        ValueError: the trees are nested differently, or hold no tensor.
+        ValueError: the trees are nested differently, have leaves of different shapes, or hold no tensor.
 
     Example:
         >>> import torch
@@ -109,7 +108,7 @@ def tree_vdot(x: Any, y: Any) -> torch.Tensor:
         >>> tree_vdot([torch.tensor([1.0, 2.0]), torch.tensor(3.0)], [torch.ones(2), torch.tensor(2.0)])
         tensor(9.)
     """
-    products = _pytree.tensors(tree_map(lambda a, b: (a.conj() * b).sum(), x, y))
+    products = _pytree.tensors(tree_map(_inner, x, y))
     if not products:
         raise ValueError(f"tree_vdot: a tree with tensors is needed, got {_pytree.describe(x)}")
     return functools.reduce(torch.add, products)
@@ -132,3 +131,16 @@ def tree_l2_norm(x: Any) -> torch.Tensor:
         raise ValueError(f"tree_l2_norm: a tree with tensors is needed, got {_pytree.describe(x)}")
     norm: torch.Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in leaves]))
     return norm
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.shape != b.shape:
+        raise ValueError(f"tree_vdot: leaves must be of the same shapes, got {list(a.shape)} and {list(b.shape)}")
+    return (a.conj() * b).sum()
+
+
+def _unlike(tree: Any, other: Any) -> ValueError:
+    return ValueError(
+        f"trees must be nested alike, with tensors in the same places: got {_pytree.describe(tree)} and "
+        f"{_pytree.describe(other)}"
+    )

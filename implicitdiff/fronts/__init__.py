@@ -13,14 +13,14 @@ from implicitdiff.fronts.meta_optimizer import (
     MetaRMSProp,
     MetaSGD,
 )
-from implicitdiff.fronts.optimizer import (
+from implicitdiff.fronts.optimizer import Optimizer
+from implicitdiff.fronts.optimizers import (
     SGD,
     AdaDelta,
     AdaGrad,
     Adam,
     AdaMax,
     AdamW,
-    Optimizer,
     RAdam,
     RMSProp,
 )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
 
-from implicitdiff.fronts.optimizer import SGD, AdaDelta, AdaGrad, Adam, AdaMax, AdamW, Optimizer, RAdam, RMSProp
+from implicitdiff.fronts.optimizer import Optimizer
+from implicitdiff.fronts.optimizers import SGD, AdaDelta, AdaGrad, Adam, AdaMax, AdamW, RAdam, RMSProp
 
 _OURS: dict[type[torch.optim.Optimizer], Callable[..., Optimizer]] = {
     torch.optim.SGD: SGD,
@@ -52,5 +52,5 @@ def from_torch(optimizer: torch.optim.Optimizer) -> Optimizer:
         )
     decoupled = any(group.get("decoupled_weight_decay") for group in optimizer.param_groups)
     made = (AdamW if front is Adam and decoupled else front)([dict(group) for group in optimizer.param_groups])
-    made.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    made.load_state_dict(optimizer.state_dict())
     return made

@@ -11,7 +11,7 @@ from torch import nn
 
 import implicitdiff.fronts._check as _check
 import implicitdiff.optim as optim
-from implicitdiff._places import Place, parameters_of
+from implicitdiff._places import Place, listed_parameters_of
 from implicitdiff.fronts.func_optimizer import gradients
 from implicitdiff.optim._base import GradientTransformation
 
@@ -103,12 +103,8 @@ class MetaOptimizer:
         self.state = _check.state(f"{type(self).__name__}.load_state_dict", self.state, state_dict)
 
     def _places(self) -> dict[str, Place]:
-        chosen = set(map(id, self.module.parameters()))
-        return {
-            name: place
-            for name, place in parameters_of(self.module).items()
-            if id(place.tensor) in chosen and (place.tensor.is_floating_point() or place.tensor.is_complex())
-        }
+        places = listed_parameters_of(self.module)
+        return {key: p for key, p in places.items() if p.tensor.is_floating_point() or p.tensor.is_complex()}
 
 
 class _Of(MetaOptimizer):

@@ -1,16 +1,14 @@
-"""The transformations as optimizers of torch.optim."""
+"""A transformation as an optimizer of torch.optim."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 import implicitdiff._pytree as pytree
 import implicitdiff.fronts._check as _check
-import implicitdiff.optim as optim
 from implicitdiff.optim._base import GradientTransformation
 
 Group = dict[str, Any]
@@ -59,7 +57,21 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, transformation: GradientTransformation) -> None:
         self._transformation = _check.transformation("Optimizer", transformation)
+        self._structures: dict[int, pytree.Structure] = {}
         super().__init__(params, {})
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters, to be stepped by themselves.
+
+        Raises:
+            ValueError: the group has hyper-parameters, which belong to the transformation.
+        """
+        if others := [key for key in param_group if key not in ("params", "param_names")]:
+            raise ValueError(
+                f"Optimizer: a group has nothing but params, got {others[0]!r}, which would not be used; give the "
+                "transformation its hyper-parameters, or use SGD, Adam or kin, whose groups have their own"
+            )
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -85,22 +97,37 @@ class Optimizer(torch.optim.Optimizer):
         return [self._pure(index, group["params"]) for index, group in enumerate(self.param_groups)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state that `state_dict` gave.
+        """Go on from a copy of a state that `state_dict` gave.
 
         Raises:
             ValueError: it is of other parameters or of another optimizer; nothing is changed.
         """
         before = self.__getstate__()
-        super().load_state_dict(state_dict)
+        given: dict[str, Any] = {}
+
+        def look(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            given.update(loaded)
+
+        def mend(_: torch.optim.Optimizer) -> None:
+            for index, group in enumerate(given["param_groups"]):
+                self._load(index, group, given["state"])
+
+        # A hook may replace what is loaded; another one shall see it mended.
+        hooks = [
+            self.register_load_state_dict_pre_hook(look),
+            self.register_load_state_dict_post_hook(mend, prepend=True),
+        ]
         try:
-            for index, group in enumerate(state_dict["param_groups"]):
-                self._load(index, group, state_dict["state"])
-        except ValueError:
+            super().load_state_dict(state_dict)
+        except BaseException:
             self.__setstate__(before)
             raise
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_transformation": self._transformation}
+        return {**super().__getstate__(), "_transformation": self._transformation, "_structures": {}}
 
     def _step(self, transformation: GradientTransformation, params: Leaves, state: Any, index: int) -> None:
         grads = [p.grad for p in params]
@@ -116,191 +143,35 @@ class Optimizer(torch.optim.Optimizer):
 
     def _pure(self, index: int, params: Leaves) -> Pure:
         # A checkpoint holds tensors in plain containers, so these are what is kept.
+        kept = self.state.get(group_key(index))
+        if kept and index in self._structures:
+            return Pure(self._transformation, params, self._structures[index].unflatten([*kept.values()]))
         state = self._transformation.init(params)
-        if kept := self.state.get(_key(index)):
-            state = pytree.flatten(state)[1].unflatten(list(kept.values()))
-        return Pure(self._transformation, params, state)
+        self._structures[index] = pytree.flatten(state)[1]
+        return self._pure(index, params) if kept else Pure(self._transformation, params, state)
 
     def _keep(self, index: int, params: Leaves, state: Any) -> None:
-        self.state[_key(index)] = {str(i): leaf for i, leaf in enumerate(pytree.tensors(state))}
+        self.state[group_key(index)] = {str(i): leaf for i, leaf in enumerate(pytree.tensors(state))}
 
     def _load(self, index: int, saved: Group, states: dict[Any, Any]) -> None:
         """Check, and mend, what torch has loaded of a group."""
         mine = pytree.tensors(self._transformation.init(self.param_groups[index]["params"]))
-        kept = [*self.state.get(_key(index), {}).values()]
+        kept = [*states.get(group_key(index), {}).values()]
+        if any(key in states for key in saved["params"]):
+            raise ValueError(
+                "Optimizer: the state given is of an optimizer that keeps one for each parameter; load it into SGD, "
+                "Adam or kin"
+            )
         if kept and [t.shape for t in kept] != [t.shape for t in mine]:
             raise ValueError(
                 f"Optimizer: the state of group {index} is none of this transformation for these parameters: it has "
                 f"{pytree.describe(kept)}, expected {pytree.describe(mine)}"
             )
+        if kept:
+            pairs = enumerate(zip(kept, mine, strict=True))
+            self.state[group_key(index)] = {str(i): t.to(like.device, like.dtype, copy=True) for i, (t, like) in pairs}
 
 
-def _key(index: int) -> Any:
+def group_key(index: int) -> Any:
     """Where a group's state is kept, beside the parameters, which torch has for keys."""
     return f"group {index}"
-
-
-class _Of(Optimizer):
-    """An optimizer with the hyper-parameters of a factory in its groups, and the state of each parameter by itself.
-
-    That has the names which torch.optim gives it: checkpoints of one can be loaded into the other.
-    """
-
-    factory: ClassVar[Callable[..., GradientTransformation]]
-    hyperparameters: ClassVar[Sequence[str]]
-    names: ClassVar[Mapping[str, str]]
-    __signature__: ClassVar[inspect.Signature]
-
-    def __init_subclass__(
-        cls, factory: Callable[..., GradientTransformation] | None = None, names: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init_subclass__()
-        if factory is not None and names is not None:
-            cls.factory, cls.names = staticmethod(factory), names
-            cls.__signature__ = _check.signature("params", factory)
-            # What a mask does, groups do here.
-            cls.hyperparameters = [key for key in inspect.signature(factory).parameters if key != "mask"]
-
-    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(self.factory).bind(*args, **kwargs)
-        bound.apply_defaults()
-        if bound.arguments.pop("mask", None) is not None:
-            raise ValueError(f"{type(self).__name__}: give what a mask would leave out a group with weight_decay=0")
-        self._made: dict[int, tuple[Group, GradientTransformation]] = {}
-        torch.optim.Optimizer.__init__(self, params, bound.arguments)
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add parameters, with hyper-parameters of their own where they are given.
-
-        Raises:
-            ValueError: a hyper-parameter is out of range.
-        """
-        values = self._hyperparameters({**self.defaults, **param_group})
-        if schedules := [key for key, value in values.items() if callable(value)]:
-            raise ValueError(
-                f"{type(self).__name__}: {schedules[0]} is a function; a group's hyper-parameters are numbers, which "
-                "torch.optim.lr_scheduler changes; for a schedule use "
-                f"Optimizer(params, {self.factory.__name__}({schedules[0]}=...))"
-            )
-        self.factory(**values)
-        super().add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**torch.optim.Optimizer.__getstate__(self), "_made": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            # A checkpoint of torch's does not know all of them.
-            group.update({key: value for key, value in self.defaults.items() if key not in group})
-
-    def _hyperparameters(self, group: Group) -> Group:
-        return {key: group[key] for key in self.hyperparameters}
-
-    def _stepped(self, group: Group) -> Leaves:
-        # As torch does, keep no state for frozen parameters.
-        return [p for p in group["params"] if p.grad is not None]
-
-    def _transformation_of(self, index: int) -> GradientTransformation:
-        values = self._hyperparameters(self.param_groups[index])
-        made = self._made.get(index)
-        # By identity: a tensor's value may change, and is read in each step.
-        if made is None or any(value is not made[0][key] for key, value in values.items()):
-            made = self._made[index] = values, self.factory(**values)
-        return made[1]
-
-    def _pure(self, index: int, params: Leaves) -> Pure:
-        transformation = self._transformation_of(index)
-        empty = transformation.init([])
-        names = dict(self._moments(empty))
-        entries = [self._entry(transformation, p, self.state.get(p, {}), names) for p in params]
-        if not entries:
-            return Pure(transformation, params, empty)
-        steps = torch.stack([entry["step"].to(params[0].device) for entry in entries])
-        moments = {field: [entry[name] for entry in entries] for field, name in names.items()}
-        return Pure(transformation, params, empty._replace(count=steps.to(torch.int64), **moments))
-
-    def _moments(self, state: Any) -> Iterator[tuple[str, str]]:
-        """The fields of a state in use that are trees, with torch's name for each."""
-        return ((field, name) for field, name in self.names.items() if isinstance(getattr(state, field), list))
-
-    def _entry(
-        self, transformation: GradientTransformation, p: torch.Tensor, kept: Group, names: Mapping[str, str]
-    ) -> Group:
-        """The state of a parameter, begun where there is none."""
-        if "step" in kept and all(name in kept for name in names.values()):
-            return kept
-        fresh = transformation.init([p])
-        begun = {name: getattr(fresh, field)[0] for field, name in names.items()}
-        return {"step": fresh.count[0].float(), **begun, **kept}
-
-    def _keep(self, index: int, params: Leaves, state: Any) -> None:
-        names = [(name, getattr(state, field)) for field, name in self._moments(state)]
-        for i, (p, step) in enumerate(zip(params, state.count.float().unbind(), strict=True)):
-            self.state[p] = {"step": step, **{name: column[i] for name, column in names}}
-
-    def _load(self, index: int, saved: Group, states: dict[Any, Any]) -> None:
-        decoupled = isinstance(self, AdamW)
-        if isinstance(self, (Adam, AdamW)) and saved.get("decoupled_weight_decay", decoupled) != decoupled:
-            raise ValueError(
-                f"{type(self).__name__}: the state given is of an Adam with decoupled_weight_decay={not decoupled}; "
-                f"load it into {'Adam' if decoupled else 'AdamW'}"
-            )
-        transformation = self._transformation_of(index)
-        names = dict(self._moments(transformation.init([])))
-        for key, p in zip(saved["params"], self.param_groups[index]["params"], strict=True):
-            kept = {k: v for k, v in states.get(key, {}).items() if v is not None}
-            if kept:
-                self.state[p] = self._loaded(self._entry(transformation, p, {}, names), kept)
-
-    def _loaded(self, fresh: Group, kept: Group) -> Group:
-        """A parameter's state with the tensors of a checkpoint, of the dtypes and on the devices that this optimizer
-        uses: torch converts moments to the parameter's dtype, and half of one is no moment."""
-        # Torch's SGD does not count.
-        kept = {"step": 1.0, **kept} if "momentum_buffer" in fresh else kept
-        if kept.keys() != fresh.keys():
-            raise ValueError(
-                f"{type(self).__name__}: the state given is of another optimizer, or of other hyper-parameters: of a "
-                f"parameter it has {sorted(kept)}, expected {sorted(fresh)}"
-            )
-        if odd := [key for key in fresh if key != "step" and kept[key].shape != fresh[key].shape]:
-            raise ValueError(
-                f"{type(self).__name__}: the state given is of other parameters: {odd[0]} of shape "
-                f"{list(kept[odd[0]].shape)} is given where {list(fresh[odd[0]].shape)} is needed"
-            )
-        return {key: torch.as_tensor(kept[key]).to(like.device, like.dtype) for key, like in fresh.items()}
-
-
-_ADAM = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
-
-
-class SGD(_Of, factory=optim.sgd, names={"trace": "momentum_buffer"}):
-    """`Optimizer` of `implicitdiff.sgd`, whose arguments it takes."""
-
-
-class Adam(_Of, factory=optim.adam, names=_ADAM):
-    """`Optimizer` of `implicitdiff.adam`, whose arguments it takes."""
-
-
-class AdamW(_Of, factory=optim.adamw, names=_ADAM):
-    """`Optimizer` of `implicitdiff.adamw`, whose arguments it takes."""
-
-
-class RMSProp(_Of, factory=optim.rmsprop, names={"nu": "square_avg", "mean": "grad_avg", "trace": "momentum_buffer"}):
-    """`Optimizer` of `implicitdiff.rmsprop`, whose arguments it takes."""
-
-
-class AdaGrad(_Of, factory=optim.adagrad, names={"total": "sum"}):
-    """`Optimizer` of `implicitdiff.adagrad`, whose arguments it takes."""
-
-
-class AdaDelta(_Of, factory=optim.adadelta, names={"nu": "square_avg", "delta": "acc_delta"}):
-    """`Optimizer` of `implicitdiff.adadelta`, whose arguments it takes."""
-
-
-class AdaMax(_Of, factory=optim.adamax, names={"mu": "exp_avg", "nu": "exp_inf"}):
-    """`Optimizer` of `implicitdiff.adamax`, whose arguments it takes."""
-
-
-class RAdam(_Of, factory=optim.radam, names={"mu": "exp_avg", "nu": "exp_avg_sq"}):
-    """`Optimizer` of `implicitdiff.radam`, whose arguments it takes."""

@@ -10,18 +10,21 @@ import torch
 from torch import nn
 
 import implicitdiff._pytree as pytree
-from implicitdiff._places import Place, buffers_of, parameters_of
+from implicitdiff._places import Place, buffers_of, listed_parameters_of, parameters_of
+from implicitdiff.fronts.func_optimizer import FuncOptimizer
 from implicitdiff.fronts.meta_optimizer import MetaOptimizer
 
 By = Literal["reference", "copy", "deepcopy"]
 Replicate = Callable[[torch.Tensor], torch.Tensor]
+
+_OPTIMIZERS = (MetaOptimizer, FuncOptimizer)
 
 
 class ModuleState(NamedTuple):
     """The tensors of a module.
 
     Attributes:
-        params: its parameters by name, tied ones once.
+        params: its parameters by name, tied ones once; of an `implicitdiff.nn.MetaGradientModule` the inner ones.
         buffers: its buffers by name.
     """
 
@@ -40,7 +43,7 @@ def extract_state_dict(
     """The state of a module, of a meta-optimizer, or of a pytree, to come back to by `recover_state_dict`.
 
     Args:
-        target: an ``nn.Module``, a `MetaOptimizer`, or a pytree of tensors.
+        target: an ``nn.Module``, a `MetaOptimizer` or `FuncOptimizer`, or a pytree of tensors.
         by: ``"reference"`` takes the tensors themselves, ``"copy"`` clones them within the graph, so that what is
             computed from the clones is differentiable in the originals, and ``"deepcopy"`` clones them out of it:
             leaves, which need a gradient where the originals do, and are an ``nn.Parameter`` where these are.
@@ -54,6 +57,7 @@ def extract_state_dict(
 
     Raises:
         ValueError: `by` is none of the three.
+        TypeError: `target` is, or its leaves are, an object with a state of its own, such as a module in a list.
 
     Example:
         >>> import torch
@@ -70,10 +74,10 @@ def extract_state_dict(
         keep = _replicator("extract_state_dict", "deepcopy" if detach_buffers or by == "deepcopy" else "copy", device)
         buffers = buffers_of(target) if with_buffers else {}
         return ModuleState(
-            {name: replicate(place.tensor) for name, place in parameters_of(target).items()},
+            {name: replicate(place.tensor) for name, place in listed_parameters_of(target).items()},
             {name: keep(place.tensor) for name, place in buffers.items()},
         )
-    return pytree.map_tensors(replicate, target.state_dict() if isinstance(target, MetaOptimizer) else target)
+    return pytree.map_tensors(replicate, _tree("extract_state_dict", target))
 
 
 def recover_state_dict(target: Any, state: Any) -> None:
@@ -88,34 +92,38 @@ def recover_state_dict(target: Any, state: Any) -> None:
 
     Raises:
         ValueError: the state does not fit, and nothing is changed.
-        TypeError: the tree holds a tensor in a tuple, which cannot be exchanged.
+        TypeError: the tree holds a tensor in a tuple, which cannot be exchanged, or a leaf is as in
+            `extract_state_dict`.
     """
-    if isinstance(target, MetaOptimizer):
+    if isinstance(target, _OPTIMIZERS):
         target.load_state_dict(state)
     elif isinstance(target, nn.Module):
         _recover_module(target, state)
     else:
-        _, structure = pytree.flatten(target)
+        leaves, structure = pytree.flatten(_tree("recover_state_dict", target))
         try:
-            structure.tensors_of(state)
+            shapes = [t.shape for t in structure.tensors_of(state)]
         except ValueError:
+            shapes = []
+        if shapes != [t.shape for t in leaves]:
             raise ValueError(
                 f"recover_state_dict: the state given is none of this target: expected {pytree.describe(target)}, got "
                 f"{pytree.describe(state)}"
-            ) from None
+            )
         for container, key, tensor in _exchanges(target, state):
             container[key] = tensor
 
 
 def stop_gradient(target: Any) -> None:
-    """Cut tensors off the graph that made them, in place: those of a module, a meta-optimizer, or a pytree.
+    """Cut tensors off the graph that made them, in place: those of a module, an optimizer's state, or a pytree.
 
     Afterwards they are leaves, which need a gradient if they did before, but for the moments of an optimizer, which
-    need none. References to them elsewhere, such as a state extracted by reference, are cut off as well; what was
-    computed from them keeps its graph.
+    need none. References to them elsewhere, such as a state extracted by reference, are cut off as well. Differentiate
+    what was computed from them before: afterwards torch raises where a derivative needs their values.
 
     Raises:
         ValueError: a tensor is a view, which cannot be cut off in place; nothing is changed.
+        TypeError: as for `extract_state_dict`.
 
     Example:
         >>> import torch
@@ -128,10 +136,10 @@ def stop_gradient(target: Any) -> None:
         (True, True)
     """
     if isinstance(target, nn.Module):
-        places = [*parameters_of(target).values(), *buffers_of(target).values()]
+        places = [*listed_parameters_of(target).values(), *buffers_of(target).values()]
         tensors = [place.tensor for place in places]
     else:
-        tensors = pytree.tensors(target.state if isinstance(target, MetaOptimizer) else target)
+        tensors = pytree.tensors(_tree("stop_gradient", target))
     attached = [t for t in tensors if t.grad_fn is not None]
     if views := [t for t in attached if t._is_view()]:
         raise ValueError(
@@ -139,7 +147,7 @@ def stop_gradient(target: Any) -> None:
             "in place; use its detach()"
         )
     for tensor in attached:
-        tensor.detach_().requires_grad_(not isinstance(target, MetaOptimizer))
+        tensor.detach_().requires_grad_(not isinstance(target, _OPTIMIZERS))
 
 
 def module_clone(
@@ -149,23 +157,26 @@ def module_clone(
     device: torch.device | str | None = None,
     detach_buffers: bool = False,
 ) -> Any:
-    """Another module, meta-optimizer or tree with the tensors of this one.
+    """Another module, optimizer or tree with the tensors of this one.
 
-    A module in the middle of a graph, which ``copy.deepcopy`` refuses, can be cloned. Tied parameters stay tied. The
-    clone of a `MetaOptimizer` has a clone of its module, at ``.module``.
+    A module whose parameters are in the middle of a graph, which ``copy.deepcopy`` refuses, can be cloned. Tied
+    parameters stay tied, and meta-parameters are shared. The clone of a `MetaOptimizer` has a clone of its module, at
+    ``.module``.
 
     Args:
-        target: an ``nn.Module``, a `MetaOptimizer`, or a pytree of tensors.
+        target: an ``nn.Module``, a `MetaOptimizer` or `FuncOptimizer`, or a pytree of tensors.
         by: see `extract_state_dict`.
         device: see `extract_state_dict`.
         detach_buffers: see `extract_state_dict`.
 
     Raises:
         ValueError: `by` is none of the three.
+        TypeError: as for `extract_state_dict`.
     """
-    if isinstance(target, MetaOptimizer):
+    if isinstance(target, _OPTIMIZERS):
         twin = copy.copy(target)
-        twin.module = module_clone(target.module, by=by, device=device, detach_buffers=detach_buffers)
+        if isinstance(twin, MetaOptimizer):
+            twin.module = module_clone(twin.module, by=by, device=device, detach_buffers=detach_buffers)
         twin.state = extract_state_dict(target, by=by, device=device)
         return twin
     state = extract_state_dict(target, by=by, device=device, detach_buffers=detach_buffers)
@@ -177,14 +188,35 @@ def module_clone(
     return module
 
 
+def _tree(name: str, target: Any) -> Any:
+    """A tree of tensors, the state of an optimizer or what was given."""
+    if isinstance(target, _OPTIMIZERS):
+        return target.state_dict()
+    for leaf in pytree.leaves_of(target)[0]:
+        # It would pass through unseen.
+        if hasattr(leaf, "state_dict"):
+            kind = type(leaf).__name__
+            raise TypeError(f"{name}: a {kind} is no tensor of a tree; pass a module or meta-optimizer by itself")
+    return target
+
+
 def _replicator(name: str, by: By, device: torch.device | str | None) -> Replicate:
     if by not in get_args(By):
         raise ValueError(f"{name}: by must be one of {', '.join(map(repr, get_args(By)))}, got {by!r}")
-    if by == "reference":
-        return lambda t: t.to(device)
-    if by == "copy":
-        return lambda t: t.clone().to(device)
-    return lambda t: _deep_copy(t, device)
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def replicate(tensor: torch.Tensor) -> torch.Tensor:
+        # What is tied stays tied.
+        if id(tensor) not in known:
+            known[id(tensor)] = tensor, replicas[by](tensor)
+        return known[id(tensor)][1]
+
+    replicas: dict[By, Replicate] = {
+        "reference": lambda t: t.to(device),
+        "copy": lambda t: t.clone().to(device),
+        "deepcopy": lambda t: _deep_copy(t, device),
+    }
+    return replicate
 
 
 def _deep_copy(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
@@ -199,7 +231,7 @@ def _recover_module(module: nn.Module, state: Any) -> None:
         raise ValueError(
             f"recover_state_dict: state must be a ModuleState that extract_state_dict gave, got {type(state).__name__}"
         )
-    places = parameters_of(module)
+    places = listed_parameters_of(module)
     _check_fit("parameters", places, state.params)
     if state.buffers:
         kept = buffers_of(module)
@@ -223,18 +255,23 @@ def _check_fit(what: str, places: dict[str, Place], state: dict[str, torch.Tenso
 
 def _exchanges(target: Any, state: Any) -> list[tuple[Any, Any, torch.Tensor]]:
     """The entries of dictionaries and lists that hold a tensor, with what shall be there."""
-    if isinstance(target, (dict, list)):
-        keys = target if isinstance(target, dict) else range(len(target))
-        found = []
-        for key in keys:
-            if isinstance(target[key], torch.Tensor):
-                found.append((target, key, state[key]))
-            else:
-                found += _exchanges(target[key], state[key])
-        return found
-    if pytree.tensors(target):
-        raise TypeError(
-            f"recover_state_dict: a tensor in a {type(target).__name__} cannot be exchanged; use the extracted state "
-            "itself, or keep tensors in dictionaries and lists"
-        )
-    return []
+    if not isinstance(target, (dict, list, tuple)):
+        if pytree.tensors(target):
+            raise _fixed(target)
+        return []
+    found = []
+    for key in target if isinstance(target, dict) else range(len(target)):
+        if not isinstance(target[key], torch.Tensor):
+            found += _exchanges(target[key], state[key])
+        elif isinstance(target, tuple):
+            raise _fixed(target)
+        else:
+            found.append((target, key, state[key]))
+    return found
+
+
+def _fixed(target: Any) -> TypeError:
+    return TypeError(
+        f"recover_state_dict: a tensor in a {type(target).__name__} cannot be exchanged; use the extracted state "
+        "itself, or keep tensors in dictionaries and lists"
+    )

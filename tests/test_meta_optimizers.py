@@ -1,0 +1,410 @@
+"""Meta-optimizers beside the pure functions, and meta-gradients beside central differences."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from optimizers import ROWS
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import implicitdiff as idf
+
+F64 = torch.float64
+
+FRONTS = {
+    idf.sgd: idf.MetaSGD,
+    idf.adam: idf.MetaAdam,
+    idf.adamw: idf.MetaAdamW,
+    idf.rmsprop: idf.MetaRMSProp,
+    idf.adagrad: idf.MetaAdaGrad,
+    idf.adadelta: idf.MetaAdaDelta,
+    idf.adamax: idf.MetaAdaMax,
+    idf.radam: idf.MetaRAdam,
+}
+
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+each_kin = pytest.mark.parametrize("row", [row for row in ROWS if not row.options], ids=lambda row: row.name)
+
+
+def net_of(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+
+def data(seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(6, 3, dtype=F64, generator=generator)
+    return x, (x[:, :1] - x[:, 1:2] ** 2).tanh()
+
+
+def by_front(row: Any, start: dict[str, Tensor], lr: Any, weight: Tensor, steps: int = 3, **options: Any) -> Tensor:
+    """The loss after a few steps by an object."""
+    net = net_of()
+    for name, tensor in start.items():
+        module, _, key = name.rpartition(".")
+        del net.get_submodule(module)._parameters[key]
+        net.get_submodule(module)._parameters[key] = tensor
+    inner, (x, y) = FRONTS[row.factory](net, **{"lr": lr} | row.options | options), data()
+    for _ in range(steps):
+        inner.step((weight * (net(x) - y) ** 2).mean())
+    return ((net(x) - y) ** 2).mean()
+
+
+def by_functions(row: Any, start: dict[str, Tensor], lr: Any, weight: Tensor, steps: int = 3) -> Tensor:
+    """The same by pure functions under torch.func.grad, with the plain formula."""
+    net, (x, y) = net_of(), data()
+    pair = row.factory(**{"lr": lr, "use_accelerated_op": False} | row.options)
+
+    def loss(params):
+        return (weight * (functional_call(net, params, (x,)) - y) ** 2).mean()
+
+    params = dict(start)
+    state = pair.init(params)
+    for _ in range(steps):
+        updates, state = pair.update(torch.func.grad(loss)(params), state, params)
+        params = idf.apply_updates(params, updates)
+    return ((functional_call(net, params, (x,)) - y) ** 2).mean()
+
+
+def inputs() -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    start = {name: p.detach().clone().requires_grad_() for name, p in net_of().named_parameters()}
+    weight = torch.linspace(0.5, 1.5, 6, dtype=F64)[:, None].requires_grad_()
+    return start, torch.tensor(0.05, dtype=F64, requires_grad=True), weight
+
+
+# --- meta-gradients ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accelerated", [None, False])
+@each_row
+def test_meta_gradients_are_those_of_the_pure_functions(row, accelerated):
+    start, lr, weight = inputs()
+    wanted = [*start.values(), lr, weight]
+    value = by_front(row, start, lr, weight, use_accelerated_op=accelerated)
+    expected = by_functions(row, start, lr, weight)
+    torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)
+    for found, right in zip(torch.autograd.grad(value, wanted), torch.autograd.grad(expected, wanted), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+
+
+@each_kin
+def test_compiled_steps_have_the_meta_gradients_of_plain_ones(row):
+    start, _, weight = inputs()
+    wanted = [*start.values(), weight]
+    # A number as learning rate, so that compiled steps can serve.
+    values = [by_front(row, start, 0.05, weight, use_accelerated_op=accelerated) for accelerated in (None, False)]
+    torch.testing.assert_close(*values, rtol=1e-14, atol=0)
+    for found, right in zip(*[torch.autograd.grad(value, wanted) for value in values], strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+
+
+@each_kin
+def test_meta_gradients_are_central_differences(row):
+    start, lr, weight = inputs()
+    generator = torch.Generator().manual_seed(3)
+    tangents = [torch.randn(t.shape, dtype=F64, generator=generator) for t in [*start.values(), lr, weight]]
+
+    def along(h: float) -> Tensor:
+        moved = [t + h * d for t, d in zip([*start.values(), lr, weight], tangents, strict=True)]
+        *params, rate, weights = moved
+        return by_front(row, dict(zip(start, params, strict=True)), rate, weights)
+
+    h = 1e-4
+    # Of fourth order in h: what is left are its rounding, about 1e-12, and the error of a smooth function, h^4.
+    difference = (8 * (along(h) - along(-h)) - (along(2 * h) - along(-2 * h))) / (12 * h)
+    grads = torch.autograd.grad(along(0.0), [*start.values(), lr, weight])
+    derivative = sum((g * d).sum() for g, d in zip(grads, tangents, strict=True))
+    torch.testing.assert_close(derivative, difference.detach(), rtol=1e-7, atol=1e-9)
+
+
+@each_kin
+def test_second_derivatives_of_a_run_are_central_differences_of_first_ones(row):
+    start, lr, weight = inputs()
+
+    def slope(lr: Tensor) -> Tensor:
+        value = by_front(row, start, lr, weight, steps=2)
+        return torch.autograd.grad(value, lr, create_graph=True)[0]
+
+    (second,) = torch.autograd.grad(slope(lr), lr)
+    h = 1e-4
+
+    def at(k: int) -> Tensor:
+        return slope((lr + k * h).detach().requires_grad_()).detach()
+
+    difference = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * h)
+    torch.testing.assert_close(second, difference, rtol=1e-6, atol=1e-8)
+
+
+def test_a_chain_can_be_learned_through():
+    start, lr, _ = inputs()
+    net, (x, y) = net_of(), data()
+    inner = idf.MetaOptimizer(net, idf.chain(idf.clip_grad_norm(0.3), idf.adam(lr)))
+    for _ in range(3):
+        inner.step(((net(x) - y) ** 2).mean())
+    (found,) = torch.autograd.grad(((net(x) - y) ** 2).mean(), lr)
+    pair = idf.chain(idf.clip_grad_norm(0.3), idf.adam(lr))
+    params, state, fresh = dict(start), pair.init(start), net_of()
+    for _ in range(3):
+        grads = torch.func.grad(lambda p: ((functional_call(fresh, p, (x,)) - y) ** 2).mean())(params)
+        updates, state = pair.update(grads, state, params)
+        params = idf.apply_updates(params, updates)
+    (right,) = torch.autograd.grad(((functional_call(fresh, params, (x,)) - y) ** 2).mean(), lr)
+    torch.testing.assert_close(found, right, rtol=1e-12, atol=0)
+
+
+@each_kin
+def test_each_kin_takes_the_arguments_of_its_transformation(row):
+    front = FRONTS[row.factory]
+    assert [*inspect.signature(front).parameters] == ["module", *inspect.signature(row.factory).parameters]
+    with pytest.raises(TypeError, match="learning_rate"):
+        front(net_of(), learning_rate=0.1)
+
+
+# --- modules of all kinds ---------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(3, 3, bias=False).double(), nn.Linear(3, 3, bias=False).double()
+        self.decode.weight = self.encode.weight
+        self.again = self.encode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.decode(self.encode(x)).tanh())
+
+
+def test_tied_weights_stay_tied_and_have_the_sum_of_their_gradients():
+    torch.manual_seed(0)
+    net, (x, _) = Tied(), data()
+    w = net.encode.weight.detach().clone().requires_grad_()
+    inner = idf.MetaAdam(net, lr=0.1)
+    for _ in range(3):
+        inner.step((net(x) ** 2).mean())
+        assert net.encode.weight is net.decode.weight is net.again.weight
+        assert len([*net.parameters()]) == 1
+    reference = torch.optim.Adam([w], lr=0.1)
+    for _ in range(3):
+        reference.zero_grad()
+        (((x @ w.T @ w.T).tanh() @ w.T) ** 2).mean().backward()
+        reference.step()
+    torch.testing.assert_close(net.encode.weight.detach(), w.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_frozen_and_unused_parameters_are_the_same_objects_afterwards():
+    net, (x, y) = net_of(), data()
+    net[0].weight.requires_grad_(False)
+    net.unused = nn.Parameter(torch.ones(3, dtype=F64))
+    before = dict(net.named_parameters())
+    inner = idf.MetaAdamW(net, lr=0.1, weight_decay=0.5)
+    for _ in range(2):
+        inner.step(((net[2](net[1](net[0](x))) - y) ** 2).mean())
+    after = dict(net.named_parameters())
+    assert [name for name in before if before[name] is after[name]] == ["unused", "0.weight"]
+    assert after["unused"].is_leaf and not after["0.weight"].requires_grad
+    # Its state is as at the beginning.
+    assert torch.equal(inner.state.mu["unused"], torch.zeros(3, dtype=F64))
+    assert inner.state.count.tolist() == [0, 0, 2, 2, 2]
+
+
+def test_recurrent_nets_compute_with_the_new_parameters():
+    torch.manual_seed(0)
+    net, x = nn.LSTM(2, 3, num_layers=2, bidirectional=True).double(), torch.randn(4, 1, 2, dtype=F64)
+    lr = torch.tensor(0.1, dtype=F64, requires_grad=True)
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    fresh = nn.LSTM(2, 3, num_layers=2, bidirectional=True).double()
+    inner = idf.MetaSGD(net, lr=lr)
+    for _ in range(2):
+        inner.step((net(x)[0] ** 2).sum())
+    value = (net(x)[0] ** 2).sum()
+    params = start
+    for _ in range(2):
+        grads = torch.func.grad(lambda p: (functional_call(fresh, p, (x,))[0] ** 2).sum())(params)
+        params = {name: p - lr * grads[name] for name, p in params.items()}
+    expected = (functional_call(fresh, params, (x,))[0] ** 2).sum()
+    torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(value, lr), torch.autograd.grad(expected, lr), rtol=1e-12, atol=0)
+
+
+def test_batch_normalisation_keeps_its_statistics_as_in_torch():
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, y = data()
+    inner, reference = idf.MetaSGD(nets[0], lr=0.1, momentum=0.9), torch.optim.SGD(nets[1].parameters(), 0.1, 0.9)
+    for _ in range(4):
+        inner.step(((nets[0](x) - y) ** 2).mean())
+        reference.zero_grad()
+        ((nets[1](x) - y) ** 2).mean().backward()
+        reference.step()
+    for net in nets:
+        net.eval()
+    torch.testing.assert_close(nets[0](x).detach(), nets[1](x).detach(), rtol=1e-12, atol=1e-13)
+    assert torch.equal(nets[0][1].num_batches_tracked, torch.tensor(4))
+
+
+def test_parametrised_weights_are_optimized_by_what_they_are_made_of():
+    torch.manual_seed(0)
+    net = nn.utils.parametrizations.weight_norm(nn.Linear(3, 1).double())
+    x, y = data()
+    inner = idf.MetaSGD(net, lr=0.1)
+    before = net(x)
+    inner.step(((before - y) ** 2).mean())
+    assert not torch.equal(net(x), before)
+    assert {name for name, p in net.named_parameters() if not p.is_leaf} == {
+        "bias",
+        "parametrizations.weight.original0",
+        "parametrizations.weight.original1",
+    }
+
+
+class Inner(idf.nn.ImplicitMetaGradientModule):
+    def __init__(self, prior: nn.Module, penalty: Tensor) -> None:
+        super().__init__()
+        self.prior, self.penalty = prior, penalty
+        self.own = nn.Linear(3, 1).double()
+
+    def objective(self, x: Tensor, y: Tensor) -> Tensor:
+        return ((self(x) - y) ** 2).mean() + self.penalty * (self.own.weight - self.prior.weight).square().sum()
+
+    def solve(self, x: Tensor, y: Tensor) -> Inner:
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(x)
+
+
+def test_of_a_module_with_meta_parameters_the_inner_ones_are_optimized():
+    torch.manual_seed(0)
+    prior, penalty = nn.Linear(3, 1).double(), torch.tensor(0.3, dtype=F64, requires_grad=True)
+    net, (x, y) = Inner(prior, penalty), data()
+    weight, bias = net.own.weight.detach().clone(), net.own.bias.detach().clone()
+    weights = [*prior.parameters()]
+    inner = idf.MetaSGD(net, lr=0.1)
+    assert inner.state.count.shape == (2,)
+    for _ in range(2):
+        inner.step(net.objective(x, y))
+    assert [*prior.parameters()] == weights and net.penalty is penalty
+    assert [name for name, _ in net.named_parameters()] == ["own.weight", "own.bias"]
+    (found,) = torch.autograd.grad(net.own.weight.sum(), penalty)
+    for _ in range(2):
+        weight, bias = (
+            p - 0.1 * g
+            for p, g in zip(
+                (weight, bias),
+                torch.func.grad(
+                    lambda p: ((x @ p[0].T + p[1] - y) ** 2).mean() + penalty * (p[0] - prior.weight).square().sum()
+                )((weight, bias)),
+                strict=True,
+            )
+        )
+    torch.testing.assert_close(net.own.weight, weight, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(found, torch.autograd.grad(weight.sum(), penalty)[0], rtol=1e-12, atol=0)
+
+
+# --- what does not fit is refused -------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_depends_on_no_parameter_is_refused():
+    net, (x, y) = net_of(), data()
+    inner = idf.MetaSGD(net, lr=0.1)
+    stale = ((net(x) - y) ** 2).mean()
+    inner.step(stale)
+    held = [*net.parameters()]
+    with torch.no_grad():
+        constant = ((net(x) - y) ** 2).mean()
+    for loss in (constant, torch.ones((), requires_grad=True), stale):
+        with pytest.raises(ValueError, match=r"MetaSGD\.step: the loss depends on none of the parameters"):
+            inner.step(loss)
+        assert all(p is q for p, q in zip(net.parameters(), held, strict=True))
+    for p in net.parameters():
+        p.detach_()
+    with pytest.raises(ValueError, match="depends on none of the parameters"):
+        inner.step(((net(x) - y) ** 2).mean())
+
+
+def test_what_is_no_module_or_no_transformation_is_refused():
+    with pytest.raises(TypeError, match=r"must be an nn\.Module"):
+        idf.MetaSGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    with pytest.raises(ValueError, match="has no parameters"):
+        idf.MetaSGD(nn.Tanh(), lr=0.1)
+    with pytest.raises(TypeError, match="must be a GradientTransformation"):
+        idf.MetaOptimizer(net_of(), torch.optim.SGD(net_of().parameters()))
+
+
+def test_a_module_that_has_got_other_parameters_is_refused():
+    net, (x, y) = net_of(), data()
+    inner = idf.MetaSGD(net, lr=0.1)
+    net.more = nn.Linear(1, 1).double()
+    with pytest.raises(ValueError, match="make another one"):
+        inner.step(((net[:3](x) - y) ** 2).mean())
+
+
+def test_a_state_of_another_optimizer_is_refused():
+    net = net_of()
+    inner = idf.MetaAdam(net, lr=0.1)
+    before = inner.state_dict()
+    for other in (idf.MetaSGD(net, lr=0.1, momentum=0.9), idf.MetaAdam(net[0], lr=0.1)):
+        with pytest.raises(ValueError, match="not one of this optimizer"):
+            inner.load_state_dict(other.state_dict())
+    assert inner.state_dict() is before
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def live() -> int:
+    gc.collect()
+    return sum(isinstance(obj, Tensor) for obj in gc.get_objects())
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("way", ["recover", "stop"])
+def test_memory_is_flat_over_a_thousand_outer_steps(way):
+    torch.manual_seed(0)
+    net, x = nn.Linear(2, 1, bias=False), torch.ones(3, 2)
+    lr = torch.tensor(0.01, requires_grad=True)
+    inner, outer = idf.MetaSGD(net, lr=lr, momentum=0.9), torch.optim.SGD([lr], 1e-5, foreach=False)
+    start = [idf.extract_state_dict(target) for target in (net, inner)]
+    counts = []
+    for k in range(1000):
+        old = weakref.ref(net.weight)
+        inner.step((net(x) ** 2).sum())
+        outer.zero_grad()
+        (net(x) ** 2).sum().backward()
+        outer.step()
+        middle = weakref.ref(net.weight)
+        for i, target in enumerate((net, inner)):
+            if way == "recover":
+                idf.recover_state_dict(target, start[i])
+            else:
+                idf.stop_gradient(target)
+        assert (old() is net.weight and middle() is None) if way == "recover" else middle() is net.weight
+        # The first one is part of the extracted state.
+        assert way == "recover" or k == 0 or old() is None
+        if k in (10, 999):
+            counts.append(live())
+    assert counts[0] == counts[1]
+
+
+def test_nothing_keeps_a_finished_run_alive_without_the_garbage_collector():
+    net, (x, y) = net_of(), data()
+    inner = idf.MetaAdam(net, lr=torch.tensor(0.1, requires_grad=True))
+    start = [idf.extract_state_dict(target) for target in (net, inner)]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            inner.step(((net(x) - y) ** 2).mean())
+        reached = [weakref.ref(p) for p in net.parameters()] + [weakref.ref(t) for t in inner.state.mu.values()]
+        for target, state in zip((net, inner), start, strict=True):
+            idf.recover_state_dict(target, state)
+        assert [t() for t in reached] == [None] * len(reached)
+    finally:
+        gc.enable()
