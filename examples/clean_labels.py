@@ -1,4 +1,4 @@
-"""Cleaning labels: a weight for each training example, learned through the classifier that is trained with them.
+"""Cleaning labels.
 
 A thousand handwritten digits, and four labels of ten say the next digit. Errors that agree with each other do not
 average out: a logistic regression on these labels misreads more than a third of the test digits. There are also 150

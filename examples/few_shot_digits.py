@@ -1,4 +1,4 @@
-"""Few-shot digits: MAML through unrolled steps, and iMAML through an implicit gradient.
+"""Few-shot digits, by MAML and iMAML.
 
 A task is to tell three digits apart from one or from five examples of each. Meta-training has tasks of the digits 0 to
 5, turned, mirrored and sheared; the test is on 6 to 9. What is learned is where the network starts. MAML takes five

@@ -1,4 +1,4 @@
-"""A quadratic program as a layer: a factory's recipes, learned from what it made.
+"""A quadratic program as a layer.
 
 Every day a factory makes the amounts ``x`` of six products that earn most: it maximises ``margin'x - x'x / 2`` subject
 to ``recipe x <= hours`` and ``x >= 0``. Known are the market, the hours of two machines and, with noise, the amounts;

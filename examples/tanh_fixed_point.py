@@ -1,4 +1,4 @@
-"""The fixed point of a tanh layer: three solvers, two derivatives.
+"""The fixed point of a tanh layer.
 
 An implicit layer returns the ``z`` with ``z = tanh(W z + x)``, however it is found: by plain iteration, by Anderson
 acceleration (Walker and Ni, 2011; by hand, then the library's), by Newton's method. Its derivatives come from this
