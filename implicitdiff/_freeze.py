@@ -6,6 +6,8 @@ after the loop that defined it has gone on to the next task's data.
 
 from __future__ import annotations
 
+import builtins
+import dis
 import functools
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
@@ -75,8 +77,10 @@ class _Freezer:
 
     def _function(self, fn: FunctionType) -> FunctionType:
         cells = tuple(CellType() for _ in fn.__closure__ or ())
-        known = id(fn.__globals__) in self.modules
-        variables = self.modules.setdefault(id(fn.__globals__), dict(fn.__globals__) if not known else {})
+        # What is never looked up is not kept: in a script it holds the graph of the call before, and so on.
+        variables = self.modules.setdefault(id(fn.__globals__), {"__builtins__": builtins})
+        looked_up = (_names(fn.__code__) | {"__name__"}) & fn.__globals__.keys() - variables.keys()
+        variables.update({name: fn.__globals__[name] for name in looked_up})
         frozen = FunctionType(fn.__code__, variables, fn.__name__, fn.__defaults__, cells)
         frozen.__kwdefaults__ = fn.__kwdefaults__
         frozen.__qualname__ = fn.__qualname__
@@ -88,8 +92,8 @@ class _Freezer:
                 mine.cell_contents = self(theirs.cell_contents)
             except ValueError:  # not assigned yet
                 continue
-        for name in _names(fn.__code__) & variables.keys():
-            if isinstance(fn.__globals__.get(name), (FunctionType, Module)):
+        for name in looked_up:
+            if isinstance(fn.__globals__[name], (FunctionType, Module)):
                 variables[name] = self(fn.__globals__[name])
         return frozen
 
@@ -100,7 +104,12 @@ def _is_users(fn: FunctionType) -> bool:
     return functorch.is_transform(fn) or package not in ("torch", "implicitdiff")
 
 
-def _names(code: CodeType) -> set[str]:
-    """The global names that a function and the functions inside of it may look up."""
+@functools.lru_cache
+def _names(code: CodeType) -> frozenset[str]:
+    """The global names that a function and the functions inside of it may look up.
+
+    Of ``co_names``, where attributes are too, only these: a global that happens to be called like one may be a graph.
+    """
+    own = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    return frozenset(own).union(*map(_names, inner))

@@ -72,6 +72,7 @@ ORDER = [
     "solvers.*",
     "solvers",
     "nn._given",
+    "nn._solve",
     "nn.*",
     "nn",
     "fronts._check",

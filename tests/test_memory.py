@@ -120,3 +120,35 @@ def test_a_solution_is_freed_without_the_garbage_collector():
         assert watch() is None
     finally:
         gc.enable()
+
+
+SCRIPT = """
+import weakref
+
+import torch
+from implicitdiff import custom_root
+
+theta = torch.tensor(8.0, requires_grad=True)
+
+def condition(x, theta):
+    return x**3 - theta
+
+@custom_root(condition)
+def cube_root(init, theta):
+    return theta ** (1 / 3)
+
+watches = []
+for _ in range(5):
+    x = cube_root(torch.tensor(1.0), theta)
+    loss = x**2
+    loss.backward()
+    watches.append(weakref.ref(x))
+"""
+
+
+def test_a_script_whose_variables_are_global_keeps_only_its_last_graph():
+    # The condition's globals count as they are at the call, but the solution of the call before is not for it.
+    variables = {"__name__": "script"}
+    exec(SCRIPT, variables)
+    gc.collect()
+    assert sum(watch() is not None for watch in variables["watches"]) == 1

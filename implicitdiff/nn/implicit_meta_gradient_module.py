@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,13 +11,10 @@ import torch
 from torch import nn
 
 import implicitdiff._functorch as _functorch
-import implicitdiff._pytree as pytree
+import implicitdiff._modes as _modes
+import implicitdiff.nn._solve as _solve
 from implicitdiff._linear import Solve
 from implicitdiff._places import Place
-from implicitdiff._primitive import attach
-from implicitdiff._root import pose, root
-from implicitdiff._signature import Matcher
-from implicitdiff.implicit import run_solver
 from implicitdiff.nn.meta_gradient_module import MetaGradientModule
 
 _INHERITED: Any = object()
@@ -36,8 +32,8 @@ class ImplicitMetaGradientModule(MetaGradientModule):
 
     ``solve`` runs with gradients off (``torch.enable_grad`` turns them on for its own use) and on ordinary
     parameters; ``backward`` in it leaves no ``.grad`` on tensors that are not inner parameters. It is called with the
-    arguments that ``objective`` or ``optimality`` is to be called with; those of its own have defaults. What it
-    returns comes back detached, but for inner parameters, which come back as they are after it.
+    arguments that ``objective`` or ``optimality`` is to be called with; those of its own have defaults, and are
+    given by keyword. What it returns comes back detached, but for inner parameters, which come back as they are then.
 
     Frozen inner parameters are constants. The inner parameters have to be read as attributes of the module and its
     submodules in ``objective`` and ``optimality``.
@@ -84,6 +80,7 @@ class ImplicitMetaGradientModule(MetaGradientModule):
     linear_solve: ClassVar[Solve | None] = None
     _leaves: dict[str, torch.Tensor]
     _unknowns: list[str] | None
+    _functions: dict[str, Callable[..., Any]]
     _is_solving: bool
 
     def __init_subclass__(cls, linear_solve: Solve | None = _INHERITED, **kwargs: Any) -> None:
@@ -121,7 +118,7 @@ class ImplicitMetaGradientModule(MetaGradientModule):
             dictionary of these by name.
         """
         held = {name: place.tensor for name, place in self._inner_places().items() if self._is_unknown(name, place)}
-        value = functools.partial(_called, self, "objective", args=args, kwargs=kwargs)
+        value = functools.partial(_solve.call, self, "objective", args=args, kwargs=kwargs)
         return torch.func.grad(value)(held)
 
     def _is_unknown(self, name: str, place: Place) -> bool:
@@ -140,159 +137,51 @@ class ImplicitMetaGradientModule(MetaGradientModule):
     def _reopen(self) -> None:
         """Keep ordinary parameters in the place of the last solution, with its values."""
         for name, place in self._inner_places().items():
-            if not place.tensor.is_leaf:
-                value = place.tensor.detach()
-                leaf = self._leaves.setdefault(name, nn.Parameter(value.clone()))
-                leaf.data.copy_(value)
-                leaf.grad = None
+            leaf = self._leaves.get(name)
+            is_ordinary = place.tensor.is_leaf and _functorch.is_plain(place.tensor)
+            is_frozen = leaf is None and not place.tensor.requires_grad
+            if is_frozen or (is_ordinary and not _modes.is_traced()):
+                continue
+            # What a vmap solved for is no value to begin with.
+            is_batched = bool(_functorch.batch_levels(place.tensor))
+            with _functorch.no_levels(), torch.no_grad():
+                value = _functorch.base(place.tensor).detach()
+                if not is_batched and _modes.is_traced():
+                    # What a condition solves for is its own: made by functions that it is seen to call, kept nowhere.
+                    leaf = value.clone().requires_grad_()
+                elif not is_batched and leaf is None:
+                    leaf = nn.Parameter(value.clone())
+                elif leaf is not None:
+                    leaf.grad = None
+                    if not is_batched:
+                        leaf.copy_(value)
+            if leaf is not None:
+                self._refuse_held(name, place.tensor)
                 place.put(leaf)
 
+    def _refuse_held(self, name: str, tensor: torch.Tensor) -> None:
+        """Raise if an optimizer would step what is kept no more, and so nothing."""
+        optimizers = [held for held in vars(self).values() if isinstance(held, torch.optim.Optimizer)]
+        if any(
+            held is tensor for optimizer in optimizers for group in optimizer.param_groups for held in group["params"]
+        ):
+            raise ValueError(
+                f"{type(self).__name__}.solve: an optimizer was made in __init__ for the inner parameter {name!r}, but "
+                "inside of a transform or of another module's condition solve has others: make the optimizer in solve"
+            )
 
-def _called(module: nn.Module, method: str, held: dict[str, Any], args: Any, kwargs: Any) -> Any:
-    """The result of a method of a module that holds other tensors for the time."""
-    tensors = {f"module.{name}": tensor for name, tensor in held.items()}
-    return torch.func.functional_call(_Method(module, method), tensors, args, kwargs)
-
-
-class _Method(nn.Module):
-    """A method of a module as a module."""
-
-    def __init__(self, module: nn.Module, method: str) -> None:
-        super().__init__()
-        self.module, self.method = module, method
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.module, self.method)(*args, **kwargs)
+    def _condition(self) -> Callable[..., Any]:
+        kind = type(self)
+        is_default = kind.optimality is ImplicitMetaGradientModule.optimality
+        return kind.objective if is_default else kind.optimality
 
 
 def _implicit(solve: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(solve)
     def implicit(self: ImplicitMetaGradientModule, *args: Any, **kwargs: Any) -> Any:
-        # A solve that calls its parent's is one.
-        return solve(self, *args, **kwargs) if self._is_solving else _solve(self, solve, args, kwargs)
+        if self._is_solving:  # a solve that calls its parent's is one
+            return solve(self, *args, **kwargs)
+        return _solve.solve(self, solve, self._condition(), args, kwargs)
 
     implicit.is_implicit = True  # type: ignore[attr-defined]
     return implicit
-
-
-@_functorch.outside_compile
-def _solve(
-    module: ImplicitMetaGradientModule, solve: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    before = {name: place.tensor for name, place in module._inner_places().items()}
-    module._reopen()
-    begun = module._inner_places()
-    values = {name: place.tensor.detach().clone() for name, place in begun.items() if place.tensor.requires_grad}
-    if not values:
-        raise ValueError(
-            f"{type(module).__name__}.solve: there are no inner parameters: make those to be solved for in __init__"
-        )
-    try:
-        return _Problem(module, solve, values)(args, kwargs)
-    except BaseException:
-        for name, place in begun.items():
-            if name in values:
-                place.tensor.data.copy_(values[name])
-            place.put(before[name])
-        raise
-
-
-class _Problem:
-    """One call of ``solve``: as a solver of the problem that its module poses, for `pose`."""
-
-    def __init__(
-        self, module: ImplicitMetaGradientModule, solve: Callable[..., Any], values: dict[str, torch.Tensor]
-    ) -> None:
-        self.module, self.method, self.values = module, solve, values
-        self.name = type(module).__name__
-        # The graph must not lead back to the module, which holds what the graph made: a cycle that nothing collects.
-        self.twin: ImplicitMetaGradientModule = object.__new__(type(module))
-        self.output: Any = None
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        def run(values: Any, /, *args: Any, **kwargs: Any) -> Any:
-            return self._run(args, kwargs)
-
-        residuals = functools.partial(_residuals, self.name, self.twin)
-        run.__signature__ = _without_self(self.method)  # type: ignore[attr-defined]
-        residuals.__signature__ = _without_self(_condition_of(self.module))  # type: ignore[attr-defined]
-        call = Matcher(run, residuals).bind((self.values, *args), kwargs)
-        solution, _ = run_solver(run, call, has_aux=False)
-        routed = call.to_condition(call.args, call.kwargs)
-        posed = pose(f"{self.name}.optimality", residuals, root, type(self.module).linear_solve, solution, *routed)
-        places = self._places()
-        _refuse_read_otherwise(self.name, places, posed.theta)
-        attached = posed.problem.structure.unflatten(attach(posed.problem, posed.x, posed.theta))
-        known = {id(places[name].tensor): tensor for name, tensor in attached.items()}
-        if any(tensor.requires_grad or not _functorch.is_plain(tensor) for tensor in attached.values()):
-            for name, place in places.items():
-                self.module._leaves[name] = place.tensor
-                place.put(attached[name])
-        return pytree.map_tensors(lambda t: known[id(t)] if id(t) in known else t.detach(), self.output)
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        self.module._is_solving = True
-        try:
-            self.output = self.method(self.module, *args, **kwargs)
-        finally:
-            self.module._is_solving = False
-        _become(self.twin, self.module, {})
-        self.twin._unknowns = list(self.values)
-        return {name: place.tensor.detach().clone() for name, place in self._places().items()}
-
-    def _places(self) -> dict[str, Place]:
-        places = self.module._inner_places()
-        if missing := self.values.keys() - places.keys():
-            raise ValueError(f"{self.name}.solve: the inner parameter {min(missing)!r} is gone after it")
-        return {name: places[name] for name in self.values}
-
-
-def _condition_of(module: ImplicitMetaGradientModule) -> Callable[..., Any]:
-    kind = type(module)
-    is_default = kind.optimality is ImplicitMetaGradientModule.optimality
-    return kind.objective if is_default else kind.optimality
-
-
-def _without_self(method: Callable[..., Any]) -> inspect.Signature:
-    """A method's signature, with the solution in the place of ``self``."""
-    signature = inspect.signature(method)
-    first, *others = signature.parameters.values()
-    return signature.replace(parameters=[first.replace(kind=inspect.Parameter.POSITIONAL_ONLY), *others])
-
-
-def _residuals(name: str, twin: ImplicitMetaGradientModule, solution: Any, /, *args: Any, **kwargs: Any) -> Any:
-    found = _called(twin, "optimality", solution, args, kwargs)
-    if isinstance(found, torch.Tensor):
-        found = (found,)
-    if not isinstance(found, dict):
-        found = tuple(found)
-        if len(found) != len(solution):
-            raise ValueError(
-                f"{name}.optimality: one residual for each of the inner parameters {list(solution)} is needed, got "
-                f"{len(found)}"
-            )
-        found = dict(zip(solution, found, strict=True))
-    return found
-
-
-def _become(twin: nn.Module, module: nn.Module, twins: dict[int, nn.Module]) -> None:
-    """Fill an empty module with what another one has, and with twins of its submodules in their places."""
-    twins[id(module)] = twin
-    twin.__dict__.update(module.__dict__)
-    twin.__dict__.update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
-    twin._modules = {}
-    for name, part in module._modules.items():
-        if part is not None and id(part) not in twins:
-            _become(object.__new__(type(part)), part, twins)
-        twin._modules[name] = None if part is None else twins[id(part)]
-
-
-def _refuse_read_otherwise(name: str, places: dict[str, Place], theta: list[torch.Tensor]) -> None:
-    captured = set(map(id, theta))
-    for key, place in places.items():
-        if id(place.tensor) in captured:
-            raise ValueError(
-                f"{name}.optimality: the inner parameter {key!r} is read in another way than as an attribute of the "
-                "module, such as a list or a function that holds it, its module, or self; its derivative would be "
-                "wrong: read it as an attribute (an nn.ModuleList holds modules)"
-            )

@@ -20,7 +20,7 @@ class _Adopting(abc.ABCMeta):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         module: Any = cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]
         constructor = cls.__init__  # type: ignore[misc]
-        module.__dict__.update(_given=_given.find(constructor, args, kwargs), _meta={})
+        module.__dict__.update(_given=_given.find(constructor, args, kwargs), _meta={}, _adopted={})
         constructor(module, *args, **kwargs)
         module._adopt()
         return module
@@ -59,12 +59,17 @@ class MetaGradientModule(nn.Module, metaclass=_Adopting):
 
     _given: dict[str, Any]
     _meta: dict[str, None]
+    _adopted: dict[str, torch.Tensor]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, torch.Tensor) and "_parameters" in self.__dict__):
+        if not isinstance(value, torch.Tensor):
+            super().__setattr__(name, value)
+        elif "_parameters" not in self.__dict__:
+            if value.requires_grad:
+                raise AttributeError(f"cannot assign {name!r}, which needs a gradient, before Module.__init__() call")
             super().__setattr__(name, value)
         elif id(value) in self._meta_ids():
             self._keep(name, value)
@@ -77,8 +82,11 @@ class MetaGradientModule(nn.Module, metaclass=_Adopting):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The inner parameters and their names, as ``nn.Module`` has them."""
-        metas = self._meta_ids()
+        """The inner parameters and their names, as ``nn.Module`` has them.
+
+        With their duplicates they are those of both kinds: `torch.func.functional_call` asks so for what is tied.
+        """
+        metas = self._meta_ids() if remove_duplicate else set()
         named = super().named_parameters(prefix, recurse, remove_duplicate)
         return ((name, tensor) for name, tensor in named if id(tensor) not in metas)
 
@@ -186,5 +194,19 @@ class MetaGradientModule(nn.Module, metaclass=_Adopting):
             if path is None:
                 path = re.sub(r"\W", "_", argument)
                 path += "_" * hasattr(self, path)
-                self.add_module(path, item) if isinstance(item, nn.Module) else self._keep(path, item)
+                if isinstance(item, nn.Module):
+                    self.add_module(path, item)
+                else:
+                    self._keep(path, item)
+                    self._adopted[path] = item
             self._meta[path] = None
+
+    def _refuse_exchanged(self) -> None:
+        """Raise if a tensor was exchanged that is read where it came from, inside of an argument."""
+        for path, tensor in self._adopted.items():
+            if self._parameters.get(path) is not tensor:
+                raise ValueError(
+                    f"{type(self).__name__}: the meta-parameter {path!r} was exchanged (torch.func.functional_call), "
+                    "but the module reads it inside of the argument that it came with: make it an attribute in "
+                    "__init__, and read that"
+                )
