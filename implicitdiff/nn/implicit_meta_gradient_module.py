@@ -137,27 +137,26 @@ class ImplicitMetaGradientModule(MetaGradientModule):
     def _reopen(self) -> None:
         """Keep ordinary parameters in the place of the last solution, with its values."""
         for name, place in self._inner_places().items():
-            leaf = self._leaves.get(name)
-            is_ordinary = place.tensor.is_leaf and _functorch.is_plain(place.tensor)
-            is_frozen = leaf is None and not place.tensor.requires_grad
-            if is_frozen or (is_ordinary and not _modes.is_traced()):
-                continue
-            # What a vmap solved for is no value to begin with.
-            is_batched = bool(_functorch.batch_levels(place.tensor))
-            with _functorch.no_levels(), torch.no_grad():
-                value = _functorch.base(place.tensor).detach()
-                if not is_batched and _modes.is_traced():
-                    # What a condition solves for is its own: made by functions that it is seen to call, kept nowhere.
-                    leaf = value.clone().requires_grad_()
-                elif not is_batched and leaf is None:
-                    leaf = nn.Parameter(value.clone())
-                elif leaf is not None:
-                    leaf.grad = None
-                    if not is_batched:
-                        leaf.copy_(value)
+            leaf = self._leaf_for(name, place.tensor)
             if leaf is not None:
+                leaf.grad = None
                 self._refuse_held(name, place.tensor)
                 place.put(leaf)
+
+    def _leaf_for(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """A leaf to solve for in the place of a tensor; None if it is one, or frozen."""
+        kept = self._leaves.get(name)
+        is_frozen = kept is None and not tensor.requires_grad
+        if is_frozen or (tensor.is_leaf and _functorch.is_plain(tensor) and not _modes.is_traced()):
+            return None
+        if _functorch.batch_levels(tensor):  # what a vmap solved for is no value to begin with
+            return kept
+        with _functorch.no_levels(), torch.no_grad():
+            value = _functorch.base(tensor).detach()
+            if _modes.is_traced():
+                # What a condition solves for is its own: made by functions that it is seen to call, kept nowhere.
+                return value.clone().requires_grad_()
+            return nn.Parameter(value.clone()) if kept is None else kept.copy_(value)
 
     def _refuse_held(self, name: str, tensor: torch.Tensor) -> None:
         """Raise if an optimizer would step what is kept no more, and so nothing."""
