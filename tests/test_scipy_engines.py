@@ -432,8 +432,8 @@ def test_one_lane_is_evaluated_at_a_time():
         torch.zeros(5, 2, dtype=F64), torch.linspace(0.5, 1.5, 5, dtype=F64)
     )
     assert sizes.count(2) >= state.nfev.sum()
-    # The result's shape, the initial guess, a point near it and the solution.
-    assert sizes.count(10) <= 4
+    # The result's shape, the initial guess, a point near it and the solution; and six more to confirm the target there.
+    assert sizes.count(10) <= 10
 
 
 # --- the pure pair --------------------------------------------------------------------------------------------------

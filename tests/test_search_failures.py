@@ -217,3 +217,62 @@ def test_a_bracket_without_a_change_of_sign_in_one_lane_is_refused() -> None:
     solver = solvers.bisection(lambda x, theta: x**2 - theta, number(0.0), number(2.0))
     with pytest.raises(ValueError, match="bracket"):
         vmap(lambda theta: solver.run(None, theta))(torch.tensor([1.0, 2.0, 5.0], dtype=F64))
+
+
+def rosenbrock(x):
+    return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+
+
+TIMES = torch.linspace(0, 4, 30, dtype=torch.float64)
+
+# From guesses where the error is larger than at the solution by many orders of magnitude, or changes as fast.
+POOR = {
+    "newton, exp": (solvers.newton(lambda x: x.exp() - 2), -4.0, math.log(2)),
+    "newton, exp, from above": (solvers.newton(lambda x: x.exp() - 2), 30.0, math.log(2)),
+    "newton, x^4": (solvers.newton(lambda x: x**4 - 2), 0.01, 2**0.25),
+    "newton, x^3": (solvers.newton(lambda x: x**3 - 2), 1e4, 2 ** (1 / 3)),
+    "newton, radiation": (solvers.newton(lambda t: 5.67e-8 * t**4 - 1000), 1.0, (1000 / 5.67e-8) ** 0.25),
+    "lbfgs, exp": (solvers.lbfgs(lambda x: x.exp() - 2 * x), 20.0, math.log(2)),
+    "lbfgs": (solvers.lbfgs(rosenbrock), [1000.0, 1000.0], [1.0, 1.0]),
+    "newton_cg": (solvers.newton_cg(rosenbrock), [1000.0, 1000.0], [1.0, 1.0]),
+    "nonlinear_cg": (solvers.nonlinear_cg(rosenbrock), [30.0, -30.0], [1.0, 1.0]),
+    "levenberg_marquardt": (
+        solvers.levenberg_marquardt(lambda p: p[0] * torch.exp(-p[1] * TIMES) - 2 * torch.exp(-1.3 * TIMES)),
+        [1.0, -2.0],
+        [2.0, 1.3],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POOR)
+def test_a_poor_guess_makes_no_poor_solution(name):
+    solver, guess, solution = POOR[name]
+    guess, solution = (torch.tensor(v, dtype=torch.float64) for v in (guess, solution))
+    found, state = solver.run(guess)
+    assert state.status == Status.CONVERGED
+    torch.testing.assert_close(found, solution, rtol=1e-6, atol=0)
+    # As a lane among others it is the same.
+    lanes, _ = torch.func.vmap(solver.run)(torch.stack([guess, solution]))
+    torch.testing.assert_close(lanes[0], found, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("guess", [10.0, 1e3, 1e4])
+def test_a_poor_guess_makes_no_poor_solution_in_float32(guess):
+    found, _ = solvers.newton(lambda x: x**3 - 2).run(torch.tensor(guess))
+    torch.testing.assert_close(found, torch.tensor(2.0) ** (1 / 3), rtol=1e-5, atol=0)
+
+
+def test_unrolled_a_poor_guess_makes_no_poor_solution():
+    solver = solvers.newton(lambda x, c: x**3 - c)
+    guess, c = torch.tensor(1e4, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
+    slope = torch.func.grad(lambda c: solver.run(guess, c, implicit_diff=False)[0])(c)
+    torch.testing.assert_close(slope, c ** (-2 / 3) / 3, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("factory", [solvers.gradient_descent, solvers.lbfgs, solvers.newton_cg, solvers.nonlinear_cg])
+def test_a_kink_is_no_solution(factory, dtype):
+    # The minimum is at the kink, where the gradient jumps from one sign to the other and is zero nowhere.
+    solver = factory(lambda x: ((x - 3).abs() + (x - 3.5) ** 2 / 2).sum(), maxiter=30, on_failure="ignore")
+    _, state = solver.run(torch.zeros(1, dtype=dtype))
+    assert state.status != Status.CONVERGED

@@ -34,7 +34,8 @@ class Optimizer(torch.optim.Optimizer):
 
     It steps in place, as torch's do, and takes part in what is written for those: hooks, ``GradScaler``, checkpoints.
     What it steps is the list of a group's parameters, so that a global norm is that of the group. For transformations
-    with named hyper-parameters, which torch's schedulers can change, there are `SGD`, `Adam` and kin.
+    with named hyper-parameters, which torch's schedulers can change, there are `SGD`, `Adam` and kin. Its state goes
+    through ``pickle``, the object only if the transformation does: a chain does not.
 
     Args:
         params: tensors, named tensors, or dictionaries of ``params``, one for each group.

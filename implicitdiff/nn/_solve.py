@@ -214,6 +214,7 @@ def _refuse_read_otherwise(name: str, places: dict[str, Place], theta: list[torc
         if id(place.tensor) in captured:
             raise ValueError(
                 f"{name}.optimality: the inner parameter {key!r} is read in another way than as an attribute of the "
-                "module, such as a list or a function that holds it, its module, or self; its derivative would be "
-                "wrong: read it as an attribute (an nn.ModuleList holds modules)"
+                "module, such as a list or a function that holds it, its module, or self, or a module that "
+                "torch.compile made; its derivative would be wrong: read it as an attribute (an nn.ModuleList holds "
+                "modules)"
             )

@@ -48,9 +48,27 @@ def change(gap: Gap, rows: Rows, x: Tensor, value: Tensor) -> Tensor:
 def rounding(gap: Gap, rows: Rows, x: Tensor) -> Tensor:
     """An error that says nothing: what becomes of a gap where all unknowns move by 4 units of their precision.
 
-    In directions without a pattern: in a common one, the terms of the gap may cancel.
+    In directions without a pattern: in a common one, the terms of the gap may cancel. Where a longer move changes it by
+    less than in proportion, there is a kink, and what a gap jumps by there is no rounding.
     """
     x = x.detach()
     places = torch.arange(x.shape[-1], dtype=torch.float64, device=x.device)
     signs = torch.where(torch.cos(places**2) < 0, -1.0, 1.0).to(x.dtype)
-    return norm(gap(rows, x + 4 * rows.eps * signs * x) - gap(rows, x))
+    here = gap(rows, x)
+    short, long = (norm(gap(rows, x + units * rows.eps * signs * x) - here) for units in (4, 1024))
+    return torch.minimum(short, long / 256)
+
+
+def scale(gap: Gap, rows: Rows, x: Tensor, start: Tensor, error: Tensor) -> Tensor:
+    """What a small error is small against, at a point that may be a solution and after a search that began at `start`.
+
+    That is ``|J x|``, how precisely the unknowns are determined, relative to themselves. Where it is hardly more than
+    the error, the solution may be zero, and ``|J (start - x)|`` has to do; with more digits, as it may be large.
+    """
+    here = gap(rows, x).detach()
+    x, back, step = x.detach(), (start - x).detach(), rows.eps ** (1 / 3)
+    size = norm(change(gap, rows, x, here))
+    # No further than `change` goes, where that is anywhere.
+    step = step * (norm(x) / norm(back)).nan_to_num(nan=1.0).clamp(min=step, max=1.0)
+    way = norm(gap(rows, x + step[:, None] * back) - here) / step
+    return torch.where(size > 100 * error, size, torch.maximum(size, rows.eps ** (1 / 6) * way))

@@ -31,7 +31,7 @@ from implicitdiff._unroll import unroll
 from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.solvers._below import Closed
 from implicitdiff.solvers._condition import Pose
-from implicitdiff.solvers._gap import Gap, rounding
+from implicitdiff.solvers._gap import Gap, rounding, scale
 from implicitdiff.solvers._options import Options, check_count, options_of
 from implicitdiff.solvers._report import Callback, Report
 from implicitdiff.solvers._rows import Part, Rows, any_lane, select
@@ -174,15 +174,35 @@ class _Maker:
         that does not matter, so it is looked into after 8, 16, 32, ... iterations and where a search ends in failure.
         """
         gap, in_vain = self.method.gap, state.status == Status.RUNNING
-        for status in (Status.BUDGET_SPENT, Status.LINE_SEARCH_FAILED):
-            in_vain = in_vain | (state.status == status)
+        for end in (Status.BUDGET_SPENT, Status.LINE_SEARCH_FAILED):
+            in_vain = in_vain | (state.status == end)
         asked = asked & in_vain & (state.error > state.target)
         if gap is None or rows.atol is not None or not any_lane(asked):
             return state
         floor = rounding(gap, rows, x)
-        target = torch.where(asked & (floor > state.target), floor, state.target)
-        there = asked & (state.error <= target)
-        return state._replace(target=target, status=torch.where(there, int(Status.CONVERGED), state.status))
+        # Not kept for later: at another point it may be nonsense.
+        there = asked & (state.error <= floor)
+        status = torch.where(there, int(Status.CONVERGED), state.status)
+        return state._replace(target=torch.where(there, floor, state.target), status=status)
+
+    def _confirmed(self, rows: Rows, start: Tensor, x: Tensor, state: Any, before: Tensor) -> tuple[Any, Tensor]:
+        """The state with lanes that run on where a default target turns out to be too coarse, once it is reached.
+
+        It was made of the error at the initial guess. A poor guess has a large one, and its target may be reached far
+        from any solution, so the size of things is measured again there. A lane runs on as long as that helps: `before`
+        is its error when it was last sent on, and what is returned with the state.
+        """
+        gap, there = self.method.gap, (state.status == Status.CONVERGED) & (state.iter_num > 0)
+        if gap is None or rows.atol is not None or rows.rtol is not None or not any_lane(there):
+            return state, before
+        fine = rows.eps ** (2 / 3) * scale(gap, rows, x, start, state.error)
+        coarse = there & (state.error > torch.maximum(fine, rounding(gap, rows, x))) & (2 * state.error < before)
+        if not any_lane(coarse):
+            return state, before
+        on = torch.where(state.iter_num < self.limit, int(Status.RUNNING), int(Status.BUDGET_SPENT))
+        status = torch.where(coarse, on, state.status)
+        state = state._replace(target=torch.where(coarse, fine, state.target), status=status)
+        return state, torch.where(coarse, state.error, before)
 
     # --- in the caller's frame --------------------------------------------------------------------------------------
 
@@ -227,9 +247,16 @@ class _Maker:
                 f"{self.name} draws random numbers, with which no iteration converges; draw them outside and pass them "
                 "as arguments (dropout: use eval mode)"
             )
+        start, _, _ = self._frame(params, args)
+        before = torch.full_like(state.error, torch.inf)
         with contextlib.closing(report):
             while report.see(_plain(state), partial(_plain, params), state.error):
                 params, state = advance((params, state), *args)
+                if not any_lane(state.status == Status.RUNNING):
+                    x, rows, _ = self._frame(params, args)
+                    with _closure.full_precision():
+                        one = pytree.map_tensors(lambda t: t[None], (state, before))
+                        state, before = _unbatched(self._confirmed(rows, start, x, one[0], one[1]))
         state = pytree.map_tensors(Tensor.detach, state)
         self._settle(_plain(state))
         return params, report.into(state)
@@ -249,7 +276,8 @@ class _Maker:
 
     def _loop(self, rows: Rows, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
         lanes = rows.inputs.batch
-        state = self._start(rows, x)
+        start, state = x, self._start(rows, x)
+        before = torch.full_like(state.error, torch.inf)
         every = 1 if report.keeps else self.options.check_every
 
         def show(x: Tensor) -> Any:
@@ -264,6 +292,8 @@ class _Maker:
                     count += 1
                     if _is_milestone(count):
                         state = self._spared(rows, x, state, state.status == Status.RUNNING)
+                if not any_lane(state.status == Status.RUNNING):
+                    state, before = self._confirmed(rows, start, x, state, before)
             state = self._spared(rows, x, state, state.iter_num > 0)
         self._settle(state if lanes else _unbatched(state))
         return x, report.into(state)
