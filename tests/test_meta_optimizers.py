@@ -346,6 +346,14 @@ def test_a_module_that_has_got_other_parameters_is_refused():
         inner.step(((net[:3](x) - y) ** 2).mean())
 
 
+def test_a_module_with_a_parameter_of_another_shape_is_refused():
+    net = nn.Linear(2, 1).double()
+    inner = idf.MetaAdam(net, lr=0.1)
+    net.weight = nn.Parameter(torch.ones(1, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="make another one"):
+        inner.step(net(torch.ones(1, 3, dtype=torch.float64)).sum())
+
+
 def test_a_state_of_another_optimizer_is_refused():
     net = net_of()
     inner = idf.MetaAdam(net, lr=0.1)

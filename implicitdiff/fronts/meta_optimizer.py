@@ -68,7 +68,7 @@ class MetaOptimizer:
             raise ValueError(f"{name}: the module has no parameters")
         with torch.no_grad():
             self.state = self.transformation.init({key: place.tensor for key, place in places.items()})
-        self._names = list(places)
+        self._shapes = _shapes(places)
 
     def step(self, loss: torch.Tensor) -> None:
         """Replace the module's parameters by those after a step down the gradient of a loss.
@@ -81,10 +81,10 @@ class MetaOptimizer:
         """
         name = f"{type(self).__name__}.step"
         places = self._places()
-        if list(places) != self._names:
+        if _shapes(places) != self._shapes:
             raise ValueError(
-                f"{name}: the module's parameters are {list(places)}, but they were {self._names} when this optimizer "
-                "was made; make another one"
+                f"{name}: the module's parameters are {_shapes(places)}, but they were {self._shapes} when this "
+                "optimizer was made; make another one"
             )
         params = {key: place.tensor for key, place in places.items()}
         grads = gradients(name, loss, params, create_graph=True)
@@ -105,6 +105,10 @@ class MetaOptimizer:
     def _places(self) -> dict[str, Place]:
         places = listed_parameters_of(self.module)
         return {key: p for key, p in places.items() if p.tensor.is_floating_point() or p.tensor.is_complex()}
+
+
+def _shapes(places: dict[str, Place]) -> dict[str, list[int]]:
+    return {name: list(place.tensor.shape) for name, place in places.items()}
 
 
 class _Of(MetaOptimizer):
