@@ -398,7 +398,8 @@ def test_memory_is_flat_over_a_thousand_outer_steps(way):
         assert way == "recover" or k == 0 or old() is None
         if k in (10, 999):
             counts.append(live())
-    assert counts[0] == counts[1]
+    # Fewer, where something that an earlier test has left goes meanwhile.
+    assert counts[1] <= counts[0]
 
 
 def test_nothing_keeps_a_finished_run_alive_without_the_garbage_collector():
