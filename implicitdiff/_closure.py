@@ -16,6 +16,7 @@ import torch
 
 import implicitdiff._functorch as functorch
 import implicitdiff._pytree as pytree
+from implicitdiff._elementary import elementary
 from implicitdiff._modes import Substitute, Watch, version
 
 
@@ -27,9 +28,11 @@ class Closure:
             they are.
     """
 
-    def __init__(self, name: str, fn: Callable[..., Any], outside: Sequence[tuple[torch.Tensor, int]]) -> None:
+    def __init__(
+        self, name: str, fn: Callable[..., Any], outside: Sequence[tuple[torch.Tensor, int]], exchanges: bool
+    ) -> None:
         self.name = name
-        self.fn = fn
+        self.fn = elementary(fn) if exchanges else fn
         self.captured = [t for t, _ in outside if functorch.may_be_differentiated(t)]
         # Captured tensors become operands, which autograd watches.
         self.constants = [(t, v) for t, v in outside if not functorch.may_be_differentiated(t)]
@@ -85,7 +88,7 @@ def close_over(name: str, fn: Callable[..., Any], *args: Any) -> tuple[Any, Clos
             f"{name} changes a tensor of shape {list(changed[0].shape)} in place that it did not make, but it is "
             "evaluated more than once and must be free of side effects (batch normalisation: use eval mode)"
         )
-    closure = Closure(name, fn, list(watch.outside.values()))
+    closure = Closure(name, fn, list(watch.outside.values()), watch.exchanges)
     _refuse_unseen(closure, result, args)
     return pytree.map_tensors(torch.Tensor.detach, result), closure
 

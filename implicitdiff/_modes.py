@@ -16,6 +16,7 @@ from torch.utils._device import DeviceContext
 
 import implicitdiff._functorch as functorch
 import implicitdiff._pytree as pytree
+from implicitdiff._elementary import is_exchanged
 from implicitdiff._pytree import Leaves
 
 
@@ -104,7 +105,8 @@ def _modes() -> list[TorchFunctionMode]:
 
 
 class Watch(TorchFunctionMode):
-    """Notes the tensors that torch functions receive and that none of them returned."""
+    """Notes the tensors that torch functions receive and that none of them returned, and whether some of the functions
+    have to be exchanged."""
 
     def __init__(self, given: Leaves) -> None:
         super().__init__()
@@ -114,11 +116,13 @@ class Watch(TorchFunctionMode):
         self.inside = {id(t) for t in given}
         self.outside: dict[int, tuple[torch.Tensor, int]] = {}
         self.given = [(t, version(t)) for t in given]
+        self.exchanges = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for value in (*args, *kwargs.values()):
             functorch.swap(value, self._see)
+        self.exchanges = self.exchanges or is_exchanged(func)
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor):
             self.inside.add(id(result))

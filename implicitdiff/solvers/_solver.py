@@ -20,6 +20,7 @@ import implicitdiff._closure as _closure
 import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
+from implicitdiff._elementary import elementary
 from implicitdiff._freeze import freeze
 from implicitdiff._linear import check_leaves
 from implicitdiff._primitive import attach
@@ -209,7 +210,7 @@ class _Maker:
     def _frame(self, params: Any, args: tuple[Any, ...]) -> tuple[Tensor, Rows, Structure]:
         leaves, structure = pytree.flatten(params)
         check_leaves(f"{self.name}: the initial guess", leaves)
-        parts = self.pose(*self.functions).parts
+        parts = self.pose(*map(elementary, self.functions)).parts
         inputs = Vectors(leaves, ())
         autocast = _closure.autocast_state()
 
