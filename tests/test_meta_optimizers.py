@@ -364,6 +364,22 @@ def test_a_state_of_another_optimizer_is_refused():
     assert inner.state_dict() is before
 
 
+@pytest.mark.parametrize("kwargs", [{"lr": 0.1}, {"module": nn.Linear(2, 1), "rate": 0.1}])
+def test_wrong_arguments_are_told_with_those_that_it_takes(kwargs):
+    with pytest.raises(TypeError, match=r"MetaSGD: .*; it takes \(module, lr"):
+        idf.MetaSGD(**kwargs)
+
+
+def test_a_subclass_is_made_alike():
+    class Mine(idf.MetaSGD):
+        pass
+
+    net = net_of()
+    before = net[0].weight.detach().clone()
+    Mine(net, lr=0.5).step(net[0].weight.sum())
+    torch.testing.assert_close(net[0].weight.detach(), before - 0.5)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

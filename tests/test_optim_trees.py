@@ -642,6 +642,33 @@ def test_a_chain_serves_plain_pairs():
     assert_close(pair.update(G, pair.init(P))[0], tree_map(lambda g: -2 * g, G))
 
 
+def by_keyword(grads, state, *, params=None, inplace=True):
+    assert params is not None
+    return tree_map(torch.neg, grads), state
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda pair: pair,
+        idf.chain,
+        lambda pair: optim.masked(pair, True),
+        lambda pair: idf.chain(optim.masked(pair, True)),
+    ],
+    ids=["alone", "chain", "masked", "both"],
+)
+def test_a_pair_may_take_the_parameters_by_keyword_alone(around):
+    pair = around(idf.GradientTransformation(lambda params: (), by_keyword))
+    params, _ = pair.step(G, pair.init(P), P)
+    assert_close(params, tree_map(lambda p, g: p - g, P, G))
+
+
+@pytest.mark.parametrize("given", [[optim.scale(0.1)], optim.scale, (optim.scale(0.1),) * 2, None])
+def test_a_chain_of_what_is_no_pair_is_refused(given):
+    with pytest.raises(TypeError, match=r"chain: each argument has to be a pair \(init, update\)"):
+        idf.chain(given)
+
+
 def test_scale_takes_a_tensor_of_any_dtype():
     grads = [drawn(0, dtype=dtype) for dtype in (F16, BF16, F32, F64)]
     updates, _ = _update(optim.scale(torch.tensor(-0.5, dtype=F64)), grads, like=grads)

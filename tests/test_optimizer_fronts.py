@@ -834,3 +834,8 @@ def test_a_func_optimizer_goes_on_from_its_state():
         optimizer.load_state_dict(idf.sgd(0.1).init(p))
     with pytest.raises(ValueError, match="not one of this optimizer"):
         optimizer.load_state_dict(idf.adam(0.1).init(torch.ones(3, dtype=F64)))
+
+
+def test_wrong_arguments_are_told_with_those_that_it_takes():
+    with pytest.raises(TypeError, match=r"RMSProp: .*'nesterov'; it takes \(params, lr"):
+        idf.RMSProp([torch.zeros(1)], nesterov=False)

@@ -43,3 +43,11 @@ def signature(first: str, factory: Callable[..., Any]) -> inspect.Signature:
         parameters=[inspect.Parameter(first, kind), *given.parameters.values()],
         return_annotation=inspect.Signature.empty,
     )
+
+
+def bound(front: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name, of a front that is called as `signature` has it."""
+    try:
+        return dict(front.__signature__.bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise TypeError(f"{front.__name__}: {error}; it takes {front.__signature__}") from None

@@ -117,13 +117,15 @@ class _Of(MetaOptimizer):
     factory: ClassVar[Callable[..., GradientTransformation]]
     __signature__: ClassVar[inspect.Signature]
 
-    def __init_subclass__(cls, factory: Callable[..., GradientTransformation], **kwargs: Any) -> None:
+    def __init_subclass__(cls, factory: Callable[..., GradientTransformation] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.factory = staticmethod(factory)
-        cls.__signature__ = _check.signature("module", factory)
+        if factory is not None:
+            cls.factory = staticmethod(factory)
+            cls.__signature__ = _check.signature("module", factory)
 
-    def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().__init__(module, type(self).factory(*args, **kwargs))
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = _check.bound(type(self), args, kwargs)
+        super().__init__(given.pop("module"), type(self).factory(**given))
 
 
 class MetaSGD(_Of, factory=optim.sgd):

@@ -40,13 +40,14 @@ class _Of(Optimizer):
             # What a mask does, groups do here.
             cls.hyperparameters = [key for key in inspect.signature(factory).parameters if key != "mask"]
 
-    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(self.factory).bind(*args, **kwargs)
-        bound.apply_defaults()
-        if bound.arguments.pop("mask", None) is not None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = _check.bound(type(self), args, kwargs)
+        if given.pop("mask", None) is not None:
             raise ValueError(f"{type(self).__name__}: give what a mask would leave out a group with weight_decay=0")
+        params, defaults = given.pop("params"), inspect.signature(self.factory).parameters
+        values = {key: given.get(key, defaults[key].default) for key in self.hyperparameters}
         self._made: dict[int, tuple[Group, GradientTransformation]] = {}
-        torch.optim.Optimizer.__init__(self, params, {**bound.arguments, **self.marks})
+        torch.optim.Optimizer.__init__(self, params, {**values, **self.marks})
 
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters, with hyper-parameters of their own where they are given.

@@ -23,7 +23,8 @@ class GradientTransformation(NamedTuple):
         update: ``update(grads, state, params=None, *, inplace=False) -> (updates, state)``. ``grads`` and ``updates``
             are nested like ``params``. A gradient may be None: its parameter and what belongs to it in the state are
             left alone, and its update is None. ``inplace=True`` donates ``grads`` and ``state``: their memory is
-            overwritten and returned. That is refused where a graph or a transform needs the old values.
+            overwritten and returned. That is refused where a graph or a transform needs the old values. Whoever writes
+            a pair: it is called with ``params`` and ``inplace`` by keyword.
 
     Reference:
         The interface is that of Optax (DeepMind, 2020).
@@ -55,7 +56,7 @@ class GradientTransformation(NamedTuple):
             columns = Columns("step", "grads", grads)
             olds = columns.column("params", columns.match("params", params))
             grads = columns.tree_of(columns.leaves, _donation.apart("step", olds, columns.first))
-        updates, state = self.update(grads, state, params, inplace=inplace)
+        updates, state = self.update(grads, state, params=params, inplace=inplace)
         return apply_updates(params, updates, inplace=inplace), state
 
 
@@ -107,6 +108,9 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     Returns:
         A pair whose state is the tuple of their states.
 
+    Raises:
+        TypeError: an argument is no pair of functions.
+
     Example:
         >>> import torch
         >>> import implicitdiff
@@ -115,6 +119,11 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         >>> update(torch.tensor([30.0, 40.0]), init(torch.zeros(2)))[0]
         tensor([-0.0600, -0.0800])
     """
+    for given in transformations:
+        if not (isinstance(given, tuple) and len(given) == 2 and all(map(callable, given))):
+            raise TypeError(
+                f"chain: each argument has to be a pair (init, update) such as scale(0.1), got {type(given).__name__}"
+            )
     inits, chained = [t[0] for t in transformations], [t[1] for t in transformations]
 
     def init(params: Any) -> tuple[Any, ...]:
@@ -125,7 +134,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
             raise ValueError(f"chain: {len(chained)} transformations, but a state of {len(state)}; give it its own")
         states = []
         for apply, inner in zip(chained, state, strict=True):
-            updates, inner = apply(updates, inner, params, inplace=inplace)
+            updates, inner = apply(updates, inner, params=params, inplace=inplace)
             states.append(inner)
         return updates, tuple(states)
 

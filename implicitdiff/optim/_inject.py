@@ -68,7 +68,7 @@ def inject_hyperparams(factory: Callable[..., GradientTransformation]) -> Callab
             grads: Any, state: InjectState, params: Any = None, *, inplace: bool = False
         ) -> tuple[Any, InjectState]:
             values = hyperparams(state.count, state.hyperparams)
-            updates, inner = factory(**statics, **values).update(grads, state.inner, params, inplace=inplace)
+            updates, inner = factory(**statics, **values).update(grads, state.inner, params=params, inplace=inplace)
             return updates, InjectState(state.count + 1, values, inner)
 
         return GradientTransformation(init, update)

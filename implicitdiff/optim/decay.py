@@ -79,7 +79,7 @@ def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
             # One tensor may be the gradient of a leaf that is to stay as well.
             shared = _donation.shared(columns.first)
             kept = [g.clone() if g is not None and i in shared else g for i, g in enumerate(kept)]
-        updates, state = inner[1](columns.tree_of(columns.leaves, kept), state, params, inplace=inplace)
+        updates, state = inner[1](columns.tree_of(columns.leaves, kept), state, params=params, inplace=inplace)
         transformed = columns.pick(columns.match("updates", updates))
         mixed = [u if want else g for u, g, want in zip(transformed, columns.first, wanted, strict=True)]
         return columns.tree_of(columns.leaves, mixed), state
