@@ -51,7 +51,8 @@ class Vectors:
 
 
 def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    # Not view_as_real, whose derivative wants strides that a part of a row may not have.
+    return torch.stack([tensor.real, tensor.imag], dim=-1) if tensor.is_complex() else tensor
 
 
 def _leaf(part: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ ORDER = [
     "_places",
     "_functorch",
     "_freeze",
+    "_elementary",
     "_modes",
     "_closure",
     "_signature",

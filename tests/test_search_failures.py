@@ -276,3 +276,92 @@ def test_a_kink_is_no_solution(factory, dtype):
     solver = factory(lambda x: ((x - 3).abs() + (x - 3.5) ** 2 / 2).sum(), maxiter=30, on_failure="ignore")
     _, state = solver.run(torch.zeros(1, dtype=dtype))
     assert state.status != Status.CONVERGED
+
+
+@pytest.mark.parametrize(("dtype", "centre", "off"), [(F64, 2e6, 1.0), (torch.float32, 2e3, 3.0)])
+@pytest.mark.parametrize("name", ["newton", "broyden_root", "lbfgs", "newton_cg", "gradient_descent"])
+def test_an_unknown_far_from_zero_does_not_make_the_guess_a_solution(name, dtype, centre, off):
+    # To have solved it to the precision of x^(1/2), or of the least bits of x.
+    if name in ("newton", "broyden_root"):
+        solver = getattr(solvers, name)(lambda x: torch.sinh(x - centre))
+    else:
+        solver = getattr(solvers, name)(lambda x: torch.cosh(x - centre).sum())
+    found, state = solver.run(torch.tensor([centre + off], dtype=dtype))
+    assert state.iter_num > 0
+    assert abs(found - centre) < (1e-4 if dtype == F64 else 0.1)
+
+
+@pytest.mark.parametrize("name", ["newton", "broyden_root"])
+def test_the_end_of_a_domain_near_the_solution_makes_no_poor_solution(name):
+    # Where the size of things is looked into, x0 (1 + step) is beyond 1.
+    def residual(x):
+        return torch.stack([torch.log(x[0]) - torch.log1p(-x[0]) - 18, torch.exp(x[1]) - 2])
+
+    found, _ = getattr(solvers, name)(residual).run(torch.tensor([1 - 2e-8, 30.0], dtype=F64))
+    assert abs(found[1] - math.log(2)) < 0.01
+
+
+@pytest.mark.parametrize("name", ["newton", "lbfgs", "newton_cg"])
+def test_the_end_of_a_domain_near_the_solution_is_no_failure(name):
+    if name == "newton":
+        solver = solvers.newton(lambda x: torch.log(x) - torch.log1p(-x) - 12, backtracking=True)
+    else:
+        entropy = lambda x: (x * torch.log(x) + (1 - x) * torch.log1p(-x) - 12 * x).sum()  # noqa: E731
+        solver = getattr(solvers, name)(entropy)
+    found, _ = solver.run(torch.tensor([0.5]))
+    torch.testing.assert_close(found, torch.sigmoid(torch.tensor([12.0])), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1e4), (F64, 1e12)])
+def test_constraints_do_not_hide_what_rounding_makes_of_a_gradient(dtype, factor):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(80, 20, generator=generator, dtype=F64)
+    b = torch.randn(80, generator=generator, dtype=F64)
+
+    def objective(x, factor=1.0):
+        return factor * ((matrix.to(x.dtype) @ x - b.to(x.dtype)) ** 2).sum() / 2
+
+    solver = solvers.projected_gradient(objective, lambda x: x.clamp(0, 1))
+    found, state = solver.run(torch.zeros(20, dtype=dtype), factor)
+    assert state.iter_num < 1000
+    expected, _ = solvers.scipy_minimize(objective, bounds=(0, 1)).run(torch.zeros(20, dtype=F64))
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_curvature_but_rounding_makes_no_step_of_newton_cg(seed):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(200, 8, generator=generator, dtype=F64)
+    y = torch.randn(200, generator=generator, dtype=F64)
+    # Far away, most of Huber's loss is linear.
+    guess = 1e3 * torch.randn(8, generator=generator, dtype=F64)
+    objective = lambda x: torch.nn.functional.huber_loss(features @ x, y)  # noqa: E731
+    found, _ = solvers.newton_cg(objective).run(guess)
+    expected, _ = solvers.lbfgs(objective).run(torch.zeros(8, dtype=F64))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+
+
+def test_a_search_that_finds_no_step_at_a_solution_has_found_it():
+    t = torch.linspace(0, 1, 50)
+    for seed in range(2, 8):
+        y = 3e3 + 1.3 * t + 0.01 * torch.randn(50, generator=torch.Generator().manual_seed(seed))
+        solver = solvers.nonlinear_cg(lambda x, y: ((3e3 + x * t - y) ** 2).mean(), on_failure="ignore")
+        _, state = solver.run(torch.zeros(()), y)
+        assert (state.status == Status.CONVERGED) == (state.error <= state.target)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("factory", [solvers.newton, solvers.chord])
+def test_unknowns_may_be_real_and_complex(factory, order):
+    guess = [torch.tensor([1.3], dtype=F64), torch.tensor([-0.4 + 0.8j], dtype=torch.complex128)]
+    guess = guess[::-1] if order else guess
+
+    def residual(x, c):
+        return [v**3 - c if v.is_complex() else v**2 - 2 * c for v in x]
+
+    c = torch.tensor(1.0, dtype=F64)
+    expected = [(2 * c).sqrt()[None], torch.exp(torch.tensor([2j * math.pi / 3], dtype=torch.complex128))]
+    found, _ = factory(residual).run(guess, c)
+    torch.testing.assert_close(found, expected[::-1] if order else expected)
+    slope = grad(lambda c: sum(v.real.sum() for v in factory(residual).run(guess, c)[0]))(c)
+    torch.testing.assert_close(slope, (expected[0] / 2 + expected[1].real / 3)[0])

@@ -42,7 +42,8 @@ Options of every factory:
         after 8, 16, 32, ... iterations and where a search fails, the target is at least what becomes of the error if
         every unknown moves by ``4 eps`` of itself; ``state.target`` says what it was in the end. With both None ``run``
         measures ``|J x|`` (for minima ``|H x|``, ...) again where the target is reached, and goes on if ``eps^(2/3)``
-        of that is less: a poor initial guess must not make a poor solution. ``update`` alone does not.
+        of that is less: a poor initial guess must not make a poor solution (in float32, one that is at most some 1e4
+        times as large). ``update`` alone does not.
         Give a number, in the error's units, where the guess is zero and so, but for rounding, is the solution: then
         there is no size to go by, and the search fails. Give one also where unknowns, or equations, of very different
         sizes share the norm, in which the large ones hide the small.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._rows import Rows, norm
+from implicitdiff.solvers._rows import Rows, any_lane, norm, select
 
 Gap = Callable[[Rows, Tensor], Tensor]
 """``gap(rows, x)``, ``(lanes, n)``."""
+Away = Callable[[Rows, Tensor, Tensor], Tensor]
+"""``away(rows, x, gradient)``, what a solution under constraints or with a penalty makes zero."""
 
 
 def fixed_point(rows: Rows, x: Tensor) -> Tensor:
@@ -34,41 +37,89 @@ def least_squares(rows: Rows, x: Tensor) -> Tensor:
     return pull(residual)
 
 
+@dataclass(frozen=True)
+class Constrained:
+    """``away(rows, x, gradient(rows, x))``."""
+
+    gradient: Gap
+    away: Away
+
+    def __call__(self, rows: Rows, x: Tensor) -> Tensor:
+        return self.away(rows, x, self.gradient(rows, x))
+
+    def size(self, rows: Rows, x: Tensor, gradient: Tensor) -> Tensor:
+        """How much it changes where the gradient, which is given, does as `change` tells."""
+        unbalanced = gradient - change(self.gradient, rows, x, gradient)
+        return norm(self.away(rows, x, unbalanced) - self.away(rows, x, gradient))
+
+
 def change(gap: Gap, rows: Rows, x: Tensor, value: Tensor) -> Tensor:
     """``J x`` for the Jacobian ``J`` of a gap, whose value is given: how much it changes from zero to here, if linear.
 
     A few digits of it, and no derivative. By a difference, as the derivative of a gradient is more than the user's
-    function may have.
+    function may have; where its domain ends before that, the other way, or not so far.
     """
-    x, step = x.detach(), rows.eps ** (1 / 3)
-    difference: Tensor = (gap(rows, x + step * x) - value).detach() / step
+    x = x.detach()
+    # In units of x: with a longer step, a large x would go to where the function is another.
+    far, near = rows.eps ** (1 / 2), rows.eps ** (2 / 3)
+    difference: Tensor = (gap(rows, x + far * x) - value).detach() / far
+    for step in (-far, near, -near):
+        outside = ~torch.isfinite(difference).all(dim=-1)
+        if not any_lane(outside):
+            break
+        difference = select(outside, (gap(rows, x + step * x) - value).detach() / step, difference)
     return difference
 
 
-def rounding(gap: Gap, rows: Rows, x: Tensor) -> Tensor:
-    """An error that says nothing: what becomes of a gap where all unknowns move by 4 units of their precision.
+def size(gap: Gap, rows: Rows, x: Tensor) -> Tensor:
+    """How large the terms are that cancel in a gap, as `change` tells."""
+    if isinstance(gap, Constrained):
+        return gap.size(rows, x, gap.gradient(rows, x))
+    return norm(change(gap, rows, x, gap(rows, x)))
 
-    In directions without a pattern: in a common one, the terms of the gap may cancel. Where a longer move changes it by
-    less than in proportion, there is a kink, and what a gap jumps by there is no rounding.
+
+def rounding(gap: Gap, rows: Rows, x: Tensor, here: Tensor) -> Tensor:
+    """An error that says nothing: what becomes of a gap, whose value is given, where all unknowns move by 4 units of
+    their precision.
+
+    Constraints may keep a gap small where its gradient is anything, so there the gradient is what moves.
     """
     x = x.detach()
+    own = norm(_noise(gap, rows, x, here))
+    if not isinstance(gap, Constrained):
+        return own
+    gradient = gap.gradient(rows, x).detach()
+    moved = gap.away(rows, x, gradient + _noise(gap.gradient, rows, x, gradient))
+    return torch.maximum(own, norm(moved - here))
+
+
+def _noise(gap: Gap, rows: Rows, x: Tensor, here: Tensor) -> Tensor:
+    """In directions without a pattern: in a common one, the terms of the gap may cancel. Where a longer move changes it
+    by less than in proportion, there is a kink, and what a gap jumps by there is no rounding."""
     places = torch.arange(x.shape[-1], dtype=torch.float64, device=x.device)
     signs = torch.where(torch.cos(places**2) < 0, -1.0, 1.0).to(x.dtype)
-    here = gap(rows, x)
-    short, long = (norm(gap(rows, x + units * rows.eps * signs * x) - here) for units in (4, 1024))
-    return torch.minimum(short, long / 256)
+    short, long = ((gap(rows, x + units * rows.eps * signs * x) - here).detach() for units in (4, 1024))
+    part = norm(long) / 256 / norm(short)
+    # Not so if the domain ends in between.
+    return short * torch.where(part < 1, part, 1.0)[:, None]
 
 
-def scale(gap: Gap, rows: Rows, x: Tensor, start: Tensor, error: Tensor) -> Tensor:
+def scale(gap: Gap, rows: Rows, x: Tensor, here: Tensor, start: Tensor, error: Tensor) -> Tensor:
     """What a small error is small against, at a point that may be a solution and after a search that began at `start`.
 
     That is ``|J x|``, how precisely the unknowns are determined, relative to themselves. Where it is hardly more than
     the error, the solution may be zero, and ``|J (start - x)|`` has to do; with more digits, as it may be large.
+
+    Args:
+        here: the gap at ``x``.
+        error: its norm.
     """
-    here = gap(rows, x).detach()
-    x, back, step = x.detach(), (start - x).detach(), rows.eps ** (1 / 3)
+    x, back, step = x.detach(), (start - x).detach(), rows.eps ** (1 / 2)
     size = norm(change(gap, rows, x, here))
+    small = ~(size > 100 * error)
+    if not any_lane(small):
+        return size
     # No further than `change` goes, where that is anywhere.
     step = step * (norm(x) / norm(back)).nan_to_num(nan=1.0).clamp(min=step, max=1.0)
     way = norm(gap(rows, x + step[:, None] * back) - here) / step
-    return torch.where(size > 100 * error, size, torch.maximum(size, rows.eps ** (1 / 6) * way))
+    return torch.where(small, torch.fmax(size, rows.eps ** (1 / 6) * way), size)

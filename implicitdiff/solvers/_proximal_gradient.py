@@ -54,16 +54,12 @@ def check_stepsize(name: str, stepsize: float | None) -> None:
         check_number(name, "stepsize", stepsize, "a number > 0, or None for a line search", lambda s: s > 0)
 
 
-Away = Callable[[Rows, Tensor, Tensor], Tensor]
-"""``away(rows, x, grad)``, what a solution makes zero."""
-
-
-def by_prox(prox: Prox) -> Away:
+def by_prox(prox: Prox) -> _gap.Away:
     """``x - prox(x - grad, 1)``."""
     return lambda rows, x, grad: x - prox(rows, x - grad, torch.ones_like(x[:, 0]))
 
 
-def method(name: str, prox: Prox, away: Away, stepsize: float | None, acceleration: bool) -> Method:
+def method(name: str, prox: Prox, away: _gap.Away, stepsize: float | None, acceleration: bool) -> Method:
     """Proximal gradient with a backtracking line search, or a given step size, and Nesterov's acceleration.
 
     Beck and Teboulle, SIAM J. Imaging Sciences 2 (2009); the momentum starts again where it points uphill, after
@@ -71,19 +67,13 @@ def method(name: str, prox: Prox, away: Away, stepsize: float | None, accelerati
     """
     check_stepsize(name, stepsize)
 
-    def gap(rows: Rows, x: Tensor) -> Tensor:
-        return away(rows, x, _gap.stationary(rows, x))
+    gap = _gap.Constrained(_gap.stationary, away)
 
     def start(rows: Rows, x: Tensor) -> ProximalGradientState:
         value, grad = rows.fn.value_and_grad(x)
-        one, here = torch.ones_like(value), away(rows, x, grad)
-
-        def size() -> Tensor:
-            unbalanced = grad - _gap.change(_gap.stationary, rows, x, grad)
-            return norm(away(rows, x, unbalanced) - here)
-
+        one = torch.ones_like(value)
         return ProximalGradientState(
-            **rows.header(norm(here), size),
+            **rows.header(norm(away(rows, x, grad)), lambda: gap.size(rows, x, grad)),
             stepsize=one * (stepsize or 1.0),
             point=x,
             value=value,

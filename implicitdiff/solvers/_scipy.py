@@ -22,7 +22,7 @@ import implicitdiff._pytree as pytree
 from implicitdiff._signature import name_of
 from implicitdiff.projections import box
 from implicitdiff.solvers._condition import Condition, Parts, Pose, subtract
-from implicitdiff.solvers._gap import Gap, change
+from implicitdiff.solvers._gap import Constrained, Gap, size
 from implicitdiff.solvers._rows import Rows, any_lane, norm
 from implicitdiff.solvers._solver import Method, Solver, make
 from implicitdiff.solvers._status import Status
@@ -142,20 +142,14 @@ class Engine(NamedTuple):
     Attributes:
         solve: ``solve(lane, aim, limit) -> OptimizeResult``; `aim` is an error to stop at.
         counts: which field of the result counts what ``limit`` limits; the evaluations if it has none of this name.
-        gap: what is zero at a solution without bounds; not a number where the user's function is not.
-        bounded: whether there are bounds.
+        gap: what is zero at a solution; not a number where the user's function is not.
         digits: default tolerances accept the precision to this power, where SciPy can do no more.
     """
 
     solve: Callable[[Lane, float, int], Any]
     counts: str
     gap: Gap
-    bounded: bool = False
     digits: float = 2 / 3
-
-    def away(self, rows: Rows, x: Tensor, gap: Tensor) -> Tensor:
-        """How far a point is from a solution, in the box or without."""
-        return x - rows.part("box")(x - gap) if self.bounded else gap
 
 
 def make_engine(name: str, pose: Pose, fn: Callable[..., Any], engine: Engine, options: dict[str, Any]) -> Solver:
@@ -197,17 +191,10 @@ def make_engine(name: str, pose: Pose, fn: Callable[..., Any], engine: Engine, o
 
 
 def _method(engine: Engine, options: Mapping[str, Any]) -> Method:
-    def gap(rows: Rows, x: Tensor) -> Tensor:
-        return engine.away(rows, x, engine.gap(rows, x))
+    gap = engine.gap
 
     def start(rows: Rows, x: Tensor) -> ScipyState:
-        value = engine.gap(rows, x)
-        here = engine.away(rows, x, value)
-
-        def size() -> Tensor:
-            return norm(engine.away(rows, x, value - change(engine.gap, rows, x, value)) - here)
-
-        header = rows.header(norm(here), size)
+        header = rows.header(norm(gap(rows, x)), lambda: size(gap, rows, x))
         return ScipyState(**header, nfev=header["iter_num"])
 
     def accepted(rows: Rows, state: ScipyState) -> Tensor:
@@ -286,6 +273,11 @@ def boxed(condition: Condition, lower: Any, upper: Any) -> Condition:
         return subtract(x, parts["box"](ahead, args))
 
     return Condition({**condition.parts, "box": lambda v, args: box(v, lower, upper)}, optimality)
+
+
+def in_box(gradient: Gap) -> Constrained:
+    """What a solution within bounds makes zero."""
+    return Constrained(gradient, lambda rows, x, gradient: x - rows.part("box")(x - gradient))
 
 
 def limits_of(name: str, bounds: Any) -> tuple[Any, Any]:

@@ -180,7 +180,7 @@ class _Maker:
         asked = asked & in_vain & (state.error > state.target)
         if gap is None or rows.atol is not None or not any_lane(asked):
             return state
-        floor = rounding(gap, rows, x)
+        floor = rounding(gap, rows, x, gap(rows, x).detach())
         # Not kept for later: at another point it may be nonsense.
         there = asked & (state.error <= floor)
         status = torch.where(there, int(Status.CONVERGED), state.status)
@@ -196,8 +196,11 @@ class _Maker:
         gap, there = self.method.gap, (state.status == Status.CONVERGED) & (state.iter_num > 0)
         if gap is None or rows.atol is not None or rows.rtol is not None or not any_lane(there):
             return state, before
-        fine = rows.eps ** (2 / 3) * scale(gap, rows, x, start, state.error)
-        coarse = there & (state.error > torch.maximum(fine, rounding(gap, rows, x))) & (2 * state.error < before)
+        here = gap(rows, x).detach()
+        fine = rows.eps ** (2 / 3) * scale(gap, rows, x, here, start, state.error)
+        coarse = there & (state.error > fine) & (2 * state.error < before)
+        if any_lane(coarse):
+            coarse = coarse & (state.error > rounding(gap, rows, x, here))
         if not any_lane(coarse):
             return state, before
         on = torch.where(state.iter_num < self.limit, int(Status.RUNNING), int(Status.BUDGET_SPENT))
@@ -210,7 +213,7 @@ class _Maker:
     def _frame(self, params: Any, args: tuple[Any, ...]) -> tuple[Tensor, Rows, Structure]:
         leaves, structure = pytree.flatten(params)
         check_leaves(f"{self.name}: the initial guess", leaves)
-        parts = self.pose(*map(elementary, self.functions)).parts
+        parts = self.pose(*self.functions).parts
         inputs = Vectors(leaves, ())
         autocast = _closure.autocast_state()
 
@@ -225,7 +228,7 @@ class _Maker:
 
             return fn
 
-        on = {name: on_leaves(part) for name, part in parts.items()}
+        on = {name: on_leaves(elementary(part)) for name, part in parts.items()}
         rows = Rows(on, inputs, structure, functorch.nothing_records(), self.options.rtol, self.options.atol)
         return inputs.ravel(leaves), rows, structure
 

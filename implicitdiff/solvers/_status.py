@@ -54,7 +54,9 @@ def advance(status: Tensor, error: Tensor, target: Tensor, iter_num: Tensor, lim
     ended = torch.where(iter_num >= limit, int(Status.BUDGET_SPENT), int(Status.RUNNING))
     ended = torch.where(error <= target, int(Status.CONVERGED), ended)
     ended = torch.where(torch.isfinite(error), ended, int(Status.DIVERGED))
-    return torch.where(status == Status.RUNNING, ended, status)
+    # A search that finds no good step may have found a solution.
+    arrived = (status == Status.LINE_SEARCH_FAILED) & (ended == Status.CONVERGED)
+    return torch.where((status == Status.RUNNING) | arrived, ended, status)
 
 
 def settle(name: str, state: Any, on_failure: OnFailure, *, budget: bool) -> None:

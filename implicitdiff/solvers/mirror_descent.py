@@ -98,16 +98,11 @@ def mirror_descent(
 
     def start(rows: Rows, x: Tensor) -> MirrorDescentState:
         value, grad = rows.fn.value_and_grad(x)
-        here = _away(rows, x, grad)
-
-        def size() -> Tensor:
-            unbalanced = grad - _gap.change(_gap.stationary, rows, x, grad)
-            return norm(_away(rows, x, unbalanced) - here)
-
-        header = rows.header(norm(here), size)
+        header = rows.header(norm(_away(rows, x, grad)), lambda: gap.size(rows, x, grad))
         return MirrorDescentState(**header, stepsize=torch.ones_like(value) * (stepsize or 1.0), value=value, grad=grad)
 
-    method = Method(start, step, 100_000, lambda rows, x: _away(rows, x, _gap.stationary(rows, x)))
+    gap = _gap.Constrained(_gap.stationary, _away)
+    method = Method(start, step, 100_000, gap)
     return make("mirror_descent", _pose, (objective_fn, projection, mapping), method, options)
 
 

@@ -86,7 +86,7 @@ def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None
         active = state.status == Status.RUNNING
         forcing = torch.sqrt(safe_divide(state.error, state.first_error)).clamp(max=0.5)
         _, grad, product = rows.fn.hessian(x)
-        d = _direction(product, grad, forcing * state.error, active, inner_maxiter or 2 * x.shape[1])
+        d = _direction(product, grad, forcing * state.error, active, inner_maxiter or 2 * x.shape[1], rows.eps)
         point, failed, status = search(rows, x, state, d, torch.ones_like(state.value))
         status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), status)
         return point.x, state._replace(**arrive(state, point), status=status)
@@ -96,13 +96,16 @@ def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None
     )
 
 
-def _direction(product: Product, grad: Tensor, target: Tensor, active: Tensor, limit: int) -> Tensor:
+def _direction(product: Product, grad: Tensor, target: Tensor, active: Tensor, limit: int, eps: float) -> Tensor:
     """Conjugate gradients from zero; a lane stops at its target, or where the curvature is not positive."""
     d, r, p, rr = torch.zeros_like(grad), grad, -grad, dot(grad, grad)
+    stiffest = torch.zeros_like(rr)
     for count in range(limit):
         image = product(p)
         curvature = dot(p, image)
-        positive = active & (curvature > 0)
+        # What rounding makes of a curvature of zero is none.
+        stiffest = torch.maximum(stiffest, safe_divide(norm(image), norm(p)))
+        positive = active & (curvature > 4 * eps * stiffest * dot(p, p))
         if count == 0:
             d = torch.where(positive[:, None], d, _downhill(p, rr, curvature))
         a = torch.where(positive, safe_divide(rr, curvature), 0.0)[:, None]

@@ -16,6 +16,7 @@ from implicitdiff.solvers._scipy import (
     Lane,
     boxed,
     check_scipy_options,
+    in_box,
     known,
     limits_of,
     lookup,
@@ -120,7 +121,7 @@ def scipy_least_squares(
             **{**tolerances(aim / lane.x0.size**0.5, lane.eps, bounds is not None), **own},
         )
 
-    engine = Engine(solve, "nfev", _gap, bounds is not None, digits=2 / 5)
+    engine = Engine(solve, "nfev", _gap if bounds is None else in_box(_gap), digits=2 / 5)
     return make_engine("scipy_least_squares", pose, residual_fn, engine, options)
 
 

@@ -16,6 +16,7 @@ from implicitdiff.solvers._scipy import (
     Lane,
     boxed,
     check_scipy_options,
+    in_box,
     known,
     limits_of,
     lookup,
@@ -169,7 +170,7 @@ def scipy_minimize(
             options={**row.tolerances(aim / lane.x0.size**0.5, lane.eps, bounds is not None), row.budget: limit, **own},
         )
 
-    engine = Engine(solve, row.counts, _gap, bounds is not None, digits=2 / 5)
+    engine = Engine(solve, row.counts, _gap if bounds is None else in_box(_gap), digits=2 / 5)
     return make_engine("scipy_minimize", pose, objective_fn, engine, options)
 
 
