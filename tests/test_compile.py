@@ -8,6 +8,7 @@ from torch.func import grad, vmap
 
 from implicitdiff import adam, apply_updates, custom_fixed_point, custom_root
 from implicitdiff.linear_solve import solve_cg
+from implicitdiff.solvers import gradient_descent
 
 THETA = torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
 
@@ -72,3 +73,18 @@ def test_compiled_callers_differentiate_like_eager_ones(function, way):
     torch._dynamo.reset()
     f = FUNCTIONS[function]
     torch.testing.assert_close(WAYS[way](f, THETA), grad(f)(THETA), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_objective_may_be_compiled_that_has_operations_to_exchange():
+    torch._dynamo.reset()
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4).sin()
+
+    def objective(z, s):
+        return ((torch.nn.functional.layer_norm(x * z, (4,)) - s * x) ** 2).sum() + 5 * (z**2).sum()
+
+    def total(objective):
+        return lambda s: gradient_descent(objective).run(torch.full((4,), 0.1, dtype=torch.float64), s)[0].sum()
+
+    compiled = torch.compile(objective, backend="aot_eager")
+    torch.testing.assert_close(grad(total(compiled))(THETA[1]), grad(total(objective))(THETA[1]), rtol=1e-10, atol=0)

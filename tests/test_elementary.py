@@ -133,6 +133,40 @@ VALUES = {
     ),
     "weight_norm, rows": (lambda v, g: torch._weight_norm(v, g, 0), (draw(4, 3), draw(4, 1))),
     "weight_norm of a kernel": (lambda v, g: torch._weight_norm(v, g, 1), (draw(4, 3, 2), draw(1, 3, 1))),
+    "weight_norm, counted from the end": (lambda v, g: torch._weight_norm(v, g, -2), (draw(4, 3, 2), draw(1, 3, 1))),
+    "weight_norm, half": (lambda v, g: torch._weight_norm(v, g, 0), (300 * draw(4, 8).half(), draw(4, 1).half())),
+    "batch_norm, native, keywords": (
+        lambda x, w: torch.batch_norm(
+            x,
+            weight=w,
+            bias=None,
+            running_mean=None,
+            running_var=None,
+            training=True,
+            momentum=0.1,
+            eps=1e-5,
+            cudnn_enabled=False,
+        ),
+        (draw(6, 4), draw(4)),
+    ),
+    "instance_norm, native, keywords": (
+        lambda x, w: torch.instance_norm(
+            x,
+            weight=None,
+            bias=w,
+            running_mean=None,
+            running_var=None,
+            use_input_stats=True,
+            momentum=0.1,
+            eps=1e-5,
+            cudnn_enabled=False,
+        ),
+        (draw(2, 3, 4), draw(3)),
+    ),
+    "select_scatter of another dtype": (
+        lambda x, y: torch.select_scatter(x, src=y, dim=0, index=1),
+        (draw(3, 4).float(), draw(4)),
+    ),
     "weight_norm of all": (lambda v, g: torch._weight_norm(v, g, -1), (draw(4, 3), draw(1)[0])),
     "weight_norm of a vector": (lambda v, g: torch._weight_norm(v, g, 0), (draw(4), draw(4))),
     "select_scatter, another dimension": (lambda x, y: torch.select_scatter(x, y, 1, 3), (draw(3, 4), draw(3))),
@@ -144,6 +178,27 @@ def test_values_are_those_of_torch(name):
     fn, operands = VALUES[name]
     expected = fn(*operands)
     torch.testing.assert_close(elementary(fn)(*operands), expected)
+
+
+REFUSED = {
+    "layer_norm of another shape": lambda: F.layer_norm(draw(3, 4), (5,)),
+    "layer_norm of no dimension": lambda: F.layer_norm(draw(3, 4), ()),
+    "batch_norm of one row": lambda: F.batch_norm(draw(1, 4), None, None, training=True),
+    "instance_norm of no dimension": lambda: F.instance_norm(draw(3, 4)),
+    "instance_norm of one element": lambda: F.instance_norm(draw(3, 4, 1)),
+    "select_scatter out of range": lambda: torch.select_scatter(draw(3, 4), draw(4), 0, 3),
+    "select_scatter of another shape": lambda: torch.select_scatter(draw(3, 4), draw(1), 0, 1),
+    "weight_norm out of range": lambda: torch._weight_norm(draw(3, 4), draw(3, 1), 2),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_torch_refuses_is_refused(name):
+    with pytest.raises((RuntimeError, ValueError, IndexError)) as expected:
+        REFUSED[name]()
+    with pytest.raises(expected.type) as found:
+        elementary(REFUSED[name])()
+    assert str(found.value).splitlines()[0] == str(expected.value).splitlines()[0]
 
 
 class Normalised(ImplicitMetaGradientModule):

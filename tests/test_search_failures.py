@@ -291,6 +291,14 @@ def test_an_unknown_far_from_zero_does_not_make_the_guess_a_solution(name, dtype
     assert abs(found - centre) < (1e-4 if dtype == F64 else 0.1)
 
 
+@pytest.mark.parametrize(("dtype", "curvature"), [(torch.float32, 0.05), (F64, 0.002)])
+@pytest.mark.parametrize("factory", [solvers.gradient_descent, solvers.lbfgs, solvers.newton_cg, solvers.nonlinear_cg])
+def test_a_kink_at_the_guess_does_not_make_it_a_solution(factory, dtype, curvature):
+    solver = factory(lambda x: curvature / 2 * ((x - 2) ** 2).sum() + (x - 3).relu().sum())
+    found, _ = solver.run(torch.tensor([3.0], dtype=dtype))
+    torch.testing.assert_close(found, torch.tensor([2.0], dtype=dtype), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("name", ["newton", "broyden_root"])
 def test_the_end_of_a_domain_near_the_solution_makes_no_poor_solution(name):
     # Where the size of things is looked into, x0 (1 + step) is beyond 1.

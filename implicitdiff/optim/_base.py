@@ -120,7 +120,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         tensor([-0.0600, -0.0800])
     """
     for given in transformations:
-        if not (isinstance(given, tuple) and len(given) == 2 and all(map(callable, given))):
+        if not (isinstance(given, (tuple, list)) and len(given) == 2 and all(map(callable, given))):
             raise TypeError(
                 f"chain: each argument has to be a pair (init, update) such as scale(0.1), got {type(given).__name__}"
             )

@@ -57,18 +57,23 @@ def change(gap: Gap, rows: Rows, x: Tensor, value: Tensor) -> Tensor:
     """``J x`` for the Jacobian ``J`` of a gap, whose value is given: how much it changes from zero to here, if linear.
 
     A few digits of it, and no derivative. By a difference, as the derivative of a gradient is more than the user's
-    function may have; where its domain ends before that, the other way, or not so far.
+    function may have; where its domain ends before that, the other way, or not so far. The least of two: with a long
+    step, a large x would come to where the function is another, and with a short one a kink makes too much of it.
     """
     x = x.detach()
-    # In units of x: with a longer step, a large x would go to where the function is another.
-    far, near = rows.eps ** (1 / 2), rows.eps ** (2 / 3)
-    difference: Tensor = (gap(rows, x + far * x) - value).detach() / far
+
+    def slope(step: float) -> Tensor:
+        return (gap(rows, x + step * x) - value).detach() / step
+
+    long, far, near = (rows.eps**power for power in (1 / 3, 1 / 2, 2 / 3))
+    difference = slope(far)
     for step in (-far, near, -near):
         outside = ~torch.isfinite(difference).all(dim=-1)
         if not any_lane(outside):
             break
-        difference = select(outside, (gap(rows, x + step * x) - value).detach() / step, difference)
-    return difference
+        difference = select(outside, slope(step), difference)
+    other = slope(long)
+    return select(norm(other) < norm(difference), other, difference)
 
 
 def size(gap: Gap, rows: Rows, x: Tensor) -> Tensor:
