@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from implicitdiff._elementary import elementary
 from implicitdiff.nn import ImplicitMetaGradientModule
-from implicitdiff.solvers import gradient_descent, newton
+from implicitdiff.solvers import gradient_descent, lbfgs, newton
 
 F64 = torch.float64
 
@@ -67,6 +67,20 @@ def test_derivatives_of_minimisers_are_right(name):
     over_lanes = grad(lambda s: vmap(f, (None, 0))(s, xs).sum())
     torch.testing.assert_close(over_lanes(s), expected.sum(), rtol=1e-6, atol=0)
     torch.testing.assert_close(grad(over_lanes)(s), central(over_lanes, s), rtol=1e-6, atol=0)
+
+
+def test_an_operation_that_only_the_solution_meets_is_exchanged():
+    def f(s, x):
+        def objective(p, s):
+            z = x * p + SHIFT
+            z = F.layer_norm(z, (4,)) if p.detach().abs().sum() > 0 else z
+            return ((z - s * x) ** 2).sum() + 10 * (p**2).sum()
+
+        return lbfgs(objective, rtol=1e-12).run(torch.zeros(4, dtype=F64), s)[0].exp().sum()
+
+    s, x = torch.tensor(0.7, dtype=F64), draw(6, 4)
+    slope = grad(f)
+    torch.testing.assert_close(grad(slope)(s, x), central(lambda s: slope(s, x), s), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "batch_norm"])

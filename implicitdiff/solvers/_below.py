@@ -13,6 +13,7 @@ import implicitdiff._closure as _closure
 import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
+from implicitdiff._elementary import elementary
 from implicitdiff._freeze import freeze
 from implicitdiff._linear import check_leaves
 from implicitdiff._operator import Dims
@@ -56,8 +57,10 @@ class Closed:
         return bound, args
 
     def residual(self, x: Leaves, theta: Leaves) -> Leaves:
+        # What the closure was seen to do at the initial guess need not be all that is done at the solution.
+        optimality = elementary(self.condition.optimality)
         parts, args = self._parts(theta)
-        return self.structure.tensors_of(self.condition.optimality(parts, self.structure.unflatten(x), args))
+        return self.structure.tensors_of(optimality(parts, self.structure.unflatten(x), args))
 
     def search(self, solve: Search, rtol: float | None, atol: float | None) -> tuple[Leaves, Any]:
         """The solution and the state, which only the vmaps see; `solve` finds them below all transforms."""
