@@ -145,6 +145,23 @@ def test_a_slow_linear_map_takes_the_accelerated_solvers_few_steps(factory: Fact
     assert float(z.abs().max()) < 1e-6
 
 
+# --- one unknown ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("history", [1, 5])
+def test_anderson_in_one_unknown_is_the_secant_method(history: int) -> None:
+    """However long its history: one change determines the step, and older ones would only blur it."""
+    x, found = [1.0, math.cos(1.0)], []
+    for _ in range(2, 6):
+        (a, b), (r_a, r_b) = x[-2:], (math.cos(z) - z for z in x[-2:])
+        x.append(b - r_b * (b - a) / (r_b - r_a))
+    for maxiter in range(1, 6):
+        solver = solvers.anderson(torch.cos, history=history, maxiter=maxiter, rtol=0.0, atol=0.0, on_failure="ignore")
+        found.append(float(solver.run(vector(1.0))[0]))
+    # A residual errs by 1e-16. It changes by 1e-3 and more, so the change and the step err by 1e-13 of themselves.
+    assert found == pytest.approx(x[1:], rel=0.0, abs=1e-12)
+
+
 # --- seven rotations --------------------------------------------------------------------------------------------------
 
 ANGLES = math.pi / vector(2, 3, 4, 5, 6, 1.27, 1.73)

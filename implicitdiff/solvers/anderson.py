@@ -26,7 +26,7 @@ class AndersonState(NamedTuple):
         status: an `implicitdiff.solvers.Status`.
         history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
         residual: ``f(x) - x``, as one vector of length ``n``.
-        steps: the last changes of ``x``, ``(history, n)``, the latest last; zero where there is none yet.
+        steps: the last changes of ``x``, ``(min(history, n), n)``, the latest last; zero where there is none yet.
         changes: the changes of the residual that belong to them.
     """
 
@@ -60,7 +60,7 @@ def anderson(
 
     Args:
         fixed_point_fn: ``f(x, *args)``, a tree like ``x``.
-        history: how many steps to remember, at least 1.
+        history: how many steps to remember, at least 1; of more than there are unknowns, the latest as many.
         ridge: Tikhonov term of the least-squares problem, whose columns are scaled to length 1.
         mixing: how far to go along the residual, not zero; less than 1 damps.
         safeguard: a step that makes the error more than so many times as large is not made: the iteration forgets its
@@ -90,7 +90,10 @@ def anderson(
 
     def start(rows: Rows, x: Tensor) -> AndersonState:
         residual = rows.fn(x) - x
-        none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+        # As many changes as unknowns determine c. With more, it would be the ridge that chooses among the many c with
+        # Y c = r, and it is so small that rounding would choose for it.
+        kept = max(1, min(history, x.shape[-1]))
+        none = torch.zeros_like(x)[:, None].repeat(1, kept, 1)
         header = rows.header(norm(residual), lambda: norm(residual + x))
         return AndersonState(**header, residual=residual, steps=none, changes=none)
 
