@@ -291,6 +291,12 @@ def test_second_derivatives_by_compiled_steps_are_right(case, way):
 TASKS = torch.stack([Y, Y + 0.2, -Y])
 LANES = {"rtol": 1e-11, "atol": 1e-13}
 
+# A product of a batch of matrices rounds unlike that of one, and how depends on the processor. In a derivative by a
+# rate b near 1, terms of order 1 / (1 - b) cancel to order 1: a second derivative multiplies rounding by 1 / (1 - b)
+# for this, and by 10 to 250 for the coordinates that cancel. With b = 0.999 that is 1e-16 * 1e3 * 1e2 = 1e-11, all of
+# the tolerance; with b = 0.9, a hundredth of it.
+LARGEST_RATE = 0.9
+
 
 @pytest.mark.parametrize("accelerated", [CHOICES[0], CHOICES[2]])
 @each_row_case
@@ -315,7 +321,7 @@ def test_what_is_learned_may_differ_from_task_to_task(case):
 
 @some_cases
 def test_second_derivatives_of_several_tasks_are_those_of_each(case):
-    theta, v = theta_of(case), direction(case)
+    theta, v = torch.cat([FIXED, theta_of(case)[8:].clamp(max=LARGEST_RATE)]), direction(case)
 
     def second(y: Tensor) -> Tensor:
         def f(t: Tensor) -> Tensor:
