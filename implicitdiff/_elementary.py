@@ -24,13 +24,15 @@ def elementary(fn: Operation) -> Operation:
     """A function that runs with these operations exchanged."""
 
     def run(*args: Any) -> Any:
-        with _Exchange():
+        with Exchange():
             return fn(*args)
 
     return run
 
 
-class _Exchange(TorchFunctionMode):
+class Exchange(TorchFunctionMode):
+    """Exchanges these operations."""
+
     # A compiled function would have the mode compiled as well, wrongly.
     @functorch.outside_compile
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

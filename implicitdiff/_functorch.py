@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch._C import _functorch as functorch
 from torch._compile import _disable_dynamo
+from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.pyfunctorch import (
     GradInterpreter,
@@ -98,6 +99,18 @@ def base(tensor: torch.Tensor) -> torch.Tensor:
     while not is_plain(tensor):
         tensor = unwrap(tensor)
     return tensor
+
+
+def is_any(condition: torch.Tensor) -> bool:
+    """Whether a condition is true somewhere, in any lane; a look from outside of every mode."""
+    with torch._C.DisableTorchFunction():
+        return bool(base(condition).any())
+
+
+def is_all(condition: torch.Tensor) -> bool:
+    """Whether a condition is true everywhere and in all lanes; a look from outside of every mode."""
+    with torch._C.DisableTorchFunction():
+        return bool(base(condition).all())
 
 
 def may_be_differentiated(tensor: torch.Tensor) -> bool:
@@ -223,19 +236,33 @@ def inert_gradient_levels() -> Iterator[int]:
 
 
 @contextmanager
-def levels_up_to(count: int) -> Iterator[None]:
-    """Run the body with at least so many levels, those that are missing being inert.
+def levels_up_to(count: int) -> Iterator[int]:
+    """Run the body with at least so many levels, those that are missing being inert; yields how many there are if all
+    are inert, else -1.
 
     functorch refuses to wrap a tensor of a level that is not running at the same or a lower level.
     """
-    missing = max(0, count - depth())
+    running = depth()
+    missing = max(0, count - running)
     for _ in range(missing):
         functorch._vmap_increment_nesting(1, "same")
     try:
-        yield
+        yield -1 if running else missing
     finally:
         for _ in range(missing):
             functorch._vmap_decrement_nesting()
+
+
+def call_inert(func: Any, args: Sequence[Any], kwargs: dict[str, Any], depth: int) -> Any:
+    """Call a torch function where `depth` levels are running and all of them are inert.
+
+    What a custom autograd.Function is applied to is seen by a mode only where some level is running. There torch asks
+    for its vmap rule, which it does not need.
+    """
+    if func is not custom_function_call or len(retrieve_all_functorch_interpreters()) != depth:
+        return func(*args, **kwargs)
+    with temporarily_clear_interpreter_stack():
+        return func(*args, **kwargs)
 
 
 def no_modes() -> AbstractContextManager[None]:
@@ -258,8 +285,27 @@ def nothing_running() -> Iterator[None]:
 @contextmanager
 def recording() -> Iterator[None]:
     """Let autograd record on plain tensors, whatever mode is on."""
-    with torch.inference_mode(False), torch.enable_grad(), requires_grad_allowed():
+    with torch.inference_mode(False), torch.enable_grad(), requires_grad_allowed(), without_saved_tensor_hooks():
         yield
+
+
+def in_saved_tensor_hooks() -> bool:
+    """Whether the caller has hooks on what autograd saves, as `torch.utils.checkpoint` has."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+@contextmanager
+def without_saved_tensor_hooks() -> Iterator[None]:
+    """Run the body without those hooks, in which torch.func refuses to run."""
+    hooks = []
+    try:
+        while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+            hooks.append(top)
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def recordable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -358,6 +404,11 @@ def are_constant(tensors: Sequence[torch.Tensor], *, plain: bool = False) -> boo
 def nothing_records() -> bool:
     """Whether no derivative is recorded, in either mode, and no transform is running."""
     return not torch.is_grad_enabled() and forward_ad._current_level < 0 and depth() == 0
+
+
+def only_autograd() -> bool:
+    """Whether no transform is running, and no forward mode."""
+    return depth() == 0 and forward_ad._current_level < 0
 
 
 def only_reverse_mode() -> bool:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import implicitdiff._closure as _closure
 import implicitdiff._functorch as _functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
-from implicitdiff._freeze import freeze
+import implicitdiff._settings as _settings
+from implicitdiff._lift import Lifted, confirm, lift, over_levels
 from implicitdiff._operator import Adjoint, Dims, Matvec, Operator, PlainPullback, Product, Pullback
 from implicitdiff._primitive import Problem, attach, solve_problem
 from implicitdiff._pytree import Leaves, Structure
@@ -34,50 +35,110 @@ class LinearSolver:
         algorithm: gives the rows ``x`` of a `System`, and reports failure itself.
         preconditioner: ``r -> M^-1 r`` over trees like ``b``, or None.
         init: an initial guess, a tree like ``b``, or None for zero.
+        kind: makes a `LinearProblem` whose derivatives follow rules of their own from the fields of one, or None.
     """
 
     name: str
     algorithm: Callable[[System], Tensor]
     preconditioner: Callable[[Any], Any] | None = None
     init: Any = None
+    kind: Callable[..., LinearProblem] | None = None
 
     @_functorch.outside_compile
+    @_modes.one_operation
     def __call__(self, matvec: Callable[[Any], Any], b: Any) -> Any:
         leaves, structure = pytree.flatten(b)
-        check_leaves(f"{self.name}: the right-hand side b", leaves)
+        check_unknowns(f"{self.name}: the right-hand side b", leaves, structure)
         if isinstance(matvec, BoundMatvec):
-            operator, operands = matvec.operator, matvec.operands
-        else:
-            if not callable(matvec):
-                raise TypeError(f"{self.name}: matvec must be a function v -> A v, got {type(matvec).__name__}")
-            operator, operands = capture(f"{self.name}: matvec", matvec, leaves, structure)
-            _check_homogeneous(self.name, matvec, leaves, structure)
-        return structure.unflatten(
-            solve_linear(LinearProblem(operator, self, structure, len(operands)), leaves, operands)
-        )
+            problem = LinearProblem(matvec.operator, self, structure, len(matvec.operands))
+            return structure.unflatten(solve_linear(problem, leaves, matvec.operands))
+        if not callable(matvec):
+            raise TypeError(f"{self.name}: matvec must be a function v -> A v, got {type(matvec).__name__}")
+        lifted = capture(f"{self.name}: matvec", matvec, leaves, structure)
+        if any(t.numel() for t in leaves):
+            _check_linear(self.name, matvec, leaves, structure, structure.tensors_of(lifted.value))
+        problem = LinearProblem(lifted_operator(lifted, structure), self, structure, len(lifted.captured))
+        with lifted.during_call():
+            return structure.unflatten(solve_linear(problem, leaves, lifted.captured))
 
     def __repr__(self) -> str:
         return f"<implicitdiff.linear_solve.{self.name}>"
 
 
-def capture(name: str, linear: Callable[[Any], Any], leaves: Leaves, structure: Structure) -> tuple[Matvec, Leaves]:
-    """A linear function over trees as an operator, with the tensors that it captures as the operands."""
-    result, closure = _closure.close_over(name, freeze(linear), structure.unflatten(leaves))
-    check_like(f"{name}'s result", result, structure.unflatten(leaves), leaves, structure, "its argument")
-
-    def fn(v: Leaves, operands: Leaves) -> Leaves:
-        return structure.tensors_of(closure(operands, structure.unflatten(v)))
-
-    return Matvec(fn), closure.captured
+def capture(name: str, linear: Callable[[Any], Any], leaves: Leaves, structure: Structure) -> Lifted:
+    """A linear function over trees, with the tensors that it captures as operands after its argument."""
+    lifted = lift(name, linear, structure.unflatten(leaves))
+    check_like(f"{name}'s result", lifted.value, structure.unflatten(leaves), leaves, structure, "its argument")
+    confirm(lifted)
+    return lifted
 
 
-def _check_homogeneous(name: str, matvec: Callable[[Any], Any], leaves: Leaves, structure: Structure) -> None:
-    """The usual way not to be linear is a constant term, which would give another matrix without an error."""
-    with torch.no_grad():
-        at_zero = pytree.tensors(matvec(structure.unflatten([torch.zeros_like(t).detach() for t in leaves])))
-    values = [_functorch.base(t) for t in at_zero]
+def lifted_operator(lifted: Lifted, structure: Structure) -> Matvec:
+    """The operator that such a function is."""
+    return Matvec(lambda v, operands: structure.tensors_of(lifted([*v, *operands])))
+
+
+def _check_linear(name: str, matvec: Callable[[Any], Any], leaves: Leaves, structure: Structure, image: Leaves) -> None:
+    """A function that is not linear would give the solution of another system without an error.
+
+    Looked at are ``A 0 = 0``, exactly, and ``A (b - 3 p) = A b - 3 A p`` with the given `image` ``A b`` and a pattern
+    ``p`` of both signs and of the size of ``b``: 3 leaves no power and no absolute value as it was, and is real, as
+    maps that are linear over the reals alone are linear.
+    """
+
+    def product(v: Leaves) -> Leaves:
+        with torch.no_grad():
+            return [t.detach() for t in structure.tensors_of(matvec(structure.unflatten(v)))]
+
+    b = [t.detach() for t in leaves]
+    values = [_functorch.base(t) for t in product([torch.zeros_like(t) for t in b])]
     if any(bool(((v != 0) & torch.isfinite(v)).any()) for v in values):
         raise ValueError(f"{name}: matvec is not linear: it does not take zero to zero; leave out its constant term")
+    p = [_size(t) * w for t, w in zip(b, pattern(b), strict=True)]
+    images = image, product(p), product([t - 3 * w for t, w in zip(b, p, strict=True)])
+    if (gap := _largest_gap([t for t in zip(*images, strict=True) if t[0].numel()])) > 0:
+        raise ValueError(
+            f"{name}: matvec is not linear: A (b - 3 p) and A b - 3 A p, for a vector p of the size of b, differ by "
+            f"{gap:.1e} of their size; leave out absolute values, products of the argument with itself and the like"
+        )
+
+
+def _size(tensor: Tensor) -> Tensor:
+    """Of the largest number, or 1 if there is none but zero."""
+    largest = tensor.abs().amax() if tensor.numel() else tensor.abs().sum()
+    return torch.where(largest > 0, largest, 1.0)
+
+
+def pattern(like: Leaves) -> Leaves:
+    """Numbers without a pattern, of both signs and up to 1 in size, in the places of those of `like`."""
+    return [_wave(t.numel(), t).reshape(t.shape) for t in like]
+
+
+def _wave(count: int, like: Tensor) -> Tensor:
+    angles = 7.0 * torch.arange(1, count + 1, dtype=torch.float32, device=like.device) ** 2
+    return (torch.polar(torch.ones_like(angles), angles) if like.is_complex() else angles.cos()).to(like.dtype)
+
+
+def _largest_gap(images: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """How much ``A (b - 3 p)`` differs from ``A b - 3 A p`` in any leaf and lane, relative to the largest of the three,
+    where that is more than rounding explains; what is not finite is left to other errors.
+
+    Rounding may be that of a difference quotient, or of large terms that cancel in one leaf to much less than the
+    other leaves have.
+    """
+    wide = [[t.to(torch.promote_types(t.dtype, torch.float32)) for t in leaf] for leaf in images]
+    gaps = [(c - (a - 3 * b)).abs().amax() for a, b, c in wide]
+    sizes = [torch.stack([a.abs().amax(), 3 * b.abs().amax(), c.abs().amax()]).amax(dim=0) for a, b, c in wide]
+    dtypes = [leaf[0].dtype for leaf in images] + [dtype for _, enabled, dtype in _settings.autocast_state() if enabled]
+    eps = max(torch.finfo(d).eps for d in dtypes)
+    # Below this, rounding is not relative to the numbers.
+    least = max(torch.finfo(d).tiny / torch.finfo(d).eps for d in dtypes)
+    whole = reduce(torch.maximum, sizes)
+    found = [
+        torch.where(gap > eps**0.25 * (size + eps**0.5 * whole + least), gap / size, 0.0)
+        for gap, size in zip(gaps, sizes, strict=True)
+    ]
+    return max(float(_functorch.base(t).max()) for t in found)
 
 
 def check_leaves(name: str, leaves: Leaves) -> None:
@@ -88,6 +149,17 @@ def check_leaves(name: str, leaves: Leaves) -> None:
         raise TypeError(f"{name} has a leaf of dtype {wrong[0]}; every tensor in it must be floating point or complex")
     if len(devices := {t.device for t in leaves}) > 1:
         raise ValueError(f"{name} has leaves on several devices, {sorted(map(str, devices))}; put them on one")
+
+
+def check_unknowns(name: str, leaves: Leaves, structure: Structure) -> None:
+    """A tree to be solved for holds such tensors alone; None and strings may stand beside them."""
+    check_leaves(name, leaves)
+    for leaf in structure.others:
+        if leaf is not None and not isinstance(leaf, str):
+            raise TypeError(
+                f"{name} holds {repr(leaf)[:100]}, of type {type(leaf).__name__}, where a tensor was expected; only "
+                "tensors are solved for: make it a tensor, or pass it as another argument"
+            )
 
 
 def check_like(name: str, result: Any, like: Any, leaves: Leaves, structure: Structure, of: str) -> None:
@@ -129,9 +201,11 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leav
     """
     if sum(t.numel() for t in b) == 0:
         return [t.clone() for t in b]
-    if isinstance(problem.solver, LinearSolver):
+    if isinstance(solver := problem.solver, LinearSolver):
+        if solver.kind is not None:
+            problem = solver.kind(**vars(problem))
         if aids is None:
-            return solve_problem(*_with_aids(problem, problem.solver, b, operands))
+            return solve_problem(*_with_aids(problem, solver, b, operands))
         return solve_problem(problem, [*b, *operands, *aids])
     values = [_functorch.plain_under_vmap(t) for t in [*b, *operands]]
     with _modes.below_gradients():
@@ -162,7 +236,8 @@ def _with_aids(
     precondition: Operator
     one = problem.one(b)
     if solver.preconditioner is not None:
-        precondition, aids = capture(f"{solver.name}: preconditioner", solver.preconditioner, one, problem.structure)
+        lifted = capture(f"{solver.name}: preconditioner", solver.preconditioner, one, problem.structure)
+        precondition, aids = lifted_operator(lifted, problem.structure), lifted.captured
         if isinstance(problem.operator, Adjoint):
             precondition = precondition.adjoint
         levels = tuple(d + (None,) * len(aids) for d in problem.levels)
@@ -215,8 +290,12 @@ class LinearProblem(Problem):
 
     def residual(self, x: Leaves, theta: Leaves) -> Leaves:
         b, operands, *_ = self._split(theta)
-        matvec = self._over_lanes(self.operator, 0).products(operands, self._column(x)).matvec()
-        return [y - t for y, t in zip(map_columns(matvec, len(self.lanes), len(self.columns))(x), b, strict=True)]
+        return [y - t for y, t in zip(self.product(x, operands), b, strict=True)]
+
+    def product(self, v: Leaves, operands: Leaves) -> Leaves:
+        """``A(operands) v``."""
+        matvec = self._over_lanes(self.operator, 0).products(operands, self._column(v)).matvec()
+        return map_columns(matvec, len(self.lanes), len(self.columns))(v)
 
     def primal(self, theta: Leaves) -> Leaves:
         if not isinstance(self.solver, LinearSolver):
@@ -250,12 +329,8 @@ class LinearProblem(Problem):
             check_like(f"the result of solve={self.solver!r}", x, tree, b, self.structure, "its right-hand side")
             return self.structure.tensors_of(x)
 
-        fn = one_lane
-        for _ in self.columns:
-            fn = torch.func.vmap(fn, in_dims=(0, None))
-        for dims in self.levels:
-            fn = torch.func.vmap(fn, in_dims=(0, list(dims)))
-        return fn(b, operands)
+        levels = [(0, None) for _ in self.columns] + [(0, list(dims)) for dims in self.levels]
+        return over_levels(one_lane, levels)(b, operands)  # type: ignore[no-any-return]
 
     def batched(self, dims: Dims, size: int) -> tuple[LinearProblem, Dims, int]:
         b, operands, aids, start = self._split(dims)

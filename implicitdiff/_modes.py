@@ -6,35 +6,45 @@ it captures, and a solver while it runs below the transforms.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
 import implicitdiff._functorch as functorch
 import implicitdiff._pytree as pytree
 from implicitdiff._elementary import is_exchanged
+from implicitdiff._program import Program
+from implicitdiff._program import version as version
 from implicitdiff._pytree import Leaves
+
+Fn = TypeVar("Fn", bound=Callable[..., Any])
+Derived = dict[int, "weakref.ref[torch.Tensor]"]
+"""Tensors by id; those that have died are among them."""
 
 
 @contextmanager
-def below_gradients() -> Iterator[None]:
-    """Run the body as if there were no grad, vjp and jvp level, and with gradients off; vmaps stay.
+def below_gradients() -> Iterator[Derived]:
+    """Run the body as if there were no grad, vjp and jvp level, and with gradients off; vmaps stay. Yields the tensors
+    that the body makes of what is differentiated.
 
     Inside, tensors taken through `functorch.plain_under_vmap` are plain tensors, or batched by the running vmaps alone:
     in-place updates, NumPy, host control flow and `torch.autograd` work on the former as they do outside of any
     transform.
     """
-    with _KeepGradients() as gradients, functorch.inert_gradient_levels() as levels, torch.no_grad():
+    with _KeepGradients() as gradients, uncached(), functorch.inert_gradient_levels() as levels, torch.no_grad():
         try:
             if levels or is_traced():
-                with _DropGradientLayers(levels):
-                    yield
+                with _DropGradientLayers(levels, gradients.bare):
+                    yield gradients.derived
             else:
-                yield
+                yield gradients.derived
         finally:
             gradients.restore()
 
@@ -105,59 +115,96 @@ def _modes() -> list[TorchFunctionMode]:
 
 
 class Watch(TorchFunctionMode):
-    """Notes the tensors that torch functions receive and that none of them returned, and whether some of the functions
-    have to be exchanged."""
+    """Writes down the `Program` of a function, and whether some of its operations have to be exchanged.
 
-    def __init__(self, given: Leaves) -> None:
+    Args:
+        operands: what the function is given.
+        inert: how many levels are running, if all of them are inert, else -1.
+    """
+
+    def __init__(self, operands: Leaves, inert: int) -> None:
         super().__init__()
-        self.depth = functorch.depth()
-        # Ids are enough: a tensor captured from outside lives as long as the function runs, so no tensor made inside
-        # shares its id.
-        self.inside = {id(t) for t in given}
-        self.outside: dict[int, tuple[torch.Tensor, int]] = {}
-        self.given = [(t, version(t)) for t in given]
+        self.program, self.inert = Program(operands), inert
+        self.given = [(t, version(t)) for t in operands]
         self.exchanges = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for value in (*args, *kwargs.values()):
-            functorch.swap(value, self._see)
+        arguments = self.program.receive(args, kwargs)
         self.exchanges = self.exchanges or is_exchanged(func)
-        result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor):
-            self.inside.add(id(result))
-        elif isinstance(result, (tuple, list, dict)):
-            self.inside.update(id(t) for t in pytree.tensors(result))
+        result = functorch.call_inert(func, args, kwargs, self.inert)
+        self.program.add(func, arguments, result)
         return result
 
-    def see(self, tensors: Leaves) -> None:
-        for tensor in tensors:
-            self._see(tensor)
-
-    def _see(self, seen: torch.Tensor) -> torch.Tensor:
-        tensor = seen
-        # Transforms that the function itself starts wrap what they are given without a torch function that could be
-        # seen.
-        while id(tensor) not in self.inside and functorch.level(tensor) > self.depth:
-            tensor = functorch.unwrap(tensor)
-        if id(tensor) not in self.inside and id(tensor) not in self.outside:
-            self.outside[id(tensor)] = (tensor, version(tensor))
-        return seen
-
     def changed(self) -> Leaves:
-        return [t for t, before in (*self.given, *self.outside.values()) if version(t) != before]
+        """The tensors, given or captured, that the function has changed in place."""
+        return [t for t, before in (*self.given, *self.program.outside.values()) if version(t) != before]
 
 
-def version(tensor: torch.Tensor) -> int:
-    """Counts the changes of a plain tensor in place; constant for tensors that do not count them."""
-    return tensor._version if functorch.is_plain(tensor) and not tensor.is_inference() else 0
+def watches() -> list[Watch]:
+    """Those that run, outermost first."""
+    return [mode for mode in _modes() if isinstance(mode, Watch)]
+
+
+def one_operation(fn: Fn) -> Fn:
+    """Decorate a function of the library that counts as one operation to a function that is watched.
+
+    How it computes may depend on the transforms that run. The functions that it is given are compared all the same,
+    see `Program.nest`.
+    """
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        programs = [mode.program for mode in watches()]
+        if not programs:
+            return fn(*args, **kwargs)
+        for program in programs:
+            program.silent += 1
+        try:
+            result = fn(*args, **kwargs)
+        finally:
+            for program in programs:
+                program.silent -= 1
+        for program in programs:
+            program.add(run, ([], {}), tuple(pytree.tensors(result)))
+        return result
+
+    return cast(Fn, run)
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Run a function of the user, within such a function of the library, as a part of the function that is watched."""
+    running = watches()
+    if not running:
+        yield
+        return
+    # Functions further out are told by `Program.nest`.
+    program = running[-1].program
+    silent, program.silent = program.silent, 0
+    try:
+        yield
+    finally:
+        program.silent = silent
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Compute parametrised weights anew: `parametrize.cached` would hand one evaluation the tensors of another, below
+    gradients or of other operands."""
+    before, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = before
 
 
 class Substitute(TorchFunctionMode):
     """Gives torch functions other tensors in the place of captured ones."""
 
-    def __init__(self, captured: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    def __init__(self, captured: Sequence[torch.Tensor], values: Sequence[torch.Tensor], inert: int) -> None:
         super().__init__()
+        self.inert = inert
         self.values = {id(old): new for old, new in zip(captured, values, strict=True)}
         # A wrapper round a captured tensor and its substitute: one for one, since transforms mark and compare their
         # wrappers.
@@ -165,7 +212,8 @@ class Substitute(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         replaced = tuple(functorch.swap(a, self.resolve) for a in args)
-        return func(*replaced, **{k: functorch.swap(v, self.resolve) for k, v in (kwargs or {}).items()})
+        options = {k: functorch.swap(v, self.resolve) for k, v in (kwargs or {}).items()}
+        return functorch.call_inert(func, replaced, options, self.inert)
 
     def resolve(self, tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) in self.values:
@@ -181,10 +229,18 @@ class Substitute(TorchFunctionMode):
 
 
 class _KeepGradients(TorchFunctionMode):
-    """Takes back what `backward()` accumulates into leaves, which may be captured ones."""
+    """Takes back what `backward()` accumulates into leaves, which may be captured ones, and follows what is made of
+    tensors that need gradients.
+
+    Attributes:
+        derived: what is made of them.
+        bare: such tensors without the layers of the transforms that differentiate them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.derived: Derived = {}
+        self.bare: Derived = {}
         self.before: dict[torch.Tensor, torch.Tensor | None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -193,7 +249,24 @@ class _KeepGradients(TorchFunctionMode):
                 if leaf not in self.before:
                     # Accumulated in place, so kept as a copy.
                     self.before[leaf] = None if leaf.grad is None else leaf.grad.clone()
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            if self._is_derived(args) or (kwargs and self._is_derived(tuple(kwargs.values()))):
+                self.derived[id(result)] = weakref.ref(result)
+            else:
+                # An id that a tensor which has died had.
+                self.derived.pop(id(result), None)
+                self.bare.pop(id(result), None)
+        return result
+
+    def _is_derived(self, values: Sequence[Any]) -> bool:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                if value.requires_grad or id(value) in self.derived or id(value) in self.bare:
+                    return True
+            elif type(value) in (tuple, list) and self._is_derived(value):
+                return True
+        return False
 
     def restore(self) -> None:
         with functorch.no_modes():
@@ -216,9 +289,9 @@ class _DropGradientLayers(TorchFunctionMode):
     function round it was given substitutes.
     """
 
-    def __init__(self, outer: int) -> None:
+    def __init__(self, outer: int, bare: Derived) -> None:
         super().__init__()
-        self.outer = outer
+        self.outer, self.bare = outer, bare
         self.wrappers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.around = _substitutes()
 
@@ -237,7 +310,10 @@ class _DropGradientLayers(TorchFunctionMode):
         if functorch.is_plain(tensor):
             return tensor
         if 0 < functorch.level(tensor) <= self.outer:
-            return functorch.without_gradient_layers(tensor)
+            value = functorch.without_gradient_layers(tensor)
+            if value is not tensor:
+                self.bare[id(value)] = weakref.ref(value)
+            return value
         # One for one, as in `Substitute`.
         if id(tensor) not in self.wrappers:
             self.wrappers[id(tensor)] = (tensor, functorch.replace_inside(tensor, self._drop))

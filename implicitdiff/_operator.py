@@ -102,6 +102,29 @@ class SharedPullback(PlainPullback):
         return x, y
 
 
+class Retained(SharedPullback):
+    """The same graph, made at the call and kept for a first derivative in reverse mode.
+
+    Its results are handed to autograd to save (`release`) and come back with a derivative (`resume`): autograd frees
+    them as it frees all that it saves.
+    """
+
+    def __init__(self, fn: Residual, x: Leaves, theta: Leaves, positions: Sequence[int]) -> None:
+        super().__init__(fn, x, theta, positions)
+        self.positions = list(positions)
+        self._begin, self._end = self._graph
+        del self._graph, self.fn, self.x, self.theta
+
+    def release(self) -> Leaves:
+        end, self._end = self._end, ()
+        return list(end)
+
+    def resume(self, end: Leaves) -> SharedPullback:
+        pullback = object.__new__(SharedPullback)
+        pullback.__dict__.update(wanted=self.wanted, _graph=(self._begin, tuple(end)))
+        return pullback
+
+
 def _vjp(
     y: tuple[torch.Tensor, ...], x: tuple[torch.Tensor, ...], u: tuple[torch.Tensor, ...], *, create_graph: bool = False
 ) -> tuple[torch.Tensor, ...]:
@@ -113,12 +136,16 @@ def _vjp(
     return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(x, grads, strict=True))
 
 
+class StrangerError(RuntimeError):
+    """A result depends on a tensor that is no operand."""
+
+
 def _refuse_strangers(x: tuple[torch.Tensor, ...], y: tuple[torch.Tensor, ...]) -> None:
     """Raise if a result hangs on a tensor that is no operand, since its derivative would be lost, silently."""
     own = {id(t) for t in x}
     stranger = not all(map(functorch.is_plain, y))
     if stranger or any(id(leaf) not in own for t in y for leaf in functorch.leaves_of(t)):
-        raise RuntimeError(
+        raise StrangerError(
             "the function to be differentiated depends on a tensor that it did not depend on when the solver was "
             "called: a parameter was replaced since then, or given its gradient flag; take the derivative first"
         )

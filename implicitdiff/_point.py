@@ -100,7 +100,7 @@ def holds(condition: bool | Tensor) -> bool:
         return bool(condition)
     if torch.compiler.is_compiling() or _functorch.in_dispatch_mode() or condition.is_meta:
         return True
-    return bool(_functorch.base(condition).all())
+    return _functorch.is_all(condition)
 
 
 def _tensor(value: Any, like: Tensor) -> Tensor:

@@ -13,15 +13,17 @@ See Blondel et al., "Efficient and Modular Implicit Differentiation", 2022, sect
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-import implicitdiff._closure as _closure
 import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
+import implicitdiff._settings as _settings
+from implicitdiff._lift import one_derivative
 from implicitdiff._operator import Dims, PlainPullback, Pullback, Residual
 from implicitdiff._pytree import Leaves
 
@@ -53,10 +55,25 @@ class Problem(ABC):
         expand it if need be), and at which dimension of its solution the lanes lie.
         """
 
+    def jvp(self, x: Leaves, theta: Leaves, tangents: dict[int, torch.Tensor]) -> Leaves:
+        """``x'`` for the tangents of operands given by position."""
+        rhs = self.pushforward(x, theta, tangents)
+        return self.solve(x, theta, [-t for t in rhs], adjoint=False)
+
     def vjp(self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
         """``theta_bar`` for the operands whose positions are `wanted`."""
         u = self.solve(x, theta, x_bar, adjoint=True)
         return self.pullback(x, theta, [-t for t in u], wanted)
+
+    def release(self) -> Leaves:
+        """Tensors for autograd to save with the operands, for `quiet_vjp`; they are not held here any longer."""
+        return []
+
+    def quiet_vjp(
+        self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int], released: Leaves
+    ) -> dict[int, torch.Tensor]:
+        """`vjp` on plain tensors, where nothing is recorded."""
+        return self.vjp(x, theta, x_bar, wanted)
 
     def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
         """``(d residual / d theta)^H u`` for the operands whose positions are `wanted`."""
@@ -92,7 +109,7 @@ def _solve_quietly(problem: Problem, theta: Leaves) -> Leaves:
     """The same where there is nothing to differentiate: the vmaps are taken off without an autograd.Function."""
     layer = functorch.outermost_layer(theta)
     if layer is None:
-        with functorch.nothing_running(), _closure.full_precision():
+        with functorch.nothing_running(), _settings.full_precision():
             return problem.primal(theta)
     batched, theta, at = _batch(problem, layer.below, layer.dims, layer.size)
     return [functorch.add_layer(t, at, layer) for t in _solve_quietly(batched, theta)]
@@ -122,7 +139,7 @@ class _Solution(torch.autograd.Function):
     def forward(problem: Problem, known: int, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if known:
             return tuple(t.clone() for t in operands[:known])
-        with _closure.full_precision():
+        with _settings.full_precision():
             solution = problem.primal(list(operands))
         # What is returned as it came in cannot be saved, nor marked as a result under vmap what was expanded.
         given = set(map(id, operands))
@@ -132,8 +149,8 @@ class _Solution(torch.autograd.Function):
     @functorch.outside_compile
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         ctx.problem, ctx.known, *operands = inputs
-        ctx.unknowns = len(output)
-        ctx.save_for_backward(*output, *operands[ctx.known :])
+        ctx.unknowns, ctx.operands = len(output), len(operands) - ctx.known
+        ctx.save_for_backward(*output, *operands[ctx.known :], *ctx.problem.release())
         ctx.save_for_forward(*output, *operands[ctx.known :])
         ctx.set_materialize_grads(False)
 
@@ -141,12 +158,15 @@ class _Solution(torch.autograd.Function):
     @functorch.outside_compile
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, theta = _split([functorch.alive(t) for t in ctx.saved_tensors], ctx.unknowns)
-        grads: list[torch.Tensor | None] = [None] * (2 + ctx.known + len(theta))
+        theta, released = _split(theta, ctx.operands)
         first = 2 + ctx.known
+        grads: list[torch.Tensor | None] = [None] * (first + len(theta))
         wanted = [i for i in range(len(theta)) if ctx.needs_input_grad[first + i]]
         if wanted and any(c is not None for c in cotangents):
             x_bar = [torch.zeros_like(t) if c is None else c for c, t in zip(cotangents, x, strict=True)]
-            for i, grad in ctx.problem.vjp(x, theta, x_bar, wanted).items():
+            with one_derivative():
+                pulled = _pulled_back(ctx.problem, x, theta, x_bar, wanted, released)
+            for i, grad in pulled.items():
                 grads[first + i] = grad
         return tuple(grads)
 
@@ -159,9 +179,8 @@ class _Solution(torch.autograd.Function):
         if not given:
             return tuple(None for _ in x)
         # Without this level's tangent the saved solution is that of the level below, which has its derivatives already.
-        rhs = ctx.problem.pushforward(x, theta, given)
-        solution: Leaves = ctx.problem.solve(x, theta, [-t for t in rhs], adjoint=False)
-        return tuple(solution)
+        with one_derivative():
+            return tuple(ctx.problem.jvp(x, theta, given))
 
     @staticmethod
     @functorch.outside_compile
@@ -172,6 +191,20 @@ class _Solution(torch.autograd.Function):
         x = [_lay(t, d, -1, info.batch_size, at) for t, d in zip(x, x_dims, strict=True)]
         out = tuple(_apply(batched, known, [*x, *theta]))
         return out, (at,) * len(out)
+
+
+# `apply` asks for it each time, and would work it out anew.
+_Solution.forward.__signature__ = inspect.signature(_Solution.forward)  # type: ignore[attr-defined]
+
+
+def _pulled_back(
+    problem: Problem, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int], released: Leaves
+) -> dict[int, torch.Tensor]:
+    if not functorch.nothing_records() or _modes.is_inside() or functorch.have_legacy_batch(x_bar):
+        return problem.vjp(x, theta, x_bar, wanted)
+    # An ordinary backward pass. What autograd knows of the operands is of no use any more.
+    x, theta = [t.detach() for t in x], [t.detach() for t in theta]
+    return problem.quiet_vjp(x, theta, x_bar, wanted, released)
 
 
 def _lay(tensor: torch.Tensor, dim: int | None, wanted: int | None, size: int, at: int) -> torch.Tensor:

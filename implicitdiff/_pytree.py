@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch.utils import _pytree as torch_pytree
 
 Leaves = list[torch.Tensor]
 TreeSpec = torch_pytree.TreeSpec
+Builder = Callable[[Iterator[Any]], Any]
+"""Makes a tree of the next leaves of an iterator."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,23 @@ class Structure:
     statics: tuple[Any, ...]
     slots: tuple[int, ...]
 
+    @property
+    def others(self) -> list[Any]:
+        """The leaves that are no tensors."""
+        slots = set(self.slots)
+        return [leaf for i, leaf in enumerate(self.statics) if i not in slots]
+
     def unflatten(self, tensors: Sequence[torch.Tensor]) -> Any:
         if self.spec.is_leaf() and self.slots:
             return tensors[0]
         leaves = list(self.statics)
         for slot, tensor in zip(self.slots, tensors, strict=True):
             leaves[slot] = tensor
-        return torch_pytree.tree_unflatten(leaves, self.spec)
+        return self._build(iter(leaves))
+
+    @functools.cached_property
+    def _build(self) -> Builder:
+        return _builder(self.spec)
 
     def tensors_of(self, tree: Any) -> Leaves:
         """The tensors of another tree of this structure; ValueError if it has another one.
@@ -64,8 +76,25 @@ class Structure:
         return values
 
 
+def _builder(spec: TreeSpec) -> Builder:
+    """As `torch.utils._pytree.tree_unflatten`, with what depends on the nesting alone done once."""
+    if spec.is_leaf():
+        return next
+    parts = [_builder(child) for child in spec.children()]
+    if spec.type is dict:
+        return lambda leaves: dict(zip(spec.context, [part(leaves) for part in parts], strict=True))
+    if spec.type in (tuple, list):
+        return lambda leaves: spec.type([part(leaves) for part in parts])
+    return lambda leaves: torch_pytree.tree_unflatten([next(leaves) for _ in range(spec.num_leaves)], spec)
+
+
+_ONE_TENSOR = Structure(torch_pytree.treespec_leaf(), (None,), (0,))
+
+
 def flatten(tree: Any) -> tuple[Leaves, Structure]:
     """Split a pytree into the list of its tensors and its `Structure`."""
+    if isinstance(tree, torch.Tensor):
+        return [tree], _ONE_TENSOR
     leaves, spec = torch_pytree.tree_flatten(tree)
     slots = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
     statics = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
@@ -74,11 +103,15 @@ def flatten(tree: Any) -> tuple[Leaves, Structure]:
 
 def tensors(tree: Any) -> Leaves:
     """The tensors of a pytree, in order."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
     return [leaf for leaf in torch_pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def map_tensors(fn: Any, tree: Any) -> Any:
     """The same tree with ``fn`` applied to its tensors."""
+    if isinstance(tree, torch.Tensor):
+        return fn(tree)
     return torch_pytree.tree_map_only(torch.Tensor, fn, tree)
 
 

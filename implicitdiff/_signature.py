@@ -53,6 +53,9 @@ class Matcher:
             f"solver {name_of(solver)}{_show(solver)} and optimality function {name_of(condition)}{_show(condition)}"
         )
         self.solver = _signature(solver) or _ANYTHING
+        kinds = [p.kind for p in self.solver.parameters.values()]
+        # How many positional arguments the solver takes; None: any number.
+        self.positions = None if Parameter.VAR_POSITIONAL in kinds else sum(kind in _POSITIONAL for kind in kinds)
         parameters = list((_signature(condition) or _ANYTHING).parameters.values())
         slots = [p for p in parameters if p.kind in _POSITIONAL][1:]
         self.slots = len(slots)

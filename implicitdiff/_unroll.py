@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-import implicitdiff._closure as _closure
 import implicitdiff._functorch as functorch
+import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
-from implicitdiff._freeze import freeze
+from implicitdiff._lift import confirm, lift, over_levels
 from implicitdiff._operator import Dims
 from implicitdiff._primitive import Problem, attach, solve_problem
 from implicitdiff._pytree import Leaves
@@ -29,13 +29,13 @@ def unroll(step: Callable[..., Any], n: int, checkpoint_every: int | None = None
     Args:
         step: ``step(carry, *args) -> carry``, from a pytree to one; what it captures is differentiated as well. With
             `checkpoint_every` it has to be deterministic and free of side effects, and takes gradients by torch.func; a
-            step that gives other values when it is computed again is refused.
+            step that does something else when it is computed again is refused.
         n: how many steps.
         checkpoint_every: how many steps to compute again at a time; None keeps all.
 
     Raises:
         ValueError: ``n`` is negative, or ``checkpoint_every`` not positive; later, a step draws random numbers.
-        RuntimeError: when the derivative is taken: the steps gave other values than before.
+        RuntimeError: when the derivative is taken: the step has become another function since the call.
 
     Reference:
         Griewank and Walther, "Evaluating Derivatives", 2008, chapter 12; one level of checkpoints.
@@ -68,23 +68,23 @@ def unroll(step: Callable[..., Any], n: int, checkpoint_every: int | None = None
     return run
 
 
+@_modes.one_operation
 def _recomputed(fn: Callable[..., Any], *args: Any) -> Any:
     """``fn(*args)``, evaluated again when it is differentiated."""
     if functorch.nothing_records():
         return fn(*args)
-    given, arguments = pytree.flatten(args)
-    fn = freeze(fn)
-    result, closure = _closure.close_over("unroll: the step", fn, *args)
-    values, structure = pytree.flatten(result)
+    lifted = lift("unroll: the step", fn, *args)
+    confirm(lifted)
+    values, structure = pytree.flatten(lifted.value)
     # Counters and the like have no derivative.
     smooth = [i for i, t in enumerate(values) if t.is_floating_point() or t.is_complex()]
 
     def evaluate(theta: Leaves) -> Leaves:
-        again = structure.tensors_of(closure(theta[len(given) :], *arguments.unflatten(theta[: len(given)])))
+        again = structure.tensors_of(lifted(theta))
         return [again[i] for i in smooth]
 
     if smooth:
-        attached = attach(_Segment(evaluate), [values[i] for i in smooth], [*given, *closure.captured])
+        attached = attach(_Segment(evaluate), [values[i] for i in smooth], lifted.operands)
         for i, value in zip(smooth, attached, strict=True):
             values[i] = value
     return structure.unflatten(values)
@@ -101,15 +101,10 @@ class _Segment(Problem):
     levels: tuple[Dims, ...] = ()
 
     def residual(self, x: Leaves, theta: Leaves) -> Leaves:
-        again = self.primal(theta)
-        _refuse_others(again, x)
-        return [a - b for a, b in zip(again, x, strict=True)]
+        return [a - b for a, b in zip(self.primal(theta), x, strict=True)]
 
     def primal(self, theta: Leaves) -> Leaves:
-        fn = self.fn
-        for dims in self.levels:
-            fn = torch.func.vmap(fn, in_dims=(list(dims),))
-        return fn(theta)
+        return over_levels(self.fn, [(list(dims),) for dims in self.levels])(theta)  # type: ignore[no-any-return]
 
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
         return [-t for t in b]
@@ -128,23 +123,3 @@ class _Segment(Problem):
     def batched(self, dims: Dims, size: int) -> tuple[_Segment, Dims, int]:
         front = tuple(None if d is None else 0 for d in dims)
         return replace(self, levels=(*self.levels, front)), front, 0
-
-
-def _refuse_others(again: Leaves, before: Leaves) -> None:
-    """Raise if a step gives other values than it gave at first, as far as these can be looked at."""
-    if functorch.have_batch_layer([*again, *before]):
-        return
-    for a, b in zip(again, before, strict=True):
-        a, b = functorch.base(a).detach(), functorch.base(b).detach()
-        tolerance = torch.finfo(b.dtype).eps ** 0.5
-        if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * _largest(b), equal_nan=True):
-            raise RuntimeError(
-                "unroll: the steps gave other values when they were computed again for the derivative; with "
-                "checkpoint_every a step must not depend on what changes meanwhile, as random numbers, iterators and "
-                "counters do; pass those as arguments, or use checkpoint_every=None"
-            )
-
-
-def _largest(tensor: torch.Tensor) -> float:
-    sizes = tensor.abs()[tensor.isfinite()]
-    return sizes.max().item() if sizes.numel() else 0.0

@@ -11,8 +11,8 @@ import torch
 import implicitdiff._functorch as _functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
+from implicitdiff._lift import one_derivative
 from implicitdiff._linear import Solve, check_like
-from implicitdiff._primitive import attach
 from implicitdiff._pytree import Leaves
 from implicitdiff._root import Kind, fixed_point, pose, root
 from implicitdiff._signature import Call, Matcher, name_of
@@ -52,7 +52,8 @@ def custom_root(
     Args:
         optimality_fn: ``F(x, *args, **kwargs)``, returning a tree like ``sol``; e.g. ``torch.func.grad(objective)``.
             It is evaluated more than once and batched, so it must be deterministic, free of side effects and composed
-            of operations that torch.func can transform. Arguments are matched with the solver's by name, and by
+            of operations that torch.func can transform. What it looks up is kept from the call to the derivative, and a
+            condition that has become another function raises. Arguments are matched with the solver's by name, and by
             position where the names differ.
         argnums: which of the solver's arguments are differentiable, counted from the initial guess, which is number 0
             and not among them; None: all. What ``optimality_fn`` captures is differentiable in any case.
@@ -67,9 +68,11 @@ def custom_root(
         A decorator of solvers.
 
     Raises:
-        TypeError: on a call whose arguments the solver and ``optimality_fn`` do not share; names both.
-        ValueError: on a call, if ``optimality_fn``'s result is no tree like the solution, or if it is random or
-            changes what it captures.
+        TypeError: on a call whose arguments the solver and ``optimality_fn`` do not share, names both; if a solution
+            holds numbers or other objects beside tensors, None and strings.
+        ValueError: when decorating, if `argnums` names an argument that the solver does not have; on a call, if
+            ``optimality_fn``'s result is no tree like the solution, or if it does not do the same each time.
+        RuntimeError: in a derivative, if ``optimality_fn`` has become another function since the call.
         NotARootError: on a call, if the residual exceeds ``check``.
         LinearSolveError: in a derivative, if the linear solve fails.
 
@@ -154,10 +157,12 @@ def _decorator(
         raise TypeError(f"{maker}: solve must be a function solve(matvec, b), got {type(solve).__name__}")
     if check is not None and not check >= 0:
         raise ValueError(f"{maker}: check must be a tolerance >= 0 or None, got {check!r}")
-    made = _Made(f"{maker}: {name_of(fn)}", fn, kind, _chosen(maker, argnums), has_aux, solve, check)
+    chosen = _chosen(maker, argnums)
+    made = _Made(f"{maker}: {name_of(fn)}", fn, kind, chosen, has_aux, solve, check)
 
     def decorate(solver: Solver) -> Solver:
         matcher = Matcher(solver, fn)
+        _check_argnums(f"{maker}: {name_of(solver)}", chosen, matcher.positions)
 
         @functools.wraps(solver)
         def solution(*args: Any, **kwargs: Any) -> Any:
@@ -181,44 +186,56 @@ class _Made(NamedTuple):
 
 
 @_functorch.outside_compile
+@_modes.one_operation
 def _call(made: _Made, matcher: Matcher, solver: Solver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     bound = matcher.bind(args, kwargs)
-    sol, aux = run_solver(solver, bound, made.has_aux)
     given, keywords = bound.args, bound.kwargs
+    _check_argnums(f"{made.name}, called with {1 + len(given)} positional arguments", made.chosen, 1 + len(given))
+    sol, aux, derived = run_solver(solver, bound, made.has_aux)
     if made.chosen is not None:
         given = tuple(a if i in made.chosen else _detached(a) for i, a in enumerate(given, start=1))
         keywords = _detached(keywords)
     posed = pose(made.name, made.fn, made.kind, made.solve, sol, *bound.to_condition(given, keywords))
+    posed.refuse_kept(derived)
     if made.check is not None:
         _check(made.name, made.check, posed.residual)
-    result = posed.problem.structure.unflatten(attach(posed.problem, posed.x, posed.theta))
+    result = posed.attached()
     return (result, aux) if made.has_aux else result
 
 
 def _chosen(maker: str, argnums: int | Sequence[int] | None) -> frozenset[int] | None:
     if argnums is None:
         return None
-    chosen = frozenset([argnums] if isinstance(argnums, int) else argnums)
-    if wrong := [i for i in chosen if not isinstance(i, int) or i < 1]:
+    chosen = [argnums] if isinstance(argnums, int) else list(argnums)
+    if wrong := [i for i in chosen if type(i) is not int or i < 1]:
         raise ValueError(
             f"{maker}: argnums counts the solver's arguments from the initial guess, number 0, which has zero "
             f"gradient; give integers >= 1, got {wrong[0]!r}"
         )
-    return chosen
+    return frozenset(chosen)
+
+
+def _check_argnums(name: str, chosen: frozenset[int] | None, positions: int | None) -> None:
+    """Raise if an argument is chosen that a solver of so many positions does not take; None: of any number."""
+    if chosen and positions is not None and max(chosen) >= positions:
+        raise ValueError(
+            f"{name}: argnums names argument {max(chosen)}, and the last of the solver's positional arguments is "
+            f"number {positions - 1}, counted from the initial guess, which is number 0"
+        )
 
 
 def _detached(tree: Any) -> Any:
     return pytree.map_tensors(torch.Tensor.detach, tree)
 
 
-def run_solver(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any]:
-    """The solver's result, detached. It sees values that are out of every derivative's sight, and its own copy of the
-    initial guess."""
+def run_solver(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any, _modes.Derived]:
+    """The solver's result, detached, and the tensors that it computed from what is differentiated. It sees values
+    that are out of every derivative's sight, and its own copy of the initial guess."""
     tensors, structure = pytree.flatten((call.init, call.args, call.kwargs))
     own = len(pytree.tensors(call.init))
     values = [_functorch.plain_under_vmap(t) for t in tensors]
     flags = [_functorch.is_plain(v) and _functorch.base(t).requires_grad for v, t in zip(values, tensors, strict=True)]
-    with _modes.below_gradients():
+    with _modes.below_gradients() as derived:
         values = [v.clone() for v in values[:own]] + values[own:]
         before = [_modes.version(v) for v in values]
         entered = [v.requires_grad_() if flag else v for v, flag in zip(values, flags, strict=True)]
@@ -231,12 +248,12 @@ def run_solver(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any]:
                 "initial guess is its own copy: clone the argument first"
             )
     if not has_aux:
-        return _detached(result), None
+        return _detached(result), None, derived
     if not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(
             f"with has_aux=True the solver {name_of(solver)} must return (solution, aux), got {type(result).__name__}"
         )
-    return _detached(result[0]), _detached(result[1])
+    return _detached(result[0]), _detached(result[1]), derived
 
 
 def _check(name: str, check: float, residual: Leaves) -> None:
@@ -256,6 +273,7 @@ def _check(name: str, check: float, residual: Leaves) -> None:
         )
 
 
+@_modes.one_operation
 def root_vjp(
     optimality_fn: Callable[..., Any], sol: Any, args: tuple[Any, ...], cotangent: Any, solve: Solve | None = None
 ) -> tuple[Any, ...]:
@@ -289,15 +307,17 @@ def root_vjp(
     posed = pose(
         f"root_vjp: {name_of(optimality_fn)}", optimality_fn, root, solve, sol, _as_tuple("root_vjp", "args", args), {}
     )
-    structure = posed.problem.structure
-    check_like("root_vjp: cotangent", cotangent, sol, posed.x, structure, "sol")
-    count = len(posed.arguments.slots)
-    wanted = [i for i, t in enumerate(posed.theta[:count]) if t.is_floating_point() or t.is_complex()]
-    x_bar = structure.tensors_of(cotangent)
-    grads = posed.problem.vjp(posed.x, posed.theta, x_bar, wanted) if wanted else {}
-    return tuple(posed.arguments.fill(grads)[0])
+    check_like("root_vjp: cotangent", cotangent, sol, posed.x, posed.structure, "sol")
+    given, structure = pytree.flatten(args)
+    wanted = [i for i, t in enumerate(given) if t.is_floating_point() or t.is_complex()]
+    x_bar = posed.structure.tensors_of(cotangent)
+    problem = posed.problem()
+    with one_derivative():
+        grads = problem.vjp(posed.x, posed.theta, x_bar, wanted) if wanted else {}
+    return tuple(structure.fill(grads))
 
 
+@_modes.one_operation
 def root_jvp(
     optimality_fn: Callable[..., Any],
     sol: Any,
@@ -335,11 +355,10 @@ def root_jvp(
     given = _tangents(args, _as_tuple("root_jvp", "tangents", tangents))
     posed = pose(f"root_jvp: {name_of(optimality_fn)}", optimality_fn, root, solve, sol, args, {})
     if not given:
-        return posed.problem.structure.unflatten([torch.zeros_like(t) for t in posed.x])
-    rhs = posed.problem.pushforward(posed.x, posed.theta, given)
-    return posed.problem.structure.unflatten(
-        posed.problem.solve(posed.x, posed.theta, [-t for t in rhs], adjoint=False)
-    )
+        return posed.structure.unflatten([torch.zeros_like(t) for t in posed.x])
+    problem = posed.problem()
+    with one_derivative():
+        return posed.structure.unflatten(problem.jvp(posed.x, posed.theta, given))
 
 
 def _tangents(args: tuple[Any, ...], tangents: tuple[Any, ...]) -> dict[int, torch.Tensor]:

@@ -41,21 +41,23 @@ def settle(name: str, outcome: Outcome, system: System, on_failure: OnFailure) -
     excess = torch.where(outcome.failed, outcome.residual / outcome.target, -torch.inf).nan_to_num(nan=torch.inf)
     worst = int(excess.argmax())
     residual, target = float((outcome.residual * scale)[worst]), float((outcome.target * scale)[worst])
-    failed, total = int(outcome.failed.sum()), outcome.failed.numel()
-    after = f" after {outcome.iterations} iterations" if outcome.iterations else ""
-    numbers = f"{failed} of {total} systems failed{after}; worst residual {residual:.3e}, target {target:.3e}"
-    message = f"{name}: {outcome.why} ({numbers})"
+    report(name, outcome.why, outcome.failed, residual, target, outcome.iterations, on_failure)
+    return outcome.x
+
+
+def report(
+    name: str, why: str, failed: Tensor, residual: float, target: float, iterations: int, on_failure: OnFailure
+) -> None:
+    """Raise, or warn, with the figures of the worst of the systems that `failed`."""
+    count, total = int(failed.sum()), failed.numel()
+    after = f" after {iterations} iterations" if iterations else ""
+    numbers = f"{count} of {total} systems failed{after}; worst residual {residual:.3e}, target {target:.3e}"
+    message = f"{name}: {why} ({numbers})"
     if on_failure == "warn":
         warnings.warn(message, LinearSolveWarning, stacklevel=2)
-        return outcome.x
+        return
     raise LinearSolveError(
-        message,
-        solver=name,
-        residual=residual,
-        target=target,
-        failed=failed,
-        total=total,
-        iterations=outcome.iterations,
+        message, solver=name, residual=residual, target=target, failed=count, total=total, iterations=iterations
     )
 
 

@@ -14,9 +14,7 @@ from torch import nn
 import implicitdiff._functorch as _functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
-from implicitdiff._freeze import freeze
 from implicitdiff._places import Place
-from implicitdiff._primitive import attach
 from implicitdiff._root import pose, root
 from implicitdiff._signature import Matcher
 from implicitdiff.implicit import run_solver
@@ -45,6 +43,7 @@ class _Method(nn.Module):
 
 
 @_functorch.outside_compile
+@_modes.one_operation
 def solve(
     module: Module,
     method: Callable[..., Any],
@@ -123,12 +122,14 @@ class _Problem:
         run.__qualname__ = f"{self.name}.solve"
         call = Matcher(run, self.condition).bind((self.values, *args), kwargs)
         with _gradients_kept(self.module.meta_parameters()):
-            solution, _ = run_solver(run, call, has_aux=False)
+            solution, _, derived = run_solver(run, call, has_aux=False)
         routed = call.to_condition(call.args, call.kwargs)
         posed = pose(f"{self.name}.optimality", residuals, root, type(self.module).linear_solve, solution, *routed)
+        posed.refuse_kept(derived)
+        _forget_unused(self.twin, posed.theta)
         places = self._places()
         _refuse_read_otherwise(self.name, places, posed.theta)
-        attached = posed.problem.structure.unflatten(attach(posed.problem, posed.x, posed.theta))
+        attached = posed.attached()
         known = {id(place.tensor): place.tensor for place in places.values()}
         if any(tensor.requires_grad or not _functorch.is_plain(tensor) for tensor in attached.values()):
             for name, place in places.items():
@@ -148,7 +149,7 @@ class _Problem:
         self.twin._unknowns = list(self.values)
         # As functions, not as methods, which would hold the twin.
         methods = {name: getattr(self.module, name) for name in ("objective", "optimality")}
-        self.twin._functions = {name: freeze(m.__func__) for name, m in methods.items() if inspect.ismethod(m)}
+        self.twin._functions = {name: m.__func__ for name, m in methods.items() if inspect.ismethod(m)}
         return {name: place.tensor.detach().clone() for name, place in self._places().items()}
 
     def _places(self) -> dict[str, Place]:
@@ -206,6 +207,15 @@ def _become(twin: nn.Module, module: nn.Module, twins: dict[int, nn.Module]) -> 
         if part is not None and id(part) not in twins:
             _become(object.__new__(type(part)), part, twins)
         twin._modules[name] = None if part is None else twins[id(part)]
+
+
+def _forget_unused(twin: nn.Module, used: list[torch.Tensor]) -> None:
+    """Drop tensors that a graph made and that the condition has not used: one may be the loss of the last round."""
+    kept = set(map(id, used))
+    for part in twin.modules():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None and id(value) not in kept:
+                del vars(part)[name]
 
 
 def _refuse_read_otherwise(name: str, places: dict[str, Place], theta: list[torch.Tensor]) -> None:

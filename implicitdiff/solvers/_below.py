@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import implicitdiff._closure as _closure
 import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
-from implicitdiff._elementary import elementary
-from implicitdiff._freeze import freeze
-from implicitdiff._linear import check_leaves
+import implicitdiff._settings as _settings
+from implicitdiff._lift import lift, over_levels
+from implicitdiff._linear import check_unknowns
 from implicitdiff._operator import Dims
 from implicitdiff._pytree import Leaves
 from implicitdiff._system import Vectors
-from implicitdiff.solvers._condition import Pose
+from implicitdiff.solvers._condition import Parts
 from implicitdiff.solvers._rows import Part, RowFunction, Rows
 
 Search = Callable[[Rows, Tensor], tuple[Tensor, Any]]
@@ -28,39 +27,24 @@ Tolerances = tuple[float | None, float | None]
 
 
 class Closed:
-    """The user's functions with all that they capture as operands, so that the vmaps can be taken off."""
+    """The user's functions with all that they capture as operands, so that the vmaps can be taken off.
 
-    def __init__(
-        self, name: str, pose: Pose, functions: tuple[Callable[..., Any], ...], params: Any, args: tuple[Any, ...]
-    ) -> None:
+    What they capture is what they are seen to use at the initial guess. That serves the search, and not derivatives: at
+    the solution they may take another branch.
+    """
+
+    def __init__(self, name: str, parts: Parts, params: Any, args: tuple[Any, ...]) -> None:
         self.x0, self.structure = pytree.flatten(params)
-        check_leaves(f"{name}: the initial guess", self.x0)
-        given, self.arguments = pytree.flatten(args)
-        self.given = len(given)
-        self.condition = pose(*map(freeze, functions))
-        parts = self.condition.parts
+        check_unknowns(f"{name}: the initial guess", self.x0, self.structure)
 
-        def dispatch(name: str | None, *operands: Any) -> Any:
+        def dispatch(params: Any, args: tuple[Any, ...], name: str | None = None, *more: Any) -> Any:
             if name is None:
-                return {name: part(*operands) for name, part in parts.items()}
-            return parts[name](*operands)
+                return [part(params, args) for part in parts.values()]
+            return parts[name](params, args, *more)
 
-        _, self.closure = _closure.close_over(name, dispatch, None, params, args)
-        self.theta = [*given, *self.closure.captured]
-
-    def _parts(self, theta: Leaves) -> tuple[dict[str, Callable[..., Any]], tuple[Any, ...]]:
-        captured = theta[self.given :]
-        bound: dict[str, Callable[..., Any]] = {
-            name: partial(self.closure, captured, name) for name in self.condition.parts
-        }
-        args: tuple[Any, ...] = self.arguments.unflatten(theta[: self.given])
-        return bound, args
-
-    def residual(self, x: Leaves, theta: Leaves) -> Leaves:
-        # What the closure was seen to do at the initial guess need not be all that is done at the solution.
-        optimality = elementary(self.condition.optimality)
-        parts, args = self._parts(theta)
-        return self.structure.tensors_of(optimality(parts, self.structure.unflatten(x), args))
+        self.names = list(parts)
+        self.lifted = lift(name, dispatch, params, args)
+        self.theta = self.lifted.operands[len(self.x0) :]
 
     def search(self, solve: Search, rtol: float | None, atol: float | None) -> tuple[Leaves, Any]:
         """The solution and the state, which only the vmaps see; `solve` finds them below all transforms."""
@@ -69,7 +53,7 @@ class Closed:
         levels: list[Dims] = [tuple(None if d is None else 0 for d in layer.dims) for layer in layers]
         lanes = tuple(layer.size for layer in reversed(layers))
         n = len(self.x0)
-        with _modes.unseen(), functorch.nothing_running(), _closure.full_precision():
+        with _modes.unseen(), _modes.uncached(), functorch.nothing_running(), _settings.full_precision():
             operands = functorch.out_of_inference(operands)
             x = [_everywhere(t, [dims[i] for dims in levels], lanes) for i, t in enumerate(operands[:n])]
             rows = self._rows(x, operands[n:], [dims[n:] for dims in levels], lanes, (rtol, atol))
@@ -92,16 +76,14 @@ class Closed:
             return self._rows([t[at] for t in x], own, [], (), tolerances)
 
         inputs = Vectors(x, lanes)
-        parts = {name: self._over_lanes(name, theta, levels) for name in self.condition.parts}
+        parts = {name: self._over_lanes(name, theta, levels) for name in self.names}
         if not lanes:
             return Rows(parts, inputs, self.structure, True, *tolerances)
         jacobians = {name: self._jacobian_over_lanes(name, theta, levels) for name in parts}
         return Rows(parts, inputs, self.structure, True, *tolerances, lane, jacobians)
 
     def _over_lanes(self, name: str, theta: Leaves, levels: list[Dims]) -> Part:
-        fn = self._one_lane(name)
-        for dims in levels:
-            fn = torch.func.vmap(fn, in_dims=(0, list(dims), 0))
+        fn = over_levels(self._one_lane(name), [(0, list(dims), 0) for dims in levels])
         return lambda x, more: fn(x, theta, more)
 
     def _jacobian_over_lanes(
@@ -116,15 +98,12 @@ class Closed:
             y, matrix = RowFunction(lambda x, more: part(x, theta, more), inputs, False).jacobian(inputs.ravel(x))
             return y[0], matrix[0]
 
-        fn = one_lane
-        for dims in levels:
-            fn = torch.func.vmap(fn, in_dims=(0, list(dims)))
+        fn = over_levels(one_lane, [(0, list(dims)) for dims in levels])
         return lambda x: fn(x, theta)
 
     def _one_lane(self, name: str) -> Callable[[Leaves, Leaves, Leaves], Leaves]:
         def fn(x: Leaves, theta: Leaves, more: Leaves) -> Leaves:
-            parts, args = self._parts(theta)
-            return pytree.tensors(parts[name](self.structure.unflatten(x), args, *more))
+            return pytree.tensors(self.lifted.within_call([*x, *theta], name, *more))
 
         return fn
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicitdiff._closure import full_precision
 from implicitdiff._operator import Dims
 from implicitdiff._primitive import Problem, solve_problem
 from implicitdiff._pytree import Leaves
+from implicitdiff._settings import full_precision
 
 
 def solve(a: Tensor, b: Tensor) -> Tensor:

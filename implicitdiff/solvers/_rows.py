@@ -237,7 +237,7 @@ def safe_divide(a: Tensor, b: Tensor) -> Tensor:
 
 def any_lane(flag: Tensor) -> bool:
     """Whether a flag is up in any lane, of this frame or of a vmap round it."""
-    return bool(functorch.base(flag).any())
+    return functorch.is_any(flag)
 
 
 def select(where: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import implicitdiff._closure as _closure
 import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
+import implicitdiff._settings as _settings
 from implicitdiff._elementary import elementary
-from implicitdiff._freeze import freeze
-from implicitdiff._linear import check_leaves
-from implicitdiff._primitive import attach
+from implicitdiff._linear import check_unknowns
 from implicitdiff._pytree import Leaves, Structure
-from implicitdiff._root import RootProblem
+from implicitdiff._root import pose, root
 from implicitdiff._signature import name_of
 from implicitdiff._system import Vectors
 from implicitdiff._unroll import unroll
-from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.solvers._below import Closed
 from implicitdiff.solvers._condition import Pose
 from implicitdiff.solvers._gap import Gap, rounding, scale
@@ -114,15 +111,17 @@ class _Maker:
         return condition.optimality(condition.parts, params, args)
 
     @functorch.outside_compile
+    @_modes.one_operation
     def init(self, params: Any, *args: Any) -> Any:
         x, rows, _ = self._frame(params, args)
-        with _closure.full_precision():
+        with _settings.full_precision():
             return _unbatched(self._start(rows, x))
 
     @functorch.outside_compile
+    @_modes.one_operation
     def update(self, params: Any, state: Any, *args: Any) -> tuple[Any, Any]:
         x, rows, structure = self._frame(params, args)
-        with _closure.full_precision():
+        with _settings.full_precision():
             old = pytree.map_tensors(lambda t: t[None], state)
             x, state = self._step(rows, x, old, mask=True)
             asked = _is_milestone(state.iter_num) | (state.status != Status.RUNNING)
@@ -130,6 +129,7 @@ class _Maker:
         return structure.unflatten(rows.inputs.unravel(x)), _unbatched(state)
 
     @functorch.outside_compile
+    @_modes.one_operation
     def run(
         self,
         params: Any,
@@ -212,15 +212,15 @@ class _Maker:
 
     def _frame(self, params: Any, args: tuple[Any, ...]) -> tuple[Tensor, Rows, Structure]:
         leaves, structure = pytree.flatten(params)
-        check_leaves(f"{self.name}: the initial guess", leaves)
+        check_unknowns(f"{self.name}: the initial guess", leaves, structure)
         parts = self.pose(*self.functions).parts
         inputs = Vectors(leaves, ())
-        autocast = _closure.autocast_state()
+        autocast = _settings.autocast_state()
 
         def on_leaves(part: Callable[..., Any]) -> Part:
             def fn(x: Leaves, more: Leaves) -> Leaves:
                 before = [_modes.version(t) for t in x]
-                with _closure.autocast(autocast):
+                with _settings.autocast(autocast), _modes.heard():
                     result = pytree.tensors(part(structure.unflatten(x), args, *more))
                 if before != [_modes.version(t) for t in x]:
                     raise ValueError(f"{self.name} changes its first argument in place; work on a clone of it")
@@ -235,10 +235,8 @@ class _Maker:
     def _unrolled(
         self, params: Any, args: tuple[Any, ...], checkpoint_every: int | None, report: Report
     ) -> tuple[Any, Any]:
-        frozen = replace(self, functions=tuple(map(freeze, self.functions)))
-
         def step(carry: tuple[Any, Any], *args: Any) -> tuple[Any, Any]:
-            return frozen.update(*carry, *args)
+            return self.update(*carry, *args)
 
         if checkpoint_every is not None:
             check_count(self.name, "checkpoint_every", checkpoint_every)
@@ -258,7 +256,7 @@ class _Maker:
                 params, state = advance((params, state), *args)
                 if not any_lane(state.status == Status.RUNNING):
                     x, rows, _ = self._frame(params, args)
-                    with _closure.full_precision():
+                    with _settings.full_precision():
                         one = pytree.map_tensors(lambda t: t[None], (state, before))
                         state, before = _unbatched(self._confirmed(rows, start, x, one[0], one[1]))
         state = pytree.map_tensors(Tensor.detach, state)
@@ -269,14 +267,16 @@ class _Maker:
 
     def _implicit(self, params: Any, args: tuple[Any, ...], report: Report) -> tuple[Any, Any]:
         options = self.options
-        closed = Closed(self.name, self.pose, self.functions, params, args)
+        closed = Closed(self.name, self.pose(*self.functions).parts, params, args)
 
         def search(rows: Rows, x: Tensor) -> tuple[Tensor, Any]:
             return self._loop(rows, x, closed.structure, report)
 
         x, state = closed.search(search, options.rtol, options.atol)
-        problem = RootProblem(closed.residual, options.solve or solve_auto(), closed.structure)
-        return closed.structure.unflatten(attach(problem, x, closed.theta)), state
+        solution = closed.structure.unflatten(x)
+        if functorch.nothing_records():
+            return solution, state
+        return pose(self.name, self.optimality, root, options.solve, solution, args, {}).attached(), state
 
     def _loop(self, rows: Rows, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
         lanes = rows.inputs.batch

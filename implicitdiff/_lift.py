@@ -1,0 +1,283 @@
+"""Closure conversion: turn a user's function into a pure function of explicit operands.
+
+An autograd.Function only differentiates its operands: a tensor that reaches it through a closure, a
+`functools.partial`, a bound method or a module is lost, silently. So the function runs once, watched, and every
+tensor that it uses without having been given or having made it is noted; from then on it runs with those tensors
+substituted by operands.
+
+It runs again when the derivative is taken, and has to be the same function then. Its variables are put back for that
+time (`_snapshot`), torch's settings too (`_settings`), and its operations are compared (`_program`).
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import implicitdiff._functorch as functorch
+import implicitdiff._modes as _modes
+import implicitdiff._pytree as pytree
+from implicitdiff._elementary import Exchange
+from implicitdiff._modes import Substitute, Watch, uncached
+from implicitdiff._program import Program, checksum, version
+from implicitdiff._pytree import Leaves, Structure
+from implicitdiff._settings import applied, autocast, settings
+from implicitdiff._snapshot import Snapshot
+
+InDims = Any
+
+
+def over_levels(fn: Callable[..., Any], levels: Sequence[InDims]) -> Callable[..., Any]:
+    """The function under one vmap for each of `levels`, the ``in_dims`` of the innermost first."""
+    for dims in levels:
+        fn = torch.func.vmap(fn, in_dims=dims)
+    return fn
+
+
+class Lifted:
+    """A user's function as a pure function of leaves, to be evaluated later as it was at the call.
+
+    The operands are the tensors of the arguments, in order, then the captured ones.
+
+    Attributes:
+        name: how error messages call the function.
+        arguments: the structure of the arguments.
+        value: the result at the call, detached.
+        given: how many operands are tensors of the arguments.
+        operands: those of the call.
+        captured: the captured tensors that a derivative or a batch dimension can hang on; plain constants stay where
+            they are.
+        is_unsure: whether it has to be evaluated a second time to know. It has used a tensor to be differentiated that
+            came from nowhere: what an inner transform returns, or a captured tensor that passes through one untouched.
+            Or it has written to variables.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        given: Leaves,
+        arguments: Structure,
+        watch: Watch,
+        value: Any,
+        snapshot: Snapshot,
+    ) -> None:
+        self.name, self.fn, self.arguments, self.value, self.snapshot = name, fn, arguments, value, snapshot
+        self.program, self.exchanges = watch.program, watch.exchanges
+        self.captured, self.constants, some_are_gone = _divided(watch.program)
+        self.is_unsure = some_are_gone or snapshot.was_written
+        self.given, self.operands = len(given), [*given, *self.captured]
+        for i, tensor in enumerate(self.captured, start=self.given):
+            self.program.aliases["constant", id(tensor)] = ("operand", i)
+        # functorch refuses a tensor of a level that is not running. And at least one level has to run, or a mode does
+        # not see what a custom autograd.Function is applied to.
+        self.levels = max(1, max(map(functorch.level, self.captured), default=0))
+        self.settings = settings()
+        self._judged = {id(t) for t, _ in self.constants}
+        self._is_during_call = False
+        self._difference: str | None = None
+
+    # --- evaluations ------------------------------------------------------------------------------------------------
+
+    def __call__(self, operands: Sequence[torch.Tensor], *more: Any) -> Any:
+        """The result with these operands, as it was at the call."""
+        if self._is_during_call:
+            return self.within_call(operands, *more)
+        compared: Counter[int] | None = getattr(_derivative, "compared", None)
+        if compared is not None and compared[id(self)] == _COMPARED:
+            with applied(self.settings), self.snapshot.put_back(), _as_evaluated():
+                return self.within_call(operands, *more)
+        self.refuse_overwritten()
+        with applied(self.settings), self.snapshot.put_back():
+            result, watch = self._watched(operands)
+        if (difference := watch.program.difference(self.program, self._judged)) is not None:
+            raise RuntimeError(
+                f"{self.name} has become another function since the call: {difference}; what it depends on must be the "
+                "same when its derivative is taken: take the derivative first, or pass what changes as an argument"
+            )
+        if compared is not None:
+            compared[id(self)] += 1
+        return result
+
+    def again(self, operands: Sequence[torch.Tensor]) -> Any:
+        """The result with these operands, evaluated a second time at the call; `refuse_another` is to follow."""
+        result, watch = self._watched(operands)
+        self._difference = watch.program.difference(self.program, self._judged)
+        return result
+
+    def refuse_another(self) -> None:
+        """Raise if the second evaluation at the call was that of another function."""
+        if self._difference is not None:
+            raise ValueError(
+                f"{self.name} has become another function when it was evaluated a second time: {self._difference}; it "
+                "is evaluated more than once and must do the same each time: draw random numbers outside and pass them "
+                "as arguments, and keep counters, iterators and caches out of it"
+            )
+
+    def within_call(self, operands: Sequence[torch.Tensor], *more: Any) -> Any:
+        """The result with these operands, at any point, for as long as the call lasts."""
+        levels = self.levels if self.captured else 0
+        with functorch.levels_up_to(levels) as inert, _exchanged(self.exchanges), autocast(self.settings[0]):
+            return self._run(inert, operands, *more)
+
+    @contextmanager
+    def during_call(self) -> Iterator[None]:
+        """Let every evaluation in the body be one within the call."""
+        self._is_during_call = True
+        try:
+            yield
+        finally:
+            self._is_during_call = False
+
+    def refuse_overwritten(self) -> None:
+        """Raise if a constant has been written to since the call."""
+        changed = [t.shape for t, before in self.constants if version(t) != before]
+        changed += [array.shape for array, before in self.program.borrowed.values() if checksum(array) != before]
+        if changed:
+            raise RuntimeError(
+                f"{self.name} captures a tensor or an array of shape {list(changed[0])} that has been changed in place "
+                "since the call, so its derivative can no longer be taken; give the call a clone, or update out of "
+                "place"
+            )
+
+    def _watched(self, operands: Sequence[torch.Tensor]) -> tuple[Any, Watch]:
+        with functorch.levels_up_to(self.levels) as inert, _as_evaluated(), _exchanged(self.exchanges):
+            watch = Watch([*operands], inert)
+            with watch:
+                result = self._run(-1, operands)
+        watch.program.finish()
+        return result, watch
+
+    def _run(self, inert: int, operands: Sequence[torch.Tensor], *more: Any) -> Any:
+        args = self.arguments.unflatten(operands[: self.given])
+        if not self.captured:
+            return self.fn(*args, *more)
+        with Substitute(self.captured, operands[self.given :], inert) as substitute:
+            return pytree.map_tensors(substitute.resolve, self.fn(*args, *more))
+
+
+_derivative = threading.local()
+# What changes from one evaluation to the next shows in the second.
+_COMPARED = 2
+
+
+@contextmanager
+def one_derivative() -> Iterator[None]:
+    """Compare a function that is evaluated many times in the body, for products, only a few times."""
+    if getattr(_derivative, "compared", None) is not None:
+        yield
+        return
+    _derivative.compared = Counter()
+    try:
+        yield
+    finally:
+        _derivative.compared = None
+
+
+def lift(name: str, fn: Callable[..., Any], *args: Any) -> Lifted:
+    """Run ``fn(*args)`` once and make it a pure function of its operands.
+
+    Args:
+        name: how an error message calls the function.
+        fn: a deterministic function free of side effects.
+        args: pytrees; the tensors among them are replaced by detached aliases, so that the same tensor, captured as
+            well, counts as captured.
+
+    Raises:
+        ValueError: the function drew random numbers, or changed a tensor in place that it was given or had captured.
+    """
+    given, arguments = pytree.flatten(args)
+    snapshot = Snapshot(fn, arguments.others)
+    value, watch = _watched(name, fn, given, arguments)
+    used = watch.program.outside.keys()
+    if state := [t for t in snapshot.replaced() if id(t) in used]:
+        raise ValueError(
+            f"{name} puts another tensor into the place of one, of shape {list(state[0].shape)}, that it uses, but it "
+            "is evaluated more than once and must do the same each time: keep what changes out of it, or pass it as an "
+            "argument"
+        )
+    if snapshot.keep_used(lambda t: id(t) in used or not functorch.may_be_differentiated(t)):
+        # It made a constant at its first use. From now on it will not.
+        value, watch = _watched(name, fn, given, arguments)
+    for outer in _modes.watches():
+        outer.program.nest(watch.program)
+    watch.program.note_memory(given)
+    return Lifted(name, fn, given, arguments, watch, value, snapshot)
+
+
+def _watched(name: str, fn: Callable[..., Any], given: Leaves, arguments: Structure) -> tuple[Any, Watch]:
+    """The result, detached, and what was seen."""
+    random_state = torch.get_rng_state()
+    with functorch.levels_up_to(1) as inert, _as_evaluated(), torch.enable_grad():
+        aliases = [t.detach() for t in given]
+        with Watch(aliases, inert) as watch:
+            result = fn(*arguments.unflatten(aliases))
+    for tensor in pytree.tensors(result):
+        watch.program.see(tensor)
+    if not torch.equal(random_state, torch.get_rng_state()):
+        raise ValueError(
+            f"{name} draws random numbers, but it is evaluated more than once and must give the same values each time; "
+            "draw them outside and pass them as arguments (dropout: use eval mode)"
+        )
+    if changed := watch.changed():
+        raise ValueError(
+            f"{name} changes a tensor of shape {list(changed[0].shape)} in place that it did not make, but it is "
+            "evaluated more than once and must be free of side effects (batch normalisation: use eval mode)"
+        )
+    watch.program.finish()
+    return pytree.map_tensors(torch.Tensor.detach, result), watch
+
+
+def confirm(lifted: Lifted) -> None:
+    """Evaluate the function a second time, and raise if its result still hangs on something when nothing that is known
+    of does: the derivative would be lost."""
+    if functorch.nothing_records() or not (lifted.captured or lifted.is_unsure):
+        return
+    with torch.enable_grad():
+        result = lifted.again([t.detach() for t in lifted.operands])
+    if any(map(functorch.is_tracked, pytree.tensors(result))):
+        raise unseen(lifted.name)
+    lifted.refuse_another()
+
+
+def unseen(name: str) -> ValueError:
+    """What is said of a captured tensor that no mode has seen."""
+    return ValueError(
+        f"{name} depends on a tensor that it captures where this cannot be seen, as in TorchScript, or where a "
+        "captured tensor passes through an inner vmap untouched: pass the tensor as an argument"
+    )
+
+
+@contextmanager
+def _as_evaluated() -> Iterator[None]:
+    """Run the body without what the caller's frame has round it: caches of weights, hooks of saved tensors."""
+    with uncached(), functorch.without_saved_tensor_hooks():
+        yield
+
+
+@contextmanager
+def _exchanged(needed: bool) -> Iterator[None]:
+    if not needed:
+        yield
+        return
+    # Round the mode that compares operations: it sees those that the user wrote.
+    with Exchange():
+        yield
+
+
+def _divided(program: Program) -> tuple[Leaves, list[tuple[torch.Tensor, int]], bool]:
+    """The tensors from outside that are differentiated or batched; the constants, with their versions; and whether some
+    of the former are gone."""
+    seen = [(weakref.ref(t), v, functorch.may_be_differentiated(t)) for t, v in program.outside.values()]
+    program.outside.clear()
+    # What nobody holds any more was made inside, out of sight: no later evaluation meets it.
+    alive = [(t, v, smooth) for ref, v, smooth in seen if (t := ref()) is not None]
+    captured = [t for t, _, smooth in alive if smooth]
+    is_unsure = len(captured) < sum(smooth for *_, smooth in seen)
+    return captured, [(t, v) for t, v, smooth in alive if not smooth], is_unsure

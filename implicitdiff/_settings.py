@@ -1,0 +1,85 @@
+"""torch's global settings that change what a function computes, as they are now, and a function run with them later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+Autocast = tuple[tuple[str, bool, torch.dtype], ...]
+Settings = tuple[Any, ...]
+
+
+def autocast_state() -> Autocast:
+    """The state of autocast on each kind of device."""
+    return tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+
+
+@contextmanager
+def autocast(state: Autocast) -> Iterator[None]:
+    """Run the body with autocast in this state."""
+    if state == autocast_state():
+        yield
+        return
+    with ExitStack() as stack:
+        for (device, enabled, dtype), now in zip(state, autocast_state(), strict=True):
+            if (device, enabled, dtype) != now:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+        yield
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Run linear algebra outside of autocast."""
+    with autocast(tuple((device, False, dtype) for device, _, dtype in autocast_state())):
+        yield
+
+
+def settings() -> Settings:
+    """Autocast, the default device, and every flag of `_FLAGS`."""
+    return autocast_state(), torch.get_default_device(), tuple([read() for read, _ in _FLAGS])
+
+
+@contextmanager
+def applied(state: Settings) -> Iterator[None]:
+    """Run the body with these settings; what is so already is not touched."""
+    now = settings()
+    if state == now:
+        yield
+        return
+    changed = [
+        (write, then, current)
+        for (_, write), then, current in zip(_FLAGS, state[2], now[2], strict=True)
+        if then != current
+    ]
+    with ExitStack() as stack:
+        for write, then, current in changed:
+            write(then)
+            stack.callback(write, current)
+        stack.enter_context(autocast(state[0]))
+        if state[1] != now[1]:
+            stack.enter_context(state[1])
+        yield
+
+
+def _flag(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
+
+
+# Each as a pair of functions: read it, and set it.
+_FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    _flag(torch.backends.mkldnn, "enabled"),
+    _flag(torch.backends.cudnn, "enabled"),
+    _flag(torch.backends.cudnn, "benchmark"),
+    _flag(torch.backends.cudnn, "deterministic"),
+)

@@ -1,0 +1,282 @@
+"""What is differentiated is what was solved: the rules of the call, one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import grad, jacfwd
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+from implicitdiff import custom_fixed_point, custom_root, solvers
+from implicitdiff.linear_solve import solve_lu
+
+F64 = torch.float64
+FOUR = torch.tensor(4.0, dtype=F64)
+
+
+def root_of(condition):
+    """The square root of t by a condition that is equivalent to ``x^2 - t``."""
+    return lambda t: custom_root(condition)(lambda init, t: t.sqrt())(None, t)
+
+
+def backward(f):
+    t = FOUR.clone().requires_grad_()
+    (found,) = torch.autograd.grad(f(t), t)
+    return found
+
+
+PASSES = {"backward": backward, "grad": lambda f: grad(f)(FOUR), "jacfwd": lambda f: jacfwd(f)(FOUR)}
+
+
+# --- argnums ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argnums", [2, 9, (1, 2)])
+def test_argnums_beyond_the_solvers_arguments_are_refused_when_decorating(argnums):
+    with pytest.raises(ValueError, match="argnums names argument"):
+        custom_root(lambda x, t: x**2 - t, argnums=argnums)(lambda init, t: t.sqrt())
+
+
+def test_argnums_beyond_the_arguments_of_a_call_are_refused():
+    solver = custom_root(lambda x, *args: x**2 - args[0], argnums=2)(lambda init, *args: args[0].sqrt())
+    solver(None, FOUR, FOUR)
+    with pytest.raises(ValueError, match="argnums names argument 2"):
+        solver(None, FOUR)
+
+
+@pytest.mark.parametrize("argnums", [True, False, (True,), "1", 1.0])
+def test_argnums_that_are_no_integers_are_refused(argnums):
+    with pytest.raises((ValueError, TypeError)):
+        custom_root(lambda x, t: x**2 - t, argnums=argnums)(lambda init, t: t.sqrt())
+
+
+# --- unknowns that are no tensors -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Unregistered:
+    value: torch.Tensor
+
+
+OTHERS = [0.0, 3, True, 1j, np.ones(2), np.float32(1.0), Unregistered(FOUR), torch.float64]
+FACTORIES = {
+    "newton": lambda: solvers.newton(lambda x: {"a": x["a"] ** 2 - 4, "b": x["b"]}),
+    "anderson": lambda: solvers.anderson(lambda x: {"a": x["a"] / 2, "b": x["b"]}),
+    "lbfgs": lambda: solvers.lbfgs(lambda x: x["a"] ** 2),
+    "levenberg_marquardt": lambda: solvers.levenberg_marquardt(lambda x: x["a"]),
+    "scipy_minimize": lambda: solvers.scipy_minimize(lambda x: x["a"] ** 2),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: type(other).__name__)
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_a_guess_that_holds_more_than_tensors_is_refused(factory, other):
+    with pytest.raises(TypeError, match="where a tensor was expected"):
+        FACTORIES[factory]().run({"a": torch.ones((), dtype=F64), "b": other})
+    with pytest.raises(TypeError, match="where a tensor was expected"):
+        FACTORIES[factory]().init({"a": torch.ones((), dtype=F64), "b": other})
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: type(other).__name__)
+def test_a_solution_that_holds_more_than_tensors_is_refused(other):
+    solver = custom_root(lambda x, t: {"a": x["a"] ** 2 - t, "b": x["b"]}, check=1e-6)
+    with pytest.raises(TypeError, match="where a tensor was expected"):
+        solver(lambda init, t: {"a": t.sqrt(), "b": other})(None, FOUR)
+
+
+def test_a_right_hand_side_that_holds_more_than_tensors_is_refused():
+    with pytest.raises(TypeError, match="where a tensor was expected"):
+        solve_lu()(lambda v: v, {"a": FOUR, "b": 1.0})
+
+
+@pytest.mark.parametrize("factory", ["newton", "anderson"])
+def test_none_and_strings_stay_beside_the_unknowns(factory):
+    for other in None, "a name":
+        x, _ = FACTORIES[factory]().run({"a": torch.ones((), dtype=F64), "b": other})
+        assert x["b"] == other
+
+
+# --- caches -----------------------------------------------------------------------------------------------------------
+
+
+def orthogonal_layer():
+    torch.manual_seed(0)
+    return parametrizations.orthogonal(nn.Linear(3, 3).double())
+
+
+def by_decorator(step, start):
+    def iterate(z):
+        for _ in range(80):
+            z = step(z)
+        return z
+
+    return custom_fixed_point(step)(iterate)(start)
+
+
+CACHED = {
+    "custom_fixed_point": by_decorator,
+    "anderson": lambda step, start: solvers.anderson(step).run(start)[0],
+    "newton": lambda step, start: solvers.newton(lambda z: step(z) - z).run(start)[0],
+    "levenberg_marquardt": lambda step, start: solvers.levenberg_marquardt(lambda z: step(z) - z).run(start)[0],
+}
+
+
+@pytest.mark.parametrize("door", CACHED)
+def test_parameters_get_their_gradients_also_where_parametrisations_are_cached(door):
+    layer, start = orthogonal_layer(), torch.zeros(3, dtype=F64)
+    weight = layer.parametrizations.weight.original
+
+    def gradient():
+        z = CACHED[door](lambda z: torch.tanh(0.4 * layer(z) + torch.arange(1.0, 4.0)), start)
+        return torch.autograd.grad(z.sum(), weight)[0]
+
+    expected = gradient()
+    assert expected.norm() > 1e-3
+    with parametrize.cached():
+        torch.testing.assert_close(gradient(), expected)
+        torch.testing.assert_close(gradient(), expected)
+
+
+@pytest.mark.parametrize("way", PASSES)
+def test_a_cache_that_the_solver_fills_below_gradients_is_refused(way):
+    def f(t):
+        cache = {}
+
+        def scale():
+            if "scale" not in cache:
+                cache["scale"] = 1 / t
+            return cache["scale"]
+
+        return custom_root(lambda x: scale() * x**2 - 1)(lambda init: (1 / scale()).sqrt())(None)
+
+    with pytest.raises(ValueError, match="in a cache"):
+        PASSES[way](f)
+
+
+@pytest.mark.parametrize("way", PASSES)
+def test_a_constant_that_the_solver_leaves_in_a_cache_is_one(way):
+    def f(t):
+        @functools.cache
+        def two():
+            return torch.full((), 2.0, dtype=F64).square() / 2
+
+        return custom_root(lambda x, t: two() * x**2 - 2 * t)(lambda init, t: (2 * t / two()).sqrt())(None, t)
+
+    torch.testing.assert_close(PASSES[way](f), FOUR / 16)
+
+
+# --- memory that belongs to others ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.complex128])
+@pytest.mark.parametrize("used", ["from_numpy", "as_tensor", "captured"])
+@pytest.mark.parametrize("way", PASSES)
+def test_an_array_that_is_overwritten_meanwhile_is_refused(way, used, dtype):
+    array = np.ones(3, dtype)
+    captured = torch.from_numpy(array)
+    read = {
+        "from_numpy": lambda: torch.from_numpy(array),
+        "as_tensor": lambda: torch.as_tensor(array),
+        "captured": lambda: captured,
+    }[used]
+
+    def f(t, overwrite):
+        x = root_of(lambda x, t: read().real.mean() * x**2 - t)(t)
+        array[:] = 1 + overwrite
+        return x
+
+    torch.testing.assert_close(PASSES[way](lambda t: f(t, 0)), FOUR / 16)
+    array[:] = 1
+    with pytest.raises(RuntimeError, match="changed in place since the call"):
+        PASSES[way](lambda t: f(t, 4)) if way != "jacfwd" else backward(lambda t: f(t, 4))
+
+
+# --- how often a function runs, and what is kept ----------------------------------------------------------------------
+
+
+def test_an_ordinary_backward_runs_no_condition():
+    calls = []
+
+    def condition(x, t):
+        calls.append(None)
+        return x**2 - t
+
+    t = FOUR.clone().requires_grad_()
+    x = root_of(condition)(t)
+    assert len(calls) == 2  # one to see what it captures, one for the graph of the derivative
+    torch.autograd.grad(x, t, retain_graph=True)
+    torch.autograd.grad(x, t, retain_graph=True)
+    assert len(calls) == 2
+    (first,) = torch.autograd.grad(x, t, create_graph=True)
+    torch.testing.assert_close(first, FOUR / 16)
+    assert len(calls) > 2
+
+
+def test_a_second_backward_needs_the_graph_to_be_retained_as_always():
+    t = FOUR.clone().requires_grad_()
+    x = root_of(lambda x, t: x**2 - t)(t)
+    x.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        x.backward()
+
+
+def test_what_one_evaluation_saves_is_freed_by_the_derivative():
+    saved = []
+
+    class Save(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x * 1
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.kept = torch.ones(1000)
+            saved.append(ctx.kept)
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    t = FOUR.clone().requires_grad_()
+    x = root_of(lambda x, t: Save.apply(x) * x - t)(t)
+    refs = [weakref.ref(s) for s in saved]
+    saved.clear()
+    assert sum(ref() is not None for ref in refs) == 1
+    x.backward()
+    gc.collect()
+    assert sum(ref() is not None for ref in refs) == 0
+
+
+@pytest.mark.parametrize("solve", ["custom_root", "newton", "lbfgs"])
+def test_a_solver_may_be_checkpointed(solve):
+    doors = {
+        "custom_root": root_of(lambda x, t: x**2 - t),
+        "newton": lambda t: solvers.newton(lambda x, t: x**2 - t).run(torch.ones((), dtype=F64), t)[0],
+        "lbfgs": lambda t: solvers.lbfgs(lambda x, t: x**3 / 3 - t * x).run(torch.ones((), dtype=F64), t)[0],
+    }
+    t = FOUR.clone().requires_grad_()
+    x = checkpoint(lambda t: doors[solve](2 * t / 2), t, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(x, t)[0], FOUR / 16)
+
+
+def test_variables_are_as_they_were_after_a_derivative_that_put_them_back():
+    scale, box, owner = 1.0, [1.0], nn.Module()
+    owner.scale = 1.0
+
+    def f(t):
+        nonlocal scale
+        scale, box[:], owner.scale = 1.0, [1.0], 1.0
+        x = root_of(lambda x, t: scale * box[0] * owner.scale * x**2 - t)(t)
+        scale, box[:], owner.scale = 2.0, [3.0, 4.0], 5.0
+        return x
+
+    torch.testing.assert_close(grad(f)(FOUR), FOUR / 16)
+    assert (scale, box, owner.scale) == (2.0, [3.0, 4.0], 5.0)
