@@ -17,7 +17,7 @@ from solvers import SOLVERS, Row
 from torch import Tensor
 
 from implicitdiff import custom_fixed_point, custom_root, root_vjp
-from implicitdiff.linear_solve import LinearSolver, solve_gmres, solve_lu
+from implicitdiff.linear_solve import LinearSolver, solve_gmres, solve_lstsq, solve_lu
 from implicitdiff.solvers import qp
 
 F64 = torch.float64
@@ -189,6 +189,31 @@ def definite(theta: Tensor) -> Tensor:
 
 def general(theta: Tensor) -> Tensor:
     return definite(theta) + 0.3 * (LINEAR_B - LINEAR_B.T) * theta[0]
+
+
+LOW_RANK = torch.randn(4, 3, 2, dtype=F64, generator=_generator())
+
+
+def low_rank_factors(theta: Tensor) -> tuple[Tensor, Tensor]:
+    return LOW_RANK[0] + theta[0] * LOW_RANK[1], (LOW_RANK[2] + torch.sin(theta[1:]) * LOW_RANK[3]).T
+
+
+def low_rank(theta: Tensor) -> Tensor:
+    """Of rank two for every theta."""
+    left, right = low_rank_factors(theta)
+    return left @ right
+
+
+def least_squares(theta: Tensor) -> Tensor:
+    def matvec(v: Tensor) -> Tensor:
+        left, right = low_rank_factors(theta)
+        return left @ (right @ v)
+
+    return solve_lstsq()(matvec, torch.sin(theta))
+
+
+def least_squares_by_pinv(theta: Tensor) -> Tensor:
+    return torch.linalg.pinv(low_rank(theta), rtol=1e-8) @ torch.sin(theta)
 
 
 def solve_with(solve, matrix: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -377,6 +402,8 @@ PROBLEMS = [
         )
         for row in SOLVERS
     ),
+    Problem("lstsq, low rank", solve_with(solve_lstsq(), low_rank), least_squares_by_pinv, LINEAR_THETA),
+    Problem("lstsq, low rank, made in matvec", least_squares, least_squares_by_pinv, LINEAR_THETA),
     *(
         Problem(
             f"ridge by {row}",

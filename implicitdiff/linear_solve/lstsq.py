@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from implicitdiff._linear import LinearSolver
 from implicitdiff.linear_solve._direct import direct
 from implicitdiff.linear_solve._outcome import OnFailure
+from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem
 
 
 def solve_lstsq(*, rtol: float | None = None, on_failure: OnFailure = "raise") -> LinearSolver:
@@ -19,16 +21,28 @@ def solve_lstsq(*, rtol: float | None = None, on_failure: OnFailure = "raise") -
     Materialises ``A`` and takes its singular value decomposition: some ten times the work of `solve_lu`, and defined
     for singular ``A`` too.
 
+    Derivatives are those of ``x = A^+ b`` at constant rank, of any order: range and null space turn with ``A``::
+
+        dx = A^+ (db - dA x) + A^+ A^{+H} dA^H r + (I - A^+ A) dA^H A^{+H} x,      r = b - A x.
+
+    Where the rank changes there is no derivative. The rank stays, to first order, if ``dA`` takes the null space of
+    ``A`` into its range, and this is looked at, by one vector of that space and up to rounding, in forward mode and,
+    in reverse mode, where ``A`` depends on one real number. A cotangent of several numbers, as of a matrix, cannot
+    tell: it is right for the directions that keep the rank, which may be all that it is pulled back to, and has no
+    meaning for the others.
+
     Args:
         rtol: singular values up to ``rtol`` times the largest count as zero; None: ``n`` times the precision of the
-            dtype.
-        on_failure: see `implicitdiff.linear_solve`.
+            dtype. What counts as zero but is not leaves its relative size as an error in derivatives.
+        on_failure: see `implicitdiff.linear_solve`; ``"ignore"`` also leaves out the look at the rank.
 
     Raises (when solving):
-        LinearSolveError: ``A`` is not finite.
+        LinearSolveError: ``A`` is not finite; in a derivative, its rank changes.
 
-    Reference:
+    References:
         Golub and Van Loan, "Matrix Computations", 4th ed., section 5.5.
+        Golub and Pereyra, "The Differentiation of Pseudo-Inverses and Nonlinear Least Squares Problems Whose Variables
+        Separate", SIAM J. Numer. Anal. 10, 1973.
 
     Example:
         >>> import torch
@@ -40,7 +54,8 @@ def solve_lstsq(*, rtol: float | None = None, on_failure: OnFailure = "raise") -
     if rtol is not None and not (isinstance(rtol, (int, float)) and rtol >= 0):
         raise ValueError(f"solve_lstsq: rtol must be >= 0 or None, got {rtol!r}")
     broken = "the matrix, or the right-hand side, is not finite"
-    return direct("solve_lstsq", partial(least_squares, rtol=rtol), broken, on_failure=on_failure)
+    solver = direct("solve_lstsq", partial(least_squares, rtol=rtol), broken, on_failure=on_failure)
+    return replace(solver, kind=partial(PseudoinverseProblem, rtol=rtol, on_failure=on_failure))
 
 
 def least_squares(a: Tensor, b: Tensor, eps: float, *, rtol: float | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,164 @@
+r"""The derivative of the least-squares solution of least norm.
+
+Where the rank of ``A`` is constant, ``x = A^+ b`` has the derivative (Golub and Pereyra, 1973, (4.12))::
+
+    x' = A^+ (b' - A' x) + A^+ A^{+H} A'^H r + (I - A^+ A) A'^H A^{+H} x,      r = b - A x,
+
+whose second term moves the range of ``A`` and whose third moves its null space; for a regular matrix both vanish.
+With ``y = A^{+H} x`` and ``q = A'^H y`` it is, in terms of solutions and products::
+
+    x' = q + A^+ (b' - A' x + A^{+H} A'^H r - A q),
+
+and its transpose, with ``u = A^{+H} x_bar``, ``w = A^+ u`` and ``p = x_bar - A^H u``::
+
+    b_bar = u,      theta_bar = d/dtheta (- <u, A x> + <r, A w> + <y, A p>).
+
+Each solution in the rules is one by the same problem again, so derivatives of any order follow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import implicitdiff._functorch as functorch
+import implicitdiff._modes as _modes
+from implicitdiff._linear import LinearProblem, pattern
+from implicitdiff._pytree import Leaves
+from implicitdiff._system import Vectors, first_column
+from implicitdiff.linear_solve._outcome import OnFailure, report
+
+RANK_CHANGES = (
+    "the rank of the matrix changes in the direction of the derivative, and there the solution of least norm has none: "
+    "A' takes vectors of the null space of A out of the range of A; give A by parameters that keep its rank"
+)
+
+
+@dataclass(frozen=True)
+class PseudoinverseProblem(LinearProblem):
+    """``x = A^+ b``.
+
+    Attributes:
+        rtol: singular values up to this times the largest count as zero, or None for rounding alone.
+        on_failure: what to do where the rank changes.
+    """
+
+    rtol: float | None = None
+    on_failure: OnFailure = "raise"
+
+    def jvp(self, x: Leaves, theta: Leaves, tangents: dict[int, Tensor]) -> Leaves:
+        moved = {i: t for i, t in tangents.items() if i >= self._sides}
+        if not moved:
+            return super().jvp(x, theta, tangents)
+        self._check_rank(x, theta, moved)
+        adjoint, operands = self._adjoint, theta[self._sides :]
+        of_range = adjoint.pushforward(self._misfit(x, theta), theta, moved)
+        y, z = self._solve_each((x, of_range), x, theta, adjoint=True)
+        q = adjoint.pushforward(y, theta, moved)
+        rhs = _difference(_difference(z, self.pushforward(x, theta, tangents)), self.product(q, operands))
+        return [s + t for s, t in zip(q, self.solve(x, theta, rhs, adjoint=False), strict=True)]
+
+    def vjp(self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int]) -> dict[int, Tensor]:
+        moved = [i for i in wanted if i >= self._sides]
+        if not moved:
+            return super().vjp(x, theta, x_bar, wanted)
+        if self._is_one_number(theta, moved):
+            self._check_rank(x, theta, {moved[0]: torch.ones_like(theta[moved[0]])}, x_bar)
+        u, y = self._solve_each((x_bar, x), x, theta, adjoint=True)
+        w = self.solve(x, theta, u, adjoint=False)
+        p = _difference(x_bar, self._adjoint.product(u, theta[self._sides :]))
+        many, at = self._columns((x, w, p))
+        _, cotangent = self._columns(([-t for t in u], self._misfit(x, theta), y))
+        grads = many.pullback(at, [*at, *theta[self._sides :]], cotangent, moved)
+        return grads | {i: u[i] for i in wanted if i < self._sides}
+
+    def _check_rank(self, x: Leaves, theta: Leaves, tangents: dict[int, Tensor], x_bar: Leaves | None = None) -> None:
+        """Report a change of rank along the tangents, in the lanes whose cotangent is not zero."""
+        if self.on_failure == "ignore":
+            return
+        value = functorch.plain_under_vmap
+        with _modes.below_gradients():
+            theta, along = [value(t) for t in theta], {i: value(t) for i, t in tangents.items()}
+            gap, bound = self._rank_gap([value(t) for t in x], theta, along)
+            if x_bar is not None:
+                gap = torch.where(self._is_in_use([value(t) for t in x_bar]), gap, 0.0)
+            (both,), _ = functorch.without_batch_layers([torch.stack(torch.broadcast_tensors(gap, bound), dim=-1)])
+        gap, bound = both.reshape(-1, 2).unbind(dim=-1)
+        failed = gap > bound
+        if bool(failed.any()):
+            worst = int(torch.where(failed, gap / bound, 0.0).argmax())
+            report("solve_lstsq", RANK_CHANGES, failed, float(gap[worst]), float(bound[worst]), 0, self.on_failure)
+
+    def _rank_gap(self, x: Leaves, theta: Leaves, tangents: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """How much of ``A' w`` lies outside of the range of ``A``, for a ``w`` of its null space, and how much of it
+        may be rounding, lane by lane.
+
+        The rank stays, to first order, if nothing of it does. The null space of a rounded matrix is out by the rounding
+        times the condition; the derivative is known no better than to its own rounding and that of the matrix.
+        """
+        one, like = replace(self, columns=()), first_column(x, len(self.lanes), len(self.columns))
+        vectors, operands = Vectors(like, self.lanes), theta[self._sides :]
+        theta = [*like, *operands]
+
+        def norm(v: Leaves) -> Tensor:
+            size: Tensor = torch.linalg.vector_norm(vectors.ravel(v), dim=-1, dtype=torch.float64)
+            return size
+
+        probe = pattern(like)
+        image = one.product(probe, operands)
+        inside, inverse = one._solve_each((image, probe), like, theta, adjoint=False)
+        null = _difference(probe, inside)
+        many, both = one._columns((null, probe))
+        of_null, of_probe = many._apart(many.pushforward(both, [*both, *operands], tangents))
+        outside = _difference(of_null, one.product(one.solve(like, theta, of_null, adjoint=False), operands))
+        condition = norm(image) * norm(inverse) / norm(probe) ** 2
+        noise = vectors.eps**0.5 + 100 * max(self.rtol or 0.0, vectors.dimension * vectors.eps) * condition
+        return norm(outside), noise * (norm(of_probe) + norm(image)) * norm(null) / norm(probe)
+
+    def _is_in_use(self, x_bar: Leaves) -> Tensor:
+        """The lanes in which the solution has a cotangent."""
+        rows = Vectors(x_bar, (*self.lanes, *self.columns)).ravel(x_bar)
+        return (rows.reshape(math.prod(self.lanes), -1) != 0).any(dim=-1)
+
+    def _is_one_number(self, theta: Leaves, moved: Sequence[int]) -> bool:
+        """Whether all that moves the matrix of a lane is one real number.
+
+        Of several, the cotangent may be meant for parameters along which the rank stays. Not so of one.
+        """
+        at = moved[0]
+        levels = zip(self.levels, reversed(self.lanes), strict=True)
+        own = math.prod(size for dims, size in levels if dims[at - self._sides] is not None)
+        return len(moved) == 1 and theta[at].numel() == own and not theta[at].is_complex()
+
+    @property
+    def _sides(self) -> int:
+        return len(self.structure.slots)
+
+    @property
+    def _adjoint(self) -> PseudoinverseProblem:
+        return replace(self, operator=self.operator.adjoint)
+
+    def _misfit(self, x: Leaves, theta: Leaves) -> Leaves:
+        return [-t for t in self.residual(x, theta)]
+
+    def _solve_each(self, sides: Sequence[Leaves], x: Leaves, theta: Leaves, *, adjoint: bool) -> list[Leaves]:
+        """The solutions for several right-hand sides, by one decomposition."""
+        many, b = self._columns(sides)
+        return many._apart(many.solve(x, theta, b, adjoint=adjoint))
+
+    def _columns(self, vectors: Sequence[Leaves]) -> tuple[PseudoinverseProblem, Leaves]:
+        """The problem with one more dimension of columns, and the vectors as these."""
+        stacked = [torch.stack(leaves, len(self.lanes)) for leaves in zip(*vectors, strict=True)]
+        return replace(self, columns=(len(vectors), *self.columns)), stacked
+
+    def _apart(self, columns: Leaves) -> list[Leaves]:
+        """The inverse."""
+        return [list(leaves) for leaves in zip(*(t.unbind(len(self.lanes)) for t in columns), strict=True)]
+
+
+def _difference(a: Leaves, b: Leaves) -> Leaves:
+    return [s - t for s, t in zip(a, b, strict=True)]
