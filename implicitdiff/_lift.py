@@ -55,7 +55,6 @@ class Lifted:
             they are.
         is_unsure: whether it has to be evaluated a second time to know. It has used a tensor to be differentiated that
             came from nowhere: what an inner transform returns, or a captured tensor that passes through one untouched.
-            Or it has written to variables.
     """
 
     def __init__(
@@ -70,8 +69,7 @@ class Lifted:
     ) -> None:
         self.name, self.fn, self.arguments, self.value, self.snapshot = name, fn, arguments, value, snapshot
         self.program, self.exchanges = watch.program, watch.exchanges
-        self.captured, self.constants, some_are_gone = _divided(watch.program)
-        self.is_unsure = some_are_gone or snapshot.was_written
+        self.captured, self.constants, self.is_unsure = _divided(watch.program)
         self.given, self.operands = len(given), [*given, *self.captured]
         for i, tensor in enumerate(self.captured, start=self.given):
             self.program.aliases["constant", id(tensor)] = ("operand", i)

@@ -40,13 +40,11 @@ class Snapshot:
 
     Attributes:
         places: these places.
-        was_written: whether an evaluation has written to some of them.
     """
 
     def __init__(self, fn: Any, args: Sequence[Any] = ()) -> None:
         """Take one of a function, and of what it is given that is no tensor."""
         self.places = _Walk().places_from([fn, *args])
-        self.was_written = False
 
     def replaced(self) -> list[torch.Tensor]:
         """The tensors that other values have taken the places of."""
@@ -64,7 +62,6 @@ class Snapshot:
         for place in self.places:
             (unchanged if place.holds(place.now()) else written).append(place)
         self.places = [place for place in unchanged if place.keep_used(is_used)]
-        self.was_written = bool(written)
         return any(place.was_filled() for place in written)
 
     @contextmanager
