@@ -459,8 +459,8 @@ DEAR = ("newton, iterations", "projected_gradient", "levenberg_marquardt", "scip
 OF_MANY = [outer for outer in OUTER if outer.name in DEAR]
 OF_FEW = [outer for outer in OUTER if outer.name not in DEAR]
 PAIRS = [
-    *((outer, inner) for j, inner in enumerate(INNER) for outer in OF_FEW[j % 2 :: 2]),
+    *((outer, inner) for j, inner in enumerate(INNER) for outer in OF_FEW[j % 3 :: 3]),
     *((outer, inner) for j, inner in enumerate(INNER) for outer in OF_MANY[j % 4 :: 4]),
-    *((outer, inner) for j, inner in enumerate(LINEAR) for outer in OF_FEW[j % 4 :: 4]),
-    *((outer, inner) for j, inner in enumerate(SEARCHING) for outer in OF_FEW[j % 5 :: 5]),
+    *((outer, inner) for j, inner in enumerate(LINEAR) for outer in OF_FEW[j % 5 :: 5]),
+    *((outer, inner) for j, inner in enumerate(SEARCHING) for outer in OF_FEW[j % 6 :: 6]),
 ]

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from implicitdiff import custom_fixed_point, custom_root, solvers
+from implicitdiff._snapshot import Snapshot
 from implicitdiff.linear_solve import solve_lu
 
 F64 = torch.float64
@@ -280,3 +281,31 @@ def test_variables_are_as_they_were_after_a_derivative_that_put_them_back():
 
     torch.testing.assert_close(grad(f)(FOUR), FOUR / 16)
     assert (scale, box, owner.scale) == (2.0, [3.0, 4.0], 5.0)
+
+
+# --- what a function can reach ----------------------------------------------------------------------------------------
+
+
+def test_of_what_a_function_can_reach_only_what_it_looks_up_is_noted(request):
+    class Node:
+        def __init__(self, following):
+            self.scale, self.following = 1.0, following
+
+        def residual(self, x):
+            return self.scale * x**2 - 4.0
+
+    class Trainer:
+        """It reads one name of an object that knows the whole program."""
+
+        def __init__(self):
+            self.request, self.fn, self.count = request, abs, 0
+
+        def __call__(self, x):
+            self.count += len(self.request.node.name)
+            return self.fn(x) ** 2 - 4.0
+
+    node, data = None, [0.0] * 100_000
+    for _ in range(1000):
+        node = Node(node)
+    for fn in node.residual, Trainer(), lambda x: data[1] * x:
+        assert len(Snapshot(fn).places) < 500
