@@ -264,7 +264,7 @@ def _exchanged(needed: bool) -> Iterator[None]:
     if not needed:
         yield
         return
-    # Round the mode that compares operations: it sees those that the user wrote.
+    # Entered before the mode that compares operations, which then sees the operations that the user wrote.
     with Exchange():
         yield
 

@@ -78,7 +78,7 @@ class Program:
             self._add_result(tensor, ("result", len(self.operations), k))
 
     def nest(self, program: Program) -> None:
-        """Note what a function did that a library call within this one was given."""
+        """Note the program of a function that this one gives to a solver or a linear solve."""
         self.operations.append((program, [], {}))
 
     def finish(self) -> None:
@@ -114,7 +114,7 @@ class Program:
             self.aliases.setdefault(origin, known)
 
     def _place(self, tensor: torch.Tensor, origin: Origin) -> None:
-        """Note where a tensor comes from, and with it what it wraps: a transform that ends takes that out."""
+        """Note the origin of a tensor and of what it wraps, which a transform returns when it ends."""
         self._origins[id(tensor)] = origin
         self._alive.append(tensor)
         while functorch.level(tensor) > self.depth:
@@ -170,7 +170,7 @@ class Program:
     # --- comparing --------------------------------------------------------------------------------------------------
 
     def difference(self, then: Program, constants: set[int] | None) -> str | None:
-        """In which respect this is another program than one before; None: in none.
+        """The first difference from an earlier program, in words; None if there is none.
 
         Args:
             then: the program before.

@@ -36,14 +36,14 @@ _LOCK = threading.RLock()
 
 
 class Snapshot:
-    """The places that a function looks up, with what they hold.
+    """The places where a function looks values up, with these values.
 
     Attributes:
         places: these places.
     """
 
     def __init__(self, fn: Any, args: Sequence[Any] = ()) -> None:
-        """Take one of a function, and of what it is given that is no tensor."""
+        """Note the places of a function and of its arguments that are no tensors."""
         self.places = _Walk().places_from([fn, *args])
 
     def replaced(self) -> list[torch.Tensor]:
@@ -248,7 +248,7 @@ class _Walk:
         self.seen: dict[int, Any] = {}
         self.objects: list[tuple[Any, set[str]]] = []
         self.names: set[str] = {"__call__", "forward"}
-        # Attributes that some function sets, which may not be there yet.
+        # Names of attributes that some function sets. An object may not have them yet.
         self.stored: set[str] = set()
 
     def places_from(self, values: Sequence[Any]) -> list[_Place]:
@@ -348,7 +348,7 @@ class _Walk:
                 self.todo.append(member.func)
             elif isinstance(member, _SIMPLE) and not isinstance(member, FunctionType):
                 self._note(_Attribute(kind, name))
-                if value is not None and name not in known:  # where an object may get one of its own
+                if value is not None and name not in known:  # an attribute of the object would hide it
                     known.add(name)
                     self._note(_Item(_own(value), name))
             else:
