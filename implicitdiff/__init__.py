@@ -8,6 +8,7 @@ from implicitdiff.errors import (
     LinearSolveError,
     LinearSolveWarning,
     NotARootError,
+    TransformError,
 )
 from implicitdiff.fronts import (
     SGD,
@@ -80,6 +81,7 @@ __all__ = [
     "Optimizer",
     "RAdam",
     "RMSProp",
+    "TransformError",
     "accelerated_op_available",
     "adadelta",
     "adagrad",

@@ -8,7 +8,7 @@ wrappers nest.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar, cast
@@ -82,9 +82,15 @@ def replace_inside(tensor: torch.Tensor, replace: Callable[[torch.Tensor], torch
     return replaced if level(tensor) < 0 else rewrap(replaced, tensor)
 
 
-def leaves_of(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The leaves that autograd would accumulate into from here."""
-    seen: set[Any] = set()
+def leaves_beside(tensor: torch.Tensor, known: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The leaves that autograd would accumulate into from here, but for these tensors and what they were made of."""
+    own = {id(t) for t in known}
+    return [t for t in leaves_of(tensor, [t.grad_fn for t in known]) if id(t) not in own]
+
+
+def leaves_of(tensor: torch.Tensor, below: Iterable[Any] = ()) -> list[torch.Tensor]:
+    """The leaves that autograd would accumulate into from here, without those below some nodes."""
+    seen: set[Any] = set(below)
     leaves: list[torch.Tensor] = []
     nodes: list[Any] = [tensor.grad_fn]
     while nodes:
@@ -128,6 +134,23 @@ def is_tracked(tensor: torch.Tensor) -> bool:
             return True
         tensor = unwrap(tensor)
     return tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def lanes_draw_their_own() -> bool:
+    """Whether a running vmap draws other random numbers for every lane."""
+    running = retrieve_all_functorch_interpreters()
+    return any(isinstance(i, VmapInterpreter) and i.randomness() == "different" for i in running)
+
+
+def is_vmap(level: int) -> bool:
+    """Whether the transform of a level is a vmap."""
+    running = retrieve_all_functorch_interpreters()
+    return level <= len(running) and isinstance(running[level - 1], VmapInterpreter)
+
+
+def in_forward_mode() -> bool:
+    """Whether forward mode is running."""
+    return bool(forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled())
 
 
 def is_quiet(tensors: Sequence[torch.Tensor], batched: Sequence[torch.Tensor] = ()) -> bool:
@@ -255,6 +278,48 @@ def levels_up_to(count: int) -> Iterator[int]:
             functorch._vmap_decrement_nesting()
 
 
+def untransformable(error: RuntimeError) -> str | None:
+    """What a function does that made torch.func raise this error, in words, with the remedy; None for other errors."""
+    for start, words in _UNTRANSFORMABLE.items():
+        if str(error).startswith(start):
+            return words
+    return untransformable_function(error)
+
+
+def untransformable_function(error: RuntimeError) -> str | None:
+    """The same for a custom autograd.Function alone."""
+    if not str(error).startswith("In order to use an autograd.Function with functorch transforms"):
+        return None
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    cls = None if trace is None else trace.tb_frame.f_locals.get("cls")
+    name = getattr(cls, "__name__", "")
+    if name == "BackwardHookFunction":
+        return "a module with a full backward hook, which torch.func cannot transform: remove the hook"
+    if name.startswith("GeneratedBackwardFor_"):
+        return (
+            f"the custom operator {name.removeprefix('GeneratedBackwardFor_')}, whose registered derivative torch.func "
+            "cannot transform: write it as an autograd.Function with setup_context"
+        )
+    if name == "CheckpointFunction":
+        return "a reentrant checkpoint, which torch.func cannot transform: pass use_reentrant=False"
+    return f"the autograd.Function {name}, which torch.func cannot transform: give it a setup_context"
+
+
+_UNTRANSFORMABLE = {
+    "element 0 of tensors does not require grad": "torch.autograd.grad to its arguments: take torch.func.grad",
+    "One of the differentiated Tensors does not require grad": (
+        "torch.autograd.grad to its arguments: take torch.func.grad"
+    ),
+    "The differentiated Tensor at index": "torch.autograd.grad to its arguments: take torch.func.grad",
+    "backward() called inside a functorch transform": "Tensor.backward: take torch.func.grad",
+    "torch.func.{grad, vjp, jacrev, hessian} don't yet support saved tensor hooks": (
+        "hooks of saved tensors, as torch.utils.checkpoint has, which torch.func cannot transform: leave them out"
+    ),
+}
+
+
 def call_inert(func: Any, args: Sequence[Any], kwargs: dict[str, Any], depth: int) -> Any:
     """Call a torch function where `depth` levels are running and all of them are inert.
 
@@ -278,9 +343,16 @@ def no_levels() -> AbstractContextManager[object]:
 
 
 @contextmanager
+def no_transforms() -> Iterator[None]:
+    """The same with forward mode off, in which transforms that start in the body are on their own."""
+    with temporarily_clear_interpreter_stack(), forward_ad._set_fwd_grad_enabled(False):
+        yield
+
+
+@contextmanager
 def nothing_running() -> Iterator[None]:
     """The same with gradients off in both modes, as it is inside of an autograd.Function."""
-    with temporarily_clear_interpreter_stack(), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+    with no_transforms(), torch.no_grad():
         yield
 
 
@@ -376,6 +448,11 @@ def have_gradient_layer(tensors: Sequence[torch.Tensor]) -> bool:
     )
 
 
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether the outermost layer of a tensor is that of a vmap."""
+    return bool(functorch.is_batchedtensor(tensor))
+
+
 def have_batch_layer(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether a vmap batches one of these tensors."""
     return not are_plain(tensors) and any(batch_levels(t) for t in tensors)
@@ -400,23 +477,23 @@ def are_constant(tensors: Sequence[torch.Tensor], *, plain: bool = False) -> boo
     plain."""
     if not plain and not are_plain(tensors):
         return False
-    return forward_ad._current_level < 0 or all(forward_ad.unpack_dual(t).tangent is None for t in tensors)
+    return not in_forward_mode() or all(forward_ad.unpack_dual(t).tangent is None for t in tensors)
 
 
 def nothing_records() -> bool:
     """Whether no derivative is recorded, in either mode, and no transform is running."""
-    return not torch.is_grad_enabled() and forward_ad._current_level < 0 and depth() == 0
+    return not torch.is_grad_enabled() and not in_forward_mode() and depth() == 0
 
 
 def only_autograd() -> bool:
     """Whether no transform is running, and no forward mode."""
-    return depth() == 0 and forward_ad._current_level < 0
+    return depth() == 0 and not in_forward_mode()
 
 
 def only_reverse_mode() -> bool:
     """Whether none but grad, vjp and their kin are running, so that an autograd.Function needs no other rule."""
     running = retrieve_all_functorch_interpreters()
-    return forward_ad._current_level < 0 and all(isinstance(interpreter, GradInterpreter) for interpreter in running)
+    return not in_forward_mode() and all(isinstance(interpreter, GradInterpreter) for interpreter in running)
 
 
 def in_dispatch_mode() -> bool:

@@ -7,6 +7,9 @@ substituted by operands.
 
 It runs again when the derivative is taken, and has to be the same function then. Its variables are put back for that
 time (`_snapshot`), torch's settings too (`_settings`), and its operations are compared (`_program`).
+
+Some functions torch.func cannot transform: they call `torch.autograd.grad`, or a custom autograd.Function of the old
+kind. These run with no transform on the stack. They have a first derivative in reverse mode, by autograd alone.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from implicitdiff._program import Program, checksum, version
 from implicitdiff._pytree import Leaves, Structure
 from implicitdiff._settings import applied, autocast, settings
 from implicitdiff._snapshot import Snapshot
+from implicitdiff.errors import TransformError
 
 InDims = Any
 
@@ -55,6 +59,7 @@ class Lifted:
             they are.
         is_unsure: whether it has to be evaluated a second time to know. It has used a tensor to be differentiated that
             came from nowhere: what an inner transform returns, or a captured tensor that passes through one untouched.
+        alone: why autograd alone can evaluate it, with no transform on the stack; None if torch.func can transform it.
     """
 
     def __init__(
@@ -66,16 +71,23 @@ class Lifted:
         watch: Watch,
         value: Any,
         snapshot: Snapshot,
+        *,
+        alone: str | None,
     ) -> None:
-        self.name, self.fn, self.arguments, self.value, self.snapshot = name, fn, arguments, value, snapshot
+        self.name, self.fn, self.arguments, self.snapshot = name, fn, arguments, snapshot
+        self.alone = alone
         self.program, self.exchanges = watch.program, watch.exchanges
         self.captured, self.constants, self.is_unsure = _divided(watch.program)
+        if alone:
+            # No mode sees what is given to a custom autograd.Function where no transform runs.
+            self.captured += _leaves_beside(value, [*watch.operands, *self.captured])
+        self.value = pytree.map_tensors(torch.Tensor.detach, value)
         self.given, self.operands = len(given), [*given, *self.captured]
         for i, tensor in enumerate(self.captured, start=self.given):
             self.program.aliases["constant", id(tensor)] = ("operand", i)
         # functorch refuses a tensor of a level that is not running. And at least one level has to run, or a mode does
         # not see what a custom autograd.Function is applied to.
-        self.levels = max(1, max(map(functorch.level, self.captured), default=0))
+        self.levels = 0 if alone else max(1, max(map(functorch.level, self.captured), default=0))
         self.settings = settings()
         self._judged = {id(t) for t, _ in self.constants}
         self._is_during_call = False
@@ -109,6 +121,11 @@ class Lifted:
         self._difference = watch.program.difference(self.program, self._judged)
         return result
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether it calls `torch.autograd.grad`."""
+        return any(operation[0] is torch.autograd.grad for operation in self.program.operations)
+
     def refuse_another(self) -> None:
         """Raise if the second evaluation at the call was that of another function."""
         if self._difference is not None:
@@ -122,7 +139,10 @@ class Lifted:
         """The result with these operands, at any point, for as long as the call lasts."""
         levels = self.levels if self.captured else 0
         with functorch.levels_up_to(levels) as inert, _exchanged(self.exchanges), autocast(self.settings[0]):
-            return self._run(inert, operands, *more)
+            if self.alone:
+                return self._run_alone(operands, *more)
+            with told(self.name):
+                return self._run(inert, operands, *more)
 
     @contextmanager
     def during_call(self) -> Iterator[None]:
@@ -147,10 +167,14 @@ class Lifted:
     def _watched(self, operands: Sequence[torch.Tensor]) -> tuple[Any, Watch]:
         with functorch.levels_up_to(self.levels) as inert, _as_evaluated(), _exchanged(self.exchanges):
             watch = Watch([*operands], inert)
-            with watch:
-                result = self._run(-1, operands)
+            with watch, told(self.name):
+                result = self._run_alone(operands) if self.alone else self._run(-1, operands)
         watch.program.finish()
         return result, watch
+
+    def by_autograd(self, why: str) -> Lifted:
+        """The same function, lifted where no transform runs."""
+        return _lifted(self.name, self.fn, self.operands[: self.given], self.arguments, why)
 
     def _run(self, inert: int, operands: Sequence[torch.Tensor], *more: Any) -> Any:
         args = self.arguments.unflatten(operands[: self.given])
@@ -159,8 +183,18 @@ class Lifted:
         with Substitute(self.captured, operands[self.given :], inert) as substitute:
             return pytree.map_tensors(substitute.resolve, self.fn(*args, *more))
 
+    def _run_alone(self, operands: Sequence[torch.Tensor], *more: Any) -> Any:
+        """The same where autograd alone may run; what the function differentiates needs gradients, whoever asks."""
+        with _alone(True):
+            if torch.is_grad_enabled():
+                return self._run(-1, operands, *more)
+            with torch.enable_grad():
+                result = self._run(-1, _differentiable([t.detach() for t in operands]), *more)
+        return pytree.map_tensors(torch.Tensor.detach, result)
+
 
 _derivative = threading.local()
+_evaluation = threading.local()
 # What changes from one evaluation to the next shows in the second.
 _COMPARED = 2
 
@@ -189,10 +223,21 @@ def lift(name: str, fn: Callable[..., Any], *args: Any) -> Lifted:
 
     Raises:
         ValueError: the function drew random numbers, or changed a tensor in place that it was given or had captured.
+        TransformError: a transform is running, and torch.func cannot transform the function.
     """
     given, arguments = pytree.flatten(args)
+    try:
+        return _lifted(name, fn, given, arguments, None)
+    except TransformError as error:
+        if not functorch.only_autograd():
+            raise
+        why = str(error)
+    return _lifted(name, fn, given, arguments, why)
+
+
+def _lifted(name: str, fn: Callable[..., Any], given: Leaves, arguments: Structure, alone: str | None) -> Lifted:
     snapshot = Snapshot(fn, arguments.others)
-    value, watch = _watched(name, fn, given, arguments)
+    value, watch = _watched(name, fn, given, arguments, alone)
     used = watch.program.outside.keys()
     if state := [t for t in snapshot.replaced() if id(t) in used]:
         raise ValueError(
@@ -202,19 +247,24 @@ def lift(name: str, fn: Callable[..., Any], *args: Any) -> Lifted:
         )
     if snapshot.keep_used(lambda t: id(t) in used or not functorch.may_be_differentiated(t)):
         # It made a constant at its first use. From now on it will not.
-        value, watch = _watched(name, fn, given, arguments)
+        value, watch = _watched(name, fn, given, arguments, alone)
     for outer in _modes.watches():
         outer.program.nest(watch.program)
     watch.program.note_memory(given)
-    return Lifted(name, fn, given, arguments, watch, value, snapshot)
+    return Lifted(name, fn, given, arguments, watch, value, snapshot, alone=alone)
 
 
-def _watched(name: str, fn: Callable[..., Any], given: Leaves, arguments: Structure) -> tuple[Any, Watch]:
-    """The result, detached, and what was seen."""
+def _watched(
+    name: str, fn: Callable[..., Any], given: Leaves, arguments: Structure, alone: str | None
+) -> tuple[Any, Watch]:
+    """The result, and what was seen."""
     random_state = torch.get_rng_state()
-    with functorch.levels_up_to(1) as inert, _as_evaluated(), torch.enable_grad():
+    with functorch.levels_up_to(0 if alone else 1) as inert, _as_evaluated(), torch.enable_grad():
         aliases = [t.detach() for t in given]
-        with Watch(aliases, inert) as watch:
+        if alone:
+            # The function may differentiate with respect to its arguments.
+            aliases = _differentiable(aliases)
+        with Watch(aliases, inert) as watch, told(name), _alone(alone is not None):
             result = fn(*arguments.unflatten(aliases))
     for tensor in pytree.tensors(result):
         watch.program.see(tensor)
@@ -229,7 +279,34 @@ def _watched(name: str, fn: Callable[..., Any], given: Leaves, arguments: Struct
             "evaluated more than once and must be free of side effects (batch normalisation: use eval mode)"
         )
     watch.program.finish()
-    return pytree.map_tensors(torch.Tensor.detach, result), watch
+    return result, watch
+
+
+@contextmanager
+def told(name: str) -> Iterator[None]:
+    """Raise `TransformError` where torch.func cannot transform a function of the user, of this name, in the body."""
+    try:
+        yield
+    except TransformError:
+        raise
+    except RuntimeError as error:
+        what = None if functorch.depth() == 0 else functorch.untransformable(error)
+        if what is None:
+            raise
+        raise TransformError(
+            f"{name} applies {what}; or take a first derivative by backward() outside of torch.func, which autograd "
+            "alone can do"
+        ) from error
+
+
+def _differentiable(tensors: Leaves) -> Leaves:
+    return [t.requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors]
+
+
+def _leaves_beside(result: Any, known: Leaves) -> Leaves:
+    """The leaves that a result hangs on beside what is known."""
+    found = [leaf for t in pytree.tensors(result) for leaf in functorch.leaves_beside(t, known)]
+    return list({id(leaf): leaf for leaf in found}.values())
 
 
 def confirm(lifted: Lifted) -> None:
@@ -237,9 +314,14 @@ def confirm(lifted: Lifted) -> None:
     of does: the derivative would be lost."""
     if functorch.nothing_records() or not (lifted.captured or lifted.is_unsure):
         return
+    operands = [t.detach() for t in lifted.operands]
     with torch.enable_grad():
-        result = lifted.again([t.detach() for t in lifted.operands])
-    if any(map(functorch.is_tracked, pytree.tensors(result))):
+        if lifted.alone:
+            operands = _differentiable(operands)
+            is_lost = bool(_leaves_beside(lifted.again(operands), operands))
+        else:
+            is_lost = any(map(functorch.is_tracked, pytree.tensors(lifted.again(operands))))
+    if is_lost:
         raise unseen(lifted.name)
     lifted.refuse_another()
 
@@ -250,6 +332,39 @@ def unseen(name: str) -> ValueError:
         f"{name} depends on a tensor that it captures where this cannot be seen, as in TorchScript, or where a "
         "captured tensor passes through an inner vmap untouched: pass the tensor as an argument"
     )
+
+
+@contextmanager
+def _alone(is_alone: bool) -> Iterator[None]:
+    """Say how the function is evaluated that runs in the body."""
+    before = _is_alone()
+    _evaluation.is_alone = is_alone
+    try:
+        yield
+    finally:
+        _evaluation.is_alone = before
+
+
+def _is_alone() -> bool:
+    """Whether autograd alone evaluates the function that is running."""
+    return getattr(_evaluation, "is_alone", False) and functorch.depth() == 0
+
+
+def gradient(fn: Callable[..., torch.Tensor], x: Any, *args: Any) -> Any:
+    """The gradient of ``fn(x, *args)``, a real number, as a tree like ``x``; in functions that are evaluated here."""
+    leaves, structure = pytree.flatten(x)
+
+    def of_leaves(leaves: Leaves) -> torch.Tensor:
+        return fn(structure.unflatten(leaves), *args)
+
+    if not _is_alone():
+        return structure.unflatten(torch.func.grad(of_leaves)(leaves))
+    with torch.enable_grad():
+        leaves = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in leaves]
+        value = of_leaves(leaves)
+        if not value.requires_grad:
+            return structure.unflatten([torch.zeros_like(t) for t in leaves])
+        return structure.unflatten(torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True))
 
 
 @contextmanager

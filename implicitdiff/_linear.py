@@ -75,7 +75,7 @@ def capture(name: str, linear: Callable[[Any], Any], leaves: Leaves, structure: 
 
 def lifted_operator(lifted: Lifted, structure: Structure) -> Matvec:
     """The operator that such a function is."""
-    return Matvec(lambda v, operands: structure.tensors_of(lifted([*v, *operands])))
+    return Matvec(lambda v, operands: structure.tensors_of(lifted([*v, *operands])), lifted.alone is not None)
 
 
 def _check_linear(name: str, matvec: Callable[[Any], Any], leaves: Leaves, structure: Structure, image: Leaves) -> None:
@@ -94,7 +94,7 @@ def _check_linear(name: str, matvec: Callable[[Any], Any], leaves: Leaves, struc
     values = [_functorch.base(t) for t in product([torch.zeros_like(t) for t in b])]
     if any(bool(((v != 0) & torch.isfinite(v)).any()) for v in values):
         raise ValueError(f"{name}: matvec is not linear: it does not take zero to zero; leave out its constant term")
-    p = [_size(t) * w for t, w in zip(b, pattern(b), strict=True)]
+    p = [size(t) * w for t, w in zip(b, pattern(b), strict=True)]
     images = image, product(p), product([t - 3 * w for t, w in zip(b, p, strict=True)])
     if (gap := _largest_gap([t for t in zip(*images, strict=True) if t[0].numel()])) > 0:
         raise ValueError(
@@ -103,7 +103,7 @@ def _check_linear(name: str, matvec: Callable[[Any], Any], leaves: Leaves, struc
         )
 
 
-def _size(tensor: Tensor) -> Tensor:
+def size(tensor: Tensor) -> Tensor:
     """Of the largest number, or 1 if there is none but zero."""
     largest = tensor.abs().amax() if tensor.numel() else tensor.abs().sum()
     return torch.where(largest > 0, largest, 1.0)

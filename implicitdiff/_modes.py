@@ -30,18 +30,24 @@ Derived = dict[int, "weakref.ref[torch.Tensor]"]
 
 
 @contextmanager
-def below_gradients() -> Iterator[Derived]:
+def below_gradients(outside: bool = False) -> Iterator[Derived]:
     """Run the body as if there were no grad, vjp and jvp level, and with gradients off; vmaps stay. Yields the tensors
     that the body makes of what is differentiated.
 
     Inside, tensors taken through `functorch.plain_under_vmap` are plain tensors, or batched by the running vmaps alone:
     in-place updates, NumPy, host control flow and `torch.autograd` work on the former as they do outside of any
     transform.
+
+    Args:
+        outside: whether to run the body with no level at all. It should use no wrapper of a running transform, which
+            cannot always be told from one of its own.
     """
-    with _KeepGradients() as gradients, uncached(), functorch.inert_gradient_levels() as levels, torch.no_grad():
+    depth = functorch.depth()
+    levels = functorch.no_transforms() if outside else functorch.inert_gradient_levels()
+    with _KeepGradients() as gradients, uncached(), levels, torch.no_grad():
         try:
-            if levels or is_traced():
-                with _DropGradientLayers(levels, gradients.bare):
+            if depth or is_traced():
+                with (_DropOutside if outside else _DropGradientLayers)(depth, gradients.bare):
                     yield gradients.derived
             else:
                 yield gradients.derived
@@ -124,7 +130,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, operands: Leaves, inert: int) -> None:
         super().__init__()
-        self.program, self.inert = Program(operands), inert
+        self.program, self.operands, self.inert = Program(operands), operands, inert
         self.given = [(t, version(t)) for t in operands]
         self.exchanges = False
 
@@ -309,7 +315,7 @@ class _DropGradientLayers(TorchFunctionMode):
             tensor = substitute.resolve(tensor)
         if functorch.is_plain(tensor):
             return tensor
-        if 0 < functorch.level(tensor) <= self.outer:
+        if self._is_outer(tensor):
             value = functorch.without_gradient_layers(tensor)
             if value is not tensor:
                 self.bare[id(value)] = weakref.ref(value)
@@ -318,3 +324,21 @@ class _DropGradientLayers(TorchFunctionMode):
         if id(tensor) not in self.wrappers:
             self.wrappers[id(tensor)] = (tensor, functorch.replace_inside(tensor, self._drop))
         return self.wrappers[id(tensor)][1]
+
+    def _is_outer(self, tensor: torch.Tensor) -> bool:
+        """Whether a wrapper is one of a transform that runs round the function."""
+        return 0 < functorch.level(tensor) <= self.outer
+
+
+class _DropOutside(_DropGradientLayers):
+    """The same for a function that runs with no level, so that its own transforms have the numbers of the outer ones.
+
+    A gradient wrapper of an outer transform that gets into one of the function's own changes no value there, as the
+    function's results are constants to the outer transform. But a vmap cannot take it.
+    """
+
+    def _is_outer(self, tensor: torch.Tensor) -> bool:
+        level = functorch.level(tensor)
+        if not 0 < level <= self.outer or functorch.is_batched(tensor):
+            return False
+        return level > functorch.depth() or functorch.is_vmap(level)

@@ -16,11 +16,28 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 import implicitdiff._functorch as functorch
+import implicitdiff._pytree as pytree
 from implicitdiff._pytree import Leaves
 
 Product = Callable[[Leaves], Leaves]
 Residual = Callable[[Leaves, Leaves], Leaves]
 Dims = tuple[int | None, ...]
+
+
+def with_vectors(
+    product: Callable[[Any], Any], one_by_one: bool, chunk_size: int | None = None
+) -> Callable[[Any], Any]:
+    """The products with many vectors, which lie in front: by vmap, or with one after the other."""
+    if not one_by_one:
+        return torch.func.vmap(product, chunk_size=chunk_size)
+
+    def products(vectors: Any) -> Any:
+        leaves, structure = pytree.flatten(vectors)
+        images = [product(structure.unflatten([t[i] for t in leaves])) for i in range(len(leaves[0]))]
+        _, of_image = pytree.flatten(images[0])
+        return of_image.unflatten([torch.stack(ts) for ts in zip(*map(pytree.tensors, images), strict=True)])
+
+    return products
 
 
 class Products(NamedTuple):
@@ -81,10 +98,15 @@ class PlainPullback(Pullback):
 
 
 class SharedPullback(PlainPullback):
-    """The same graph for products with ``d fn / dx`` and, by `pull_theta`, with the derivative in some of ``theta``."""
+    """The same graph for products with ``d fn / dx`` and, by `pull_theta`, with the derivative in some of ``theta``.
 
-    def __init__(self, fn: Residual, x: Leaves, theta: Leaves, wanted: Sequence[int]) -> None:
-        super().__init__(fn, x, functorch.recordable(theta))
+    Nothing can be put in the place of the last of ``theta``, as many as `fixed` says.
+    """
+
+    def __init__(self, fn: Residual, x: Leaves, theta: Leaves, wanted: Sequence[int], fixed: int = 0) -> None:
+        free = len(theta) - fixed
+        theta = [*functorch.recordable(theta[:free]), *theta[free:]]
+        super().__init__(fn, x, theta)
         self.wanted = tuple(self.theta[i] for i in wanted)
 
     def pull_theta(self, u: Leaves) -> Leaves:
@@ -109,14 +131,14 @@ class Retained(SharedPullback):
     them as it frees all that it saves.
     """
 
-    def __init__(self, fn: Residual, x: Leaves, theta: Leaves, positions: Sequence[int]) -> None:
-        super().__init__(fn, x, theta, positions)
+    def __init__(self, fn: Residual, x: Leaves, theta: Leaves, positions: Sequence[int], fixed: int) -> None:
+        super().__init__(fn, x, theta, positions, fixed)
         self.positions = list(positions)
-        self._begin, self._end = self._graph
+        self._begin, self.end = self._graph
         del self._graph, self.fn, self.x, self.theta
 
     def release(self) -> Leaves:
-        end, self._end = self._end, ()
+        end, self.end = self.end, ()
         return list(end)
 
     def resume(self, end: Leaves) -> SharedPullback:
@@ -142,9 +164,7 @@ class StrangerError(RuntimeError):
 
 def _refuse_strangers(x: tuple[torch.Tensor, ...], y: tuple[torch.Tensor, ...]) -> None:
     """Raise if a result hangs on a tensor that is no operand, since its derivative would be lost, silently."""
-    own = {id(t) for t in x}
-    stranger = not all(map(functorch.is_plain, y))
-    if stranger or any(id(leaf) not in own for t in y for leaf in functorch.leaves_of(t)):
+    if not all(map(functorch.is_plain, y)) or any(functorch.leaves_beside(t, x) for t in y):
         raise StrangerError(
             "the function to be differentiated depends on a tensor that it did not depend on when the solver was "
             "called: a parameter was replaced since then, or given its gradient flag; take the derivative first"
@@ -173,6 +193,11 @@ class Operator(ABC):
         return 0
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether its products take one vector at a time, as no vmap may run."""
+        return False
+
+    @property
     def adjoint(self) -> Operator:
         return Adjoint(self)
 
@@ -182,13 +207,14 @@ class Matvec(Operator):
     """``A(operands) v = fn(v, operands)``."""
 
     fn: Residual
+    one_by_one: bool = False
 
     def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
         at = pullback(self.fn, list(map(torch.zeros_like, like)), operands)
         return Products(lambda: lambda v: self.fn(v, operands), at.pull)
 
     def batched(self, dims: Dims) -> Matvec:
-        return Matvec(torch.func.vmap(self.fn, in_dims=(0, list(dims))))
+        return Matvec(torch.func.vmap(self.fn, in_dims=(0, list(dims))), self.one_by_one)
 
 
 @dataclass(frozen=True)
@@ -228,6 +254,7 @@ class Linearised(Operator):
     """A Jacobian whose graph is there already; without operands, it is never batched."""
 
     at: Linearisation
+    one_by_one: bool = False
 
     def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
         return Products(lambda: self.at.push(like), self.at.pull)
@@ -260,6 +287,10 @@ class Adjoint(Operator):
     @property
     def point(self) -> int:
         return self.of.point
+
+    @property
+    def one_by_one(self) -> bool:
+        return self.of.one_by_one
 
     @property
     def adjoint(self) -> Operator:

@@ -34,6 +34,7 @@ class Program:
     Attributes:
         outside: the tensors that the function used and was not given and did not make, each with its version, by id.
         operations: ``(function, arguments, keyword arguments)``, with an `Origin` in the place of each tensor.
+        recorded: whether gradients were on, for each operation.
         silent: how many library calls, each of which counts as one operation, are under way.
     """
 
@@ -41,6 +42,9 @@ class Program:
         self.depth = functorch.depth()
         self.outside: dict[int, tuple[torch.Tensor, int]] = {}
         self.operations: list[tuple[Any, Any, Any]] = []
+        self.recorded: list[bool] = []
+        # Where gradients are off all along, it does not show which operations a function records.
+        self.is_recording = torch.is_grad_enabled()
         self.silent = 0
         self.aliases: dict[Origin, Origin] = {}
         self.borrowed: dict[int, tuple[Any, Any]] = {}
@@ -64,7 +68,7 @@ class Program:
     def add(self, function: Any, arguments: tuple[Any, Any], result: Any) -> None:
         """Note an operation that has run."""
         if isinstance(result, torch.Tensor) and not self.silent:
-            self.operations.append((function, *arguments))
+            self._note(function, arguments)
             self._add_result(result, ("result", len(self.operations), 0))
             return
         made = [result] if isinstance(result, torch.Tensor) else _tensors_in(result)
@@ -73,13 +77,13 @@ class Program:
                 self._hide(tensor)
             return
         if made or (result is None and getattr(function, "__name__", "") not in _SWITCHES):
-            self.operations.append((function, *arguments))
+            self._note(function, arguments)
         for k, tensor in enumerate(made):
             self._add_result(tensor, ("result", len(self.operations), k))
 
     def nest(self, program: Program) -> None:
         """Note the program of a function that this one gives to a solver or a linear solve."""
-        self.operations.append((program, [], {}))
+        self._note(program, ([], {}))
 
     def finish(self) -> None:
         """Let the tensors go that the function made."""
@@ -101,6 +105,10 @@ class Program:
             self.outside[id(tensor)] = (tensor, version(tensor))
             self._note_borrowed(functorch.base(tensor))
         return ("constant", id(tensor))
+
+    def _note(self, function: Any, arguments: tuple[Any, Any]) -> None:
+        self.operations.append((function, *arguments))
+        self.recorded.append(torch.is_grad_enabled())
 
     def _knows(self, tensor: torch.Tensor) -> bool:
         return id(tensor) in self._origins or id(tensor) in self._hidden
@@ -189,6 +197,12 @@ class Program:
                 return f"its operation {i}, {_name(a[0])}, receives ({_call(a)}), where it received ({_call(b)})"
         if len(self.operations) != len(then.operations):
             return f"it has {len(self.operations)} operations, where it had {len(then.operations)}"
+        if self.is_recording and then.is_recording and self.recorded != then.recorded:
+            i = next(i for i, (a, b) in enumerate(zip(self.recorded, then.recorded, strict=True)) if a != b)
+            now, before = ("on", "off") if self.recorded[i] else ("off", "on")
+            return (
+                f"gradients are {now} for its operation {i}, {_name(self.operations[i][0])}, where they were {before}"
+            )
         return None
 
 

@@ -13,11 +13,21 @@ import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
 from implicitdiff._lift import Lifted, confirm, lift, over_levels, unseen
-from implicitdiff._linear import LinearProblem, LinearSolver, Solve, check_like, check_unknowns, solve_linear
+from implicitdiff._linear import (
+    LinearProblem,
+    LinearSolver,
+    Solve,
+    check_like,
+    check_unknowns,
+    pattern,
+    size,
+    solve_linear,
+)
 from implicitdiff._modes import Derived
 from implicitdiff._operator import Dims, Jacobian, Linearised, Residual, Retained, SharedPullback, StrangerError
 from implicitdiff._primitive import Problem, attach
 from implicitdiff._pytree import Leaves, Structure
+from implicitdiff.errors import TransformError
 from implicitdiff.linear_solve.auto import solve_auto
 
 Kind = Callable[[Leaves, Leaves], Leaves]
@@ -32,6 +42,7 @@ class RootProblem(Problem):
         residual_fn: the residual of one lane.
         solver: solves the linear systems of the derivatives.
         structure: the tree of one lane's solution.
+        alone: why autograd alone can evaluate it, or None.
         kept: an evaluation at the call, for a first derivative in reverse mode, if there is one.
         levels: for each vmap, where theta is batched (0, else None).
         lanes: the sizes of the vmaps, outermost first.
@@ -40,6 +51,7 @@ class RootProblem(Problem):
     residual_fn: Residual
     solver: Solve
     structure: Structure
+    alone: str | None = None
     kept: Kept | None = None
     levels: tuple[Dims, ...] = ()
     lanes: tuple[int, ...] = ()
@@ -63,8 +75,12 @@ class RootProblem(Problem):
         return solve_linear(problem, b, [*x, *theta])
 
     def vjp(self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
+        if functorch.nothing_records() and not functorch.have_legacy_batch(x_bar):
+            x, theta = [t.detach() for t in x], [t.detach() for t in theta]
         if functorch.is_quiet([*x, *theta], x_bar) and not _modes.is_inside():
             return self.quiet_vjp(x, theta, x_bar, wanted, [])
+        if self.alone is not None:
+            raise TransformError(self.alone)
         return super().vjp(x, theta, x_bar, wanted)
 
     def release(self) -> Leaves:
@@ -81,7 +97,8 @@ class RootProblem(Problem):
             at, positions = self.kept.graph.resume(released), self.kept.graph.positions
         else:
             at, positions = SharedPullback(self.residual, x, theta, wanted), list(wanted)
-        problem = LinearProblem(Linearised(at).adjoint, self.solver, self.structure, count=0, lanes=self.lanes)
+        operator = Linearised(at, one_by_one=self.alone is not None).adjoint
+        problem = LinearProblem(operator, self.solver, self.structure, count=0, lanes=self.lanes)
         u = solve_linear(problem, x_bar, [])
         pulled = dict(zip(positions, at.pull_theta([-t for t in u]), strict=True))
         return {i: pulled[i] for i in wanted}
@@ -142,20 +159,39 @@ class Posed:
 
     def problem(self) -> RootProblem:
         """The problem, for derivatives; all that it depends on is known."""
-        confirm(self.lifted)
-        return self._problem(None)
+        problem: RootProblem = self._either_way(Posed._confirmed)
+        return problem
 
     def attached(self) -> Any:
         """The solution with its derivatives."""
+        return self._either_way(Posed._attached)
+
+    def _either_way(self, make: Callable[[Posed], Any]) -> Any:
+        """What `make` makes of this, or of the function as autograd alone evaluates it if torch.func cannot transform
+        it; that may show only now, where tensors need gradients."""
+        try:
+            return make(self)
+        except TransformError as error:
+            if self.lifted.alone or not functorch.only_autograd():
+                raise
+            why = str(error)
+        return make(replace(self, lifted=self.lifted.by_autograd(why)))
+
+    def _attached(self) -> Any:
         wanted = [i for i, t in enumerate(self.theta) if t.requires_grad]
         if wanted and self._is_ordinary():
             problem = self._problem(Kept(self._graph(wanted), self.lifted))
         else:
-            problem = self.problem()
+            problem = self._confirmed()
         return self.structure.unflatten(attach(problem, self.x, self.theta))
 
+    def _confirmed(self) -> RootProblem:
+        confirm(self.lifted)
+        return self._problem(None)
+
     def _problem(self, kept: Kept | None) -> RootProblem:
-        return RootProblem(partial(self._evaluated, self.lifted), self.solver, self.structure, kept)
+        residual = partial(self._evaluated, self.lifted)
+        return RootProblem(residual, self.solver, self.structure, self.lifted.alone, kept)
 
     def _evaluated(self, fn: Callable[[Leaves], Any], x: Leaves, theta: Leaves) -> Leaves:
         return self.kind(x, self.structure.tensors_of(fn([*x, *theta])))
@@ -167,11 +203,53 @@ class Posed:
 
     def _graph(self, wanted: Sequence[int]) -> Retained:
         try:
-            graph = Retained(partial(self._evaluated, self.lifted.again), self.x, self.theta, wanted)
+            evaluate = partial(self._evaluated, self.lifted.again)
+            # What is given to a custom autograd.Function cannot be replaced where no transform runs, and need not be.
+            fixed = len(self.lifted.captured) if self.lifted.alone else 0
+            graph = Retained(evaluate, self.x, self.theta, wanted, fixed)
         except StrangerError:
             raise unseen(self.lifted.name) from None
         self.lifted.refuse_another()
+        if self.lifted.alone and self.lifted.takes_gradients:
+            self._check_second(graph)
         return graph
+
+    def _check_second(self, graph: Retained) -> None:
+        """Raise if the derivative of a gradient is not that of its values, along one direction.
+
+        To differentiate a gradient is to differentiate the backward pass of each custom autograd.Function in it. One
+        that has saved what it computed in its forward pass counts that as a constant.
+        """
+        free = len(self.lifted.operands) - len(self.lifted.captured) - len(self.x)
+        moved = [i for i in graph.positions if i < free]
+        at = [*self.x, *(self.theta[i].detach() for i in moved)]
+        direction = [size(t) * p for t, p in zip(at, pattern(at), strict=True)]
+        eps = max(torch.finfo(t.dtype).eps for t in at)
+
+        def residual(h: float) -> Leaves:
+            there = [t + h * d for t, d in zip(at, direction, strict=True)]
+            theta = [t.detach() for t in self.theta]
+            for i, value in zip(moved, there[len(self.x) :], strict=True):
+                theta[i] = value
+            with torch.no_grad():
+                return self._evaluated(self.lifted.within_call, there[: len(self.x)], theta)
+
+        h = eps ** (1 / 3)
+        ahead, behind = residual(h), residual(-h)
+        u = pattern(ahead)
+        shared = graph.resume([*graph.end])
+        pulled_theta = dict(zip(graph.positions, shared.pull_theta(u), strict=True))
+        pulled = [*shared.pull()(u), *(pulled_theta[i] for i in moved)]
+        found = inner(pulled, direction)
+        wanted = inner(u, [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)])
+        scale = inner(pulled, pulled).sqrt() * inner(direction, direction).sqrt()
+        if not (found - wanted).abs() <= eps**0.25 * torch.maximum(scale, wanted.abs()):
+            raise ValueError(
+                f"{self.lifted.name} takes a gradient whose own derivative, along one direction, is {found:.6g} by "
+                f"autograd and {wanted:.6g} by differences: a custom autograd.Function or operator in it cannot be "
+                "differentiated twice, as its backward pass uses what its forward pass has computed; write it in "
+                "operations of torch"
+            )
 
 
 def pose(
@@ -201,3 +279,8 @@ def fixed_point(x: Leaves, out: Leaves) -> Leaves:
     # With this sign A = I - J, positive definite for a symmetric contraction, and the Neumann series of its inverse
     # converges.
     return [a - b for a, b in zip(x, out, strict=True)]
+
+
+def inner(a: Leaves, b: Leaves) -> torch.Tensor:
+    """The real inner product."""
+    return torch.stack([(p.conj() * q).real.sum() for p, q in zip(a, b, strict=True)]).sum()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
+import implicitdiff._pytree as pytree
+
 Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 Settings = tuple[Any, ...]
+Fn = TypeVar("Fn", bound=Callable[..., Any])
 
 
 def autocast_state() -> Autocast:
@@ -35,6 +39,36 @@ def full_precision() -> Iterator[None]:
     """Run linear algebra outside of autocast."""
     with autocast(tuple((device, False, dtype) for device, _, dtype in autocast_state())):
         yield
+
+
+def outside_autocast(fn: Fn) -> Fn:
+    """Decorate a function that runs outside of autocast, wherever it is called.
+
+    As `torch.amp.custom_fwd` with ``cast_inputs=torch.float32`` has it, its arguments of half precision are cast.
+    """
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not any(enabled for _, enabled, _ in autocast_state()):
+            return fn(*args, **kwargs)
+        args, kwargs = pytree.map_tensors(_single, (args, kwargs))
+        with full_precision():
+            try:
+                return fn(*args, **kwargs)
+            except RuntimeError as error:
+                if "same dtype" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"{error}; a search runs outside of autocast, in single precision: a tensor of half precision that "
+                    "its function captures has to be cast by .float(), or passed as an argument, which is cast"
+                ) from error
+
+    return cast(Fn, run)
+
+
+def _single(tensor: torch.Tensor) -> torch.Tensor:
+    is_half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.float() if is_half and torch.is_autocast_enabled(tensor.device.type) else tensor
 
 
 def settings() -> Settings:

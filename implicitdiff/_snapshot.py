@@ -81,6 +81,13 @@ class Snapshot:
                     place.put(now)
 
 
+def tensors_within(fn: Any, args: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors that a function, and arguments that are no tensors, are seen to lead to."""
+    walk = _Walk()
+    walk.places_from([fn, *args])
+    return walk.tensors
+
+
 class _Place:
     """Where Python looks a value up.
 
@@ -243,6 +250,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self.places: list[_Place] = []
+        self.tensors: list[torch.Tensor] = []
         self.todo: deque[Any] = deque()
         # By id; with the objects themselves, so that no other takes an id over.
         self.seen: dict[int, Any] = {}
@@ -269,6 +277,8 @@ class _Walk:
         self.todo.extend(place.values())
 
     def _visit(self, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            self.tensors.append(value)
         if isinstance(value, _ATOMS) or id(value) in self.seen:
             return
         self.seen[id(value)] = value

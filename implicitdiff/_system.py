@@ -15,7 +15,7 @@ from functools import cache, partial, reduce
 import torch
 from torch import Tensor
 
-from implicitdiff._operator import Operator, PlainPullback, Product
+from implicitdiff._operator import Operator, PlainPullback, Product, Products, with_vectors
 from implicitdiff._pytree import Leaves
 
 Rows = Callable[[Tensor], Tensor]
@@ -140,9 +140,7 @@ def make_system(
         matvec=rows(products.matvec),
         rmatvec=rows(products.rmatvec),
         precondition=None if precondition is None else rows(precondition),
-        materialise=partial(
-            _materialise, products.rmatvec if operator.rows_first else products.matvec, operator.rows_first, one
-        ),
+        materialise=partial(_materialise, operator, products, one),
     )
     return vectors, system
 
@@ -161,17 +159,18 @@ def map_columns(product: Product, at: int, count: int) -> Product:
     return product
 
 
-def _materialise(make: Callable[[], Product], rows_first: bool, vectors: Vectors) -> Tensor:
+def _materialise(operator: Operator, products: Products, vectors: Vectors) -> Tensor:
     lanes, n = math.prod(vectors.batch), vectors.dimension
-    product = make()
+    rows_first = operator.rows_first
+    product = products.rmatvec() if rows_first else products.matvec()
     basis = torch.eye(n, dtype=vectors.dtype, device=vectors.device)[:, None, :].expand(n, lanes, n)
     if n == 1:
         images = vectors.ravel(product(vectors.unravel(basis[0])))[None]
     else:
         # What is held at once is bounded.
         at_once = max(1, _HELD_AT_ONCE // (lanes * n))
-        products = torch.func.vmap(product, chunk_size=at_once if at_once < n else None)(vectors.unravel(basis))
-        images = vectors.ravel(products, lead=n)
+        each = with_vectors(product, operator.one_by_one, at_once if at_once < n else None)
+        images = vectors.ravel(each(vectors.unravel(basis)), lead=n)
     return images.permute(1, 0, 2) if rows_first else images.permute(1, 2, 0)
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-__all__ = ["ConvergenceError", "ConvergenceWarning", "LinearSolveError", "LinearSolveWarning", "NotARootError"]
+__all__ = [
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "LinearSolveError",
+    "LinearSolveWarning",
+    "NotARootError",
+    "TransformError",
+]
 
 
 class LinearSolveError(RuntimeError):
@@ -58,6 +65,11 @@ class NotARootError(RuntimeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), **vars(self)), self.args
+
+
+class TransformError(RuntimeError):
+    """A derivative or a batch was asked for that takes a transform of torch.func, of a function that torch.func cannot
+    transform. The message names the operation."""
 
 
 class ConvergenceError(RuntimeError):

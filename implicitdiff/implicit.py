@@ -11,16 +11,15 @@ import torch
 import implicitdiff._functorch as _functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
+from implicitdiff._body import Solver, detached, run_solver
 from implicitdiff._lift import one_derivative
 from implicitdiff._linear import Solve, check_like
 from implicitdiff._pytree import Leaves
 from implicitdiff._root import Kind, fixed_point, pose, root
-from implicitdiff._signature import Call, Matcher, name_of
+from implicitdiff._signature import Matcher, name_of
 from implicitdiff.errors import NotARootError
 
 __all__ = ["custom_fixed_point", "custom_root", "root_jvp", "root_vjp"]
-
-Solver = Callable[..., Any]
 
 
 def custom_root(
@@ -41,6 +40,8 @@ def custom_root(
     gradients off, and may do anything: torch.autograd under ``enable_grad``, SciPy, host control flow, in-place
     updates of its own copies and of the initial guess, which is a copy. Nothing of it is recorded, so memory does not
     grow with its iterations. Under `torch.func.vmap` it runs once on batched values, as every function does there.
+    Where it sees neither batched values nor captured tensors of a running transform, it runs as outside of torch.func,
+    and may apply what torch.func cannot transform (in forward mode it is started a second time for that).
     What `Tensor.backward` in it accumulates into leaves that it captures is taken back.
 
     Differentiable are all floating-point and complex tensors in the arguments after the first, by position or
@@ -51,9 +52,10 @@ def custom_root(
 
     Args:
         optimality_fn: ``F(x, *args, **kwargs)``, returning a tree like ``sol``; e.g. ``torch.func.grad(objective)``.
-            It is evaluated more than once and batched, so it must be deterministic, free of side effects and composed
-            of operations that torch.func can transform. What it looks up is kept from the call to the derivative, and a
-            condition that has become another function raises. Arguments are matched with the solver's by name, and by
+            It is evaluated more than once and batched, so it must be deterministic and free of side effects. For a
+            first derivative by ``backward()`` it may do what autograd can; for more, and under transforms, it must be
+            composed of operations that torch.func can transform. What it looks up is kept from the call to the
+            derivative, and a condition that has become another function raises. Arguments are matched with the solver's by name, and by
             position where the names differ.
         argnums: which of the solver's arguments are differentiable, counted from the initial guess, which is number 0
             and not among them; None: all. What ``optimality_fn`` captures is differentiable in any case.
@@ -73,6 +75,7 @@ def custom_root(
         ValueError: when decorating, if `argnums` names an argument that the solver does not have; on a call, if
             ``optimality_fn``'s result is no tree like the solution, or if it does not do the same each time.
         RuntimeError: in a derivative, if ``optimality_fn`` has become another function since the call.
+        TransformError: under a transform, if torch.func cannot transform ``optimality_fn`` or, batched, the solver.
         NotARootError: on a call, if the residual exceeds ``check``.
         LinearSolveError: in a derivative, if the linear solve fails.
 
@@ -193,8 +196,8 @@ def _call(made: _Made, matcher: Matcher, solver: Solver, args: tuple[Any, ...], 
     _check_argnums(f"{made.name}, called with {1 + len(given)} positional arguments", made.chosen, 1 + len(given))
     sol, aux, derived = run_solver(solver, bound, made.has_aux)
     if made.chosen is not None:
-        given = tuple(a if i in made.chosen else _detached(a) for i, a in enumerate(given, start=1))
-        keywords = _detached(keywords)
+        given = tuple(a if i in made.chosen else detached(a) for i, a in enumerate(given, start=1))
+        keywords = detached(keywords)
     posed = pose(made.name, made.fn, made.kind, made.solve, sol, *bound.to_condition(given, keywords))
     posed.refuse_kept(derived)
     if made.check is not None:
@@ -222,38 +225,6 @@ def _check_argnums(name: str, chosen: frozenset[int] | None, positions: int | No
             f"{name}: argnums names argument {max(chosen)}, and the last of the solver's positional arguments is "
             f"number {positions - 1}, counted from the initial guess, which is number 0"
         )
-
-
-def _detached(tree: Any) -> Any:
-    return pytree.map_tensors(torch.Tensor.detach, tree)
-
-
-def run_solver(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any, _modes.Derived]:
-    """The solver's result, detached, and the tensors that it computed from what is differentiated. It sees values
-    that are out of every derivative's sight, and its own copy of the initial guess."""
-    tensors, structure = pytree.flatten((call.init, call.args, call.kwargs))
-    own = len(pytree.tensors(call.init))
-    values = [_functorch.plain_under_vmap(t) for t in tensors]
-    flags = [_functorch.is_plain(v) and _functorch.base(t).requires_grad for v, t in zip(values, tensors, strict=True)]
-    with _modes.below_gradients() as derived:
-        values = [v.clone() for v in values[:own]] + values[own:]
-        before = [_modes.version(v) for v in values]
-        entered = [v.requires_grad_() if flag else v for v, flag in zip(values, flags, strict=True)]
-        init, args, kwargs = structure.unflatten(entered)
-        result = solver(init, *args, **kwargs)
-    for value, version in zip(values[own:], before[own:], strict=True):
-        if _modes.version(value) != version:
-            raise ValueError(
-                f"the solver {name_of(solver)} changes an argument of shape {list(value.shape)} in place; only the "
-                "initial guess is its own copy: clone the argument first"
-            )
-    if not has_aux:
-        return _detached(result), None, derived
-    if not (isinstance(result, tuple) and len(result) == 2):
-        raise TypeError(
-            f"with has_aux=True the solver {name_of(solver)} must return (solution, aux), got {type(result).__name__}"
-        )
-    return _detached(result[0]), _detached(result[1]), derived
 
 
 def _check(name: str, check: float, residual: Leaves) -> None:

@@ -163,7 +163,9 @@ def third(x, t):
 @pytest.mark.parametrize("door", [*MAIN, *OTHERS[1::4]], ids=str)
 @pytest.mark.parametrize("at_the_call", [True, False])
 def test_autocast_is_that_of_the_call(at_the_call, door, way):
-    with torch.autocast("cpu", torch.bfloat16, enabled=at_the_call):
+    # A search runs outside of it.
+    is_search = door.name.partition(",")[0] in solvers.__all__
+    with torch.autocast("cpu", torch.bfloat16, enabled=at_the_call and not is_search):
         s = float(third(torch.ones(()), 0.0))
 
     def f(t):

@@ -14,10 +14,10 @@ from torch import nn
 import implicitdiff._functorch as _functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
+from implicitdiff._body import run_solver
 from implicitdiff._places import Place
 from implicitdiff._root import pose, root
 from implicitdiff._signature import Matcher
-from implicitdiff.implicit import run_solver
 
 Module = Any
 """An `ImplicitMetaGradientModule`."""

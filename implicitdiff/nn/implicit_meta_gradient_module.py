@@ -13,6 +13,7 @@ from torch import nn
 import implicitdiff._functorch as _functorch
 import implicitdiff._modes as _modes
 import implicitdiff.nn._solve as _solve
+from implicitdiff._lift import gradient
 from implicitdiff._linear import Solve
 from implicitdiff._places import Place
 from implicitdiff.nn.meta_gradient_module import MetaGradientModule
@@ -119,7 +120,7 @@ class ImplicitMetaGradientModule(MetaGradientModule):
         """
         held = {name: place.tensor for name, place in self._inner_places().items() if self._is_unknown(name, place)}
         value = functools.partial(_solve.call, self, "objective", args=args, kwargs=kwargs)
-        return torch.func.grad(value)(held)
+        return gradient(value, held)
 
     def _is_unknown(self, name: str, place: Place) -> bool:
         return place.tensor.requires_grad if self._unknowns is None else name in self._unknowns

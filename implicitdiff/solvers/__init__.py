@@ -21,6 +21,11 @@ Batches
     Under `torch.func.vmap` every lane is a problem of its own and stops by itself; the lanes are computed together, as
     one plain batch below all transforms.
 
+Autocast
+    A search runs outside of autocast, as a function under `torch.amp.custom_fwd` with ``cast_inputs=torch.float32``
+    does: what is given to it in half precision is cast to float32, and so is its solution. A function that has products
+    in half precision all the same enters autocast itself, and needs an ``rtol`` that these can reach.
+
 State
     A NamedTuple of tensors. It begins with ``iter_num``, ``error``, ``target``, ``status`` and ``history``, goes on
     with what the method remembers, and has one value for each lane. It comes out of ``run`` detached; out of

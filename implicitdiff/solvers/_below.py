@@ -18,6 +18,7 @@ from implicitdiff._linear import check_unknowns
 from implicitdiff._operator import Dims
 from implicitdiff._pytree import Leaves
 from implicitdiff._system import Vectors
+from implicitdiff.errors import TransformError
 from implicitdiff.solvers._condition import Parts
 from implicitdiff.solvers._rows import Part, RowFunction, Rows
 
@@ -44,11 +45,22 @@ class Closed:
 
         self.names = list(parts)
         self.lifted = lift(name, dispatch, params, args)
-        self.theta = self.lifted.operands[len(self.x0) :]
 
     def search(self, solve: Search, rtol: float | None, atol: float | None) -> tuple[Leaves, Any]:
         """The solution and the state, which only the vmaps see; `solve` finds them below all transforms."""
-        operands = [functorch.plain_under_vmap(functorch.alive(t)) for t in _modes.alias([*self.x0, *self.theta])]
+        try:
+            return self._search(solve, rtol, atol)
+        except TransformError as error:
+            # That torch.func cannot transform a function may show only where its derivative is taken.
+            if self.lifted.alone or not functorch.only_autograd():
+                raise
+            why = str(error)
+        self.lifted = self.lifted.by_autograd(why)
+        return self._search(solve, rtol, atol)
+
+    def _search(self, solve: Search, rtol: float | None, atol: float | None) -> tuple[Leaves, Any]:
+        theta = self.lifted.operands[len(self.x0) :]
+        operands = [functorch.plain_under_vmap(functorch.alive(t)) for t in _modes.alias([*self.x0, *theta])]
         operands, layers = functorch.without_batch_layers(operands)
         levels: list[Dims] = [tuple(None if d is None else 0 for d in layer.dims) for layer in layers]
         lanes = tuple(layer.size for layer in reversed(layers))
@@ -78,7 +90,8 @@ class Closed:
         inputs = Vectors(x, lanes)
         parts = {name: self._over_lanes(name, theta, levels) for name in self.names}
         if not lanes:
-            return Rows(parts, inputs, self.structure, True, *tolerances)
+            one_by_one = self.lifted.alone is not None
+            return Rows(parts, inputs, self.structure, True, *tolerances, one_by_one=one_by_one)
         jacobians = {name: self._jacobian_over_lanes(name, theta, levels) for name in parts}
         return Rows(parts, inputs, self.structure, True, *tolerances, lane, jacobians)
 

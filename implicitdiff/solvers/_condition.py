@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 import implicitdiff._pytree as pytree
+from implicitdiff._lift import gradient
 from implicitdiff._linear import check_leaves, check_like
 from implicitdiff._signature import name_of
 
@@ -42,7 +43,7 @@ def root(fn: Callable[..., Any]) -> Condition:
 
 def stationary(fn: Callable[..., Any]) -> Condition:
     """``grad fn(x, *args) = 0``."""
-    return Condition({"fn": _scalar(fn)}, lambda parts, x, args: torch.func.grad(parts["fn"])(x, args))
+    return Condition({"fn": _scalar(fn)}, lambda parts, x, args: gradient(parts["fn"], x, args))
 
 
 def least_squares(fn: Callable[..., Any]) -> Condition:
@@ -55,7 +56,7 @@ def least_squares(fn: Callable[..., Any]) -> Condition:
         return 0.5 * torch.stack([r.square().sum() for r in reals]).sum()
 
     def optimality(parts: Parts, x: Any, args: tuple[Any, ...]) -> Any:
-        return torch.func.grad(lambda x: half_squares(parts, x, args))(x)
+        return gradient(lambda x: half_squares(parts, x, args), x)
 
     return Condition({"fn": _tensors(fn)}, optimality)
 
@@ -64,7 +65,7 @@ def proximal(fn: Callable[..., Any], prox: Callable[..., Any]) -> Condition:
     """``prox(x - grad fn(x, *args), 1) = x``."""
 
     def optimality(parts: Parts, x: Any, args: tuple[Any, ...]) -> Any:
-        ahead = subtract(x, torch.func.grad(parts["fn"])(x, args))
+        ahead = subtract(x, gradient(parts["fn"], x, args))
         return subtract(x, parts["prox"](ahead, args, 1.0))
 
     checked = _like_x(prox)

@@ -8,12 +8,14 @@ tensors below every transform, and one lane in the caller's frame whose steps ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import implicitdiff._functorch as functorch
+from implicitdiff._operator import with_vectors
 from implicitdiff._pytree import Leaves, Structure
 from implicitdiff._system import Vectors
 from implicitdiff.solvers._status import Status
@@ -30,6 +32,7 @@ class RowFunction:
         part: the function on leaves.
         inputs: the leaves as rows.
         plain: whether nothing but plain autograd is needed for its derivatives, and nothing differentiates them.
+        one_by_one: whether its products take one vector at a time, as no vmap may run.
         jacobian_over_lanes: the value and the Jacobian of leaves, if there is a better way to them.
     """
 
@@ -39,8 +42,9 @@ class RowFunction:
         inputs: Vectors,
         plain: bool,
         jacobian_over_lanes: Callable[[Leaves], tuple[Tensor, Tensor]] | None = None,
+        one_by_one: bool = False,
     ) -> None:
-        self.part, self.inputs, self.plain = part, inputs, plain
+        self.part, self.inputs, self.plain, self.one_by_one = part, inputs, plain, one_by_one
         self._jacobian_over_lanes = jacobian_over_lanes
         self._outputs: Vectors | None = None
 
@@ -75,9 +79,18 @@ class RowFunction:
         with functorch.recording():
             (x,) = functorch.recordable([x])
             y = self(x.requires_grad_())
-            u = torch.zeros_like(y).requires_grad_()
-            g = _grad(y, x, u, create_graph=True)
-        return y.detach(), lambda v: _grad(g, u, v), lambda u: _grad(y, x, u)
+
+        @cache
+        def transposed() -> tuple[Tensor, Tensor]:
+            with functorch.recording():
+                u = torch.zeros_like(y).requires_grad_()
+                return _grad(y, x, u, create_graph=True), u
+
+        def push(v: Tensor) -> Tensor:
+            g, u = transposed()
+            return _grad(g, u, v)
+
+        return y.detach(), push, lambda u: _grad(y, x, u)
 
     def hessian(self, x: Tensor) -> tuple[Tensor, Tensor, Product]:
         """The value, the gradient, and ``v -> H v``, of a function to the reals."""
@@ -98,8 +111,19 @@ class RowFunction:
             return y.reshape(lanes, -1).to(x.dtype), matrix.reshape(lanes, -1, n).to(x.dtype)
         y, push, pull = self.linearise(x)
         if y.shape[-1] <= n:
-            return y, _images(pull, y).permute(1, 0, 2)
-        return y, _images(push, x).permute(1, 2, 0)
+            return y, self._images(pull, y).permute(1, 0, 2)
+        return y, self._images(push, x).permute(1, 2, 0)
+
+    def _images(self, product: Product, like: Tensor) -> Tensor:
+        """The products with the unit vectors, in front of the lanes."""
+        lanes, n = like.shape
+        basis = torch.eye(n, dtype=like.dtype, device=like.device)[:, None, :].expand(n, lanes, n)
+        if n == 1:
+            return product(basis[0])[None]
+        # What is held at once is bounded.
+        at_once = max(1, _HELD_AT_ONCE // (lanes * n))
+        images: Tensor = with_vectors(product, self.one_by_one, at_once if at_once < n else None)(basis)
+        return images
 
 
 def _vjp(fn: Product, x: Tensor) -> tuple[Tensor, Product]:
@@ -113,18 +137,6 @@ def _grad(y: Tensor, x: Tensor, u: Tensor, *, create_graph: bool = False) -> Ten
         return torch.zeros_like(x)
     (grad,) = torch.autograd.grad(y, x, u, retain_graph=True, create_graph=create_graph, allow_unused=True)
     return torch.zeros_like(x) if grad is None else grad
-
-
-def _images(product: Product, like: Tensor) -> Tensor:
-    """The products with the unit vectors, in front of the lanes."""
-    lanes, n = like.shape
-    basis = torch.eye(n, dtype=like.dtype, device=like.device)[:, None, :].expand(n, lanes, n)
-    if n == 1:
-        return product(basis[0])[None]
-    # What is held at once is bounded.
-    at_once = max(1, _HELD_AT_ONCE // (lanes * n))
-    images: Tensor = torch.func.vmap(product, chunk_size=at_once if at_once < n else None)(basis)
-    return images
 
 
 _HELD_AT_ONCE = 2**22
@@ -153,9 +165,11 @@ class Rows:
         atol: float | None,
         lane: Callable[[int], Rows] | None = None,
         jacobians: dict[str, Callable[[Leaves], tuple[Tensor, Tensor]]] | None = None,
+        one_by_one: bool = False,
     ) -> None:
         self._functions = {
-            name: RowFunction(part, inputs, plain, (jacobians or {}).get(name)) for name, part in parts.items()
+            name: RowFunction(part, inputs, plain, (jacobians or {}).get(name), one_by_one)
+            for name, part in parts.items()
         }
         self.fn = self._functions["fn"]
         self.inputs, self.structure, self.plain = inputs, structure, plain

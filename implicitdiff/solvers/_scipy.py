@@ -19,6 +19,7 @@ from torch import Tensor
 
 import implicitdiff._functorch as functorch
 import implicitdiff._pytree as pytree
+from implicitdiff._operator import with_vectors
 from implicitdiff._signature import name_of
 from implicitdiff.projections import box
 from implicitdiff.solvers._condition import Condition, Parts, Pose, subtract
@@ -93,7 +94,7 @@ class Lane:
 
     def hessian(self, x: Array) -> Array:
         """The Hessian as a matrix."""
-        products = torch.func.vmap(self._hessian_at(x))
+        products = with_vectors(self._hessian_at(x), self.fn.one_by_one)
         basis = torch.eye(len(x), dtype=self.like.dtype, device=self.like.device)
         return _array(products(basis[:, None])[None, :, 0])
 

@@ -112,6 +112,7 @@ class _Maker:
 
     @functorch.outside_compile
     @_modes.one_operation
+    @_settings.outside_autocast
     def init(self, params: Any, *args: Any) -> Any:
         x, rows, _ = self._frame(params, args)
         with _settings.full_precision():
@@ -119,6 +120,7 @@ class _Maker:
 
     @functorch.outside_compile
     @_modes.one_operation
+    @_settings.outside_autocast
     def update(self, params: Any, state: Any, *args: Any) -> tuple[Any, Any]:
         x, rows, structure = self._frame(params, args)
         with _settings.full_precision():
@@ -130,6 +132,7 @@ class _Maker:
 
     @functorch.outside_compile
     @_modes.one_operation
+    @_settings.outside_autocast
     def run(
         self,
         params: Any,
@@ -215,12 +218,11 @@ class _Maker:
         check_unknowns(f"{self.name}: the initial guess", leaves, structure)
         parts = self.pose(*self.functions).parts
         inputs = Vectors(leaves, ())
-        autocast = _settings.autocast_state()
 
         def on_leaves(part: Callable[..., Any]) -> Part:
             def fn(x: Leaves, more: Leaves) -> Leaves:
                 before = [_modes.version(t) for t in x]
-                with _settings.autocast(autocast), _modes.heard():
+                with _modes.heard():
                     result = pytree.tensors(part(structure.unflatten(x), args, *more))
                 if before != [_modes.version(t) for t in x]:
                     raise ValueError(f"{self.name} changes its first argument in place; work on a clone of it")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 import implicitdiff._pytree as pytree
+from implicitdiff._lift import gradient
 from implicitdiff._linear import check_like
 from implicitdiff._signature import name_of
 
@@ -96,7 +96,7 @@ def make_kkt_optimality_fn(
 
         leaves, structure = pytree.flatten(g)
         complementarity = [d * v for d, v in zip(structure.tensors_of(dual_ineq), leaves, strict=True)]
-        return KKTSolution(torch.func.grad(lagrangian)(primal), h, structure.unflatten(complementarity))
+        return KKTSolution(gradient(lagrangian, primal), h, structure.unflatten(complementarity))
 
     return optimality_fn
 

@@ -11,6 +11,7 @@ from torch import Tensor
 import implicitdiff._pytree as pytree
 import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._gap as _gap
+from implicitdiff._lift import gradient
 from implicitdiff.solvers._backtracking import GROWTH, Point, backtrack, lies_below
 from implicitdiff.solvers._condition import Condition, Parts
 from implicitdiff.solvers._proximal_gradient import check_stepsize
@@ -111,7 +112,7 @@ def _pose(fn: Callable[..., Any], projection: Callable[[Any], Any], mapping: Cal
     onto, into = _condition.root(projection).parts["fn"], _condition.root(mapping).parts["fn"]
 
     def optimality(parts: Parts, x: Any, args: tuple[Any, ...]) -> Any:
-        grad = torch.func.grad(parts["fn"])(x, args)
+        grad = gradient(parts["fn"], x, args)
         return _condition.subtract(x, parts["projection"](_condition.subtract(parts["mapping"](x, args), grad), args))
 
     own = {"projection": lambda y, args: onto(y, ()), "mapping": lambda x, args: into(x, ())}

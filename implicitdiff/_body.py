@@ -1,0 +1,100 @@
+"""A user's solver, run out of sight of every derivative.
+
+How a solution is found does not matter, so a solver may do anything. Where no vmap batches what it sees, it runs with
+no transform on the stack, as it would outside of torch.func.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import implicitdiff._functorch as functorch
+import implicitdiff._modes as _modes
+import implicitdiff._pytree as pytree
+from implicitdiff._pytree import Leaves, Structure
+from implicitdiff._signature import Call, name_of
+from implicitdiff._snapshot import tensors_within
+from implicitdiff.errors import TransformError
+
+Solver = Callable[..., Any]
+
+
+def run_solver(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any, _modes.Derived]:
+    """The solver's result, detached, and the tensors that it computed from what is differentiated. It sees values
+    that are out of every derivative's sight, and its own copy of the initial guess."""
+    tensors, structure = pytree.flatten((call.init, call.args, call.kwargs))
+    own = len(pytree.tensors(call.init))
+    values = [functorch.plain_under_vmap(t) for t in tensors]
+    flags = [functorch.is_plain(v) and functorch.base(t).requires_grad for v, t in zip(values, tensors, strict=True)]
+
+    def run(outside: bool) -> tuple[Any, _modes.Derived]:
+        with _modes.below_gradients(outside) as derived:
+            entering = [v.clone() for v in values[:own]] + values[own:]
+            before = [_modes.version(v) for v in entering]
+            entered = [v.requires_grad_() if flag else v for v, flag in zip(entering, flags, strict=True)]
+            init, args, kwargs = structure.unflatten(entered)
+            result = solver(init, *args, **kwargs)
+        _refuse_changed(solver, entering[own:], before[own:])
+        return result, derived
+
+    result, derived = _run_where_it_can(solver, run, values, structure)
+    if not has_aux:
+        return detached(result), None, derived
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            f"with has_aux=True the solver {name_of(solver)} must return (solution, aux), got {type(result).__name__}"
+        )
+    return detached(result[0]), detached(result[1]), derived
+
+
+def _run_where_it_can(solver: Solver, run: Callable[[bool], Any], values: Leaves, structure: Structure) -> Any:
+    """``run(outside)``, with no transform on the stack if that is possible."""
+    if functorch.depth() == 0:
+        return run(False)
+    is_batched = not functorch.are_plain(values) or functorch.lanes_draw_their_own()
+    outside = not is_batched and functorch.are_plain(tensors_within(solver, structure.others))
+    try:
+        # In forward mode only where it is needed: a tangent of an outer transform, if the body holds one that is not
+        # seen here, could be taken for one of its own.
+        return run(outside and not functorch.in_forward_mode())
+    except RuntimeError as error:
+        if _is_confusion(error):
+            raise TransformError(
+                f"the solver {name_of(solver)} uses a tensor of a transform that runs round it, from where this cannot "
+                "be seen, such as a generator: pass the tensor as an argument"
+            ) from error
+        what = functorch.untransformable_function(error)
+        if what is None and not isinstance(error, TransformError):
+            raise
+        if not outside:
+            if what is None:
+                raise
+            remedy = (
+                "call it lane by lane, in a Python loop in the place of vmap"
+                if is_batched
+                else "pass the tensors that it captures as arguments, so that it runs outside of every transform"
+            )
+            raise TransformError(f"the solver {name_of(solver)} applies {what}; or {remedy}") from error
+    return run(True)
+
+
+def _is_confusion(error: RuntimeError) -> bool:
+    """Whether a transform has met a wrapper of another with its own number."""
+    return "INTERNAL ASSERT FAILED" in str(error) and "TensorWrapper.cpp" in str(error)
+
+
+def _refuse_changed(solver: Solver, arguments: Leaves, before: Sequence[int]) -> None:
+    for value, version in zip(arguments, before, strict=True):
+        if _modes.version(value) != version:
+            raise ValueError(
+                f"the solver {name_of(solver)} changes an argument of shape {list(value.shape)} in place; only the "
+                "initial guess is its own copy: clone the argument first"
+            )
+
+
+def detached(tree: Any) -> Any:
+    """The tree without what autograd knows of it."""
+    return pytree.map_tensors(torch.Tensor.detach, tree)

@@ -1,0 +1,182 @@
+"""How a solution is found does not matter: what a solver does in its body, under every transform."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
+
+from implicitdiff import TransformError, custom_fixed_point, custom_root, solvers
+
+F64 = torch.float64
+T = torch.tensor(4.0, dtype=F64)
+ONE = torch.ones((), dtype=F64)
+
+
+class Root(torch.autograd.Function):
+    """Has no setup_context."""
+
+    @staticmethod
+    def forward(ctx, t):
+        return t.sqrt()
+
+    @staticmethod
+    def backward(ctx, g):
+        raise AssertionError("a solver is not differentiated")
+
+
+def reentrant(init, t):
+    with torch.enable_grad():
+        leaf = t.detach().requires_grad_()
+        value = checkpoint(lambda x: x**1.5 / 1.5, leaf, use_reentrant=True)
+        value.backward()  # of t^(3/2) / (3/2)
+    return leaf.grad
+
+
+def by_hooks(init, t):
+    net = torch.nn.Identity()
+    net.register_full_backward_hook(lambda *args: None)
+    with torch.enable_grad():
+        x = t.detach().reshape(1).requires_grad_()
+        (net(x).pow(1.5).sum() / 1.5).backward()
+    return x.grad[0]
+
+
+def by_optimizer(init, t):
+    x = torch.nn.Parameter(t / 2)
+    optimizer = torch.optim.LBFGS([x], max_iter=100, tolerance_grad=1e-14, tolerance_change=0, history_size=5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = x**3 / 3 - t * x
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return x.detach()
+
+
+def by_transforms(init, t):
+    x = t / 2
+    for _ in range(60):
+        objective = lambda x: x**3 / 3 - t * x  # noqa: E731
+        slope = vmap(hessian(objective))(x[None])[0]
+        x = x - grad(objective)(x) / slope
+    return x
+
+
+BODIES = {
+    "an old autograd.Function": lambda init, t: Root.apply(t),
+    "a reentrant checkpoint": reentrant,
+    "a backward hook": by_hooks,
+    "torch.optim": by_optimizer,
+    "transforms": by_transforms,
+    "a solver of the library": lambda init, t: solvers.newton(lambda x, t: x**2 - Root.apply(t) ** 2).run(t, t)[0],
+    "NumPy": lambda init, t: torch.from_numpy(t.numpy() ** 0.5) if t.ndim else torch.tensor(t.item() ** 0.5, dtype=F64),
+}
+WAYS = {
+    "grad": (lambda f: grad(f)(T), 0.25),
+    "vjp": (lambda f: vjp(f, T)[1](ONE)[0], 0.25),
+    "jvp": (lambda f: jvp(f, (T,), (ONE,))[1], 0.25),
+    "jacrev": (lambda f: jacrev(f)(T), 0.25),
+    "jacfwd": (lambda f: jacfwd(f)(T), 0.25),
+    "grad of grad": (lambda f: grad(grad(f))(T), -1 / 32),
+    "hessian": (lambda f: hessian(f)(T), -1 / 32),
+    "jacfwd of jacfwd": (lambda f: jacfwd(jacfwd(f))(T), -1 / 32),
+    "backward": (lambda f: torch.autograd.grad(f(t := T.clone().requires_grad_()), t)[0], 0.25),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("body", BODIES)
+def test_a_body_does_what_it_likes(body, way):
+    take, by_hand = WAYS[way]
+    solver = custom_root(lambda x, t: x**2 - t)(BODIES[body])
+    assert float(take(lambda t: solver(None, t))) == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_a_body_runs_once_in_reverse_mode():
+    calls = []
+    solver = custom_root(lambda x, t: x**2 - t)(lambda init, t: (calls.append(1), Root.apply(t))[1])
+    grad(grad(lambda t: solver(None, t)))(T)
+    assert len(calls) == 1
+
+
+def test_under_vmap_the_error_names_cause_and_remedy():
+    solver = custom_root(lambda x, t: x**2 - t)(BODIES["an old autograd.Function"])
+    with pytest.raises(TransformError, match=r"the autograd.Function Root.*Python loop in the place of vmap"):
+        vmap(grad(lambda t: solver(None, t)))(T[None])
+    looped = torch.stack([grad(lambda t: solver(None, t))(t) for t in torch.stack([T, 4 * T])])
+    torch.testing.assert_close(looped, torch.tensor([0.25, 0.125], dtype=F64))
+
+
+def test_a_captured_tensor_of_a_transform_is_to_be_an_argument():
+    def f(t):
+        s = 2 * t
+        return custom_root(lambda x: x**2 - s)(lambda init: Root.apply(s))(None)
+
+    with pytest.raises(TransformError, match="pass the tensors that it captures as arguments"):
+        grad(f)(T)
+
+
+# What is captured by a body that starts transforms of its own must not be taken for theirs.
+INNER = {
+    "grad": lambda s: grad(lambda x: x**2 * s)(ONE),
+    "grad with an argument": lambda s: grad(lambda x, s: x**2 * s)(ONE, s),
+    "jvp": lambda s: jvp(lambda x: x**2 * s, (ONE,), (ONE,))[1],
+    "jacfwd": lambda s: jacfwd(lambda x: x**2 * s)(ONE),
+    "hessian": lambda s: hessian(lambda x: x**2 * s)(ONE),
+    "vmap": lambda s: vmap(lambda x: 2 * x**2 * s)(ONE[None])[0],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("place", ["closure", "tuple", "parameter", "generator"])
+def test_captured_tensors_are_values(inner, way, place):
+    seen = []
+    net = torch.nn.ParameterDict({"s": T.clone()})
+
+    def f(t):
+        s = 3 * t
+        held = (s,)
+        forever = iter(lambda: s, None)
+        get = {
+            "closure": lambda: s,
+            "tuple": lambda: held[0],
+            "parameter": lambda: net["s"],
+            "generator": lambda: next(forever),
+        }[place]
+
+        def solver(init, t):
+            seen.append(INNER[inner](get()))
+            return t.sqrt()
+
+        def run(t):
+            return custom_root(lambda x, t: x**2 - t)(solver)(None, t)
+
+        return functional_call(Runs(net, run), {"net.s": s}, (t,)) if place == "parameter" else run(t)
+
+    take, by_hand = WAYS[way]
+    try:
+        found = take(f)
+    except TransformError as error:
+        assert place == "generator"
+        assert "such as a generator" in str(error)
+        return
+    assert float(found) == pytest.approx(by_hand, rel=1e-12)
+    assert all(float(torch.as_tensor(s).detach()) == pytest.approx(24.0) for s in seen)
+
+
+class Runs(torch.nn.Module):
+    def __init__(self, net, run):
+        super().__init__()
+        self.net, self.run = net, run
+
+    def forward(self, t):
+        return self.run(t)
+
+
+def test_fixed_points_run_as_roots_do():
+    solver = custom_fixed_point(lambda x, t: 0.5 * (x + t / x))(BODIES["an old autograd.Function"])
+    assert float(grad(lambda t: solver(None, t))(T)) == pytest.approx(0.25)
