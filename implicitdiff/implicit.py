@@ -55,8 +55,8 @@ def custom_root(
             It is evaluated more than once and batched, so it must be deterministic and free of side effects. For a
             first derivative by ``backward()`` it may do what autograd can; for more, and under transforms, it must be
             composed of operations that torch.func can transform. What it looks up is kept from the call to the
-            derivative, and a condition that has become another function raises. Arguments are matched with the solver's by name, and by
-            position where the names differ.
+            derivative, and a condition that has become another function raises. Arguments are matched with the
+            solver's by name, and by position where the names differ.
         argnums: which of the solver's arguments are differentiable, counted from the initial guess, which is number 0
             and not among them; None: all. What ``optimality_fn`` captures is differentiable in any case.
         has_aux: whether the solver returns ``(sol, aux)``; ``aux`` comes back detached.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import gc
@@ -309,3 +310,20 @@ def test_of_what_a_function_can_reach_only_what_it_looks_up_is_noted(request):
         node = Node(node)
     for fn in node.residual, Trainer(), lambda x: data[1] * x:
         assert len(Snapshot(fn).places) < 500
+
+
+def test_a_switch_of_gradients_that_no_snapshot_sees_is_compared():
+    records = contextvars.ContextVar("records")
+
+    def condition(x, t):
+        with torch.set_grad_enabled(records.get()):
+            s = 2 * t
+        return x**2 - s / 2
+
+    for at_the_call in (True, False):
+        records.set(at_the_call)
+        t = FOUR.clone().requires_grad_()
+        root = root_of(condition)(t)
+        records.set(not at_the_call)
+        with pytest.raises(RuntimeError, match=r"gradients are (on|off) for its operation 0, mul"):
+            torch.autograd.grad(root, t, create_graph=True)
