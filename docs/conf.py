@@ -137,7 +137,7 @@ def find_short_name(
 def check_complete(app: Sphinx, env: BuildEnvironment) -> None:
     """Warn of public names that no page lists."""
     documented = {id(pydoc.locate(name)) for name in env.domains.python_domain.objects}
-    public = (getattr(implicitdiff, name) for name in implicitdiff.__all__)
+    public = (value for name, value in vars(implicitdiff).items() if not name.startswith("_"))
     for module in (implicitdiff, *filter(inspect.ismodule, public)):
         for name in module.__all__:
             if id(getattr(module, name)) not in documented:

@@ -1,7 +1,16 @@
 """Differentiation through optimisation on torch.func: of solutions, and of an optimizer's steps."""
 
-from implicitdiff import linear_solve, nn, optim, projections, prox, pytree, schedule, solvers
+# Spelt so, they belong to the package, but `from implicitdiff import *` leaves the user's own `nn` alone.
+from implicitdiff import linear_solve as linear_solve
+from implicitdiff import nn as nn
+from implicitdiff import optim as optim
+from implicitdiff import projections as projections
+from implicitdiff import prox as prox
+from implicitdiff import pytree as pytree
+from implicitdiff import schedule as schedule
+from implicitdiff import solvers as solvers
 from implicitdiff._unroll import unroll
+from implicitdiff._version import __version__ as __version__
 from implicitdiff.errors import (
     ConvergenceError,
     ConvergenceWarning,
@@ -95,21 +104,13 @@ __all__ = [
     "custom_root",
     "extract_state_dict",
     "from_torch",
-    "linear_solve",
     "module_clone",
-    "nn",
-    "optim",
-    "projections",
-    "prox",
-    "pytree",
     "radam",
     "recover_state_dict",
     "rmsprop",
     "root_jvp",
     "root_vjp",
-    "schedule",
     "sgd",
-    "solvers",
     "stop_gradient",
     "unroll",
 ]

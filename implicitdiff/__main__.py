@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
 
 import torch
 
-from implicitdiff import _C
+from implicitdiff import _C, __version__
 
 
 def _cpu() -> str:
@@ -28,7 +27,7 @@ def _cuda() -> str:
 
 
 if __name__ == "__main__":
-    print("implicitdiff", version("implicitdiff"))
+    print("implicitdiff", __version__)
     print("Python      ", platform.python_version(), "on", platform.platform())
     print("torch       ", torch.__version__, f"on {torch.get_num_threads()} thread(s)")
     print("CPU steps   ", _cpu())
