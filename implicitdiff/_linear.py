@@ -146,7 +146,10 @@ def check_leaves(name: str, leaves: Leaves) -> None:
     if not leaves:
         raise TypeError(f"{name} holds no tensor")
     if wrong := [t.dtype for t in leaves if not (t.is_floating_point() or t.is_complex())]:
-        raise TypeError(f"{name} has a leaf of dtype {wrong[0]}; every tensor in it must be floating point or complex")
+        raise TypeError(
+            f"{name} has a leaf of dtype {wrong[0]}; every tensor in it must be floating point or complex: convert it, "
+            "by .to(torch.get_default_dtype()) for one"
+        )
     if len(devices := {t.device for t in leaves}) > 1:
         raise ValueError(f"{name} has leaves on several devices, {sorted(map(str, devices))}; put them on one")
 

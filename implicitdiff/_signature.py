@@ -50,7 +50,7 @@ class Matcher:
 
     def __init__(self, solver: Callable[..., Any], condition: Callable[..., Any]) -> None:
         self.names = (
-            f"solver {name_of(solver)}{_show(solver)} and optimality function {name_of(condition)}{_show(condition)}"
+            f"solver {name_of(solver)}{show(solver)} and optimality function {name_of(condition)}{show(condition)}"
         )
         self.solver = _signature(solver) or _ANYTHING
         kinds = [p.kind for p in self.solver.parameters.values()]
@@ -147,7 +147,8 @@ def _signature(fn: Callable[..., Any]) -> inspect.Signature | None:
         return None
 
 
-def _show(fn: Callable[..., Any]) -> str:
+def show(fn: Callable[..., Any]) -> str:
+    """The parameters of a function, for a message."""
     signature = _signature(fn)
     if signature is None:
         return "(...)"

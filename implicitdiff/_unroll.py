@@ -15,6 +15,7 @@ from implicitdiff._lift import confirm, lift, over_levels
 from implicitdiff._operator import Dims
 from implicitdiff._primitive import Problem, attach, solve_problem
 from implicitdiff._pytree import Leaves
+from implicitdiff._signature import name_of
 
 
 def unroll(step: Callable[..., Any], n: int, checkpoint_every: int | None = None) -> Callable[..., Any]:
@@ -53,19 +54,29 @@ def unroll(step: Callable[..., Any], n: int, checkpoint_every: int | None = None
     if checkpoint_every is not None and not checkpoint_every >= 1:
         raise ValueError(f"unroll: checkpoint_every has to be at least 1, or None, but it is {checkpoint_every!r}")
 
-    def steps(count: int, carry: Any, args: tuple[Any, ...]) -> Any:
+    return _Loop(step, n, checkpoint_every)
+
+
+@dataclass(frozen=True, eq=False)
+class _Loop:
+    step: Callable[..., Any]
+    n: int
+    checkpoint_every: int | None
+
+    def __call__(self, carry: Any, *args: Any) -> Any:
+        if self.checkpoint_every is None:
+            return self._steps(self.n, carry, args)
+        for start in range(0, self.n, self.checkpoint_every):
+            carry = _recomputed(self._steps, min(self.checkpoint_every, self.n - start), carry, args)
+        return carry
+
+    def _steps(self, count: int, carry: Any, args: tuple[Any, ...]) -> Any:
         for _ in range(count):
-            carry = step(carry, *args)
+            carry = self.step(carry, *args)
         return carry
 
-    def run(carry: Any, *args: Any) -> Any:
-        if checkpoint_every is None:
-            return steps(n, carry, args)
-        for start in range(0, n, checkpoint_every):
-            carry = _recomputed(steps, min(checkpoint_every, n - start), carry, args)
-        return carry
-
-    return run
+    def __repr__(self) -> str:
+        return f"<implicitdiff.unroll({name_of(self.step)}, {self.n})>"
 
 
 @_modes.one_operation

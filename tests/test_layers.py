@@ -63,6 +63,7 @@ ORDER = [
     "solvers._report",
     "solvers._options",
     "solvers._below",
+    "solvers._function",
     "solvers._solver",
     "solvers._backtracking",
     "solvers._low_rank",
@@ -82,6 +83,7 @@ ORDER = [
     "fronts._check",
     "fronts.*",
     "fronts",
+    "_version",
     "",
     "__main__",
 ]

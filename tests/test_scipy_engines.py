@@ -710,7 +710,7 @@ def test_a_warning_of_the_users_function_comes_through():
         (lambda: scipy_root(no_root, scipy_options={"maxfev": 3}), "'maxfev', got 3; give maxiter="),
         (lambda: scipy_least_squares(enzyme, scipy_options={"loss": "huber"}), "'loss', got 'huber'"),
         (lambda: scipy_root(no_root, maxiter=0), "maxiter must be an integer >= 1"),
-        (lambda: scipy_root(no_root, rtol=-1.0), "rtol must be a number >= 0"),
+        (lambda: scipy_root(no_root, rtol=-1.0), "rtol must be a finite number >= 0"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_where_the_solver_is_made(make, message):

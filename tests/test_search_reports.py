@@ -257,10 +257,10 @@ def test_the_warning_points_at_the_caller() -> None:
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 BAD_OPTIONS = [
-    ({"rtol": -1e-3}, ValueError, "rtol must be a number >= 0 or None, got -0.001"),
+    ({"rtol": -1e-3}, ValueError, "rtol must be a finite number >= 0 or None, got -0.001"),
     ({"rtol": "small"}, ValueError, "rtol must be"),
     ({"rtol": float("nan")}, ValueError, "rtol must be"),
-    ({"atol": -1}, ValueError, "atol must be a number >= 0 or None, got -1"),
+    ({"atol": -1}, ValueError, "atol must be a finite number >= 0 or None, got -1"),
     ({"atol": True}, ValueError, "atol must be"),
     ({"maxiter": 0}, ValueError, "maxiter must be an integer >= 1 or None, got 0"),
     ({"maxiter": 2.5}, ValueError, "maxiter must be"),

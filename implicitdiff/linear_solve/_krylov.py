@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -111,10 +112,10 @@ def _solve(
 
 def check_tolerances(name: str, rtol: float | None, atol: float, maxiter: int | None) -> None:
     """Refuse tolerances and budgets that make no sense."""
-    if rtol is not None and not (isinstance(rtol, (int, float)) and rtol >= 0):
-        raise ValueError(f"{name}: rtol must be >= 0 or None, got {rtol!r}")
-    if not (isinstance(atol, (int, float)) and atol >= 0):
-        raise ValueError(f"{name}: atol must be >= 0, got {atol!r}")
+    if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < math.inf):
+        raise ValueError(f"{name}: rtol must be a finite number >= 0 or None, got {rtol!r}")
+    if not (isinstance(atol, (int, float)) and 0 <= atol < math.inf):
+        raise ValueError(f"{name}: atol must be a finite number >= 0, got {atol!r}")
     if maxiter is not None and (not isinstance(maxiter, int) or maxiter < 1):
         raise ValueError(f"{name}: maxiter must be an integer >= 1 or None, got {maxiter!r}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,4 +52,9 @@ def jacobi_preconditioner(matvec: Callable[[Any], Any], like: Any) -> Callable[[
 
     diagonal = [entries(i).detach() for i in range(len(leaves))]
     inverse = [torch.where(d == 0, 1.0, 1.0 / d) for d in diagonal]
-    return lambda r: structure.unflatten([t * d for t, d in zip(structure.tensors_of(r), inverse, strict=True)])
+    return partial(_scaled, structure.unflatten(inverse))
+
+
+def _scaled(factors: Any, r: Any) -> Any:
+    leaves, structure = pytree.flatten(factors)
+    return structure.unflatten([t * d for t, d in zip(structure.tensors_of(r), leaves, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -51,8 +52,8 @@ def solve_lstsq(*, rtol: float | None = None, on_failure: OnFailure = "raise") -
         >>> solve_lstsq()(lambda v: A @ v, torch.tensor([2.0, 2.0]))
         tensor([1.0000, 1.0000])
     """
-    if rtol is not None and not (isinstance(rtol, (int, float)) and rtol >= 0):
-        raise ValueError(f"solve_lstsq: rtol must be >= 0 or None, got {rtol!r}")
+    if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < math.inf):
+        raise ValueError(f"solve_lstsq: rtol must be a finite number >= 0 or None, got {rtol!r}")
     broken = "the matrix, or the right-hand side, is not finite"
     solver = direct("solve_lstsq", partial(least_squares, rtol=rtol), broken, on_failure=on_failure)
     return replace(solver, kind=partial(PseudoinverseProblem, rtol=rtol, on_failure=on_failure))

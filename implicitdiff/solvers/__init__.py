@@ -7,6 +7,9 @@ A factory, ``anderson(fixed_point_fn, history=5, ...)`` say, takes the user's fu
     params, state = solver.update(params, state, *args)     # one iteration
     params, state = solver.run(params, *args)               # iterations until every lane has stopped
 
+The arguments after the first go by position or by keyword, as in ``solver.run(params, c=c)``: a keyword is the
+parameter of that name of the user's first function, or an option of ``run``.
+
 ``params`` is a pytree of floating-point (for fixed points and roots also complex) tensors, the initial guess; what
 comes back is a tree like it. ``args`` are pytrees, the same from ``init`` to the end: the state holds values at them.
 
@@ -31,6 +34,10 @@ State
     with what the method remembers, and has one value for each lane. It comes out of ``run`` detached; out of
     ``update``, what is reported is detached and what is remembered is not, so that a loop over ``update`` has the right
     derivative.
+
+Pickling
+    A solver pickles, with its functions and linear solvers, if the user's functions do: workers that are spawned and
+    `torch.save` take it. A state loads with ``torch.load(file, weights_only=True)``.
 
 Options of every factory:
     rtol, atol: a lane has converged at ``error <= max(rtol * first_error, atol)``. The error is the Euclidean norm
@@ -69,6 +76,8 @@ Options of run:
     callback: ``callback(iter_num, params, state)`` at every look at the status, the first before the first iteration.
         Tensors are plain and detached, the lanes of the vmaps in front.
 """
+
+from torch.serialization import add_safe_globals
 
 from implicitdiff.solvers._proximal_gradient import ProximalGradientState
 from implicitdiff.solvers._scipy import ScipyState
@@ -150,3 +159,6 @@ __all__ = [
     "scipy_minimize",
     "scipy_root",
 ]
+
+# What `torch.load` takes with weights_only=True.
+add_safe_globals([KKTSolution, *(globals()[name] for name in __all__ if name.endswith("State"))])

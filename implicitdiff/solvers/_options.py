@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,8 +27,8 @@ class Options:
     def check(self, name: str) -> None:
         """Refuse what makes no sense."""
         for option, value in (("rtol", self.rtol), ("atol", self.atol)):
-            if value is not None and not (_is_number(value) and value >= 0):
-                raise ValueError(f"{name}: {option} must be a number >= 0 or None, got {value!r}")
+            if value is not None and not (_is_number(value) and 0 <= value < math.inf):
+                raise ValueError(f"{name}: {option} must be a finite number >= 0 or None, got {value!r}")
         if self.maxiter is not None and not (_is_integer(self.maxiter) and self.maxiter >= 1):
             raise ValueError(f"{name}: maxiter must be an integer >= 1 or None, got {self.maxiter!r}")
         if not (_is_integer(self.check_every) and self.check_every >= 1):

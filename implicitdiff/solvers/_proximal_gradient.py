@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,12 +53,18 @@ class ProximalGradientState(NamedTuple):
 def check_stepsize(name: str, stepsize: float | None) -> None:
     """Refuse what is no size of a step."""
     if stepsize is not None:
-        check_number(name, "stepsize", stepsize, "a number > 0, or None for a line search", lambda s: s > 0)
+        check_number(
+            name, "stepsize", stepsize, "a finite number > 0, or None for a line search", lambda s: 0 < s < math.inf
+        )
 
 
 def by_prox(prox: Prox) -> _gap.Away:
     """``x - prox(x - grad, 1)``."""
-    return lambda rows, x, grad: x - prox(rows, x - grad, torch.ones_like(x[:, 0]))
+    return partial(_away, prox)
+
+
+def _away(prox: Prox, rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
+    return x - prox(rows, x - grad, torch.ones_like(x[:, 0]))
 
 
 def method(name: str, prox: Prox, away: _gap.Away, stepsize: float | None, acceleration: bool) -> Method:
@@ -66,33 +74,44 @@ def method(name: str, prox: Prox, away: _gap.Away, stepsize: float | None, accel
     O'Donoghue and Candes, Found. Comput. Math. 15 (2015), gradient scheme.
     """
     check_stepsize(name, stepsize)
-
     gap = _gap.Constrained(_gap.stationary, away)
+    start = partial(_start, gap=gap, stepsize=stepsize or 1.0)
+    step = partial(_step, prox=prox, away=away, search=stepsize is None, acceleration=acceleration)
+    return Method(start, step, ProximalGradientState, 100_000, gap)
 
-    def start(rows: Rows, x: Tensor) -> ProximalGradientState:
-        value, grad = rows.fn.value_and_grad(x)
-        one = torch.ones_like(value)
-        return ProximalGradientState(
-            **rows.header(norm(away(rows, x, grad)), lambda: gap.size(rows, x, grad)),
-            stepsize=one * (stepsize or 1.0),
-            point=x,
-            value=value,
-            grad=grad,
-            momentum=one,
-        )
 
-    def step(rows: Rows, x: Tensor, state: ProximalGradientState) -> tuple[Tensor, ProximalGradientState]:
-        (new_x, value, grad), size, failed = _descend(rows, prox, state, search=stepsize is None)
-        state = state._replace(
-            error=norm(away(rows, new_x, grad)),
-            status=torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status),
-            stepsize=size,
-        )
-        if not acceleration:
-            return new_x, state._replace(point=new_x, value=value, grad=grad)
-        return new_x, _accelerate(rows, x, new_x, state)
+def _start(rows: Rows, x: Tensor, *, gap: _gap.Constrained, stepsize: float) -> ProximalGradientState:
+    value, grad = rows.fn.value_and_grad(x)
+    one = torch.ones_like(value)
+    return ProximalGradientState(
+        **rows.header(norm(gap.away(rows, x, grad)), lambda: gap.size(rows, x, grad)),
+        stepsize=one * stepsize,
+        point=x,
+        value=value,
+        grad=grad,
+        momentum=one,
+    )
 
-    return Method(start, step, 100_000, gap)
+
+def _step(
+    rows: Rows,
+    x: Tensor,
+    state: ProximalGradientState,
+    *,
+    prox: Prox,
+    away: _gap.Away,
+    search: bool,
+    acceleration: bool,
+) -> tuple[Tensor, ProximalGradientState]:
+    (new_x, value, grad), size, failed = _descend(rows, prox, state, search)
+    state = state._replace(
+        error=norm(away(rows, new_x, grad)),
+        status=torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status),
+        stepsize=size,
+    )
+    if not acceleration:
+        return new_x, state._replace(point=new_x, value=value, grad=grad)
+    return new_x, _accelerate(rows, x, new_x, state)
 
 
 def _descend(rows: Rows, prox: Prox, state: ProximalGradientState, search: bool) -> tuple[Point, Tensor, Tensor]:

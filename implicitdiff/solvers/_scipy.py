@@ -10,6 +10,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -17,15 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import implicitdiff._functorch as functorch
 import implicitdiff._pytree as pytree
 from implicitdiff._operator import with_vectors
-from implicitdiff._signature import name_of
 from implicitdiff.projections import box
 from implicitdiff.solvers._condition import Condition, Parts, Pose, subtract
 from implicitdiff.solvers._gap import Constrained, Gap, size
 from implicitdiff.solvers._rows import Rows, any_lane, norm
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._solver import Maker, Method, Solver, make
 from implicitdiff.solvers._status import Status
 
 Array = NDArray[np.float64]
@@ -163,66 +163,61 @@ def make_engine(name: str, pose: Pose, fn: Callable[..., Any], engine: Engine, o
         engine: what solves.
         options: see `implicitdiff.solvers`.
     """
-    method = _method(engine, options)
-    solver = make(name, pose, (fn,), method, options)
-    quiet = make(name, pose, (fn,), method, {**options, "on_failure": "ignore"})
+    start, step = partial(_start, gap=engine.gap), partial(_step, engine=engine, budget=options.get("maxiter"))
+    return make(name, pose, (fn,), Method(start, step, ScipyState, 10_000, engine.gap), options, kind=_EngineMaker)
 
-    @functorch.outside_compile
-    def update(params: Any, state: ScipyState, *args: Any) -> tuple[Any, ScipyState]:
+
+class _EngineMaker(Maker):
+    def update(self, params: Any, state: ScipyState, args: tuple[Any, ...]) -> tuple[Any, ScipyState]:
+        """The whole search, ``(params, state)``."""
         # SciPy needs plain numbers, which the caller's frame may not have, but `run` gets.
         running = state.status == Status.RUNNING
         if not any_lane(running):
             return params, state
         old, structure = pytree.flatten((params, state))
-        new = structure.tensors_of(quiet.run(params, *args))
+        quiet = replace(self, options=replace(self.options, on_failure="ignore"))
+        new = structure.tensors_of(quiet.run(params, args))
         kept: tuple[Any, ScipyState] = structure.unflatten(
             [torch.where(running, n, o) for n, o in zip(new, old, strict=True)]
         )
         return kept
 
-    def run(params: Any, *args: Any, implicit_diff: bool = True, **how: Any) -> tuple[Any, ScipyState]:
-        if not implicit_diff:
-            raise NotImplementedError(
-                f"{name}({name_of(fn)}): implicit_diff=False would differentiate the steps, and SciPy's are no "
-                "operations of torch; leave it True, or take a solver that is written in torch"
-            )
-        return solver.run(params, *args, **how)
-
-    return solver._replace(update=update, run=run)
+    def _unrolled(self, *_: Any) -> tuple[Any, Any]:
+        raise NotImplementedError(
+            f"{self.name}: implicit_diff=False would differentiate the steps, and SciPy's are no operations of torch; "
+            "leave it True, or take a solver that is written in torch"
+        )
 
 
-def _method(engine: Engine, options: Mapping[str, Any]) -> Method:
-    gap = engine.gap
+def _start(rows: Rows, x: Tensor, *, gap: Gap) -> ScipyState:
+    header = rows.header(norm(gap(rows, x)), lambda: size(gap, rows, x))
+    return ScipyState(**header, nfev=header["iter_num"])
 
-    def start(rows: Rows, x: Tensor) -> ScipyState:
-        header = rows.header(norm(gap(rows, x)), lambda: size(gap, rows, x))
-        return ScipyState(**header, nfev=header["iter_num"])
 
-    def accepted(rows: Rows, state: ScipyState) -> Tensor:
-        """The target where SciPy can do no more; what the user asked for is kept to."""
-        if rows.atol is not None:
-            return state.target
-        given = state.error * (rows.rtol or 0.0)
-        return torch.where(state.target > given, rows.eps ** (engine.digits - 2 / 3) * state.target, state.target)
+def _step(rows: Rows, x: Tensor, state: ScipyState, *, engine: Engine, budget: int | None) -> tuple[Tensor, ScipyState]:
+    new_x, spent, nfev, status = x.clone(), torch.ones_like(state.nfev), state.nfev.clone(), state.status.clone()
+    limit = budget or max(1000, 200 * x.shape[1])
+    for i in (state.status == Status.RUNNING).nonzero()[:, 0].tolist():
+        lane = Lane(rows.lane(i), x[i : i + 1])
+        end = _solve(engine, lane, float(state.target[i]), limit)
+        new_x[i] = torch.from_numpy(end.x)
+        spent[i], nfev[i], status[i] = end.spent, lane.nfev, _why(end, limit)
+    error = norm(engine.gap(rows, new_x))
+    # Where it has got there, or is not finite, the loop says so.
+    target = torch.where(error > state.target, _accepted(rows, state, engine.digits), state.target)
+    missed = torch.isfinite(error) & (error > target)
+    status = torch.where(missed, status, state.status)
+    # The loop adds one.
+    iter_num = state.iter_num + spent - 1
+    return new_x, state._replace(iter_num=iter_num, error=error, target=target, status=status, nfev=nfev)
 
-    def step(rows: Rows, x: Tensor, state: ScipyState) -> tuple[Tensor, ScipyState]:
-        new_x, spent, nfev, status = x.clone(), torch.ones_like(state.nfev), state.nfev.clone(), state.status.clone()
-        limit = options.get("maxiter") or max(1000, 200 * x.shape[1])
-        for i in (state.status == Status.RUNNING).nonzero()[:, 0].tolist():
-            lane = Lane(rows.lane(i), x[i : i + 1])
-            end = _solve(engine, lane, float(state.target[i]), limit)
-            new_x[i] = torch.from_numpy(end.x)
-            spent[i], nfev[i], status[i] = end.spent, lane.nfev, _why(end, limit)
-        error = norm(gap(rows, new_x))
-        # Where it has got there, or is not finite, the loop says so.
-        target = torch.where(error > state.target, accepted(rows, state), state.target)
-        missed = torch.isfinite(error) & (error > target)
-        status = torch.where(missed, status, state.status)
-        # The loop adds one.
-        iter_num = state.iter_num + spent - 1
-        return new_x, state._replace(iter_num=iter_num, error=error, target=target, status=status, nfev=nfev)
 
-    return Method(start, step, 10_000, gap)
+def _accepted(rows: Rows, state: ScipyState, digits: float) -> Tensor:
+    """The target where SciPy can do no more; what the user asked for is kept to."""
+    if rows.atol is not None:
+        return state.target
+    given = state.error * (rows.rtol or 0.0)
+    return torch.where(state.target > given, rows.eps ** (digits - 2 / 3) * state.target, state.target)
 
 
 def _why(end: End, limit: int) -> Status:
@@ -278,7 +273,11 @@ def boxed(condition: Condition, lower: Any, upper: Any) -> Condition:
 
 def in_box(gradient: Gap) -> Constrained:
     """What a solution within bounds makes zero."""
-    return Constrained(gradient, lambda rows, x, gradient: x - rows.part("box")(x - gradient))
+    return Constrained(gradient, _out_of_box)
+
+
+def _out_of_box(rows: Rows, x: Tensor, gradient: Tensor) -> Tensor:
+    return x - rows.part("box")(x - gradient)
 
 
 def limits_of(name: str, bounds: Any) -> tuple[Any, Any]:

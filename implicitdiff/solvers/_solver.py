@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from implicitdiff._system import Vectors
 from implicitdiff._unroll import unroll
 from implicitdiff.solvers._below import Closed
 from implicitdiff.solvers._condition import Pose
+from implicitdiff.solvers._function import LastByKeyword, SolverFunction
 from implicitdiff.solvers._gap import Gap, rounding, scale
 from implicitdiff.solvers._options import Options, check_count, options_of
 from implicitdiff.solvers._report import Callback, Report
@@ -40,12 +41,12 @@ class Solver(NamedTuple):
     """A solver as pure functions; made by the factories of `implicitdiff.solvers`, where all is said.
 
     Attributes:
-        init: ``init(params, *args) -> state``.
-        update: ``update(params, state, *args) -> (params, state)``, one iteration.
+        init: ``init(params, *args, **kwargs) -> state``.
+        update: ``update(params, state, *args, **kwargs) -> (params, state)``, one iteration.
         run: ``run(params, *args, implicit_diff=True, checkpoint_every=None, keep_history=False, verbose=False,
-            callback=None) -> (params, state)``, iterations until every lane has stopped.
-        optimality_fn: ``optimality_fn(params, *args)``, a tree like ``params``, zero at a solution; its derivatives
-            are what ``run`` is differentiated by.
+            callback=None, **kwargs) -> (params, state)``, iterations until every lane has stopped.
+        optimality_fn: ``optimality_fn(params, *args, **kwargs)``, a tree like ``params``, zero at a solution; its
+            derivatives are what ``run`` is differentiated by.
     """
 
     init: Callable[..., Any]
@@ -62,6 +63,7 @@ class Method(NamedTuple):
         step: ``step(rows, x, state) -> (x, state)``. Sets the new ``error``, that of the new ``x``, what it remembers,
             and ``status`` where it fails; the rest of the header is the loop's. What it does in lanes that have
             stopped is thrown away, but must be finite, since transforms differentiate it.
+        state: the class of the states.
         net: how many iterations ``maxiter=None`` allows.
         gap: what ``error`` is the norm of; None where the method itself knows what rounding makes of it.
         only_implicit: why ``implicit_diff=False`` makes no sense, if it makes none.
@@ -69,59 +71,64 @@ class Method(NamedTuple):
 
     start: Callable[[Rows, Tensor], Any]
     step: Callable[[Rows, Tensor, Any], tuple[Tensor, Any]]
+    state: type[Any]
     net: int
     gap: Gap | None = None
     only_implicit: str | None = None
 
 
-def make(name: str, pose: Pose, functions: tuple[Callable[..., Any], ...], method: Method, options: Any) -> Solver:
-    """A solver from a method and the condition that its solutions satisfy.
+@dataclass(frozen=True)
+class Maker:
+    """What a factory has made: computes the four functions of a `Solver`, with the arguments of the user's as a tuple.
 
-    Args:
-        name: of the factory.
+    Attributes:
+        factory: the name of the factory.
+        name: that with the user's function, as messages show it.
         pose: makes the condition of the user's functions.
         functions: those.
         method: the iteration.
-        options: of `Options`.
+        options: of every solver.
+        guess: ``guess(params, *args, **kwargs)``, the unknowns that a user's `params` stand for; None: these.
+        is_named: whether the first function is the library's own, so that its parameters are to be shown.
+        limit: how many iterations there may be.
     """
-    for fn in functions:
-        if not callable(fn):
-            raise TypeError(f"{name}: a function was expected, got {type(fn).__name__}")
-    checked = options_of(name, options)
-    called = ", ".join(map(name_of, functions[:1]))
-    maker = _Maker(f"{name}({called})", pose, functions, method, checked)
-    return Solver(maker.init, maker.update, maker.run, maker.optimality)
 
-
-@dataclass(frozen=True)
-class _Maker:
+    factory: str
     name: str
     pose: Pose
     functions: tuple[Callable[..., Any], ...]
     method: Method
     options: Options
+    guess: Callable[..., Any] | None = None
+    is_named: bool = False
     limit: int = field(init=False)
 
     def __post_init__(self) -> None:
         limit = self.method.net if self.options.maxiter is None else self.options.maxiter
         object.__setattr__(self, "limit", limit)
 
-    def optimality(self, params: Any, *args: Any) -> Any:
+    def with_last_by_keyword(self, names: tuple[str, ...]) -> Maker:
+        """The same, where the last arguments are those that the user's function takes by these keywords."""
+        fn, *others = self.functions
+        return replace(self, functions=(LastByKeyword(fn, names), *others))
+
+    def optimality_fn(self, params: Any, args: tuple[Any, ...]) -> Any:
+        """What is zero at a solution, a tree like `params`."""
         condition = self.pose(*self.functions)
         return condition.optimality(condition.parts, params, args)
 
-    @functorch.outside_compile
     @_modes.one_operation
     @_settings.outside_autocast
-    def init(self, params: Any, *args: Any) -> Any:
+    def init(self, params: Any, args: tuple[Any, ...]) -> Any:
+        """The state at an initial guess."""
         x, rows, _ = self._frame(params, args)
         with _settings.full_precision():
             return _unbatched(self._start(rows, x))
 
-    @functorch.outside_compile
     @_modes.one_operation
     @_settings.outside_autocast
-    def update(self, params: Any, state: Any, *args: Any) -> tuple[Any, Any]:
+    def update(self, params: Any, state: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
+        """One iteration, ``(params, state)``."""
         x, rows, structure = self._frame(params, args)
         with _settings.full_precision():
             old = pytree.map_tensors(lambda t: t[None], state)
@@ -130,19 +137,20 @@ class _Maker:
             state = self._spared(rows, x, state, asked & (old.status == Status.RUNNING))
         return structure.unflatten(rows.inputs.unravel(x)), _unbatched(state)
 
-    @functorch.outside_compile
     @_modes.one_operation
     @_settings.outside_autocast
     def run(
         self,
         params: Any,
-        *args: Any,
+        args: tuple[Any, ...],
+        *,
         implicit_diff: bool = True,
         checkpoint_every: int | None = None,
         keep_history: bool = False,
         verbose: bool = False,
         callback: Callback | None = None,
     ) -> tuple[Any, Any]:
+        """Iterations from an initial guess until every lane has stopped, ``(params, state)``."""
         report = Report(self.name, self.limit, keep_history, verbose, callback)
         if not implicit_diff:
             if self.method.only_implicit is not None:
@@ -238,14 +246,14 @@ class _Maker:
         self, params: Any, args: tuple[Any, ...], checkpoint_every: int | None, report: Report
     ) -> tuple[Any, Any]:
         def step(carry: tuple[Any, Any], *args: Any) -> tuple[Any, Any]:
-            return self.update(*carry, *args)
+            return self.update(*carry, args)
 
         if checkpoint_every is not None:
             check_count(self.name, "checkpoint_every", checkpoint_every)
         at_once = checkpoint_every or (1 if report.keeps else self.options.check_every)
         advance = unroll(step, at_once, checkpoint_every)
         random_state = torch.get_rng_state()
-        state = self.init(params, *args)
+        state = self.init(params, args)
         if not torch.equal(random_state, torch.get_rng_state()):
             raise ValueError(
                 f"{self.name} draws random numbers, with which no iteration converges; draw them outside and pass them "
@@ -278,7 +286,10 @@ class _Maker:
         solution = closed.structure.unflatten(x)
         if functorch.nothing_records():
             return solution, state
-        return pose(self.name, self.optimality, root, options.solve, solution, args, {}).attached(), state
+        return pose(self.name, self._residual, root, options.solve, solution, args, {}).attached(), state
+
+    def _residual(self, params: Any, *args: Any) -> Any:
+        return self.optimality_fn(params, args)
 
     def _loop(self, rows: Rows, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
         lanes = rows.inputs.batch
@@ -306,6 +317,38 @@ class _Maker:
 
     def _settle(self, state: Any) -> None:
         settle(self.name, state, self.options.on_failure, budget=self.options.maxiter is not None)
+
+
+def make(
+    name: str,
+    pose: Pose,
+    functions: tuple[Callable[..., Any], ...],
+    method: Method,
+    options: Any,
+    guess: Callable[..., Any] | None = None,
+    is_named: bool = False,
+    kind: type[Maker] = Maker,
+) -> Solver:
+    """A solver from a method and the condition that its solutions satisfy.
+
+    All of it has to pickle, but for what the user gives: functions of modules, bound to options by functools.partial.
+
+    Args:
+        name: of the factory.
+        pose: makes the condition of the user's functions.
+        functions: those.
+        method: the iteration.
+        options: of `Options`.
+        guess, is_named: see `Maker`.
+        kind: the class of the maker.
+    """
+    for fn in functions:
+        if not callable(fn):
+            raise TypeError(f"{name}: a function was expected, got {type(fn).__name__}")
+    checked = options_of(name, options)
+    called = ", ".join(map(name_of, functions[:1]))
+    maker = kind(name, f"{name}({called})", pose, functions, method, checked, guess, is_named)
+    return Solver(*(SolverFunction(maker, field) for field in Solver._fields))
 
 
 def _is_milestone(count: Any) -> Any:

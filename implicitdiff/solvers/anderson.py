@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -83,41 +85,45 @@ def anderson(
         (True, True)
     """
     check_count("anderson", "history", history)
-    check_number("anderson", "ridge", ridge, "a number >= 0", lambda r: r >= 0)
-    check_number("anderson", "mixing", mixing, "a number other than 0", bool)
+    check_number("anderson", "ridge", ridge, "a finite number >= 0", lambda r: 0 <= r < math.inf)
+    check_number("anderson", "mixing", mixing, "a finite number other than 0", lambda m: m != 0 and math.isfinite(m))
     if safeguard is not None:
         check_number("anderson", "safeguard", safeguard, "a number >= 1 or None", lambda s: s >= 1)
 
-    def start(rows: Rows, x: Tensor) -> AndersonState:
-        residual = rows.fn(x) - x
-        # As many changes as unknowns determine c. With more, it would be the ridge that chooses among the many c with
-        # Y c = r, and it is so small that rounding would choose for it.
-        kept = max(1, min(history, x.shape[-1]))
-        none = torch.zeros_like(x)[:, None].repeat(1, kept, 1)
-        header = rows.header(norm(residual), lambda: norm(residual + x))
-        return AndersonState(**header, residual=residual, steps=none, changes=none)
+    step = partial(_step, ridge=ridge, mixing=mixing, safeguard=safeguard)
+    method = Method(partial(_start, history=history), step, AndersonState, 1_000, _gap.fixed_point)
+    return make("anderson", _condition.fixed_point, (fixed_point_fn,), method, options)
 
-    def step(rows: Rows, x: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
-        r, steps, changes = state.residual, state.steps, state.changes
-        c = _coefficients(changes, r, max(ridge, torch.finfo(x.dtype).eps))
-        new_x = x + mixing * r - times(c, steps + mixing * changes)
-        new_r = rows.fn(new_x) - new_x
-        if safeguard is not None:
-            refused = ~(norm(new_r) <= safeguard * state.error)
-            if any_lane(refused):
-                plain_x = x + mixing * r
-                new_x = select(refused, plain_x, new_x)
-                new_r = select(refused, rows.fn(plain_x) - plain_x, new_r)
-                steps, changes = (select(refused, torch.zeros_like(t), t) for t in (steps, changes))
-        return new_x, state._replace(
-            error=norm(new_r),
-            residual=new_r,
-            steps=torch.cat([steps[:, 1:], (new_x - x)[:, None]], dim=1),
-            changes=torch.cat([changes[:, 1:], (new_r - r)[:, None]], dim=1),
-        )
 
-    return make(
-        "anderson", _condition.fixed_point, (fixed_point_fn,), Method(start, step, 1_000, _gap.fixed_point), options
+def _start(rows: Rows, x: Tensor, *, history: int) -> AndersonState:
+    residual = rows.fn(x) - x
+    # As many changes as unknowns determine c. With more, it would be the ridge that chooses among the many c with
+    # Y c = r, and it is so small that rounding would choose for it.
+    kept = max(1, min(history, x.shape[-1]))
+    none = torch.zeros_like(x)[:, None].repeat(1, kept, 1)
+    header = rows.header(norm(residual), lambda: norm(residual + x))
+    return AndersonState(**header, residual=residual, steps=none, changes=none)
+
+
+def _step(
+    rows: Rows, x: Tensor, state: AndersonState, *, ridge: float, mixing: float, safeguard: float | None
+) -> tuple[Tensor, AndersonState]:
+    r, steps, changes = state.residual, state.steps, state.changes
+    c = _coefficients(changes, r, max(ridge, torch.finfo(x.dtype).eps))
+    new_x = x + mixing * r - times(c, steps + mixing * changes)
+    new_r = rows.fn(new_x) - new_x
+    if safeguard is not None:
+        refused = ~(norm(new_r) <= safeguard * state.error)
+        if any_lane(refused):
+            plain_x = x + mixing * r
+            new_x = select(refused, plain_x, new_x)
+            new_r = select(refused, rows.fn(plain_x) - plain_x, new_r)
+            steps, changes = (select(refused, torch.zeros_like(t), t) for t in (steps, changes))
+    return new_x, state._replace(
+        error=norm(new_r),
+        residual=new_r,
+        steps=torch.cat([steps[:, 1:], (new_x - x)[:, None]], dim=1),
+        changes=torch.cat([changes[:, 1:], (new_r - r)[:, None]], dim=1),
     )
 
 

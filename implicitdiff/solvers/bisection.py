@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -77,32 +78,19 @@ def bisection(fn: Callable[..., Any], lower: Any, upper: Any, **options: Any) ->
         >>> torch.func.grad(lambda theta: solver.run(None, theta)[0])(torch.tensor(8.0))  # 1 / (3 x^2)
         tensor(0.0833)
     """
+    method = Method(_start, _step, BisectionState, 10_000, only_implicit="bisection has no derivative of its own")
+    pose, guess = partial(_bracketed, lower=lower, upper=upper), partial(_guess, lower, upper)
+    return make("bisection", pose, (fn,), method, options, guess)
 
-    def ends(name: str, value: Any) -> Callable[..., Any]:
-        return lambda x, args: _spread(name, value, x)
 
-    def pose(fn: Callable[..., Any]) -> Condition:
-        root = _condition.root(fn)
-        return root._replace(parts={**root.parts, "lower": ends("lower", lower), "upper": ends("upper", upper)})
+def _bracketed(fn: Callable[..., Any], *, lower: Any, upper: Any) -> Condition:
+    root = _condition.root(fn)
+    ends = {"lower": lambda x, args: _spread("lower", lower, x), "upper": lambda x, args: _spread("upper", upper, x)}
+    return root._replace(parts={**root.parts, **ends})
 
-    base = make(
-        "bisection",
-        pose,
-        (fn,),
-        Method(_start, _step, 10_000, only_implicit="bisection has no derivative of its own"),
-        options,
-    )
 
-    def guess(params: Any) -> Any:
-        return _middle(lower, upper) if params is None else params
-
-    def init(params: Any, *args: Any) -> BisectionState:
-        return base.init(guess(params), *args)  # type: ignore[no-any-return]
-
-    def run(params: Any, *args: Any, **how: Any) -> tuple[Any, BisectionState]:
-        return base.run(guess(params), *args, **how)
-
-    return base._replace(init=init, run=run)
+def _guess(lower: Any, upper: Any, params: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return _middle(lower, upper) if params is None else params
 
 
 def _start(rows: Rows, x: Tensor) -> BisectionState:

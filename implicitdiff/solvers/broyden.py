@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -72,23 +73,24 @@ def broyden(fixed_point_fn: Callable[..., Any], history: int = 20, **options: An
     """
     check_count("broyden", "history", history)
 
-    def start(rows: Rows, x: Tensor) -> BroydenState:
-        residual = x - rows.fn(x)
-        none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
-        header = rows.header(norm(residual), lambda: norm(x - residual))
-        return BroydenState(**header, residual=residual, u=none, v=none, rank=header["iter_num"])
+    method = Method(partial(_start, history=history), _step, BroydenState, 1_000, _gap.fixed_point)
+    return make("broyden", _condition.fixed_point, (fixed_point_fn,), method, options)
 
-    def step(rows: Rows, x: Tensor, state: BroydenState) -> tuple[Tensor, BroydenState]:
-        new_x = x - _low_rank.product(_identity, state.u, state.v, state.residual)
-        new_r = new_x - rows.fn(new_x)
-        u, v, rank = _low_rank.updated(
-            _identity, _identity, state.u, state.v, state.rank, new_x - x, new_r - state.residual
-        )
-        return new_x, state._replace(error=norm(new_r), residual=new_r, u=u, v=v, rank=rank)
 
-    return make(
-        "broyden", _condition.fixed_point, (fixed_point_fn,), Method(start, step, 1_000, _gap.fixed_point), options
+def _start(rows: Rows, x: Tensor, *, history: int) -> BroydenState:
+    residual = x - rows.fn(x)
+    none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+    header = rows.header(norm(residual), lambda: norm(x - residual))
+    return BroydenState(**header, residual=residual, u=none, v=none, rank=header["iter_num"])
+
+
+def _step(rows: Rows, x: Tensor, state: BroydenState) -> tuple[Tensor, BroydenState]:
+    new_x = x - _low_rank.product(_identity, state.u, state.v, state.residual)
+    new_r = new_x - rows.fn(new_x)
+    u, v, rank = _low_rank.updated(
+        _identity, _identity, state.u, state.v, state.rank, new_x - x, new_r - state.residual
     )
+    return new_x, state._replace(error=norm(new_r), residual=new_r, u=u, v=v, rank=rank)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,21 +77,25 @@ def broyden_root(
     """
     check_count("broyden_root", "history", history)
 
-    def start(rows: Rows, x: Tensor) -> BroydenRootState:
-        residual = rows.fn(x)
-        none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
-        header = rows.header(norm(residual), lambda: norm(_gap.change(_gap.root, rows, x, residual)))
-        inverse = _dense.inverse(rows.fn.jacobian(x)[1])
-        return BroydenRootState(**header, residual=residual, inverse=inverse, u=none, v=none, rank=header["iter_num"])
+    start, step = partial(_start, history=history), partial(_step, backtracking=backtracking)
+    method = Method(start, step, BroydenRootState, 1_000, _gap.root)
+    return make("broyden_root", _condition.root, (residual_fn,), method, options)
 
-    def step(rows: Rows, x: Tensor, state: BroydenRootState) -> tuple[Tensor, BroydenRootState]:
-        first, adjoint = _times(state.inverse), _times(state.inverse.mT)
-        direction = -_low_rank.product(first, state.u, state.v, state.residual)
-        new_x, new_r, status = _newton.move(rows, x, state, direction, backtracking)
-        u, v, rank = _low_rank.updated(first, adjoint, state.u, state.v, state.rank, new_x - x, new_r - state.residual)
-        return new_x, state._replace(error=norm(new_r), status=status, residual=new_r, u=u, v=v, rank=rank)
 
-    return make("broyden_root", _condition.root, (residual_fn,), Method(start, step, 1_000, _gap.root), options)
+def _start(rows: Rows, x: Tensor, *, history: int) -> BroydenRootState:
+    residual = rows.fn(x)
+    none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+    header = rows.header(norm(residual), lambda: norm(_gap.change(_gap.root, rows, x, residual)))
+    inverse = _dense.inverse(rows.fn.jacobian(x)[1])
+    return BroydenRootState(**header, residual=residual, inverse=inverse, u=none, v=none, rank=header["iter_num"])
+
+
+def _step(rows: Rows, x: Tensor, state: BroydenRootState, *, backtracking: bool) -> tuple[Tensor, BroydenRootState]:
+    first, adjoint = _times(state.inverse), _times(state.inverse.mT)
+    direction = -_low_rank.product(first, state.u, state.v, state.residual)
+    new_x, new_r, status = _newton.move(rows, x, state, direction, backtracking)
+    u, v, rank = _low_rank.updated(first, adjoint, state.u, state.v, state.rank, new_x - x, new_r - state.residual)
+    return new_x, state._replace(error=norm(new_r), status=status, residual=new_r, u=u, v=v, rank=rank)
 
 
 def _times(matrix: Tensor) -> Callable[[Tensor], Tensor]:

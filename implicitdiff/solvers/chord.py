@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -72,20 +73,27 @@ def chord(
     """
     _newton.check_linear_solve("chord", linear_solve)
 
-    def start(rows: Rows, x: Tensor) -> ChordState:
-        residual = rows.fn(x)
-        empty = x.new_zeros((x.shape[0], 0, 0))
-        inverse = _dense.inverse(rows.fn.jacobian(x)[1]) if linear_solve is None else empty
-        header = rows.header(norm(residual), lambda: norm(_gap.change(_gap.root, rows, x, residual)))
-        return ChordState(**header, residual=residual, point=x, inverse=inverse)
+    start = partial(_start, linear_solve=linear_solve)
+    step = partial(_step, linear_solve=linear_solve, backtracking=backtracking)
+    method = Method(start, step, ChordState, 1_000, _gap.root)
+    return make("chord", _condition.root, (residual_fn,), method, options)
 
-    def step(rows: Rows, x: Tensor, state: ChordState) -> tuple[Tensor, ChordState]:
-        r = state.residual
-        if linear_solve is None:
-            direction = -times(r, state.inverse.mT)
-        else:
-            direction = -_newton.solve(rows, state.point, r, linear_solve)
-        x, residual, status = _newton.move(rows, x, state, direction, backtracking)
-        return x, state._replace(error=norm(residual), status=status, residual=residual)
 
-    return make("chord", _condition.root, (residual_fn,), Method(start, step, 1_000, _gap.root), options)
+def _start(rows: Rows, x: Tensor, *, linear_solve: LinearSolver | None) -> ChordState:
+    residual = rows.fn(x)
+    empty = x.new_zeros((x.shape[0], 0, 0))
+    inverse = _dense.inverse(rows.fn.jacobian(x)[1]) if linear_solve is None else empty
+    header = rows.header(norm(residual), lambda: norm(_gap.change(_gap.root, rows, x, residual)))
+    return ChordState(**header, residual=residual, point=x, inverse=inverse)
+
+
+def _step(
+    rows: Rows, x: Tensor, state: ChordState, *, linear_solve: LinearSolver | None, backtracking: bool
+) -> tuple[Tensor, ChordState]:
+    r = state.residual
+    if linear_solve is None:
+        direction = -times(r, state.inverse.mT)
+    else:
+        direction = -_newton.solve(rows, state.point, r, linear_solve)
+    x, residual, status = _newton.move(rows, x, state, direction, backtracking)
+    return x, state._replace(error=norm(residual), status=status, residual=residual)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -65,19 +66,16 @@ def fixed_point_iteration(fixed_point_fn: Callable[..., Any], damping: float = 0
     """
     check_number("fixed_point_iteration", "damping", damping, "a number in [0, 1)", lambda d: 0 <= d < 1)
 
-    def start(rows: Rows, x: Tensor) -> FixedPointState:
-        image = rows.fn(x)
-        return FixedPointState(**rows.header(norm(image - x), lambda: norm(image)), image=image)
+    method = Method(_start, partial(_step, damping=damping), FixedPointState, 100_000, _gap.fixed_point)
+    return make("fixed_point_iteration", _condition.fixed_point, (fixed_point_fn,), method, options)
 
-    def step(rows: Rows, x: Tensor, state: FixedPointState) -> tuple[Tensor, FixedPointState]:
-        x = damping * x + (1.0 - damping) * state.image if damping else state.image
-        image = rows.fn(x)
-        return x, state._replace(error=norm(image - x), image=image)
 
-    return make(
-        "fixed_point_iteration",
-        _condition.fixed_point,
-        (fixed_point_fn,),
-        Method(start, step, 100_000, _gap.fixed_point),
-        options,
-    )
+def _start(rows: Rows, x: Tensor) -> FixedPointState:
+    image = rows.fn(x)
+    return FixedPointState(**rows.header(norm(image - x), lambda: norm(image)), image=image)
+
+
+def _step(rows: Rows, x: Tensor, state: FixedPointState, *, damping: float) -> tuple[Tensor, FixedPointState]:
+    x = damping * x + (1.0 - damping) * state.image if damping else state.image
+    image = rows.fn(x)
+    return x, state._replace(error=norm(image - x), image=image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -67,21 +68,25 @@ def from_optimizer(objective_fn: Callable[..., Any], transformation: GradientTra
             f"{type(transformation).__name__}"
         )
 
-    def start(rows: Rows, x: Tensor) -> FromOptimizerState:
-        _, grad = rows.fn.value_and_grad(x)
-        inner = _over_lanes(transformation.init, _tree(rows, x))
-        header = rows.header(norm(grad), lambda: norm(_gap.change(_gap.stationary, rows, x, grad)))
-        return FromOptimizerState(**header, grad=grad, inner=inner)
+    start, step = partial(_start, transformation=transformation), partial(_step, transformation=transformation)
+    method = Method(start, step, FromOptimizerState, 100_000, _gap.stationary)
+    return make("from_optimizer", _condition.stationary, (objective_fn,), method, options)
 
-    def step(rows: Rows, x: Tensor, state: FromOptimizerState) -> tuple[Tensor, FromOptimizerState]:
-        params, inner = _over_lanes(transformation.step, _tree(rows, state.grad), state.inner, _tree(rows, x))
-        x = _rows(rows, params)
-        _, grad = rows.fn.value_and_grad(x)
-        return x, state._replace(error=norm(grad), grad=grad, inner=inner)
 
-    return make(
-        "from_optimizer", _condition.stationary, (objective_fn,), Method(start, step, 100_000, _gap.stationary), options
-    )
+def _start(rows: Rows, x: Tensor, *, transformation: GradientTransformation) -> FromOptimizerState:
+    _, grad = rows.fn.value_and_grad(x)
+    inner = _over_lanes(transformation.init, _tree(rows, x))
+    header = rows.header(norm(grad), lambda: norm(_gap.change(_gap.stationary, rows, x, grad)))
+    return FromOptimizerState(**header, grad=grad, inner=inner)
+
+
+def _step(
+    rows: Rows, x: Tensor, state: FromOptimizerState, *, transformation: GradientTransformation
+) -> tuple[Tensor, FromOptimizerState]:
+    params, inner = _over_lanes(transformation.step, _tree(rows, state.grad), state.inner, _tree(rows, x))
+    x = _rows(rows, params)
+    _, grad = rows.fn.value_and_grad(x)
+    return x, state._replace(error=norm(grad), grad=grad, inner=inner)
 
 
 def _tree(rows: Rows, x: Tensor) -> Any:

@@ -63,24 +63,25 @@ def gauss_newton(residual_fn: Callable[..., Any], **options: Any) -> Solver:
         >>> solver.run(torch.tensor([1.0, 0.1]), 2.0 * torch.exp(-0.5 * t))[0]
         tensor([2.0000, 0.5000])
     """
-
-    def start(rows: Rows, x: Tensor) -> GaussNewtonState:
-        residual, jacobian = rows.fn.jacobian(x)
-        if residual.shape[-1] < x.shape[-1]:
-            raise ValueError(
-                f"gauss_newton: {residual.shape[-1]} residuals do not determine {x.shape[-1]} unknowns; use "
-                "levenberg_marquardt, or add a regularising residual"
-            )
-        header = rows.header(norm(gradient(jacobian, residual)), lambda: normal_size(jacobian, x))
-        return GaussNewtonState(**header, residual=residual, jacobian=jacobian)
-
-    def step(rows: Rows, x: Tensor, state: GaussNewtonState) -> tuple[Tensor, GaussNewtonState]:
-        x = x - _dense.lstsq(state.jacobian, state.residual)
-        residual, jacobian = rows.fn.jacobian(x)
-        return x, state._replace(error=norm(gradient(jacobian, residual)), residual=residual, jacobian=jacobian)
-
-    method = Method(start, step, 1_000, _gap.least_squares)
+    method = Method(_start, _step, GaussNewtonState, 1_000, _gap.least_squares)
     return make("gauss_newton", _condition.least_squares, (residual_fn,), method, options)
+
+
+def _start(rows: Rows, x: Tensor) -> GaussNewtonState:
+    residual, jacobian = rows.fn.jacobian(x)
+    if residual.shape[-1] < x.shape[-1]:
+        raise ValueError(
+            f"gauss_newton: {residual.shape[-1]} residuals do not determine {x.shape[-1]} unknowns; use "
+            "levenberg_marquardt, or add a regularising residual"
+        )
+    header = rows.header(norm(gradient(jacobian, residual)), lambda: normal_size(jacobian, x))
+    return GaussNewtonState(**header, residual=residual, jacobian=jacobian)
+
+
+def _step(rows: Rows, x: Tensor, state: GaussNewtonState) -> tuple[Tensor, GaussNewtonState]:
+    x = x - _dense.lstsq(state.jacobian, state.residual)
+    residual, jacobian = rows.fn.jacobian(x)
+    return x, state._replace(error=norm(gradient(jacobian, residual)), residual=residual, jacobian=jacobian)
 
 
 def normal_size(jacobian: Tensor, x: Tensor) -> Tensor:

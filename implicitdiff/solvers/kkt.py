@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -80,25 +81,31 @@ def make_kkt_optimality_fn(
     for name, fn in {"objective_fn": objective_fn, "eq_fn": eq_fn, "ineq_fn": ineq_fn}.items():
         if not callable(fn) and (fn is not None or name == "objective_fn"):
             raise TypeError(f"make_kkt_optimality_fn: {name} must be a function of (x, params), got {fn!r}")
+    return partial(_optimality, objective_fn, eq_fn, ineq_fn)
 
-    def optimality_fn(
-        params: KKTSolution, params_obj: Any = None, params_eq: Any = None, params_ineq: Any = None
-    ) -> KKTSolution:
-        primal, dual_eq, dual_ineq = params
-        h = _constraint(eq_fn, primal, params_eq, dual_eq, "dual_eq")
-        g = _constraint(ineq_fn, primal, params_ineq, dual_ineq, "dual_ineq")
 
-        def lagrangian(x: Any) -> Tensor:
-            value: Tensor = _call(objective_fn, x, params_obj)
-            value = value + _inner(dual_eq, eq_fn, x, params_eq)
-            value = value + _inner(dual_ineq, ineq_fn, x, params_ineq)
-            return value
+def _optimality(
+    objective_fn: Callable[..., Any],
+    eq_fn: Callable[..., Any] | None,
+    ineq_fn: Callable[..., Any] | None,
+    params: KKTSolution,
+    params_obj: Any = None,
+    params_eq: Any = None,
+    params_ineq: Any = None,
+) -> KKTSolution:
+    primal, dual_eq, dual_ineq = params
+    h = _constraint(eq_fn, primal, params_eq, dual_eq, "dual_eq")
+    g = _constraint(ineq_fn, primal, params_ineq, dual_ineq, "dual_ineq")
 
-        leaves, structure = pytree.flatten(g)
-        complementarity = [d * v for d, v in zip(structure.tensors_of(dual_ineq), leaves, strict=True)]
-        return KKTSolution(gradient(lagrangian, primal), h, structure.unflatten(complementarity))
+    def lagrangian(x: Any) -> Tensor:
+        value: Tensor = _call(objective_fn, x, params_obj)
+        value = value + _inner(dual_eq, eq_fn, x, params_eq)
+        value = value + _inner(dual_ineq, ineq_fn, x, params_ineq)
+        return value
 
-    return optimality_fn
+    leaves, structure = pytree.flatten(g)
+    complementarity = [d * v for d, v in zip(structure.tensors_of(dual_ineq), leaves, strict=True)]
+    return KKTSolution(gradient(lagrangian, primal), h, structure.unflatten(complementarity))
 
 
 def _call(fn: Callable[..., Any], x: Any, params: Any) -> Any:

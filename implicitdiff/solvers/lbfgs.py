@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._gap as _gap
 from implicitdiff.solvers._line_search import arrive, begin, search, unit_step
+from implicitdiff.solvers._options import check_count
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select
 from implicitdiff.solvers._solver import Method, Solver, make
 from implicitdiff.solvers._status import Status
@@ -80,22 +82,24 @@ def lbfgs(objective_fn: Callable[..., Any], history: int = 10, **options: Any) -
         >>> torch.func.jacrev(lambda a: solver.run(x, a)[0])(a)  # of (a, a^2)
         tensor([1.0000, 2.0000], dtype=torch.float64)
     """
-    if history < 1:
-        raise ValueError(f"lbfgs: history must be an integer >= 1, got {history!r}")
+    check_count("lbfgs", "history", history)
 
-    def start(rows: Rows, x: Tensor) -> LbfgsState:
-        fields = begin(rows, x)
-        none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
-        eye = torch.eye(history, dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
-        return LbfgsState(**fields, scale=unit_step(fields["grad"]), steps=none, changes=none, products=eye)
+    method = Method(partial(_start, history=history), _step, LbfgsState, 10_000, _gap.stationary)
+    return make("lbfgs", _condition.stationary, (objective_fn,), method, options)
 
-    def step(rows: Rows, x: Tensor, state: LbfgsState) -> tuple[Tensor, LbfgsState]:
-        point, failed, status = search(rows, x, state, _direction(state), torch.ones_like(state.value))
-        new = _remember(state, point.x - x, point.grad - state.grad, rows.eps)
-        new = new._replace(**arrive(state, point), status=status)
-        return point.x, _forget(failed, new) if any_lane(failed) else new
 
-    return make("lbfgs", _condition.stationary, (objective_fn,), Method(start, step, 10_000, _gap.stationary), options)
+def _start(rows: Rows, x: Tensor, *, history: int) -> LbfgsState:
+    fields = begin(rows, x)
+    none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+    eye = torch.eye(history, dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
+    return LbfgsState(**fields, scale=unit_step(fields["grad"]), steps=none, changes=none, products=eye)
+
+
+def _step(rows: Rows, x: Tensor, state: LbfgsState) -> tuple[Tensor, LbfgsState]:
+    point, failed, status = search(rows, x, state, _direction(state), torch.ones_like(state.value))
+    new = _remember(state, point.x - x, point.grad - state.grad, rows.eps)
+    new = new._replace(**arrive(state, point), status=status)
+    return point.x, _forget(failed, new) if any_lane(failed) else new
 
 
 def _direction(state: LbfgsState) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -80,22 +82,23 @@ def levenberg_marquardt(residual_fn: Callable[..., Any], damping: float = 1e-3, 
         >>> solver.run(torch.tensor([1.0, 3.0]), 2.0 * torch.exp(-0.5 * t))[0]
         tensor([2.0000, 0.5000])
     """
-    check_number("levenberg_marquardt", "damping", damping, "a number > 0", lambda d: d > 0)
+    check_number("levenberg_marquardt", "damping", damping, "a finite number > 0", lambda d: 0 < d < math.inf)
 
-    def start(rows: Rows, x: Tensor) -> LevenbergMarquardtState:
-        residual, jacobian = rows.fn.jacobian(x)
-        header = rows.header(norm(gradient(jacobian, residual)), lambda: normal_size(jacobian, x))
-        return LevenbergMarquardtState(
-            **header,
-            residual=residual,
-            jacobian=jacobian,
-            scale=jacobian.square().sum(dim=1),
-            damping=torch.full_like(header["error"], damping),
-            growth=torch.full_like(header["error"], 2.0),
-        )
-
-    method = Method(start, _step, 1_000, _gap.least_squares)
+    method = Method(partial(_start, damping=damping), _step, LevenbergMarquardtState, 1_000, _gap.least_squares)
     return make("levenberg_marquardt", _condition.least_squares, (residual_fn,), method, options)
+
+
+def _start(rows: Rows, x: Tensor, *, damping: float) -> LevenbergMarquardtState:
+    residual, jacobian = rows.fn.jacobian(x)
+    header = rows.header(norm(gradient(jacobian, residual)), lambda: normal_size(jacobian, x))
+    return LevenbergMarquardtState(
+        **header,
+        residual=residual,
+        jacobian=jacobian,
+        scale=jacobian.square().sum(dim=1),
+        damping=torch.full_like(header["error"], damping),
+        growth=torch.full_like(header["error"], 2.0),
+    )
 
 
 def _step(rows: Rows, x: Tensor, state: LevenbergMarquardtState) -> tuple[Tensor, LevenbergMarquardtState]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -94,16 +95,8 @@ def mirror_descent(
     """
     check_stepsize("mirror_descent", stepsize)
 
-    def step(rows: Rows, x: Tensor, state: MirrorDescentState) -> tuple[Tensor, MirrorDescentState]:
-        return _step(rows, x, state, search=stepsize is None)
-
-    def start(rows: Rows, x: Tensor) -> MirrorDescentState:
-        value, grad = rows.fn.value_and_grad(x)
-        header = rows.header(norm(_away(rows, x, grad)), lambda: gap.size(rows, x, grad))
-        return MirrorDescentState(**header, stepsize=torch.ones_like(value) * (stepsize or 1.0), value=value, grad=grad)
-
-    gap = _gap.Constrained(_gap.stationary, _away)
-    method = Method(start, step, 100_000, gap)
+    start, step = partial(_start, stepsize=stepsize or 1.0), partial(_step, search=stepsize is None)
+    method = Method(start, step, MirrorDescentState, 100_000, _GAP)
     return make("mirror_descent", _pose, (objective_fn, projection, mapping), method, options)
 
 
@@ -123,7 +116,16 @@ def _away(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
     return x - rows.part("projection")(rows.part("mapping")(x) - grad)
 
 
-def _step(rows: Rows, x: Tensor, state: MirrorDescentState, search: bool) -> tuple[Tensor, MirrorDescentState]:
+_GAP = _gap.Constrained(_gap.stationary, _away)
+
+
+def _start(rows: Rows, x: Tensor, *, stepsize: float) -> MirrorDescentState:
+    value, grad = rows.fn.value_and_grad(x)
+    header = rows.header(norm(_away(rows, x, grad)), lambda: _GAP.size(rows, x, grad))
+    return MirrorDescentState(**header, stepsize=torch.ones_like(value) * stepsize, value=value, grad=grad)
+
+
+def _step(rows: Rows, x: Tensor, state: MirrorDescentState, *, search: bool) -> tuple[Tensor, MirrorDescentState]:
     mapping, projection = rows.part("mapping"), rows.part("projection")
     dual = mapping(x)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -71,14 +72,20 @@ def newton(
     """
     _newton.check_linear_solve("newton", linear_solve)
 
-    def start(rows: Rows, x: Tensor) -> NewtonState:
-        residual = rows.fn(x)
-        header = rows.header(norm(residual), lambda: norm(_gap.change(_gap.root, rows, x, residual)))
-        return NewtonState(**header, residual=residual)
+    step = partial(_step, linear_solve=linear_solve, backtracking=backtracking)
+    method = Method(_start, step, NewtonState, 1_000, _gap.root)
+    return make("newton", _condition.root, (residual_fn,), method, options)
 
-    def step(rows: Rows, x: Tensor, state: NewtonState) -> tuple[Tensor, NewtonState]:
-        direction = -_newton.solve(rows, x, state.residual, linear_solve)
-        x, residual, status = _newton.move(rows, x, state, direction, backtracking)
-        return x, state._replace(error=norm(residual), status=status, residual=residual)
 
-    return make("newton", _condition.root, (residual_fn,), Method(start, step, 1_000, _gap.root), options)
+def _start(rows: Rows, x: Tensor) -> NewtonState:
+    residual = rows.fn(x)
+    header = rows.header(norm(residual), lambda: norm(_gap.change(_gap.root, rows, x, residual)))
+    return NewtonState(**header, residual=residual)
+
+
+def _step(
+    rows: Rows, x: Tensor, state: NewtonState, *, linear_solve: LinearSolver | None, backtracking: bool
+) -> tuple[Tensor, NewtonState]:
+    direction = -_newton.solve(rows, x, state.residual, linear_solve)
+    x, residual, status = _newton.move(rows, x, state, direction, backtracking)
+    return x, state._replace(error=norm(residual), status=status, residual=residual)

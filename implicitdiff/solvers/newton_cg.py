@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._gap as _gap
 from implicitdiff.solvers._line_search import arrive, begin, search, unit_step
+from implicitdiff.solvers._options import check_count
 from implicitdiff.solvers._rows import Product, Rows, any_lane, dot, norm, safe_divide
 from implicitdiff.solvers._solver import Method, Solver, make
 from implicitdiff.solvers._status import Status
@@ -75,25 +77,26 @@ def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None
         >>> torch.allclose(x, torch.asinh(b)), bool(state.iter_num < 10)
         (True, True)
     """
-    if inner_maxiter is not None and inner_maxiter < 1:
-        raise ValueError(f"newton_cg: inner_maxiter must be an integer >= 1 or None, got {inner_maxiter!r}")
+    if inner_maxiter is not None:
+        check_count("newton_cg", "inner_maxiter", inner_maxiter)
 
-    def start(rows: Rows, x: Tensor) -> NewtonCgState:
-        fields = begin(rows, x)
-        return NewtonCgState(**fields, first_error=fields["error"])
+    method = Method(_start, partial(_step, inner_maxiter=inner_maxiter), NewtonCgState, 1_000, _gap.stationary)
+    return make("newton_cg", _condition.stationary, (objective_fn,), method, options)
 
-    def step(rows: Rows, x: Tensor, state: NewtonCgState) -> tuple[Tensor, NewtonCgState]:
-        active = state.status == Status.RUNNING
-        forcing = torch.sqrt(safe_divide(state.error, state.first_error)).clamp(max=0.5)
-        _, grad, product = rows.fn.hessian(x)
-        d = _direction(product, grad, forcing * state.error, active, inner_maxiter or 2 * x.shape[1], rows.eps)
-        point, failed, status = search(rows, x, state, d, torch.ones_like(state.value))
-        status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), status)
-        return point.x, state._replace(**arrive(state, point), status=status)
 
-    return make(
-        "newton_cg", _condition.stationary, (objective_fn,), Method(start, step, 1_000, _gap.stationary), options
-    )
+def _start(rows: Rows, x: Tensor) -> NewtonCgState:
+    fields = begin(rows, x)
+    return NewtonCgState(**fields, first_error=fields["error"])
+
+
+def _step(rows: Rows, x: Tensor, state: NewtonCgState, *, inner_maxiter: int | None) -> tuple[Tensor, NewtonCgState]:
+    active = state.status == Status.RUNNING
+    forcing = torch.sqrt(safe_divide(state.error, state.first_error)).clamp(max=0.5)
+    _, grad, product = rows.fn.hessian(x)
+    d = _direction(product, grad, forcing * state.error, active, inner_maxiter or 2 * x.shape[1], rows.eps)
+    point, failed, status = search(rows, x, state, d, torch.ones_like(state.value))
+    status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), status)
+    return point.x, state._replace(**arrive(state, point), status=status)
 
 
 def _direction(product: Product, grad: Tensor, target: Tensor, active: Tensor, limit: int, eps: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -103,25 +104,26 @@ def nonlinear_cg(objective_fn: Callable[..., Any], formula: Formula = polak_ribi
     if not callable(formula):
         raise TypeError(f"nonlinear_cg: formula must be a function of (grad, old_grad, old_direction), got {formula!r}")
 
-    def start(rows: Rows, x: Tensor) -> NonlinearCgState:
-        fields = begin(rows, x)
-        grad = fields["grad"]
-        return NonlinearCgState(**fields, direction=-grad, first_step=unit_step(grad))
+    method = Method(_start, partial(_step, formula=formula), NonlinearCgState, 10_000, _gap.stationary)
+    return make("nonlinear_cg", _condition.stationary, (objective_fn,), method, options)
 
-    def step(rows: Rows, x: Tensor, state: NonlinearCgState) -> tuple[Tensor, NonlinearCgState]:
-        g, d = state.grad, state.direction
-        point, failed, status = search(rows, x, state, d, state.first_step, c2=0.1)
-        ahead = formula(point.grad, g, d)[:, None] * d - point.grad
-        conjugate = dot(point.grad, g).abs() < _CONJUGATE * dot(point.grad, point.grad)
-        ahead = select(conjugate & (dot(ahead, point.grad) < 0) & ~failed, ahead, -point.grad)
-        first_step = point.step
-        if any_lane(failed):
-            steepest = (d == -g).all(dim=1)
-            status = torch.where(failed & steepest, int(Status.LINE_SEARCH_FAILED), status)
-            first_step = torch.where(failed, unit_step(g), first_step)
-        new = state._replace(**arrive(state, point), status=status, direction=ahead, first_step=first_step)
-        return point.x, new
 
-    return make(
-        "nonlinear_cg", _condition.stationary, (objective_fn,), Method(start, step, 10_000, _gap.stationary), options
-    )
+def _start(rows: Rows, x: Tensor) -> NonlinearCgState:
+    fields = begin(rows, x)
+    grad = fields["grad"]
+    return NonlinearCgState(**fields, direction=-grad, first_step=unit_step(grad))
+
+
+def _step(rows: Rows, x: Tensor, state: NonlinearCgState, *, formula: Formula) -> tuple[Tensor, NonlinearCgState]:
+    g, d = state.grad, state.direction
+    point, failed, status = search(rows, x, state, d, state.first_step, c2=0.1)
+    ahead = formula(point.grad, g, d)[:, None] * d - point.grad
+    conjugate = dot(point.grad, g).abs() < _CONJUGATE * dot(point.grad, point.grad)
+    ahead = select(conjugate & (dot(ahead, point.grad) < 0) & ~failed, ahead, -point.grad)
+    first_step = point.step
+    if any_lane(failed):
+        steepest = (d == -g).all(dim=1)
+        status = torch.where(failed & steepest, int(Status.LINE_SEARCH_FAILED), status)
+        first_step = torch.where(failed, unit_step(g), first_step)
+    new = state._replace(**arrive(state, point), status=status, direction=ahead, first_step=first_step)
+    return point.x, new

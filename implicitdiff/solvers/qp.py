@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -125,70 +126,35 @@ def qp(**options: Any) -> Solver:
         tensor([[0.2500],
                 [0.7500]])
     """
-    base = make("qp", _pose, (), Method(_start, _step, 10_000), {"solve": solve_auto(dense_up_to=4000), **options})
-
-    def init(
-        params: Any,
-        Q: Tensor,
-        c: Tensor,
-        A: Tensor | None = None,
-        b: Tensor | None = None,
-        G: Tensor | None = None,
-        h: Tensor | None = None,
-    ) -> QPState:
-        data = (Q, c, A, b, G, h)
-        return base.init(_guess(params, data), *data)  # type: ignore[no-any-return]
-
-    def update(
-        params: KKTSolution,
-        state: QPState,
-        Q: Tensor,
-        c: Tensor,
-        A: Tensor | None = None,
-        b: Tensor | None = None,
-        G: Tensor | None = None,
-        h: Tensor | None = None,
-    ) -> tuple[KKTSolution, QPState]:
-        data = (Q, c, A, b, G, h)
-        return base.update(_guess(params, data), state, *data)
-
-    def run(
-        params: Any,
-        Q: Tensor,
-        c: Tensor,
-        A: Tensor | None = None,
-        b: Tensor | None = None,
-        G: Tensor | None = None,
-        h: Tensor | None = None,
-        **how: Any,
-    ) -> tuple[KKTSolution, QPState]:
-        data = (Q, c, A, b, G, h)
-        return base.run(_guess(params, data), *data, **how)
-
-    def optimality_fn(
-        params: KKTSolution,
-        Q: Tensor,
-        c: Tensor,
-        A: Tensor | None = None,
-        b: Tensor | None = None,
-        G: Tensor | None = None,
-        h: Tensor | None = None,
-    ) -> KKTSolution:
-        data = (Q, c, A, b, G, h)
-        return base.optimality_fn(_guess(params, data), *data)  # type: ignore[no-any-return]
-
-    return Solver(init, update, run, optimality_fn)
+    method = Method(_start, _step, QPState, 10_000)
+    given = {"solve": solve_auto(dense_up_to=4000), **options}
+    return make("qp", _pose, (data,), method, given, _guess, is_named=True)
 
 
 # --- what the user gives ----------------------------------------------------------------------------------------------
 
-_Data = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+_Data = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _guess(init: Any, data: _Data) -> KKTSolution:
+def data(
+    x: Any,
+    Q: Tensor,
+    c: Tensor,
+    A: Tensor | None = None,
+    b: Tensor | None = None,
+    G: Tensor | None = None,
+    h: Tensor | None = None,
+) -> _Data:
+    """In the place of the user's function: all that makes a program, symmetric and with everything in it."""
+    no_rows, nothing = c.new_zeros((0, *c.shape)), c.new_zeros((0,))
+    A, G = (no_rows if t is None else t for t in (A, G))
+    b, h = (nothing if t is None else t for t in (b, h))
+    return 0.5 * (Q + Q.mT), c, A, b, G, h
+
+
+def _guess(init: Any, Q: Any, c: Any, A: Any = None, b: Any = None, G: Any = None, h: Any = None) -> KKTSolution:
     """The initial guess with everything in it, as far as the shapes allow."""
-    _check(data)
-    c, b, h = data[1::2]
+    _check({"Q": Q, "c": c, "A": A, "b": b, "G": G, "h": h})
     like = KKTSolution(*(c.new_zeros((0,)) if t is None else torch.zeros_like(t) for t in (c, b, h)))
     given = init if isinstance(init, KKTSolution) else KKTSolution(init)
     filled = KKTSolution(*(zero if t is None else t for t, zero in zip(given, like, strict=True)))
@@ -201,15 +167,14 @@ def _guess(init: Any, data: _Data) -> KKTSolution:
     return filled
 
 
-def _check(data: _Data) -> None:
-    named = dict(zip("QcAbGh", data, strict=True))
+def _check(named: dict[str, Any]) -> None:
     for name, t in named.items():
         if not (isinstance(t, Tensor) and t.is_floating_point()) and (t is not None or name in "Qc"):
             raise TypeError(f"qp: {name} must be a real floating-point tensor, got {pytree.describe(t)}")
     for matrix, vector in ("Ab", "Gh"):
         if (named[matrix] is None) != (named[vector] is None):
             raise ValueError(f"qp: {matrix} and {vector} go together: give both, or None for both")
-    n, p, m = (t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in data[1::2])
+    n, p, m = (t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in (named[name] for name in "cbh"))
     expected = {"Q": (n, n), "c": (n,), "A": (p, n), "b": (p,), "G": (m, n), "h": (m,)}
     given = {name: t for name, t in named.items() if t is not None}
     if not n or any(tuple(t.shape) != expected[name] for name, t in given.items()):
@@ -221,12 +186,7 @@ def _check(data: _Data) -> None:
         raise ValueError(f"qp: all arguments must have one dtype and device, got {pytree.describe(given)}")
 
 
-def _pose() -> Condition:
-    def everything(x: KKTSolution, args: _Data) -> tuple[Tensor, ...]:
-        Q, c, *constraints = args
-        none = c.new_zeros((0, *c.shape)), c.new_zeros((0,))
-        return 0.5 * (Q + Q.mT), c, *(none[i % 2] if t is None else t for i, t in enumerate(constraints))
-
+def _pose(fn: Callable[..., _Data]) -> Condition:
     def optimality(parts: Parts, x: KKTSolution, args: tuple[Any, ...]) -> KKTSolution:
         Q, c, A, b, G, h = parts["fn"](x, args)
         slack = h - G @ x.primal
@@ -236,7 +196,7 @@ def _pose() -> Condition:
             torch.where(slack < x.dual_ineq, slack, x.dual_ineq),
         )
 
-    return Condition({"fn": everything}, optimality)
+    return Condition({"fn": lambda x, args: fn(x, *args)}, optimality)
 
 
 def _program(rows: Rows) -> Program:

@@ -98,31 +98,32 @@ def scipy_least_squares(
         >>> c
         tensor([0.3618, 0.5563], dtype=torch.float64)
     """
-    tolerances = lookup("scipy_least_squares", method, _METHODS)
+    lookup("scipy_least_squares", method, _METHODS)
     own = check_scipy_options("scipy_least_squares", scipy_options, _REFUSED)
     pose = _condition.least_squares
     if bounds is not None:
         if method.lower() == "lm":
             raise ValueError('scipy_least_squares: method "lm" takes no bounds; use "trf" or "dogbox"')
         pose = partial(_boxed, limits=limits_of("scipy_least_squares", bounds))
-
-    def solve(lane: Lane, aim: float, limit: int) -> Any:
-        # Takes half a second to import.
-        from scipy.optimize import least_squares
-
-        lower, upper = (-np.inf, np.inf) if bounds is None else lane.bounds()
-        return least_squares(
-            lane.residual,
-            np.clip(lane.x0, lower, upper),
-            jac=lane.jacobian,
-            bounds=(lower, upper),
-            method=method.lower(),
-            max_nfev=limit,
-            **{**tolerances(aim / lane.x0.size**0.5, lane.eps, bounds is not None), **own},
-        )
-
+    solve = partial(_solve, method=method.lower(), bounded=bounds is not None, own=own)
     engine = Engine(solve, "nfev", _gap if bounds is None else in_box(_gap), digits=2 / 5)
     return make_engine("scipy_least_squares", pose, residual_fn, engine, options)
+
+
+def _solve(lane: Lane, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, Any]) -> Any:
+    # Takes half a second to import.
+    from scipy.optimize import least_squares
+
+    lower, upper = lane.bounds() if bounded else (-np.inf, np.inf)
+    return least_squares(
+        lane.residual,
+        np.clip(lane.x0, lower, upper),
+        jac=lane.jacobian,
+        bounds=(lower, upper),
+        method=method,
+        max_nfev=limit,
+        **{**_METHODS[method](aim / lane.x0.size**0.5, lane.eps, bounded), **own},
+    )
 
 
 def _gap(rows: Rows, x: Tensor) -> Tensor:

@@ -153,25 +153,27 @@ def scipy_minimize(
             takers = ", ".join(name for name, row in _METHODS.items() if row.bounds)
             raise ValueError(f"scipy_minimize: method {chosen!r} takes no bounds; use one of {takers}")
         pose = partial(_boxed, limits=limits_of("scipy_minimize", bounds))
-
-    def solve(lane: Lane, aim: float, limit: int) -> Any:
-        # Takes half a second to import.
-        from scipy.optimize import Bounds, minimize
-
-        limits = None if bounds is None else lane.bounds()
-        return minimize(
-            lane.objective_and_gradient if row.jac else lane.objective,
-            lane.x0 if limits is None else np.clip(lane.x0, *limits),
-            method=chosen,
-            jac=row.jac or None,
-            hessp=lane.hessian_product if row.hessp else None,
-            hess=lane.hessian if row.hess else None,
-            bounds=None if limits is None else Bounds(*limits),
-            options={**row.tolerances(aim / lane.x0.size**0.5, lane.eps, bounds is not None), row.budget: limit, **own},
-        )
-
+    solve = partial(_solve, method=chosen, bounded=bounds is not None, own=own)
     engine = Engine(solve, row.counts, _gap if bounds is None else in_box(_gap), digits=2 / 5)
     return make_engine("scipy_minimize", pose, objective_fn, engine, options)
+
+
+def _solve(lane: Lane, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, Any]) -> Any:
+    # Takes half a second to import.
+    from scipy.optimize import Bounds, minimize
+
+    row = lookup("scipy_minimize", method, _METHODS)
+    limits = lane.bounds() if bounded else None
+    return minimize(
+        lane.objective_and_gradient if row.jac else lane.objective,
+        lane.x0 if limits is None else np.clip(lane.x0, *limits),
+        method=method,
+        jac=row.jac or None,
+        hessp=lane.hessian_product if row.hessp else None,
+        hess=lane.hessian if row.hess else None,
+        bounds=None if limits is None else Bounds(*limits),
+        options={**row.tolerances(aim / lane.x0.size**0.5, lane.eps, bounded), row.budget: limit, **own},
+    )
 
 
 def _gap(rows: Rows, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,17 +101,19 @@ def scipy_root(
     """
     row = lookup("scipy_root", method, _METHODS)
     own = check_scipy_options("scipy_root", scipy_options, {row.budget: "give maxiter= to the solver"})
+    engine = Engine(partial(_solve, method=method, own=own), row.counts, _gap.root)
+    return make_engine("scipy_root", _condition.root, residual_fn, engine, options)
 
-    def solve(lane: Lane, aim: float, limit: int) -> Any:
-        # Takes half a second to import.
-        from scipy.optimize import root
 
-        return root(
-            lane.residual,
-            lane.x0,
-            method=method,
-            jac=lane.jacobian if row.jac else None,
-            options={**row.tolerances(aim, lane.eps), row.budget: limit, **own},
-        )
+def _solve(lane: Lane, aim: float, limit: int, *, method: str, own: Mapping[str, Any]) -> Any:
+    # Takes half a second to import.
+    from scipy.optimize import root
 
-    return make_engine("scipy_root", _condition.root, residual_fn, Engine(solve, row.counts, _gap.root), options)
+    row = lookup("scipy_root", method, _METHODS)
+    return root(
+        lane.residual,
+        lane.x0,
+        method=method,
+        jac=lane.jacobian if row.jac else None,
+        options={**row.tolerances(aim, lane.eps), row.budget: limit, **own},
+    )
