@@ -27,6 +27,7 @@ import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
 from implicitdiff._elementary import Exchange
+from implicitdiff._lanes import vmap
 from implicitdiff._modes import Substitute, Watch, uncached
 from implicitdiff._program import Program, checksum, version
 from implicitdiff._pytree import Leaves, Structure
@@ -40,7 +41,7 @@ InDims = Any
 def over_levels(fn: Callable[..., Any], levels: Sequence[InDims]) -> Callable[..., Any]:
     """The function under one vmap for each of `levels`, the ``in_dims`` of the innermost first."""
     for dims in levels:
-        fn = torch.func.vmap(fn, in_dims=dims)
+        fn = vmap(fn, dims)
     return fn
 
 

@@ -55,8 +55,9 @@ class LinearSolver:
         if not callable(matvec):
             raise TypeError(f"{self.name}: matvec must be a function v -> A v, got {type(matvec).__name__}")
         lifted = capture(f"{self.name}: matvec", matvec, leaves, structure)
-        if any(t.numel() for t in leaves):
-            _check_linear(self.name, matvec, leaves, structure, structure.tensors_of(lifted.value))
+        image = structure.tensors_of(lifted.value)
+        if any(t.numel() for t in leaves) and all(_functorch.base(t).numel() for t in [*leaves, *image] if t.numel()):
+            _check_linear(self.name, matvec, leaves, structure, image)
         problem = LinearProblem(lifted_operator(lifted, structure), self, structure, len(lifted.captured))
         with lifted.during_call():
             return structure.unflatten(solve_linear(problem, leaves, lifted.captured))
@@ -104,8 +105,10 @@ def _check_linear(name: str, matvec: Callable[[Any], Any], leaves: Leaves, struc
 
 
 def size(tensor: Tensor) -> Tensor:
-    """Of the largest number, or 1 if there is none but zero."""
-    largest = tensor.abs().amax() if tensor.numel() else tensor.abs().sum()
+    """Of the largest number, or 1 if there is none but zero; with the dimensions of the tensor."""
+    everything = tuple(range(tensor.dim()))
+    entries = tensor.abs()
+    largest = entries.amax(everything, keepdim=True) if tensor.numel() else entries.sum(everything, keepdim=True)
     return torch.where(largest > 0, largest, 1.0)
 
 
@@ -202,8 +205,6 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leav
 
     `aids` are the operands of the preconditioner, if the problem knows it already.
     """
-    if sum(t.numel() for t in b) == 0:
-        return [t.clone() for t in b]
     if isinstance(solver := problem.solver, LinearSolver):
         if solver.kind is not None:
             problem = solver.kind(**vars(problem))
@@ -211,8 +212,12 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leav
             return solve_problem(*_with_aids(problem, solver, b, operands))
         return solve_problem(problem, [*b, *operands, *aids])
     values = [_functorch.plain_under_vmap(t) for t in [*b, *operands]]
+    sides, operands_below = values[: len(b)], values[len(b) :]
     with _modes.below_gradients():
-        x = problem.solve_by_user(values[: len(b)], values[len(b) :])
+        if any(_functorch.base(t).numel() for t in sides):
+            x = problem.solve_by_user(sides, operands_below)
+        else:
+            x = [torch.zeros_like(t) for t in sides]
     x = [t.detach() for t in x]
     if broken := sum(not bool(torch.isfinite(_functorch.base(t)).all()) for t in x):
         raise LinearSolveError(
@@ -304,6 +309,8 @@ class LinearProblem(Problem):
         if not isinstance(self.solver, LinearSolver):
             raise AssertionError("a user's function solves in its caller's frame, never here")
         b, operands, aids, start = self._split(theta)
+        if not any(t.numel() for t in b):
+            return [torch.zeros_like(t) for t in b]
         precondition = None
         if self.precondition is not None:
             precondition = self._over_lanes(self.precondition, self.count).products(aids, self._column(b)).matvec

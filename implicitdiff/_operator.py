@@ -17,6 +17,7 @@ import torch
 
 import implicitdiff._functorch as functorch
 import implicitdiff._pytree as pytree
+from implicitdiff._lanes import vmap
 from implicitdiff._pytree import Leaves
 
 Product = Callable[[Leaves], Leaves]
@@ -214,7 +215,7 @@ class Matvec(Operator):
         return Products(lambda: lambda v: self.fn(v, operands), at.pull)
 
     def batched(self, dims: Dims) -> Matvec:
-        return Matvec(torch.func.vmap(self.fn, in_dims=(0, list(dims))), self.one_by_one)
+        return Matvec(vmap(self.fn, (0, list(dims))), self.one_by_one)
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ class Jacobian(Operator):
         return Products(lambda: at.push(like), at.pull)
 
     def batched(self, dims: Dims) -> Jacobian:
-        return Jacobian(torch.func.vmap(self.residual, in_dims=(0, list(dims[self.unknowns :]))), self.unknowns)
+        return Jacobian(vmap(self.residual, (0, list(dims[self.unknowns :]))), self.unknowns)
 
     @property
     def point(self) -> int:

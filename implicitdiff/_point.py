@@ -76,7 +76,7 @@ class Point(NamedTuple):
     def flat(self, values: list[Any]) -> Tensor:
         """One vector of what stands for every leaf."""
         pairs = [(leaf, x) for leaf, x in zip(self.leaves, values, strict=True) if leaf is not None]
-        rows = [_tensor(x, leaf).expand(leaf.shape).reshape(-1) for leaf, x in pairs]
+        rows = [_tensor(x, leaf).expand(leaf.shape).flatten() for leaf, x in pairs]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _checked(self, name: str, operand: Any, shape: torch.Size, least: float) -> Any:
@@ -105,7 +105,8 @@ def holds(condition: bool | Tensor) -> bool:
 
 def _tensor(value: Any, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
-        return value.to(like.dtype)
+        # One entry, not none: torch does not multiply a vector by a number of each lane where there is no lane.
+        return (value.reshape(1) if like.dim() and not value.dim() else value).to(like.dtype)
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 

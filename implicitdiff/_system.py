@@ -15,6 +15,7 @@ from functools import cache, partial, reduce
 import torch
 from torch import Tensor
 
+from implicitdiff._lanes import vmap
 from implicitdiff._operator import Operator, PlainPullback, Product, Products, with_vectors
 from implicitdiff._pytree import Leaves
 
@@ -146,16 +147,16 @@ def make_system(
 
 
 def first_column(leaves: Leaves, at: int, count: int) -> Leaves:
-    """The leaves at the first index of `count` dimensions from position `at` on."""
+    """The leaves at the first index of `count` dimensions from position `at` on; zeros where there is none."""
     for _ in range(count):
-        leaves = [t.select(at, 0) for t in leaves]
+        leaves = [t.select(at, 0) if t.shape[at] else t.new_zeros(t.shape[:at] + t.shape[at + 1 :]) for t in leaves]
     return leaves
 
 
 def map_columns(product: Product, at: int, count: int) -> Product:
     """A product that acts on leaves with `count` more batch dimensions from position `at` on."""
     for _ in range(count):
-        product = torch.func.vmap(product, in_dims=at, out_dims=at)
+        product = vmap(product, at, at)
     return product
 
 

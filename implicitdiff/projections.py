@@ -223,29 +223,29 @@ def _clamp(v: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 def _onto_simplex(v: Tensor, total: Tensor) -> Tensor:
     # Neither the shift, which saves digits, nor the search for the support has a derivative. Negated comparisons let
     # nan through.
-    v = v - v.detach().amax()
+    v = v - v.detach().amax(0, keepdim=True)
     values = v.detach()
     ranks = torch.arange(1, v.numel() + 1, dtype=v.dtype, device=v.device)
     # With the rank, this rises as long as entries lie above it, and then falls: its maximum is tau.
-    tau = ((values.sort(descending=True).values.cumsum(0) - total.detach()) / ranks).amax()
+    tau = ((values.sort(descending=True).values.cumsum(0) - total.detach()) / ranks).amax(0, keepdim=True)
     # The largest entry is in the support even if the total is 0. Then the set is a point, which v does not move.
     support = ~((values <= tau) & (values < 0))
     moving = torch.where(support & (total != 0), v, 0.0)
-    x = torch.where(support, moving - (moving.sum() - total) / support.sum(), 0.0)
+    x = torch.where(support, moving - (_sum(moving) - total) / _sum(support), 0.0)
     # Rounding may put the least entry of the support below zero. Its derivative remains that of the support.
     return torch.where(x < 0, x - x.detach(), x)
 
 
 def _onto_l1_ball(v: Tensor, radius: Tensor) -> Tensor:
-    inside = v.abs().sum() < radius
+    inside = _sum(v.abs()) < radius
     # For a v on the sphere, rounding must not bring zeros into the support.
-    magnitude = torch.where(v == 0, -v.detach().abs().amax(), v.abs())
+    magnitude = torch.where(v == 0, -v.detach().abs().amax(0, keepdim=True), v.abs())
     return torch.where(inside, v, v.sign() * _onto_simplex(magnitude, torch.where(inside, 0.0, radius)))
 
 
 def _onto_l2_ball(v: Tensor, radius: Tensor) -> Tensor:
     size = _size(v)
-    square, radius = (v / size).square().sum(), radius / size
+    square, radius = _sum((v / size).square()), radius / size
     inside = square.detach().sqrt() < radius
     # Inside it is v * 1 / 1: no branch that is not taken has a derivative, which could be nan.
     norm = torch.where(inside | (square == 0), 1.0, square).sqrt()
@@ -261,7 +261,7 @@ def _along(function: str, v: Any, a: Any, b: Number, step: Callable[[Tensor], Te
     normal = normal / size
 
     def project(v: Tensor, b: Tensor) -> Tensor:
-        return v - normal * (step(normal @ v - b / size) / (normal @ normal))
+        return v - normal * (step(_sum(normal * v) - b / size) / _sum(normal * normal))
 
     return point.map_flat(project, offset)
 
@@ -276,7 +276,11 @@ def _onto_affine_set(v: Tensor, A: Tensor, b: Tensor) -> Tensor:
     return v - step.squeeze(-1)
 
 
+def _sum(v: Tensor) -> Tensor:
+    return v.sum(0, keepdim=True)
+
+
 def _size(v: Tensor) -> Tensor:
     """What to divide a vector by before it is squared, with no derivative."""
-    largest = v.detach().abs().amax()
+    largest = v.detach().abs().amax(0, keepdim=True)
     return torch.where(largest == 0, 1.0, largest)

@@ -128,7 +128,7 @@ def group_lasso(v: Any, threshold: Any = 1.0, *, strength: Any = 1.0) -> Any:
 
     def shrink(v: Tensor, threshold: Tensor, strength: Tensor) -> Tensor:
         # Moreau's decomposition: the ball is that of the dual norm.
-        return v - cast(Tensor, l2_ball(v, threshold * strength))
+        return v - cast(Tensor, l2_ball(v, (threshold * strength).reshape(())))
 
     return _leaf_by_leaf("group_lasso", shrink, v, scalar=True, threshold=threshold, strength=strength)
 

@@ -17,6 +17,7 @@ ORDER = [
     "_C",
     "_pytree",
     "pytree",
+    "_lanes",
     "_places",
     "_functorch",
     "_settings",

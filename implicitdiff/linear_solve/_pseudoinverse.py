@@ -122,7 +122,7 @@ class PseudoinverseProblem(LinearProblem):
     def _is_in_use(self, x_bar: Leaves) -> Tensor:
         """The lanes in which the solution has a cotangent."""
         rows = Vectors(x_bar, (*self.lanes, *self.columns)).ravel(x_bar)
-        return (rows.reshape(math.prod(self.lanes), -1) != 0).any(dim=-1)
+        return (rows.reshape(math.prod(self.lanes), math.prod(self.columns) * rows.shape[-1]) != 0).any(dim=-1)
 
     def _is_one_number(self, theta: Leaves, moved: Sequence[int]) -> bool:
         """Whether all that moves the matrix of a lane is one real number.

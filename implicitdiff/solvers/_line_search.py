@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._gap as _gap
-from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select
+from implicitdiff.solvers._rows import Rows, any_lane, dot, largest_entry, norm, safe_divide, select
 from implicitdiff.solvers._status import Status
 
 _TRIALS = 30
@@ -84,7 +84,7 @@ def search(
 
 def unit_step(grad: Tensor) -> Tensor:
     """``min(1, 1 / |g|)``: how far to go down a gradient as long as nothing is known of the curvature."""
-    largest = grad.detach().abs().amax(dim=-1)
+    largest = largest_entry(grad.detach())
     # The squares of tiny or huge gradients are not numbers; the derivative is that of the whole, this cancels out.
     largest = torch.where(largest > 0, largest, 1.0)
     square = (grad / largest[:, None]).square().sum(dim=-1)

@@ -64,7 +64,7 @@ def by_prox(prox: Prox) -> _gap.Away:
 
 
 def _away(prox: Prox, rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
-    return x - prox(rows, x - grad, torch.ones_like(x[:, 0]))
+    return x - prox(rows, x - grad, x.new_ones(x.shape[:1]))
 
 
 def method(name: str, prox: Prox, away: _gap.Away, stepsize: float | None, acceleration: bool) -> Method:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._rows import any_lane, dot, norm, select
+from implicitdiff.solvers._rows import any_lane, dot, largest_entry, norm, select
 
 
 class Program(NamedTuple):
@@ -69,11 +69,11 @@ def program(Q: Tensor, c: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) ->
 def _weights(Q: Tensor, c: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ruiz equilibration of ``[[Q, C'], [C, 0]]`` in the 1-norm, which takes nothing but products; then the size of the
     objective, as in section 5.1 of OSQP."""
-    D, E = torch.ones_like(Q[..., 0]), torch.ones_like(C[..., 0])
+    D, E = c.new_ones(c.shape), C.new_ones(C.shape[:-1])
     for _ in range(10):
         column, row = D * (times(D, Q) + times(E, C)), E * times(D, C.mT)
         D, E = (v / torch.where(s > 0, s, 1.0).sqrt() for v, s in ((D, column), (E, row)))
-    size = torch.maximum((D * times(D, Q)).mean(dim=-1), (D * c).amax(dim=-1))
+    size = torch.maximum((D * times(D, Q)).sum(dim=-1) / max(1, D.shape[-1]), largest_entry(D * c))
     D, E, size = (torch.exp2(torch.round(torch.log2(v))) for v in (D**2, E**2, torch.where(size > 0, size, 1.0)))
     return size[:, None] / D, size[:, None] * E, size
 
@@ -101,7 +101,7 @@ def factor(of: Program, weights: Tensor, shift: float, plain: bool) -> tuple[Ten
 
 def gram(C: Tensor, weights: Tensor, plain: bool) -> Tensor:
     """``C' diag(weights) C``; where the weights can be looked at, without the rows that have none."""
-    if plain and C.shape[-2]:
+    if plain and weights.numel():
         there = weights != 0
         rows = there.to(torch.uint8).topk(int(there.sum(dim=-1).max()), dim=-1, sorted=False).indices
         if 2 * rows.shape[-1] < C.shape[-2]:

@@ -108,8 +108,11 @@ class RowFunction:
         lanes, n = x.shape
         if self._jacobian_over_lanes is not None:
             y, matrix = self._jacobian_over_lanes(self.inputs.unravel(x))
-            return y.reshape(lanes, -1).to(x.dtype), matrix.reshape(lanes, -1, n).to(x.dtype)
+            m = y.shape[-1]
+            return y.reshape(lanes, m).to(x.dtype), matrix.reshape(lanes, m, n).to(x.dtype)
         y, push, pull = self.linearise(x)
+        if not y.numel() * n:
+            return y, y[..., None] * x[:, None]  # no entries, and what they hang on
         if y.shape[-1] <= n:
             return y, self._images(pull, y).permute(1, 0, 2)
         return y, self._images(push, x).permute(1, 2, 0)
@@ -229,6 +232,11 @@ def norm(x: Tensor) -> Tensor:
     # In float64, in which the square of no float32 is out of range.
     size: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
     return size.to(x.dtype)
+
+
+def largest_entry(x: Tensor) -> Tensor:
+    """``max |x_i|``, row by row, ``(lanes,)``; 0 where there is none."""
+    return x.abs().amax(dim=-1) if x.shape[-1] else x.sum(dim=-1)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

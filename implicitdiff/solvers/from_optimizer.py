@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 import implicitdiff._pytree as pytree
 import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._gap as _gap
+from implicitdiff._lanes import vmap
 from implicitdiff.optim import GradientTransformation
 from implicitdiff.solvers._rows import Rows, norm
 from implicitdiff.solvers._solver import Method, Solver, make
@@ -102,7 +102,7 @@ def _rows(rows: Rows, tree: Any) -> Tensor:
 
 
 def _over_lanes(fn: Callable[..., Any], *trees: Any) -> Any:
-    if pytree.tensors(trees[0])[0].shape[0] > 1:
-        return torch.func.vmap(fn)(*trees)
+    if pytree.tensors(trees[0])[0].shape[0] != 1:
+        return vmap(fn, 0)(*trees)
     out = fn(*(pytree.map_tensors(lambda t: t[0], tree) for tree in trees))
     return pytree.map_tensors(lambda t: t[None], out)

@@ -52,7 +52,7 @@ def entropy(x: Any) -> Any:
 
 def softmax(y: Any) -> Any:
     """Back from the dual space onto the probability simplex, each leaf as one vector."""
-    return pytree.map_tensors(lambda t: torch.softmax(t.reshape(-1), dim=0).reshape(t.shape), y)
+    return pytree.map_tensors(lambda t: torch.softmax(t.flatten(), dim=0).reshape(t.shape), y)
 
 
 def mirror_descent(

@@ -177,7 +177,7 @@ def _check(named: dict[str, Any]) -> None:
     n, p, m = (t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in (named[name] for name in "cbh"))
     expected = {"Q": (n, n), "c": (n,), "A": (p, n), "b": (p,), "G": (m, n), "h": (m,)}
     given = {name: t for name, t in named.items() if t is not None}
-    if not n or any(tuple(t.shape) != expected[name] for name, t in given.items()):
+    if any(tuple(t.shape) != expected[name] for name, t in given.items()):
         raise ValueError(
             "qp: for n unknowns the shapes must be Q (n, n), c (n,), A (p, n), b (p,), G (m, n), h (m,), with batches "
             f"by vmap, got {', '.join(f'{name} {tuple(t.shape)}' for name, t in given.items())}"
