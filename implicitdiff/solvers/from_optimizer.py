@@ -12,6 +12,7 @@ import implicitdiff._pytree as pytree
 import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._gap as _gap
 from implicitdiff._lanes import vmap
+from implicitdiff._pytree import Leaves, Structure
 from implicitdiff.optim import GradientTransformation
 from implicitdiff.solvers._rows import Rows, norm
 from implicitdiff.solvers._solver import Method, Solver, make
@@ -90,10 +91,11 @@ def _step(
 
 
 def _tree(rows: Rows, x: Tensor) -> Any:
-    """The tree of some rows, with one dimension of lanes in front, whatever the vmaps."""
+    """The tree of some rows, with one dimension of lanes in front, whatever the vmaps, and with None for a string: an
+    optimizer takes None alone."""
     leaves = rows.inputs.unravel(x)
     batch = len(rows.inputs.batch)
-    return rows.structure.unflatten([t.reshape(x.shape[0], *t.shape[batch:]) for t in leaves])
+    return rows.structure.fill({i: t.reshape(x.shape[0], *t.shape[batch:]) for i, t in enumerate(leaves)})
 
 
 def _rows(rows: Rows, tree: Any) -> Tensor:
@@ -102,7 +104,16 @@ def _rows(rows: Rows, tree: Any) -> Tensor:
 
 
 def _over_lanes(fn: Callable[..., Any], *trees: Any) -> Any:
-    if pytree.tensors(trees[0])[0].shape[0] != 1:
-        return vmap(fn, 0)(*trees)
-    out = fn(*(pytree.map_tensors(lambda t: t[0], tree) for tree in trees))
-    return pytree.map_tensors(lambda t: t[None], out)
+    leaves, given = pytree.flatten(trees)
+    if leaves[0].shape[0] == 1:
+        out = fn(*given.unflatten([t[0] for t in leaves]))
+        return pytree.map_tensors(lambda t: t[None], out)
+    made: list[Structure] = []
+
+    def on_leaves(leaves: Leaves) -> Leaves:  # vmap takes and returns tensors alone
+        tensors, structure = pytree.flatten(fn(*given.unflatten(leaves)))
+        made.append(structure)
+        return tensors
+
+    results = vmap(on_leaves, 0)(leaves)
+    return made[0].unflatten(results)

@@ -11,6 +11,7 @@ from torch import Tensor
 import implicitdiff._pytree as pytree
 from implicitdiff._lift import gradient
 from implicitdiff._linear import check_like
+from implicitdiff._pytree import Leaves
 from implicitdiff._signature import name_of
 
 
@@ -99,8 +100,8 @@ def _optimality(
 
     def lagrangian(x: Any) -> Tensor:
         value: Tensor = _call(objective_fn, x, params_obj)
-        value = value + _inner(dual_eq, eq_fn, x, params_eq)
-        value = value + _inner(dual_ineq, ineq_fn, x, params_ineq)
+        for term in _inner(dual_eq, eq_fn, x, params_eq) + _inner(dual_ineq, ineq_fn, x, params_ineq):
+            value = value + term
         return value
 
     leaves, structure = pytree.flatten(g)
@@ -124,8 +125,9 @@ def _constraint(fn: Callable[..., Any] | None, x: Any, params: Any, dual: Any, n
     return values
 
 
-def _inner(dual: Any, fn: Callable[..., Any] | None, x: Any, params: Any) -> Any:
+def _inner(dual: Any, fn: Callable[..., Any] | None, x: Any, params: Any) -> Leaves:
+    """The terms of the inner product, one a leaf."""
     if fn is None:
-        return 0.0
+        return []
     leaves, structure = pytree.flatten(_call(fn, x, params))
-    return sum((d * v).sum() for d, v in zip(structure.tensors_of(dual), leaves, strict=True))
+    return [(d * v).sum() for d, v in zip(structure.tensors_of(dual), leaves, strict=True)]
