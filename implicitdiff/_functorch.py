@@ -124,7 +124,7 @@ def is_all(condition: torch.Tensor) -> bool:
 def may_be_differentiated(tensor: torch.Tensor) -> bool:
     """Whether a derivative or a batch dimension can hang on this tensor itself, whatever a mode puts in its place."""
     with torch._C.DisableTorchFunction():
-        return tensor.requires_grad or not is_plain(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
+        return tensor.requires_grad or not is_plain(tensor) or _tangent(tensor) is not None
 
 
 def is_tracked(tensor: torch.Tensor) -> bool:
@@ -133,7 +133,7 @@ def is_tracked(tensor: torch.Tensor) -> bool:
         if tensor.requires_grad:
             return True
         tensor = unwrap(tensor)
-    return tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None
+    return tensor.requires_grad or _tangent(tensor) is not None
 
 
 def lanes_draw_their_own() -> bool:
@@ -434,18 +434,22 @@ def nested_forward_mode(jvp: Rule) -> Rule:
 
 def primal(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor without the tangent of the innermost forward-mode level."""
+    if tensor.layout is not torch.strided:
+        return tensor
     inner: torch.Tensor = forward_ad.unpack_dual(tensor, level=0).primal
     return inner
+
+
+def _tangent(tensor: torch.Tensor) -> torch.Tensor | None:
+    # Sparse tensors, which have none, cannot be asked.
+    return forward_ad.unpack_dual(tensor).tangent if tensor.layout is torch.strided else None
 
 
 def have_gradient_layer(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether a running grad, vjp, jvp or forward mode differentiates with respect to one of these tensors."""
     if are_constant(tensors):
         return False
-    return any(
-        forward_ad.unpack_dual(t).tangent is not None if is_plain(t) else without_gradient_layers(t) is not t
-        for t in tensors
-    )
+    return any(_tangent(t) is not None if is_plain(t) else without_gradient_layers(t) is not t for t in tensors)
 
 
 def is_batched(tensor: torch.Tensor) -> bool:
@@ -477,7 +481,7 @@ def are_constant(tensors: Sequence[torch.Tensor], *, plain: bool = False) -> boo
     plain."""
     if not plain and not are_plain(tensors):
         return False
-    return not in_forward_mode() or all(forward_ad.unpack_dual(t).tangent is None for t in tensors)
+    return not in_forward_mode() or all(_tangent(t) is None for t in tensors)
 
 
 def nothing_records() -> bool:

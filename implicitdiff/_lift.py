@@ -18,7 +18,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from implicitdiff._program import Program, checksum, version
 from implicitdiff._pytree import Leaves, Structure
 from implicitdiff._settings import applied, autocast, settings
 from implicitdiff._snapshot import Snapshot
+from implicitdiff._sparse import SparseProducts
 from implicitdiff.errors import TransformError
 
 InDims = Any
@@ -77,7 +78,7 @@ class Lifted:
     ) -> None:
         self.name, self.fn, self.arguments, self.snapshot = name, fn, arguments, snapshot
         self.alone = alone
-        self.program, self.exchanges = watch.program, watch.exchanges
+        self.program, self.exchanges = watch.program, (watch.exchanges, watch.is_sparse)
         self.captured, self.constants, self.is_unsure = _divided(watch.program)
         if alone:
             # No mode sees what is given to a custom autograd.Function where no transform runs.
@@ -139,7 +140,7 @@ class Lifted:
     def within_call(self, operands: Sequence[torch.Tensor], *more: Any) -> Any:
         """The result with these operands, at any point, for as long as the call lasts."""
         levels = self.levels if self.captured else 0
-        with functorch.levels_up_to(levels) as inert, _exchanged(self.exchanges), autocast(self.settings[0]):
+        with functorch.levels_up_to(levels) as inert, _exchanged(*self.exchanges), autocast(self.settings[0]):
             if self.alone:
                 return self._run_alone(operands, *more)
             with told(self.name):
@@ -166,7 +167,7 @@ class Lifted:
             )
 
     def _watched(self, operands: Sequence[torch.Tensor]) -> tuple[Any, Watch]:
-        with functorch.levels_up_to(self.levels) as inert, _as_evaluated(), _exchanged(self.exchanges):
+        with functorch.levels_up_to(self.levels) as inert, _as_evaluated(), _exchanged(*self.exchanges):
             watch = Watch([*operands], inert)
             with watch, told(self.name):
                 result = self._run_alone(operands) if self.alone else self._run(-1, operands)
@@ -376,12 +377,9 @@ def _as_evaluated() -> Iterator[None]:
 
 
 @contextmanager
-def _exchanged(needed: bool) -> Iterator[None]:
-    if not needed:
-        yield
-        return
+def _exchanged(needed: bool, is_sparse: bool) -> Iterator[None]:
     # Entered before the mode that compares operations, which then sees the operations that the user wrote.
-    with Exchange():
+    with SparseProducts() if is_sparse else nullcontext(), Exchange() if needed else nullcontext():
         yield
 
 

@@ -57,7 +57,7 @@ class LinearSolver:
         lifted = capture(f"{self.name}: matvec", matvec, leaves, structure)
         image = structure.tensors_of(lifted.value)
         if any(t.numel() for t in leaves) and all(_functorch.base(t).numel() for t in [*leaves, *image] if t.numel()):
-            _check_linear(self.name, matvec, leaves, structure, image)
+            _check_linear(self.name, lifted, leaves, structure, image)
         problem = LinearProblem(lifted_operator(lifted, structure), self, structure, len(lifted.captured))
         with lifted.during_call():
             return structure.unflatten(solve_linear(problem, leaves, lifted.captured))
@@ -79,7 +79,7 @@ def lifted_operator(lifted: Lifted, structure: Structure) -> Matvec:
     return Matvec(lambda v, operands: structure.tensors_of(lifted([*v, *operands])), lifted.alone is not None)
 
 
-def _check_linear(name: str, matvec: Callable[[Any], Any], leaves: Leaves, structure: Structure, image: Leaves) -> None:
+def _check_linear(name: str, lifted: Lifted, leaves: Leaves, structure: Structure, image: Leaves) -> None:
     """A function that is not linear would give the solution of another system without an error.
 
     Looked at are ``A 0 = 0``, exactly, and ``A (b - 3 p) = A b - 3 A p`` with the given `image` ``A b`` and a pattern
@@ -89,7 +89,7 @@ def _check_linear(name: str, matvec: Callable[[Any], Any], leaves: Leaves, struc
 
     def product(v: Leaves) -> Leaves:
         with torch.no_grad():
-            return [t.detach() for t in structure.tensors_of(matvec(structure.unflatten(v)))]
+            return [t.detach() for t in structure.tensors_of(lifted.within_call([*v, *lifted.captured]))]
 
     b = [t.detach() for t in leaves]
     values = [_functorch.base(t) for t in product([torch.zeros_like(t) for t in b])]

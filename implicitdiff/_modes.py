@@ -23,6 +23,8 @@ from implicitdiff._elementary import is_exchanged
 from implicitdiff._program import Program
 from implicitdiff._program import version as version
 from implicitdiff._pytree import Leaves
+from implicitdiff._sparse import call as sparse_call
+from implicitdiff._sparse import have_sparse
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 Derived = dict[int, "weakref.ref[torch.Tensor]"]
@@ -121,7 +123,8 @@ def _modes() -> list[TorchFunctionMode]:
 
 
 class Watch(TorchFunctionMode):
-    """Writes down the `Program` of a function, and whether some of its operations have to be exchanged.
+    """Writes down the `Program` of a function, whether some of its operations have to be exchanged, and whether it
+    uses sparse tensors.
 
     Args:
         operands: what the function is given.
@@ -132,13 +135,17 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.program, self.operands, self.inert = Program(operands), operands, inert
         self.given = [(t, version(t)) for t in operands]
-        self.exchanges = False
+        self.exchanges = self.is_sparse = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         arguments = self.program.receive(args, kwargs)
         self.exchanges = self.exchanges or is_exchanged(func)
-        result = functorch.call_inert(func, args, kwargs, self.inert)
+        if have_sparse(args, kwargs):
+            self.is_sparse = True
+            result = sparse_call(func, args, kwargs)
+        else:
+            result = functorch.call_inert(func, args, kwargs, self.inert)
         self.program.add(func, arguments, result)
         return result
 

@@ -24,6 +24,7 @@ ORDER = [
     "_snapshot",
     "_elementary",
     "_program",
+    "_sparse",
     "_modes",
     "_lift",
     "_signature",

@@ -1,0 +1,114 @@
+"""Products with sparse matrices under torch's transforms, which refuse sparse layouts.
+
+torch differentiates ``S @ v`` in reverse mode alone, and batches few of its spellings. Where a transform runs, the
+product is taken as gathers and sums of dense tensors, which every transform knows::
+
+    (S v)_i = sum over the entries (i, j) of S_ij v_j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import implicitdiff._functorch as functorch
+import implicitdiff._pytree as pytree
+
+_PRODUCTS = {torch.matmul, torch.mm, torch.mv, torch.sparse.mm}
+_PRODUCTS |= {Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.__matmul__}
+_REVERSED = {Tensor.__rmatmul__}
+
+
+class SparseProducts(TorchFunctionMode):
+    """Takes every operation on a sparse tensor by `call`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if have_sparse(args, kwargs):
+            return call(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def have_sparse(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an argument of a torch function is a sparse tensor."""
+    with functorch.no_modes():
+        return any(t.layout is not torch.strided for t in _tensors(args, kwargs))
+
+
+def call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The result of a torch function of sparse tensors."""
+    if functorch.only_autograd() and not any(map(functorch.is_tracked, _tensors(args, kwargs))):
+        with functorch.no_modes():
+            blocks = [t for t in _tensors(args, kwargs) if t.layout in (torch.sparse_bsr, torch.sparse_bsc)]
+        if not blocks:
+            return func(*args, **kwargs)
+    if func in _REVERSED and not kwargs:
+        return _product(args[1], args[0])
+    if func in _PRODUCTS and len(args) == 2 and not kwargs:
+        return _product(args[0], args[1])
+    if all(functorch.are_constant([t]) for t in _tensors(args, kwargs)):
+        # Of constants, as a transpose is: no transform has to know.
+        with functorch.no_levels():
+            return func(*args, **kwargs)
+    try:
+        return func(*args, **kwargs)
+    except (RuntimeError, NotImplementedError, IndexError) as error:
+        layouts = sorted({_layout(t) for t in _tensors(args, kwargs)} - {"strided"})
+        raise NotImplementedError(
+            f"torch cannot transform {getattr(func, '__name__', func)} of a tensor in the layout "
+            f"{' or '.join(layouts)} ({str(error).splitlines()[0]}); write it as a product S @ v with a matrix S, or "
+            "take S.to_dense()"
+        ) from error
+
+
+def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif type(value) in (tuple, list):
+            yield from pytree.tensors(value)
+
+
+def _layout(tensor: Tensor) -> str:
+    with functorch.no_modes():
+        return str(tensor.layout).removeprefix("torch.")
+
+
+def _is_sparse(tensor: Tensor) -> bool:
+    with functorch.no_modes():
+        return tensor.layout is not torch.strided
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, one of which is a sparse matrix."""
+    if _is_sparse(a) and _is_sparse(b):
+        raise NotImplementedError(
+            f"torch cannot transform the product of two sparse matrices, in the layouts {_layout(a)} and {_layout(b)}; "
+            "multiply one after the other with the vector, or take to_dense() of one"
+        )
+    if not _is_sparse(a):
+        # a S = (S' a')'
+        values, rows, columns = _entries(b)
+        product = _summed(values, columns, rows, b.shape[1], a.mT if a.dim() > 1 else a)
+        return product.mT if a.dim() > 1 else product
+    return _summed(*_entries(a), a.shape[0], b)
+
+
+def _entries(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The values of a sparse matrix, their rows and their columns."""
+    is_constant = functorch.are_constant([matrix]) and not matrix.requires_grad
+    with functorch.no_levels() if is_constant else nullcontext():
+        coordinates = matrix.to_sparse_coo().coalesce()
+        rows, columns = coordinates.indices()
+        return coordinates.values(), rows, columns
+
+
+def _summed(values: Tensor, rows: Tensor, columns: Tensor, size: int, v: Tensor) -> Tensor:
+    terms = values.reshape(values.shape[0], *(1,) * (v.dim() - 1)) * v.index_select(0, columns)
+    sums: Tensor = torch.zeros((size, *v.shape[1:]), dtype=terms.dtype, device=v.device).index_add(0, rows, terms)
+    return sums
