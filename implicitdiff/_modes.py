@@ -62,9 +62,10 @@ def alias(tensors: Sequence[torch.Tensor]) -> Leaves:
 
     `apply` is no torch function, so a mode does not see its operands; the view is one, and a function that is watched
     or run with substitutes gets the right operands. And captured tensors are told by identity: what a Function saves
-    and evaluates the function with must not be the very object that the function captures.
+    and evaluates the function with must not be the very object that the function captures. Sparse tensors have no
+    views, and are copied.
     """
-    return [t.view_as(t) for t in tensors]
+    return [t.view_as(t) if t.layout is torch.strided else t.clone() for t in tensors]
 
 
 @contextmanager

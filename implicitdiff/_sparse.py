@@ -47,14 +47,14 @@ def call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) 
             blocks = [t for t in _tensors(args, kwargs) if t.layout in (torch.sparse_bsr, torch.sparse_bsc)]
         if not blocks:
             return func(*args, **kwargs)
+    if all(map(_is_constant, _tensors(args, kwargs))):
+        # As a transpose is: no transform has to know.
+        with functorch.no_levels():
+            return func(*args, **kwargs)
     if func in _REVERSED and not kwargs:
         return _product(args[1], args[0])
     if func in _PRODUCTS and len(args) == 2 and not kwargs:
         return _product(args[0], args[1])
-    if all(functorch.are_constant([t]) for t in _tensors(args, kwargs)):
-        # Of constants, as a transpose is: no transform has to know.
-        with functorch.no_levels():
-            return func(*args, **kwargs)
     try:
         return func(*args, **kwargs)
     except (RuntimeError, NotImplementedError, IndexError) as error:
@@ -84,6 +84,10 @@ def _is_sparse(tensor: Tensor) -> bool:
         return tensor.layout is not torch.strided
 
 
+def _is_constant(tensor: Tensor) -> bool:
+    return functorch.are_constant([tensor]) and not tensor.requires_grad
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``, one of which is a sparse matrix."""
     if _is_sparse(a) and _is_sparse(b):
@@ -101,8 +105,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _entries(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The values of a sparse matrix, their rows and their columns."""
-    is_constant = functorch.are_constant([matrix]) and not matrix.requires_grad
-    with functorch.no_levels() if is_constant else nullcontext():
+    with functorch.no_levels() if _is_constant(matrix) else nullcontext():
         coordinates = matrix.to_sparse_coo().coalesce()
         rows, columns = coordinates.indices()
         return coordinates.values(), rows, columns
