@@ -354,19 +354,32 @@ def _is_alone() -> bool:
 
 def gradient(fn: Callable[..., torch.Tensor], x: Any, *args: Any) -> Any:
     """The gradient of ``fn(x, *args)``, a real number, as a tree like ``x``; in functions that are evaluated here."""
+    (value,), pull = pullback(fn, x, *args)
+    return pull([torch.ones_like(value)])
+
+
+def pullback(fn: Callable[..., Any], x: Any, *args: Any) -> tuple[Leaves, Callable[[Leaves], Any]]:
+    """The leaves of ``fn(x, *args)``, and ``u -> J' u`` as a tree like ``x``; in functions that are evaluated here."""
     leaves, structure = pytree.flatten(x)
 
-    def of_leaves(leaves: Leaves) -> torch.Tensor:
-        return fn(structure.unflatten(leaves), *args)
+    def of_leaves(leaves: Leaves) -> Leaves:
+        return pytree.tensors(fn(structure.unflatten(leaves), *args))
 
     if not _is_alone():
-        return structure.unflatten(torch.func.grad(of_leaves)(leaves))
+        found: Any = torch.func.vjp(of_leaves, leaves)
+        return found[0], lambda u: structure.unflatten(found[1](u)[0])
     with torch.enable_grad():
         leaves = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in leaves]
-        value = of_leaves(leaves)
-        if not value.requires_grad:
+        values = of_leaves(leaves)
+
+    def pull(u: Leaves) -> Any:
+        pairs = [(value, v) for value, v in zip(values, u, strict=True) if value.requires_grad]
+        if not pairs:
             return structure.unflatten([torch.zeros_like(t) for t in leaves])
-        return structure.unflatten(torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True))
+        ys, us = zip(*pairs, strict=True)
+        return structure.unflatten(torch.autograd.grad(ys, leaves, us, create_graph=True, materialize_grads=True))
+
+    return values, pull
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 import implicitdiff._pytree as pytree
-from implicitdiff._lift import gradient
+from implicitdiff._lift import gradient, pullback
 from implicitdiff._linear import check_leaves, check_like
 from implicitdiff._signature import name_of
 
@@ -49,14 +49,9 @@ def stationary(fn: Callable[..., Any]) -> Condition:
 def least_squares(fn: Callable[..., Any]) -> Condition:
     """``J' r = 0`` for ``r = fn(x, *args)``, the gradient of ``|r|^2 / 2``."""
 
-    def half_squares(parts: Parts, x: Any, args: tuple[Any, ...]) -> torch.Tensor:
-        leaves = pytree.tensors(parts["fn"](x, args))
-        # Not by abs(), which has no second derivative at 0.
-        reals = [torch.view_as_real(r) if r.is_complex() else r for r in leaves]
-        return 0.5 * torch.stack([r.square().sum() for r in reals]).sum()
-
     def optimality(parts: Parts, x: Any, args: tuple[Any, ...]) -> Any:
-        return gradient(lambda x: half_squares(parts, x, args), x)
+        residuals, pull = pullback(parts["fn"], x, args)
+        return pull(residuals)
 
     return Condition({"fn": _tensors(fn)}, optimality)
 
