@@ -20,6 +20,7 @@ from implicitdiff._operator import Adjoint, Dims, Matvec, Operator, PlainPullbac
 from implicitdiff._primitive import Problem, attach, solve_problem
 from implicitdiff._pytree import Leaves, Structure
 from implicitdiff._system import System, first_column, make_system, map_columns
+from implicitdiff._values import refuse_valueless
 from implicitdiff.errors import LinearSolveError
 
 Solve = Callable[[Callable[[Any], Any], Any], Any]
@@ -49,6 +50,7 @@ class LinearSolver:
     def __call__(self, matvec: Callable[[Any], Any], b: Any) -> Any:
         leaves, structure = pytree.flatten(b)
         check_unknowns(f"{self.name}: the right-hand side b", leaves, structure)
+        refuse_valueless(self.name, leaves)
         if isinstance(matvec, BoundMatvec):
             problem = LinearProblem(matvec.operator, self, structure, len(matvec.operands))
             return structure.unflatten(solve_linear(problem, leaves, matvec.operands))
@@ -205,6 +207,7 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leav
 
     `aids` are the operands of the preconditioner, if the problem knows it already.
     """
+    refuse_valueless(_name_of(problem.solver), [*b, *operands])
     if isinstance(solver := problem.solver, LinearSolver):
         if solver.kind is not None:
             problem = solver.kind(**vars(problem))
@@ -231,6 +234,10 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leav
             iterations=0,
         )
     return attach(problem, x, [*b, *operands])
+
+
+def _name_of(solve: Solve) -> str:
+    return solve.name if isinstance(solve, LinearSolver) else repr(solve)
 
 
 def _with_aids(

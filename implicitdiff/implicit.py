@@ -17,6 +17,7 @@ from implicitdiff._linear import Solve, check_like
 from implicitdiff._pytree import Leaves
 from implicitdiff._root import Kind, fixed_point, pose, root
 from implicitdiff._signature import Matcher, name_of
+from implicitdiff._values import refuse_valueless
 from implicitdiff.errors import NotARootError
 
 __all__ = ["custom_fixed_point", "custom_root", "root_jvp", "root_vjp"]
@@ -275,6 +276,7 @@ def root_vjp(
         >>> root_vjp(lambda x, theta: x**3 - theta, torch.tensor(2.0), (torch.tensor(8.0),), torch.tensor(1.0))
         (tensor(0.0833),)
     """
+    refuse_valueless("root_vjp", pytree.tensors((sol, args)))
     posed = pose(
         f"root_vjp: {name_of(optimality_fn)}", optimality_fn, root, solve, sol, _as_tuple("root_vjp", "args", args), {}
     )
@@ -324,6 +326,7 @@ def root_jvp(
     """
     args = _as_tuple("root_jvp", "args", args)
     given = _tangents(args, _as_tuple("root_jvp", "tangents", tangents))
+    refuse_valueless("root_jvp", pytree.tensors((sol, args)))
     posed = pose(f"root_jvp: {name_of(optimality_fn)}", optimality_fn, root, solve, sol, args, {})
     if not given:
         return posed.structure.unflatten([torch.zeros_like(t) for t in posed.x])

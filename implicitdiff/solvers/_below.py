@@ -18,6 +18,7 @@ from implicitdiff._linear import check_unknowns
 from implicitdiff._operator import Dims
 from implicitdiff._pytree import Leaves
 from implicitdiff._system import Vectors
+from implicitdiff._values import refuse_valueless
 from implicitdiff.errors import TransformError
 from implicitdiff.solvers._condition import Parts
 from implicitdiff.solvers._rows import Part, RowFunction, Rows
@@ -37,6 +38,7 @@ class Closed:
     def __init__(self, name: str, parts: Parts, params: Any, args: tuple[Any, ...]) -> None:
         self.x0, self.structure = pytree.flatten(params)
         check_unknowns(f"{name}: the initial guess", self.x0, self.structure)
+        refuse_valueless(name, [*self.x0, *pytree.tensors(args)])
 
         def dispatch(params: Any, args: tuple[Any, ...], name: str | None = None, *more: Any) -> Any:
             if name is None:

@@ -27,6 +27,7 @@ from implicitdiff._root import pose, root
 from implicitdiff._signature import name_of
 from implicitdiff._system import Vectors
 from implicitdiff._unroll import unroll
+from implicitdiff._values import refuse_missing
 from implicitdiff.solvers._below import Closed
 from implicitdiff.solvers._condition import Pose
 from implicitdiff.solvers._function import LastByKeyword, SolverFunction
@@ -224,6 +225,7 @@ class Maker:
     def _frame(self, params: Any, args: tuple[Any, ...]) -> tuple[Tensor, Rows, Structure]:
         leaves, structure = pytree.flatten(params)
         check_unknowns(f"{self.name}: the initial guess", leaves, structure)
+        refuse_missing(self.name, [*leaves, *pytree.tensors(args)])
         parts = self.pose(*self.functions).parts
         inputs = Vectors(leaves, ())
 
