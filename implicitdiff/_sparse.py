@@ -42,19 +42,19 @@ def have_sparse(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 def call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The result of a torch function of sparse tensors."""
-    if functorch.only_autograd() and not any(map(functorch.is_tracked, _tensors(args, kwargs))):
-        with functorch.no_modes():
-            blocks = [t for t in _tensors(args, kwargs) if t.layout in (torch.sparse_bsr, torch.sparse_bsc)]
-        if not blocks:
+    tensors = list(_tensors(args, kwargs))
+    is_reversed = func in _REVERSED
+    if (is_reversed or func in _PRODUCTS) and len(args) == 2 and not kwargs:
+        if _runs_natively(tensors) and not _have_blocks(tensors):
             return func(*args, **kwargs)
-    if all(map(_is_constant, _tensors(args, kwargs))):
+        if not (all(map(_is_constant, tensors)) and all(map(_is_sparse, tensors))):
+            return _product(*(reversed(args) if is_reversed else args))
+    if _runs_natively(tensors):
+        return func(*args, **kwargs)
+    if all(map(_is_constant, tensors)):
         # As a transpose is: no transform has to know.
         with functorch.no_levels():
             return func(*args, **kwargs)
-    if func in _REVERSED and not kwargs:
-        return _product(args[1], args[0])
-    if func in _PRODUCTS and len(args) == 2 and not kwargs:
-        return _product(args[0], args[1])
     try:
         return func(*args, **kwargs)
     except (RuntimeError, NotImplementedError, IndexError) as error:
@@ -82,6 +82,17 @@ def _layout(tensor: Tensor) -> str:
 def _is_sparse(tensor: Tensor) -> bool:
     with functorch.no_modes():
         return tensor.layout is not torch.strided
+
+
+def _runs_natively(tensors: Sequence[Tensor]) -> bool:
+    """Whether no transform runs and nothing is recorded, which a vmap might differentiate later."""
+    return functorch.only_autograd() and not any(map(functorch.is_tracked, tensors))
+
+
+def _have_blocks(tensors: Sequence[Tensor]) -> bool:
+    """Whether a tensor has a layout whose products torch has not, or not in both orders."""
+    with functorch.no_modes():
+        return any(t.layout in (torch.sparse_bsr, torch.sparse_bsc) for t in tensors)
 
 
 def _is_constant(tensor: Tensor) -> bool:
