@@ -54,11 +54,13 @@ def unroll(step: Callable[..., Any], n: int, checkpoint_every: int | None = None
     if checkpoint_every is not None and not checkpoint_every >= 1:
         raise ValueError(f"unroll: checkpoint_every has to be at least 1, or None, but it is {checkpoint_every!r}")
 
-    return _Loop(step, n, checkpoint_every)
+    return Unrolled(step, n, checkpoint_every)
 
 
 @dataclass(frozen=True, eq=False)
-class _Loop:
+class Unrolled:
+    """The loop of `unroll`."""
+
     step: Callable[..., Any]
     n: int
     checkpoint_every: int | None
