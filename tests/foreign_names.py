@@ -4,12 +4,13 @@ from __future__ import annotations
 
 TORCHOPT_0_7_3 = {
     "": """accelerated_op_available adam adamax adadelta radam adamw adagrad rmsprop sgd clip_grad_norm nan_to_num
-        register_hook chain Optimizer SGD Adam AdaMax AdaDelta RAdam AdamW AdaGrad RMSProp MetaOptimizer MetaSGD
-        MetaAdam MetaAdaMax MetaAdaDelta MetaRAdam MetaAdamW MetaAdaGrad MetaRMSProp FuncOptimizer apply_updates
+        register_hook chain Optimizer SGD Adam AdaMax Adamax AdaDelta Adadelta RAdam AdamW AdaGrad Adagrad RMSProp
+        RMSprop MetaOptimizer MetaSGD MetaAdam MetaAdaMax MetaAdamax MetaAdaDelta MetaAdadelta MetaRAdam MetaAdamW
+        MetaAdaGrad MetaAdagrad MetaRMSProp MetaRMSprop FuncOptimizer apply_updates
         extract_state_dict recover_state_dict stop_gradient module_clone module_detach_""",
     "accelerated_op": "is_available AdamOp",
     "alias.utils": "flip_sign_and_add_weight_decay scale_by_neg_lr",
-    "base": "EmptyState UninitializedState GradientTransformation ChainedGradientTransformation",
+    "base": "EmptyState UninitializedState GradientTransformation ChainedGradientTransformation identity",
     "combine": "chain_flat",
     "diff.implicit": "custom_root ImplicitMetaGradientModule",
     "diff.zero_order": "zero_order ZeroOrderGradientModule",
