@@ -36,6 +36,16 @@ PEERS = {
     "equinox": "0.13.8",
     "lineax": "0.1.1",
 }
+# The libraries of tests/programs.
+PROGRAMS = {
+    "torchdiffeq": "0.2.5",
+    "gpytorch": "1.15.2",
+    "lightning": "2.6.6",
+    "accelerate": "1.15.0",
+    "transformers": "5.24.0",
+    "torch-geometric": "2.8.1",
+    "tensordict": "0.15.3",
+}
 RUNTIME = ("torch", "numpy", "scipy")
 TESTING = ("pytest", "pytest-xdist", "hypothesis")
 # What makes one processor compute as another: as any can, as one with AVX2 does, and as this one does on two threads.
@@ -65,7 +75,8 @@ nox.options.sessions = ["tests", "docs-test", "lint", "typecheck"]
 
 
 def pinned(*names: str) -> list[str]:
-    return [f"{name}=={PINS[name]}" for name in names]
+    versions = PINS | PROGRAMS
+    return [f"{name}=={versions[name]}" for name in names]
 
 
 def install(session: nox.Session, *tools: str, **switches: str) -> None:
@@ -122,6 +133,13 @@ def processors(session: nox.Session) -> None:
     install(session, *TESTING)
     for env in PROCESSORS:
         run_suite(session, tests=ROUNDED, **env)
+
+
+@nox.session
+def programs(session: nox.Session) -> None:
+    """Run the programs of other libraries, which the tests skip by name where a library is not installed."""
+    install(session, *TESTING, "scikit-learn", *PROGRAMS)
+    run_suite(session, tests=["tests/programs"])
 
 
 @nox.session
