@@ -9,6 +9,7 @@ from implicitdiff import prox as prox
 from implicitdiff import pytree as pytree
 from implicitdiff import schedule as schedule
 from implicitdiff import solvers as solvers
+from implicitdiff._elementary import elementary
 from implicitdiff._unroll import unroll
 from implicitdiff._version import __version__ as __version__
 from implicitdiff.errors import (
@@ -102,6 +103,7 @@ __all__ = [
     "clip_grad_norm",
     "custom_fixed_point",
     "custom_root",
+    "elementary",
     "extract_state_dict",
     "from_torch",
     "module_clone",

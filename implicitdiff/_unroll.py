@@ -11,6 +11,7 @@ import torch
 import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
+from implicitdiff._elementary import elementary
 from implicitdiff._lift import confirm, lift, over_levels
 from implicitdiff._operator import Dims
 from implicitdiff._primitive import Problem, attach, solve_problem
@@ -25,7 +26,8 @@ def unroll(step: Callable[..., Any], n: int, checkpoint_every: int | None = None
     any order. With `checkpoint_every` only every so many-th carry is kept for the derivative, and the steps between two
     of them are computed again when it is taken: memory is that of ``n / checkpoint_every`` carries and
     ``checkpoint_every`` steps, least for the root of `n`, and time about one more evaluation of the steps (two, where
-    a step captures tensors). Derivatives of derivatives are right too, but keep all steps.
+    a step captures tensors). Derivatives of derivatives are right too, but keep all steps. The steps run under
+    `elementary`; what is computed of the last carry, such as the loss after adaptation in MAML, does not.
 
     Args:
         step: ``step(carry, *args) -> carry``, from a pytree to one; what it captures is differentiated as well. With
@@ -73,8 +75,9 @@ class Unrolled:
         return carry
 
     def _steps(self, count: int, carry: Any, args: tuple[Any, ...]) -> Any:
-        for _ in range(count):
-            carry = self.step(carry, *args)
+        with elementary():
+            for _ in range(count):
+                carry = self.step(carry, *args)
         return carry
 
     def __repr__(self) -> str:

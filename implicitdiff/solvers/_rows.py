@@ -68,7 +68,7 @@ class RowFunction:
         with functorch.recording():
             (x,) = functorch.recordable([x])
             y = self(x.requires_grad_())
-        return y.detach(), lambda u: _grad(y, x, u)
+        return y.detach(), lambda u: _pulled(y, x, u)
 
     def linearise(self, x: Tensor) -> tuple[Tensor, Product, Product]:
         """The value, ``v -> J v`` and ``u -> J' u``."""
@@ -88,9 +88,9 @@ class RowFunction:
 
         def push(v: Tensor) -> Tensor:
             g, u = transposed()
-            return _grad(g, u, v)
+            return _pulled(g, u, v)
 
-        return y.detach(), push, lambda u: _grad(y, x, u)
+        return y.detach(), push, lambda u: _pulled(y, x, u)
 
     def hessian(self, x: Tensor) -> tuple[Tensor, Tensor, Product]:
         """The value, the gradient, and ``v -> H v``, of a function to the reals."""
@@ -101,7 +101,7 @@ class RowFunction:
             (x,) = functorch.recordable([x])
             y = self(x.requires_grad_())
             g = _grad(y, x, torch.ones_like(y), create_graph=True)
-        return y.detach()[:, 0], g.detach(), lambda v: _grad(g, x, v)
+        return y.detach()[:, 0], g.detach(), lambda v: _pulled(g, x, v)
 
     def jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The value and ``J`` as ``(lanes, m, n)``, from products with as few vectors as rows or columns."""
@@ -132,7 +132,17 @@ class RowFunction:
 def _vjp(fn: Product, x: Tensor) -> tuple[Tensor, Product]:
     pair: Any = torch.func.vjp(fn, x)
     value, pull = pair
-    return value, lambda u: pull(u)[0]
+
+    def product(u: Tensor) -> Tensor:
+        with torch.enable_grad():
+            result: Tensor = pull(u)[0]
+        return result
+
+    return value, product
+
+
+def _pulled(y: Tensor, x: Tensor, u: Tensor) -> Tensor:
+    return _grad(y, x, u, create_graph=functorch.depth() > 0).detach()
 
 
 def _grad(y: Tensor, x: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:

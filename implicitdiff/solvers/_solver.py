@@ -240,7 +240,7 @@ class Maker:
 
             return fn
 
-        on = {name: on_leaves(elementary(part)) for name, part in parts.items()}
+        on = {name: on_leaves(elementary()(part)) for name, part in parts.items()}
         rows = Rows(on, inputs, structure, functorch.nothing_records(), self.options.rtol, self.options.atol)
         return inputs.ravel(leaves), rows, structure
 

@@ -1,47 +1,19 @@
-"""Operations that torch differentiates wrongly, silently, in terms of others.
+"""Normalisations, whose fused derivatives take the statistics that they save for constants.
 
-The statistics that their fused derivatives save count as constants. So the second derivative of `weight_norm` is wrong,
-and the third of normalisations, or already the second where it is taken outside of a vmap, as it is for a batch of
-minimisers. There that of `select_scatter` is wrong as well. Other operations are right to every order.
+So the second derivative of `weight_norm` is wrong (no issue is known). The third of `layer_norm` (pytorch #175754), of
+`batch_norm` (pytorch #186256) and with it of `instance_norm` is, or already the second where it is taken outside of a
+vmap, as for a batch of minimisers, or in forward mode (pytorch #196700, #196699).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-import implicitdiff._functorch as functorch
-
-Operation = Callable[..., Any]
-
-
-def elementary(fn: Operation) -> Operation:
-    """A function that runs with these operations exchanged."""
-
-    def run(*args: Any) -> Any:
-        with Exchange():
-            return fn(*args)
-
-    return run
-
-
-class Exchange(TorchFunctionMode):
-    """Exchanges these operations."""
-
-    # A compiled function would have the mode compiled as well, wrongly.
-    @functorch.outside_compile
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _ELEMENTARY.get(func, func)(*args, **(kwargs or {}))
-
-
-def is_exchanged(func: Any) -> bool:
-    """Whether a torch function is one of those."""
-    return func in _ELEMENTARY
+from implicitdiff._elementary._spelling import Operation, of_aten
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -49,10 +21,17 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _normalise(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What is centred, the means, and the inverse deviations."""
     wide = x.to(_wide(x))
-    centred = wide - wide.mean(dims, keepdim=True)
-    y = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    mean = wide.mean(dims, keepdim=True)
+    centred = wide - mean
+    return centred, mean, (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+
+
+def _normalise(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    centred, _, inverse = _statistics(x, dims, eps)
+    y = centred * inverse
     y = y if weight is None else y * weight
     return (y if bias is None else y + bias).to(x.dtype)
 
@@ -74,6 +53,16 @@ def _layer_norm(
     return _normalise(input, list(range(-k, 0)), eps, weight, bias)
 
 
+def _native_layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    k = len(normalized_shape)
+    if k == 0 or tuple(input.shape[-k:]) != tuple(normalized_shape):
+        return torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
+    dims = list(range(-k, 0))
+    return _normalise(input, dims, eps, weight, bias), *_statistics(input, dims, eps)[1:]
+
+
 def _batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -86,8 +75,11 @@ def _batch_norm(
 ) -> Tensor:
     if not training or input.dim() < 2 or input.numel() <= input.shape[1]:
         return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    # Running statistics would be a side effect, which a condition must not have.
-    return _normalise(input, [0, *range(2, input.dim())], eps, *_along_channels(input, weight, bias))
+    if running_mean is not None:
+        with torch.no_grad():
+            # Torch's own updates the running statistics.
+            functional.batch_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
+    return _normalise(input, _but_channels(input), eps, *_along_channels(input, weight, bias))
 
 
 def _instance_norm(
@@ -102,14 +94,21 @@ def _instance_norm(
 ) -> Tensor:
     if not use_input_stats or input.dim() < 3 or input[0, 0].numel() == 1:
         return functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    if running_mean is not None:
+        with torch.no_grad():
+            functional.instance_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
     return _normalise(input, [*range(2, input.dim())], eps, *_along_channels(input, weight, bias))
+
+
+def _but_channels(input: Tensor) -> list[int]:
+    return [0, *range(2, input.dim())]
 
 
 def _along_channels(input: Tensor, *factors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.reshape(-1, *[1] * (input.dim() - 2)) for t in factors]
 
 
-def _native_batch_norm(
+def _torch_batch_norm(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -123,7 +122,24 @@ def _native_batch_norm(
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-def _native_instance_norm(
+def _native_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not training or input.dim() < 2:
+        return torch.native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    y = _batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+    _, mean, inverse = _statistics(input, _but_channels(input), eps)
+    return y, mean.flatten(), inverse.flatten()
+
+
+def _torch_instance_norm(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -148,23 +164,22 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return (v * (g / square.sqrt())).to(v.dtype)
 
 
-def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
-    selected = input.select(dim, index)
-    if selected.shape != src.shape:
-        return torch.select_scatter(input, src, dim, index)
-    at = index % input.shape[dim]
-    before, after = input.narrow(dim, 0, at), input.narrow(dim, at + 1, input.shape[dim] - at - 1)
-    return torch.cat([before, src.unsqueeze(dim).to(input.dtype), after], dim)
-
-
-_ELEMENTARY: dict[Operation, Operation] = {
+REPLACEMENTS: dict[Operation, Operation] = {
     functional.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
+    torch.native_layer_norm: _native_layer_norm,
     functional.batch_norm: _batch_norm,
-    torch.batch_norm: _native_batch_norm,
+    torch.batch_norm: _torch_batch_norm,
+    torch.native_batch_norm: _native_batch_norm,
     functional.instance_norm: _instance_norm,
-    torch.instance_norm: _native_instance_norm,
+    torch.instance_norm: _torch_instance_norm,
     torch._weight_norm: _weight_norm,
-    torch.select_scatter: _select_scatter,
-    torch.Tensor.select_scatter: _select_scatter,
+    **of_aten(
+        layer_norm=_layer_norm,
+        native_layer_norm=_native_layer_norm,
+        batch_norm=_torch_batch_norm,
+        native_batch_norm=_native_batch_norm,
+        instance_norm=_torch_instance_norm,
+        _weight_norm=_weight_norm,
+    ),
 }

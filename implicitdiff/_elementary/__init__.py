@@ -1,0 +1,87 @@
+"""Operations that torch differentiates wrongly or not at all, in terms of others that it differentiates right.
+
+Each of them is right at first: what is wrong, or missing, are derivatives of derivatives, forward mode, or a vmap. The
+files tell which, operation by operation. All others are right to every order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+import implicitdiff._functorch as functorch
+from implicitdiff._elementary import (
+    _activations,
+    _along,
+    _attention,
+    _distance,
+    _linear_algebra,
+    _losses,
+    _normalisation,
+    _recurrent,
+)
+from implicitdiff._elementary._spelling import Operation
+
+_ELEMENTARY: dict[Operation, Operation] = {
+    **_normalisation.REPLACEMENTS,
+    **_losses.REPLACEMENTS,
+    **_attention.REPLACEMENTS,
+    **_recurrent.REPLACEMENTS,
+    **_linear_algebra.REPLACEMENTS,
+    **_distance.REPLACEMENTS,
+    **_activations.REPLACEMENTS,
+    **_along.REPLACEMENTS,
+}
+
+
+@contextmanager
+def elementary() -> Iterator[None]:
+    """Run the body with operations replaced whose higher derivatives torch gets wrong or lacks.
+
+    Normalisations, attention, some losses, recurrent layers, distances and a few operations of linear algebra are
+    computed by elementary operations then, with the same values. What is computed in the body has right derivatives to
+    every order, in both modes and under every transform of torch.func, wherever they are taken. It takes more time and
+    memory than the fused operations do.
+
+    The functions that are given to this library (conditions, objectives, the steps of `unroll`) always run so. A loss
+    that you differentiate yourself does not: such as that of `MetaOptimizer.step`, or what is computed of a solution or
+    after an unrolled loop. Decorate it by ``@elementary()``, or run the program in ``with elementary():``.
+
+    Dropout above 0 within an operation, packed sequences and nested tensors are left to torch, as is what
+    `torch.compile` compiles and TorchScript.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff import elementary
+        >>> def loss(x):
+        ...     return torch.nn.functional.layer_norm(x, (3,)).pow(3).sum()
+        >>> def sharpness(loss, x):  # differentiated outside of a vmap
+        ...     return (torch.func.vmap(torch.func.grad(loss))(x) ** 2).sum()
+        >>> x = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64)
+        >>> torch.func.grad(lambda x: sharpness(loss, x))(x)  # wrong, as torch has it
+        tensor([[-0.0816,  0.4082, -0.1633]], dtype=torch.float64)
+        >>> torch.func.grad(lambda x: sharpness(elementary()(loss), x))(x)
+        tensor([[ 0.1633,  0.1225, -0.2858]], dtype=torch.float64)
+    """
+    with Exchange():
+        yield
+
+
+class Exchange(TorchFunctionMode):
+    """Exchanges these operations."""
+
+    # A compiled function would have the mode compiled as well, wrongly.
+    @functorch.outside_compile
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # What writes to a given tensor has no derivative.
+        fn = func if kwargs.get("out") is not None else _ELEMENTARY.get(func, func)
+        return fn(*args, **kwargs)
+
+
+def is_exchanged(func: Any) -> bool:
+    """Whether a torch function is one of those."""
+    return func in _ELEMENTARY
