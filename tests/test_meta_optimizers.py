@@ -433,3 +433,74 @@ def test_nothing_keeps_a_finished_run_alive_without_the_garbage_collector():
         assert [t() for t in reached] == [None] * len(reached)
     finally:
         gc.enable()
+
+
+NORMALISATIONS = {
+    "layer_norm": lambda: nn.LayerNorm(4),
+    "batch_norm": lambda: nn.BatchNorm1d(4),
+    "group_norm": lambda: nn.GroupNorm(1, 4),
+}
+
+
+def after_steps(scale: Tensor, *layers: nn.Module) -> Tensor:
+    torch.manual_seed(0)
+    net = nn.Sequential(*layers, nn.Tanh(), nn.Linear(4, 1)).double()
+    inner, (x, y) = idf.MetaSGD(net, lr=0.3), data()
+    for _ in range(3):
+        inner.step(((net(x * scale) - y) ** 2).mean())
+    return ((net(x * scale) - y) ** 2).mean()
+
+
+def slopes(fn: Any) -> tuple[Tensor, Tensor]:
+    """The derivative, and the derivative of that."""
+    scale = torch.tensor(1.2, dtype=F64, requires_grad=True)
+    (first,) = torch.autograd.grad(fn(scale), scale, create_graph=True)
+    return first, torch.autograd.grad(first, scale)[0]
+
+
+def central_slopes(fn: Any, h: float = 1e-3) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        behind, here, ahead = (fn(torch.tensor(1.2 + s, dtype=F64)).detach() for s in (-h, 0.0, h))
+    return (ahead - behind) / (2 * h), (ahead - 2 * here + behind) / h**2
+
+
+def normalised(kind: str) -> Any:
+    def fn(scale: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return after_steps(scale, nn.Linear(3, 4), NORMALISATIONS[kind]())
+
+    return fn
+
+
+def weight_normalised(scale: Tensor) -> Tensor:
+    torch.manual_seed(1)
+    return after_steps(scale, nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))
+
+
+FUSED = {**{kind: normalised(kind) for kind in NORMALISATIONS}, "weight_norm": weight_normalised}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_derivatives_of_steps_on_elementary_losses_are_right(kind: str) -> None:
+    fn = idf.elementary()(FUSED[kind])
+    for found, expected in zip(slopes(fn), central_slopes(fn), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", NORMALISATIONS)
+def test_derivatives_of_steps_are_right_or_raise(kind: str) -> None:
+    fn = FUSED[kind]
+    scale = torch.tensor(1.2, dtype=F64, requires_grad=True)
+    first, second = central_slopes(fn)
+    (found,) = torch.autograd.grad(fn(scale), scale, create_graph=True)
+    torch.testing.assert_close(found, first, rtol=1e-4, atol=0)
+    if kind == "group_norm":
+        torch.testing.assert_close(torch.autograd.grad(found, scale)[0], second, rtol=2e-4, atol=0)
+        return
+    with pytest.raises(RuntimeError, match=f"third derivative of {kind} wrong; compute the loss under"):
+        torch.autograd.grad(found, scale)
+
+
+def test_a_step_on_a_loss_without_a_right_second_derivative_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"MetaSGD\.step: .* second derivative of weight_norm wrong; compute the loss"):
+        weight_normalised(torch.tensor(1.0, dtype=F64))

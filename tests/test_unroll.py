@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch import nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 import implicitdiff as idf
@@ -173,3 +175,40 @@ def test_a_solver_in_segments_is_differentiated_in_a_batch():
     batch = torch.arange(6.0, dtype=F64).reshape(2, 3)
     result, expected = (vmap(jacrev(lambda theta, every=every: solution(theta, every)))(batch) for every in (3, None))
     torch.testing.assert_close(result, expected)
+
+
+def normalised(kind):
+    torch.manual_seed(0)
+    if kind is nn.utils.parametrizations.weight_norm:
+        return nn.Sequential(kind(nn.Linear(3, 5)), nn.Tanh(), nn.Linear(5, 1)).double()
+    return nn.Sequential(nn.Linear(3, 5), kind, nn.Tanh(), nn.Linear(5, 1)).double()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize(
+    "kind",
+    [nn.LayerNorm(5), nn.BatchNorm1d(5, track_running_stats=False), nn.utils.parametrizations.weight_norm],
+    ids=["layer_norm", "batch_norm", "weight_norm"],
+)
+def test_meta_gradients_through_normalisations_are_right(kind, every):
+    net, generator = normalised(kind), torch.Generator().manual_seed(0)
+    start = {name: p.detach() for name, p in net.named_parameters()}
+    x, y = (torch.randn(4, 8, k, dtype=F64, generator=generator) for k in (3, 1))
+    along = {name: torch.randn(p.shape, dtype=F64, generator=generator) for name, p in start.items()}
+
+    def loss(params, x, y):
+        return functional.mse_loss(functional_call(net, params, (x,)), y)
+
+    def step(params, x, y):
+        return {
+            name: p - 0.3 * g for (name, p), g in zip(params.items(), grad(loss)(params, x, y).values(), strict=True)
+        }
+
+    def total(t):
+        params = {name: p + t * along[name] for name, p in start.items()}
+        return vmap(lambda x, y: loss(idf.unroll(step, 4, every)(params, x, y), x, y))(x, y).sum()
+
+    h = 1e-5
+    expected = (total(h) - total(-h)) / (2 * h)
+    torch.testing.assert_close(grad(total)(torch.zeros((), dtype=F64)), expected, rtol=1e-6, atol=0)

@@ -5,8 +5,9 @@ as ``LU[:, None]`` with ``B`` of shape ``(lanes, k, n, 1)`` (no issue is known).
 lanes does that, such as `jacfwd` and `hessian` within a vmap, and so do then the derivative formulas of `solve`, `det`,
 `slogdet` and `logdet`. Derivatives of their forward mode are wrong besides (pytorch #196695, #196696, #192540).
 
-The forward mode itself is wrong of `cholesky_solve` of a batch (pytorch #196694), of `cholesky_inverse` (pytorch #196682) and of
-the old `triangular_solve` (pytorch #196707); the old `cholesky` has none. Others of the kind: pytorch #198017.
+The forward mode itself is wrong of `cholesky_solve` of a batch (pytorch #196694), of `cholesky_inverse`
+(pytorch #196682) and of the old `triangular_solve` (pytorch #196707); the old `cholesky` has none. Others of the kind:
+pytorch #198017.
 """
 
 from __future__ import annotations

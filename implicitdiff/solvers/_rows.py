@@ -134,6 +134,8 @@ def _vjp(fn: Product, x: Tensor) -> tuple[Tensor, Product]:
     value, pull = pair
 
     def product(u: Tensor) -> Tensor:
+        # As where derivatives are formed: with gradients off, torch takes formulas some of which are wrong in a vmap
+        # (that of `eigvals`).
         with torch.enable_grad():
             result: Tensor = pull(u)[0]
         return result
