@@ -501,6 +501,10 @@ def test_derivatives_of_steps_are_right_or_raise(kind: str) -> None:
         torch.autograd.grad(found, scale)
 
 
-def test_a_step_on_a_loss_without_a_right_second_derivative_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"MetaSGD\.step: .* second derivative of weight_norm wrong; compute the loss"):
-        weight_normalised(torch.tensor(1.0, dtype=F64))
+def test_a_derivative_through_steps_that_torch_gets_wrong_is_refused() -> None:
+    scale = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    loss = weight_normalised(scale)
+    with pytest.raises(
+        RuntimeError, match=r"MetaSGD\.step: .* second derivative of weight_norm wrong; compute the loss"
+    ):
+        torch.autograd.grad(loss, scale)

@@ -55,16 +55,20 @@ def elementary() -> Iterator[None]:
 
     Example:
         >>> import torch
+        >>> from torch.func import grad, vmap
         >>> from implicitdiff import elementary
         >>> def loss(x):
         ...     return torch.nn.functional.layer_norm(x, (3,)).pow(3).sum()
-        >>> def sharpness(loss, x):  # differentiated outside of a vmap
-        ...     return (torch.func.vmap(torch.func.grad(loss))(x) ** 2).sum()
-        >>> x = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64)
-        >>> torch.func.grad(lambda x: sharpness(loss, x))(x)  # wrong, as torch has it
-        tensor([[-0.0816,  0.4082, -0.1633]], dtype=torch.float64)
-        >>> torch.func.grad(lambda x: sharpness(elementary()(loss), x))(x)
-        tensor([[ 0.1633,  0.1225, -0.2858]], dtype=torch.float64)
+        >>> def alone(x):
+        ...     return (grad(loss)(x) ** 2).sum()
+        >>> def over_lanes(x):
+        ...     return (vmap(grad(loss))(x) ** 2).sum()
+        >>> x = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+        >>> torch.allclose(grad(over_lanes)(x[None])[0], grad(alone)(x))
+        False
+        >>> with elementary():
+        ...     torch.allclose(grad(over_lanes)(x[None])[0], grad(alone)(x))
+        True
     """
     with Exchange():
         yield

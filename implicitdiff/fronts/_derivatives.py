@@ -1,21 +1,17 @@
-"""What torch differentiates wrongly in the graph of a loss: an error in the place of a wrong number."""
+"""What torch differentiates wrongly in the graph of a step: an error in the place of a wrong number."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-_REMEDY = (
-    "compute the loss under implicitdiff.elementary(), as `with elementary(): loss = ...` or by a function that is "
-    "decorated by `@elementary()`"
-)
-# By the names of their nodes: of operations with a wrong second derivative, ...
+# By the names of their nodes: operations with a wrong second derivative, ...
 _WRONG_TWICE = {"WeightNormInterfaceBackward0": "weight_norm"}
-# ... and of second derivatives with a wrong derivative.
+# ... and second derivatives with a wrong derivative.
 _WRONG_AFTERWARDS = {
     "NativeLayerNormBackwardBackward0": "layer_norm",
     "NativeBatchNormBackwardBackward0": "batch_norm",
@@ -24,22 +20,31 @@ _WRONG_AFTERWARDS = {
 }
 
 
-def refuse_wrong(name: str, loss: Tensor, grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> None:
-    """Raise if derivatives of these gradients of a loss are wrong, and see to it that wrong derivatives of those raise.
+def right_or_refused(
+    name: str, loss: Tensor, grads: Mapping[str, Tensor | None], params: Mapping[str, Tensor]
+) -> dict[str, Tensor | None]:
+    """The gradients of a loss, derivatives of which raise where torch has them wrong.
 
     Args:
         name: of the public function, for error messages.
-        loss: a function of `params`.
+        loss: a function of `params`, at which the graph of this step ends.
         grads: its gradients, with their graph.
-        params: at these the graph of this step ends.
     """
-    ends = {t.grad_fn for t in params}
+    ends = {t.grad_fn for t in params.values()}
+    for node in _nodes([g for g in grads.values() if g is not None], ends):
+        if (operation := _WRONG_AFTERWARDS.get(node.name())) is not None:
+            node.register_hook(_Once(_message(name, operation, "third")))
     for node in _nodes([loss], ends):
         if (operation := _WRONG_TWICE.get(node.name())) is not None:
-            raise ValueError(f"{name}: torch gets the second derivative of {operation} wrong; {_REMEDY}")
-    for node in _nodes([g for g in grads if g is not None], ends):
-        if (operation := _WRONG_AFTERWARDS.get(node.name())) is not None:
-            node.register_hook(_Once(f"torch gets the third derivative of {operation} wrong; {_REMEDY}"))
+            return {key: _refused(g, _message(name, operation, "second")) for key, g in grads.items()}
+    return dict(grads)
+
+
+def _message(name: str, operation: str, which: str) -> str:
+    return (
+        f"{name}: torch gets the {which} derivative of {operation} wrong; compute the loss under "
+        "implicitdiff.elementary(), as `with elementary(): loss = ...` or by a function with `@elementary()` above it"
+    )
 
 
 def _nodes(tensors: Sequence[Tensor], ends: set[Node | None]) -> Iterator[Node]:
@@ -54,19 +59,25 @@ def _nodes(tensors: Sequence[Tensor], ends: set[Node | None]) -> Iterator[Node]:
 
 
 class _Once:
-    """A hook after which a derivative may be used, and not be differentiated."""
+    """A hook of a node whose results may be used, and not be differentiated."""
 
     def __init__(self, message: str) -> None:
         self.message = message
 
     def __call__(self, inputs: tuple[Tensor | None, ...], outputs: Any) -> tuple[Tensor | None, ...] | None:
-        if not torch.is_grad_enabled():
-            return None
-        refused: Any = _Refusal.apply
-        return tuple(None if t is None else refused(t, self.message) for t in inputs)
+        return tuple(_refused(t, self.message) for t in inputs) if torch.is_grad_enabled() else None
+
+
+def _refused(tensor: Tensor | None, message: str) -> Tensor | None:
+    if tensor is None:
+        return None
+    refused: Tensor = _Refusal.apply(tensor, message)  # type: ignore[no-untyped-call]
+    return refused
 
 
 class _Refusal(torch.autograd.Function):
+    """The same tensor, whose derivative raises."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, message: str) -> Tensor:
         ctx.message = message

@@ -12,7 +12,7 @@ from torch import nn
 import implicitdiff.fronts._check as _check
 import implicitdiff.optim as optim
 from implicitdiff._places import Place, listed_parameters_of
-from implicitdiff.fronts._derivatives import refuse_wrong
+from implicitdiff.fronts._derivatives import right_or_refused
 from implicitdiff.fronts.func_optimizer import gradients
 from implicitdiff.optim._base import GradientTransformation
 
@@ -75,13 +75,13 @@ class MetaOptimizer:
         """Replace the module's parameters by those after a step down the gradient of a loss.
 
         Args:
-            loss: a scalar that was computed with the module as it is now, under `implicitdiff.elementary` if the module
-                has operations that torch cannot differentiate twice.
+            loss: a scalar that was computed with the module as it is now; under `implicitdiff.elementary`, if the
+                module has operations whose higher derivatives torch gets wrong or lacks.
 
         Raises:
-            ValueError: the loss depends on none of the parameters, or the module has others than it had, or it has an
-                operation with a wrong second derivative (`weight_norm`). Third derivatives that are wrong
-                (`layer_norm`, `batch_norm`) raise a RuntimeError when they are taken.
+            ValueError: the loss depends on none of the parameters, or the module has others than it had.
+            RuntimeError: when a derivative is taken that torch gets wrong: through the step, that of a loss with
+                `weight_norm`; of such a derivative again, that of one with `layer_norm` or `batch_norm`.
         """
         name = f"{type(self).__name__}.step"
         places = self._places()
@@ -92,7 +92,7 @@ class MetaOptimizer:
             )
         params = {key: place.tensor for key, place in places.items()}
         grads = gradients(name, loss, params, create_graph=True)
-        refuse_wrong(name, loss, list(grads.values()), list(params.values()))
+        grads = right_or_refused(name, loss, grads, params)
         with torch.enable_grad():
             params, self.state = self.transformation.step(grads, self.state, params)
         for key, place in places.items():
