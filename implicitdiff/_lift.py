@@ -261,7 +261,7 @@ def _watched(
 ) -> tuple[Any, Watch]:
     """The result, and what was seen."""
     random_state = torch.get_rng_state()
-    with functorch.levels_up_to(0 if alone else 1) as inert, _as_evaluated(), torch.enable_grad():
+    with functorch.levels_up_to(0 if alone else 1) as inert, _as_evaluated(), Exchange(), torch.enable_grad():
         aliases = [t.detach() for t in given]
         if alone:
             # The function may differentiate with respect to its arguments.
