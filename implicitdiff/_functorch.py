@@ -445,6 +445,11 @@ def _tangent(tensor: torch.Tensor) -> torch.Tensor | None:
     return forward_ad.unpack_dual(tensor).tangent if tensor.layout is torch.strided else None
 
 
+def hooks_of(tensor: torch.Tensor) -> dict[int, Callable[[torch.Tensor], torch.Tensor | None]] | None:
+    """The table of the hooks that ``register_hook`` has put on a tensor; None if there never was one."""
+    return tensor._backward_hooks
+
+
 def have_gradient_layer(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether a running grad, vjp, jvp or forward mode differentiates with respect to one of these tensors."""
     if are_constant(tensors):

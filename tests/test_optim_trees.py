@@ -476,7 +476,6 @@ OUT_OF_RANGE = (
     + [(f, {"eps_root": -1e-8}, "eps_root has to be a finite number, at least 0") for f in _EPS_ROOT]
     + [(f, {"betas": (1.0, 0.9)}, "betas[0] has to be at least 0 and less than 1, but it is 1.0") for f in _BETAS]
     + [(f, {"betas": (0.9, -0.1)}, "betas[1] has to be at least 0 and less than 1, but it is -0.1") for f in _BETAS]
-    + [(f, {"lr": torch.ones(2)}, "lr is a torch.float32 tensor of shape [2]; as a tensor") for f in _FACTORIES]
     + [(f, {"lr": torch.tensor(1)}, "lr is a torch.int64 tensor of shape []") for f in _FACTORIES]
     + [
         (idf.sgd, {"momentum": -0.1}, "momentum has to be a finite number, at least 0"),
@@ -507,7 +506,7 @@ def test_numbers_out_of_range_are_refused(factory, options, message):
     assert str(error.value).startswith(f"{factory.__name__}: ")
 
 
-@pytest.mark.parametrize("value", ["0.1", None, [0.1], 1j], ids=repr)
+@pytest.mark.parametrize("value", ["0.1", None, 1j], ids=repr)
 @pytest.mark.parametrize("factory", _FACTORIES, ids=lambda f: f.__name__)
 def test_what_is_no_number_is_refused(factory, value):
     with pytest.raises(TypeError) as error:

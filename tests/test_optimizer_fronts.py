@@ -295,9 +295,7 @@ def test_the_hyperparameters_of_a_transformation_are_not_a_groups():
         idf.Optimizer(start(), idf.sgd)
 
 
-def test_schedules_are_refused_in_groups():
-    with pytest.raises(ValueError, match="lr is a function"):
-        idf.Adam(start(), lr=idf.schedule.constant(0.1))
+def test_a_mask_is_refused_in_groups():
     with pytest.raises(ValueError, match="mask"):
         idf.AdamW(start(), mask=[True] * 4)
 

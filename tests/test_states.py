@@ -366,8 +366,9 @@ def test_a_module_in_the_middle_of_a_graph_can_be_cloned(by):
     net, lr = Net(), torch.tensor(0.1, dtype=F64, requires_grad=True)
     inner = idf.MetaSGD(net, lr=lr)
     steps(net, inner, 2)
-    with pytest.raises(RuntimeError, match="deepcopy"):
-        copy.deepcopy(net)
+    twin = copy.deepcopy(net)
+    assert_same(list(twin.parameters()), [p.detach() for p in net.parameters()])
+    assert all(p.is_leaf and p.requires_grad for p in twin.parameters())
     clone = idf.module_clone(net, by=by)
     assert type(clone) is Net and clone is not net and clone.norm is not net.norm
     assert clone.first.weight is clone.last.weight

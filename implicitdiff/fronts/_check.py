@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 import implicitdiff._pytree as pytree
 from implicitdiff.optim._base import GradientTransformation
 
@@ -20,14 +22,29 @@ def transformation(name: str, given: Any) -> GradientTransformation:
     return given
 
 
+Kinds = list[tuple[torch.dtype, torch.device]]
+
+
+def kinds(params: Any) -> Kinds:
+    """What the dtypes and the devices of a state depend on."""
+    return [(t.dtype, t.device) for t in pytree.tensors(params)]
+
+
+def fitted(given: Any, fresh: Any) -> Any:
+    """A state in the dtypes and on the devices of a fresh one, for parameters that were converted since."""
+    leaves, structure = pytree.flatten(fresh)
+    pairs = zip(structure.tensors_of(given), leaves, strict=True)
+    return structure.unflatten([t.to(like.device, like.dtype) for t, like in pairs])
+
+
 def state(name: str, mine: Any, given: Any) -> Any:
-    """A state to go on with, if it is nested like the present one, with tensors of the same shapes and dtypes."""
+    """A state to go on with, if it is nested like the present one, with tensors of the same shapes."""
     leaves, structure = pytree.flatten(mine)
     try:
         others = structure.tensors_of(given)
     except ValueError:
         others = []
-    if [(t.shape, t.dtype) for t in others] != [(t.shape, t.dtype) for t in leaves]:
+    if [t.shape for t in others] != [t.shape for t in leaves]:
         raise ValueError(
             f"{name}: the state given is not one of this optimizer for these parameters: expected "
             f"{pytree.describe(mine)}, got {pytree.describe(given)}"

@@ -8,6 +8,7 @@ import torch
 
 import implicitdiff._pytree as pytree
 import implicitdiff.fronts._check as _check
+import implicitdiff.fronts._hooks as _hooks
 from implicitdiff.optim._base import GradientTransformation
 
 
@@ -35,8 +36,9 @@ class FuncOptimizer:
         self.transformation = _check.transformation("FuncOptimizer", transformation)
         self.inplace = inplace
         self.state: Any = None
+        self._kinds: _check.Kinds | None = None
 
-    def step(self, loss: torch.Tensor, params: Any, inplace: bool | None = None) -> Any:
+    def step(self, loss: torch.Tensor, params: Any, inplace: bool | None = None, *, first_order: bool = False) -> Any:
         """The parameters after a step down the gradient of a loss.
 
         Args:
@@ -44,6 +46,7 @@ class FuncOptimizer:
             params: a pytree of tensors. Those that need no gradient, or that the loss does not depend on, are returned
                 as they are.
             inplace: overwrite and return `params`; None is what the constructor was given.
+            first_order: take the gradient for a constant, as in `MetaOptimizer.step`.
 
         Returns:
             A tree like `params`, which is differentiable in them and in the hyper-parameters unless `inplace`.
@@ -52,11 +55,17 @@ class FuncOptimizer:
             ValueError: the loss depends on none of the parameters.
         """
         inplace = self.inplace if inplace is None else inplace
-        grads = gradients("FuncOptimizer.step", loss, params, create_graph=not inplace)
-        state = self.transformation.init(params) if self.state is None else self.state
+        grads = gradients("FuncOptimizer.step", loss, params, constant=inplace or first_order, keep=first_order)
+        state, kinds = self.state, _check.kinds(params)
+        if state is None or kinds != self._kinds:
+            fresh = self.transformation.init(params)
+            state = fresh if state is None else _check.fitted(state, fresh)
         with torch.set_grad_enabled(not inplace):
-            params, self.state = self.transformation.step(grads, state, params, inplace=inplace)
-        return params
+            stepped, self.state = self.transformation.step(grads, state, params, inplace=inplace)
+        self._kinds = kinds
+        for new, old in zip(pytree.tensors(stepped), pytree.tensors(params), strict=True):
+            _hooks.inherit(new, old)
+        return stepped
 
     def state_dict(self) -> Any:
         """The state, a pytree of tensors; None before the first step. These are the tensors, not copies."""
@@ -66,18 +75,27 @@ class FuncOptimizer:
         """Go on from a state that `state_dict` gave."""
         if self.state is not None and state_dict is not None:
             _check.state("FuncOptimizer.load_state_dict", self.state, state_dict)
-        self.state = state_dict
+        self.state, self._kinds = state_dict, None
 
 
-def gradients(name: str, loss: torch.Tensor, params: Any, *, create_graph: bool) -> Any:
-    """The gradients of a loss in a tree of parameters, None where there is none."""
+def gradients(name: str, loss: torch.Tensor, params: Any, *, constant: bool, keep: bool = False) -> Any:
+    """The gradients of a loss in a tree of parameters, None where there is none.
+
+    Args:
+        constant: they are not to be differentiated.
+        keep: the graph of the loss is kept even so.
+    """
     leaves, structure = pytree.flatten(params)
     at = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
     some = [leaves[i] for i in at]
     found: tuple[torch.Tensor | None, ...] = ()
     if some and loss.requires_grad:
-        found = torch.autograd.grad(loss, some, create_graph=create_graph, allow_unused=True)
-    grads = {i: grad for i, grad in zip(at, found, strict=bool(found)) if grad is not None}
+        found = torch.autograd.grad(
+            loss, some, retain_graph=keep or not constant, create_graph=not constant, allow_unused=True
+        )
+    pairs = zip(at, found, strict=bool(found))
+    with torch.set_grad_enabled(not constant):
+        grads = {i: _hooks.applied(leaves[i], grad) for i, grad in pairs if grad is not None}
     if not grads:
         raise ValueError(
             f"{name}: the loss depends on none of the parameters that need a gradient; compute it anew after each "

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+import implicitdiff._functorch as _functorch
 import implicitdiff.fronts._check as _check
+import implicitdiff.fronts._hooks as _hooks
 import implicitdiff.optim as optim
 from implicitdiff._places import Place, listed_parameters_of
 from implicitdiff.fronts._derivatives import right_or_refused
@@ -20,10 +22,13 @@ from implicitdiff.optim._base import GradientTransformation
 class MetaOptimizer:
     """Steps of a module's parameters that stay part of the graph.
 
-    A step replaces each parameter of the module by ``p + update``, a tensor that depends on the parameters before, on
-    the loss, and on the transformation's hyper-parameters; what is computed with the module afterwards is
-    differentiable in all of these. Tied parameters stay tied. Those that are frozen, or that the loss does not depend
-    on, are left alone.
+    A step replaces each parameter of the module by ``p + update``, an ``nn.Parameter`` in the middle of a graph: it
+    depends on the parameter before, on the loss, and on the transformation's hyper-parameters, and what is computed
+    with the module afterwards is differentiable in all of these. Tied parameters stay tied. Those that are frozen, or
+    that the loss does not depend on, are left alone. Hooks of a parameter (``register_hook``) are applied to its
+    gradient in every step. ``copy.deepcopy`` of the module copies the values, out of the graph.
+
+    The state is begun when it is first needed, and converted with the parameters (``module.double()``).
 
     The graph grows with each step. `extract_state_dict` before the first and `recover_state_dict` after the last
     return to where it began, `stop_gradient` goes on from where it ended; both let go of the graph.
@@ -35,7 +40,7 @@ class MetaOptimizer:
     Attributes:
         module: the module.
         transformation: the pair.
-        state: its state, for the parameters by name.
+        state: its state, for the parameters by name; trees of hyper-parameters are nested like these.
 
     Raises:
         TypeError: `transformation` is none, or `module` no module.
@@ -67,16 +72,39 @@ class MetaOptimizer:
         places = self._places()
         if not places:
             raise ValueError(f"{name}: the module has no parameters")
-        with torch.no_grad():
-            self.state = self.transformation.init({key: place.tensor for key, place in places.items()})
+        self._state: Any = None
+        self._kinds: _check.Kinds | None = None
         self._shapes = _shapes(places)
+        self._fit(_tensors(places))  # for its errors
+        self._state = None
 
-    def step(self, loss: torch.Tensor) -> None:
+    @property
+    def state(self) -> Any:
+        places = self._places()
+        if _shapes(places) == self._shapes:
+            self._fit(_tensors(places))
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._state, self._kinds = state, None
+
+    def _fit(self, params: dict[str, torch.Tensor]) -> None:
+        """Begin the state, or convert it as the parameters were."""
+        kinds = _check.kinds(params)
+        if self._state is None or kinds != self._kinds:
+            with torch.no_grad():
+                fresh = self.transformation.init(params)
+            self._state, self._kinds = fresh if self._state is None else _check.fitted(self._state, fresh), kinds
+
+    def step(self, loss: torch.Tensor, *, first_order: bool = False) -> None:
         """Replace the module's parameters by those after a step down the gradient of a loss.
 
         Args:
             loss: a scalar that was computed with the module as it is now; under `implicitdiff.elementary`, if the
                 module has operations whose higher derivatives torch gets wrong or lacks.
+            first_order: take the gradient for a constant, which saves the derivative of a derivative. The new
+                parameters then depend on the ones before with derivative 1, and on the hyper-parameters.
 
         Raises:
             ValueError: the loss depends on none of the parameters, or the module has others than it had.
@@ -90,14 +118,17 @@ class MetaOptimizer:
                 f"{name}: the module's parameters are {_shapes(places)}, but they were {self._shapes} when this "
                 "optimizer was made; make another one"
             )
-        params = {key: place.tensor for key, place in places.items()}
-        grads = gradients(name, loss, params, create_graph=True)
-        grads = right_or_refused(name, loss, grads, params)
+        params = _tensors(places)
+        self._fit(params)
+        grads = gradients(name, loss, params, constant=first_order, keep=True)
+        if not first_order:
+            grads = right_or_refused(name, loss, grads, params)
         with torch.enable_grad():
-            params, self.state = self.transformation.step(grads, self.state, params)
+            stepped, self._state = self.transformation.step(grads, self._state, params)
         for key, place in places.items():
             if grads[key] is not None:
-                place.put(params[key])
+                _hooks.inherit(stepped[key], place.tensor)
+                place.put(_as_parameter(stepped[key]))
 
     def state_dict(self) -> Any:
         """The state, a pytree of tensors. These are the tensors, with their graphs, not copies."""
@@ -110,6 +141,17 @@ class MetaOptimizer:
     def _places(self) -> dict[str, Place]:
         places = listed_parameters_of(self.module)
         return {key: p for key, p in places.items() if p.tensor.is_floating_point() or p.tensor.is_complex()}
+
+
+def _tensors(places: dict[str, Place]) -> dict[str, torch.Tensor]:
+    return {key: place.tensor for key, place in places.items()}
+
+
+def _as_parameter(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor as a parameter, which may be copied: torch refuses a deep copy of others within a graph."""
+    if type(tensor) is torch.Tensor and _functorch.is_plain(tensor):
+        tensor.__class__ = nn.Parameter  # a new object would be a leaf
+    return tensor
 
 
 def _shapes(places: dict[str, Place]) -> dict[str, list[int]]:

@@ -34,8 +34,8 @@ class Optimizer(torch.optim.Optimizer):
 
     It steps in place, as torch's do, and takes part in what is written for those: hooks, ``GradScaler``, checkpoints.
     What it steps is the list of a group's parameters, so that a global norm is that of the group. For transformations
-    with named hyper-parameters, which torch's schedulers can change, there are `SGD`, `Adam` and kin. Its state goes
-    through ``pickle``, the object only if the transformation does: a chain does not.
+    with named hyper-parameters, which torch's schedulers can change, there are `SGD`, `Adam` and kin. Parameters that
+    are converted later (``module.double()``) take their state along.
 
     Args:
         params: tensors, named tensors, or dictionaries of ``params``, one for each group.
@@ -58,7 +58,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, transformation: GradientTransformation) -> None:
         self._transformation = _check.transformation("Optimizer", transformation)
-        self._structures: dict[int, pytree.Structure] = {}
+        self._structures: dict[int, tuple[pytree.Structure, _check.Kinds]] = {}
         super().__init__(params, {})
 
     def add_param_group(self, param_group: Group) -> None:
@@ -144,12 +144,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def _pure(self, index: int, params: Leaves) -> Pure:
         # A checkpoint holds tensors in plain containers, so these are what is kept.
-        kept = self.state.get(group_key(index))
-        if kept and index in self._structures:
-            return Pure(self._transformation, params, self._structures[index].unflatten([*kept.values()]))
+        kept, kinds = self.state.get(group_key(index)), _check.kinds(params)
+        structure, known = self._structures.get(index, (None, None))
+        if kept and structure is not None and kinds == known:
+            return Pure(self._transformation, params, structure.unflatten([*kept.values()]))
         state = self._transformation.init(params)
-        self._structures[index] = pytree.flatten(state)[1]
-        return self._pure(index, params) if kept else Pure(self._transformation, params, state)
+        structure = pytree.flatten(state)[1]
+        if kept:
+            state = _check.fitted(structure.unflatten([*kept.values()]), state)
+            self._keep(index, params, state)
+        self._structures[index] = structure, kinds
+        return Pure(self._transformation, params, state)
 
     def _keep(self, index: int, params: Leaves, state: Any) -> None:
         self.state[group_key(index)] = {str(i): leaf for i, leaf in enumerate(pytree.tensors(state))}

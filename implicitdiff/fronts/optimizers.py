@@ -8,16 +8,21 @@ from typing import Any, ClassVar
 
 import torch
 
+import implicitdiff._pytree as pytree
 import implicitdiff.fronts._check as _check
 import implicitdiff.optim as optim
 from implicitdiff.fronts.optimizer import Group, Leaves, Optimizer, Pure, group_key
+from implicitdiff.optim import InjectState
 from implicitdiff.optim._base import GradientTransformation
+from implicitdiff.optim._columns import accumulator
 
 
 class _Of(Optimizer):
     """An optimizer with the hyper-parameters of a factory in its groups, and the state of each parameter by itself.
 
-    That has the names which torch.optim gives it: checkpoints of one can be loaded into the other.
+    That has the names which torch.optim gives it: checkpoints of one can be loaded into the other. A hyper-parameter of
+    a group may be a schedule, or a list with a number, a tensor or a schedule for each of the group's parameters. The
+    value that a schedule has is saved in the place of its function, and the group's number of steps as ``count``.
     """
 
     factory: ClassVar[Callable[..., GradientTransformation]]
@@ -56,15 +61,45 @@ class _Of(Optimizer):
             ValueError: a hyper-parameter is out of range.
         """
         values = self._hyperparameters({**self.defaults, **param_group})
-        if schedules := [key for key, value in values.items() if callable(value)]:
-            raise ValueError(
-                f"{type(self).__name__}: {schedules[0]} is a function; a group's hyper-parameters are numbers, which "
-                "torch.optim.lr_scheduler changes; for a schedule use "
-                f"Optimizer(params, {self.factory.__name__}({schedules[0]}=...))"
-            )
-        self.factory(**values)
+        transformation = self.factory(**values)
         self._check_marks(param_group)
         torch.optim.Optimizer.add_param_group(self, param_group)
+        if any(not isinstance(value, (int, float, type(None))) for value in values.values()):
+            try:
+                transformation.init(self.param_groups[-1]["params"])
+            except BaseException:
+                self.param_groups.pop()
+                raise
+        if _schedules(values):
+            self._count(self.param_groups[-1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as torch.optim has it; schedules are no part of it, but what they give now is."""
+        saved = torch.optim.Optimizer.state_dict(self)
+        for group in saved["param_groups"]:
+            mine = _schedules(self._hyperparameters(group))
+            group.update({key: _value(group["count"], value) for key, value in mine.items()})
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a copy of a state that `state_dict` gave, with the schedules that this optimizer has.
+
+        Raises:
+            ValueError: it is of other parameters or of another optimizer; nothing is changed.
+        """
+        schedules = [_schedules(self._hyperparameters(group)) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, mine in zip(self.param_groups, schedules, strict=True):
+            group.update(mine)
+            if mine:
+                self._count(group)
+            else:
+                group.pop("count", None)
+
+    def _count(self, group: Group) -> int:
+        """How many steps a group with schedules has taken."""
+        steps = [int(self.state[p]["step"]) for p in group["params"] if p in self.state]
+        return int(group.setdefault("count", max(steps, default=0)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**torch.optim.Optimizer.__getstate__(self), "_made": {}}
@@ -83,8 +118,13 @@ class _Of(Optimizer):
         # As torch does, keep no state for frozen parameters.
         return [p for p in group["params"] if p.grad is not None]
 
-    def _transformation_of(self, index: int) -> GradientTransformation:
-        values = self._hyperparameters(self.param_groups[index])
+    def _transformation_of(self, index: int, params: Leaves) -> GradientTransformation:
+        group = self.param_groups[index]
+        values = self._hyperparameters(group)
+        if len(params) < len(group["params"]):
+            stepped = set(map(id, params))
+            among = [id(p) in stepped for p in group["params"]]
+            values = {key: _picked(value, among) for key, value in values.items()}
         made = self._made.get(index)
         # By identity: a tensor's value may change, and is read in each step.
         if made is None or any(value is not made[0][key] for key, value in values.items()):
@@ -92,34 +132,49 @@ class _Of(Optimizer):
         return made[1]
 
     def _pure(self, index: int, params: Leaves) -> Pure:
-        transformation = self._transformation_of(index)
-        empty = transformation.init([])
-        names = dict(self._moments(empty))
-        entries = [self._entry(transformation, p, self.state.get(p, {}), names) for p in params]
-        if not entries:
-            return Pure(transformation, params, empty)
-        steps = torch.stack([entry["step"].to(params[0].device) for entry in entries])
-        moments = {field: [entry[name] for entry in entries] for field, name in names.items()}
-        return Pure(transformation, params, empty._replace(count=steps.to(torch.int64), **moments))
+        transformation = self._transformation_of(index, params)
+        outer = transformation.init([None] * len(params))
+        state = _own(outer)
+        if params:
+            names = dict(self._moments(state))
+            entries = self._entries(transformation, params, [self.state.get(p, {}) for p in params], names)
+            steps = torch.stack([entry["step"].to(params[0].device) for entry in entries])
+            moments = {field: [entry[name] for entry in entries] for field, name in names.items()}
+            state = state._replace(count=steps.to(torch.int64), **moments)
+        if isinstance(outer, InjectState):
+            count = torch.tensor(self._count(self.param_groups[index]), device="cpu")
+            state = outer._replace(count=count, inner=state)
+        return Pure(transformation, params, state)
 
     def _moments(self, state: Any) -> Iterator[tuple[str, str]]:
         """The fields of a state in use that are trees, with torch's name for each."""
         return ((field, name) for field, name in self.names.items() if isinstance(getattr(state, field), list))
 
-    def _entry(
-        self, transformation: GradientTransformation, p: torch.Tensor, kept: Group, names: Mapping[str, str]
-    ) -> Group:
-        """The state of a parameter, begun where there is none."""
-        if kept and kept.keys() >= {"step", *names.values()}:
-            return kept
-        fresh = transformation.init([p])
-        begun = {name: getattr(fresh, field)[0] for field, name in names.items()}
+    def _entries(
+        self, transformation: GradientTransformation, params: Leaves, kept: list[Group], names: Mapping[str, str]
+    ) -> list[Group]:
+        """The state of each parameter, begun where there is none, and converted where the parameter was."""
+        needed = {"step", *names.values()}
+        lacking = [not entry.keys() >= needed for entry in kept]
+        if any(lacking):
+            fresh = _own(transformation.init([p if lacks else None for p, lacks in zip(params, lacking, strict=True)]))
+            begun = [{name: getattr(fresh, field)[i] for field, name in names.items()} for i in range(len(params))]
+            kept = [
+                self._begun(fresh.count[i].float(), begun[i], entry) if lacks else entry
+                for i, (entry, lacks) in enumerate(zip(kept, lacking, strict=True))
+            ]
+        return [_converted(entry, p, names) for entry, p in zip(kept, params, strict=True)] if names else kept
+
+    def _begun(self, step: torch.Tensor, begun: Group, kept: Group) -> Group:
         if "momentum_buffer" in begun.keys() - kept.keys():
             # A momentum that begins later does so as in a first step.
             kept = {key: value for key, value in kept.items() if key != "step"}
-        return {"step": fresh.count[0].float(), **begun, **kept}
+        return {"step": step, **begun, **kept}
 
     def _keep(self, index: int, params: Leaves, state: Any) -> None:
+        if isinstance(state, InjectState):
+            self.param_groups[index]["count"] = int(state.count)
+        state = _own(state)
         names = [(name, getattr(state, field)) for field, name in self._moments(state)]
         for i, (p, step) in enumerate(zip(params, state.count.float().unbind(), strict=True)):
             self.state[p] = {"step": step, **{name: column[i] for name, column in names}}
@@ -130,12 +185,14 @@ class _Of(Optimizer):
             raise ValueError(
                 f"{type(self).__name__}: the state given is one for all parameters of a group; load it into Optimizer"
             )
-        transformation = self._transformation_of(index)
-        names = dict(self._moments(transformation.init([])))
-        for key, p in zip(saved["params"], self.param_groups[index]["params"], strict=True):
+        params = self.param_groups[index]["params"]
+        transformation = self._transformation_of(index, params)
+        names = dict(self._moments(_own(transformation.init([None] * len(params)))))
+        fresh = self._entries(transformation, params, [{} for _ in params], names)
+        for key, p, entry in zip(saved["params"], params, fresh, strict=True):
             kept = {k: v for k, v in states.get(key, {}).items() if v is not None}
             if kept:
-                self.state[p] = self._loaded(self._entry(transformation, p, {}, names), kept)
+                self.state[p] = self._loaded(entry, kept)
 
     def _check_marks(self, group: Group) -> None:
         for key, value in self.marks.items():
@@ -161,6 +218,43 @@ class _Of(Optimizer):
                 f"{list(torch.as_tensor(kept[odd[0]]).shape)} is given where {list(fresh[odd[0]].shape)} is needed"
             )
         return {key: torch.as_tensor(kept[key]).to(like.device, like.dtype, copy=True) for key, like in fresh.items()}
+
+
+def _own(state: Any) -> Any:
+    """The optimizer's own part of a state."""
+    return state.inner if isinstance(state, InjectState) else state
+
+
+def _schedules(values: Group) -> Group:
+    """The hyper-parameters that are schedules, or trees with some."""
+    return {k: v for k, v in values.items() if any(map(callable, pytree.leaves_of(v)[0]))}
+
+
+def _value(count: int, value: Any) -> Any:
+    """A hyper-parameter as it is after so many steps."""
+
+    def now(leaf: Any) -> Any:
+        found = leaf(torch.tensor(count, device="cpu")) if callable(leaf) else leaf
+        return found.item() if callable(leaf) and isinstance(found, torch.Tensor) and found.ndim == 0 else found
+
+    return pytree.map_leaves(now, value)
+
+
+def _picked(value: Any, among: list[bool]) -> Any:
+    """A hyper-parameter for some of the parameters."""
+    if isinstance(value, tuple):  # betas
+        return tuple(_picked(part, among) for part in value)
+    if not isinstance(value, list) or len(value) != len(among):
+        return value
+    return [part for part, is_in in zip(value, among, strict=True) if is_in]
+
+
+def _converted(entry: Group, p: torch.Tensor, names: Mapping[str, str]) -> Group:
+    """The state of a parameter in its dtype and on its device, which may be others than they were."""
+    dtype, device = accumulator(p.dtype), p.device
+    if all((t := entry[name]) is None or (t.dtype is dtype and t.device == device) for name in names.values()):
+        return entry
+    return entry | {name: entry[name].to(device, dtype) for name in names.values()}
 
 
 _ADAM = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}

@@ -159,7 +159,7 @@ def module_clone(
 ) -> Any:
     """Another module, optimizer or tree with the tensors of this one.
 
-    A module whose parameters are in the middle of a graph, which ``copy.deepcopy`` refuses, can be cloned. Tied
+    A module whose parameters are in the middle of a graph can be cloned within it, unlike by ``copy.deepcopy``. Tied
     parameters stay tied, and meta-parameters are shared. The clone of a `MetaOptimizer` has a clone of its module, at
     ``.module``.
 
@@ -174,10 +174,11 @@ def module_clone(
         TypeError: as for `extract_state_dict`.
     """
     if isinstance(target, _OPTIMIZERS):
+        state = extract_state_dict(target, by=by, device=device)
         twin = copy.copy(target)
         if isinstance(twin, MetaOptimizer):
             twin.module = module_clone(twin.module, by=by, device=device, detach_buffers=detach_buffers)
-        twin.state = extract_state_dict(target, by=by, device=device)
+        twin.load_state_dict(state)
         return twin
     state = extract_state_dict(target, by=by, device=device, detach_buffers=detach_buffers)
     if not isinstance(target, nn.Module):

@@ -12,6 +12,7 @@ from implicitdiff.optim.adamax import AdamaxState, adamax, scale_by_adamax
 from implicitdiff.optim.adamw import adamw
 from implicitdiff.optim.clip import clip, clip_grad_norm, nan_to_num
 from implicitdiff.optim.decay import add_decayed_weights, masked
+from implicitdiff.optim.identity import identity
 from implicitdiff.optim.radam import RAdamState, radam, scale_by_radam
 from implicitdiff.optim.rmsprop import RMSPropState, rmsprop, scale_by_rmsprop
 from implicitdiff.optim.scale import ScheduleState, scale, scale_by_schedule
@@ -39,6 +40,7 @@ __all__ = [
     "chain",
     "clip",
     "clip_grad_norm",
+    "identity",
     "inject_hyperparams",
     "masked",
     "nan_to_num",

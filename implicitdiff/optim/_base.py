@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,18 +125,26 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
             raise TypeError(
                 f"chain: each argument has to be a pair (init, update) such as scale(0.1), got {type(given).__name__}"
             )
-    inits, chained = [t[0] for t in transformations], [t[1] for t in transformations]
+    update = _Chain(transformations)
+    return GradientTransformation(update.init, update)
 
-    def init(params: Any) -> tuple[Any, ...]:
-        return tuple(start(params) for start in inits)
 
-    def update(updates: Any, state: Any, params: Any = None, *, inplace: bool = False) -> tuple[Any, tuple[Any, ...]]:
-        if len(state) != len(chained):
-            raise ValueError(f"chain: {len(chained)} transformations, but a state of {len(state)}; give it its own")
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Chain:
+    """The pair of pairs."""
+
+    links: Sequence[Sequence[Callable[..., Any]]]
+
+    def init(self, params: Any) -> tuple[Any, ...]:
+        return tuple(init(params) for init, _ in self.links)
+
+    def __call__(
+        self, updates: Any, state: Any, params: Any = None, *, inplace: bool = False
+    ) -> tuple[Any, tuple[Any, ...]]:
+        if len(state) != len(self.links):
+            raise ValueError(f"chain: {len(self.links)} transformations, but a state of {len(state)}; give it its own")
         states = []
-        for apply, inner in zip(chained, state, strict=True):
+        for (_, apply), inner in zip(self.links, state, strict=True):
             updates, inner = apply(updates, inner, params=params, inplace=inplace)
             states.append(inner)
         return updates, tuple(states)
-
-    return GradientTransformation(init, update)

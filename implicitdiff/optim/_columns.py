@@ -8,12 +8,55 @@ from typing import Any, NoReturn
 import torch
 
 import implicitdiff._pytree as pytree
-from implicitdiff._pytree import Leaves
+from implicitdiff._pytree import Leaves, TreeSpec
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What is computed in, and kept in a state, for parameters of a dtype: float32 for those of half precision."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def spread(caller: str, key: str, value: Any, spec: TreeSpec) -> list[Any]:
+    """What a hyper-parameter is for each leaf of a tree: the same, or what a tree nested alike, or a prefix of one, has
+    there."""
+    try:
+        return pytree.broadcast(spec, value)
+    except ValueError as error:
+        params = pytree.describe(pytree.unflatten([_LEAF] * spec.num_leaves, spec))
+        raise ValueError(
+            f"{caller}: {key} has to be one for all leaves, or nested like the parameters, or a prefix of them, but it "
+            f"is {pytree.describe(value)} and they are {params}"
+        ) from error
+
+
+class _Leaf:
+    def __repr__(self) -> str:
+        return "*"
+
+
+_LEAF = _Leaf()
+
+
+def refuse_others(caller: str, leaves: Sequence[Any]) -> None:
+    """Raise unless all leaves of parameters are tensors or None."""
+    for leaf in leaves:
+        if leaf is not None and not isinstance(leaf, torch.Tensor):
+            raise TypeError(f"{caller}: params have the leaf {leaf!r}; each has to be a tensor, or None")
+
+
+def refuse_misfits(caller: str, key: str, values: Sequence[Any], leaves: Sequence[Any], spec: TreeSpec) -> None:
+    """Raise unless what a hyper-parameter is for each leaf broadcasts to it."""
+    for at, (value, leaf) in enumerate(zip(values, leaves, strict=True)):
+        is_optimized = leaf is not None and (leaf.is_floating_point() or leaf.is_complex())
+        if not is_optimized or not isinstance(value, torch.Tensor):
+            continue
+        aligned = zip(reversed(value.shape), reversed(leaf.shape), strict=False)
+        if value.ndim > leaf.ndim or any(n not in (1, m) for n, m in aligned):
+            raise ValueError(
+                f"{caller}: {key} of shape {list(value.shape)} does not broadcast to the leaf"
+                f"{pytree.names_of(spec)[at]} of shape {list(leaf.shape)}; it has to be a scalar, or to fit each leaf "
+                "that it is for"
+            )
 
 
 class Columns:
@@ -32,17 +75,22 @@ class Columns:
         self.rows = [i for i, leaf in enumerate(self.leaves) if leaf is not None]
         self.first = self.present(name, self.leaves)
 
-    def checked(self) -> Columns:
-        """Itself, if all in the first column is dense and of floating point."""
+    def checked(self, why_dense: str = "") -> Columns:
+        """Itself, if all in the first column is dense and of floating point; `why_dense` is added to the error."""
         dtypes = {leaf.dtype for leaf in self.first}
         smooth = all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
         if not smooth or {leaf.layout for leaf in self.first} - {torch.strided}:
             for row, leaf in enumerate(self.first):
                 if leaf.layout is not torch.strided or not (leaf.is_floating_point() or leaf.is_complex()):
+                    why = why_dense if leaf.layout is not torch.strided else ""
                     self._refuse(
-                        TypeError, row, self.name, f"is {_kind(leaf)}; it has to be dense and of floating point"
+                        TypeError, row, self.name, f"is {_kind(leaf)}; it has to be dense and of floating point{why}"
                     )
         return self
+
+    def densify(self) -> None:
+        """Exchange sparse tensors in the first column for dense ones."""
+        self.first = [leaf.to_dense() if leaf.layout is torch.sparse_coo else leaf for leaf in self.first]
 
     def match(self, name: str, tree: Any) -> list[Any]:
         """The leaves of another tree, those of rows that do not take part among them."""
@@ -96,6 +144,14 @@ class Columns:
                 continue
             at = "" if dtype is first.dtype else f", for which {str(dtype).removeprefix('torch.')} is kept"
             self._refuse(ValueError, row, name, f"is {_kind(leaf)}, but {self.name} is {_kind(first)}{at}")
+
+    def refuse_misfits(self, key: str, values: list[Any]) -> None:
+        """Raise unless what a hyper-parameter is for each leaf is there for all rows, and broadcasts to them."""
+        names = pytree.names_of(self.spec)
+        for row in self.rows:
+            if values[row] is None:
+                raise ValueError(f"{self.caller}: {key}{names[row]} is None, but {self.name}{names[row]} is not")
+        refuse_misfits(self.caller, key, values, self.leaves, self.spec)
 
     def chosen(self, mask: Any) -> list[Any]:
         """What a tree of bools nested alike, or a prefix of one, says of the rows."""

@@ -21,6 +21,11 @@ def refuse_tracked(caller: str, name: str, tensors: Leaves) -> None:
         )
 
 
+def is_leaf(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a leaf that no transform differentiates: an optimizer reads it out of its graph."""
+    return tensor.is_leaf and not functorch.have_gradient_layer([tensor])
+
+
 def refuse_needed(caller: str, name: str, tensors: Leaves) -> None:
     """Raise if these tensors, which are to be overwritten, belong to a graph or a transform. Leaves of a graph do not:
     an optimizer's step is meant to change them."""

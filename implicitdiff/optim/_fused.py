@@ -95,8 +95,9 @@ def serves(step: Step, name: str, *, insists: bool) -> bool:
     if learned := [k for k in step.rule.numbers if not _is_number(getattr(step.rule, k))]:
         if insists:
             raise ValueError(
-                f"{name}: use_accelerated_op=True, but {', '.join(learned)} is a tensor that is differentiated, "
-                "batched or not on the CPU, and compiled steps take numbers; leave use_accelerated_op at None"
+                f"{name}: use_accelerated_op=True, but {', '.join(learned)} is a tensor of several "
+                "numbers, or one that is differentiated, batched or not on the CPU, and compiled steps take numbers; "
+                "leave use_accelerated_op at None"
             )
         return False
     operands = step.operands
@@ -111,7 +112,8 @@ def serves(step: Step, name: str, *, insists: bool) -> bool:
 def _is_number(value: Any) -> bool:
     if not isinstance(value, torch.Tensor):
         return True
-    return value.device.type == "cpu" and functorch.are_constant([value]) and not value.requires_grad
+    is_scalar = value.ndim == 0 and value.device.type == "cpu"
+    return is_scalar and functorch.are_constant([value]) and not value.requires_grad
 
 
 def run(name: str, step: Step, buffers: Buffers | None) -> list[Leaves]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,8 +18,8 @@ class InjectState(NamedTuple):
 
     Attributes:
         count: how many updates there were, an int64 scalar.
-        hyperparams: the values for the next update, by name, float64 scalars on the CPU; schedules are
-            evaluated anew each time.
+        hyperparams: the values for the next update, by name, as given but for numbers in float64 (those of schedules
+            are evaluated anew each time).
         inner: the state of the transformation.
     """
 
@@ -33,8 +35,8 @@ def inject_hyperparams(factory: Callable[..., GradientTransformation]) -> Callab
         factory: e.g. ``implicitdiff.adam``.
 
     Returns:
-        A function of the same keyword arguments. Numbers, tensors, tuples of these, and schedules (functions of the
-        number of updates so far, a tensor) become tensors in ``state.hyperparams``; whatever else is given (None, bool,
+        A function of the same keyword arguments. Numbers, tensors, schedules (functions of the number of updates so
+        far, a tensor) and trees of these become tensors in ``state.hyperparams``; whatever else is given (None, bool,
         strings, masks) goes to the factory as it is. Change a value between updates with ``state._replace``, learn it
         by differentiating with respect to the state, or vmap over it.
 
@@ -50,43 +52,82 @@ def inject_hyperparams(factory: Callable[..., GradientTransformation]) -> Callab
         tensor([-0.1000, -0.1000])
         tensor([-0.0500, -0.0500])
     """
-
-    def injected(**given: Any) -> GradientTransformation:
-        schedules = {k: v for k, v in given.items() if callable(v) and k != "mask"}
-        numbers = {k: v for k, v in given.items() if _is_numeric(v)}
-        statics = {k: v for k, v in given.items() if k not in schedules and k not in numbers}
-
-        def hyperparams(count: torch.Tensor, kept: dict[str, Any]) -> dict[str, Any]:
-            return kept | {k: _scalar(schedule(count)) for k, schedule in schedules.items()}
-
-        def init(params: Any) -> InjectState:
-            count = torch.zeros((), dtype=torch.int64, device="cpu")
-            values = hyperparams(count, {k: pytree.map_leaves(_own, v) for k, v in numbers.items()})
-            return InjectState(count, values, factory(**statics, **values).init(params))
-
-        def update(
-            grads: Any, state: InjectState, params: Any = None, *, inplace: bool = False
-        ) -> tuple[Any, InjectState]:
-            values = hyperparams(state.count, state.hyperparams)
-            updates, inner = factory(**statics, **values).update(grads, state.inner, params=params, inplace=inplace)
-            return updates, InjectState(state.count + 1, values, inner)
-
-        return GradientTransformation(init, update)
-
-    return injected
+    return functools.partial(_injected, factory)
 
 
-def _is_numeric(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_numeric, value))
-    return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
+def _injected(factory: Callable[..., GradientTransformation], **given: Any) -> GradientTransformation:
+    schedules = {k: v for k, v in given.items() if k != "mask" and _is_numeric(v, scheduled=True)}
+    numbers = {k: schedules.pop(k) for k in [*schedules] if _is_numeric(schedules[k])}
+    statics = {k: v for k, v in given.items() if k not in schedules and k not in numbers}
+    update = _Injected(factory, statics, numbers, schedules)
+    return GradientTransformation(update.init, update)
 
 
-def _own(value: Any) -> torch.Tensor:
-    return _scalar(value).clone()
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Injected:
+    """The pair of a factory.
+
+    Attributes:
+        factory: makes the pair of each update.
+        statics: its arguments that stay out of the state.
+        numbers: those that begin in the state.
+        schedules: those that a number of updates gives.
+    """
+
+    factory: Callable[..., GradientTransformation]
+    statics: dict[str, Any]
+    numbers: dict[str, Any]
+    schedules: dict[str, Any]
+
+    def init(self, params: Any) -> InjectState:
+        count = torch.zeros((), dtype=torch.int64, device="cpu")
+        values = self._hyperparams(count, {k: pytree.map_leaves(_own, v) for k, v in self.numbers.items()})
+        return InjectState(count, values, self._of(values).init(params))
+
+    def __call__(
+        self, grads: Any, state: InjectState, params: Any = None, *, inplace: bool = False
+    ) -> tuple[Any, InjectState]:
+        values = self._hyperparams(state.count, state.hyperparams)
+        updates, inner = self._of(values).update(grads, state.inner, params=params, inplace=inplace)
+        return updates, InjectState(state.count + 1, values, inner)
+
+    def step(self, grads: Any, state: InjectState, params: Any, *, inplace: bool = False) -> tuple[Any, InjectState]:
+        values = self._hyperparams(state.count, state.hyperparams)
+        pair = self._of(values)
+        if inplace and getattr(pair.update, "step", None) is None:  # which overwrites the gradients
+            grads = pytree.map_tensors(torch.clone, grads)
+        params, inner = pair.step(grads, state.inner, params, inplace=inplace)
+        return params, InjectState(state.count + 1, values, inner)
+
+    def _of(self, values: dict[str, Any]) -> GradientTransformation:
+        return self.factory(**self.statics, **values)
+
+    def _hyperparams(self, count: torch.Tensor, kept: dict[str, Any]) -> dict[str, Any]:
+        return kept | {k: pytree.map_leaves(functools.partial(_at, count), v) for k, v in self.schedules.items()}
 
 
-def _scalar(value: Any) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value.double()
+def _is_numeric(value: Any, scheduled: bool = False) -> bool:
+    """Whether a value is a number or a tree of some, or, `scheduled`, of schedules as well."""
+    leaves = pytree.leaves_of(value)[0]
+    some = [leaf for leaf in leaves if leaf is not None]
+    return bool(some or leaves != [None]) and all(
+        (isinstance(leaf, (int, float, torch.Tensor)) and not isinstance(leaf, bool)) or (scheduled and callable(leaf))
+        for leaf in some
+    )
+
+
+def _at(count: torch.Tensor, value: Any) -> Any:
+    """A leaf of a hyper-parameter after so many updates."""
+    value = value(count) if callable(value) else value
+    return pytree.map_leaves(_double, value)
+
+
+def _own(value: Any) -> torch.Tensor | None:
+    double = _double(value)
+    return None if double is None else double.clone()
+
+
+def _double(value: Any) -> torch.Tensor | None:
+    if value is None or isinstance(value, torch.Tensor):
+        return None if value is None else value.double()
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")

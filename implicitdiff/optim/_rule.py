@@ -13,8 +13,8 @@ from implicitdiff._pytree import Leaves
 from implicitdiff.optim._columns import accumulator
 
 Number = float | torch.Tensor
-# A number, a scalar tensor, or a schedule.
-Hyperparameter = Number | Callable[[torch.Tensor], Number]
+# A number, a tensor that broadcasts to a leaf, a schedule, or a tree of these: `Any` stands for trees.
+Hyperparameter = Number | Callable[[torch.Tensor], Number] | Any
 
 # The learning rate of a transformation that leaves the sign and the scale of its direction to others.
 UPHILL = -1.0
@@ -28,6 +28,7 @@ class Rule(ABC):
     take, in their order.
 
     Attributes:
+        takes_sparse: whether torch.optim has it for sparse gradients: where they are zero nothing moves but momentum.
         lr: the learning rate.
         weight_decay: adds ``weight_decay * p`` to the gradient, or ``-lr * weight_decay * p`` to the update if
             `decoupled`.
@@ -35,6 +36,7 @@ class Rule(ABC):
     """
 
     numbers: ClassVar[Sequence[str]]
+    takes_sparse: ClassVar[bool] = False
     decoupled = False
 
     lr: Any
@@ -63,9 +65,14 @@ class Rule(ABC):
     def decays(self) -> bool:
         return isinstance(self.weight_decay, torch.Tensor) or self.weight_decay != 0
 
-    def resolved(self) -> Rule:
-        """The rule with its tensors in float64, so that ``1 - beta**t`` loses nothing."""
-        tensors: dict[str, Any] = {k: v.double() for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether a hyper-parameter has a number for each element of a leaf."""
+        return any(isinstance(v, torch.Tensor) and v.ndim > 0 for v in vars(self).values())
+
+    def with_tensors(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Rule:
+        """The rule with a function of its tensors in their places."""
+        tensors: dict[str, Any] = {k: fn(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return dataclasses.replace(self, **tensors) if tensors else self
 
     def apply(self, c: Any, g: torch.Tensor, p: torch.Tensor | None, moments: Leaves) -> tuple[torch.Tensor, Leaves]:
@@ -88,13 +95,12 @@ def run(
     moments: Sequence[Leaves],
 ) -> list[Leaves]:
     """The step in plain torch, leaf by leaf: the updates, or new parameters where there is a base, and new moments."""
-    rule = rule.resolved()
-    t = counts.double()
-    constants = {"lr": rule.lr, "weight_decay": rule.weight_decay, **rule.constants(t)}
+    # In float64, so that `1 - beta**t` loses nothing.
+    constants = _constants(rule.with_tensors(lambda v: v.double()), counts.double(), [g.device for g in grads])
     results: list[Leaves] = [[] for _ in range(1 + len(moments))]
-    for i, (g, p, base, *old) in enumerate(zip(grads, decayed, bases, *moments, strict=True)):
+    for values, g, p, base, *old in zip(constants, grads, decayed, bases, *moments, strict=True):
         dtype = accumulator(g.dtype)
-        c = _Constants({k: _of_leaf(v, i, g.device, dtype) for k, v in constants.items()})
+        c = _Constants({k: v.to(g.device, dtype) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
         u, new = rule.apply(c, g.to(dtype), None if p is None else p.to(dtype), old)
         for column, result in zip(results, [(u if base is None else base + u).to(g.dtype), *new], strict=True):
             column.append(result)
@@ -109,10 +115,17 @@ class _Constants:
             setattr(self, name, value)
 
 
-def _of_leaf(value: Number, i: int, device: torch.device, dtype: torch.dtype) -> Number:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return (value[i] if value.ndim else value).to(device, dtype)
+def _constants(rule: Rule, t: torch.Tensor, devices: Sequence[torch.device]) -> list[dict[str, Number]]:
+    """The constants of each leaf: scalars, or tensors that broadcast to it where a hyper-parameter is one."""
+    if rule.is_elementwise:
+        rules = [rule.with_tensors(lambda v, to=device: v.to(to)) for device in devices]  # type: ignore[misc]
+        return [_named(rule, t[i].to(device)) for i, (rule, device) in enumerate(zip(rules, devices, strict=True))]
+    columns = _named(rule, t).items()
+    return [{k: v[i] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in columns} for i in range(len(devices))]
+
+
+def _named(rule: Rule, t: torch.Tensor) -> dict[str, Number]:
+    return {"lr": rule.lr, "weight_decay": rule.weight_decay, **rule.constants(t)}
 
 
 def root(x: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterable
+import functools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import implicitdiff.optim._donation as _donation
 import implicitdiff.optim._fused as _fused
 from implicitdiff._pytree import Leaves
 from implicitdiff.optim._base import GradientTransformation
-from implicitdiff.optim._columns import Columns, accumulator
+from implicitdiff.optim._columns import Columns, accumulator, refuse_misfits, refuse_others, spread
 from implicitdiff.optim._inject import inject_hyperparams
 from implicitdiff.optim._rule import Rule
 from implicitdiff.optim._step import Buffers, Operands, Step, flat
@@ -27,7 +28,7 @@ def transformation(
 
     Args:
         name: what error messages call it.
-        rule: its hyper-parameters may be schedules.
+        rule: its hyper-parameters may be schedules, tensors that broadcast to a leaf, or trees of these.
         state: a NamedTuple of ``count`` and the moments.
         mask: which parameters weight decay is for, as `Columns.chosen` takes it, or a function of the parameters; None
             for all.
@@ -35,27 +36,30 @@ def transformation(
     """
     if use_accelerated_op:
         _fused.require(name)
-    schedules = {k: v for k, v in vars(rule).items() if callable(v)}
+    others = {k: v for k, v in vars(rule).items() if not isinstance(v, (int, float))}
+    schedules = {k: v for k, v in others.items() if any(map(callable, pytree.leaves_of(v)[0]))}
     if schedules:
-
-        def at(**values: Any) -> GradientTransformation:
-            return transformation(
-                name, dataclasses.replace(rule, **values), state, mask=mask, use_accelerated_op=use_accelerated_op
-            )
-
+        at = functools.partial(_with_values, name, rule, state, mask, use_accelerated_op)
         return inject_hyperparams(at)(**schedules)
-    update = _Update(name, rule, state, mask, use_accelerated_op)
+    varied = tuple(k for k, v in others.items() if not isinstance(v, torch.Tensor) or v.ndim)
+    update = _Update(name, rule, state, mask, use_accelerated_op, varied, tuple(pytree.tensors([*others.values()])))
     return GradientTransformation(update.init, update)
 
 
+def _with_values(
+    name: str, rule: Rule, state: type[Any], mask: Any, use_accelerated_op: bool | None, **values: Any
+) -> GradientTransformation:
+    """The pair of a rule with other hyper-parameters."""
+    rule = dataclasses.replace(rule, **values)
+    return transformation(name, rule, state, mask=mask, use_accelerated_op=use_accelerated_op)
+
+
 def _initial(name: str, leaf: Any, value: Any) -> torch.Tensor | None:
-    if leaf is None:
-        return None
-    if not isinstance(leaf, torch.Tensor):
-        raise TypeError(f"{name}: params have the leaf {leaf!r}; each has to be a tensor, or None")
-    if not (leaf.is_floating_point() or leaf.is_complex()):
+    if leaf is None or not (leaf.is_floating_point() or leaf.is_complex()):
         return None
     dtype = accumulator(leaf.dtype)
+    if value is None:
+        raise ValueError(f"{name}: {_PUBLIC['initial']} is None for a parameter of shape {list(leaf.shape)}")
     if leaf.is_complex():  # A pair of reals starts from a pair.
         value = value * (1 + 1j)
     if not isinstance(value, torch.Tensor):
@@ -63,22 +67,38 @@ def _initial(name: str, leaf: Any, value: Any) -> torch.Tensor | None:
     return torch.zeros_like(leaf, dtype=dtype, requires_grad=False) + value.to(leaf.device, dtype)
 
 
+# How the hyper-parameters are given, where the rule has another name for them.
+_PUBLIC = {"b1": "betas[0]", "b2": "betas[1]", "initial": "initial_accumulator_value"}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Update:
-    """The pair: ``init``, ``update``, and the step that gives the new parameters at once."""
+    """The pair: ``init``, ``update``, and the step that gives the new parameters at once.
+
+    Attributes:
+        varied: the hyper-parameters that are not one number for all elements of all leaves.
+        tensors: all tensors among the hyper-parameters.
+    """
 
     name: str
     rule: Rule
     state: type[Any]
     mask: Any
     use_accelerated_op: bool | None
+    varied: tuple[str, ...]
+    tensors: tuple[torch.Tensor, ...]
 
     def init(self, params: Any) -> Any:
         leaves, spec = pytree.leaves_of(params)
-        moments = {
-            field: pytree.unflatten([_initial(self.name, leaf, value) for leaf in leaves], spec)
-            for field, value in self.rule.moments.items()
-        }
+        refuse_others(self.name, leaves)
+        for key in self.varied:
+            public = _PUBLIC.get(key, key)
+            refuse_misfits(self.name, public, spread(self.name, public, getattr(self.rule, key), spec), leaves, spec)
+        moments = {}
+        for field, value in self.rule.moments.items():
+            starts = spread(self.name, _PUBLIC["initial"], value, spec)
+            begun = [_initial(self.name, leaf, start) for leaf, start in zip(leaves, starts, strict=True)]
+            moments[field] = pytree.unflatten(begun, spec)
         device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
         return self.state(count=torch.zeros(len(leaves), dtype=torch.int64, device=device), **moments)
 
@@ -125,56 +145,80 @@ class _Update:
         added: Operands = bases or [None] * len(decayed)
         memory = _fused.locate([columns.first, decayed, added, *moments.values()])
         if memory is None:
-            columns.checked()
+            if self.rule.takes_sparse:
+                columns.densify()
+            columns.checked(_NOT_SPARSE.format(self.name))
             columns.compare("params", decayed)
             columns.compare("params", added)
             for name, column in moments.items():
                 columns.compare(name, column, accumulated=True)
         count = _next_count(self.name, columns, state.count)
         step = Step(self.rule, count, columns.rows, columns.first, decayed, added, [*moments.values()], memory)
+        rules = self._rules(columns)
         if inplace:
-            results = self._overwrite(step)
+            results = self._overwrite(step, rules)
             [[count]] = _donation.fill([[state.count]], [[count]])
         else:
-            results = self._results(step, None)
+            results = self._results(step, rules, None)
         news = zip(self.rule.moments, leaves.values(), results[1:], strict=True)
         fields = {field: columns.tree_of(old, new) for field, old, new in news}
         return results[0], self.state(count=count, **fields)
 
-    def _overwrite(self, step: Step) -> list[Leaves]:
+    def _rules(self, columns: Columns) -> list[Rule]:
+        """The rule of each row, one object where the hyper-parameters are the same."""
+        if not self.varied:
+            return [self.rule] * len(columns.rows)
+        values = {k: spread(self.name, _PUBLIC.get(k, k), getattr(self.rule, k), columns.spec) for k in self.varied}
+        known: dict[Any, Rule] = {}
+        for k, column in values.items():
+            columns.refuse_misfits(_PUBLIC.get(k, k), column)
+        rules = []
+        for row in range(len(columns.rows)):
+            mine = {k: columns.pick(column)[row] for k, column in values.items()}
+            key = row if torch.compiler.is_compiling() else tuple((type(v), _identity(v)) for v in mine.values())
+            if key not in known:
+                # As tensors: a momentum of 0 has its moment as well.
+                known[key] = dataclasses.replace(self.rule, **{k: _as_tensor(v) for k, v in mine.items()})
+            rules.append(known[key])
+        return rules
+
+    def _overwrite(self, step: Step, rules: Sequence[Rule]) -> list[Leaves]:
         """The results in the memory of the parameters, or else the gradients, and of the moments."""
-        learned = [h for h in vars(self.rule).values() if isinstance(h, torch.Tensor)]
         fused = any(base is not None for base in step.bases)
-        if not step.is_constant or torch.is_grad_enabled() or learned:
-            read = [p for p in step.decayed if p is not None and not fused]
-            tracked = [*step.grads, *flat(step.moments), *learned, *read]
+        if not step.is_constant or torch.is_grad_enabled() or self.tensors:
+            # A leaf of a graph is read as an optimizer reads it: out of the graph.
+            read = [p for p in step.decayed if p is not None and not fused and not _donation.is_leaf(p)]
+            tracked = [*step.grads, *flat(step.moments), *self.tensors, *read]
             _donation.refuse_tracked(self.name, "gradients, state, hyper-parameters or decayed parameters", tracked)
         if fused:
             _donation.refuse_needed(self.name, "params", [p for p in step.bases if p is not None])
         with torch.no_grad():
-            return self._results(step, [step.bases if fused else step.grads, *step.moments])
+            return self._results(step, rules, [step.bases if fused else step.grads, *step.moments])
 
-    def _results(self, step: Step, buffers: Buffers | None) -> list[Leaves]:
+    def _results(self, step: Step, rules: Sequence[Rule], buffers: Buffers | None) -> list[Leaves]:
         # What was located is all of one kind.
         some = step.grads[:1] if step.memory else step.grads
         devices, dtypes = {g.device for g in some}, {g.dtype for g in some}
         if self.use_accelerated_op:
             self._insist(devices, dtypes)
-        if len(devices) <= 1 and len(dtypes) <= 1:
+        if len(devices) <= 1 and len(dtypes) <= 1 and not self.varied:
             return self._of_one_kind(step, buffers)
         if buffers is not None:
             buffers = _donation.own(self.name, step, buffers)
         results: list[Leaves] = [[torch.empty(0)] * len(step.rows) for _ in range(1 + len(step.moments))]
-        for device, dtype in itertools.product(devices, dtypes):
-            at = [row for row, g in enumerate(step.grads) if g.device == device and g.dtype == dtype]
+        kinds: defaultdict[Any, list[int]] = defaultdict(list)
+        for row, (g, rule) in enumerate(zip(step.grads, rules, strict=True)):
+            kinds[g.device, g.dtype, rule if torch.compiler.is_compiling() else id(rule)].append(row)
+        for at in kinds.values():
             part = None if buffers is None else [[column[k] for k in at] for column in buffers]
-            for column, values in zip(results, self._of_one_kind(step.subset(at), part), strict=True):
+            some_rows = dataclasses.replace(step.subset(at), rule=rules[at[0]])
+            for column, values in zip(results, self._of_one_kind(some_rows, part), strict=True):
                 for row, value in zip(at, values, strict=True):
                     column[row] = value
         return results
 
     def _insist(self, devices: Iterable[torch.device], dtypes: Iterable[torch.dtype]) -> None:
-        for device, dtype in itertools.product(devices, dtypes):
+        for device, dtype in ((device, dtype) for device in devices for dtype in dtypes):
             if lack := _fused.missing(device, dtype.to_real()):
                 raise ValueError(f"{self.name}: use_accelerated_op=True, but {lack}")
 
@@ -197,6 +241,9 @@ class _Update:
         # One view of each tensor: what is overwritten is known by identity.
         pairs = {id(t): torch.view_as_real(t.resolve_conj()) for t in step.operands}
         reals = step.of([pairs[id(t)] for t in step.operands])
+        if step.rule.is_elementwise:
+            pairwise = step.rule.with_tensors(lambda v: v.unsqueeze(-1) if v.ndim else v)
+            reals = dataclasses.replace(reals, rule=pairwise)
         if buffers is None:
             results = self._of_one_kind(reals, None)
             return [[torch.view_as_complex(t.contiguous()) for t in column] for column in results]
@@ -207,6 +254,21 @@ class _Update:
             [_complex_of(r, b, pairs) for b, r in zip(*columns, strict=True)]
             for columns in zip(buffers, results, strict=True)
         ]
+
+
+_NOT_SPARSE = (
+    " ({} also moves where a gradient is zero, so that sparse gradients would save nothing; sgd and adagrad take them, "
+    "torch.optim.SparseAdam is another algorithm, and grad.to_dense() is what this one computes with)"
+)
+
+
+def _identity(value: Any) -> Any:
+    """Tells hyper-parameters apart: numbers by value, tensors by identity."""
+    return value if isinstance(value, (int, float)) else id(value)
+
+
+def _as_tensor(value: Any) -> Any:
+    return torch.tensor(value, dtype=torch.float64, device="cpu") if isinstance(value, (int, float)) else value
 
 
 def _complex_of(real: torch.Tensor, buffer: torch.Tensor | None, pairs: dict[int, torch.Tensor]) -> torch.Tensor:

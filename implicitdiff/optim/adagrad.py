@@ -33,6 +33,7 @@ class Adagrad(Rule):
 
     numbers: ClassVar[Sequence[str]] = ["lr", "lr_decay", "eps", "eps_root", "weight_decay", "maximize"]
     kernel: ClassVar[str] = "adagrad"
+    takes_sparse: ClassVar[bool] = True
 
     lr_decay: Any
     initial: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -25,19 +26,21 @@ def clip(max_delta: float) -> GradientTransformation:
         >>> update(torch.tensor([-3.0, 0.5]), init(None))[0]
         tensor([-1.0000,  0.5000])
     """
-    _check.non_negative("clip", max_delta=max_delta)
+    _check.one_non_negative("clip", max_delta=max_delta)
 
-    def clamp(g: torch.Tensor) -> torch.Tensor:
-        if g.is_complex():
-            raise TypeError(f"clip: complex numbers have no order, but a gradient is {g.dtype}; use clip_grad_norm")
-        return g.clamp(-max_delta, max_delta)
+    return stateless("clip", functools.partial(each, functools.partial(_clamped, max_delta)))
 
-    return stateless("clip", each(clamp))
+
+def _clamped(max_delta: float, g: torch.Tensor) -> torch.Tensor:
+    if g.is_complex():
+        raise TypeError(f"clip: complex numbers have no order, but a gradient is {g.dtype}; use clip_grad_norm")
+    return g.clamp(-max_delta, max_delta)
 
 
 def nan_to_num(nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> GradientTransformation:
     """Replace nan and infinities, as `torch.nan_to_num` does; the replacements have derivative 0."""
-    return stateless("nan_to_num", each(lambda g: torch.nan_to_num(g, nan, posinf, neginf)))
+    replaced = functools.partial(torch.nan_to_num, nan=nan, posinf=posinf, neginf=neginf)
+    return stateless("nan_to_num", functools.partial(each, replaced))
 
 
 def clip_grad_norm(max_norm: Number, norm_type: float = 2.0, *, eps: float = 1e-6) -> GradientTransformation:
@@ -68,17 +71,18 @@ def clip_grad_norm(max_norm: Number, norm_type: float = 2.0, *, eps: float = 1e-
         >>> update([torch.tensor([3.0]), torch.tensor([4.0])], init(None))[0]
         [tensor([0.6000]), tensor([0.8000])]
     """
-    _check.non_negative("clip_grad_norm", max_norm=max_norm, eps=eps)
+    _check.one_non_negative("clip_grad_norm", max_norm=max_norm, eps=eps)
     if not norm_type >= 1:
         raise ValueError(f"clip_grad_norm: norm_type has to be at least 1, or infinity, but it is {norm_type!r}")
 
-    def compute(columns: Columns, params: Any) -> Leaves:
-        if not any(g.numel() for g in columns.first):
-            return columns.first
-        factor = (max_norm / (_global_norm(columns.first, norm_type) + eps)).clamp(max=1.0)
-        return [(g * factor.to(g.device, accumulator(g.dtype.to_real()))).to(g.dtype) for g in columns.first]
+    return stateless("clip_grad_norm", functools.partial(_within, max_norm, norm_type, eps))
 
-    return stateless("clip_grad_norm", compute)
+
+def _within(max_norm: Number, norm_type: float, eps: float, columns: Columns, params: Any) -> Leaves:
+    if not any(g.numel() for g in columns.first):
+        return columns.first
+    factor = (max_norm / (_global_norm(columns.first, norm_type) + eps)).clamp(max=1.0)
+    return [(g * factor.to(g.device, accumulator(g.dtype.to_real()))).to(g.dtype) for g in columns.first]
 
 
 def _global_norm(tensors: Leaves, p: float) -> torch.Tensor:

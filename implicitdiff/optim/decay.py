@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -12,14 +14,14 @@ from implicitdiff._pytree import Leaves
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns
 from implicitdiff.optim._rule import Number
-from implicitdiff.optim._stateless import factor_like, stateless, widely
+from implicitdiff.optim._stateless import factor_like, factors, stateless, widely
 
 
-def add_decayed_weights(weight_decay: Number = 0.0, mask: Any = None) -> GradientTransformation:
+def add_decayed_weights(weight_decay: Number | Any = 0.0, mask: Any = None) -> GradientTransformation:
     """Add a multiple of the parameters: ``update = g + weight_decay * p``; needs ``params`` in ``update``.
 
     Args:
-        weight_decay: a number or a scalar tensor, which may be learned.
+        weight_decay: a number, or as `adam` takes it a tensor or a tree, which may be learned.
         mask: which parameters decay: a tree of bools nested like them, a prefix of one, or a function that makes one
             from them; None for all.
 
@@ -33,15 +35,16 @@ def add_decayed_weights(weight_decay: Number = 0.0, mask: Any = None) -> Gradien
     """
     _check.non_negative("add_decayed_weights", weight_decay=weight_decay)
 
-    def compute(columns: Columns, params: Any) -> Leaves:
-        if params is None:
-            raise ValueError("add_decayed_weights needs the parameters; call update(grads, state, params)")
-        column = columns.column("params", columns.match("params", params))
-        wanted = columns.chosen(True if mask is None else mask(params) if callable(mask) else mask)
-        rows = zip(columns.first, column, wanted, strict=True)
-        return [_decayed(g, p, weight_decay) if want else g for g, p, want in rows]
+    return stateless("add_decayed_weights", functools.partial(_all_decayed, weight_decay, mask))
 
-    return stateless("add_decayed_weights", compute)
+
+def _all_decayed(weight_decay: Any, mask: Any, columns: Columns, params: Any) -> Leaves:
+    if params is None:
+        raise ValueError("add_decayed_weights needs the parameters; call update(grads, state, params)")
+    column = columns.column("params", columns.match("params", params))
+    wanted = columns.chosen(True if mask is None else mask(params) if callable(mask) else mask)
+    rows = zip(columns.first, column, wanted, factors("weight_decay", weight_decay, columns), strict=True)
+    return [_decayed(g, p, each) if want else g for g, p, want, each in rows]
 
 
 def _decayed(g: torch.Tensor, p: torch.Tensor, weight_decay: Number) -> torch.Tensor:
@@ -64,24 +67,34 @@ def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
         >>> update(grads, init(grads))[0]
         {'head': tensor([-0.1000]), 'body': tensor([1.])}
     """
+    update = _Masked(inner, mask)
+    return GradientTransformation(update.init, update)
 
-    def init(params: Any) -> Any:
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Masked:
+    """The pair of some leaves."""
+
+    inner: GradientTransformation
+    mask: Any
+
+    def init(self, params: Any) -> Any:
         columns = Columns("masked", "params", params)
-        wanted = columns.chosen(mask(params) if callable(mask) else mask)
-        kept = [leaf if want else None for leaf, want in zip(columns.first, wanted, strict=True)]
-        return inner[0](columns.tree_of(columns.leaves, kept))
+        return self.inner[0](columns.tree_of(columns.leaves, self._kept(columns)[1]))
 
-    def update(grads: Any, state: Any, params: Any = None, *, inplace: bool = False) -> tuple[Any, Any]:
+    def _kept(self, columns: Columns) -> tuple[list[Any], list[Any]]:
+        """Which rows are transformed, and these rows with None for the others."""
+        wanted = columns.chosen(self.mask(columns.tree) if callable(self.mask) else self.mask)
+        return wanted, [leaf if want else None for leaf, want in zip(columns.first, wanted, strict=True)]
+
+    def __call__(self, grads: Any, state: Any, params: Any = None, *, inplace: bool = False) -> tuple[Any, Any]:
         columns = Columns("masked", "grads", grads).checked()
-        wanted = columns.chosen(mask(grads) if callable(mask) else mask)
-        kept = [leaf if want else None for leaf, want in zip(columns.first, wanted, strict=True)]
+        wanted, kept = self._kept(columns)
         if inplace:
             # One tensor may be the gradient of a leaf that is to stay as well.
             shared = _donation.shared(columns.first)
             kept = [g.clone() if g is not None and i in shared else g for i, g in enumerate(kept)]
-        updates, state = inner[1](columns.tree_of(columns.leaves, kept), state, params=params, inplace=inplace)
+        updates, state = self.inner[1](columns.tree_of(columns.leaves, kept), state, params=params, inplace=inplace)
         transformed = columns.pick(columns.match("updates", updates))
         mixed = [u if want else g for u, g, want in zip(transformed, columns.first, wanted, strict=True)]
         return columns.tree_of(columns.leaves, mixed), state
-
-    return GradientTransformation(init, update)

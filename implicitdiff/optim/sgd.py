@@ -32,6 +32,7 @@ class SGD(Rule):
     """The step of gradient descent, with heavy-ball or Nesterov momentum."""
 
     numbers: ClassVar[Sequence[str]] = ["lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"]
+    takes_sparse: ClassVar[bool] = True
 
     momentum: Any
     dampening: Any
