@@ -3,11 +3,12 @@
 A schedule is a function ``schedule(count) -> value`` of an integer or an integer tensor; the value is a float64 tensor
 of the shape of ``count``. It goes wherever an optimizer takes a number, e.g. ``adam(lr=cosine(1e-3, 1000))``, and into
 `implicitdiff.optim.scale_by_schedule`. Numbers given to a schedule may be scalar tensors, which are
-then differentiated.
+then differentiated. Schedules can be pickled.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -28,7 +29,11 @@ def constant(value: Number) -> Schedule:
         >>> constant(0.1)(3)
         tensor(0.1000, dtype=torch.float64)
     """
-    return lambda count: value + 0 * _float(count)
+    return functools.partial(_constant, value)
+
+
+def _constant(value: Number, count: Count) -> torch.Tensor:
+    return value + 0 * _float(count)
 
 
 def polynomial(
@@ -51,12 +56,14 @@ def polynomial(
         tensor([1.0000, 0.5625, 0.2500, 0.0625, 0.0000], dtype=torch.float64)
     """
     _at_least_one("polynomial", transition_steps=transition_steps)
+    return functools.partial(_polynomial, init_value, end_value, power, transition_steps, begin)
 
-    def schedule(count: Count) -> torch.Tensor:
-        left = 1 - _progress(count, begin, transition_steps)
-        return end_value * (1 - left**power) + init_value * left**power
 
-    return schedule
+def _polynomial(
+    init_value: Number, end_value: Number, power: Number, transition_steps: int, begin: int, count: Count
+) -> torch.Tensor:
+    left = 1 - _progress(count, begin, transition_steps)
+    return end_value * (1 - left**power) + init_value * left**power
 
 
 def linear(init_value: Number, end_value: Number, transition_steps: int, *, begin: int = 0) -> Schedule:
@@ -95,16 +102,24 @@ def exponential(
     _at_least_one("exponential", transition_steps=transition_steps)
     if not isinstance(decay_rate, torch.Tensor) and not decay_rate > 0:
         raise ValueError(f"exponential: decay_rate has to be positive, but it is {decay_rate!r}")
+    return functools.partial(_exponential, init_value, decay_rate, transition_steps, begin, staircase, end_value)
 
-    def schedule(count: Count) -> torch.Tensor:
-        exponent = (_float(count) - begin).clamp(min=0) / transition_steps
-        value = init_value * decay_rate ** (exponent.floor() if staircase else exponent)
-        if end_value is None:
-            return value
-        falls = torch.as_tensor(decay_rate, device=value.device) < 1
-        return torch.where(falls, value.clamp(min=end_value), value.clamp(max=end_value))
 
-    return schedule
+def _exponential(
+    init_value: Number,
+    decay_rate: Number,
+    transition_steps: int,
+    begin: int,
+    staircase: bool,
+    end_value: float | None,
+    count: Count,
+) -> torch.Tensor:
+    exponent = (_float(count) - begin).clamp(min=0) / transition_steps
+    value = init_value * decay_rate ** (exponent.floor() if staircase else exponent)
+    if end_value is None:
+        return value
+    falls = torch.as_tensor(decay_rate, device=value.device) < 1
+    return torch.where(falls, value.clamp(min=end_value), value.clamp(max=end_value))
 
 
 def cosine(init_value: Number, decay_steps: int, *, alpha: Number = 0.0, begin: int = 0) -> Schedule:
@@ -123,12 +138,12 @@ def cosine(init_value: Number, decay_steps: int, *, alpha: Number = 0.0, begin: 
         tensor([1.0000, 0.8536, 0.5000, 0.1464, 0.0000], dtype=torch.float64)
     """
     _at_least_one("cosine", decay_steps=decay_steps)
+    return functools.partial(_cosine, init_value, decay_steps, alpha, begin)
 
-    def schedule(count: Count) -> torch.Tensor:
-        fall = (1 + torch.cos(math.pi * _progress(count, begin, decay_steps))) / 2
-        return init_value * ((1 - alpha) * fall + alpha)
 
-    return schedule
+def _cosine(init_value: Number, decay_steps: int, alpha: Number, begin: int, count: Count) -> torch.Tensor:
+    fall = (1 + torch.cos(math.pi * _progress(count, begin, decay_steps))) / 2
+    return init_value * ((1 - alpha) * fall + alpha)
 
 
 def warmup(schedule: Schedule, warmup_steps: int, *, init_value: Number = 0.0) -> Schedule:
@@ -147,14 +162,14 @@ def warmup(schedule: Schedule, warmup_steps: int, *, init_value: Number = 0.0) -
         tensor([0.0000, 0.5000, 1.0000, 0.5000, 0.0000], dtype=torch.float64)
     """
     _at_least_one("warmup", warmup_steps=warmup_steps)
+    return functools.partial(_warmed, schedule, warmup_steps, init_value)
 
-    def warmed(count: Count) -> torch.Tensor:
-        count = _tensor(count)
-        share = _progress(count, 0, warmup_steps)
-        rising = init_value + (schedule(torch.zeros_like(count)) - init_value) * share
-        return torch.where(count < warmup_steps, rising, schedule((count - warmup_steps).clamp(min=0)))
 
-    return warmed
+def _warmed(schedule: Schedule, warmup_steps: int, init_value: Number, count: Count) -> torch.Tensor:
+    count = _tensor(count)
+    share = _progress(count, 0, warmup_steps)
+    rising = init_value + (schedule(torch.zeros_like(count)) - init_value) * share
+    return torch.where(count < warmup_steps, rising, schedule((count - warmup_steps).clamp(min=0)))
 
 
 def piecewise(schedules: Sequence[Schedule | float], boundaries: Sequence[int]) -> Schedule:
@@ -177,20 +192,20 @@ def piecewise(schedules: Sequence[Schedule | float], boundaries: Sequence[int]) 
             "piecewise: there has to be one schedule more than boundaries, and these have to be positive and increase, "
             f"but there are {len(schedules)} schedules and boundaries {list(boundaries)}"
         )
-    pieces = [_widened(piece) if callable(piece) else constant(piece) for piece in schedules]
-
-    def joined(count: Count) -> torch.Tensor:
-        count = _tensor(count)
-        value = pieces[0](count)
-        for piece, start in zip(pieces[1:], boundaries, strict=True):
-            value = torch.where(count < start, value, piece((count - start).clamp(min=0)))
-        return value
-
-    return joined
+    pieces = [functools.partial(_widened, piece) if callable(piece) else constant(piece) for piece in schedules]
+    return functools.partial(_joined, pieces, list(boundaries))
 
 
-def _widened(schedule: Callable[[Count], Number]) -> Schedule:
-    return lambda count: schedule(count) + 0 * _float(count)
+def _joined(pieces: Sequence[Schedule], boundaries: Sequence[int], count: Count) -> torch.Tensor:
+    count = _tensor(count)
+    value = pieces[0](count)
+    for piece, start in zip(pieces[1:], boundaries, strict=True):
+        value = torch.where(count < start, value, piece((count - start).clamp(min=0)))
+    return value
+
+
+def _widened(schedule: Callable[[Count], Number], count: Count) -> torch.Tensor:
+    return schedule(count) + 0 * _float(count)
 
 
 def _progress(count: Count, begin: int, steps: int) -> torch.Tensor:

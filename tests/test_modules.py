@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import dataclasses
 import functools
@@ -1538,22 +1539,46 @@ def test_an_exception_in_solve_leaves_the_module_as_it_was(solved):
 # What is refused
 
 
-def test_a_class_without_solve_is_not_instantiated():
-    class Inner(ImplicitMetaGradientModule):
-        def objective(self):
-            return torch.zeros(())
-
-    with pytest.raises(TypeError, match=r"abstract.*solve"):
-        Inner()
+def method(self):
+    return torch.zeros(())
 
 
-def test_a_class_without_objective_and_optimality_is_not_instantiated():
-    class Inner(ImplicitMetaGradientModule):
-        def solve(self):
-            return self
+NO_CLASS = {
+    "no solve": ({"objective": method}, r"Inner does not define solve\(\), and needs it; if it is a base"),
+    "no condition": ({"solve": method}, r"Inner defines neither objective\(\) nor optimality\(\), and needs one"),
+    "nothing": ({}, r"does not define solve.* and defines neither objective"),
+    "a number": ({"solve": method, "objective": 3}, r"Inner: objective has to be a method, def.*got int"),
+    "a loss": ({"solve": method, "objective": nn.MSELoss()}, r"objective has to be a method.*got MSELoss"),
+    "static": ({"solve": method, "optimality": staticmethod(method)}, r"optimality has to be a method.*staticmethod"),
+    "a property": ({"solve": property(method), "objective": method}, r"solve has to be a method.*property"),
+}
 
-    with pytest.raises(TypeError, match=r"Inner defines neither objective\(\) nor optimality\(\), and needs one"):
-        Inner()
+
+@pytest.mark.parametrize(("body", "match"), NO_CLASS.values(), ids=NO_CLASS)
+def test_a_class_that_cannot_be_used_is_not_made(body, match):
+    with pytest.raises(TypeError, match=match):
+        type(ImplicitMetaGradientModule)("Inner", (ImplicitMetaGradientModule,), dict(body))
+
+
+def test_a_base_says_that_it_leaves_methods_to_its_subclasses():
+    class Posed(ImplicitMetaGradientModule, abc.ABC):
+        objective = Ridge.objective
+
+    class Declared(ImplicitMetaGradientModule):
+        @abc.abstractmethod
+        def optimality(self, x, y):
+            """Of each kind."""
+
+    for base in (Posed, Declared):
+        with pytest.raises(TypeError, match=r"abstract|does not define solve"):
+            base()
+        with pytest.raises(TypeError, match="does not define solve"):
+            type(base)("Child", (base,), {"optimality": RidgeByResiduals.optimality})
+
+    class Whole(Posed):
+        __init__, solve = Ridge.__init__, Ridge.solve
+
+    assert isinstance(Whole(leaf()), Posed)
 
 
 def test_an_objective_that_is_not_there_says_so():

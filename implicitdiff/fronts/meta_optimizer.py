@@ -205,3 +205,7 @@ class MetaAdaMax(_Of, factory=optim.adamax):
 
 class MetaRAdam(_Of, factory=optim.radam):
     """`MetaOptimizer` of `implicitdiff.radam`, whose arguments it takes."""
+
+
+# As torch.optim spells them.
+MetaRMSprop, MetaAdagrad, MetaAdadelta, MetaAdamax = MetaRMSProp, MetaAdaGrad, MetaAdaDelta, MetaAdaMax

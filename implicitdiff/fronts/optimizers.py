@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -15,6 +15,24 @@ from implicitdiff.fronts.optimizer import Group, Leaves, Optimizer, Pure, group_
 from implicitdiff.optim import InjectState
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import accumulator
+
+
+class _Made(NamedTuple):
+    """What was made of the hyper-parameters of a group.
+
+    Attributes:
+        values: the hyper-parameters.
+        size: for how many parameters.
+        transformation: the pair.
+        empty: its state before any step, without moments.
+        names: the fields that are moments, with torch's name for each.
+    """
+
+    values: Group
+    size: int
+    transformation: GradientTransformation
+    empty: Any
+    names: dict[str, str]
 
 
 class _Of(Optimizer):
@@ -51,7 +69,7 @@ class _Of(Optimizer):
             raise ValueError(f"{type(self).__name__}: give what a mask would leave out a group with weight_decay=0")
         params, defaults = given.pop("params"), inspect.signature(self.factory).parameters
         values = {key: given.get(key, defaults[key].default) for key in self.hyperparameters}
-        self._made: dict[int, tuple[Group, GradientTransformation]] = {}
+        self._made: dict[int, _Made] = {}
         torch.optim.Optimizer.__init__(self, params, {**values, **self.marks})
 
     def add_param_group(self, param_group: Group) -> None:
@@ -118,7 +136,8 @@ class _Of(Optimizer):
         # As torch does, keep no state for frozen parameters.
         return [p for p in group["params"] if p.grad is not None]
 
-    def _transformation_of(self, index: int, params: Leaves) -> GradientTransformation:
+    def _made_for(self, index: int, params: Leaves) -> _Made:
+        """The pair for those parameters of a group."""
         group = self.param_groups[index]
         values = self._hyperparameters(group)
         if len(params) < len(group["params"]):
@@ -127,17 +146,18 @@ class _Of(Optimizer):
             values = {key: _picked(value, among) for key, value in values.items()}
         made = self._made.get(index)
         # By identity: a tensor's value may change, and is read in each step.
-        if made is None or any(value is not made[0][key] for key, value in values.items()):
-            made = self._made[index] = values, self.factory(**values)
-        return made[1]
+        if made is None or made.size != len(params) or any(value is not made.values[k] for k, value in values.items()):
+            transformation = self.factory(**values)
+            empty = transformation.init([None] * len(params))
+            names = {field: name for field, name in self.names.items() if isinstance(getattr(_own(empty), field), list)}
+            made = self._made[index] = _Made(values, len(params), transformation, empty, names)
+        return made
 
     def _pure(self, index: int, params: Leaves) -> Pure:
-        transformation = self._transformation_of(index, params)
-        outer = transformation.init([None] * len(params))
+        _, _, transformation, outer, names = made = self._made_for(index, params)
         state = _own(outer)
         if params:
-            names = dict(self._moments(state))
-            entries = self._entries(transformation, params, [self.state.get(p, {}) for p in params], names)
+            entries = self._entries(made, params, [self.state.get(p, {}) for p in params])
             steps = torch.stack([entry["step"].to(params[0].device) for entry in entries])
             moments = {field: [entry[name] for entry in entries] for field, name in names.items()}
             state = state._replace(count=steps.to(torch.int64), **moments)
@@ -146,24 +166,24 @@ class _Of(Optimizer):
             state = outer._replace(count=count, inner=state)
         return Pure(transformation, params, state)
 
-    def _moments(self, state: Any) -> Iterator[tuple[str, str]]:
-        """The fields of a state in use that are trees, with torch's name for each."""
-        return ((field, name) for field, name in self.names.items() if isinstance(getattr(state, field), list))
-
-    def _entries(
-        self, transformation: GradientTransformation, params: Leaves, kept: list[Group], names: Mapping[str, str]
-    ) -> list[Group]:
+    def _entries(self, made: _Made, params: Leaves, kept: list[Group]) -> list[Group]:
         """The state of each parameter, begun where there is none, and converted where the parameter was."""
+        names = made.names
         needed = {"step", *names.values()}
         lacking = [not entry.keys() >= needed for entry in kept]
         if any(lacking):
-            fresh = _own(transformation.init([p if lacks else None for p, lacks in zip(params, lacking, strict=True)]))
+            fresh = _own(
+                made.transformation.init([p if lacks else None for p, lacks in zip(params, lacking, strict=True)])
+            )
             begun = [{name: getattr(fresh, field)[i] for field, name in names.items()} for i in range(len(params))]
             kept = [
                 self._begun(fresh.count[i].float(), begun[i], entry) if lacks else entry
                 for i, (entry, lacks) in enumerate(zip(kept, lacking, strict=True))
             ]
-        return [_converted(entry, p, names) for entry, p in zip(kept, params, strict=True)] if names else kept
+        if not names:
+            return kept
+        moments = [*names.values()]
+        return [_converted(entry, p, moments) for entry, p in zip(kept, params, strict=True)]
 
     def _begun(self, step: torch.Tensor, begun: Group, kept: Group) -> Group:
         if "momentum_buffer" in begun.keys() - kept.keys():
@@ -175,7 +195,7 @@ class _Of(Optimizer):
         if isinstance(state, InjectState):
             self.param_groups[index]["count"] = int(state.count)
         state = _own(state)
-        names = [(name, getattr(state, field)) for field, name in self._moments(state)]
+        names = [(name, getattr(state, field)) for field, name in self._made[index].names.items()]
         for i, (p, step) in enumerate(zip(params, state.count.float().unbind(), strict=True)):
             self.state[p] = {"step": step, **{name: column[i] for name, column in names}}
 
@@ -186,9 +206,7 @@ class _Of(Optimizer):
                 f"{type(self).__name__}: the state given is one for all parameters of a group; load it into Optimizer"
             )
         params = self.param_groups[index]["params"]
-        transformation = self._transformation_of(index, params)
-        names = dict(self._moments(_own(transformation.init([None] * len(params)))))
-        fresh = self._entries(transformation, params, [{} for _ in params], names)
+        fresh = self._entries(self._made_for(index, params), params, [{} for _ in params])
         for key, p, entry in zip(saved["params"], params, fresh, strict=True):
             kept = {k: v for k, v in states.get(key, {}).items() if v is not None}
             if kept:
@@ -249,12 +267,12 @@ def _picked(value: Any, among: list[bool]) -> Any:
     return [part for part, is_in in zip(value, among, strict=True) if is_in]
 
 
-def _converted(entry: Group, p: torch.Tensor, names: Mapping[str, str]) -> Group:
+def _converted(entry: Group, p: torch.Tensor, moments: Sequence[str]) -> Group:
     """The state of a parameter in its dtype and on its device, which may be others than they were."""
-    dtype, device = accumulator(p.dtype), p.device
-    if all((t := entry[name]) is None or (t.dtype is dtype and t.device == device) for name in names.values()):
+    one = entry[moments[0]]
+    if one is None or (one.dtype is accumulator(p.dtype) and one.device == p.device):
         return entry
-    return entry | {name: entry[name].to(device, dtype) for name in names.values()}
+    return entry | {name: entry[name].to(p.device, accumulator(p.dtype)) for name in moments}
 
 
 _ADAM = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
@@ -290,3 +308,7 @@ class AdaMax(_Of, factory=optim.adamax, names={"mu": "exp_avg", "nu": "exp_inf"}
 
 class RAdam(_Of, factory=optim.radam, names={"mu": "exp_avg", "nu": "exp_avg_sq"}):
     """`Optimizer` of `implicitdiff.radam`, whose arguments it takes."""
+
+
+# As torch.optim spells them.
+RMSprop, Adagrad, Adadelta, Adamax = RMSProp, AdaGrad, AdaDelta, AdaMax

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -39,12 +40,16 @@ class ImplicitMetaGradientModule(MetaGradientModule):
     Frozen inner parameters are constants. The inner parameters have to be read as attributes of the module and its
     submodules in ``objective`` and ``optimality``.
 
+    A class has to have ``solve``, and ``objective`` or ``optimality``, as methods. A base that leaves one of these to
+    its subclasses says so as abstract classes do: it has ``abc.ABC`` among its bases, as
+    ``class Base(ImplicitMetaGradientModule, abc.ABC)``, or an abstract method of its own.
+
     Class arguments:
         linear_solve: solves the linear systems with ``A``, see `implicitdiff.linear_solve`; subclasses inherit it.
 
     Raises:
-        TypeError: a class without ``solve``, or without both ``objective`` and ``optimality``, is instantiated; later,
-            the arguments of a call of ``solve`` do not fit.
+        TypeError: a class is made without ``solve``, without both ``objective`` and ``optimality``, or with one that is
+            no method; later, the arguments of a call of ``solve`` do not fit.
         ValueError: on a call of ``solve``: there are no inner parameters, the residuals are not like them, or read
             them in another way than as attributes. After an error in ``solve`` the module is as it was.
         LinearSolveError: in a derivative, if the linear solve fails.
@@ -93,13 +98,13 @@ class ImplicitMetaGradientModule(MetaGradientModule):
                     f"{type(linear_solve).__name__}"
                 )
             cls.linear_solve = None if linear_solve is None else staticmethod(linear_solve)
+        is_base = abc.ABC in cls.__bases__ or any(map(_is_abstract, vars(cls).values()))
+        _check_methods(cls, is_base)
         if not getattr(cls.solve, "__isabstractmethod__", hasattr(cls.solve, "is_implicit")):
             cls.solve = _implicit(cls.solve)  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        base = ImplicitMetaGradientModule
-        if type(self).optimality is base.optimality and type(self).objective is base.objective:
-            raise TypeError(f"{type(self).__name__} defines neither objective() nor optimality(), and needs one")
+        _check_methods(type(self), is_base=False)
         super().__init__(*args, **kwargs)
         self._leaves, self._unknowns, self._is_solving = {}, None, False
 
@@ -174,6 +179,37 @@ class ImplicitMetaGradientModule(MetaGradientModule):
         kind = type(self)
         is_default = kind.optimality is ImplicitMetaGradientModule.optimality
         return kind.objective if is_default else kind.optimality
+
+
+def _is_abstract(value: Any) -> bool:
+    return bool(getattr(value, "__isabstractmethod__", False))
+
+
+def _check_methods(cls: type[ImplicitMetaGradientModule], is_base: bool) -> None:
+    """Raise unless a class has the methods that it needs, or is a base that leaves some to its subclasses."""
+    for name in ("solve", "objective", "optimality"):
+        method = inspect.getattr_static(cls, name)
+        # Anything that becomes a method, such as the result of a decorator, will do.
+        if isinstance(method, (staticmethod, classmethod, property)) or not hasattr(type(method), "__get__"):
+            raise TypeError(
+                f"{cls.__name__}: {name} has to be a method, def {name}(self, ...), got {type(method).__name__}"
+            )
+    if is_base:
+        return
+    base = ImplicitMetaGradientModule
+    lacks = []
+    if _is_abstract(cls.solve):
+        lacks.append("does not define solve(), and needs it")
+    if all(getattr(cls, name) is getattr(base, name) or _is_abstract(getattr(cls, name)) for name in _CONDITIONS):
+        lacks.append("defines neither objective() nor optimality(), and needs one")
+    if lacks:
+        raise TypeError(
+            f"{cls.__name__} {' and '.join(lacks)}; if it is a base that leaves this to its subclasses, say so: class "
+            f"{cls.__name__}(ImplicitMetaGradientModule, abc.ABC)"
+        )
+
+
+_CONDITIONS = ("objective", "optimality")
 
 
 def _implicit(solve: Callable[..., Any]) -> Callable[..., Any]:

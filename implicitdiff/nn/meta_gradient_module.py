@@ -106,6 +106,23 @@ class MetaGradientModule(nn.Module, metaclass=_Adopting):
         modules = (part for item in items if isinstance(item, nn.Module) for part in item.modules())
         return iter({id(part): part for part in modules}.values())
 
+    def named_meta_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The meta-modules and the modules in them, with the names that ``named_modules`` gives them."""
+        metas = set(map(id, self.meta_modules()))
+        named = self.named_modules(memo, prefix, remove_duplicate)
+        return ((name, module) for name, module in named if id(module) in metas)
+
+    def named_meta_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Those meta-modules that are attributes of this module, and their names."""
+        metas = set(map(id, self.meta_modules()))
+        return ((name, module) for name, module in self.named_children() if id(module) in metas)
+
+    def meta_children(self) -> Iterator[nn.Module]:
+        """Those meta-modules that are attributes of this module."""
+        return (module for _, module in self.named_meta_children())
+
     def register_parameter(self, name: str, param: torch.Tensor | None) -> None:
         """Add an inner parameter: an ``nn.Parameter``, or another leaf that needs a gradient.
 
