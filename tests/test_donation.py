@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from optimizers import each_row
+from optimizers import ROWS, each_row
 from torch.func import grad, jacfwd, jvp, vmap
 from torch.utils import _pytree as pytree
 
@@ -252,11 +252,24 @@ def test_what_a_graph_needs_is_not_overwritten(pair, method, place, tracked):
     )
 
 
-@pytest.mark.parametrize("tracked", [graphed, required])
-def test_an_update_does_not_overwrite_what_a_derivative_for_decayed_parameters_needs(pair, tracked):
+def test_an_update_does_not_overwrite_what_a_derivative_for_decayed_parameters_needs(pair):
     grads, state, params = inputs_of(pair)
-    params = tracked(params)
+    params = graphed(params)
     refused(lambda: pair.update(grads, state, params, inplace=True), grads, state, params, match="being differentiated")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if "weight_decay" in row.options], ids=lambda row: row.name)
+@pytest.mark.parametrize("chained", [False, True])
+def test_decayed_leaves_of_a_graph_are_read_out_of_it(row, chained):
+    pair = row.factory(0.1, **row.options)
+    if chained:
+        pair = idf.chain(optim.add_decayed_weights(0.1), pair, optim.scale(1.0))
+    grads, state, params = inputs_of(pair)
+    expected = pair.update(copied(grads), copied(state), params)
+    leaves = pytree.tree_map(torch.nn.Parameter, params)
+    got = pair.update(grads, state, leaves, inplace=True)
+    assert_equal(got, expected)
+    assert not any(t.requires_grad for t in tensors(got))
 
 
 def test_an_update_does_not_ask_about_parameters_that_it_does_not_read():

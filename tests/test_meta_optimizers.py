@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import weakref
@@ -508,3 +509,117 @@ def test_a_derivative_through_steps_that_torch_gets_wrong_is_refused() -> None:
         RuntimeError, match=r"MetaSGD\.step: .* second derivative of weight_norm wrong; compute the loss"
     ):
         torch.autograd.grad(loss, scale)
+
+
+# --- modules that change between steps --------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by net.double()
+@each_kin
+def test_a_module_may_be_converted_before_and_between_steps(row):
+    (x, y), ends = data(), []
+    for convert in (0, 1, 3):  # never: in float64 from the start
+        net = net_of() if convert == 3 else net_of().float().double().float()
+        if convert == 3:
+            net = net.float().double()
+        inner = FRONTS[row.factory](net, lr=0.1)
+        for k in range(3):
+            if k == convert:
+                net.double()
+            dtype = next(net.parameters()).dtype
+            inner.step(((net(x.to(dtype)) - y.to(dtype)) ** 2).mean())
+        ends.append([p.detach() for p in net.parameters()])
+        moments = [t for t in torch.utils._pytree.tree_leaves(inner.state) if t.is_floating_point()]
+        assert {t.dtype for t in moments} <= {F64}
+    torch.testing.assert_close(ends[0], ends[2], rtol=0, atol=0)
+    torch.testing.assert_close(ends[1], ends[2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [idf.MetaSGD, idf.MetaAdam])
+def test_hooks_of_parameters_act_on_each_gradient_and_on_nothing_else(kind):
+    x, y = data()
+    scaled = torch.tensor([[0.5, 0.0, 2.0]], dtype=F64)
+
+    def ended(lr: Tensor, hooked: bool) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        net = nn.Linear(3, 1, bias=False).double()
+        start = net.weight
+        handle = start.register_hook(lambda g: g * scaled)
+        if hooked:
+            inner = kind(net, lr=lr)
+            for k in range(3):
+                if k == 2:
+                    handle.remove()
+                inner.step(((net(x) - y) ** 2).mean())
+            return ((net(x) - y) ** 2).mean(), start
+        w, pair = start.detach().clone().requires_grad_(), inner_of(kind, lr)
+        state, params = pair.init(w), w
+        for k in range(3):
+            g = torch.autograd.grad(((x @ params.T - y) ** 2).mean(), params, create_graph=True)[0]
+            params, state = pair.step(g * scaled if k < 2 else g, state, params)
+        return ((x @ params.T - y) ** 2).mean(), w
+
+    results = []
+    for hooked in (True, False):
+        lr = torch.tensor(0.1, dtype=F64, requires_grad=True)
+        loss, start = ended(lr, hooked)
+        results.append([loss, *torch.autograd.grad(loss, [lr, start])])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+
+
+def inner_of(kind: Any, lr: Tensor) -> idf.GradientTransformation:
+    return {idf.MetaSGD: idf.sgd, idf.MetaAdam: idf.adam}[kind](lr)
+
+
+def test_a_deep_copy_of_a_module_after_a_step_is_a_module_of_its_own():
+    net, (x, y) = net_of(), data()
+    net[0].weight.register_hook(lambda g: g)
+    inner = idf.MetaSGD(net, lr=0.1)
+    for _ in range(2):
+        inner.step(((net(x) - y) ** 2).mean())
+    twin = copy.deepcopy(net)
+    assert all(isinstance(p, nn.Parameter) for p in net.parameters())
+    assert all(p.is_leaf and p.requires_grad for p in twin.parameters())
+    torch.testing.assert_close(twin(x), net(x), rtol=0, atol=0)
+    before = [p.detach().clone() for p in twin.parameters()]
+    inner.step(((net(x) - y) ** 2).mean())
+    torch.testing.assert_close([*twin.parameters()], before, rtol=0, atol=0)
+    assert idf.MetaSGD(twin, lr=0.1).step((twin(x) ** 2).sum()) is None
+
+
+@each_row
+def test_first_order_steps_take_gradients_for_constants(row):
+    _, lr, weight = inputs()
+    (x, y), net = data(), net_of()
+    inner = FRONTS[row.factory](net, **{"lr": lr} | row.options)
+    first = dict(net.named_parameters())
+    pair = row.factory(**{"lr": lr} | row.options)
+    params = {name: p.detach().clone().requires_grad_() for name, p in first.items()}
+    leaves, state = params, pair.init(params)
+
+    def loss_of(params: dict[str, Tensor]) -> Tensor:
+        return (weight.detach() * (functional_call(net, params, (x,)) - y) ** 2).mean()
+
+    for _ in range(3):
+        loss = (weight.detach() * (net(x) - y) ** 2).mean()
+        inner.step(loss, first_order=True)
+        grads = {k: g.detach() for k, g in torch.func.grad(loss_of)(params).items()}
+        params, state = pair.step(grads, state, params)
+    assert torch.isfinite(loss)
+    ends = ((net(x) - y) ** 2).mean(), loss_of(params) * 0 + ((functional_call(net, params, (x,)) - y) ** 2).mean()
+    got = torch.autograd.grad(ends[0], [*first.values(), lr])
+    expected = torch.autograd.grad(ends[1], [*leaves.values(), lr])
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_first_order_step_of_a_func_optimizer():
+    lr, w = torch.tensor(0.1, dtype=F64, requires_grad=True), torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True)
+    stepped = idf.FuncOptimizer(idf.sgd(lr)).step((w**3).sum(), w, first_order=True)
+    torch.testing.assert_close(torch.autograd.grad(stepped.sum(), [w, lr]), (torch.ones(2, dtype=F64), -15 * lr / lr))
+
+
+def test_torchs_spellings_are_the_same_classes():
+    for theirs in ("RMSprop", "Adagrad", "Adadelta", "Adamax"):
+        mine = {"RMSprop": "RMSProp"}.get(theirs, theirs[:3] + theirs[3:].capitalize())
+        assert hasattr(torch.optim, theirs) and getattr(idf, theirs) is getattr(idf, mine)
+        assert getattr(idf, f"Meta{theirs}") is getattr(idf, f"Meta{mine}")

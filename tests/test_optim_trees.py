@@ -514,6 +514,47 @@ def test_what_is_no_number_is_refused(factory, value):
     assert f"{factory.__name__}: lr is {value!r}; it has to be a number" in str(error.value)
 
 
+_SPARSE = [idf.sgd, idf.adagrad]
+EMBEDDED = [(f, options) for f in _SPARSE for options in ({}, {"weight_decay": 0.1})] + [(idf.sgd, {"momentum": 0.9})]
+
+
+@pytest.mark.parametrize(("factory", "options"), EMBEDDED, ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize("inplace", [False, True])
+def test_sparse_gradients_are_what_they_are_dense(factory, options, inplace):
+    pair, params = factory(0.1, **options), {"table": drawn(0, (4, 2), F64), "w": drawn(1, (3,), F64)}
+    sparse, dense = params, params
+    states = [pair.init(params), pair.init(params)]
+    for k in range(3):
+        grads = {"table": torch.zeros(4, 2, dtype=F64), "w": drawn(k + 2, (3,), F64)}
+        grads["table"][k] = drawn(k + 5, (2,), F64)
+        dense, states[0] = pair.step(grads, states[0], dense)
+        grads = grads | {"table": grads["table"].to_sparse(1)}
+        sparse, states[1] = pair.step(grads, states[1], tree_map(torch.clone, sparse), inplace=inplace)
+    assert_close(sparse, dense)
+
+
+@pytest.mark.parametrize("factory", [f for f in _FACTORIES if f not in _SPARSE], ids=lambda f: f.__name__)
+def test_sparse_gradients_are_refused_with_the_reason(factory):
+    with pytest.raises(TypeError, match=rf"{factory.__name__}: grads\['net'\]\[1\] is sparse_coo.*SparseAdam.*dense"):
+        _update(factory(), _grads(net=[ONE, ONE.to_sparse()]), PARAMS)
+
+
+INITS = {
+    "sgd": idf.sgd(0.1),
+    "adam": idf.adam(),
+    "scheduled": idf.sgd(idf.schedule.constant(0.1)),
+    "chain": idf.chain(optim.clip(1.0), idf.sgd()),
+}
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_init_of_no_tensors_is_refused_by_name(name):
+    own = {"scheduled": "sgd", "chain": "clip"}.get(name, name)
+    for params, leaf in (("x", "'x'"), ({"w": ONE, "rate": 0.1}, "0.1")):
+        with pytest.raises(TypeError, match=rf"{own}: params have the leaf {leaf}; each has to be a tensor, or None"):
+            INITS[name].init(params)
+
+
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 BODY = {"net": [True, True], "b": False}

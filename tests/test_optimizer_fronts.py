@@ -300,6 +300,82 @@ def test_a_mask_is_refused_in_groups():
         idf.AdamW(start(), mask=[True] * 4)
 
 
+# --- schedules, and a number for each parameter -----------------------------------------------------------------------
+
+
+@each_kin
+def test_schedules_do_what_schedulers_of_torch_do(row):
+    mine, theirs = start(), start()
+    lr = lr_of(row)
+    ours = FRONTS[row.factory](mine, lr=idf.schedule.exponential(lr, 0.8))
+    reference = row.reference(theirs, lr=lr)
+    scheduler = _lr.ExponentialLR(reference, 0.8)
+    missing = {(1, i) for i in range(4)}  # a step without gradients is none
+    run(ours, mine, range(8), missing=missing)
+    run(reference, theirs, range(8), missing=missing, after=lambda k: None if k == 1 else scheduler.step())
+    assert_close(mine, theirs)
+    saved_now = ours.state_dict()["param_groups"][0]
+    assert saved_now["count"] == 7 and saved_now["lr"] == pytest.approx(reference.param_groups[0]["lr"])
+    pures = ours.pure()
+    assert_close(go_on(pures, range(8, 10), [0, 1, 2, 3]), run(ours, mine, range(8, 10)))
+
+
+def test_a_checkpoint_of_torch_goes_on_with_a_schedule():
+    *_, theirs, reference = pair(adam_row(), lr=0.1)
+    run(reference, theirs, range(3))
+    scheduled = idf.Adam(theirs, lr=idf.schedule.piecewise([0.1, 0.01], [3]))
+    scheduled.load_state_dict(reference.state_dict())
+    assert scheduled.param_groups[0]["count"] == 3
+    plain = idf.Adam(theirs, lr=0.5)
+    plain.load_state_dict(scheduled.state_dict())
+    assert plain.param_groups[0]["lr"] == pytest.approx(0.01) and "count" not in plain.param_groups[0]
+
+
+@each_kin
+def test_a_number_for_each_parameter_is_a_group_for_each(row):
+    rates, missing = [0.1, 0.2, 0.05, 0.3], {(1, 0), (2, 2), (2, 3)}
+    mine, theirs = start(), start()
+    ours = FRONTS[row.factory](mine, lr=rates)
+    reference = row.reference([{"params": [p], "lr": lr} for p, lr in zip(theirs, rates, strict=True)])
+    assert_close(run(ours, mine, range(5), missing=missing), run(reference, theirs, range(5), missing=missing))
+    with pytest.raises(ValueError, match="lr has to be one for all leaves"):
+        ours.add_param_group({"params": start()[:2], "lr": [0.1]})
+    assert len(ours.param_groups) == 1
+
+
+@pytest.mark.parametrize("make", [idf.Adam, idf.SGD, lambda p: idf.Optimizer(p, idf.adam())])
+def test_state_is_converted_with_its_parameters(make):
+    net = nn.Linear(2, 1)
+    ours = make(net.parameters())
+    for dtype in (torch.float32, F64, torch.float32, torch.bfloat16):
+        net.to(dtype)
+        net.zero_grad()
+        net(torch.ones(1, 2, dtype=dtype)).sum().backward()
+        ours.step()
+        wide = F64 if dtype is F64 else torch.float32
+        kept = [t for entry in ours.state.values() for key, t in entry.items() if key not in ("step", "0")]
+        assert {t.dtype for t in kept} <= {wide}
+        assert net.weight.dtype is dtype
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # by torch's Adagrad
+@pytest.mark.parametrize("front", [idf.SGD, idf.Adagrad])
+def test_sparse_gradients_step_as_in_torch(front):
+    results = []
+    for make in (front, getattr(torch.optim, front.__name__.replace("AdaGrad", "Adagrad"))):
+        torch.manual_seed(0)
+        table = nn.Embedding(5, 2, sparse=True, dtype=F64)
+        optimizer = make(table.parameters(), lr=0.1)
+        for k in range(3):
+            optimizer.zero_grad()
+            (table(torch.tensor([k, 4])) ** 2).sum().backward()
+            optimizer.step()
+        results.append([table.weight.detach()])
+    assert_close(*results)
+    with pytest.raises(TypeError, match=r"adam: .*sparse_coo.*SparseAdam"):
+        idf.Adam(table.parameters()).step()
+
+
 # --- groups -----------------------------------------------------------------------------------------------------------
 
 

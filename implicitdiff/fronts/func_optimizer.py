@@ -95,7 +95,8 @@ def gradients(name: str, loss: torch.Tensor, params: Any, *, constant: bool, kee
         )
     pairs = zip(at, found, strict=bool(found))
     with torch.set_grad_enabled(not constant):
-        grads = {i: _hooks.applied(leaves[i], grad) for i, grad in pairs if grad is not None}
+        # Of what was converted within a graph (`module.double()`), autograd gives the gradient in the old dtype.
+        grads = {i: _hooks.applied(leaves[i], grad.to(leaves[i].dtype)) for i, grad in pairs if grad is not None}
     if not grads:
         raise ValueError(
             f"{name}: the loss depends on none of the parameters that need a gradient; compute it anew after each "
