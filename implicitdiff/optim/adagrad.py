@@ -56,7 +56,7 @@ def adagrad(
     lr: Hyperparameter = 1e-2,
     lr_decay: Hyperparameter = 0.0,
     weight_decay: Hyperparameter = 0.0,
-    initial_accumulator_value: Number = 0.0,
+    initial_accumulator_value: Number | Any = 0.0,
     eps: Hyperparameter = 1e-10,
     *,
     maximize: bool = False,
@@ -70,7 +70,7 @@ def adagrad(
         total <- total + g^2
         update = -lr / (1 + (t - 1) lr_decay) * g / (sqrt(total + eps_root) + eps)
 
-    Hyper-parameters as in `adam`.
+    Hyper-parameters as in `adam`. Sparse gradients (COO) are computed with as dense ones.
 
     Args:
         lr_decay: how fast the learning rate falls with the step number t.

@@ -92,8 +92,11 @@ def adam(
         update = -lr m_hat / (sqrt(v_hat + eps_root) + eps),    m_hat = m / (1 - b1^t),  v_hat = v / (1 - b2^t)
 
     The parameters of every optimizer here are those of torch.optim, in their order, with their defaults. A number may
-    be a scalar tensor, which is then differentiated like any other input, or a schedule: a function of the number of
-    updates so far (see `implicitdiff.schedule`), whose value is kept in the state as by `inject_hyperparams`.
+    be a scalar tensor, which is then differentiated like any other input, or a tensor that broadcasts to the leaves,
+    with a number for each element; or a schedule: a function of the number of updates so far (see
+    `implicitdiff.schedule`), whose value is kept in the state as by `inject_hyperparams`. And it may be a tree of all
+    of these that is nested like the parameters, or a prefix of them: ``adam(lr={"body": 1e-4, "head": 1e-3})``.
+    ``amsgrad``, ``maximize`` and their like hold for all leaves.
 
     Args:
         lr: the learning rate.
@@ -106,13 +109,16 @@ def adam(
             ``1 / eps`` where all gradients so far are 0; this keeps it small.
         use_accelerated_op: None computes with the compiled step where that helps, True insists on it (where it cannot
             run for want of a kernel, that is an error), False computes in plain torch. The numbers agree to rounding.
+            It takes a number for each leaf, once for each kind of leaves, and none for each element.
             Under vmap, in forward mode, and for derivatives of derivatives the plain formula is used in any case.
 
     Returns:
         A pair of state `AdamState`. Moments of half-precision parameters are kept in float32, and computed in it.
 
     Raises:
-        ValueError: a number is out of range; later, in ``update``: trees or tensors that do not match.
+        ValueError: a number is out of range; later, in ``init`` and ``update``: trees or tensors that do not match.
+        TypeError: a hyper-parameter is no number; later, in ``init``: a leaf is no tensor, in ``update``: a gradient is
+            sparse or of integers.
         RuntimeError: ``use_accelerated_op=True`` without the compiled extension.
 
     Reference:

@@ -83,7 +83,7 @@ def sgd(
         trace <- momentum * trace + (1 - dampening) * g    (the first time: g)
         update = -lr * trace, or with nesterov, -lr * (g + momentum * trace)
 
-    Hyper-parameters as in `adam`.
+    Hyper-parameters as in `adam`. Sparse gradients (COO) are computed with as dense ones, momentum and decay included.
 
     Args:
         momentum: how much of the trace is kept; 0 keeps none, and no state.
