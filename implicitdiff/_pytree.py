@@ -173,6 +173,12 @@ def _is_flat(spec: TreeSpec, tree: Any) -> bool:
 def broadcast(spec: TreeSpec, prefix: Any) -> list[Any]:
     """The leaves of `prefix`, each repeated for all that lies below it in a tree nested like `spec`; ValueError if it
     is no prefix."""
+    if isinstance(prefix, _PLAIN_LEAVES):
+        return [prefix] * spec.num_leaves
+    if _is_flat(spec, prefix):  # without what torch.compile does not trace
+        leaves = match(spec, prefix)
+        if all(leaf is None or isinstance(leaf, _PLAIN_LEAVES) for leaf in leaves):
+            return leaves
     if torch_pytree.tree_structure(prefix).is_leaf():
         return [prefix] * spec.num_leaves
     if spec.is_leaf():
@@ -181,6 +187,9 @@ def broadcast(spec: TreeSpec, prefix: Any) -> list[Any]:
     level = TreeSpec(spec.type, spec.context, [torch_pytree.treespec_leaf() for _ in spec.children()])
     pairs = zip(spec.children(), level.flatten_up_to(prefix), strict=True)
     return [leaf for child, below in pairs for leaf in broadcast(child, below)]
+
+
+_PLAIN_LEAVES = (int, float, torch.Tensor)
 
 
 def names_of(spec: TreeSpec) -> list[str]:

@@ -95,6 +95,7 @@ ORDER = [
     "nn",
     "fronts._check",
     "fronts._derivatives",
+    "fronts._hooks",
     "fronts.*",
     "fronts",
     "_version",

@@ -240,3 +240,14 @@ def test_none_stands_for_what_is_not_optimized():
     pair = idf.adam({"a": 0.1, "b": None})
     after, _ = pair.step({"a": torch.ones(2), "b": None}, pair.init(params), params)
     assert after["b"] is params["b"]
+
+
+def test_rates_are_traced_by_torch_compile():
+    params = {"a": torch.ones(2), "b": torch.ones(3)}
+    pair = idf.adam({"a": torch.tensor([0.1, 0.2]), "b": 0.3})
+
+    def step(grads: Any, state: Any, params: Any) -> Any:
+        return pair.step(grads, state, params)[0]
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(params, pair.init(params), params), step(params, pair.init(params), params))

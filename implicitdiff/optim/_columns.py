@@ -147,10 +147,10 @@ class Columns:
 
     def refuse_misfits(self, key: str, values: list[Any]) -> None:
         """Raise unless what a hyper-parameter is for each leaf is there for all rows, and broadcasts to them."""
-        names = pytree.names_of(self.spec)
         for row in self.rows:
             if values[row] is None:
-                raise ValueError(f"{self.caller}: {key}{names[row]} is None, but {self.name}{names[row]} is not")
+                way = pytree.names_of(self.spec)[row]
+                raise ValueError(f"{self.caller}: {key}{way} is None, but {self.name}{way} is not")
         refuse_misfits(self.caller, key, values, self.leaves, self.spec)
 
     def chosen(self, mask: Any) -> list[Any]:

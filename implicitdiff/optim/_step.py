@@ -87,7 +87,9 @@ class Step:
 
     def subset(self, at: Sequence[int]) -> Step:
         """The step of some of the rows."""
-        picked = self._with([[column[k] for k in at] for column in self.columns])
+        # Not `columns`, whose cache torch.compile does not trace.
+        columns = [self.grads, self.decayed, self.bases, *self.moments]
+        picked = self._with([[column[k] for k in at] for column in columns])
         return dataclasses.replace(picked, rows=[self.rows[k] for k in at])
 
     def _with(self, columns: list[Any]) -> Step:
