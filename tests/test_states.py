@@ -368,7 +368,8 @@ def test_a_module_in_the_middle_of_a_graph_can_be_cloned(by):
     steps(net, inner, 2)
     twin = copy.deepcopy(net)
     assert_same(list(twin.parameters()), [p.detach() for p in net.parameters()])
-    assert all(p.is_leaf and p.requires_grad for p in twin.parameters())
+    needs = [(p.is_leaf, p.requires_grad) for p in twin.parameters()]
+    assert needs == [(True, p.requires_grad) for p in net.parameters()]
     clone = idf.module_clone(net, by=by)
     assert type(clone) is Net and clone is not net and clone.norm is not net.norm
     assert clone.first.weight is clone.last.weight
