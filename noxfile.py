@@ -27,7 +27,7 @@ PINS = {
     "furo": "2025.12.19",
     "sphinx-copybutton": "0.5.2",
 }
-# What benchmarks/solvers.py compares with.
+# What benchmarks/solvers.py and TorchOpt's tests compare with.
 PEERS = {
     "jax": "0.10.2",
     "jaxlib": "0.10.2",
@@ -35,6 +35,7 @@ PEERS = {
     "optimistix": "0.1.0",
     "equinox": "0.13.8",
     "lineax": "0.1.1",
+    "optax": "0.2.8",
 }
 # The libraries of tests/programs.
 PROGRAMS = {
@@ -46,6 +47,7 @@ PROGRAMS = {
     "torch-geometric": "2.8.1",
     "tensordict": "0.15.3",
 }
+TORCHOPT = "0.7.3"
 RUNTIME = ("torch", "numpy", "scipy")
 TESTING = ("pytest", "pytest-xdist", "hypothesis")
 # What makes one processor compute as another: as any can, as one with AVX2 does, and as this one does on two threads.
@@ -82,6 +84,10 @@ def pinned(*names: str) -> list[str]:
 def install(session: nox.Session, *tools: str, **switches: str) -> None:
     # One pip call for pins and package together: a second one could move torch past its pin.
     session.install(*pinned(*RUNTIME, *tools), ".", env=switches)
+
+
+def install_peers(session: nox.Session) -> None:
+    session.install(*pinned(*RUNTIME), *(f"{name}=={version}" for name, version in PEERS.items()))
 
 
 def check(session: nox.Session, built: str, python: str = "python", **env: str) -> None:
@@ -163,6 +169,24 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def torchopt(session: nox.Session) -> None:
+    """Run TorchOpt's own tests on a shim of its names: every seventh case, or with `-- --every=1` all of them."""
+    install(session, "pytest")
+    install_peers(session)
+    suite, place = Path("tests/torchopt_suite").resolve(), Path(session.create_tmp()).resolve() / "torchopt"
+    shutil.rmtree(place, ignore_errors=True)
+    # Its release lacks what its tests import. TorchOpt itself is not checked out: the shim is what can be imported.
+    source = ("--depth=1", f"--branch=v{TORCHOPT}", "https://github.com/metaopt/torchopt")
+    session.run("git", "clone", "--quiet", "--no-checkout", *source, str(place), external=True)
+    session.chdir(place)
+    session.run("git", "checkout", "--quiet", "HEAD", "--", "pyproject.toml", "tests", external=True)
+    env = {"PYTHONPATH": f"{suite}:{suite / 'shim'}", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+    old = ("-Wignore:We've integrated functorch:FutureWarning", "-Wignore:JAXopt is no longer:DeprecationWarning")
+    chosen = session.posargs or ["--every=7"]
+    session.run("pytest", "-p", "left_out", "--quiet", "-rfExX", *old, *chosen, "tests", env=env)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Build the sdist and from it the wheel, and test the wheel in an empty environment."""
     session.install(*pinned("build"))
@@ -237,5 +261,5 @@ def bench(session: nox.Session) -> None:
 def bench_solvers(session: nox.Session) -> None:
     """Measure the solvers against those of JAXopt, Optimistix and SciPy."""
     install(session)
-    session.install(*pinned(*RUNTIME), *(f"{name}=={version}" for name, version in PEERS.items()))
+    install_peers(session)
     session.run("python", "benchmarks/solvers.py", *session.posargs)
