@@ -66,6 +66,11 @@ def _run_where_it_can(solver: Solver, run: Callable[[bool], Any], values: Leaves
                 f"the solver {name_of(solver)} uses a tensor of a transform that runs round it, from where this cannot "
                 "be seen, such as a generator: pass the tensor as an argument"
             ) from error
+        if is_batched and (what := functorch.unbatchable(error)) is not None:
+            raise TransformError(
+                f"the solver {name_of(solver)} needs numbers where vmap gives it a batch, for {what}: call it lane by "
+                "lane, in a Python loop in the place of vmap, or write it in operations of torch"
+            ) from error
         what = functorch.untransformable_function(error)
         if what is None and not isinstance(error, TransformError):
             raise

@@ -307,6 +307,20 @@ def untransformable_function(error: RuntimeError) -> str | None:
     return f"the autograd.Function {name}, which torch.func cannot transform: give it a setup_context"
 
 
+def unbatchable(error: RuntimeError) -> str | None:
+    """What a function needs the numbers of a batch for, that made vmap raise this error; None for other errors."""
+    for start, words in _UNBATCHABLE.items():
+        if str(error).startswith(start):
+            return words
+    return None
+
+
+_UNBATCHABLE = {
+    "vmap: It looks like you're attempting to use a Tensor in some data-dependent control flow": "control flow",
+    "vmap: It looks like you're calling .item()": "item() or float()",
+    "vmap: We do not support batching operators that can": "a shape that depends on them",
+    "Cannot access data pointer of Tensor that doesn't have storage": "NumPy, or another reader of memory",
+}
 _UNTRANSFORMABLE = {
     "element 0 of tensors does not require grad": "torch.autograd.grad to its arguments: take torch.func.grad",
     "One of the differentiated Tensors does not require grad": (
@@ -503,6 +517,12 @@ def only_reverse_mode() -> bool:
     """Whether none but grad, vjp and their kin are running, so that an autograd.Function needs no other rule."""
     running = retrieve_all_functorch_interpreters()
     return not in_forward_mode() and all(isinstance(interpreter, GradInterpreter) for interpreter in running)
+
+
+def random_state() -> bytes:
+    """The state of the generator that functions draw from on the CPU, whatever mode is on."""
+    with no_levels(), torch._C._DisableTorchDispatch(), no_modes():
+        return torch.get_rng_state().numpy().tobytes()
 
 
 def in_dispatch_mode() -> bool:

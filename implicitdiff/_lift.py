@@ -214,7 +214,7 @@ def one_derivative() -> Iterator[None]:
         _derivative.compared = None
 
 
-def lift(name: str, fn: Callable[..., Any], *args: Any) -> Lifted:
+def lift(name: str, fn: Callable[..., Any], *args: Any, differentiated: Sequence[bool] = ()) -> Lifted:
     """Run ``fn(*args)`` once and make it a pure function of its operands.
 
     Args:
@@ -222,6 +222,8 @@ def lift(name: str, fn: Callable[..., Any], *args: Any) -> Lifted:
         fn: a deterministic function free of side effects.
         args: pytrees; the tensors among them are replaced by detached aliases, so that the same tensor, captured as
             well, counts as captured.
+        differentiated: for each of these tensors, whether it is to need a gradient, as in the evaluations that follow:
+            a function may look. None by default.
 
     Raises:
         ValueError: the function drew random numbers, or changed a tensor in place that it was given or had captured.
@@ -229,7 +231,7 @@ def lift(name: str, fn: Callable[..., Any], *args: Any) -> Lifted:
     """
     given, arguments = pytree.flatten(args)
     try:
-        return _lifted(name, fn, given, arguments, None)
+        return _lifted(name, fn, given, arguments, None, differentiated)
     except TransformError as error:
         if not functorch.only_autograd():
             raise
@@ -237,9 +239,16 @@ def lift(name: str, fn: Callable[..., Any], *args: Any) -> Lifted:
     return _lifted(name, fn, given, arguments, why)
 
 
-def _lifted(name: str, fn: Callable[..., Any], given: Leaves, arguments: Structure, alone: str | None) -> Lifted:
+def _lifted(
+    name: str,
+    fn: Callable[..., Any],
+    given: Leaves,
+    arguments: Structure,
+    alone: str | None,
+    differentiated: Sequence[bool] = (),
+) -> Lifted:
     snapshot = Snapshot(fn, arguments.others)
-    value, watch = _watched(name, fn, given, arguments, alone)
+    value, watch = _watched(name, fn, given, arguments, alone, differentiated)
     used = watch.program.outside.keys()
     if state := [t for t in snapshot.replaced() if id(t) in used]:
         raise ValueError(
@@ -249,7 +258,7 @@ def _lifted(name: str, fn: Callable[..., Any], given: Leaves, arguments: Structu
         )
     if snapshot.keep_used(lambda t: id(t) in used or not functorch.may_be_differentiated(t)):
         # It made a constant at its first use. From now on it will not.
-        value, watch = _watched(name, fn, given, arguments, alone)
+        value, watch = _watched(name, fn, given, arguments, alone, differentiated)
     for outer in _modes.watches():
         outer.program.nest(watch.program)
     watch.program.note_memory(given)
@@ -257,20 +266,28 @@ def _lifted(name: str, fn: Callable[..., Any], given: Leaves, arguments: Structu
 
 
 def _watched(
-    name: str, fn: Callable[..., Any], given: Leaves, arguments: Structure, alone: str | None
+    name: str,
+    fn: Callable[..., Any],
+    given: Leaves,
+    arguments: Structure,
+    alone: str | None,
+    differentiated: Sequence[bool],
 ) -> tuple[Any, Watch]:
     """The result, and what was seen."""
-    random_state = torch.get_rng_state()
+    random_state = functorch.random_state()
     with functorch.levels_up_to(0 if alone else 1) as inert, _as_evaluated(), Exchange(), torch.enable_grad():
         aliases = [t.detach() for t in given]
         if alone:
             # The function may differentiate with respect to its arguments.
             aliases = _differentiable(aliases)
+        elif differentiated:
+            with functorch.requires_grad_allowed():
+                aliases = [t.requires_grad_(flag) for t, flag in zip(aliases, differentiated, strict=True)]
         with Watch(aliases, inert) as watch, told(name), _alone(alone is not None):
             result = fn(*arguments.unflatten(aliases))
     for tensor in pytree.tensors(result):
         watch.program.see(tensor)
-    if not torch.equal(random_state, torch.get_rng_state()):
+    if functorch.random_state() != random_state:
         raise ValueError(
             f"{name} draws random numbers, but it is evaluated more than once and must give the same values each time; "
             "draw them outside and pass them as arguments (dropout: use eval mode)"

@@ -264,9 +264,17 @@ def pose(
     """The problem that `sol` solves."""
     x, structure = pytree.flatten(sol)
     check_unknowns(f"{name}: the solution", x, structure)
-    lifted = lift(name, lambda x, args, kwargs: fn(x, *args, **kwargs), sol, args, kwargs)
+    flags = _differentiated(x, pytree.tensors((args, kwargs)))
+    lifted = lift(name, lambda x, args, kwargs: fn(x, *args, **kwargs), sol, args, kwargs, differentiated=flags)
     check_like(f"{name}'s result", lifted.value, sol, x, structure, "the solution")
     return Posed(lifted, kind, solve or solve_auto(), x, structure)
+
+
+def _differentiated(x: Leaves, theta: Leaves) -> list[bool]:
+    """Which tensors need gradients in an ordinary backward pass: what is differentiated, and the solution with it."""
+    if not (functorch.only_autograd() and torch.is_grad_enabled() and any(t.requires_grad for t in theta)):
+        return []
+    return [True] * len(x) + [t.requires_grad for t in theta]
 
 
 def root(x: Leaves, out: Leaves) -> Leaves:

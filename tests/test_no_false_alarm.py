@@ -372,3 +372,24 @@ def test_many_solutions_of_one_function_may_be_differentiated_together(way, door
     model, plain = Model(), Model()
     found = WAYS[way](lambda t: sum(WEIGHTS @ model.solve(door, s * t * THETA) for s in (0.5, 1.0, 1.5)))
     agree(found, WAYS[way](lambda t: sum(WEIGHTS @ iterated(plain, s * t * THETA) for s in (0.5, 1.0, 1.5))), 1e-8)
+
+
+# --- functions that look at what they are given -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", ["theta", "captured", "both"])
+def test_a_condition_may_ask_which_tensors_need_gradients(wanted):
+    w = torch.tensor(2.0, dtype=F64, requires_grad=wanted != "theta")
+
+    def condition(x, t):
+        if wanted != "captured" and x.requires_grad:
+            x = x * 1.0
+        if t.requires_grad:
+            t = t + 0.0
+        return w * x**2 - t
+
+    t = T.clone().requires_grad_(wanted != "captured")
+    root = custom_root(condition)(lambda init, t: (t / 2).sqrt())(None, t)
+    for tensor, expected in ((t, 0.25 / root.detach()), (w, -root.detach() / 4)):
+        if tensor.requires_grad:
+            agree(torch.autograd.grad(root, tensor, retain_graph=True)[0], expected, 1e-12)

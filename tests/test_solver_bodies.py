@@ -1,5 +1,7 @@
 """How a solution is found does not matter: what a solver does in its body, under every transform."""
 
+import re
+
 import pytest
 import torch
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -108,6 +110,21 @@ def test_under_vmap_the_error_names_cause_and_remedy():
         vmap(grad(lambda t: solver(None, t)))(T[None])
     looped = torch.stack([grad(lambda t: solver(None, t))(t) for t in torch.stack([T, 4 * T])])
     torch.testing.assert_close(looped, torch.tensor([0.25, 0.125], dtype=F64))
+
+
+NUMBERS = {
+    "control flow": lambda init, t: t.sqrt() if t > 0 else t,
+    "item() or float()": lambda init, t: torch.tensor(t.item() ** 0.5),
+    "NumPy": lambda init, t: torch.from_numpy(t.numpy() ** 0.5),
+    "a shape that depends on them": lambda init, t: t[t > 0].sqrt(),
+}
+
+
+@pytest.mark.parametrize("what", NUMBERS)
+def test_under_vmap_what_needs_numbers_is_named(what):
+    solver = custom_root(lambda x, t: x**2 - t)(NUMBERS[what])
+    with pytest.raises(TransformError, match=rf"needs numbers where vmap gives it a batch, for {re.escape(what)}"):
+        vmap(grad(lambda t: solver(None, t).sum()))(torch.ones(2, 1, dtype=F64))
 
 
 def test_a_captured_tensor_of_a_transform_is_to_be_an_argument():

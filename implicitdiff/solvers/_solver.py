@@ -254,9 +254,9 @@ class Maker:
             check_count(self.name, "checkpoint_every", checkpoint_every)
         at_once = checkpoint_every or (1 if report.keeps else self.options.check_every)
         advance = unroll(step, at_once, checkpoint_every)
-        random_state = torch.get_rng_state()
+        random_state = functorch.random_state()
         state = self.init(params, args)
-        if not torch.equal(random_state, torch.get_rng_state()):
+        if functorch.random_state() != random_state:
             raise ValueError(
                 f"{self.name} draws random numbers, with which no iteration converges; draw them outside and pass them "
                 "as arguments (dropout: use eval mode)"

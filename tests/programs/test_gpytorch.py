@@ -1,8 +1,8 @@
 """Hyper-parameters of Gaussian processes, with the kernels of GPyTorch.
 
-The covariance that GPyTorch computes for one lengthscale has a first derivative only: the second, which a condition
-that is a gradient in the lengthscale needs, is silently wrong in GPyTorch itself. With a lengthscale for each dimension
-it is right.
+The covariance that GPyTorch computes for one lengthscale has a first derivative only. A condition that is a gradient in
+the lengthscale needs the second, which is silently wrong in GPyTorch itself, and refused here. With a lengthscale for
+each dimension it is right.
 """
 
 from __future__ import annotations
@@ -144,6 +144,6 @@ def test_lengthscales_fitted_to_the_evidence_have_derivatives_in_the_targets(kin
 
 
 @pytest.mark.parametrize("kind", ["RBFKernel", "MaternKernel"])
-def test_a_single_lengthscale_fitted_to_the_evidence_is_not_differentiated_wrongly(kind):
-    with pytest.raises(RuntimeError):
+def test_a_single_lengthscale_fitted_to_the_evidence_is_refused(kind):
+    with pytest.raises(ValueError, match="cannot be differentiated twice"):
         fitted(getattr(gpytorch.kernels, kind)().double(), TARGETS.clone().requires_grad_()).sum().backward()
