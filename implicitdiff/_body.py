@@ -56,39 +56,37 @@ def _run_where_it_can(solver: Solver, run: Callable[[bool], Any], values: Leaves
         return run(False)
     is_batched = not functorch.are_plain(values) or functorch.lanes_draw_their_own()
     outside = not is_batched and functorch.are_plain(tensors_within(solver, structure.others))
+    # In forward mode only where it is needed: a tangent of an outer transform, if the body holds one that is not seen
+    # here, could be taken for one of its own.
+    at_once = outside and not functorch.in_forward_mode()
     try:
-        # In forward mode only where it is needed: a tangent of an outer transform, if the body holds one that is not
-        # seen here, could be taken for one of its own.
-        return run(outside and not functorch.in_forward_mode())
+        return run(at_once)
     except RuntimeError as error:
-        if _is_confusion(error):
-            raise TransformError(
-                f"the solver {name_of(solver)} uses a tensor of a transform that runs round it, from where this cannot "
-                "be seen, such as a generator: pass the tensor as an argument"
-            ) from error
-        if is_batched and (what := functorch.unbatchable(error)) is not None:
-            raise TransformError(
-                f"the solver {name_of(solver)} needs numbers where vmap gives it a batch, for {what}: call it lane by "
-                "lane, in a Python loop in the place of vmap, or write it in operations of torch"
-            ) from error
-        what = functorch.untransformable_function(error)
-        if what is None and not isinstance(error, TransformError):
-            raise
-        if not outside:
-            if what is None:
+        is_refused = isinstance(error, TransformError) or functorch.untransformable_function(error) is not None
+        if at_once or not outside or not is_refused:
+            if (why := _why(error, is_batched)) is None:
                 raise
-            remedy = (
-                "call it lane by lane, in a Python loop in the place of vmap"
-                if is_batched
-                else "pass the tensors that it captures as arguments, so that it runs outside of every transform"
-            )
-            raise TransformError(f"the solver {name_of(solver)} applies {what}; or {remedy}") from error
+            raise TransformError(f"the solver {name_of(solver)} {why}") from error
     return run(True)
 
 
-def _is_confusion(error: RuntimeError) -> bool:
-    """Whether a transform has met a wrapper of another with its own number."""
-    return "INTERNAL ASSERT FAILED" in str(error) and "TensorWrapper.cpp" in str(error)
+def _why(error: RuntimeError, is_batched: bool) -> str | None:
+    """What a solver does that running transforms cannot take, with the remedy; None for other errors."""
+    if "INTERNAL ASSERT FAILED" in str(error) and "TensorWrapper.cpp" in str(error):
+        return (
+            "uses a tensor of a transform that runs round it, from where this cannot be seen, such as a generator: "
+            "pass the tensor as an argument"
+        )
+    if is_batched and (what := functorch.unbatchable(error)) is not None:
+        return (
+            f"needs numbers where vmap gives it a batch, for {what}: call it lane by lane, in a Python loop in the "
+            "place of vmap, or write it in operations of torch"
+        )
+    if (what := functorch.untransformable_function(error)) is None:
+        return None
+    if is_batched:
+        return f"applies {what}; or call it lane by lane, in a Python loop in the place of vmap"
+    return f"applies {what}; or pass the tensors that it captures as arguments, so that it runs outside of transforms"
 
 
 def _refuse_changed(solver: Solver, arguments: Leaves, before: Sequence[int]) -> None:
