@@ -54,11 +54,14 @@ def _run_where_it_can(solver: Solver, run: Callable[[bool], Any], values: Leaves
     """``run(outside)``, with no transform on the stack if that is possible."""
     if functorch.depth() == 0:
         return run(False)
-    is_batched = not functorch.are_plain(values) or functorch.lanes_draw_their_own()
-    outside = not is_batched and functorch.are_plain(tensors_within(solver, structure.others))
-    # In forward mode only where it is needed: a tangent of an outer transform, if the body holds one that is not seen
-    # here, could be taken for one of its own.
-    at_once = outside and not functorch.in_forward_mode()
+    is_batched = not functorch.are_plain(values) or "different" in functorch.randomness()
+    within, is_all = tensors_within(solver, structure.others)
+    outside = not is_batched and functorch.are_plain(within)
+    if not is_all and (functorch.randomness() or functorch.in_forward_mode()):
+        # A lane or a tangent of an outer transform, that the body holds out of sight, would be taken for its own.
+        outside = False
+    # A vmap may forbid random numbers.
+    at_once = outside and is_all and "error" not in functorch.randomness()
     try:
         return run(at_once)
     except RuntimeError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -136,10 +136,9 @@ def is_tracked(tensor: torch.Tensor) -> bool:
     return tensor.requires_grad or _tangent(tensor) is not None
 
 
-def lanes_draw_their_own() -> bool:
-    """Whether a running vmap draws other random numbers for every lane."""
-    running = retrieve_all_functorch_interpreters()
-    return any(isinstance(i, VmapInterpreter) and i.randomness() == "different" for i in running)
+def randomness() -> set[str]:
+    """How the running vmaps draw random numbers: "error", "same" or "different" ones for every lane."""
+    return {i.randomness() for i in retrieve_all_functorch_interpreters() if isinstance(i, VmapInterpreter)}
 
 
 def is_vmap(level: int) -> bool:
@@ -359,14 +358,15 @@ def no_levels() -> AbstractContextManager[object]:
 @contextmanager
 def no_transforms() -> Iterator[None]:
     """The same with forward mode off, in which transforms that start in the body are on their own."""
-    with temporarily_clear_interpreter_stack(), forward_ad._set_fwd_grad_enabled(False):
+    forward_mode = forward_ad._set_fwd_grad_enabled(False) if in_forward_mode() else nullcontext()
+    with temporarily_clear_interpreter_stack(), forward_mode:
         yield
 
 
 @contextmanager
 def nothing_running() -> Iterator[None]:
     """The same with gradients off in both modes, as it is inside of an autograd.Function."""
-    with no_transforms(), torch.no_grad():
+    with temporarily_clear_interpreter_stack(), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         yield
 
 

@@ -80,9 +80,6 @@ class Lifted:
         self.alone = alone
         self.program, self.exchanges = watch.program, (watch.exchanges, watch.is_sparse)
         self.captured, self.constants, self.is_unsure = _divided(watch.program)
-        if alone:
-            # No mode sees what is given to a custom autograd.Function where no transform runs.
-            self.captured += _leaves_beside(value, [*watch.operands, *self.captured])
         self.value = pytree.map_tensors(torch.Tensor.detach, value)
         self.given, self.operands = len(given), [*given, *self.captured]
         for i, tensor in enumerate(self.captured, start=self.given):
@@ -187,11 +184,16 @@ class Lifted:
 
     def _run_alone(self, operands: Sequence[torch.Tensor], *more: Any) -> Any:
         """The same where autograd alone may run; what the function differentiates needs gradients, whoever asks."""
-        with _alone(True):
-            if torch.is_grad_enabled():
-                return self._run(-1, operands, *more)
-            with torch.enable_grad():
-                result = self._run(-1, _differentiable([t.detach() for t in operands]), *more)
+        try:
+            with _alone(True):
+                if torch.is_grad_enabled():
+                    return self._run(-1, operands, *more)
+                with torch.enable_grad():
+                    result = self._run(-1, _differentiable([t.detach() for t in operands]), *more)
+        except RuntimeError as error:
+            if functorch.untransformable(error) is None:
+                raise
+            raise TransformError(self.alone) from error
         return pytree.map_tensors(torch.Tensor.detach, result)
 
 
@@ -322,12 +324,6 @@ def _differentiable(tensors: Leaves) -> Leaves:
     return [t.requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors]
 
 
-def _leaves_beside(result: Any, known: Leaves) -> Leaves:
-    """The leaves that a result hangs on beside what is known."""
-    found = [leaf for t in pytree.tensors(result) for leaf in functorch.leaves_beside(t, known)]
-    return list({id(leaf): leaf for leaf in found}.values())
-
-
 def confirm(lifted: Lifted) -> None:
     """Evaluate the function a second time, and raise if its result still hangs on something when nothing that is known
     of does: the derivative would be lost."""
@@ -337,7 +333,8 @@ def confirm(lifted: Lifted) -> None:
     with torch.enable_grad():
         if lifted.alone:
             operands = _differentiable(operands)
-            is_lost = bool(_leaves_beside(lifted.again(operands), operands))
+            result = lifted.again(operands)
+            is_lost = any(functorch.leaves_beside(t, operands) for t in pytree.tensors(result))
         else:
             is_lost = any(map(functorch.is_tracked, pytree.tensors(lifted.again(operands))))
     if is_lost:
@@ -348,8 +345,9 @@ def confirm(lifted: Lifted) -> None:
 def unseen(name: str) -> ValueError:
     """What is said of a captured tensor that no mode has seen."""
     return ValueError(
-        f"{name} depends on a tensor that it captures where this cannot be seen, as in TorchScript, or where a "
-        "captured tensor passes through an inner vmap untouched: pass the tensor as an argument"
+        f"{name} depends on a tensor that it captures where this cannot be seen, as in TorchScript, in an "
+        "autograd.Function that torch.func cannot transform, or where a captured tensor passes through an inner vmap "
+        "untouched: pass the tensor as an argument"
     )
 
 

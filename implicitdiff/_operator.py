@@ -99,15 +99,10 @@ class PlainPullback(Pullback):
 
 
 class SharedPullback(PlainPullback):
-    """The same graph for products with ``d fn / dx`` and, by `pull_theta`, with the derivative in some of ``theta``.
+    """The same graph for products with ``d fn / dx`` and, by `pull_theta`, with the derivative in some of ``theta``."""
 
-    Nothing can be put in the place of the last of ``theta``, as many as `fixed` says.
-    """
-
-    def __init__(self, fn: Residual, x: Leaves, theta: Leaves, wanted: Sequence[int], fixed: int = 0) -> None:
-        free = len(theta) - fixed
-        theta = [*functorch.recordable(theta[:free]), *theta[free:]]
-        super().__init__(fn, x, theta)
+    def __init__(self, fn: Residual, x: Leaves, theta: Leaves, wanted: Sequence[int]) -> None:
+        super().__init__(fn, x, functorch.recordable(theta))
         self.wanted = tuple(self.theta[i] for i in wanted)
 
     def pull_theta(self, u: Leaves) -> Leaves:
@@ -121,8 +116,11 @@ class SharedPullback(PlainPullback):
             for t in self.wanted:
                 t.requires_grad_()
             y = tuple(self.fn(list(x), self.theta))
-        _refuse_strangers((*x, *self.wanted), y)
+        self._look_for_strangers(x, y)
         return x, y
+
+    def _look_for_strangers(self, x: tuple[torch.Tensor, ...], y: tuple[torch.Tensor, ...]) -> None:
+        _refuse_strangers((*x, *self.wanted), y)
 
 
 class Retained(SharedPullback):
@@ -130,12 +128,22 @@ class Retained(SharedPullback):
 
     Its results are handed to autograd to save (`release`) and come back with a derivative (`resume`): autograd frees
     them as it frees all that it saves.
+
+    Attributes:
+        positions: of those of ``theta`` that the derivative is in.
+        adopted: leaves that ``fn`` uses where nothing can be put in their places, as in a custom autograd.Function that
+            runs with no transform on the stack. They count as further ones of ``theta``.
     """
 
-    def __init__(self, fn: Residual, x: Leaves, theta: Leaves, positions: Sequence[int], fixed: int) -> None:
-        super().__init__(fn, x, theta, positions, fixed)
-        self.positions = list(positions)
+    def __init__(
+        self, fn: Residual, x: Leaves, theta: Leaves, positions: Sequence[int], *, adopts: bool = False
+    ) -> None:
+        super().__init__(fn, x, theta, positions)
+        self.adopts = adopts
+        self.adopted: Leaves = []
         self._begin, self.end = self._graph
+        self.wanted = (*self.wanted, *self.adopted)
+        self.positions = [*positions, *range(len(theta), len(theta) + len(self.adopted))]
         del self._graph, self.fn, self.x, self.theta
 
     def release(self) -> Leaves:
@@ -146,6 +154,13 @@ class Retained(SharedPullback):
         pullback = object.__new__(SharedPullback)
         pullback.__dict__.update(wanted=self.wanted, _graph=(self._begin, tuple(end)))
         return pullback
+
+    def _look_for_strangers(self, x: tuple[torch.Tensor, ...], y: tuple[torch.Tensor, ...]) -> None:
+        if not self.adopts:
+            return super()._look_for_strangers(x, y)
+        found = [leaf for t in y for leaf in functorch.leaves_beside(t, (*x, *self.wanted))]
+        self.adopted = list({id(leaf): leaf for leaf in found}.values())
+        return None
 
 
 def _vjp(

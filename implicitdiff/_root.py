@@ -179,11 +179,12 @@ class Posed:
 
     def _attached(self) -> Any:
         wanted = [i for i, t in enumerate(self.theta) if t.requires_grad]
-        if wanted and self._is_ordinary():
-            problem = self._problem(Kept(self._graph(wanted), self.lifted))
+        if (wanted or self.lifted.alone) and self._is_ordinary():
+            graph = self._graph(wanted)
+            problem, theta = self._problem(Kept(graph, self.lifted)), [*self.theta, *graph.adopted]
         else:
-            problem = self._confirmed()
-        return self.structure.unflatten(attach(problem, self.x, self.theta))
+            problem, theta = self._confirmed(), self.theta
+        return self.structure.unflatten(attach(problem, self.x, theta))
 
     def _confirmed(self) -> RootProblem:
         confirm(self.lifted)
@@ -204,9 +205,7 @@ class Posed:
     def _graph(self, wanted: Sequence[int]) -> Retained:
         try:
             evaluate = partial(self._evaluated, self.lifted.again)
-            # What is given to a custom autograd.Function cannot be replaced where no transform runs, and need not be.
-            fixed = len(self.lifted.captured) if self.lifted.alone else 0
-            graph = Retained(evaluate, self.x, self.theta, wanted, fixed)
+            graph = Retained(evaluate, self.x, self.theta, wanted, adopts=self.lifted.alone is not None)
         except StrangerError:
             raise unseen(self.lifted.name) from None
         self.lifted.refuse_another()
@@ -220,8 +219,9 @@ class Posed:
         To differentiate a gradient is to differentiate the backward pass of each custom autograd.Function in it. One
         that has saved what it computed in its forward pass counts that as a constant.
         """
-        free = len(self.lifted.operands) - len(self.lifted.captured) - len(self.x)
-        moved = [i for i in graph.positions if i < free]
+        # Captured tensors move only where all of them are replaced.
+        movable = len(self.theta) - (len(self.lifted.captured) if graph.adopted else 0)
+        moved = [i for i in graph.positions if i < movable]
         at = [*self.x, *(self.theta[i].detach() for i in moved)]
         direction = [size(t) * p for t, p in zip(at, pattern(at), strict=True)]
         eps = max(torch.finfo(t.dtype).eps for t in at)
@@ -242,7 +242,7 @@ class Posed:
         pulled = [*shared.pull()(u), *(pulled_theta[i] for i in moved)]
         found = inner(pulled, direction)
         wanted = inner(u, [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)])
-        scale = inner(pulled, pulled).sqrt() * inner(direction, direction).sqrt()
+        scale = inner([t.abs() for t in pulled], [t.abs() for t in direction])
         if not (found - wanted).abs() <= eps**0.25 * torch.maximum(scale, wanted.abs()):
             raise ValueError(
                 f"{self.lifted.name} takes a gradient whose own derivative, along one direction, is {found:.6g} by "

@@ -56,7 +56,7 @@ def outside_autocast(fn: Fn) -> Fn:
             try:
                 return fn(*args, **kwargs)
             except RuntimeError as error:
-                if "same dtype" not in str(error):
+                if "same dtype" not in str(error) or not any(half in str(error) for half in ("BFloat16", "Half")):
                     raise
                 raise RuntimeError(
                     f"{error}; a search runs outside of autocast, in single precision: a tensor of half precision that "

@@ -15,12 +15,24 @@ import dis
 import functools
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from contextvars import ContextVar
+from types import (
+    BuiltinMethodType,
+    CodeType,
+    CoroutineType,
+    FunctionType,
+    GeneratorType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import Module
 
@@ -81,11 +93,12 @@ class Snapshot:
                     place.put(now)
 
 
-def tensors_within(fn: Any, args: Sequence[Any]) -> list[torch.Tensor]:
-    """The tensors that a function, and arguments that are no tensors, are seen to lead to."""
+def tensors_within(fn: Any, args: Sequence[Any]) -> tuple[list[torch.Tensor], bool]:
+    """The tensors that a function, and arguments that are no tensors, are seen to lead to; and whether these are all:
+    nothing was met that may hold others out of sight."""
     walk = _Walk()
     walk.places_from([fn, *args])
-    return walk.tensors
+    return walk.tensors, not walk.is_blind and len(walk.places) < _MANY
 
 
 class _Place:
@@ -251,6 +264,7 @@ class _Walk:
     def __init__(self) -> None:
         self.places: list[_Place] = []
         self.tensors: list[torch.Tensor] = []
+        self.is_blind = False
         self.todo: deque[Any] = deque()
         # By id; with the objects themselves, so that no other takes an id over.
         self.seen: dict[int, Any] = {}
@@ -279,6 +293,7 @@ class _Walk:
     def _visit(self, value: Any) -> None:
         if isinstance(value, torch.Tensor):
             self.tensors.append(value)
+        self.is_blind = self.is_blind or _hides(value)
         if isinstance(value, _ATOMS) or id(value) in self.seen:
             return
         self.seen[id(value)] = value
@@ -286,6 +301,8 @@ class _Walk:
             self._function(value)
         elif isinstance(value, MethodType):
             self.todo += [value.__func__, value.__self__]
+        elif isinstance(value, BuiltinMethodType):
+            self.todo.append(value.__self__)
         elif isinstance(value, functools.partial):
             self.todo += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, (tuple, frozenset)):
@@ -293,6 +310,8 @@ class _Walk:
         elif isinstance(value, _CONTAINERS):
             if len(value) <= _LARGE:
                 self._note(_Contents(value))
+            if isinstance(value, defaultdict):
+                self.todo.append(value.default_factory)
         elif isinstance(value, (property, staticmethod, classmethod)):
             self.todo.append(getattr(value, "fget", None) or getattr(value, "__func__", None))
         elif isinstance(value, ModuleType):
@@ -376,6 +395,22 @@ _OPERATORS = {
         *("mul", "rmul", "truediv", "rtruediv", "pow", "rpow", "neg", "abs"),
     )
 }
+
+
+# What holds objects, or makes them, and does not show them.
+_OPAQUE: tuple[type, ...] = (GeneratorType, CoroutineType, ContextVar, threading.local, weakref.ReferenceType)
+_OPAQUE += (type(functools.lru_cache(int)),)
+
+
+def _hides(value: Any) -> bool:
+    """Whether an object may lead to tensors that are not seen."""
+    if isinstance(value, _CONTAINERS):
+        return len(value) > _LARGE
+    if isinstance(value, np.ndarray):
+        return bool(value.dtype.hasobject)
+    if isinstance(value, (Iterator, Mapping)):
+        return _is_trusted(type(value).__module__)
+    return isinstance(value, _OPAQUE)
 
 
 def _own(value: Any) -> dict[str, Any]:

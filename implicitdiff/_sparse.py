@@ -123,6 +123,9 @@ def _entries(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _summed(values: Tensor, rows: Tensor, columns: Tensor, size: int, v: Tensor) -> Tensor:
-    terms = values.reshape(values.shape[0], *(1,) * (v.dim() - 1)) * v.index_select(0, columns)
-    sums: Tensor = torch.zeros((size, *v.shape[1:]), dtype=terms.dtype, device=v.device).index_add(0, rows, terms)
+    if v.dim() == 1:
+        return _summed(values, rows, columns, size, v[:, None])[:, 0]
+    terms = values[:, None] * v.index_select(-2, columns)
+    shape = (*v.shape[:-2], size, v.shape[-1])
+    sums: Tensor = torch.zeros(shape, dtype=terms.dtype, device=v.device).index_add(-2, rows, terms)
     return sums
