@@ -51,7 +51,7 @@ def outside_autocast(fn: Fn) -> Fn:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not any(enabled for _, enabled, _ in autocast_state()):
             return fn(*args, **kwargs)
-        args, kwargs = pytree.map_tensors(_single, (args, kwargs))
+        args, kwargs = in_single((args, kwargs))
         with full_precision():
             try:
                 return fn(*args, **kwargs)
@@ -64,6 +64,13 @@ def outside_autocast(fn: Fn) -> Fn:
                 ) from error
 
     return cast(Fn, run)
+
+
+def in_single(tree: Any) -> Any:
+    """A tree with the tensors of half precision in single precision, where autocast is on for their device."""
+    if not any(enabled for _, enabled, _ in autocast_state()):
+        return tree
+    return pytree.map_tensors(_single, tree)
 
 
 def _single(tensor: torch.Tensor) -> torch.Tensor:

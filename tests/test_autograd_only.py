@@ -253,3 +253,32 @@ def weights(kernel):
 def solved(init, scale):
     K = torch.exp(-((X[:, None] - X) ** 2) / (2 * scale**2)) + 0.1 * torch.eye(8, dtype=F64)
     return torch.linalg.solve(K, torch.sin(2 * X))
+
+
+TWO = torch.tensor([1.5, 0.5], dtype=F64)
+# Each with what it captures as a function of a leaf; written in operations of torch beside it.
+OVERLAPPING = {
+    "a leaf and its square": lambda a: (a, a * a),
+    "two of one leaf": lambda a: (a.exp(), a.sin() + 2),
+    "a chain": lambda a: ((b := a.exp()), b.sqrt()),
+    "the leaf twice": lambda a: (a, a),
+}
+USES = {
+    "gradient": lambda x, t, b, c: torch.autograd.grad((b * c * x**3 / 3 - t * x).sum(), x, create_graph=True)[0],
+    "function": lambda x, t, b, c: Scale.apply(Square.apply(x), b) * c - t,
+    "both": lambda x, t, b, c: Scale.apply(x * x * b, b) * c - t,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("captured", OVERLAPPING)
+def test_what_hangs_on_each_other_is_counted_once(captured, use):
+    a = TWO.clone().requires_grad_()
+    b, c = OVERLAPPING[captured](a)
+    found = by_backward(decorated(lambda x, t: USES[use](x, t, b, c)), [a])
+    # At the point that `decorated` takes for the solution: -F / F_x, with F_x held.
+    a, t = (tensor.clone().requires_grad_() for tensor in (TWO, T))
+    b, c = OVERLAPPING[captured](a)
+    factor = b * c * (b if use == "both" else 1)
+    expected = torch.autograd.grad((-(factor * T - t) / (2 * factor.detach() * T.sqrt())).sum(), [t, a])
+    torch.testing.assert_close(found, expected)

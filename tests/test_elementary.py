@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -522,3 +523,123 @@ def test_layers_of_a_module_that_is_solved_for():
     scale = torch.tensor(0.3, dtype=F64, requires_grad=True)
     (first,) = torch.autograd.grad(outcome(scale), scale, create_graph=True)
     torch.testing.assert_close(first, central(outcome, scale.detach()).detach(), rtol=1e-6, atol=0)
+
+
+# --- values at the edges, and what torch refuses ----------------------------------------------------------------------
+
+MASK = torch.tensor([[True, True, True], [False, True, False], [False, False, True]])
+
+
+def D(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=F64)
+
+
+def attends(tensor: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(4, 2, batch_first=True).double().eval()
+    return layer(tensor, tensor, tensor, attn_mask=MASK, need_weights=False)[0]
+
+
+EDGES: dict[str, Callable[[], Any]] = {
+    "cumprod that overflows in part": lambda: D(0.0, 1e200, 1e200).cumprod(0),
+    "cumprod of one": lambda: D(3.0).cumprod(0),
+    "cumprod of none": lambda: D().cumprod(0),
+    "cumprod, viewed": lambda: torch.ones(2, 3, dtype=F64).cumprod(-1).view(-1),
+    "layer_norm, viewed": lambda: F.layer_norm(D(1.0, 2.0, 4.0, 8.0).reshape(2, 2).t(), (2,)).view(-1),
+    "attention, heads side by side": lambda: (
+        F.scaled_dot_product_attention(*[torch.ones(2, 4, 3, 5).transpose(1, 2)] * 3).transpose(1, 2).view(2, 4, 15)
+    ),
+    "attention to nothing": lambda: attends(torch.ones(1, 3, 4, dtype=F64)),
+    "batch_norm of one": lambda: torch.batch_norm(D(1.0, 2.0)[None], None, None, None, None, True, 0.1, 1e-5, False),
+    "instance_norm of an empty batch": lambda: F.instance_norm(torch.ones(0, 2, 3, dtype=F64)),
+    "cdist without features": lambda: torch.cdist(torch.ones(2, 0), torch.ones(3, 0), torch.inf),
+    "solve_ex of a singular matrix": lambda: torch.linalg.solve_ex(torch.zeros(2, 2, dtype=F64), D(1.0, 1.0))[1],
+    "triangular_solve's coefficient": lambda: torch.triangular_solve(
+        torch.ones(2, 1), torch.tensor([[1.0, 2.0], [0.0, 1.0]]), transpose=True
+    )[1],
+    "a loss at its margin": lambda: grad(F.multi_margin_loss)(D(1.0, 0.0), torch.tensor(0)),
+}
+MISFITS: dict[str, Callable[[], Any]] = {
+    "solve from the right": lambda: torch.linalg.solve(torch.ones(2, 3, 3), torch.ones(3, 2), left=False),
+    "layer_norm's weight": lambda: F.layer_norm(torch.ones(2, 3), (3,), torch.ones(1)),
+    "batch_norm's weight": lambda: F.batch_norm(torch.ones(4, 3), None, None, torch.ones(1), training=True),
+    "one running statistic": lambda: F.batch_norm(torch.ones(4, 3), None, torch.ones(3), training=True),
+    "integers": lambda: F.layer_norm(torch.ones(2, 3, dtype=torch.int64), (3,)),
+    "multi_margin_loss's weight": lambda: F.multi_margin_loss(
+        torch.ones(2, 3), torch.tensor([0, 1]), weight=torch.ones(7)
+    ),
+    "a mask of integers": lambda: F.scaled_dot_product_attention(
+        *[torch.ones(2, 3, 4)] * 3, attn_mask=torch.ones(3, 3, dtype=torch.int64)
+    ),
+    "another state of a cell": lambda: nn.GRUCell(2, 3)(torch.ones(4, 2), torch.ones(1, 3)),
+    "cdist's mode": lambda: torch.cdist(torch.ones(2, 2), torch.ones(2, 2), compute_mode="none"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+@pytest.mark.parametrize("case", EDGES)
+def test_values_at_the_edges_are_torchs(case: str) -> None:
+    expected = EDGES[case]()
+    with elementary():
+        found = EDGES[case]()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_arguments_that_do_not_fit_are_refused(case: str) -> None:
+    with pytest.raises((RuntimeError, ValueError, IndexError)) as torchs:
+        MISFITS[case]()
+    with pytest.raises(type(torchs.value)), elementary():
+        MISFITS[case]()
+
+
+def test_a_result_is_a_tensor_of_its_own() -> None:
+    x = D(1.0)
+    with elementary():
+        x.cumprod(0).add_(5)
+    assert x.item() == 1.0
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast_computes_losses_in_single_precision(low: torch.dtype) -> None:
+    x, y = torch.full((3,), 300.0, dtype=low), torch.zeros(3, dtype=low)
+    with torch.autocast("cpu", low):
+        expected = F.mse_loss(x, y)
+        with elementary():
+            torch.testing.assert_close(F.mse_loss(x, y), expected)
+
+
+SINGULAR = {
+    "diagonal": torch.diag(D(1.0, 0.0, 2.0)),
+    "zero": torch.zeros(3, 3, dtype=F64),
+    "of rank one": torch.outer(D(1.0, 2.0, 3.0), D(2.0, -1.0, 1.0)),
+    "regular": torch.diag(D(1.0, 3.0, 2.0)) + 0.1,
+}
+
+
+def by_permutations(a: Tensor) -> Tensor:
+    even = a[0, 0] * a[1, 1] * a[2, 2] + a[0, 1] * a[1, 2] * a[2, 0] + a[0, 2] * a[1, 0] * a[2, 1]
+    return even - a[0, 2] * a[1, 1] * a[2, 0] - a[0, 0] * a[1, 2] * a[2, 1] - a[0, 1] * a[1, 0] * a[2, 2]
+
+
+DETERMINED = {
+    "value": lambda f: f,
+    "gradient": grad,
+    "jacfwd": jacfwd,
+    "Hessian": lambda f: jacfwd(grad(f)),
+    "forward twice": lambda f: jacfwd(jacfwd(f)),
+    "third": lambda f: jacfwd(jacrev(grad(f))),
+}
+
+
+@pytest.mark.parametrize("way", DETERMINED)
+@pytest.mark.parametrize("case", [*SINGULAR, "all lanes"])
+def test_the_determinant_is_a_polynomial_also_where_it_is_zero(case: str, way: str) -> None:
+    take = DETERMINED[way]
+    if case == "all lanes":
+        matrices = torch.stack([*SINGULAR.values()])
+        found = vmap(take(elementary()(torch.linalg.det)))(matrices)
+        expected = vmap(take(by_permutations))(matrices)
+    else:
+        found, expected = (take(f)(SINGULAR[case]) for f in (elementary()(torch.linalg.det), by_permutations))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

@@ -623,3 +623,35 @@ def test_torchs_spellings_are_the_same_classes():
         mine = {"RMSprop": "RMSProp"}.get(theirs, theirs[:3] + theirs[3:].capitalize())
         assert hasattr(torch.optim, theirs) and getattr(idf, theirs) is getattr(idf, mine)
         assert getattr(idf, f"Meta{theirs}") is getattr(idf, f"Meta{mine}")
+
+
+def test_a_functional_step_refuses_what_torch_gets_wrong() -> None:
+    rate = torch.tensor(0.1, dtype=F64, requires_grad=True)
+    v = torch.ones(3, dtype=F64, requires_grad=True)
+    optimizer, params = idf.FuncOptimizer(idf.sgd(rate)), {"v": v}
+    for _ in range(2):
+        loss = torch._weight_norm(params["v"][None], torch.ones(1, 1, dtype=F64), 0).square().mul(v).sum()
+        params = optimizer.step(loss, params)
+    with pytest.raises(RuntimeError, match=r"FuncOptimizer\.step: .* second derivative of weight_norm wrong"):
+        torch.autograd.grad(params["v"].sum(), rate)
+
+
+def test_what_lies_below_no_parameter_of_the_step_is_no_obstacle() -> None:
+    """A body that is learned outside, with a head that is learned inside."""
+    torch.manual_seed(0)
+    body = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)).double()
+    x, y = data()
+
+    def total() -> Tensor:
+        torch.manual_seed(1)
+        head = nn.Linear(4, 1).double()
+        inner, features = idf.MetaSGD(head, lr=0.1), body(x)
+        for _ in range(2):
+            inner.step(((head(features) - y) ** 2).mean())
+        return ((head(features) - y) ** 2).mean()
+
+    weights = list(body.parameters())
+    found = torch.autograd.grad(total(), weights)
+    with idf.elementary():
+        expected = torch.autograd.grad(total(), weights)
+    torch.testing.assert_close(found, expected)

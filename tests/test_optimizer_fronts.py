@@ -913,3 +913,12 @@ def test_a_func_optimizer_goes_on_from_its_state():
 def test_wrong_arguments_are_told_with_those_that_it_takes():
     with pytest.raises(TypeError, match=r"RMSProp: .*'nesterov'; it takes \(params, lr"):
         idf.RMSProp([torch.zeros(1)], nesterov=False)
+
+
+def test_a_schedule_goes_on_where_its_parameter_has_no_gradient() -> None:
+    params = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = idf.SGD(params, lr=[1.0, lambda count: 0.1 ** count.double()])
+    for step in range(3):
+        params[0].grad, params[1].grad = torch.ones(1), None if step == 1 else torch.ones(1)
+        optimizer.step()
+    torch.testing.assert_close(params[1].detach(), torch.tensor([-1.01]))

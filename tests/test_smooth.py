@@ -470,7 +470,7 @@ def test_a_budget_is_kept_and_is_no_failure(row: Row) -> None:
 def test_options_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="lbfgs: history must be an integer >= 1, got 0"):
         lbfgs(ridge, history=0)
-    with pytest.raises(ValueError, match="newton_cg: inner_maxiter must be an integer >= 1 or None, got 0"):
+    with pytest.raises(ValueError, match="newton_cg: inner_maxiter must be an integer >= 1, got 0"):
         newton_cg(ridge, inner_maxiter=0)
     with pytest.raises(TypeError, match="nonlinear_cg: formula must be a function"):
         nonlinear_cg(ridge, formula="polak-ribiere")

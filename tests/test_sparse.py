@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -89,3 +90,17 @@ def test_a_sparse_matrix_that_needs_a_gradient_gets_one(layout, solve):
 def test_what_torch_cannot_transform_is_named_with_its_layout(layout):
     with pytest.raises(NotImplementedError, match=f"inner of a tensor in the layout sparse_{layout}.*to_dense"):
         grad(lambda t: solve_lu()(lambda v: torch.inner(LAYOUTS[layout], v), t).sum())(B[0])
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_a_batch_of_rows_times_a_sparse_matrix(batch: int) -> None:
+    dense = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [1.0, 0.0, 4.0]], dtype=torch.float64)
+    sparse = dense.to_sparse()
+    b = torch.arange(3.0 * batch, dtype=torch.float64).reshape(batch, 1, 3)
+
+    def solution(matrix: Tensor, b: Tensor) -> Tensor:
+        return solve_lu()(lambda v: v @ matrix.t(), b)
+
+    assert (solution(sparse, b) - solution(dense, b)).abs().max() < 1e-12
+    found, expected = (jvp(partial(solution, m), (b,), (b.square(),))[1] for m in (sparse, dense))
+    assert (found - expected).abs().max() < 1e-12

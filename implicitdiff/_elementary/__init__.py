@@ -24,6 +24,7 @@ from implicitdiff._elementary import (
     _recurrent,
 )
 from implicitdiff._elementary._spelling import Operation
+from implicitdiff._settings import in_single
 
 _ELEMENTARY: dict[Operation, Operation] = {
     **_normalisation.REPLACEMENTS,
@@ -35,6 +36,10 @@ _ELEMENTARY: dict[Operation, Operation] = {
     **_activations.REPLACEMENTS,
     **_along.REPLACEMENTS,
 }
+
+
+# These torch's autocast computes in single precision.
+_IN_SINGLE = {*_losses.REPLACEMENTS, *_distance.REPLACEMENTS, *_linear_algebra.REPLACEMENTS}
 
 
 @contextmanager
@@ -51,7 +56,8 @@ def elementary() -> Iterator[None]:
     after an unrolled loop. Decorate it by ``@elementary()``, or run the program in ``with elementary():``.
 
     Dropout above 0 within an operation, packed sequences and nested tensors are left to torch, as is what
-    `torch.compile` compiles and TorchScript.
+    `torch.compile` compiles and TorchScript. `torch.utils.checkpoint` computes again outside of the body, and raises if
+    that does something else: give it a function that is itself decorated by ``@elementary()``.
 
     Example:
         >>> import torch
@@ -78,6 +84,8 @@ class Exchange(TorchFunctionMode):
         kwargs = kwargs or {}
         # What writes to a given tensor has no derivative.
         fn = func if kwargs.get("out") is not None else _ELEMENTARY.get(func, func)
+        if func in _IN_SINGLE:
+            args, kwargs = in_single((args, kwargs))
         return fn(*args, **kwargs)
 
 

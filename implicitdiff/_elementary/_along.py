@@ -6,6 +6,8 @@ The second derivative of `select_scatter` is wrong where it is taken outside of 
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -24,11 +26,10 @@ def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
 def _cumprod(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     if not input.is_floating_point() or not -input.dim() <= dim < input.dim():
         return torch.cumprod(input, dim, dtype=dtype)
-    products, step = input.to(dtype or input.dtype).movedim(dim, 0), 1
-    while step < len(products):
-        products = torch.cat([products[:step], products[step:] * products[:-step]])
-        step *= 2
-    return products.movedim(0, dim)
+    factors = input.to(dtype or input.dtype).unbind(dim)
+    # One after the other: products of parts may be out of range where the whole is not.
+    products = list(accumulate(factors, torch.mul))
+    return torch.stack(products, dim) if products else input.to(dtype or input.dtype, copy=True)
 
 
 REPLACEMENTS: dict[Operation, Operation] = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import implicitdiff._functorch as functorch
 from implicitdiff._elementary._spelling import Operation, of_aten
 
 
@@ -23,7 +24,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if dropout_p > 0 or (is_causal and attn_mask is not None) or not _fit(query, key, value):
+    if dropout_p > 0 or (is_causal and attn_mask is not None) or not _fit(query, key, value, attn_mask):
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -35,13 +36,18 @@ def _attention(
     logits = (query.to(wide) * scale) @ key.to(wide).mT
     if is_causal:
         attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    return (_weights(logits, attn_mask) @ value.to(wide)).to(query.dtype)
+    out = (_weights(logits, attn_mask) @ value.to(wide)).to(query.dtype)
+    # As torch does, with the heads side by side in memory where the query has them so.
+    if query.dim() > 3 and not query.is_contiguous() and query.transpose(-2, -3).is_contiguous():
+        return out.transpose(-2, -3).contiguous().transpose(-2, -3)
+    return out
 
 
-def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _fit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     tensors = (query, key, value)
     return (
-        not any(t.is_nested for t in tensors)
+        (mask is None or (mask.dim() >= 2 and mask.dtype in (torch.bool, query.dtype)))
+        and not any(t.is_nested for t in tensors)
         and min(t.dim() for t in tensors) >= 2
         and query.dtype == key.dtype == value.dtype
         and query.is_floating_point()
@@ -62,6 +68,9 @@ def _weights(logits: Tensor, mask: Tensor | None) -> Tensor:
 def _multi_head_attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     # With weights torch itself takes elementary operations.
     out, weights = functional.multi_head_attention_forward(*args, **{**kwargs, "need_weights": True})
+    if weights is not None and functorch.is_any(weights.isnan()):
+        # Of what attends to nothing, which torch takes for 0 or for NaN, as the case may be.
+        return functional.multi_head_attention_forward(*args, **kwargs)
     return out, weights if kwargs.get("need_weights", True) else None
 
 

@@ -7,9 +7,12 @@ from torch import Tensor
 
 from implicitdiff._elementary._spelling import Operation
 
+_MODES = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist")
+
 
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary") -> Tensor:
-    if not p > 0 or min(x1.dim(), x2.dim()) < 2 or x1.shape[-1] != x2.shape[-1] or x1.dtype != x2.dtype:
+    fits = min(x1.dim(), x2.dim()) >= 2 and x1.shape[-1] == x2.shape[-1] > 0 and x1.dtype == x2.dtype
+    if not (p > 0 and fits and x1.is_floating_point() and compute_mode in _MODES):
         return torch.cdist(x1, x2, p, compute_mode)
     away = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     if p != 2:

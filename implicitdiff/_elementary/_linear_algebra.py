@@ -23,11 +23,12 @@ from implicitdiff._elementary._spelling import Operation, of_aten
 
 
 class _Solution(torch.autograd.Function):
-    """``A^-1 B`` of matrices of the same batch."""
+    """``A^-1 B`` of matrices of the same batch; not finite where ``A`` is singular, unless that is to be an error."""
 
     @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        return torch.linalg.solve(a, b)  # type: ignore[no-any-return]
+    def forward(a: Tensor, b: Tensor, check_errors: bool) -> Tensor:
+        x: Tensor = torch.linalg.solve(a, b) if check_errors else torch.linalg.solve_ex(a, b)[0]
+        return x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -35,54 +36,58 @@ class _Solution(torch.autograd.Function):
         ctx.save_for_forward(inputs[0], output)
 
     @staticmethod
-    def backward(ctx: Any, x_bar: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, x_bar: Tensor) -> tuple[Tensor, Tensor, None]:
         a, x = ctx.saved_tensors
         b_bar = _solution(a.mH, x_bar)
-        return -b_bar @ x.mH, b_bar
+        return -b_bar @ x.mH, b_bar, None
 
     @staticmethod
     @functorch.nested_forward_mode
-    def jvp(ctx: Any, saved: Sequence[Tensor], a_dot: Tensor | None, b_dot: Tensor | None) -> Any:
+    def jvp(ctx: Any, saved: Sequence[Tensor], a_dot: Tensor | None, b_dot: Tensor | None, _: None) -> Any:
         a, x = saved
         moved = torch.zeros_like(x) if b_dot is None else b_dot
         return _solution(a, moved if a_dot is None else moved - a_dot @ x)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
-        at_a, at_b = in_dims
+    def vmap(info: Any, in_dims: Sequence[int | None], a: Tensor, b: Tensor, check_errors: bool) -> tuple[Tensor, int]:
+        at_a, at_b, _ = in_dims
         if at_a is None and at_b is not None:
             # More right-hand sides of a matrix, which is factorised once.
             columns = b.movedim(at_b, -1)
-            x = _solution(a, columns.flatten(-2)).unflatten(-1, columns.shape[-2:])
+            x = _solution(a, columns.flatten(-2), check_errors).unflatten(-1, columns.shape[-2:])
             return x, x.dim() - 1
         a = a if at_a is None else a.movedim(at_a, 0)
         b = b.expand(info.batch_size, *b.shape) if at_b is None else b.movedim(at_b, 0)
-        return _solution(a, b), 0
+        return _solution(a, b, check_errors), 0
 
 
-def _solution(a: Tensor, b: Tensor) -> Tensor:
-    x: Tensor = _Solution.apply(a, b)  # type: ignore[no-untyped-call]
+def _solution(a: Tensor, b: Tensor, check_errors: bool = True) -> Tensor:
+    x: Tensor = _Solution.apply(a, b, check_errors)  # type: ignore[no-untyped-call]
     return x
 
 
-def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:
+def _solve(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = True) -> Tensor:
     if not _is_square(A) or B.dim() == 0 or A.dtype != B.dtype:
         return torch.linalg.solve(A, B, left=left)  # type: ignore[no-any-return]
     if B.dim() == 1 or (B.dim() == A.dim() - 1 and B.shape == A.shape[:-1]):
-        return _solve(A, B.unsqueeze(-1))[..., 0] if left else torch.linalg.solve(A, B, left=left)
-    if not left:
-        return _solve(A.mT, B.mT).mT
-    if B.shape[-2] != A.shape[-1]:
-        return torch.linalg.solve(A, B)  # type: ignore[no-any-return]
+        if not left:
+            return torch.linalg.solve(A, B, left=left)  # type: ignore[no-any-return]
+        return _solve(A, B.unsqueeze(-1), check_errors=check_errors)[..., 0]
+    if B.shape[-2 if left else -1] != A.shape[-1]:
+        return torch.linalg.solve(A, B, left=left)  # type: ignore[no-any-return]
+    a, b = (A, B) if left else (A.mT, B.mT)
     batch = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
     # A mode does not see what an autograd.Function is applied to, but what an operation is.
-    return _solution(A.expand(*batch, *A.shape[-2:]), B.expand(*batch, *B.shape[-2:]))
+    x = _solution(a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:]), check_errors)
+    return x if left else x.mT
 
 
 def _solve_ex(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = False) -> Any:
     with torch.no_grad():
         info = torch.linalg.solve_ex(A.detach(), B.detach(), left=left, check_errors=check_errors)[1]
-    return torch.return_types.linalg_solve_ex((_solve(A, B, left=left), info))  # type: ignore[attr-defined]
+    return torch.return_types.linalg_solve_ex(  # type: ignore[attr-defined]
+        (_solve(A, B, left=left, check_errors=check_errors), info)
+    )
 
 
 def _tensorsolve(A: Tensor, B: Tensor, dims: Sequence[int] | None = None) -> Tensor:
@@ -123,11 +128,30 @@ def _factors(A: Tensor) -> tuple[Tensor, Tensor]:
 def _det(A: Tensor) -> Tensor:
     if not _is_square(A):
         return torch.linalg.det(A)  # type: ignore[no-any-return]
+    with torch.no_grad():
+        singular = (torch.linalg.lu_factor_ex(A.detach())[0].diagonal(dim1=-2, dim2=-1) == 0).any(-1)
+    if not functorch.is_any(singular):
+        return _product(A)
+    # The factors of a singular matrix have no derivative.
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    return torch.where(singular, _expanded(A), _product(torch.where(singular[..., None, None], eye, A)))
+
+
+def _product(A: Tensor) -> Tensor:
+    """The determinant of a regular matrix."""
     diagonal, sign = _factors(A)
-    if functorch.is_any(diagonal == 0):
-        # Torch knows the first derivative of a singular matrix, too.
-        return torch.linalg.det(A)  # type: ignore[no-any-return]
     return sign * diagonal.prod(-1)
+
+
+def _expanded(A: Tensor) -> Tensor:
+    """The determinant as a polynomial (Bird, "A simple division-free algorithm for computing determinants", 2011)."""
+    x = A
+    for _ in range(A.shape[-1] - 1):
+        # Below each entry of the diagonal, the sum of those that are left of it.
+        tails = x.diagonal(dim1=-2, dim2=-1).flip(-1).cumsum(-1).flip(-1)
+        x = (x.triu(1) - torch.diag_embed(torch.cat([tails[..., 1:], torch.zeros_like(tails[..., :1])], -1))) @ A
+    first = x[..., 0, 0]
+    return first if A.shape[-1] % 2 else -first
 
 
 def _sign_and_log(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,9 +204,9 @@ def _cholesky_inverse(input: Tensor, upper: bool = False) -> Tensor:
 def _triangular_solve(
     b: Tensor, A: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
 ) -> Any:
-    A, upper = (A.mT, not upper) if transpose else (A, upper)
-    x = torch.linalg.solve_triangular(A, b, upper=upper, unitriangular=unitriangular)
-    return torch.return_types.triangular_solve((x, A.clone()))
+    own, is_upper = (A.mT, not upper) if transpose else (A, upper)
+    x = torch.linalg.solve_triangular(own, b, upper=is_upper, unitriangular=unitriangular)
+    return torch.return_types.triangular_solve((x, A.expand(*x.shape[:-2], *A.shape[-2:]).clone()))
 
 
 REPLACEMENTS: dict[Operation, Operation] = {

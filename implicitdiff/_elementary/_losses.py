@@ -28,6 +28,7 @@ def _is_plain(input: Tensor, target: Tensor, reduction: str) -> bool:
         input.is_floating_point()
         and target.is_floating_point()
         and input.shape == target.shape
+        and input.dtype == target.dtype
         and (reduction in _NUMBERS)
     )
 
@@ -77,13 +78,12 @@ def _multi_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    if input.dim() == 1 and target.numel() == 1:
-        target = target.reshape(())
     fits = input.is_floating_point() and input.dim() in (1, 2) and target.shape == input.shape[:-1] and p in (1, 2)
+    fits = fits and (weight is None or weight.shape == input.shape[-1:])
     if not (fits and size_average is None and reduce is None and reduction in _NUMBERS and input.numel() > 0):
         return functional.multi_margin_loss(input, target, p, margin, weight, size_average, reduce, reduction)
     at = target.unsqueeze(-1)
-    short = (margin - input.gather(-1, at) + input).clamp(min=0) ** p
+    short = (margin - input.gather(-1, at) + input).relu() ** p
     each = short.scatter(-1, at, 0.0).sum(-1) / input.shape[-1]
     return _reduced(each if weight is None else each * weight[target], reduction)
 

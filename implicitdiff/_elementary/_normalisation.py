@@ -7,6 +7,8 @@ vmap, as for a batch of minimisers, or in forward mode (pytorch #196700, #196699
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,10 +35,16 @@ def _normalise(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bi
     centred, _, inverse = _statistics(x, dims, eps)
     y = centred * inverse
     y = y if weight is None else y * weight
-    return (y if bias is None else y + bias).to(x.dtype)
+    return (y if bias is None else y + bias).to(x.dtype).contiguous()
 
 
 # What torch refuses is left to it.
+
+
+def _fit(input: Tensor, sizes: Sequence[int], wanted: Sequence[int], *factors: Tensor | None) -> bool:
+    """Whether the sizes that are normalised, or have factors, are those that are wanted, of the factors too."""
+    shapes = [tuple(sizes), *(tuple(t.shape) for t in factors if t is not None)]
+    return input.is_floating_point() and len(wanted) > 0 and all(shape == tuple(wanted) for shape in shapes)
 
 
 def _layer_norm(
@@ -47,19 +55,17 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    k = len(normalized_shape)
-    if k == 0 or tuple(input.shape[-k:]) != tuple(normalized_shape):
+    if not _fit(input, input.shape[-len(normalized_shape) :], normalized_shape, weight, bias):
         return functional.layer_norm(input, normalized_shape, weight, bias, eps)
-    return _normalise(input, list(range(-k, 0)), eps, weight, bias)
+    return _normalise(input, list(range(-len(normalized_shape), 0)), eps, weight, bias)
 
 
 def _native_layer_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    k = len(normalized_shape)
-    if k == 0 or tuple(input.shape[-k:]) != tuple(normalized_shape):
+    if not _fit(input, input.shape[-len(normalized_shape) :], normalized_shape, weight, bias):
         return torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
-    dims = list(range(-k, 0))
+    dims = list(range(-len(normalized_shape), 0))
     return _normalise(input, dims, eps, weight, bias), *_statistics(input, dims, eps)[1:]
 
 
@@ -73,13 +79,40 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if not training or input.dim() < 2 or input.numel() <= input.shape[1]:
+    if not training or not _have_channels(input, running_mean, running_var, weight, bias) or _is_one_each(input):
         return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _normalised_batch(input, running_mean, running_var, weight, bias, momentum, eps)
+
+
+def _normalised_batch(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
     if running_mean is not None:
         with torch.no_grad():
             # Torch's own updates the running statistics.
-            functional.batch_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
+            torch.batch_norm(input.detach(), None, None, running_mean, running_var, True, momentum, eps, False)
     return _normalise(input, _but_channels(input), eps, *_along_channels(input, weight, bias))
+
+
+def _have_channels(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *factors: Tensor | None
+) -> bool:
+    """Whether all that goes with a batch has one number for each of its channels."""
+    if input.dim() < 2 or input.numel() == 0 or (running_mean is None) != (running_var is None):
+        return False
+    channels = input.shape[1:2]
+    return _fit(input, channels, channels, running_mean, running_var, *factors)
+
+
+def _is_one_each(input: Tensor) -> bool:
+    """Whether there is one number for each channel, which `functional.batch_norm` refuses."""
+    return input.numel() == input.shape[1]
 
 
 def _instance_norm(
@@ -92,7 +125,8 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if not use_input_stats or input.dim() < 3 or input[0, 0].numel() == 1:
+    fits = input.dim() > 2 and math.prod(input.shape[2:]) > 1
+    if not (use_input_stats and fits and _have_channels(input, running_mean, running_var, weight, bias)):
         return functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if running_mean is not None:
         with torch.no_grad():
@@ -119,7 +153,9 @@ def _torch_batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Tensor:
-    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not training or not _have_channels(input, running_mean, running_var, weight, bias):
+        return torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
+    return _normalised_batch(input, running_mean, running_var, weight, bias, momentum, eps)
 
 
 def _native_batch_norm(
@@ -132,9 +168,9 @@ def _native_batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not training or input.dim() < 2:
+    if not training or not _have_channels(input, running_mean, running_var, weight, bias):
         return torch.native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
-    y = _batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+    y = _normalised_batch(input, running_mean, running_var, weight, bias, momentum, eps)
     _, mean, inverse = _statistics(input, _but_channels(input), eps)
     return y, mean.flatten(), inverse.flatten()
 

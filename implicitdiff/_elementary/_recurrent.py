@@ -94,7 +94,7 @@ def _layer(op: Operation, cell: Cell, packed_at: int) -> Operation:
     return run
 
 
-def _step(cell: Cell) -> Operation:
+def _step(op: Operation, cell: Cell) -> Operation:
     """What replaces a cell."""
 
     def run(
@@ -106,6 +106,8 @@ def _step(cell: Cell) -> Operation:
         b_hh: Tensor | None = None,
     ) -> Any:
         state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        if any(s.shape[:-1] != input.shape[:-1] for s in state):
+            return op(input, hx, w_ih, w_hh, b_ih, b_hh)
         new = cell(functional.linear(input, w_ih, b_ih), functional.linear(state[0], w_hh, b_hh), state)
         return new[0] if isinstance(hx, Tensor) else new
 
@@ -118,10 +120,10 @@ _gru, _rnn_tanh, _rnn_relu = (
     for op, cell in ((torch.gru, _gru_cell), (torch.rnn_tanh, _tanh_cell), (torch.rnn_relu, _relu_cell))
 )
 _cells = {
-    "lstm_cell": _step(_lstm_cell),
-    "gru_cell": _step(_gru_cell),
-    "rnn_tanh_cell": _step(_tanh_cell),
-    "rnn_relu_cell": _step(_relu_cell),
+    "lstm_cell": _step(torch.lstm_cell, _lstm_cell),
+    "gru_cell": _step(torch.gru_cell, _gru_cell),
+    "rnn_tanh_cell": _step(torch.rnn_tanh_cell, _tanh_cell),
+    "rnn_relu_cell": _step(torch.rnn_relu_cell, _relu_cell),
 }
 
 REPLACEMENTS: dict[Operation, Operation] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,7 @@ _WRONG_AFTERWARDS = {
 }
 
 
-def right_or_refused(
-    name: str, loss: Tensor, grads: Mapping[str, Tensor | None], params: Mapping[str, Tensor]
-) -> dict[str, Tensor | None]:
+def right_or_refused(name: str, loss: Tensor, grads: dict[int, Tensor], params: Sequence[Tensor]) -> dict[int, Tensor]:
     """The gradients of a loss, derivatives of which raise where torch has them wrong.
 
     Args:
@@ -30,14 +28,14 @@ def right_or_refused(
         loss: a function of `params`, at which the graph of this step ends.
         grads: its gradients, with their graph.
     """
-    ends = {t.grad_fn for t in params.values()}
-    for node in _nodes([g for g in grads.values() if g is not None], ends):
+    ends = {_node(t) for t in params}
+    for node in _nodes(list(grads.values()), ends):
         if (operation := _WRONG_AFTERWARDS.get(node.name())) is not None:
             node.register_hook(_Once(_message(name, operation, "third")))
-    for node in _nodes([loss], ends):
+    for node in _between([loss], ends):
         if (operation := _WRONG_TWICE.get(node.name())) is not None:
-            return {key: _refused(g, _message(name, operation, "second")) for key, g in grads.items()}
-    return dict(grads)
+            return {i: _refused(g, _message(name, operation, "second")) for i, g in grads.items()}
+    return grads
 
 
 def _message(name: str, operation: str, which: str) -> str:
@@ -45,6 +43,29 @@ def _message(name: str, operation: str, which: str) -> str:
         f"{name}: torch gets the {which} derivative of {operation} wrong; compute the loss under "
         "implicitdiff.elementary(), as `with elementary(): loss = ...` or by a function with `@elementary()` above it"
     )
+
+
+def _node(tensor: Tensor) -> Node | None:
+    """Where autograd arrives at a tensor."""
+    return torch.autograd.graph.get_gradient_edge(tensor).node if tensor.requires_grad else None
+
+
+def _between(tensors: Sequence[Tensor], ends: set[Node | None]) -> list[Node]:
+    """The nodes from tensors to those ends, and to nothing else."""
+    nodes = list(_nodes(tensors, ends))
+    above: dict[Node, list[Node]] = {}
+    for node in nodes:
+        for below, _ in node.next_functions:
+            if below is not None:
+                above.setdefault(below, []).append(node)
+    found: set[Node] = set()
+    todo = [node for end in ends - {None} for node in above.get(end, [])]  # type: ignore[arg-type]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += above.get(node, [])
+    return [node for node in nodes if node in found]
 
 
 def _nodes(tensors: Sequence[Tensor], ends: set[Node | None]) -> Iterator[Node]:
@@ -65,12 +86,12 @@ class _Once:
         self.message = message
 
     def __call__(self, inputs: tuple[Tensor | None, ...], outputs: Any) -> tuple[Tensor | None, ...] | None:
-        return tuple(_refused(t, self.message) for t in inputs) if torch.is_grad_enabled() else None
+        if not torch.is_grad_enabled():
+            return None
+        return tuple(None if t is None else _refused(t, self.message) for t in inputs)
 
 
-def _refused(tensor: Tensor | None, message: str) -> Tensor | None:
-    if tensor is None:
-        return None
+def _refused(tensor: Tensor, message: str) -> Tensor:
     refused: Tensor = _Refusal.apply(tensor, message)  # type: ignore[no-untyped-call]
     return refused
 

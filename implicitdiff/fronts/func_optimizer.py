@@ -9,6 +9,7 @@ import torch
 import implicitdiff._pytree as pytree
 import implicitdiff.fronts._check as _check
 import implicitdiff.fronts._hooks as _hooks
+from implicitdiff.fronts._derivatives import right_or_refused
 from implicitdiff.optim._base import GradientTransformation
 
 
@@ -102,4 +103,6 @@ def gradients(name: str, loss: torch.Tensor, params: Any, *, constant: bool, kee
             f"{name}: the loss depends on none of the parameters that need a gradient; compute it anew after each "
             "step, from the parameters that the step gave, with gradients enabled"
         )
+    if not constant:
+        grads = right_or_refused(name, loss, grads, some)
     return structure.fill(grads)

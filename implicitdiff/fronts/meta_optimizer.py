@@ -14,7 +14,6 @@ import implicitdiff.fronts._check as _check
 import implicitdiff.fronts._hooks as _hooks
 import implicitdiff.optim as optim
 from implicitdiff._places import Place, listed_parameters_of
-from implicitdiff.fronts._derivatives import right_or_refused
 from implicitdiff.fronts.func_optimizer import gradients
 from implicitdiff.optim._base import GradientTransformation
 
@@ -121,8 +120,6 @@ class MetaOptimizer:
         params = _tensors(places)
         self._fit(params)
         grads = gradients(name, loss, params, constant=first_order, keep=True)
-        if not first_order:
-            grads = right_or_refused(name, loss, grads, params)
         with torch.enable_grad():
             stepped, self._state = self.transformation.step(grads, self._state, params)
         for key, place in places.items():

@@ -192,8 +192,12 @@ class _Of(Optimizer):
         return {"step": step, **begun, **kept}
 
     def _keep(self, index: int, params: Leaves, state: Any) -> None:
+        group = self.param_groups[index]
         if isinstance(state, InjectState):
-            self.param_groups[index]["count"] = int(state.count)
+            group["count"] = int(state.count)
+        elif params and _schedules(self._hyperparameters(group)):
+            # Those of parameters that have not been stepped.
+            group["count"] = self._count(group) + 1
         state = _own(state)
         names = [(name, getattr(state, field)) for field, name in self._made[index].names.items()]
         for i, (p, step) in enumerate(zip(params, state.count.float().unbind(), strict=True)):
