@@ -1,9 +1,17 @@
 """How a solution is found does not matter: what a solver does in its body, under every transform."""
 
+import collections
+import contextvars
+import functools
+import itertools
 import re
+import threading
+import weakref
 
+import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -197,3 +205,72 @@ class Runs(torch.nn.Module):
 def test_fixed_points_run_as_roots_do():
     solver = custom_fixed_point(lambda x, t: 0.5 * (x + t / x))(BODIES["an old autograd.Function"])
     assert float(grad(lambda t: solver(None, t))(T)) == pytest.approx(0.25)
+
+
+HIDDEN = contextvars.ContextVar("hidden")
+LOCAL = threading.local()
+
+
+def in_context(s):
+    HIDDEN.set(s)
+    return HIDDEN.get
+
+
+def in_thread(s):
+    LOCAL.s = s
+    return lambda: LOCAL.s
+
+
+def in_array(s):
+    array = np.empty(1, dtype=object)
+    array[0] = s
+    return lambda: array[0]
+
+
+def in_cache(s):
+    cached = functools.cache(lambda: s)
+    return lambda: cached()
+
+
+HIDING = {
+    "context": in_context,
+    "thread": in_thread,
+    "array": in_array,
+    "cache": in_cache,
+    "generator": lambda s: functools.partial(next, itertools.repeat(s)),
+    "weak reference": lambda s: weakref.ref(s),
+    "factory": lambda s: (lambda held: lambda: held["s"])(collections.defaultdict(lambda: s)),
+    "builtin": lambda s: s.clone,
+    "mapping": lambda s: (lambda held: lambda: held["s"])(collections.ChainMap({"s": s})),
+}
+LANES, INSIDE = torch.tensor([3.0, 4.0, 5.0], dtype=F64), torch.tensor([1.0, 10.0, 100.0], dtype=F64)
+
+
+@pytest.mark.parametrize("derivative", [False, True], ids=["vmap", "vmap of grad"])
+@pytest.mark.parametrize("place", HIDING)
+def test_lanes_that_a_body_holds_out_of_sight_are_those_of_the_vmap(place, derivative):
+    def f(t, s):
+        get = HIDING[place](s)
+
+        def solver(init):
+            # A vmap of its own over as many lanes.
+            return vmap(lambda x: x * get())(INSIDE).sum()
+
+        return custom_root(lambda x: x - 111 * s)(solver)(None) + 0 * t
+
+    lanes = vmap(grad(f) if derivative else f)(LANES, LANES)
+    torch.testing.assert_close(lanes, torch.zeros(3, dtype=F64) if derivative else 111 * LANES)
+
+
+def test_a_body_may_use_forward_mode_by_itself():
+    def solver(init, t):
+        x = t / 2
+        for _ in range(60):
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(x, torch.ones_like(x))
+                slope = forward_ad.unpack_dual(dual**2 - t).tangent
+            x = x - (x**2 - t) / slope
+        return x
+
+    root = custom_root(lambda x, t: x**2 - t)(solver)
+    assert float(grad(lambda t: root(None, t))(T)) == pytest.approx(0.25)
