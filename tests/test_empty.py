@@ -18,7 +18,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import implicitdiff.projections as projections
 import implicitdiff.prox as prox
-from implicitdiff import custom_fixed_point, custom_root, root_jvp, root_vjp, unroll
+from implicitdiff import accelerated_op_available, custom_fixed_point, custom_root, root_jvp, root_vjp, unroll
 from implicitdiff.linear_solve import solve_cg
 from implicitdiff.solvers import KKTSolution, make_kkt_optimality_fn, qp
 
@@ -194,7 +194,10 @@ def test_what_needs_an_entry_says_so(name):
         (SOLUTIONS | PROJECTIONS)[name](NOTHING)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_accelerated_op": True}], ids=str)
+needs_cpu = pytest.mark.skipif(not accelerated_op_available("cpu"), reason="_C is not built")
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param({"use_accelerated_op": True}, marks=needs_cpu)], ids=str)
 @pytest.mark.parametrize("factory", {row.factory: None for row in OPTIMIZERS}, ids=lambda f: f.__name__)
 def test_optimizers_step_where_there_is_nothing(factory, options):
     solution = partial(optimized, factory(lr=0.1, **options))
