@@ -354,7 +354,7 @@ def unseen(name: str) -> ValueError:
 @contextmanager
 def _alone(is_alone: bool) -> Iterator[None]:
     """Say how the function is evaluated that runs in the body."""
-    before = _is_alone()
+    before = getattr(_evaluation, "is_alone", False)
     _evaluation.is_alone = is_alone
     try:
         yield

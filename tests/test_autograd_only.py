@@ -229,6 +229,17 @@ def likelihood(kernel):
     return negative
 
 
+def test_solvers_within_transforms_within_such_a_function():
+    inner = custom_root(lambda y, x: y**3 - x)(lambda init, x: x.sign() * x.abs() ** (1 / 3))
+    gradient = solvers.lbfgs(lambda x, t: (Square.apply(x) * x / 3 - t * x).sum()).optimality_fn
+
+    def condition(x, t):
+        cube_root = grad(lambda x: inner(None, x).detach() * x)(x[0])
+        return gradient(x, t) + 0 * cube_root
+
+    torch.testing.assert_close(by_backward(decorated(condition))[0], BY_HAND)
+
+
 def test_a_derivative_that_is_right_only_once_is_refused():
     noise = torch.tensor(0.1, dtype=F64, requires_grad=True)
     start = torch.zeros((), dtype=F64)
