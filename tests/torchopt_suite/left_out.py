@@ -31,11 +31,8 @@ LEFT_OUT = {
     "test_import.py::test_nn_import": ZERO_ORDER,
     "test_zero_order.py::*": ZERO_ORDER,
     "test_import.py::test_distributed_import": RPC,
-    # `register_hook`, `ns_inv`, `typing`, `make_dot`.
-    "test_hook.py::*": NAMES,
-    "test_import.py::test_hook_import": NAMES,
+    # `ns_inv`, `make_dot`.
     "test_import.py::test_linalg_import": NAMES,
-    "test_import.py::test_typing_import": NAMES,
     "test_import.py::test_visual_import": NAMES,
     # A module without parameters is an error in other words, one without meta-parameters is none.
     "test_implicit.py::test_module_empty_parameters": ERRORS,

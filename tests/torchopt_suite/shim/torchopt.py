@@ -12,6 +12,7 @@ import sys
 import types
 from typing import Any
 
+import torch
 from torch.utils import _pytree as _torch_tree
 
 import implicitdiff
@@ -49,6 +50,20 @@ def _accelerated_op_available(devices: Any = None) -> bool:
     names = {None: "cuda", 0: "cuda:0"}
     devices = devices if isinstance(devices, list) else [devices]
     return all(implicitdiff.accelerated_op_available(names.get(device, device)) for device in devices)
+
+
+def _register_hook(hook: Any) -> implicitdiff.GradientTransformation:
+    """A transformation that puts a hook on each gradient."""
+
+    def update(updates: Any, state: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+        _tree.tree_map(lambda t: (t.register_hook(hook), t)[1], updates)
+        return updates, state
+
+    return implicitdiff.GradientTransformation(lambda params: (), update)
+
+
+def _nan_to_num_hook(nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> Any:
+    return functools.partial(torch.nan_to_num, nan=nan, posinf=posinf, neginf=neginf)
 
 
 def _solve_inv(matvec: Any = None, b: Any = None, **options: Any) -> Any:
@@ -115,6 +130,14 @@ _STATE = {
     "stop_gradient": implicitdiff.stop_gradient,
 }
 _VERSION = {"__version__": "0.7.3"}
+_ANNOTATIONS = (
+    *("ChainedGradientTransformation", "EmptyState", "UninitializedState", "Params", "Updates", "OptState", "Scalar"),
+    *("Numeric", "Schedule", "ScalarOrSchedule", "PyTree", "Tensor", "OptionalTensor", "ListOfTensors"),
+    *("TupleOfTensors", "SequenceOfTensors", "TensorOrTensors", "TensorTree", "ListOfOptionalTensors"),
+    *("TupleOfOptionalTensors", "SequenceOfOptionalTensors", "OptionalTensorOrOptionalTensors", "OptionalTensorTree"),
+    *("TensorContainer", "ModuleTensorContainers", "Future", "LinearSolver", "Device", "Size", "Distribution"),
+    *("SampleFunc", "Samplable"),
+)
 
 globals().update(_TRANSFORMATIONS, **_OPTIMIZERS, **_META_OPTIMIZERS, **_STATE, **_VERSION)
 FuncOptimizer = implicitdiff.FuncOptimizer
@@ -172,7 +195,13 @@ transform = _module(
     scale_by_stddev=functools.partial(_optim.scale_by_rmsprop, centered=True),
     trace=_optim.trace,
 )
-typing = _module("typing", TensorTree=Any)
+register_hook = _register_hook
+hook = _module(
+    "hook", register_hook=register_hook, nan_to_num_hook=_nan_to_num_hook, zero_nan_hook=_nan_to_num_hook(0.0)
+)
+typing = _module(
+    "typing", **dict.fromkeys(_ANNOTATIONS, Any), GradientTransformation=implicitdiff.GradientTransformation
+)
 update = _module("update", apply_updates=apply_updates)
 utils = _module("utils", ModuleState=implicitdiff.ModuleState, **_STATE)
 version = _module("version", **_VERSION)
