@@ -69,7 +69,7 @@ class MetaGradientModule(nn.Module, metaclass=_Adopting):
             super().__setattr__(name, value)
         elif "_parameters" not in self.__dict__:
             if value.requires_grad:
-                raise AttributeError(f"cannot assign {name!r}, which needs a gradient, before Module.__init__() call")
+                raise AttributeError(f"cannot assign parameters before Module.__init__() call, and {name!r} is one")
             super().__setattr__(name, value)
         elif id(value) in self._meta_ids():
             self._keep(name, value)
