@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import FunctionType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -31,11 +30,6 @@ import implicitdiff._pytree as pytree
 _PLAIN = -1
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
-
-
-def is_transform(fn: FunctionType) -> bool:
-    """Whether a function is a wrapper that torch.func put round another."""
-    return str(fn.__globals__.get("__name__", "")).startswith("torch._functorch")
 
 
 def depth() -> int:

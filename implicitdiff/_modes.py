@@ -134,7 +134,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, operands: Leaves, inert: int) -> None:
         super().__init__()
-        self.program, self.operands, self.inert = Program(operands), operands, inert
+        self.program, self.inert = Program(operands), inert
         self.given = [(t, version(t)) for t in operands]
         self.exchanges = self.is_sparse = False
 

@@ -159,7 +159,8 @@ class Posed:
 
     def problem(self) -> RootProblem:
         """The problem, for derivatives; all that it depends on is known."""
-        problem: RootProblem = self._either_way(Posed._confirmed)
+        smooth = [i for i, t in enumerate(self.theta) if t.is_floating_point() or t.is_complex()]
+        problem: RootProblem = self._either_way(lambda posed: posed._confirmed(smooth))
         return problem
 
     def attached(self) -> Any:
@@ -183,11 +184,14 @@ class Posed:
             graph = self._graph(wanted)
             problem, theta = self._problem(Kept(graph, self.lifted)), [*self.theta, *graph.adopted]
         else:
-            problem, theta = self._confirmed(), self.theta
+            problem, theta = self._confirmed(wanted), self.theta
         return self.structure.unflatten(attach(problem, self.x, theta))
 
-    def _confirmed(self) -> RootProblem:
+    def _confirmed(self, wanted: Sequence[int]) -> RootProblem:
         confirm(self.lifted)
+        if self.lifted.alone and self.lifted.takes_gradients:
+            # Its derivative is checked as that of a graph which is kept; this one is not.
+            self._graph(wanted)
         return self._problem(None)
 
     def _problem(self, kept: Kept | None) -> RootProblem:
@@ -209,7 +213,7 @@ class Posed:
         except StrangerError:
             raise unseen(self.lifted.name) from None
         self.lifted.refuse_another()
-        if self.lifted.alone and self.lifted.takes_gradients:
+        if self.lifted.alone and self.lifted.takes_gradients and graph.positions:
             self._check_second(graph)
         return graph
 

@@ -293,3 +293,51 @@ def test_what_hangs_on_each_other_is_counted_once(captured, use):
     factor = b * c * (b if use == "both" else 1)
     expected = torch.autograd.grad((-(factor * T - t) / (2 * factor.detach() * T.sqrt())).sum(), [t, a])
     torch.testing.assert_close(found, expected)
+
+
+class Cube(torch.autograd.Function):
+    """Has a right derivative, and a wrong derivative of that."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(3 * x**2)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+
+def energy(x, t):
+    return (Cube.apply(x) / 3 + x**2 - t * x).sum()
+
+
+START = torch.tensor([1.5, 2.0], dtype=F64)
+FIT = solvers.lbfgs(energy)
+
+
+def columns(matvec, b):
+    return torch.linalg.solve(torch.stack([matvec(e) for e in torch.eye(2, dtype=F64)], 1), b)
+
+
+def within_a_condition(t):
+    return custom_root(lambda z, t: z - FIT.run(START, t)[0])(lambda init, t: (1 + t).sqrt() - 1)(None, t)
+
+
+ROUTES = {
+    "backward": lambda t: FIT.run(START, t)[0],
+    "checkpoint": lambda t: checkpoint(lambda t: FIT.run(START, t)[0], t, use_reentrant=False),
+    "a solve of the user": lambda t: solvers.lbfgs(energy, solve=columns).run(START, t)[0],
+    "a nested solver": within_a_condition,
+    "root_vjp": lambda t: root_vjp(FIT.optimality_fn, (1 + t).sqrt() - 1, (t,), torch.ones(2, dtype=F64))[0],
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_wrong_second_derivative_is_refused_on_every_route(route):
+    with torch.set_grad_enabled(route != "root_vjp"), pytest.raises(ValueError, match="cannot be differentiated twice"):
+        by_backward(ROUTES[route])
+
+
+def test_a_search_whose_derivative_nobody_can_take_is_not_checked():
+    torch.testing.assert_close(FIT.run(START, T)[0], (1 + T).sqrt() - 1, rtol=1e-6, atol=0)
