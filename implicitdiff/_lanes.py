@@ -1,4 +1,4 @@
-"""The vmap over lanes, of which there may be none."""
+"""A vmap that also works for a batch of size 0. A lane is one element of the batch."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ class Lifted:
             they are.
         is_unsure: whether it has to be evaluated a second time to know. It has used a tensor to be differentiated that
             came from nowhere: what an inner transform returns, or a captured tensor that passes through one untouched.
-        alone: why autograd alone can evaluate it, with no transform on the stack; None if torch.func can transform it.
+        alone: why torch.func cannot transform the function, so that it runs with no transform on the stack and autograd
+            alone differentiates it; None if torch.func can.
     """
 
     def __init__(
@@ -183,7 +184,8 @@ class Lifted:
             return pytree.map_tensors(substitute.resolve, self.fn(*args, *more))
 
     def _run_alone(self, operands: Sequence[torch.Tensor], *more: Any) -> Any:
-        """The same where autograd alone may run; what the function differentiates needs gradients, whoever asks."""
+        """Run the function with no transform on the stack. It may call `torch.autograd.grad`, so its operands need
+        gradients even if the caller has switched them off."""
         try:
             with _alone(True):
                 if torch.is_grad_enabled():

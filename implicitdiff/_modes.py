@@ -339,7 +339,8 @@ class _DropGradientLayers(TorchFunctionMode):
 
 
 class _DropOutside(_DropGradientLayers):
-    """The same for a function that runs with no level, so that its own transforms have the numbers of the outer ones.
+    """Takes outer gradient layers off in a function that runs with no level. The transforms that the function starts
+    have the numbers of the outer ones.
 
     A gradient wrapper of an outer transform that gets into one of the function's own changes no value there, as the
     function's results are constants to the outer transform. But a vmap cannot take it.

@@ -28,7 +28,7 @@ Dims = tuple[int | None, ...]
 def with_vectors(
     product: Callable[[Any], Any], one_by_one: bool, chunk_size: int | None = None
 ) -> Callable[[Any], Any]:
-    """The products with many vectors, which lie in front: by vmap, or with one after the other."""
+    """Apply a product to many vectors, which lie along a new first dimension: by vmap, or one after the other."""
     if not one_by_one:
         return torch.func.vmap(product, chunk_size=chunk_size)
 
@@ -130,9 +130,9 @@ class Retained(SharedPullback):
     them as it frees all that it saves.
 
     Attributes:
-        positions: of those of ``theta`` that the derivative is in.
-        adopted: leaves that ``fn`` uses where nothing can be put in their places, as in a custom autograd.Function that
-            runs with no transform on the stack. They count as further ones of ``theta``.
+        positions: the indices in ``theta`` of the tensors that are differentiated.
+        adopted: parameters that ``fn`` reaches without a substitute, as in a custom autograd.Function that runs with no
+            transform on the stack. They are appended to ``theta``.
     """
 
     def __init__(

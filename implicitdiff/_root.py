@@ -42,7 +42,7 @@ class RootProblem(Problem):
         residual_fn: the residual of one lane.
         solver: solves the linear systems of the derivatives.
         structure: the tree of one lane's solution.
-        alone: why autograd alone can evaluate it, or None.
+        alone: why torch.func cannot transform the residual, so that autograd alone evaluates it; None if it can.
         kept: an evaluation at the call, for a first derivative in reverse mode, if there is one.
         levels: for each vmap, where theta is batched (0, else None).
         lanes: the sizes of the vmaps, outermost first.
@@ -190,7 +190,7 @@ class Posed:
     def _confirmed(self, wanted: Sequence[int]) -> RootProblem:
         confirm(self.lifted)
         if self.lifted.alone and self.lifted.takes_gradients:
-            # Its derivative is checked as that of a graph which is kept; this one is not.
+            # Only for the checks: this graph is not kept.
             self._graph(wanted)
         return self._problem(None)
 

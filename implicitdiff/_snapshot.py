@@ -397,7 +397,7 @@ _OPERATORS = {
 }
 
 
-# What holds objects, or makes them, and does not show them.
+# Objects that hold or make other objects, which the walk cannot see.
 _OPAQUE: tuple[type, ...] = (GeneratorType, CoroutineType, ContextVar, threading.local, weakref.ReferenceType)
 _OPAQUE += (type(functools.lru_cache(int)),)
 

@@ -12,8 +12,8 @@ import implicitdiff._functorch as functorch
 
 
 def refuse_valueless(name: str, tensors: Sequence[Tensor]) -> None:
-    """Raise where there are no values, where they are elsewhere, or where what is done with them is recorded to be done
-    with others."""
+    """Raise if a tensor has no values, if its values lie in other processes, or if a tracer records the operations for
+    later values."""
     plain = [functorch.base(t) for t in tensors]
     _refuse(name, _missing(plain) or _unsuitable(plain))
 
