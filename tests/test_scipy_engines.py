@@ -151,7 +151,7 @@ def test_a_root_and_its_counts_are_those_of_scipy():
     expected = scipy.optimize.root(fun, np.zeros(3), jac=jac, options={"xtol": 1e-12})
     x, state = scipy_root(cubic, scipy_options={"xtol": 1e-12}).run(torch.zeros(3, dtype=F64), THETA)
     np.testing.assert_allclose(x, expected.x, rtol=1e-14)
-    assert state.iter_num == state.nfev == expected.nfev
+    assert state.iter_num == state.memory.nfev == expected.nfev
 
 
 @pytest.mark.parametrize("method", ["CG", "BFGS", "L-BFGS-B", "SLSQP", "Newton-CG", "trust-ncg", "Nelder-Mead"])
@@ -173,7 +173,7 @@ def test_a_minimum_and_its_counts_are_those_of_scipy(method):
     )
     np.testing.assert_allclose(x, expected.x, rtol=1e-5)
     assert abs(int(state.iter_num) - expected.nit) <= 1
-    assert abs(int(state.nfev) - expected.nfev) <= 2
+    assert abs(int(state.memory.nfev) - expected.nfev) <= 2
 
 
 def test_a_fit_is_that_of_scipy():
@@ -388,7 +388,7 @@ def test_lanes_have_their_own_captured_tensors_and_stop_by_themselves():
     x, state = vmap(vmap(one, in_dims=(None, 0)), in_dims=(0, None))(matrices, thetas)
     looped = [[one(m, t) for t in thetas] for m in matrices]
     torch.testing.assert_close(x, torch.stack([torch.stack([y for y, _ in row]) for row in looped]), rtol=1e-13, atol=0)
-    assert state.nfev.tolist() == [[int(s.nfev) for _, s in row] for row in looped]
+    assert state.memory.nfev.tolist() == [[int(s.memory.nfev) for _, s in row] for row in looped]
     assert state.iter_num[:, 2].tolist() == [0, 0]
     assert len(set(state.iter_num.reshape(-1).tolist())) > 2
 
@@ -431,7 +431,7 @@ def test_one_lane_is_evaluated_at_a_time():
     _, state = vmap(scipy_root(lambda z, s: tanh_residual(Spy.apply(z), s), "df-sane").run)(
         torch.zeros(5, 2, dtype=F64), torch.linspace(0.5, 1.5, 5, dtype=F64)
     )
-    assert sizes.count(2) >= state.nfev.sum()
+    assert sizes.count(2) >= state.memory.nfev.sum()
     # The result's shape, the initial guess, a point near it and the solution; and six more to confirm the target there.
     assert sizes.count(10) <= 10
 
@@ -443,15 +443,15 @@ def test_one_lane_is_evaluated_at_a_time():
 def test_an_update_is_the_whole_search(name):
     solver, start, shift = SOLVERS[name](), tensor([0.5, 0.2]), tensor(1.0)
     state = solver.init(start, shift)
-    assert state.status == Status.RUNNING and state.nfev == 0
+    assert state.status == Status.RUNNING and state.memory.nfev == 0
     z, end = solver.update(start, state, shift)
     expected, at = solver.run(start, shift)
     assert end.status == Status.CONVERGED
     torch.testing.assert_close(z, expected, rtol=0, atol=0)
-    assert [int(t) for t in (end.iter_num, end.nfev)] == [int(t) for t in (at.iter_num, at.nfev)]
+    assert [int(t) for t in (end.iter_num, end.memory.nfev)] == [int(t) for t in (at.iter_num, at.memory.nfev)]
     again, still = solver.update(z + 1, end, shift)
     torch.testing.assert_close(again, z + 1, rtol=0, atol=0)
-    assert still.nfev == end.nfev
+    assert still.memory.nfev == end.memory.nfev
 
 
 @EACH

@@ -14,6 +14,7 @@ import torch
 from searches import SEARCHES, THETA, Row
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.utils._pytree import tree_leaves
 
 import implicitdiff.solvers as solvers
 from implicitdiff.errors import ConvergenceError, ConvergenceWarning
@@ -64,7 +65,7 @@ def test_a_callback_sees_plain_tensors_with_the_lanes_in_front(implicit_diff: bo
     for i, x, state in seen:
         assert x["a"].shape == (3, 5) or (i == 0 and not implicit_diff)  # nothing has met theta yet
         assert state.error.shape == (3,)
-        for t in (x["a"], *state):
+        for t in tree_leaves((x, state)):
             assert not t.requires_grad
             t.numpy()
     assert seen[-1][2].iter_num.tolist()[0] == 0

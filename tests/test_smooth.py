@@ -150,8 +150,8 @@ def test_the_minimum_is_the_closed_form_and_scipys(row: Row, problem: Problem) -
 def test_the_state_tells_the_value_and_the_gradient_at_the_solution(row: Row) -> None:
     x, state = row.factory(rosenbrock, maxiter=7).run(PROBLEMS[0].start)
     gradient = grad(rosenbrock)(x)
-    torch.testing.assert_close(state.value, rosenbrock(x), rtol=1e-13, atol=0)
-    torch.testing.assert_close(state.grad, gradient, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(state.memory.value, rosenbrock(x), rtol=1e-13, atol=0)
+    torch.testing.assert_close(state.memory.grad, gradient, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(state.error, gradient.norm(), rtol=1e-13, atol=0)
     assert state.status == Status.BUDGET_SPENT and state.iter_num == 7
 
@@ -164,9 +164,9 @@ def test_every_step_satisfies_the_strong_wolfe_conditions(row: Row) -> None:
     state = solver.init(x)
     for _ in range(20):
         new_x, new = solver.update(x, state)
-        slope, new_slope = state.grad @ (new_x - x), new.grad @ (new_x - x)
+        slope, new_slope = state.memory.grad @ (new_x - x), new.memory.grad @ (new_x - x)
         assert slope < 0
-        assert new.value <= state.value + 1e-4 * slope * (1 - 1e-9)
+        assert new.memory.value <= state.memory.value + 1e-4 * slope * (1 - 1e-9)
         assert new_slope.abs() <= -c2 * slope * (1 + 1e-9)
         x, state = new_x, new
 
@@ -176,11 +176,11 @@ def test_lbfgs_goes_along_the_direction_of_dense_bfgs() -> None:
     x = 0.3 * draw(5, 6)
     state = solver.init(x)
     for count in range(8):
-        H = state.scale * torch.eye(6, dtype=F64)
-        for s, y in list(zip(state.steps, state.changes, strict=True))[max(0, 4 - count) :]:
+        H = state.memory.scale * torch.eye(6, dtype=F64)
+        for s, y in list(zip(state.memory.steps, state.memory.changes, strict=True))[max(0, 4 - count) :]:
             v = torch.eye(6, dtype=F64) - torch.outer(y, s) / (s @ y)
             H = v.T @ H @ v + torch.outer(s, s) / (s @ y)
-        direction = -H @ state.grad
+        direction = -H @ state.memory.grad
         new_x, state = solver.update(x, state)
         step = (new_x - x) @ direction / (direction @ direction)
         torch.testing.assert_close(new_x - x, step * direction, rtol=1e-9, atol=1e-12)
@@ -242,7 +242,7 @@ def test_single_precision(row: Row) -> None:
         return 0.5 * ((data @ w - target) ** 2).sum() + 0.25 * (w**2).sum()
 
     x, state = row.factory(fn).run(torch.zeros(6))
-    assert x.dtype == torch.float32 and state.value.dtype == torch.float32
+    assert x.dtype == torch.float32 and state.memory.value.dtype == torch.float32
     assert state.target <= 1e-4 * grad(fn)(torch.zeros(6)).norm()
     torch.testing.assert_close(x, ridge_solution().float(), rtol=1e-4, atol=1e-4)
 

@@ -79,7 +79,7 @@ def test_a_quadratic_program_pickles_with_its_state_and_its_solution() -> None:
     solution, state = solvers.qp().run(None, *PROGRAM)
     again, _ = pickled(solvers.qp()).run(None, *PROGRAM)
     loaded, loaded_state = saved((solution, state), weights_only=True)
-    assert isinstance(loaded, KKTSolution) and isinstance(loaded_state, solvers.QPState)
+    assert isinstance(loaded, KKTSolution) and isinstance(loaded_state.memory, solvers.QPMemory)
     for t in (again.primal, loaded.primal):
         torch.testing.assert_close(t, (THETA - THETA.mean()) / 2)
 

@@ -79,27 +79,28 @@ Options of run:
 
 from torch.serialization import add_safe_globals
 
-from implicitdiff.solvers._proximal_gradient import ProximalGradientState
-from implicitdiff.solvers._scipy import ScipyState
+from implicitdiff.solvers._proximal_gradient import ProximalGradientMemory
+from implicitdiff.solvers._scipy import ScipyMemory
 from implicitdiff.solvers._solver import Solver
+from implicitdiff.solvers._state import Progress, State
 from implicitdiff.solvers._status import Status
-from implicitdiff.solvers.anderson import AndersonState, anderson
-from implicitdiff.solvers.bisection import BisectionState, bisection
-from implicitdiff.solvers.broyden import BroydenState, broyden
-from implicitdiff.solvers.broyden_root import BroydenRootState, broyden_root
-from implicitdiff.solvers.chord import ChordState, chord
-from implicitdiff.solvers.fixed_point_iteration import FixedPointState, fixed_point_iteration
-from implicitdiff.solvers.from_optimizer import FromOptimizerState, from_optimizer
-from implicitdiff.solvers.gauss_newton import GaussNewtonState, gauss_newton
+from implicitdiff.solvers.anderson import AndersonMemory, anderson
+from implicitdiff.solvers.bisection import BisectionMemory, bisection
+from implicitdiff.solvers.broyden import BroydenMemory, broyden
+from implicitdiff.solvers.broyden_root import BroydenRootMemory, broyden_root
+from implicitdiff.solvers.chord import ChordMemory, chord
+from implicitdiff.solvers.fixed_point_iteration import FixedPointMemory, fixed_point_iteration
+from implicitdiff.solvers.from_optimizer import FromOptimizerMemory, from_optimizer
+from implicitdiff.solvers.gauss_newton import GaussNewtonMemory, gauss_newton
 from implicitdiff.solvers.gradient_descent import gradient_descent
 from implicitdiff.solvers.kkt import KKTSolution, make_kkt_optimality_fn
-from implicitdiff.solvers.lbfgs import LbfgsState, lbfgs
-from implicitdiff.solvers.levenberg_marquardt import LevenbergMarquardtState, levenberg_marquardt
-from implicitdiff.solvers.mirror_descent import MirrorDescentState, mirror_descent
-from implicitdiff.solvers.newton import NewtonState, newton
-from implicitdiff.solvers.newton_cg import NewtonCgState, newton_cg
+from implicitdiff.solvers.lbfgs import LbfgsMemory, lbfgs
+from implicitdiff.solvers.levenberg_marquardt import LevenbergMarquardtMemory, levenberg_marquardt
+from implicitdiff.solvers.mirror_descent import MirrorDescentMemory, mirror_descent
+from implicitdiff.solvers.newton import NewtonMemory, newton
+from implicitdiff.solvers.newton_cg import NewtonCgMemory, newton_cg
 from implicitdiff.solvers.nonlinear_cg import (
-    NonlinearCgState,
+    NonlinearCgMemory,
     fletcher_reeves,
     hestenes_stiefel,
     nonlinear_cg,
@@ -107,31 +108,33 @@ from implicitdiff.solvers.nonlinear_cg import (
 )
 from implicitdiff.solvers.projected_gradient import projected_gradient
 from implicitdiff.solvers.proximal_gradient import proximal_gradient
-from implicitdiff.solvers.qp import QPState, qp
+from implicitdiff.solvers.qp import QPMemory, qp
 from implicitdiff.solvers.scipy_least_squares import scipy_least_squares
 from implicitdiff.solvers.scipy_minimize import scipy_minimize
 from implicitdiff.solvers.scipy_root import scipy_root
 
 __all__ = [
-    "AndersonState",
-    "BisectionState",
-    "BroydenRootState",
-    "BroydenState",
-    "ChordState",
-    "FixedPointState",
-    "FromOptimizerState",
-    "GaussNewtonState",
+    "AndersonMemory",
+    "BisectionMemory",
+    "BroydenMemory",
+    "BroydenRootMemory",
+    "ChordMemory",
+    "FixedPointMemory",
+    "FromOptimizerMemory",
+    "GaussNewtonMemory",
     "KKTSolution",
-    "LbfgsState",
-    "LevenbergMarquardtState",
-    "MirrorDescentState",
-    "NewtonCgState",
-    "NewtonState",
-    "NonlinearCgState",
-    "ProximalGradientState",
-    "QPState",
-    "ScipyState",
+    "LbfgsMemory",
+    "LevenbergMarquardtMemory",
+    "MirrorDescentMemory",
+    "NewtonCgMemory",
+    "NewtonMemory",
+    "NonlinearCgMemory",
+    "Progress",
+    "ProximalGradientMemory",
+    "QPMemory",
+    "ScipyMemory",
     "Solver",
+    "State",
     "Status",
     "anderson",
     "bisection",
@@ -161,4 +164,4 @@ __all__ = [
 ]
 
 # What `torch.load` takes with weights_only=True.
-add_safe_globals([KKTSolution, *(globals()[name] for name in __all__ if name.endswith("State"))])
+add_safe_globals([KKTSolution, Progress, State, *(globals()[name] for name in __all__ if name.endswith("Memory"))])

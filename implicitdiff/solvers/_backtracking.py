@@ -14,11 +14,15 @@ Point = tuple[Tensor, ...]
 
 GROWTH = 1.25
 """What the last size of a step is multiplied by before the next."""
-_HALVINGS = 60
+HALVINGS = 60
 
 
 def backtrack(
-    at: Callable[[Tensor], Point], enough: Callable[[Point, Tensor], Tensor], size: Tensor, active: Tensor
+    at: Callable[[Tensor], Point],
+    enough: Callable[[Point, Tensor], Tensor],
+    size: Tensor,
+    active: Tensor,
+    halvings: int = HALVINGS,
 ) -> tuple[Point, Tensor, Tensor]:
     """The first of the steps ``size, size / 2, ...`` that is good enough.
 
@@ -27,13 +31,14 @@ def backtrack(
         enough: whether a point, and the size that led to it, will do.
         size: the first size, ``(lanes,)``.
         active: the lanes that count; the others keep their first point.
+        halvings: how many there may be.
 
     Returns:
         The points, the sizes, and the active lanes in which no size will do.
     """
     new = at(size)
     refused = active & ~enough(new, size)
-    for _ in range(_HALVINGS):
+    for _ in range(halvings):
         if not any_lane(refused):
             break
         size = torch.where(refused, size / 2, size)

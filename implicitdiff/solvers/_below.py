@@ -20,12 +20,11 @@ from implicitdiff._pytree import Leaves
 from implicitdiff._system import Vectors
 from implicitdiff._values import refuse_valueless
 from implicitdiff.errors import TransformError
-from implicitdiff.solvers._condition import Parts
+from implicitdiff.solvers._equations import Equation
 from implicitdiff.solvers._rows import Part, RowFunction, Rows
 
 Search = Callable[[Rows, Tensor], tuple[Tensor, Any]]
 """``search(rows, x) -> (x, state)``."""
-Tolerances = tuple[float | None, float | None]
 
 
 class Closed:
@@ -35,32 +34,32 @@ class Closed:
     the solution they may take another branch.
     """
 
-    def __init__(self, name: str, parts: Parts, params: Any, args: tuple[Any, ...]) -> None:
+    def __init__(self, name: str, equation: Equation, params: Any, args: tuple[Any, ...]) -> None:
         self.x0, self.structure = pytree.flatten(params)
         check_unknowns(f"{name}: the initial guess", self.x0, self.structure)
         refuse_valueless(name, [*self.x0, *pytree.tensors(args)])
 
         def dispatch(params: Any, args: tuple[Any, ...], name: str | None = None, *more: Any) -> Any:
             if name is None:
-                return [part(params, args) for part in parts.values()]
-            return parts[name](params, args, *more)
+                return [function(params, args) for function in equation.functions.values()]
+            return equation.functions[name](params, args, *more)
 
-        self.names = list(parts)
+        self.equation = equation
         self.lifted = lift(name, dispatch, params, args)
 
-    def search(self, solve: Search, rtol: float | None, atol: float | None) -> tuple[Leaves, Any]:
+    def search(self, solve: Search) -> tuple[Leaves, Any]:
         """The solution and the state, which only the vmaps see; `solve` finds them below all transforms."""
         try:
-            return self._search(solve, rtol, atol)
+            return self._search(solve)
         except TransformError as error:
             # That torch.func cannot transform a function may show only where its derivative is taken.
             if self.lifted.alone or not functorch.only_autograd():
                 raise
             why = str(error)
         self.lifted = self.lifted.by_autograd(why)
-        return self._search(solve, rtol, atol)
+        return self._search(solve)
 
-    def _search(self, solve: Search, rtol: float | None, atol: float | None) -> tuple[Leaves, Any]:
+    def _search(self, solve: Search) -> tuple[Leaves, Any]:
         theta = self.lifted.operands[len(self.x0) :]
         operands = [functorch.plain_under_vmap(functorch.alive(t)) for t in _modes.alias([*self.x0, *theta])]
         operands, layers = functorch.without_batch_layers(operands)
@@ -70,7 +69,7 @@ class Closed:
         with _modes.unseen(), _modes.uncached(), functorch.nothing_running(), _settings.full_precision():
             operands = functorch.out_of_inference(operands)
             x = [_everywhere(t, [dims[i] for dims in levels], lanes) for i, t in enumerate(operands[:n])]
-            rows = self._rows(x, operands[n:], [dims[n:] for dims in levels], lanes, (rtol, atol))
+            rows = self._rows(x, operands[n:], [dims[n:] for dims in levels], lanes)
             found, state = solve(rows, rows.inputs.ravel(x))
             solution = rows.inputs.unravel(found)
             state = pytree.map_tensors(lambda t: t.reshape((*lanes, *t.shape[1:])), state)
@@ -80,22 +79,20 @@ class Closed:
             state = pytree.map_tensors(partial(functorch.add_layer, dim=0, of=layer), state)
         return solution, state
 
-    def _rows(
-        self, x: Leaves, theta: Leaves, levels: list[Dims], lanes: tuple[int, ...], tolerances: Tolerances
-    ) -> Rows:
+    def _rows(self, x: Leaves, theta: Leaves, levels: list[Dims], lanes: tuple[int, ...]) -> Rows:
         def lane(i: int) -> Rows:
             at = tuple(int(k) for k in torch.unravel_index(torch.tensor(i), lanes))
             outermost_first = zip(theta, *levels[::-1], strict=True)
             own = [t[tuple(k for k, d in zip(at, dims, strict=True) if d is not None)] for t, *dims in outermost_first]
-            return self._rows([t[at] for t in x], own, [], (), tolerances)
+            return self._rows([t[at] for t in x], own, [], ())
 
         inputs = Vectors(x, lanes)
-        parts = {name: self._over_lanes(name, theta, levels) for name in self.names}
+        functions = {name: self._over_lanes(name, theta, levels) for name in self.equation.functions}
         if not lanes:
             one_by_one = self.lifted.alone is not None
-            return Rows(parts, inputs, self.structure, True, *tolerances, one_by_one=one_by_one)
-        jacobians = {name: self._jacobian_over_lanes(name, theta, levels) for name in parts}
-        return Rows(parts, inputs, self.structure, True, *tolerances, lane, jacobians)
+            return Rows(functions, inputs, self.structure, True, self.equation.on_rows, one_by_one=one_by_one)
+        jacobians = {name: self._jacobian_over_lanes(name, theta, levels) for name in functions}
+        return Rows(functions, inputs, self.structure, True, self.equation.on_rows, lane, jacobians)
 
     def _over_lanes(self, name: str, theta: Leaves, levels: list[Dims]) -> Part:
         fn = over_levels(self._one_lane(name), [(0, list(dims), 0) for dims in levels])

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import implicitdiff._functorch as functorch
 from implicitdiff._signature import name_of, show
+from implicitdiff.solvers._state import State
 
 
 class SolverFunction:
@@ -84,11 +85,14 @@ class SolverFunction:
             return []
 
     def _check_state(self, params: Any, state: Any) -> None:
-        factory, kind = self.maker.factory, self.maker.method.state
-        if not isinstance(state, kind):
+        factory, kind = self.maker.factory, self.maker.method.memory
+        if not (isinstance(state, State) and isinstance(state.memory, kind)):
+            got = type(state).__name__
+            if isinstance(state, State):
+                got = f"one with a memory of type {type(state.memory).__name__}"
             raise TypeError(
-                f"{self.__qualname__}: state must be a {kind.__name__}, as {factory}.init and {factory}.run return it, "
-                f"got {type(state).__name__}"
+                f"{self.__qualname__}: state must be a State with a memory of type {kind.__name__}, as {factory}.init "
+                f"and {factory}.run return it, got {got}"
             )
         if params is None:
             raise TypeError(f"{self.__qualname__}: params must be the unknowns that belong to the state, got None")

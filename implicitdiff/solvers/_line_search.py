@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._gap as _gap
 from implicitdiff.solvers._rows import Rows, any_lane, dot, largest_entry, norm, safe_divide, select
 from implicitdiff.solvers._status import Status
 
@@ -56,8 +55,8 @@ def search(
     Args:
         rows: the problem.
         x: where to start.
-        state: with the ``value``, ``grad`` and ``status`` there; lanes that are not running stay where they are. Its
-            ``magnitude`` is the largest ``|f|`` so far: values that are small as differences of large terms, say at a
+        state: with a `Memory` of x; lanes that are not running stay where they are. Its ``magnitude`` is the largest
+            ``|f|`` so far: values that are small as differences of large terms, say at a
             minimum that is 0, are no more precise than that.
         direction: where to.
         first_step: the first trial, ``(lanes,)``.
@@ -72,7 +71,7 @@ def search(
         Nocedal and Wright, "Numerical Optimization", 2006, section 3.5; Hager and Zhang, "A new conjugate gradient
         method with guaranteed descent and an efficient line search", SIAM J. Optim. 16 (2005), section 4.
     """
-    line = _Line(rows, x, state, direction, c1, c2)
+    line = _Line(rows, x, state.memory, direction, c1, c2)
     active = state.status == Status.RUNNING
     # A lane that has stopped must not leave the domain: zero times the derivative there need not be zero.
     trial = line.at(torch.where(active, first_step, 0.0))
@@ -92,29 +91,28 @@ def unit_step(grad: Tensor) -> Tensor:
     return torch.where(length > 1, 1 / length, 1.0)
 
 
-def begin(rows: Rows, x: Tensor) -> dict[str, Tensor]:
-    """The fields of a state that `search` asks for, and the first of all states, at an initial guess."""
+def begin(rows: Rows, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The error at an initial guess, and the fields of a memory that `search` asks for."""
     value, grad = rows.fn.value_and_grad(x)
     # The gradient of a value that is not a number may be finite.
     error = torch.where(torch.isfinite(value), norm(grad), torch.nan)
-    header = rows.header(error, lambda: norm(_gap.change(_gap.stationary, rows, x, grad)))
-    return {**header, "value": value, "grad": grad, "magnitude": value.detach().abs()}
+    return error, {"value": value, "grad": grad, "magnitude": value.detach().abs()}
 
 
-def arrive(state: Any, point: Point) -> dict[str, Tensor]:
-    """The fields that change at a new point."""
-    magnitude = torch.maximum(state.magnitude, point.value.detach().abs())
-    return {"error": norm(point.grad), "value": point.value, "grad": point.grad, "magnitude": magnitude}
+def arrive(memory: Any, point: Point) -> dict[str, Tensor]:
+    """These fields at a new point."""
+    magnitude = torch.maximum(memory.magnitude, point.value.detach().abs())
+    return {"value": point.value, "grad": point.grad, "magnitude": magnitude}
 
 
 class _Line:
     """The objective along a line, and the conditions."""
 
-    def __init__(self, rows: Rows, x: Tensor, state: Any, direction: Tensor, c1: float, c2: float) -> None:
-        value = state.value
+    def __init__(self, rows: Rows, x: Tensor, memory: Any, direction: Tensor, c1: float, c2: float) -> None:
+        value = memory.value
         self.rows, self.direction, self.c1, self.c2 = rows, direction, c1, c2
-        self.start = Point(torch.zeros_like(value), x, value, dot(state.grad, direction), state.grad)
-        self.noise = _NOISE * rows.eps * state.magnitude
+        self.start = Point(torch.zeros_like(value), x, value, dot(memory.grad, direction), memory.grad)
+        self.noise = _NOISE * rows.eps * memory.magnitude
 
     def at(self, step: Tensor) -> Point:
         x = self.start.x + step[:, None] * self.direction

@@ -11,7 +11,7 @@ import implicitdiff.solvers._dense as _dense
 from implicitdiff._linear import LinearProblem, LinearSolver, solve_linear
 from implicitdiff._operator import Linearised, Product
 from implicitdiff._pytree import Leaves
-from implicitdiff.solvers._backtracking import Point, backtrack
+from implicitdiff.solvers._backtracking import HALVINGS, Point, backtrack
 from implicitdiff.solvers._rows import Rows, norm, select
 from implicitdiff.solvers._status import Status
 
@@ -68,16 +68,25 @@ def move(rows: Rows, x: Tensor, state: Any, step: Tensor, backtracking: bool) ->
     if not backtracking:
         new_x = x + step
         return new_x, rows.fn(new_x), state.status
+    new_x, new_r, refused = shorten(rows, x, state, step, state.status == Status.RUNNING)
+    return new_x, new_r, torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status)
+
+
+def shorten(
+    rows: Rows, x: Tensor, state: Any, step: Tensor, active: Tensor, halvings: int = HALVINGS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first of the points ``x + step, x + step / 2, ...`` with a smaller residual, that residual, and the `active`
+    lanes that have none, which stay at x."""
 
     def at(length: Tensor) -> Point:
         new_x = x + length[:, None] * step
         return new_x, rows.fn(new_x)
 
     def enough(new: Point, length: Tensor) -> Tensor:
-        limit: Tensor = (1.0 - 1e-4 * length) * state.error
-        return norm(new[1]) <= limit
+        # A step of length zero is no progress.
+        smaller: Tensor = norm(new[1]) <= (1.0 - 1e-4 * length) * state.error
+        return smaller & (new[0] != x).any(dim=-1)
 
     whole = torch.ones_like(state.error)
-    (new_x, new_r), _, refused = backtrack(at, enough, whole, state.status == Status.RUNNING)
-    status = torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status)
-    return select(refused, x, new_x), select(refused, state.residual, new_r), status
+    (new_x, new_r), _, refused = backtrack(at, enough, whole, active, halvings)
+    return select(refused, x, new_x), select(refused, state.memory.residual, new_r), refused

@@ -5,32 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._gap as _gap
 from implicitdiff.solvers._backtracking import GROWTH, Point, backtrack, lies_below
+from implicitdiff.solvers._equations import Composite
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._options import check_number
-from implicitdiff.solvers._rows import Rows, dot, norm
-from implicitdiff.solvers._solver import Method
+from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, select
+from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
+from implicitdiff.solvers._termination import change, composite_size
 
 Prox = Callable[[Rows, Tensor, Tensor], Tensor]
 """``prox(rows, v, stepsize) -> x``, with stepsizes of shape ``(lanes,)``."""
 
 
-class ProximalGradientState(NamedTuple):
-    """The state of `gradient_descent`, `projected_gradient` and `proximal_gradient`; the first five fields are those
-    of every solver.
+class ProximalGradientMemory(NamedTuple):
+    """The memory of `gradient_descent`, `projected_gradient` and `proximal_gradient`.
 
     Attributes:
-        iter_num: iterations so far.
-        error: ``|grad f(x)|``, or ``|x - prox(x - grad f(x), 1)|``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
+        residual: ``grad f(x)``, or ``x - prox(x - grad f(x), 1)``, as one vector.
         stepsize: the length of the last step along the negative gradient.
         point: where the next step starts from, ``x`` itself without acceleration; one vector of length ``n``.
         value: ``f(point)``.
@@ -38,11 +36,7 @@ class ProximalGradientState(NamedTuple):
         momentum: the sequence ``t`` of Nesterov's acceleration; 1 where it has just begun.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
+    residual: Tensor
     stepsize: Tensor
     point: Tensor
     value: Tensor
@@ -58,83 +52,86 @@ def check_stepsize(name: str, stepsize: float | None) -> None:
         )
 
 
-def by_prox(prox: Prox) -> _gap.Away:
-    """``x - prox(x - grad, 1)``."""
-    return partial(_away, prox)
-
-
-def _away(prox: Prox, rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
-    return x - prox(rows, x - grad, x.new_ones(x.shape[:1]))
-
-
-def method(name: str, prox: Prox, away: _gap.Away, stepsize: float | None, acceleration: bool) -> Method:
+def method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) -> Method:
     """Proximal gradient with a backtracking line search, or a given step size, and Nesterov's acceleration.
 
     Beck and Teboulle, SIAM J. Imaging Sciences 2 (2009); the momentum starts again where it points uphill, after
     O'Donoghue and Candes, Found. Comput. Math. 15 (2015), gradient scheme.
     """
     check_stepsize(name, stepsize)
-    gap = _gap.Constrained(_gap.stationary, away)
-    start = partial(_start, gap=gap, stepsize=stepsize or 1.0)
-    step = partial(_step, prox=prox, away=away, search=stepsize is None, acceleration=acceleration)
-    return Method(start, step, ProximalGradientState, 100_000, gap)
+    start = partial(_start, stepsize=stepsize or 1.0)
+    step = partial(_step, prox=prox, search=stepsize is None, acceleration=acceleration)
+    return Method(start, step, ProximalGradientMemory, 100_000, residual=attrgetter("residual"), size=_size)
 
 
-def _start(rows: Rows, x: Tensor, *, gap: _gap.Constrained, stepsize: float) -> ProximalGradientState:
+def _start(rows: Rows, x: Tensor, *, stepsize: float) -> Start:
     value, grad = rows.fn.value_and_grad(x)
     one = torch.ones_like(value)
-    return ProximalGradientState(
-        **rows.header(norm(gap.away(rows, x, grad)), lambda: gap.size(rows, x, grad)),
-        stepsize=one * stepsize,
-        point=x,
-        value=value,
-        grad=grad,
-        momentum=one,
-    )
+    residual = _residual(rows, x, grad)
+    return Start(norm(residual), ProximalGradientMemory(residual, one * stepsize, x, value, grad, momentum=one))
+
+
+def _residual(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
+    return rows.residual.away(rows, x, grad) if isinstance(rows.residual, Composite) else grad
+
+
+def _size(rows: Rows, x: Tensor, memory: ProximalGradientMemory) -> Tensor:
+    """At the initial guess, where ``point`` is ``x``."""
+    if isinstance(rows.residual, Composite):
+        return composite_size(rows, x, memory.grad)
+    return norm(change(rows.residual, rows, x, memory.grad, is_guess=True))
 
 
 def _step(
-    rows: Rows,
-    x: Tensor,
-    state: ProximalGradientState,
-    *,
-    prox: Prox,
-    away: _gap.Away,
-    search: bool,
-    acceleration: bool,
-) -> tuple[Tensor, ProximalGradientState]:
+    rows: Rows, x: Tensor, state: State[ProximalGradientMemory], *, prox: Prox, search: bool, acceleration: bool
+) -> tuple[Tensor, State[ProximalGradientMemory]]:
     (new_x, value, grad), size, failed = _descend(rows, prox, state, search)
-    state = state._replace(
-        error=norm(away(rows, new_x, grad)),
-        status=torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status),
-        stepsize=size,
-    )
-    if not acceleration:
-        return new_x, state._replace(point=new_x, value=value, grad=grad)
-    return new_x, _accelerate(rows, x, new_x, state)
+    residual = _residual(rows, new_x, grad)
+    memory = ProximalGradientMemory(residual, size, new_x, value, grad, state.memory.momentum)
+    if acceleration:
+        memory = _accelerate(rows, x, state.memory, memory)
+    status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status)
+    return new_x, state._replace(error=norm(residual), status=status, memory=memory)
 
 
-def _descend(rows: Rows, prox: Prox, state: ProximalGradientState, search: bool) -> tuple[Point, Tensor, Tensor]:
+def _descend(
+    rows: Rows, prox: Prox, state: State[ProximalGradientMemory], search: bool
+) -> tuple[Point, Tensor, Tensor]:
     """A step from ``point``, its size, and the lanes in which no size will do."""
+    memory = state.memory
 
     def at(size: Tensor) -> Point:
-        x = prox(rows, state.point - size[:, None] * state.grad, size)
+        x = prox(rows, memory.point - size[:, None] * memory.grad, size)
         return (x, *rows.fn.value_and_grad(x))
 
     def enough(new: Point, size: Tensor) -> Tensor:
-        d = new[0] - state.point
-        return lies_below(rows, (state.point, state.value, state.grad), new, dot(d, d) / (2.0 * size))
+        d = new[0] - memory.point
+        return lies_below(rows, (memory.point, memory.value, memory.grad), new, dot(d, d) / (2.0 * size))
 
     if not search:
-        return at(state.stepsize), state.stepsize, torch.zeros_like(state.status, dtype=torch.bool)
-    size = torch.where(state.iter_num > 0, GROWTH * state.stepsize, state.stepsize)
+        return at(memory.stepsize), memory.stepsize, torch.zeros_like(state.status, dtype=torch.bool)
+    size = torch.where(state.iter_num > 0, GROWTH * memory.stepsize, memory.stepsize)
     return backtrack(at, enough, size, state.status == Status.RUNNING)
 
 
-def _accelerate(rows: Rows, x: Tensor, new_x: Tensor, state: ProximalGradientState) -> ProximalGradientState:
-    uphill = dot(state.point - new_x, new_x - x) > 0
-    t = torch.where(uphill, 1.0, state.momentum)
+def _accelerate(
+    rows: Rows, x: Tensor, old: ProximalGradientMemory, new: ProximalGradientMemory
+) -> ProximalGradientMemory:
+    """The memory with its point ahead of the new one, which it is given with."""
+    new_x = new.point
+    uphill = dot(old.point - new_x, new_x - x) > 0
+    t = torch.where(uphill, 1.0, old.momentum)
     next_t = (1.0 + torch.sqrt(1.0 + 4.0 * t**2)) / 2.0
     ahead = new_x + ((t - 1.0) / next_t)[:, None] * (new_x - x)
     value, grad = rows.fn.value_and_grad(ahead)
-    return state._replace(point=ahead, value=value, grad=grad, momentum=next_t)
+    outside = ~(torch.isfinite(value) & torch.isfinite(grad).all(dim=-1))
+    if any_lane(outside):
+        # Momentum leaves the domain where the iterates stay inside: it begins again.
+        if not rows.plain:
+            # No derivative may pass through such a point, not even one that is multiplied by zero.
+            ahead = select(outside, new_x, ahead)
+            value, grad = rows.fn.value_and_grad(ahead)
+        pairs = ((new_x, ahead), (new.value, value), (new.grad, grad))
+        ahead, value, grad = (select(outside, inside, out) for inside, out in pairs)
+        next_t = torch.where(outside, 1.0, next_t)
+    return new._replace(point=ahead, value=value, grad=grad, momentum=next_t)

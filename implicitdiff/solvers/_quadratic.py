@@ -88,10 +88,15 @@ def point(of: Program, x: Tensor, y: Tensor) -> Point:
     return Point(x, y, times(x, of.C.mT), times(x, of.Q) + of.c + times(y, of.C))
 
 
-def residual(of: Program, at: Point) -> Tensor:
-    """The norm of what the KKT conditions make zero: ``Q x + c + C'y``, ``C x - u``, ``min(y, u - C x)``."""
+def violation(of: Program, at: Point) -> Tensor:
+    """The residual of the KKT conditions: ``Q x + c + C'y``, ``C x - u``, ``min(y, u - C x)``."""
     slack = of.u - at.image
-    return norm(torch.cat([at.slope, torch.where(of.equal | (slack < at.y), slack, at.y)], dim=-1))
+    return torch.cat([at.slope, torch.where(of.equal | (slack < at.y), slack, at.y)], dim=-1)
+
+
+def residual(of: Program, at: Point) -> Tensor:
+    """Its norm."""
+    return norm(violation(of, at))
 
 
 def factor(of: Program, weights: Tensor, shift: float, plain: bool) -> tuple[Tensor, Tensor]:

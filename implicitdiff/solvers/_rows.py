@@ -18,7 +18,6 @@ import implicitdiff._functorch as functorch
 from implicitdiff._operator import with_vectors
 from implicitdiff._pytree import Leaves, Structure
 from implicitdiff._system import Vectors
-from implicitdiff.solvers._status import Status
 
 Product = Callable[[Tensor], Tensor]
 Part = Callable[[Leaves, Leaves], Leaves]
@@ -166,34 +165,32 @@ class Rows:
         structure: the tree of these leaves.
         plain: whether the rows are plain tensors below every transform, where nothing is differentiated.
         eps: the precision of the least precise leaf.
-        rtol: the user's relative tolerance, or None.
-        atol: the user's absolute tolerance, or None.
+        residual: the residual of the equation, ``residual(rows, x)``.
     """
 
     def __init__(
         self,
-        parts: dict[str, Part],
+        functions: dict[str, Part],
         inputs: Vectors,
         structure: Structure,
         plain: bool,
-        rtol: float | None,
-        atol: float | None,
+        residual: Callable[[Rows, Tensor], Tensor],
         lane: Callable[[int], Rows] | None = None,
         jacobians: dict[str, Callable[[Leaves], tuple[Tensor, Tensor]]] | None = None,
         one_by_one: bool = False,
     ) -> None:
         self._functions = {
             name: RowFunction(part, inputs, plain, (jacobians or {}).get(name), one_by_one)
-            for name, part in parts.items()
+            for name, part in functions.items()
         }
         self.fn = self._functions["fn"]
         self.inputs, self.structure, self.plain = inputs, structure, plain
         self.eps = inputs.eps
-        self.rtol, self.atol = rtol, atol
+        self.residual = residual
         self._lane = lane
         self._once: dict[Any, Any] = {}
 
-    def part(self, name: str) -> RowFunction:
+    def function(self, name: str) -> RowFunction:
         """Another of the user's functions."""
         return self._functions[name]
 
@@ -206,36 +203,6 @@ class Rows:
         if make not in self._once:
             self._once[make] = make(self)
         return self._once[make]
-
-    def header(self, error: Tensor, size: Callable[[], Tensor] | None = None) -> dict[str, Any]:
-        """The first fields of every state, at an initial guess.
-
-        A default must not depend on the units of the user's function, so it is no number: in the place of ``atol`` is a
-        small part of what the terms that cancel in an error amount to. If the user's function is linear, that is its
-        change from zero to here, so that a guess near the solution is asked for what zero as a guess would be.
-
-        Args:
-            error: there, ``(lanes,)``.
-            size: of these terms, ``(lanes,)``; None: zero.
-        """
-        error = error.detach()
-        rtol = self.eps ** (2 / 3) if self.rtol is None else self.rtol
-        zero = torch.zeros_like(error, dtype=torch.int64)
-        return {
-            "iter_num": zero,
-            "error": error,
-            "target": torch.maximum(rtol * error, self._least(error, size)),
-            "status": torch.full_like(zero, int(Status.RUNNING)),
-            "history": error.new_zeros((error.shape[0], 0)),
-        }
-
-    def _least(self, error: Tensor, size: Callable[[], Tensor] | None) -> Tensor:
-        if self.atol is not None:
-            return torch.full_like(error, self.atol)
-        if size is None:
-            return torch.zeros_like(error)
-        found = size()
-        return torch.where(torch.isfinite(found), self.eps ** (2 / 3) * found, 0.0)
 
 
 def norm(x: Tensor) -> Tensor:

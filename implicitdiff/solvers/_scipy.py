@@ -7,6 +7,7 @@ decided here, by the condition that a solution satisfies.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,36 +22,35 @@ from torch import Tensor
 
 import implicitdiff._pytree as pytree
 from implicitdiff._operator import with_vectors
-from implicitdiff.projections import box
-from implicitdiff.solvers._condition import Condition, Parts, Pose, subtract
-from implicitdiff.solvers._gap import Constrained, Gap, size
+from implicitdiff.solvers._equations import EquationOf
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._rows import Rows, any_lane, norm
-from implicitdiff.solvers._solver import Maker, Method, Solver, make
+from implicitdiff.solvers._solver import Maker, Solver, make
+from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
+from implicitdiff.solvers._termination import precision
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
 
 
-class ScipyState(NamedTuple):
-    """The state of `scipy_root`, `scipy_minimize` and `scipy_least_squares`; the first five fields are those of every
-    solver.
+class ScipyMemory(NamedTuple):
+    """The memory of `scipy_root`, `scipy_minimize` and `scipy_least_squares`.
 
     Attributes:
-        iter_num: what SciPy's own budget counts: its iterations (``nit``), or evaluations where it has no other budget.
-        error: of the optimality condition.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, at the initial guess and where SciPy stopped, else empty.
         nfev: how often SciPy asked for the function's value.
+        code: SciPy's own status, 0 before the search.
+        message: SciPy's own message, as bytes of UTF-8 with zeros behind, ``(256,)``; ``text`` is a string.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     nfev: Tensor
+    code: Tensor
+    message: Tensor
+
+    @property
+    def text(self) -> str:
+        """SciPy's message of one lane."""
+        return bytes(self.message.tolist()).rstrip(b"\0").decode(errors="replace")
 
 
 class Lane:
@@ -65,7 +65,7 @@ class Lane:
     """
 
     def __init__(self, rows: Rows, x: Tensor) -> None:
-        self.fn, self.part, self.eps = rows.fn, rows.part, rows.eps
+        self.fn, self.function, self.eps = rows.fn, rows.function, rows.eps
         self.like, self.x0 = x, _array(x)
         self.nfev, self.last = 0, self.x0
         self.failure: Exception | None = None
@@ -100,7 +100,7 @@ class Lane:
 
     def bounds(self) -> tuple[Array, Array]:
         """The least and the greatest values of the unknowns, by projecting from beyond."""
-        clip = self.part("box")
+        clip = self.function("box")
         return _array(clip(torch.full_like(self.like, -math.inf))), _array(clip(torch.full_like(self.like, math.inf)))
 
     def _hessian_at(self, x: Array) -> Callable[[Tensor], Tensor]:
@@ -130,11 +130,21 @@ def _array(row: Tensor) -> Array:
 
 
 class End(NamedTuple):
-    """Where SciPy stopped, after how much of its budget, and whether it could not go on."""
+    """Where SciPy stopped, after how much of its budget, with which status of its own, and why that was.
+
+    Attributes:
+        x: the point.
+        spent: of the budget.
+        why: the status here, if the error is above its target.
+        code: SciPy's own.
+        message: SciPy's own.
+    """
 
     x: Array
     spent: int
-    broken: bool
+    why: Status
+    code: int
+    message: str
 
 
 class Engine(NamedTuple):
@@ -143,32 +153,33 @@ class Engine(NamedTuple):
     Attributes:
         solve: ``solve(lane, aim, limit) -> OptimizeResult``; `aim` is an error to stop at.
         counts: which field of the result counts what ``limit`` limits; the evaluations if it has none of this name.
-        gap: what is zero at a solution; not a number where the user's function is not.
         digits: default tolerances accept the precision to this power, where SciPy can do no more.
     """
 
     solve: Callable[[Lane, float, int], Any]
     counts: str
-    gap: Gap
     digits: float = 2 / 3
 
 
-def make_engine(name: str, pose: Pose, fn: Callable[..., Any], engine: Engine, options: dict[str, Any]) -> Solver:
+def make_engine(
+    name: str, equation_of: EquationOf, fn: Callable[..., Any], engine: Engine, options: dict[str, Any]
+) -> Solver:
     """A solver whose one iteration is all of SciPy's.
 
     Args:
         name: of the factory.
-        pose: makes the condition of the user's function.
+        equation_of: makes the equation of the user's function.
         fn: that.
         engine: what solves.
         options: see `implicitdiff.solvers`.
     """
-    start, step = partial(_start, gap=engine.gap), partial(_step, engine=engine, budget=options.get("maxiter"))
-    return make(name, pose, (fn,), Method(start, step, ScipyState, 10_000, engine.gap), options, kind=_EngineMaker)
+    rtol, atol, maxiter = (options.get(option) for option in ("rtol", "atol", "maxiter"))
+    step = partial(_step, engine=engine, rtol=rtol, atol=atol, budget=maxiter)
+    return make(name, equation_of, (fn,), Method(_start, step, ScipyMemory, 10_000), options, kind=_EngineMaker)
 
 
 class _EngineMaker(Maker):
-    def update(self, params: Any, state: ScipyState, args: tuple[Any, ...]) -> tuple[Any, ScipyState]:
+    def update(self, params: Any, state: State[ScipyMemory], args: tuple[Any, ...]) -> tuple[Any, State[ScipyMemory]]:
         """The whole search, ``(params, state)``."""
         # SciPy needs plain numbers, which the caller's frame may not have, but `run` gets.
         running = state.status == Status.RUNNING
@@ -177,7 +188,7 @@ class _EngineMaker(Maker):
         old, structure = pytree.flatten((params, state))
         quiet = replace(self, options=replace(self.options, on_failure="ignore"))
         new = structure.tensors_of(quiet.run(params, args))
-        kept: tuple[Any, ScipyState] = structure.unflatten(
+        kept: tuple[Any, State[ScipyMemory]] = structure.unflatten(
             [torch.where(running, n, o) for n, o in zip(new, old, strict=True)]
         )
         return kept
@@ -189,44 +200,66 @@ class _EngineMaker(Maker):
         )
 
 
-def _start(rows: Rows, x: Tensor, *, gap: Gap) -> ScipyState:
-    header = rows.header(norm(gap(rows, x)), lambda: size(gap, rows, x))
-    return ScipyState(**header, nfev=header["iter_num"])
+def _start(rows: Rows, x: Tensor) -> Start:
+    error = norm(rows.residual(rows, x))
+    none = torch.zeros_like(error, dtype=torch.int64)
+    message = torch.zeros((len(x), _LONGEST), dtype=torch.uint8, device=x.device)
+    return Start(error, ScipyMemory(nfev=none, code=none, message=message))
 
 
-def _step(rows: Rows, x: Tensor, state: ScipyState, *, engine: Engine, budget: int | None) -> tuple[Tensor, ScipyState]:
-    new_x, spent, nfev, status = x.clone(), torch.ones_like(state.nfev), state.nfev.clone(), state.status.clone()
+def _step(
+    rows: Rows,
+    x: Tensor,
+    state: State[ScipyMemory],
+    *,
+    engine: Engine,
+    rtol: float | None,
+    atol: float | None,
+    budget: int | None,
+) -> tuple[Tensor, State[ScipyMemory]]:
+    new_x, spent, status = x.clone(), torch.ones_like(state.status), state.status.clone()
+    nfev, code, message = (t.clone() for t in state.memory)
     limit = budget or max(1000, 200 * x.shape[1])
     for i in (state.status == Status.RUNNING).nonzero()[:, 0].tolist():
         lane = Lane(rows.lane(i), x[i : i + 1])
         end = _solve(engine, lane, float(state.target[i]), limit)
         new_x[i] = torch.from_numpy(end.x)
-        spent[i], nfev[i], status[i] = end.spent, lane.nfev, _why(end, limit)
-    error = norm(engine.gap(rows, new_x))
+        spent[i], nfev[i], status[i], code[i] = end.spent, lane.nfev, end.why, end.code
+        message[i] = _as_bytes(end.message)
+    error = norm(rows.residual(rows, new_x))
     # Where it has got there, or is not finite, the loop says so.
-    target = torch.where(error > state.target, _accepted(rows, state, engine.digits), state.target)
+    accepted = _accepted(state, rtol, atol, rows.eps, engine.digits)
+    target = torch.where(error > state.target, accepted, state.target)
     missed = torch.isfinite(error) & (error > target)
-    status = torch.where(missed, status, state.status)
     # The loop adds one.
     iter_num = state.iter_num + spent - 1
-    return new_x, state._replace(iter_num=iter_num, error=error, target=target, status=status, nfev=nfev)
+    return new_x, state._replace(
+        iter_num=iter_num,
+        error=error,
+        target=target,
+        status=torch.where(missed, status, state.status),
+        memory=ScipyMemory(nfev, code, message),
+    )
 
 
-def _accepted(rows: Rows, state: ScipyState, digits: float) -> Tensor:
-    """The target where SciPy can do no more; what the user asked for is kept to."""
-    if rows.atol is not None:
+_LONGEST = 256
+"""Of SciPy's messages as much is kept."""
+
+
+def _as_bytes(message: str) -> Tensor:
+    return torch.tensor(list(message.encode()[:_LONGEST].ljust(_LONGEST, b"\0")), dtype=torch.uint8)
+
+
+def _accepted(state: State[ScipyMemory], rtol: float | None, atol: float | None, eps: float, digits: float) -> Tensor:
+    """The target where SciPy can do no more; a tolerance of the user is kept to."""
+    if atol is not None:
         return state.target
-    given = state.error * (rows.rtol or 0.0)
-    return torch.where(state.target > given, rows.eps ** (digits - 2 / 3) * state.target, state.target)
+    given = state.error * (rtol or 0.0)
+    return torch.where(state.target > given, eps**digits / precision(eps) * state.target, state.target)
 
 
-def _why(end: End, limit: int) -> Status:
-    """The status of a search that has not reached its target."""
-    if end.broken:
-        return Status.DIVERGED
-    return Status.BUDGET_SPENT if end.spent >= limit else Status.LINE_SEARCH_FAILED
-
-
+_BUDGET = re.compile("max|limit", re.IGNORECASE)
+"""In the messages of SciPy that say that some budget is spent, and in no others."""
 _BREAKDOWNS = (ValueError, ArithmeticError, RuntimeError)
 
 
@@ -238,13 +271,17 @@ def _solve(engine: Engine, lane: Lane, aim: float, limit: int) -> End:
         # Beyond the initial guess SciPy no longer refuses its arguments: some methods raise where numbers are not
         # finite, or a matrix is singular.
         if lane.failure is None and isinstance(error, _BREAKDOWNS) and lane.nfev > 1:
-            return End(lane.last, lane.nfev, broken=True)
+            return End(lane.last, lane.nfev, Status.DIVERGED, code=-1, message=str(error))
         if lane.failure is None or lane.failure is error:
             raise
     if lane.failure is not None:
         # SciPy has put an exception of its own in the place of the user's, or none.
         raise lane.failure
-    return End(np.array(result.x, dtype=np.float64), int(result.get(engine.counts, lane.nfev)), broken=False)
+    spent = int(result.get(engine.counts, lane.nfev))
+    point, message = np.array(result.x, dtype=np.float64), str(result.get("message", ""))
+    is_spent = spent >= limit or _BUDGET.search(message)
+    why = Status.BUDGET_SPENT if is_spent else Status.LINE_SEARCH_FAILED
+    return End(point, spent, why, int(result.get("status", 0)), message)
 
 
 @contextmanager
@@ -254,30 +291,6 @@ def _without_warnings() -> Iterator[None]:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="scipy")
         yield
-
-
-def known(gradient: Tensor, value: Tensor) -> Tensor:
-    """A gradient, not a number where the value that it belongs to is not finite."""
-    return torch.where(torch.isfinite(value).all(dim=-1, keepdim=True), gradient, math.nan)
-
-
-def boxed(condition: Condition, lower: Any, upper: Any) -> Condition:
-    """``box(x - g(x)) = x``, for a condition that a gradient is zero, ``g(x) = 0``."""
-
-    def optimality(parts: Parts, x: Any, args: tuple[Any, ...]) -> Any:
-        ahead = subtract(x, condition.optimality(parts, x, args))
-        return subtract(x, parts["box"](ahead, args))
-
-    return Condition({**condition.parts, "box": lambda v, args: box(v, lower, upper)}, optimality)
-
-
-def in_box(gradient: Gap) -> Constrained:
-    """What a solution within bounds makes zero."""
-    return Constrained(gradient, _out_of_box)
-
-
-def _out_of_box(rows: Rows, x: Tensor, gradient: Tensor) -> Tensor:
-    return x - rows.part("box")(x - gradient)
 
 
 def limits_of(name: str, bounds: Any) -> tuple[Any, Any]:

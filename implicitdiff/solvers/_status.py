@@ -26,6 +26,7 @@ class Status(enum.IntEnum):
         LINE_SEARCH_FAILED: no step along the method's direction is good enough.
         INFEASIBLE: no point satisfies the constraints.
         UNBOUNDED: the objective has no lower bound on the feasible set.
+        STALLED: the search stands still: its steps have length zero, or the error is rounding above the target.
     """
 
     RUNNING = 0
@@ -35,6 +36,7 @@ class Status(enum.IntEnum):
     LINE_SEARCH_FAILED = 4
     INFEASIBLE = 5
     UNBOUNDED = 6
+    STALLED = 7
 
 
 _ADVICE = {
@@ -44,19 +46,16 @@ _ADVICE = {
     "another initial guess, a smaller step, or a solver with a line search",
     Status.LINE_SEARCH_FAILED: "no step makes the error smaller; the function may not be smooth there, or its values "
     "may be too imprecise for these rtol and atol",
+    Status.STALLED: "no further progress in this precision: the tolerances ask for less than rounding, the problem is "
+    "ill-conditioned, or steps have become zero; ask for less, use float64, or scale the problem",
     Status.INFEASIBLE: "no point satisfies the constraints",
     Status.UNBOUNDED: "the objective has no lower bound on the feasible set",
 }
 
 
-def advance(status: Tensor, error: Tensor, target: Tensor, iter_num: Tensor, limit: int) -> Tensor:
-    """The status after a step, from that which the method gave."""
-    ended = torch.where(iter_num >= limit, int(Status.BUDGET_SPENT), int(Status.RUNNING))
-    ended = torch.where(error <= target, int(Status.CONVERGED), ended)
-    ended = torch.where(torch.isfinite(error), ended, int(Status.DIVERGED))
-    # A search that finds no good step may have found a solution.
-    arrived = (status == Status.LINE_SEARCH_FAILED) & (ended == Status.CONVERGED)
-    return torch.where((status == Status.RUNNING) | arrived, ended, status)
+def is_any_of(status: Tensor, *which: Status) -> Tensor:
+    """Whether a status is one of some."""
+    return torch.stack([status == int(s) for s in which]).any(dim=0)
 
 
 def settle(name: str, state: Any, on_failure: OnFailure, *, budget: bool) -> None:
@@ -69,8 +68,8 @@ def settle(name: str, state: Any, on_failure: OnFailure, *, budget: bool) -> Non
         budget: whether the number of iterations was the user's.
     """
     status = state.status.reshape(-1)
-    good = (Status.CONVERGED, Status.BUDGET_SPENT) if budget else (Status.CONVERGED,)
-    failed = torch.stack([status != int(s) for s in good]).all(dim=0)
+    good = (Status.CONVERGED, Status.BUDGET_SPENT, Status.STALLED) if budget else (Status.CONVERGED,)
+    failed = ~is_any_of(status, *good)
     if on_failure == "ignore" or not bool(failed.any()):
         return
     lanes = failed.nonzero()[:, 0].tolist()

@@ -5,38 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._dense as _dense
-import implicitdiff.solvers._gap as _gap
+import implicitdiff.solvers._equations as _equations
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._options import check_count, check_number
 from implicitdiff.solvers._rows import Rows, any_lane, norm, select, times
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
 
 
-class AndersonState(NamedTuple):
-    """The state of `anderson`; the first five fields are those of every solver.
+class AndersonMemory(NamedTuple):
+    """The memory of `anderson`.
 
     Attributes:
-        iter_num: iterations so far.
-        error: ``|f(x) - x|``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
-        residual: ``f(x) - x``, as one vector of length ``n``.
+        residual: ``x - f(x)``, as one vector of length ``n``.
         steps: the last changes of ``x``, ``(min(history, n), n)``, the latest last; zero where there is none yet.
         changes: the changes of the residual that belong to them.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     residual: Tensor
     steps: Tensor
     changes: Tensor
@@ -91,40 +83,42 @@ def anderson(
         check_number("anderson", "safeguard", safeguard, "a number >= 1 or None", lambda s: s >= 1)
 
     step = partial(_step, ridge=ridge, mixing=mixing, safeguard=safeguard)
-    method = Method(partial(_start, history=history), step, AndersonState, 1_000, _gap.fixed_point)
-    return make("anderson", _condition.fixed_point, (fixed_point_fn,), method, options)
+    start, held = partial(_start, history=history), attrgetter("residual")
+    method = Method(start, step, AndersonMemory, 1_000, residual=held, size=_size)
+    return make("anderson", _equations.fixed_point, (fixed_point_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, history: int) -> AndersonState:
-    residual = rows.fn(x) - x
+def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
+    residual = x - rows.fn(x)
     # As many changes as unknowns determine c. With more, it would be the ridge that chooses among the many c with
     # Y c = r, and it is so small that rounding would choose for it.
     kept = max(1, min(history, x.shape[-1]))
     none = torch.zeros_like(x)[:, None].repeat(1, kept, 1)
-    header = rows.header(norm(residual), lambda: norm(residual + x))
-    return AndersonState(**header, residual=residual, steps=none, changes=none)
+    return Start(norm(residual), AndersonMemory(residual=residual, steps=none, changes=none))
+
+
+def _size(rows: Rows, x: Tensor, memory: AndersonMemory) -> Tensor:
+    """``|f(x)|``: the residual is the difference of ``x`` and this."""
+    return norm(x - memory.residual)
 
 
 def _step(
-    rows: Rows, x: Tensor, state: AndersonState, *, ridge: float, mixing: float, safeguard: float | None
-) -> tuple[Tensor, AndersonState]:
-    r, steps, changes = state.residual, state.steps, state.changes
+    rows: Rows, x: Tensor, state: State[AndersonMemory], *, ridge: float, mixing: float, safeguard: float | None
+) -> tuple[Tensor, State[AndersonMemory]]:
+    r, steps, changes = state.memory
     c = _coefficients(changes, r, max(ridge, torch.finfo(x.dtype).eps))
-    new_x = x + mixing * r - times(c, steps + mixing * changes)
-    new_r = rows.fn(new_x) - new_x
+    new_x = x - mixing * r - times(c, steps - mixing * changes)
+    new_r = new_x - rows.fn(new_x)
     if safeguard is not None:
         refused = ~(norm(new_r) <= safeguard * state.error)
         if any_lane(refused):
-            plain_x = x + mixing * r
+            plain_x = x - mixing * r
             new_x = select(refused, plain_x, new_x)
-            new_r = select(refused, rows.fn(plain_x) - plain_x, new_r)
+            new_r = select(refused, plain_x - rows.fn(plain_x), new_r)
             steps, changes = (select(refused, torch.zeros_like(t), t) for t in (steps, changes))
-    return new_x, state._replace(
-        error=norm(new_r),
-        residual=new_r,
-        steps=torch.cat([steps[:, 1:], (new_x - x)[:, None]], dim=1),
-        changes=torch.cat([changes[:, 1:], (new_r - r)[:, None]], dim=1),
-    )
+    steps = torch.cat([steps[:, 1:], (new_x - x)[:, None]], dim=1)
+    changes = torch.cat([changes[:, 1:], (new_r - r)[:, None]], dim=1)
+    return new_x, state._replace(error=norm(new_r), memory=AndersonMemory(new_r, steps, changes))
 
 
 def _coefficients(changes: Tensor, residual: Tensor, ridge: float) -> Tensor:

@@ -10,22 +10,19 @@ import torch
 from torch import Tensor
 
 import implicitdiff._pytree as pytree
-import implicitdiff.solvers._condition as _condition
-from implicitdiff.solvers._condition import Condition
+import implicitdiff.solvers._equations as _equations
+from implicitdiff.solvers._equations import Equation
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._rows import Rows, any_lane, norm
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
 
 
-class BisectionState(NamedTuple):
-    """The state of `bisection`; the first five fields are those of every solver.
+class BisectionMemory(NamedTuple):
+    """The memory of `bisection`.
 
     Attributes:
-        iter_num: iterations so far.
-        error: ``|F(x)|``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
         residual: ``F(x)``, as one vector.
         lower: the lower ends of the brackets.
         upper: the upper ends.
@@ -33,11 +30,6 @@ class BisectionState(NamedTuple):
         largest: the largest ``|F|`` at the ends of the first bracket.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     residual: Tensor
     lower: Tensor
     upper: Tensor
@@ -78,23 +70,24 @@ def bisection(fn: Callable[..., Any], lower: Any, upper: Any, **options: Any) ->
         >>> torch.func.grad(lambda theta: solver.run(None, theta)[0])(torch.tensor(8.0))  # 1 / (3 x^2)
         tensor(0.0833)
     """
-    method = Method(_start, _step, BisectionState, 10_000, only_implicit="bisection has no derivative of its own")
+    why = "bisection has no derivative of its own"
+    method = Method(_start, _step, BisectionMemory, 10_000, is_judged=False, only_implicit=why)
     pose, guess = partial(_bracketed, lower=lower, upper=upper), partial(_guess, lower, upper)
     return make("bisection", pose, (fn,), method, options, guess)
 
 
-def _bracketed(fn: Callable[..., Any], *, lower: Any, upper: Any) -> Condition:
-    root = _condition.root(fn)
+def _bracketed(fn: Callable[..., Any], *, lower: Any, upper: Any) -> Equation:
+    root = _equations.root(fn)
     ends = {"lower": lambda x, args: _spread("lower", lower, x), "upper": lambda x, args: _spread("upper", upper, x)}
-    return root._replace(parts={**root.parts, **ends})
+    return root._replace(functions={**root.functions, **ends})
 
 
 def _guess(lower: Any, upper: Any, params: Any, /, *args: Any, **kwargs: Any) -> Any:
     return _middle(lower, upper) if params is None else params
 
 
-def _start(rows: Rows, x: Tensor) -> BisectionState:
-    lower, upper = rows.part("lower")(x), rows.part("upper")(x)
+def _start(rows: Rows, x: Tensor) -> Start:
+    lower, upper = rows.function("lower")(x), rows.function("upper")(x)
     low, high = rows.fn(lower), rows.fn(upper)
     # Negated, so that nan is refused as well.
     if any_lane(~(lower <= upper)) or any_lane(~(low * high.sign() <= 0)):
@@ -104,31 +97,27 @@ def _start(rows: Rows, x: Tensor) -> BisectionState:
         )
     inside = _clip(x, lower, upper)
     residual = rows.fn(inside)
-    header = rows.header(norm(residual))
+    size = norm(residual)
     # A guess outside of its bracket is no solution, whatever the residual inside.
-    header["error"] = torch.where((inside == x).all(dim=-1), header["error"], torch.finfo(x.dtype).max)
-    return BisectionState(
-        **header,
-        residual=residual,
-        lower=lower,
-        upper=upper,
-        rising=(high - low).sign(),
-        largest=torch.maximum(low.abs(), high.abs()),
-    )
+    error = torch.where((inside == x).all(dim=-1), size, torch.finfo(x.dtype).max)
+    largest = torch.maximum(low.abs(), high.abs())
+    return Start(error, BisectionMemory(residual, lower, upper, (high - low).sign(), largest), reference=size)
 
 
-def _step(rows: Rows, x: Tensor, state: BisectionState) -> tuple[Tensor, BisectionState]:
-    side = state.rising * state.residual
-    x = _clip(x, state.lower, state.upper)
-    lower, upper = torch.where(side <= 0, x, state.lower), torch.where(side >= 0, x, state.upper)
+def _step(rows: Rows, x: Tensor, state: State[BisectionMemory]) -> tuple[Tensor, State[BisectionMemory]]:
+    residual, lower, upper, rising, largest = state.memory
+    side = rising * residual
+    x = _clip(x, lower, upper)
+    lower, upper = torch.where(side <= 0, x, lower), torch.where(side >= 0, x, upper)
     # Not their sum, which may overflow.
     x = lower + (upper - lower) / 2
     residual = rows.fn(x)
     collapsed = ((x <= lower) | (x >= upper)).all(dim=-1)
-    sound = (residual.abs() <= state.largest).all(dim=-1)
+    sound = (residual.abs() <= largest).all(dim=-1)
     ended = torch.where(sound, int(Status.CONVERGED), int(Status.DIVERGED))
     status = torch.where(collapsed, ended, state.status)
-    return x, state._replace(error=norm(residual), status=status, residual=residual, lower=lower, upper=upper)
+    memory = BisectionMemory(residual, lower, upper, rising, largest)
+    return x, state._replace(error=norm(residual), status=status, memory=memory)
 
 
 def _clip(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

@@ -4,39 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
-import implicitdiff.solvers._gap as _gap
+import implicitdiff.solvers._equations as _equations
 import implicitdiff.solvers._low_rank as _low_rank
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._options import check_count
 from implicitdiff.solvers._rows import Rows, norm
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
 
 
-class BroydenState(NamedTuple):
-    """The state of `broyden`; the first five fields are those of every solver.
+class BroydenMemory(NamedTuple):
+    """The memory of `broyden`.
 
     Attributes:
-        iter_num: iterations so far.
-        error: ``|f(x) - x|``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
         residual: ``x - f(x)``, as one vector of length ``n``.
         u: the inverse Jacobian of the residual is about ``I + sum_j u_j v_j'``; ``(history, n)``.
         v: the other factors.
         rank: how many of them there are.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     residual: Tensor
     u: Tensor
     v: Tensor
@@ -73,24 +65,29 @@ def broyden(fixed_point_fn: Callable[..., Any], history: int = 20, **options: An
     """
     check_count("broyden", "history", history)
 
-    method = Method(partial(_start, history=history), _step, BroydenState, 1_000, _gap.fixed_point)
-    return make("broyden", _condition.fixed_point, (fixed_point_fn,), method, options)
+    start, held = partial(_start, history=history), attrgetter("residual")
+    method = Method(start, _step, BroydenMemory, 1_000, residual=held, size=_size)
+    return make("broyden", _equations.fixed_point, (fixed_point_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, history: int) -> BroydenState:
+def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
     residual = x - rows.fn(x)
     none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
-    header = rows.header(norm(residual), lambda: norm(x - residual))
-    return BroydenState(**header, residual=residual, u=none, v=none, rank=header["iter_num"])
+    rank = torch.zeros_like(x[:, :1].sum(dim=-1), dtype=torch.int64)
+    return Start(norm(residual), BroydenMemory(residual=residual, u=none, v=none, rank=rank))
 
 
-def _step(rows: Rows, x: Tensor, state: BroydenState) -> tuple[Tensor, BroydenState]:
-    new_x = x - _low_rank.product(_identity, state.u, state.v, state.residual)
+def _size(rows: Rows, x: Tensor, memory: BroydenMemory) -> Tensor:
+    """``|f(x)|``: the residual is the difference of ``x`` and this."""
+    return norm(x - memory.residual)
+
+
+def _step(rows: Rows, x: Tensor, state: State[BroydenMemory]) -> tuple[Tensor, State[BroydenMemory]]:
+    r, u, v, rank = state.memory
+    new_x = x - _low_rank.product(_identity, u, v, r)
     new_r = new_x - rows.fn(new_x)
-    u, v, rank = _low_rank.updated(
-        _identity, _identity, state.u, state.v, state.rank, new_x - x, new_r - state.residual
-    )
-    return new_x, state._replace(error=norm(new_r), residual=new_r, u=u, v=v, rank=rank)
+    u, v, rank = _low_rank.updated(_identity, _identity, u, v, rank, new_x - x, new_r - r)
+    return new_x, state._replace(error=norm(new_r), memory=BroydenMemory(new_r, u, v, rank))
 
 
 def _identity(x: Tensor) -> Tensor:

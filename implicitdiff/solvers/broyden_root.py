@@ -4,61 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._dense as _dense
-import implicitdiff.solvers._gap as _gap
+import implicitdiff.solvers._equations as _equations
 import implicitdiff.solvers._low_rank as _low_rank
-import implicitdiff.solvers._newton as _newton
+from implicitdiff.solvers._method import Method, Start
+from implicitdiff.solvers._newton import shorten
 from implicitdiff.solvers._options import check_count
-from implicitdiff.solvers._rows import Rows, norm, times
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._rows import Rows, any_lane, norm, select, times
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
+from implicitdiff.solvers._status import Status
 
 
-class BroydenRootState(NamedTuple):
-    """The state of `broyden_root`; the first five fields are those of every solver.
+class BroydenRootMemory(NamedTuple):
+    """The memory of `broyden_root`.
 
     Attributes:
-        iter_num: iterations so far.
-        error: ``|F(x)|``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
         residual: ``F(x)``, as one vector of length ``n``.
-        inverse: the inverse Jacobian at the initial guess, ``(n, n)``.
+        inverse: the inverse of the last Jacobian that was computed, ``(n, n)``.
         u: now it is about ``inverse + sum_j u_j v_j'``; ``(history, n)``.
         v: the other factors.
         rank: how many of them there are.
+        slow: how many steps in a row have not halved the error.
+        age: how many steps were made since the Jacobian was computed.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     residual: Tensor
     inverse: Tensor
     u: Tensor
     v: Tensor
     rank: Tensor
+    slow: Tensor
+    age: Tensor
 
 
 def broyden_root(
     residual_fn: Callable[..., Any], history: int = 20, backtracking: bool = False, **options: Any
 ) -> Solver:
-    r"""Make a solver of ``F(x, *args) = 0`` by Broyden's method from the Jacobian at the initial guess.
+    r"""Make a solver of ``F(x, *args) = 0`` by Broyden's method from a Jacobian.
 
     As `chord`, with the inverse Jacobian corrected after every step as in `broyden`: superlinear for one evaluation of
-    ``F`` an iteration and one Jacobian in all.
+    ``F`` an iteration. The Jacobian is computed at the initial guess, and again where three steps in a row have not
+    halved the error, where backtracking fails, or where ``history`` corrections are made.
 
     Args:
         residual_fn: ``F(x, *args)``, a tree like ``x``.
-        history: how many rank-one corrections to hold, at least 1; when there is no room left, it starts again from
-            the first Jacobian.
+        history: how many rank-one corrections to hold, at least 1; after as many, it starts again from a new
+            Jacobian.
         backtracking: see `newton`.
         options: see `implicitdiff.solvers`.
 
@@ -78,25 +76,80 @@ def broyden_root(
     check_count("broyden_root", "history", history)
 
     start, step = partial(_start, history=history), partial(_step, backtracking=backtracking)
-    method = Method(start, step, BroydenRootState, 1_000, _gap.root)
-    return make("broyden_root", _condition.root, (residual_fn,), method, options)
+    method = Method(start, step, BroydenRootMemory, 1_000, residual=attrgetter("residual"))
+    return make("broyden_root", _equations.root, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, history: int) -> BroydenRootState:
+def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
     residual = rows.fn(x)
     none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
-    header = rows.header(norm(residual), lambda: norm(_gap.change(_gap.root, rows, x, residual)))
     inverse = _dense.inverse(rows.fn.jacobian(x)[1])
-    return BroydenRootState(**header, residual=residual, inverse=inverse, u=none, v=none, rank=header["iter_num"])
+    error = norm(residual)
+    zero = torch.zeros_like(error, dtype=torch.int64)
+    return Start(error, BroydenRootMemory(residual, inverse, none, none, rank=zero, slow=zero, age=zero))
 
 
-def _step(rows: Rows, x: Tensor, state: BroydenRootState, *, backtracking: bool) -> tuple[Tensor, BroydenRootState]:
-    first, adjoint = _times(state.inverse), _times(state.inverse.mT)
-    direction = -_low_rank.product(first, state.u, state.v, state.residual)
-    new_x, new_r, status = _newton.move(rows, x, state, direction, backtracking)
-    u, v, rank = _low_rank.updated(first, adjoint, state.u, state.v, state.rank, new_x - x, new_r - state.residual)
-    return new_x, state._replace(error=norm(new_r), status=status, residual=new_r, u=u, v=v, rank=rank)
+def _step(
+    rows: Rows, x: Tensor, state: State[BroydenRootMemory], *, backtracking: bool
+) -> tuple[Tensor, State[BroydenRootMemory]]:
+    old, running = state.memory, state.status == Status.RUNNING
+    state = _renewed(rows, x, state, running & ((old.rank >= old.u.shape[1]) | (old.slow >= _SLOW)))
+    direction = _direction(state.memory)
+    if backtracking:
+        new_x, new_r, state = _shortened(rows, x, direction, state)
+    else:
+        new_x = x + direction
+        new_r = rows.fn(new_x)
+    memory, error = state.memory, norm(new_r)
+    first, adjoint = _times(memory.inverse), _times(memory.inverse.mT)
+    s, y = new_x - x, new_r - memory.residual
+    u, v, rank = _low_rank.updated(first, adjoint, memory.u, memory.v, memory.rank, s, y)
+    slow = torch.where(error > 0.5 * state.error, memory.slow + 1, 0)
+    memory = BroydenRootMemory(new_r, memory.inverse, u, v, rank, slow, memory.age + 1)
+    return new_x, state._replace(error=error, memory=memory)
+
+
+def _shortened(
+    rows: Rows, x: Tensor, direction: Tensor, state: State[BroydenRootMemory]
+) -> tuple[Tensor, Tensor, State[BroydenRootMemory]]:
+    """The next point, its residual, and the state before it: a step that a few halvings do not save may point uphill,
+    so the Jacobian is computed again, whose step points downhill."""
+    new_x, new_r, refused = shorten(rows, x, state, direction, state.status == Status.RUNNING, _HALVINGS)
+    if any_lane(refused):
+        state = _renewed(rows, x, state, refused)
+        again_x, again_r, still = shorten(rows, x, state, _direction(state.memory), refused)
+        new_x, new_r = select(refused, again_x, new_x), select(refused, again_r, new_r)
+        status = torch.where(refused & still, int(Status.LINE_SEARCH_FAILED), state.status)
+        state = state._replace(status=status)
+    return new_x, new_r, state
+
+
+def _renewed(rows: Rows, x: Tensor, state: State[BroydenRootMemory], where: Tensor) -> State[BroydenRootMemory]:
+    """The state with the Jacobian at x and no corrections, in some lanes, unless it is that already."""
+    old = state.memory
+    where = where & (old.age > 0)
+    if not any_lane(where):
+        return state
+    memory = old._replace(
+        inverse=select(where, _dense.inverse(rows.fn.jacobian(x)[1]), old.inverse),
+        u=select(where, torch.zeros_like(old.u), old.u),
+        v=select(where, torch.zeros_like(old.v), old.v),
+        rank=torch.where(where, 0, old.rank),
+        slow=torch.where(where, 0, old.slow),
+        age=torch.where(where, 0, old.age),
+    )
+    return state._replace(memory=memory)
+
+
+def _direction(memory: BroydenRootMemory) -> Tensor:
+    return -_low_rank.product(_times(memory.inverse), memory.u, memory.v, memory.residual)
 
 
 def _times(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: times(x, matrix.mT)
+
+
+_SLOW = 3
+"""After how many steps in a row that have not halved the error the Jacobian is computed again."""
+_HALVINGS = 3
+"""How often a step is halved before the Jacobian is computed again."""

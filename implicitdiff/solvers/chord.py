@@ -4,38 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._dense as _dense
-import implicitdiff.solvers._gap as _gap
+import implicitdiff.solvers._equations as _equations
 import implicitdiff.solvers._newton as _newton
 from implicitdiff._linear import LinearSolver
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._rows import Rows, norm, times
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
 
 
-class ChordState(NamedTuple):
-    """The state of `chord`; the first five fields are those of every solver.
+class ChordMemory(NamedTuple):
+    """The memory of `chord`.
 
     Attributes:
-        iter_num: iterations so far.
-        error: ``|F(x)|``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
         residual: ``F(x)``, as one vector of length ``n``.
         point: where the Jacobian is taken, the initial guess.
         inverse: its inverse, ``(n, n)``; empty if a linear solver was given.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     residual: Tensor
     point: Tensor
     inverse: Tensor
@@ -75,25 +67,24 @@ def chord(
 
     start = partial(_start, linear_solve=linear_solve)
     step = partial(_step, linear_solve=linear_solve, backtracking=backtracking)
-    method = Method(start, step, ChordState, 1_000, _gap.root)
-    return make("chord", _condition.root, (residual_fn,), method, options)
+    method = Method(start, step, ChordMemory, 1_000, residual=attrgetter("residual"))
+    return make("chord", _equations.root, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, linear_solve: LinearSolver | None) -> ChordState:
+def _start(rows: Rows, x: Tensor, *, linear_solve: LinearSolver | None) -> Start:
     residual = rows.fn(x)
     empty = x.new_zeros((x.shape[0], 0, 0))
     inverse = _dense.inverse(rows.fn.jacobian(x)[1]) if linear_solve is None else empty
-    header = rows.header(norm(residual), lambda: norm(_gap.change(_gap.root, rows, x, residual)))
-    return ChordState(**header, residual=residual, point=x, inverse=inverse)
+    return Start(norm(residual), ChordMemory(residual=residual, point=x, inverse=inverse))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: ChordState, *, linear_solve: LinearSolver | None, backtracking: bool
-) -> tuple[Tensor, ChordState]:
-    r = state.residual
+    rows: Rows, x: Tensor, state: State[ChordMemory], *, linear_solve: LinearSolver | None, backtracking: bool
+) -> tuple[Tensor, State[ChordMemory]]:
+    memory = state.memory
     if linear_solve is None:
-        direction = -times(r, state.inverse.mT)
+        direction = -times(memory.residual, memory.inverse.mT)
     else:
-        direction = -_newton.solve(rows, state.point, r, linear_solve)
+        direction = -_newton.solve(rows, memory.point, memory.residual, linear_solve)
     x, residual, status = _newton.move(rows, x, state, direction, backtracking)
-    return x, state._replace(error=norm(residual), status=status, residual=residual)
+    return x, state._replace(error=norm(residual), status=status, memory=memory._replace(residual=residual))

@@ -8,30 +8,21 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
-import implicitdiff.solvers._gap as _gap
+import implicitdiff.solvers._equations as _equations
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._options import check_number
 from implicitdiff.solvers._rows import Rows, norm
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
 
 
-class FixedPointState(NamedTuple):
-    """The state of `fixed_point_iteration`; the first five fields are those of every solver.
+class FixedPointMemory(NamedTuple):
+    """The memory of `fixed_point_iteration`.
 
     Attributes:
-        iter_num: iterations so far.
-        error: ``|f(x) - x|``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
         image: ``f(x)``, as one vector.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     image: Tensor
 
 
@@ -66,16 +57,24 @@ def fixed_point_iteration(fixed_point_fn: Callable[..., Any], damping: float = 0
     """
     check_number("fixed_point_iteration", "damping", damping, "a number in [0, 1)", lambda d: 0 <= d < 1)
 
-    method = Method(_start, partial(_step, damping=damping), FixedPointState, 100_000, _gap.fixed_point)
-    return make("fixed_point_iteration", _condition.fixed_point, (fixed_point_fn,), method, options)
+    method = Method(_start, partial(_step, damping=damping), FixedPointMemory, 100_000, size=_size)
+    return make("fixed_point_iteration", _equations.fixed_point, (fixed_point_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> FixedPointState:
+def _start(rows: Rows, x: Tensor) -> Start:
     image = rows.fn(x)
-    return FixedPointState(**rows.header(norm(image - x), lambda: norm(image)), image=image)
+    return Start(norm(x - image), FixedPointMemory(image))
 
 
-def _step(rows: Rows, x: Tensor, state: FixedPointState, *, damping: float) -> tuple[Tensor, FixedPointState]:
-    x = damping * x + (1.0 - damping) * state.image if damping else state.image
+def _size(rows: Rows, x: Tensor, memory: FixedPointMemory) -> Tensor:
+    """``|f(x)|``: the residual is the difference of ``x`` and this."""
+    return norm(memory.image)
+
+
+def _step(
+    rows: Rows, x: Tensor, state: State[FixedPointMemory], *, damping: float
+) -> tuple[Tensor, State[FixedPointMemory]]:
+    image = state.memory.image
+    x = damping * x + (1.0 - damping) * image if damping else image
     image = rows.fn(x)
-    return x, state._replace(error=norm(image - x), image=image)
+    return x, state._replace(error=norm(x - image), memory=FixedPointMemory(image))

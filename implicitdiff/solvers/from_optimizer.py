@@ -4,38 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 import implicitdiff._pytree as pytree
-import implicitdiff.solvers._condition as _condition
-import implicitdiff.solvers._gap as _gap
+import implicitdiff.solvers._equations as _equations
 from implicitdiff._lanes import vmap
 from implicitdiff._pytree import Leaves, Structure
 from implicitdiff.optim import GradientTransformation
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._rows import Rows, norm
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
 
 
-class FromOptimizerState(NamedTuple):
-    """The state of `from_optimizer`; the first five fields are those of every solver.
+class FromOptimizerMemory(NamedTuple):
+    """The memory of `from_optimizer`.
 
     Attributes:
-        iter_num: iterations so far.
-        error: ``|grad f(x)|``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
         grad: the gradient, as one vector.
         inner: the state of the optimizer.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     grad: Tensor
     inner: Any
 
@@ -70,24 +62,24 @@ def from_optimizer(objective_fn: Callable[..., Any], transformation: GradientTra
         )
 
     start, step = partial(_start, transformation=transformation), partial(_step, transformation=transformation)
-    method = Method(start, step, FromOptimizerState, 100_000, _gap.stationary)
-    return make("from_optimizer", _condition.stationary, (objective_fn,), method, options)
+    method = Method(start, step, FromOptimizerMemory, 100_000, residual=attrgetter("grad"))
+    return make("from_optimizer", _equations.stationary, (objective_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, transformation: GradientTransformation) -> FromOptimizerState:
+def _start(rows: Rows, x: Tensor, *, transformation: GradientTransformation) -> Start:
     _, grad = rows.fn.value_and_grad(x)
     inner = _over_lanes(transformation.init, _tree(rows, x))
-    header = rows.header(norm(grad), lambda: norm(_gap.change(_gap.stationary, rows, x, grad)))
-    return FromOptimizerState(**header, grad=grad, inner=inner)
+    return Start(norm(grad), FromOptimizerMemory(grad=grad, inner=inner))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: FromOptimizerState, *, transformation: GradientTransformation
-) -> tuple[Tensor, FromOptimizerState]:
-    params, inner = _over_lanes(transformation.step, _tree(rows, state.grad), state.inner, _tree(rows, x))
+    rows: Rows, x: Tensor, state: State[FromOptimizerMemory], *, transformation: GradientTransformation
+) -> tuple[Tensor, State[FromOptimizerMemory]]:
+    old = state.memory
+    params, inner = _over_lanes(transformation.step, _tree(rows, old.grad), old.inner, _tree(rows, x))
     x = _rows(rows, params)
     _, grad = rows.fn.value_and_grad(x)
-    return x, state._replace(error=norm(grad), grad=grad, inner=inner)
+    return x, state._replace(error=norm(grad), memory=FromOptimizerMemory(grad=grad, inner=inner))
 
 
 def _tree(rows: Rows, x: Tensor) -> Any:

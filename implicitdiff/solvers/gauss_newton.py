@@ -8,31 +8,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._dense as _dense
-import implicitdiff.solvers._gap as _gap
+import implicitdiff.solvers._equations as _equations
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._rows import Rows, norm, times
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
 
 
-class GaussNewtonState(NamedTuple):
-    """The state of `gauss_newton`; the first five fields are those of every solver.
+class GaussNewtonMemory(NamedTuple):
+    """The memory of `gauss_newton`.
 
     Attributes:
-        iter_num: iterations so far.
-        error: ``|J' r|``, the norm of the gradient of ``|r|^2 / 2``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
         residual: ``r(x)``, as one vector of length ``m``.
         jacobian: ``J = dr/dx``, ``(m, n)``.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     residual: Tensor
     jacobian: Tensor
 
@@ -63,30 +54,39 @@ def gauss_newton(residual_fn: Callable[..., Any], **options: Any) -> Solver:
         >>> solver.run(torch.tensor([1.0, 0.1]), 2.0 * torch.exp(-0.5 * t))[0]
         tensor([2.0000, 0.5000])
     """
-    method = Method(_start, _step, GaussNewtonState, 1_000, _gap.least_squares)
-    return make("gauss_newton", _condition.least_squares, (residual_fn,), method, options)
+    method = Method(
+        _start, _step, GaussNewtonMemory, 1_000, residual=normal_residual, size=normal_size, steps_tell=True
+    )
+    return make("gauss_newton", _equations.least_squares, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> GaussNewtonState:
+def _start(rows: Rows, x: Tensor) -> Start:
     residual, jacobian = rows.fn.jacobian(x)
     if residual.shape[-1] < x.shape[-1]:
         raise ValueError(
             f"gauss_newton: {residual.shape[-1]} residuals do not determine {x.shape[-1]} unknowns; use "
             "levenberg_marquardt, or add a regularising residual"
         )
-    header = rows.header(norm(gradient(jacobian, residual)), lambda: normal_size(jacobian, x))
-    return GaussNewtonState(**header, residual=residual, jacobian=jacobian)
+    return Start(norm(gradient(jacobian, residual)), GaussNewtonMemory(residual=residual, jacobian=jacobian))
 
 
-def _step(rows: Rows, x: Tensor, state: GaussNewtonState) -> tuple[Tensor, GaussNewtonState]:
-    x = x - _dense.lstsq(state.jacobian, state.residual)
+def _step(rows: Rows, x: Tensor, state: State[GaussNewtonMemory]) -> tuple[Tensor, State[GaussNewtonMemory]]:
+    d = _dense.lstsq(state.memory.jacobian, state.memory.residual)
+    x = x - d
     residual, jacobian = rows.fn.jacobian(x)
-    return x, state._replace(error=norm(gradient(jacobian, residual)), residual=residual, jacobian=jacobian)
+    error = norm(gradient(jacobian, residual))
+    memory = GaussNewtonMemory(residual=residual, jacobian=jacobian)
+    return x, state._replace(error=error, progress=state.progress.stepped(d, x), memory=memory)
 
 
-def normal_size(jacobian: Tensor, x: Tensor) -> Tensor:
-    """``|J'J x|``: how much the gradient changes from zero to here, if the residual is linear."""
-    return norm(gradient(jacobian, times(x, jacobian.mT)))
+def normal_residual(memory: Any) -> Tensor:
+    """``J' r``, from a memory with a residual and a Jacobian."""
+    return gradient(memory.jacobian, memory.residual)
+
+
+def normal_size(rows: Rows, x: Tensor, memory: Any) -> Tensor:
+    """``|J'J x|``: how much ``J' r`` changes from zero to here, if the residual is linear."""
+    return norm(gradient(memory.jacobian, times(x, memory.jacobian.mT)))
 
 
 def gradient(jacobian: Tensor, residual: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._equations as _equations
 import implicitdiff.solvers._proximal_gradient as _proximal_gradient
 from implicitdiff.solvers._rows import Rows
 from implicitdiff.solvers._solver import Solver, make
@@ -44,13 +44,9 @@ def gradient_descent(
         >>> solver.run(torch.zeros(2), torch.tensor([1.0, 2.0]))[0].round(decimals=4)
         tensor([0., 1.])
     """
-    method = _proximal_gradient.method("gradient_descent", _identity, _gradient, stepsize, acceleration)
-    return make("gradient_descent", _condition.stationary, (objective_fn,), method, options)
+    method = _proximal_gradient.method("gradient_descent", _identity, stepsize, acceleration)
+    return make("gradient_descent", _equations.stationary, (objective_fn,), method, options)
 
 
 def _identity(rows: Rows, v: Tensor, stepsize: Tensor) -> Tensor:
     return v
-
-
-def _gradient(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
-    return grad

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
-import implicitdiff.solvers._gap as _gap
+import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._line_search import arrive, begin, search, unit_step
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._options import check_count
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
 
 
-class LbfgsState(NamedTuple):
-    """The state of `lbfgs`; the first five fields are those of every solver.
+class LbfgsMemory(NamedTuple):
+    """The memory of `lbfgs`.
 
     Attributes:
-        iter_num: iterations so far.
-        error: ``|grad f(x)|``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
         value: ``f(x)``.
         grad: ``grad f(x)``, as one vector of length ``n``.
         magnitude: the largest ``|f|`` so far, by which it is judged how precise its values are.
@@ -35,13 +32,9 @@ class LbfgsState(NamedTuple):
         changes: the changes ``y`` of the gradient that belong to them.
         products: ``s_i'y_j`` in row ``j`` and column ``i <= j``, else zero; ``(history, history)``, on the diagonal 1
             where there is no step.
+        mark: ``f`` and ``|grad f|`` where the last line search failed, ``(2,)``; infinite if none has.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     value: Tensor
     grad: Tensor
     magnitude: Tensor
@@ -49,6 +42,7 @@ class LbfgsState(NamedTuple):
     steps: Tensor
     changes: Tensor
     products: Tensor
+    mark: Tensor
 
 
 def lbfgs(objective_fn: Callable[..., Any], history: int = 10, **options: Any) -> Solver:
@@ -56,8 +50,9 @@ def lbfgs(objective_fn: Callable[..., Any], history: int = 10, **options: Any) -
 
     It goes along ``-H grad f(x)`` to a point that satisfies the strong Wolfe conditions. ``H`` is what the BFGS
     updates by the last steps ``s`` and changes ``y`` of the gradient make of ``(s'y / y'y) I``. An iteration takes
-    about one evaluation of ``f`` and its gradient, and ``O(history n)`` more. Pairs without positive curvature, which
-    rounding makes, are left out. A lane that finds no step forgets its history, and fails if it has none.
+    about one evaluation of ``f`` and its gradient, and ``O(history n)`` more. Pairs with ``s'y <= eps |s| |y|`` are
+    skipped. A lane whose line search fails restarts from the gradient, and fails if it was there already or has got
+    nowhere since the last restart.
 
     Args:
         objective_fn: ``f(x, *args)``, a real number; `x` is a pytree.
@@ -84,58 +79,70 @@ def lbfgs(objective_fn: Callable[..., Any], history: int = 10, **options: Any) -
     """
     check_count("lbfgs", "history", history)
 
-    method = Method(partial(_start, history=history), _step, LbfgsState, 10_000, _gap.stationary)
-    return make("lbfgs", _condition.stationary, (objective_fn,), method, options)
+    start = partial(_start, history=history)
+    method = Method(start, _step, LbfgsMemory, 10_000, residual=attrgetter("grad"))
+    return make("lbfgs", _equations.stationary, (objective_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, history: int) -> LbfgsState:
-    fields = begin(rows, x)
+def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
+    error, fields = begin(rows, x)
     none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
     eye = torch.eye(history, dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
-    return LbfgsState(**fields, scale=unit_step(fields["grad"]), steps=none, changes=none, products=eye)
+    mark = torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2)
+    scale = unit_step(fields["grad"])
+    return Start(error, LbfgsMemory(**fields, scale=scale, steps=none, changes=none, products=eye, mark=mark))
 
 
-def _step(rows: Rows, x: Tensor, state: LbfgsState) -> tuple[Tensor, LbfgsState]:
-    point, failed, status = search(rows, x, state, _direction(state), torch.ones_like(state.value))
-    new = _remember(state, point.x - x, point.grad - state.grad, rows.eps)
-    new = new._replace(**arrive(state, point), status=status)
-    return point.x, _forget(failed, new) if any_lane(failed) else new
+def _step(rows: Rows, x: Tensor, state: State[LbfgsMemory]) -> tuple[Tensor, State[LbfgsMemory]]:
+    old = state.memory
+    point, failed, status = search(rows, x, state, _direction(old), torch.ones_like(old.value))
+    new = _remember(old, point.x - x, point.grad - old.grad, rows.eps)._replace(**arrive(old, point))
+    state = state._replace(error=norm(point.grad), status=status, memory=new)
+    return point.x, _restarted(failed, state, rows.eps) if any_lane(failed) else state
 
 
-def _direction(state: LbfgsState) -> Tensor:
+def _direction(memory: LbfgsMemory) -> Tensor:
     """``-H g``. The loops of the two-loop recursion are back and forward substitution."""
-    s, y, triangle, grad = state.steps, state.changes, state.products, state.grad[:, None]
+    s, y, triangle, grad = memory.steps, memory.changes, memory.products, memory.grad[:, None]
     a = torch.linalg.solve_triangular(triangle.mT, s @ grad.mT, upper=True)
-    middle = state.scale[:, None, None] * (a.mT @ y - grad)
+    middle = memory.scale[:, None, None] * (a.mT @ y - grad)
     b = triangle.diagonal(dim1=-2, dim2=-1)[..., None] * a + y @ middle.mT
     b = torch.linalg.solve_triangular(triangle, b, upper=False)
     direction: Tensor = middle - b.mT @ s
     return direction[:, 0]
 
 
-def _remember(state: LbfgsState, s: Tensor, y: Tensor, eps: float) -> LbfgsState:
-    """The state with one pair more, zero where its curvature is not positive."""
+def _remember(memory: LbfgsMemory, s: Tensor, y: Tensor, eps: float) -> LbfgsMemory:
+    """The memory with one pair more, zero where its curvature is not positive."""
     sy, yy = dot(s, y), dot(y, y)
     good = (sy > eps * norm(s) * norm(y)) & (yy > 0)
     s, y = (torch.where(good[:, None], t, 0.0)[:, None] for t in (s, y))
-    steps = torch.cat([state.steps[:, 1:], s], dim=1)
+    steps = torch.cat([memory.steps[:, 1:], s], dim=1)
     last = torch.cat([y @ steps[:, :-1].mT, torch.where(good, sy, 1.0)[:, None, None]], dim=2)
-    return state._replace(
-        scale=torch.where(good, safe_divide(sy, yy), state.scale),
+    return memory._replace(
+        scale=torch.where(good, safe_divide(sy, yy), memory.scale),
         steps=steps,
-        changes=torch.cat([state.changes[:, 1:], y], dim=1),
-        products=torch.cat([torch.nn.functional.pad(state.products[:, 1:, 1:], (0, 1)), last], dim=1),
+        changes=torch.cat([memory.changes[:, 1:], y], dim=1),
+        products=torch.cat([torch.nn.functional.pad(memory.products[:, 1:, 1:], (0, 1)), last], dim=1),
     )
 
 
-def _forget(failed: Tensor, state: LbfgsState) -> LbfgsState:
-    """The lanes that found no step begin again, down the gradient; those that have just done so fail."""
-    nothing = (state.steps == 0).all(dim=2).all(dim=1)
-    eye = torch.eye(state.products.shape[1], dtype=state.products.dtype, device=state.products.device)
+def _restarted(failed: Tensor, state: State[LbfgsMemory], eps: float) -> State[LbfgsMemory]:
+    """The state whose failed lanes restart from the gradient; a lane fails that was there already, or in which since
+    the last restart neither the value has fallen nor the gradient has halved."""
+    memory = state.memory
+    fresh = (memory.steps == 0).all(dim=2).all(dim=1)
+    here = torch.stack([memory.value.detach(), norm(memory.grad)], dim=-1)
+    noise = 10 * eps * memory.magnitude
+    nowhere = (here[:, 0] >= memory.mark[:, 0] - noise) & (2 * here[:, 1] >= memory.mark[:, 1])
+    eye = torch.eye(memory.products.shape[1], dtype=memory.products.dtype, device=memory.products.device)
     return state._replace(
-        status=torch.where(failed & nothing, int(Status.LINE_SEARCH_FAILED), state.status),
-        scale=torch.where(failed, unit_step(state.grad), state.scale),
-        steps=select(failed, torch.zeros_like(state.steps), state.steps),
-        changes=select(failed, torch.zeros_like(state.changes), state.changes),
-        products=select(failed, eye.expand_as(state.products), state.products),
+        status=torch.where(failed & (fresh | nowhere), int(Status.LINE_SEARCH_FAILED), state.status),
+        memory=memory._replace(
+            scale=torch.where(failed, unit_step(memory.grad), memory.scale),
+            steps=select(failed, torch.zeros_like(memory.steps), memory.steps),
+            changes=select(failed, torch.zeros_like(memory.changes), memory.changes),
+            products=select(failed, eye.expand_as(memory.products), memory.products),
+            mark=select(failed, here, memory.mark),
+        ),
     )

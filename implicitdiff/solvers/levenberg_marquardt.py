@@ -10,25 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
 import implicitdiff.solvers._dense as _dense
-import implicitdiff.solvers._gap as _gap
+import implicitdiff.solvers._equations as _equations
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._options import check_number
-from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, select
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select, times
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
-from implicitdiff.solvers.gauss_newton import gradient, normal_size
+from implicitdiff.solvers.gauss_newton import gradient, normal_residual, normal_size
 
 
-class LevenbergMarquardtState(NamedTuple):
-    """The state of `levenberg_marquardt`; the first five fields are those of every solver.
+class LevenbergMarquardtMemory(NamedTuple):
+    """The memory of `levenberg_marquardt`.
 
     Attributes:
-        iter_num: iterations so far, those that were refused among them.
-        error: ``|J' r|``, the norm of the gradient of ``|r|^2 / 2``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
         residual: ``r(x)``, as one vector of length ``m``.
         jacobian: ``J = dr/dx``, ``(m, n)``.
         scale: ``D^2``, the largest squared norms that the columns of ``J`` have had, ``(n,)``.
@@ -36,11 +32,6 @@ class LevenbergMarquardtState(NamedTuple):
         growth: what it is multiplied by when the next step is refused.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     residual: Tensor
     jacobian: Tensor
     scale: Tensor
@@ -84,51 +75,85 @@ def levenberg_marquardt(residual_fn: Callable[..., Any], damping: float = 1e-3, 
     """
     check_number("levenberg_marquardt", "damping", damping, "a finite number > 0", lambda d: 0 < d < math.inf)
 
-    method = Method(partial(_start, damping=damping), _step, LevenbergMarquardtState, 1_000, _gap.least_squares)
-    return make("levenberg_marquardt", _condition.least_squares, (residual_fn,), method, options)
+    start = partial(_start, damping=damping)
+    method = Method(
+        start, _step, LevenbergMarquardtMemory, 1_000, residual=normal_residual, size=normal_size, steps_tell=True
+    )
+    return make("levenberg_marquardt", _equations.least_squares, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, damping: float) -> LevenbergMarquardtState:
+def _start(rows: Rows, x: Tensor, *, damping: float) -> Start:
     residual, jacobian = rows.fn.jacobian(x)
-    header = rows.header(norm(gradient(jacobian, residual)), lambda: normal_size(jacobian, x))
-    return LevenbergMarquardtState(
-        **header,
+    error = norm(gradient(jacobian, residual))
+    memory = LevenbergMarquardtMemory(
         residual=residual,
         jacobian=jacobian,
         scale=jacobian.square().sum(dim=1),
-        damping=torch.full_like(header["error"], damping),
-        growth=torch.full_like(header["error"], 2.0),
+        damping=torch.full_like(error, damping),
+        growth=torch.full_like(error, 2.0),
     )
+    return Start(error, memory)
 
 
-def _step(rows: Rows, x: Tensor, state: LevenbergMarquardtState) -> tuple[Tensor, LevenbergMarquardtState]:
-    r, J, damping = state.residual, state.jacobian, state.damping
-    g = gradient(J, r)
-    weights = damping[:, None] * torch.where(state.scale > 0, state.scale, 1.0)
-    d = -_dense.solve(J.mT @ J + torch.diag_embed(weights), g)
+def _step(
+    rows: Rows, x: Tensor, state: State[LevenbergMarquardtMemory]
+) -> tuple[Tensor, State[LevenbergMarquardtMemory]]:
+    r, J, scale, damping, growth = state.memory
+    g, D2 = gradient(J, r), torch.where(scale > 0, scale, 1.0)
+    weights = damping[:, None] * D2
+    d = -_damped(J, r, weights)
     trial = x + d
     trial_r = rows.fn(trial)
     # (|r|^2 - |r + J d|^2) / 2, in a form that does not cancel.
     foretold = 0.5 * (dot(d, weights * d) - dot(d, g))
     gain = 0.5 * dot(r - trial_r, r + trial_r)
-    # Where rounding drowns the gain, it says nothing: steps go on with the damping that was good so far.
-    noise = 4.0 * rows.eps * dot(r, r)
-    drowned = foretold <= noise
-    accepted = (gain > 0) | (drowned & (gain >= -noise))
+    known = torch.isfinite(trial_r).all(dim=-1)
+    # Below the rounding of |r|^2 the gain says nothing; there the gradient judges.
+    drowned = foretold <= _noise(rows, x, r, J)
+    accepted, ratio = (gain > 0) & known, torch.ones_like(gain)
+    if any_lane(known & (accepted | drowned)):
+        new_r, new_J = rows.fn.jacobian(select(known, trial, x))
+        root = D2.sqrt()
+        ratio = safe_divide(norm(gradient(new_J, new_r) / root), norm(g / root))
+        accepted = torch.where(drowned, known & (ratio < 1.0), accepted)
+    moves = (trial != x).any(dim=-1)
+    accepted = accepted & moves
     agreement = torch.where(foretold > 0, gain / torch.where(foretold > 0, foretold, 1.0), 1.0).clamp(0.0, 1.0)
-    shrink = torch.where(drowned, 1.0, torch.clamp(1.0 - (2.0 * agreement - 1.0) ** 3, min=1.0 / 3.0))
-    next_damping = torch.where(accepted, damping * shrink, damping * state.growth)
-    state = state._replace(
-        damping=next_damping.clamp(min=rows.eps**2), growth=torch.where(accepted, 2.0, 2.0 * state.growth)
+    shrink = torch.clamp(1.0 - (2.0 * agreement - 1.0) ** 3, min=1.0 / 3.0)
+    shrink = torch.where(drowned, torch.where(ratio < 0.5, 1.0 / 3.0, 1.0), shrink)
+    next_damping = torch.where(accepted, damping * shrink, damping * growth)
+    refused = ~accepted & (~moves | (drowned & (growth >= _REFUSALS)) | ~(next_damping <= 1.0 / rows.eps**2))
+    memory = state.memory._replace(
+        damping=next_damping.clamp(min=rows.eps**2), growth=torch.where(accepted, 2.0, 2.0 * growth)
     )
     if any_lane(accepted):
-        x = select(accepted, trial, x)
-        r, J = rows.fn.jacobian(x)
-        state = state._replace(
-            residual=r,
-            jacobian=J,
-            scale=torch.maximum(state.scale, J.square().sum(dim=1)),
-            error=norm(gradient(J, r)),
-        )
-    stuck = ~accepted & ~(next_damping <= 1.0 / rows.eps**2)
-    return x, state._replace(status=torch.where(stuck, int(Status.LINE_SEARCH_FAILED), state.status))
+        x, r, J = select(accepted, trial, x), select(accepted, new_r, r), select(accepted, new_J, J)
+        memory = memory._replace(residual=r, jacobian=J, scale=torch.maximum(scale, J.square().sum(dim=1)))
+    error = norm(gradient(J, r))
+    # Where the search may end, the step that tells how far x is from the solution is that without damping.
+    if any_lane(refused | (error <= state.target)):
+        d = _damped(J, r, rows.eps * J.square().sum(dim=1))
+    return x, state._replace(
+        error=error,
+        progress=state.progress.stepped(d, x),
+        status=torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status),
+        memory=memory,
+    )
+
+
+_REFUSALS = 32.0
+"""The growth of the damping at which steps below rounding have been refused often enough."""
+
+
+def _damped(J: Tensor, r: Tensor, weights: Tensor) -> Tensor:
+    """``argmin |J d - r|^2 + d' diag(weights) d`` by QR, which does not square the condition number."""
+    # A column of zeros is damped all the same.
+    below = torch.diag_embed(torch.where(weights > 0, weights, 1.0).sqrt())
+    return _dense.lstsq(torch.cat([J, below], dim=-2), torch.cat([r, torch.zeros_like(weights)], dim=-1))
+
+
+def _noise(rows: Rows, x: Tensor, r: Tensor, J: Tensor) -> Tensor:
+    """The rounding of ``|r|^2 / 2``: a residual is a difference of terms as large as ``|J| |x|``."""
+    r, J = r.detach().abs(), J.detach().abs()
+    terms = r + times(x.detach().abs(), J.mT)
+    return rows.eps * dot(r + rows.eps * terms, terms)

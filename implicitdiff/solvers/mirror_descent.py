@@ -4,42 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import implicitdiff._pytree as pytree
-import implicitdiff.solvers._condition as _condition
-import implicitdiff.solvers._gap as _gap
-from implicitdiff._lift import gradient
+import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._backtracking import GROWTH, Point, backtrack, lies_below
-from implicitdiff.solvers._condition import Condition, Parts
+from implicitdiff.solvers._equations import Composite, Equation, Functions
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._proximal_gradient import check_stepsize
 from implicitdiff.solvers._rows import Rows, dot, norm
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
+from implicitdiff.solvers._termination import composite_size
 
 
-class MirrorDescentState(NamedTuple):
-    """The state of `mirror_descent`; the first five fields are those of every solver.
+class MirrorDescentMemory(NamedTuple):
+    """The memory of `mirror_descent`.
 
     Attributes:
-        iter_num: iterations so far.
-        error: ``|x - projection(mapping(x) - grad f(x))|``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
+        residual: ``x - projection(mapping(x) - grad f(x))``, as one vector.
         stepsize: the length of the last step.
         value: ``f(x)``.
         grad: its gradient, as one vector.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
+    residual: Tensor
     stepsize: Tensor
     value: Tensor
     grad: Tensor
@@ -96,57 +90,61 @@ def mirror_descent(
     check_stepsize("mirror_descent", stepsize)
 
     start, step = partial(_start, stepsize=stepsize or 1.0), partial(_step, search=stepsize is None)
-    method = Method(start, step, MirrorDescentState, 100_000, _GAP)
-    return make("mirror_descent", _pose, (objective_fn, projection, mapping), method, options)
+    method = Method(start, step, MirrorDescentMemory, 100_000, residual=attrgetter("residual"), size=_size)
+    return make("mirror_descent", _mirror, (objective_fn, projection, mapping), method, options)
 
 
-def _pose(fn: Callable[..., Any], projection: Callable[[Any], Any], mapping: Callable[[Any], Any]) -> Condition:
-    smooth = _condition.stationary(fn)
-    onto, into = _condition.root(projection).parts["fn"], _condition.root(mapping).parts["fn"]
+def _mirror(fn: Callable[..., Any], projection: Callable[[Any], Any], mapping: Callable[[Any], Any]) -> Equation:
+    smooth = _equations.stationary(fn)
+    onto, into = _equations.like_x(projection), _equations.like_x(mapping)
 
-    def optimality(parts: Parts, x: Any, args: tuple[Any, ...]) -> Any:
-        grad = gradient(parts["fn"], x, args)
-        return _condition.subtract(x, parts["projection"](_condition.subtract(parts["mapping"](x, args), grad), args))
+    def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
+        grad = smooth.on_trees(functions, x, args)
+        dual = _equations.subtract(functions["mapping"](x, args), grad)
+        return _equations.subtract(x, functions["projection"](dual, args))
 
     own = {"projection": lambda y, args: onto(y, ()), "mapping": lambda x, args: into(x, ())}
-    return Condition({**smooth.parts, **own}, optimality)
+    return Equation({**smooth.functions, **own}, on_trees, Composite(smooth.on_rows, _away))
 
 
 def _away(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
-    return x - rows.part("projection")(rows.part("mapping")(x) - grad)
+    return x - rows.function("projection")(rows.function("mapping")(x) - grad)
 
 
-_GAP = _gap.Constrained(_gap.stationary, _away)
-
-
-def _start(rows: Rows, x: Tensor, *, stepsize: float) -> MirrorDescentState:
+def _start(rows: Rows, x: Tensor, *, stepsize: float) -> Start:
     value, grad = rows.fn.value_and_grad(x)
-    header = rows.header(norm(_away(rows, x, grad)), lambda: _GAP.size(rows, x, grad))
-    return MirrorDescentState(**header, stepsize=torch.ones_like(value) * stepsize, value=value, grad=grad)
+    residual = _away(rows, x, grad)
+    memory = MirrorDescentMemory(residual, torch.ones_like(value) * stepsize, value, grad)
+    return Start(norm(residual), memory)
 
 
-def _step(rows: Rows, x: Tensor, state: MirrorDescentState, *, search: bool) -> tuple[Tensor, MirrorDescentState]:
-    mapping, projection = rows.part("mapping"), rows.part("projection")
-    dual = mapping(x)
+def _size(rows: Rows, x: Tensor, memory: MirrorDescentMemory) -> Tensor:
+    return composite_size(rows, x, memory.grad)
+
+
+def _step(
+    rows: Rows, x: Tensor, state: State[MirrorDescentMemory], *, search: bool
+) -> tuple[Tensor, State[MirrorDescentMemory]]:
+    mapping, projection = rows.function("mapping"), rows.function("projection")
+    dual, memory = mapping(x), state.memory
 
     def at(size: Tensor) -> Point:
-        new = projection(dual - size[:, None] * state.grad)
+        new = projection(dual - size[:, None] * memory.grad)
         return (new, *rows.fn.value_and_grad(new))
 
     def enough(new: Point, size: Tensor) -> Tensor:
         bound = dot(mapping(new[0]) - dual, new[0] - x) / (2.0 * size)
-        return lies_below(rows, (x, state.value, state.grad), new, bound)
+        return lies_below(rows, (x, memory.value, memory.grad), new, bound)
 
     if search:
-        size = torch.where(state.iter_num > 0, GROWTH * state.stepsize, state.stepsize)
+        size = torch.where(state.iter_num > 0, GROWTH * memory.stepsize, memory.stepsize)
         new, size, failed = backtrack(at, enough, size, state.status == Status.RUNNING)
     else:
-        new, size, failed = at(state.stepsize), state.stepsize, torch.zeros_like(state.status, dtype=torch.bool)
+        new, size, failed = at(memory.stepsize), memory.stepsize, torch.zeros_like(state.status, dtype=torch.bool)
     x, value, grad = new
+    residual = _away(rows, x, grad)
     return x, state._replace(
-        error=norm(_away(rows, x, grad)),
+        error=norm(residual),
         status=torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status),
-        stepsize=size,
-        value=value,
-        grad=grad,
+        memory=MirrorDescentMemory(residual, size, value, grad),
     )

@@ -4,35 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
-import implicitdiff.solvers._gap as _gap
+import implicitdiff.solvers._equations as _equations
 import implicitdiff.solvers._newton as _newton
 from implicitdiff._linear import LinearSolver
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._rows import Rows, norm
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
 
 
-class NewtonState(NamedTuple):
-    """The state of `newton`; the first five fields are those of every solver.
+class NewtonMemory(NamedTuple):
+    """The memory of `newton`.
 
     Attributes:
-        iter_num: iterations so far.
-        error: ``|F(x)|``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
         residual: ``F(x)``, as one vector.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     residual: Tensor
 
 
@@ -73,19 +65,19 @@ def newton(
     _newton.check_linear_solve("newton", linear_solve)
 
     step = partial(_step, linear_solve=linear_solve, backtracking=backtracking)
-    method = Method(_start, step, NewtonState, 1_000, _gap.root)
-    return make("newton", _condition.root, (residual_fn,), method, options)
+    method = Method(_start, step, NewtonMemory, 1_000, residual=attrgetter("residual"), steps_tell=True)
+    return make("newton", _equations.root, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> NewtonState:
+def _start(rows: Rows, x: Tensor) -> Start:
     residual = rows.fn(x)
-    header = rows.header(norm(residual), lambda: norm(_gap.change(_gap.root, rows, x, residual)))
-    return NewtonState(**header, residual=residual)
+    return Start(norm(residual), NewtonMemory(residual))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: NewtonState, *, linear_solve: LinearSolver | None, backtracking: bool
-) -> tuple[Tensor, NewtonState]:
-    direction = -_newton.solve(rows, x, state.residual, linear_solve)
+    rows: Rows, x: Tensor, state: State[NewtonMemory], *, linear_solve: LinearSolver | None, backtracking: bool
+) -> tuple[Tensor, State[NewtonMemory]]:
+    direction = -_newton.solve(rows, x, state.memory.residual, linear_solve)
     x, residual, status = _newton.move(rows, x, state, direction, backtracking)
-    return x, state._replace(error=norm(residual), status=status, residual=residual)
+    progress = state.progress.stepped(direction, x)
+    return x, state._replace(error=norm(residual), status=status, progress=progress, memory=NewtonMemory(residual))

@@ -4,40 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
-import implicitdiff.solvers._gap as _gap
+import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._line_search import arrive, begin, search, unit_step
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._options import check_count
 from implicitdiff.solvers._rows import Product, Rows, any_lane, dot, norm, safe_divide
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
 
 
-class NewtonCgState(NamedTuple):
-    """The state of `newton_cg`; the first five fields are those of every solver.
+class NewtonCgMemory(NamedTuple):
+    """The memory of `newton_cg`.
 
     Attributes:
-        iter_num: iterations so far.
-        error: ``|grad f(x)|``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
         value: ``f(x)``.
         grad: ``grad f(x)``, as one vector of length ``n``.
         magnitude: the largest ``|f|`` so far, by which it is judged how precise its values are.
         first_error: ``|grad f|`` at the initial guess.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     value: Tensor
     grad: Tensor
     magnitude: Tensor
@@ -80,23 +72,28 @@ def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None
     if inner_maxiter is not None:
         check_count("newton_cg", "inner_maxiter", inner_maxiter)
 
-    method = Method(_start, partial(_step, inner_maxiter=inner_maxiter), NewtonCgState, 1_000, _gap.stationary)
-    return make("newton_cg", _condition.stationary, (objective_fn,), method, options)
+    step = partial(_step, inner_maxiter=inner_maxiter)
+    method = Method(_start, step, NewtonCgMemory, 1_000, residual=attrgetter("grad"), steps_tell=True)
+    return make("newton_cg", _equations.stationary, (objective_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> NewtonCgState:
-    fields = begin(rows, x)
-    return NewtonCgState(**fields, first_error=fields["error"])
+def _start(rows: Rows, x: Tensor) -> Start:
+    error, fields = begin(rows, x)
+    return Start(error, NewtonCgMemory(**fields, first_error=error))
 
 
-def _step(rows: Rows, x: Tensor, state: NewtonCgState, *, inner_maxiter: int | None) -> tuple[Tensor, NewtonCgState]:
-    active = state.status == Status.RUNNING
-    forcing = torch.sqrt(safe_divide(state.error, state.first_error)).clamp(max=0.5)
+def _step(
+    rows: Rows, x: Tensor, state: State[NewtonCgMemory], *, inner_maxiter: int | None
+) -> tuple[Tensor, State[NewtonCgMemory]]:
+    active, memory = state.status == Status.RUNNING, state.memory
+    forcing = torch.sqrt(safe_divide(state.error, memory.first_error)).clamp(max=0.5)
     _, grad, product = rows.fn.hessian(x)
     d = _direction(product, grad, forcing * state.error, active, inner_maxiter or 2 * x.shape[1], rows.eps)
-    point, failed, status = search(rows, x, state, d, torch.ones_like(state.value))
+    point, failed, status = search(rows, x, state, d, torch.ones_like(memory.value))
     status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), status)
-    return point.x, state._replace(**arrive(state, point), status=status)
+    memory = memory._replace(**arrive(memory, point))
+    progress = state.progress.stepped(d, point.x)
+    return point.x, state._replace(error=norm(point.grad), status=status, progress=progress, memory=memory)
 
 
 def _direction(product: Product, grad: Tensor, target: Tensor, active: Tensor, limit: int, eps: float) -> Tensor:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
-import implicitdiff.solvers._gap as _gap
+import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._line_search import arrive, begin, search, unit_step
-from implicitdiff.solvers._rows import Rows, any_lane, dot, safe_divide, select
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._method import Method, Start
+from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
 
 # Without this restart Rosenbrock's function in ten dimensions takes three times as long.
@@ -23,15 +25,10 @@ Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``formula(grad, old_grad, old_direction) -> beta``, from vectors ``(lanes, n)`` to numbers ``(lanes,)``."""
 
 
-class NonlinearCgState(NamedTuple):
-    """The state of `nonlinear_cg`; the first five fields are those of every solver.
+class NonlinearCgMemory(NamedTuple):
+    """The memory of `nonlinear_cg`.
 
     Attributes:
-        iter_num: iterations so far.
-        error: ``|grad f(x)|``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
         value: ``f(x)``.
         grad: ``grad f(x)``, as one vector of length ``n``.
         magnitude: the largest ``|f|`` so far, by which it is judged how precise its values are.
@@ -39,11 +36,6 @@ class NonlinearCgState(NamedTuple):
         first_step: how far to try first, as far as the last step went.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     value: Tensor
     grad: Tensor
     magnitude: Tensor
@@ -104,19 +96,23 @@ def nonlinear_cg(objective_fn: Callable[..., Any], formula: Formula = polak_ribi
     if not callable(formula):
         raise TypeError(f"nonlinear_cg: formula must be a function of (grad, old_grad, old_direction), got {formula!r}")
 
-    method = Method(_start, partial(_step, formula=formula), NonlinearCgState, 10_000, _gap.stationary)
-    return make("nonlinear_cg", _condition.stationary, (objective_fn,), method, options)
+    step = partial(_step, formula=formula)
+    method = Method(_start, step, NonlinearCgMemory, 10_000, residual=attrgetter("grad"))
+    return make("nonlinear_cg", _equations.stationary, (objective_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> NonlinearCgState:
-    fields = begin(rows, x)
+def _start(rows: Rows, x: Tensor) -> Start:
+    error, fields = begin(rows, x)
     grad = fields["grad"]
-    return NonlinearCgState(**fields, direction=-grad, first_step=unit_step(grad))
+    return Start(error, NonlinearCgMemory(**fields, direction=-grad, first_step=unit_step(grad)))
 
 
-def _step(rows: Rows, x: Tensor, state: NonlinearCgState, *, formula: Formula) -> tuple[Tensor, NonlinearCgState]:
-    g, d = state.grad, state.direction
-    point, failed, status = search(rows, x, state, d, state.first_step, c2=0.1)
+def _step(
+    rows: Rows, x: Tensor, state: State[NonlinearCgMemory], *, formula: Formula
+) -> tuple[Tensor, State[NonlinearCgMemory]]:
+    memory = state.memory
+    g, d = memory.grad, memory.direction
+    point, failed, status = search(rows, x, state, d, memory.first_step, c2=0.1)
     ahead = formula(point.grad, g, d)[:, None] * d - point.grad
     conjugate = dot(point.grad, g).abs() < _CONJUGATE * dot(point.grad, point.grad)
     ahead = select(conjugate & (dot(ahead, point.grad) < 0) & ~failed, ahead, -point.grad)
@@ -125,5 +121,5 @@ def _step(rows: Rows, x: Tensor, state: NonlinearCgState, *, formula: Formula) -
         steepest = (d == -g).all(dim=1)
         status = torch.where(failed & steepest, int(Status.LINE_SEARCH_FAILED), status)
         first_step = torch.where(failed, unit_step(g), first_step)
-    new = state._replace(**arrive(state, point), status=status, direction=ahead, first_step=first_step)
-    return point.x, new
+    new = NonlinearCgMemory(**arrive(memory, point), direction=ahead, first_step=first_step)
+    return point.x, state._replace(error=norm(point.grad), status=status, memory=new)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._equations as _equations
 import implicitdiff.solvers._proximal_gradient as _proximal_gradient
 from implicitdiff.solvers._rows import Rows
 from implicitdiff.solvers._solver import Solver, make
@@ -48,11 +48,9 @@ def projected_gradient(
         >>> solver.run(torch.ones(3) / 3, torch.tensor([1.0, 0.5, -2.0]))[0]
         tensor([0.7500, 0.2500, 0.0000])
     """
-    method = _proximal_gradient.method(
-        "projected_gradient", _project, _proximal_gradient.by_prox(_project), stepsize, acceleration
-    )
-    return make("projected_gradient", _condition.projected, (objective_fn, projection), method, options)
+    method = _proximal_gradient.method("projected_gradient", _project, stepsize, acceleration)
+    return make("projected_gradient", _equations.projected, (objective_fn, projection), method, options)
 
 
 def _project(rows: Rows, v: Tensor, stepsize: Tensor) -> Tensor:
-    return rows.part("prox")(v)
+    return rows.function("prox")(v)

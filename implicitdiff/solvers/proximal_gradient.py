@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
+import implicitdiff.solvers._equations as _equations
 import implicitdiff.solvers._proximal_gradient as _proximal_gradient
 from implicitdiff.solvers._rows import Rows
 from implicitdiff.solvers._solver import Solver, make
@@ -54,11 +54,9 @@ def proximal_gradient(
         >>> torch.func.jacrev(fit)(torch.tensor(1.0))
         tensor([-1.,  0.,  1.])
     """
-    method = _proximal_gradient.method(
-        "proximal_gradient", _prox, _proximal_gradient.by_prox(_prox), stepsize, acceleration
-    )
-    return make("proximal_gradient", _condition.proximal, (objective_fn, prox), method, options)
+    method = _proximal_gradient.method("proximal_gradient", _prox, stepsize, acceleration)
+    return make("proximal_gradient", _equations.proximal, (objective_fn, prox), method, options)
 
 
 def _prox(rows: Rows, v: Tensor, stepsize: Tensor) -> Tensor:
-    return rows.part("prox")(v, stepsize)
+    return rows.function("prox")(v, stepsize)

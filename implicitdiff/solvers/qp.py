@@ -13,7 +13,8 @@ import implicitdiff._pytree as pytree
 import implicitdiff.solvers._admm as _admm
 import implicitdiff.solvers._dense as _dense
 from implicitdiff.linear_solve.auto import solve_auto
-from implicitdiff.solvers._condition import Condition, Parts
+from implicitdiff.solvers._equations import Equation, Functions
+from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._polish import active_set, picked, polish, precision, put
 from implicitdiff.solvers._quadratic import (
     Point,
@@ -26,22 +27,19 @@ from implicitdiff.solvers._quadratic import (
     residual,
     rounding,
     times,
+    violation,
 )
 from implicitdiff.solvers._rows import Rows, all_of, any_lane, select
-from implicitdiff.solvers._solver import Method, Solver, make
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
 from implicitdiff.solvers.kkt import KKTSolution
 
 
-class QPState(NamedTuple):
-    """The state of `qp`, with ``m`` constraints of both kinds; the first five fields are those of every solver.
+class QPMemory(NamedTuple):
+    """The memory of `qp`, with ``m`` constraints of both kinds.
 
     Attributes:
-        iter_num: iterations so far.
-        error: the norm of ``Q x + c + A' dual_eq + G' dual_ineq``, ``A x - b`` and ``min(dual_ineq, h - G x)``.
-        target: what ``error`` has to reach.
-        status: an `implicitdiff.solvers.Status`.
-        history: the errors of a run that kept them, ``(iterations + 1,)``, else empty.
         image: ``A x`` and ``G x``, ``(m,)``.
         slope: the gradient of the Lagrangian, ``(n,)``.
         values: what ADMM has in the place of ``image``, at which the constraints hold.
@@ -53,11 +51,6 @@ class QPState(NamedTuple):
         record: the least error of those that a guess has led to.
     """
 
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    history: Tensor
     image: Tensor
     slope: Tensor
     values: Tensor
@@ -126,9 +119,9 @@ def qp(**options: Any) -> Solver:
         tensor([[0.2500],
                 [0.7500]])
     """
-    method = Method(_start, _step, QPState, 10_000)
+    method = Method(_start, _step, QPMemory, 10_000, is_judged=False)
     given = {"solve": solve_auto(dense_up_to=4000), **options}
-    return make("qp", _pose, (data,), method, given, _guess, is_named=True)
+    return make("qp", _kkt, (data,), method, given, _guess, is_named=True)
 
 
 # --- what the user gives ----------------------------------------------------------------------------------------------
@@ -186,9 +179,9 @@ def _check(named: dict[str, Any]) -> None:
         raise ValueError(f"qp: all arguments must have one dtype and device, got {pytree.describe(given)}")
 
 
-def _pose(fn: Callable[..., _Data]) -> Condition:
-    def optimality(parts: Parts, x: KKTSolution, args: tuple[Any, ...]) -> KKTSolution:
-        Q, c, A, b, G, h = parts["fn"](x, args)
+def _kkt(fn: Callable[..., _Data]) -> Equation:
+    def on_trees(functions: Functions, x: KKTSolution, args: tuple[Any, ...]) -> KKTSolution:
+        Q, c, A, b, G, h = functions["fn"](x, args)
         slack = h - G @ x.primal
         return KKTSolution(
             Q @ x.primal + c + A.mT @ x.dual_eq + G.mT @ x.dual_ineq,
@@ -196,7 +189,11 @@ def _pose(fn: Callable[..., _Data]) -> Condition:
             torch.where(slack < x.dual_ineq, slack, x.dual_ineq),
         )
 
-    return Condition({"fn": lambda x, args: fn(x, *args)}, optimality)
+    def on_rows(rows: Rows, x: Tensor) -> Tensor:
+        of, n = rows.once(_program), rows.inputs.sizes[0]
+        return violation(of, point(of, x[:, :n], x[:, n:]))
+
+    return Equation({"fn": lambda x, args: fn(x, *args)}, on_trees, on_rows)
 
 
 def _program(rows: Rows) -> Program:
@@ -218,7 +215,7 @@ def _first_review(rows: Rows) -> int:
     return min(max(rows.inputs.sizes[0] // 10, 10), 100)
 
 
-def _start(rows: Rows, x: Tensor) -> QPState:
+def _start(rows: Rows, x: Tensor) -> Start:
     of = rows.once(_program)
     n, _, inequalities = rows.inputs.sizes
     at = point(of, x[:, :n], x[:, n:])
@@ -227,15 +224,13 @@ def _start(rows: Rows, x: Tensor) -> QPState:
     # would hide the other.
     parts = torch.stack(error_parts(of, point(of, zero(at.x), zero(at.y))))
     first = torch.where(parts > 0, parts, torch.inf).amin(dim=0)
-    header = rows.header(torch.where(torch.isinf(first), error, first))
     delta, shift = precision(rows.eps)
     # Q is positive on the null space of A if it is so with A'A added often enough.
     _, curved = factor(of, torch.where(of.equal, of.rows / delta, 0.0), shift, rows.plain)
     why = int(Status.DIVERGED if inequalities else Status.UNBOUNDED)
     rho = torch.full_like(error, _admm.RHO)
     warm = (at.y.detach() != 0).any(dim=-1)
-    return QPState(
-        **{**header, "error": error, "status": torch.where(curved & torch.isfinite(error), why, header["status"])},
+    memory = QPMemory(
         image=at.image,
         slope=at.slope,
         values=torch.where(of.equal | (at.image > of.u), of.u, at.image),
@@ -244,18 +239,38 @@ def _start(rows: Rows, x: Tensor) -> QPState:
         review=torch.where(warm, 1, _first_review(rows)),
         record=torch.full_like(error, torch.inf),
     )
+    status = torch.where(curved & torch.isfinite(error), why, int(Status.RUNNING))
+    return Start(error, memory, status, reference=torch.where(torch.isinf(first), error, first))
 
 
-def _step(rows: Rows, x: Tensor, state: QPState) -> tuple[Tensor, QPState]:
+class _Iterate(NamedTuple):
+    """The header of a state that an iteration looks at, with the fields of its `QPMemory`."""
+
+    iter_num: Tensor
+    error: Tensor
+    target: Tensor
+    status: Tensor
+    image: Tensor
+    slope: Tensor
+    values: Tensor
+    rho: Tensor
+    factor: Tensor
+    review: Tensor
+    record: Tensor
+
+
+def _step(rows: Rows, x: Tensor, state: State[QPMemory]) -> tuple[Tensor, State[QPMemory]]:
     of = rows.once(_program)
     n, _, inequalities = rows.inputs.sizes
-    at = Point(x[:, :n], x[:, n:], state.image, state.slope)
-    new, state = (_alternate if inequalities else _correct)(rows, of, at, state)
+    old = _Iterate(state.iter_num, state.error, state.target, state.status, *state.memory)
+    at = Point(x[:, :n], x[:, n:], old.image, old.slope)
+    new, now = (_alternate if inequalities else _correct)(rows, of, at, old)
     # No part of the error can be made smaller than rounding makes it.
     pairs = zip(error_parts(of, new), rounding(of, new, rows.eps), strict=True)
-    there = all_of([part <= torch.maximum(state.target, floor) for part, floor in pairs])
-    status = torch.where(there & (state.status == Status.RUNNING), int(Status.CONVERGED), state.status)
-    return torch.cat([new.x, new.y], dim=-1), state._replace(image=new.image, slope=new.slope, status=status)
+    there = all_of([part <= torch.maximum(now.target, floor) for part, floor in pairs])
+    status = torch.where(there & (now.status == Status.RUNNING), int(Status.CONVERGED), now.status)
+    memory = QPMemory(new.image, new.slope, now.values, now.rho, now.factor, now.review, now.record)
+    return torch.cat([new.x, new.y], dim=-1), state._replace(error=now.error, status=status, memory=memory)
 
 
 def _kkt_inverse(of: Program, eps: float) -> Tensor:
@@ -267,7 +282,7 @@ def _kkt_inverse(of: Program, eps: float) -> Tensor:
     return _dense.inverse(torch.cat([upper, lower], dim=-2) + torch.diag_embed(shift))
 
 
-def _correct(rows: Rows, of: Program, at: Point, state: QPState) -> tuple[Point, QPState]:
+def _correct(rows: Rows, of: Program, at: Point, state: _Iterate) -> tuple[Point, _Iterate]:
     """Newton's method on the linear KKT conditions; once is enough but for rounding."""
     d = -times(torch.cat([at.slope, at.image - of.u], dim=-1), state.factor.mT)
     dx, dy = d.split([at.x.shape[-1], at.y.shape[-1]], dim=-1)
@@ -278,7 +293,7 @@ def _correct(rows: Rows, of: Program, at: Point, state: QPState) -> tuple[Point,
     return new, state._replace(error=error, status=status)
 
 
-def _alternate(rows: Rows, of: Program, at: Point, state: QPState) -> tuple[Point, QPState]:
+def _alternate(rows: Rows, of: Program, at: Point, state: _Iterate) -> tuple[Point, _Iterate]:
     new, values = _admm.iterate(of, at, state.values, state.rho, state.factor)
     state = state._replace(error=residual(of, new), values=values)
     due = (state.status == Status.RUNNING) & (state.iter_num + 1 >= state.review) & (state.error > state.target)
@@ -295,7 +310,7 @@ def _proved(of: Program, dx: Tensor, dy: Tensor, eps: float, asked: Tensor, stat
     return torch.where(asked & infeasible, int(Status.INFEASIBLE), status)
 
 
-def _polished(rows: Rows, of: Program, at: Point, state: QPState, due: Tensor) -> tuple[Point, QPState]:
+def _polished(rows: Rows, of: Program, at: Point, state: _Iterate, due: Tensor) -> tuple[Point, _Iterate]:
     """The best of the points that some guesses of the active set lead to, where it is better."""
     again = torch.clamp(2 * (state.iter_num + 1), min=_first_review(rows))
     state = state._replace(review=torch.where(due, again, state.review))
@@ -314,8 +329,8 @@ def _polished(rows: Rows, of: Program, at: Point, state: QPState, due: Tensor) -
 
 
 def _taken(
-    rows: Rows, part: Program, at: Point, state: QPState, active: Tensor, asked: Tensor, lanes: Tensor | slice
-) -> tuple[Point, QPState]:
+    rows: Rows, part: Program, at: Point, state: _Iterate, active: Tensor, asked: Tensor, lanes: Tensor | slice
+) -> tuple[Point, _Iterate]:
     """The point that an active set leads to, in the `asked` lanes, whose program is `part`."""
     found, dx, dy, broken = polish(part, Point(*(t[lanes] for t in at)), active, rows.eps, rows.plain)
     error, before, target, record = residual(part, found), state.error[lanes], state.target[lanes], state.record[lanes]
@@ -335,7 +350,7 @@ def _taken(
     )
 
 
-def _adapted(rows: Rows, of: Program, at: Point, state: QPState, due: Tensor) -> QPState:
+def _adapted(rows: Rows, of: Program, at: Point, state: _Iterate, due: Tensor) -> _Iterate:
     rho = torch.where(due, _admm.balanced(of, at, state.values, state.rho), state.rho)
     changed = rho != state.rho
     if not any_lane(changed):

@@ -7,17 +7,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
-from implicitdiff.solvers._rows import Rows
+import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._scipy import (
     Engine,
     Lane,
-    boxed,
     check_scipy_options,
-    in_box,
-    known,
     limits_of,
     lookup,
     make_engine,
@@ -100,14 +95,14 @@ def scipy_least_squares(
     """
     lookup("scipy_least_squares", method, _METHODS)
     own = check_scipy_options("scipy_least_squares", scipy_options, _REFUSED)
-    pose = _condition.least_squares
+    equation_of = _equations.least_squares
     if bounds is not None:
         if method.lower() == "lm":
             raise ValueError('scipy_least_squares: method "lm" takes no bounds; use "trf" or "dogbox"')
-        pose = partial(_boxed, limits=limits_of("scipy_least_squares", bounds))
+        equation_of = partial(_boxed, limits=limits_of("scipy_least_squares", bounds))
     solve = partial(_solve, method=method.lower(), bounded=bounds is not None, own=own)
-    engine = Engine(solve, "nfev", _gap if bounds is None else in_box(_gap), digits=2 / 5)
-    return make_engine("scipy_least_squares", pose, residual_fn, engine, options)
+    engine = Engine(solve, "nfev", digits=2 / 5)
+    return make_engine("scipy_least_squares", equation_of, residual_fn, engine, options)
 
 
 def _solve(lane: Lane, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, Any]) -> Any:
@@ -126,10 +121,5 @@ def _solve(lane: Lane, aim: float, limit: int, *, method: str, bounded: bool, ow
     )
 
 
-def _gap(rows: Rows, x: Tensor) -> Tensor:
-    residual, pull = rows.fn.pull(x)
-    return known(pull(residual), residual)
-
-
-def _boxed(fn: Callable[..., Any], limits: tuple[Any, Any]) -> _condition.Condition:
-    return boxed(_condition.least_squares(fn), *limits)
+def _boxed(fn: Callable[..., Any], limits: tuple[Any, Any]) -> _equations.Equation:
+    return _equations.boxed(_equations.least_squares(fn), *limits)

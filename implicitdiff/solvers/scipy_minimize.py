@@ -7,17 +7,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-import implicitdiff.solvers._condition as _condition
-from implicitdiff.solvers._rows import Rows
+import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._scipy import (
     Engine,
     Lane,
-    boxed,
     check_scipy_options,
-    in_box,
-    known,
     limits_of,
     lookup,
     make_engine,
@@ -147,15 +142,15 @@ def scipy_minimize(
     chosen = method or ("BFGS" if bounds is None else "L-BFGS-B")
     row = lookup("scipy_minimize", chosen, _METHODS)
     own = check_scipy_options("scipy_minimize", scipy_options, {row.budget: "give maxiter= to the solver"})
-    pose = _condition.stationary
+    equation_of = _equations.stationary
     if bounds is not None:
         if not row.bounds:
             takers = ", ".join(name for name, row in _METHODS.items() if row.bounds)
             raise ValueError(f"scipy_minimize: method {chosen!r} takes no bounds; use one of {takers}")
-        pose = partial(_boxed, limits=limits_of("scipy_minimize", bounds))
+        equation_of = partial(_boxed, limits=limits_of("scipy_minimize", bounds))
     solve = partial(_solve, method=chosen, bounded=bounds is not None, own=own)
-    engine = Engine(solve, row.counts, _gap if bounds is None else in_box(_gap), digits=2 / 5)
-    return make_engine("scipy_minimize", pose, objective_fn, engine, options)
+    engine = Engine(solve, row.counts, digits=2 / 5)
+    return make_engine("scipy_minimize", equation_of, objective_fn, engine, options)
 
 
 def _solve(lane: Lane, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, Any]) -> Any:
@@ -176,10 +171,5 @@ def _solve(lane: Lane, aim: float, limit: int, *, method: str, bounded: bool, ow
     )
 
 
-def _gap(rows: Rows, x: Tensor) -> Tensor:
-    value, gradient = rows.fn.value_and_grad(x)
-    return known(gradient, value[:, None])
-
-
-def _boxed(fn: Callable[..., Any], limits: tuple[Any, Any]) -> _condition.Condition:
-    return boxed(_condition.stationary(fn), *limits)
+def _boxed(fn: Callable[..., Any], limits: tuple[Any, Any]) -> _equations.Equation:
+    return _equations.boxed(_equations.stationary(fn), *limits)

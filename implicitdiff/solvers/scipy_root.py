@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import implicitdiff.solvers._condition as _condition
-import implicitdiff.solvers._gap as _gap
+import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._scipy import Engine, Lane, check_scipy_options, lookup, make_engine
 from implicitdiff.solvers._solver import Solver
 
@@ -101,8 +100,8 @@ def scipy_root(
     """
     row = lookup("scipy_root", method, _METHODS)
     own = check_scipy_options("scipy_root", scipy_options, {row.budget: "give maxiter= to the solver"})
-    engine = Engine(partial(_solve, method=method, own=own), row.counts, _gap.root)
-    return make_engine("scipy_root", _condition.root, residual_fn, engine, options)
+    engine = Engine(partial(_solve, method=method, own=own), row.counts)
+    return make_engine("scipy_root", _equations.root, residual_fn, engine, options)
 
 
 def _solve(lane: Lane, aim: float, limit: int, *, method: str, own: Mapping[str, Any]) -> Any:

@@ -1,0 +1,72 @@
+"""The state of a solver: one header for all methods, and the memory of one."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from typing_extensions import NamedTuple  # on Python 3.10, generic ones; torch depends on it
+
+from implicitdiff.solvers._rows import norm, safe_divide
+from implicitdiff.solvers._status import Status
+
+Memory = TypeVar("Memory")
+
+
+class Progress(NamedTuple):
+    """What the stopping rule remembers of a search, see `implicitdiff.solvers`.
+
+    Attributes:
+        best: the least error so far, but for what is less by a tenth or less.
+        idle: the number of iterations since that.
+        still: the number of steps of length zero since the last other one.
+        step: the length of the last step that a method of Newton's kind would make, relative to the unknowns,
+            ``|d| / max(|x|, eps^(1/6) reach)``; 0 before the first, and for other methods.
+        reach: the largest ``|x|`` so far, for methods of Newton's kind: where the solution is zero, steps are small
+            against this.
+        patience: ``idle`` at which the rounding floor is measured next.
+        floor: the rounding floor of ``error`` where it was last measured; 0 if never.
+    """
+
+    best: Tensor
+    idle: Tensor
+    still: Tensor
+    step: Tensor
+    reach: Tensor
+    patience: Tensor
+    floor: Tensor
+
+    def stepped(self, d: Tensor, x: Tensor) -> Progress:
+        """The same after a step ``d`` of Newton's kind to ``x``, whether the whole of it was made or not."""
+        length = norm(x)
+        reach = torch.maximum(length, self.reach)
+        least = torch.finfo(x.dtype).eps ** (1 / 6) * reach
+        return self._replace(step=safe_divide(norm(d), torch.maximum(length, least)), reach=reach)
+
+
+class State(NamedTuple, Generic[Memory]):
+    """The state of every solver; each tensor has one value for each lane of a vmap.
+
+    Attributes:
+        iter_num: iterations so far.
+        error: the Euclidean norm of the optimality condition at the current unknowns.
+        target: the error at which the search ends.
+        status: a `Status`.
+        history: the errors of a run with ``keep_history=True``, ``(iterations + 1,)``, else empty.
+        progress: what the stopping rule remembers, a `Progress`.
+        memory: what the method remembers, such as an `LbfgsMemory`.
+    """
+
+    iter_num: Tensor
+    error: Tensor
+    target: Tensor
+    status: Tensor
+    history: Tensor
+    progress: Progress
+    memory: Memory
+
+    @property
+    def converged(self) -> Tensor:
+        """Whether ``status`` is ``CONVERGED``, a boolean tensor."""
+        return self.status == Status.CONVERGED

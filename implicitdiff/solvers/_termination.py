@@ -1,0 +1,316 @@
+"""The stopping rule of all searches: the target, the judgement, the rounding floor and the status.
+
+A search has CONVERGED at ``x`` when a change of the unknowns by ``p`` of themselves would explain the residual,
+
+    |F(x)| <= p |J x|,    p = max(4 eps, 4e-11),
+
+or when the residual is no more than its own rounding. ``F`` is the residual of the equation, ``J`` its Jacobian. A
+method whose steps measure the error of ``x`` (those of Newton's kind) must besides have made a last step of at most
+``eps^(1/3) |x|``: the error that is left is about the square of that. A tolerance that the user gives takes the place
+of the first condition. A search that cannot get closer has STALLED.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitdiff.solvers._equations import Composite, Residual
+from implicitdiff.solvers._method import Method, Start
+from implicitdiff.solvers._rows import Rows, any_lane, norm, select
+from implicitdiff.solvers._state import Progress, State
+from implicitdiff.solvers._status import Status, is_any_of
+
+PATIENCE = 4
+"""After how many iterations without a smaller error the rounding floor is measured first."""
+_LESS = 0.9
+"""What an error has to be multiplied by to count as smaller."""
+_STILL = 16
+"""How many steps of length zero in a row there may be."""
+
+_RELIABLE = 1e-3
+"""``|F(x)| / |J x|`` at which ``|J x|`` is that of the solution."""
+_IN_FAILURE = 1 / 6
+"""The power of ``eps`` that bounds the last step where rounding refuses the next: the error left is ``eps^(1/3)``."""
+
+
+def precision(eps: float) -> float:
+    """``p``, the relative change of the unknowns that may explain the residual of a solution."""
+    return max(4.0 * eps, 4e-11)
+
+
+@dataclass(frozen=True)
+class Termination:
+    """The rule with a user's tolerances.
+
+    Attributes:
+        rtol: relative to the error of the initial guess; None: not given.
+        atol: in units of the error; None: not given.
+        limit: the largest number of iterations.
+        is_budget: whether the user gave the limit, so that reaching it is no failure.
+    """
+
+    rtol: float | None
+    atol: float | None
+    limit: int
+    is_budget: bool
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the user gave no tolerance."""
+        return self.rtol is None and self.atol is None
+
+    # --- without an evaluation ----------------------------------------------------------------------------------------
+
+    def begin(self, method: Method, rows: Rows, x: Tensor, start: Start) -> State[Any]:
+        """The state at an initial guess; with default tolerances this takes an evaluation to measure ``|J x|``."""
+        error = start.error.detach()
+        zero, none = torch.zeros_like(error, dtype=torch.int64), torch.zeros_like(error)
+        reach = norm(x) if method.steps_tell else none
+        state = State(
+            iter_num=zero,
+            error=error,
+            target=self._first_target(method, rows, x, start),
+            status=zero if start.status is None else start.status,
+            history=error.new_zeros((error.shape[0], 0)),
+            progress=Progress(
+                best=error, idle=zero, still=zero, step=none, reach=reach, patience=zero + PATIENCE, floor=none
+            ),
+            memory=start.memory,
+        )
+        return self._advanced(state, error <= state.target)
+
+    def advance(self, method: Method, rows: Rows, x: Tensor, new_x: Tensor, new: State[Any]) -> State[Any]:
+        """The state after a step from ``x`` to ``new_x``, from that which the method gave."""
+        error = new.error.detach()
+        new = new._replace(iter_num=new.iter_num + 1, error=error)
+        reached = error <= new.target
+        if not method.is_judged:
+            return self._advanced(new, reached)
+        new = new._replace(progress=_progress(x.detach(), new_x.detach(), error, new.progress))
+        if method.steps_tell and self.is_default:
+            reached = reached & _is_settled(rows, new)
+        new = self._advanced(new, reached)
+        stands = (new.status == Status.RUNNING) & (new.progress.still >= _STILL) & self._may_stall(new)
+        return new._replace(status=torch.where(stands, int(Status.STALLED), new.status))
+
+    def idle(self, state: State[Any]) -> Tensor:
+        """The lanes whose rounding floor is due to be measured."""
+        patient = state.progress.idle >= state.progress.patience
+        return (state.status == Status.RUNNING) & patient & (state.iter_num % PATIENCE == 0)
+
+    def _advanced(self, state: State[Any], reached: Tensor) -> State[Any]:
+        status = torch.where(state.iter_num >= self.limit, int(Status.BUDGET_SPENT), int(Status.RUNNING))
+        status = torch.where(reached, int(Status.CONVERGED), status)
+        status = torch.where(torch.isfinite(state.error), status, int(Status.DIVERGED))
+        # A line search that fails may have found a solution.
+        arrived = (state.status == Status.LINE_SEARCH_FAILED) & (status == Status.CONVERGED)
+        return state._replace(status=torch.where((state.status == Status.RUNNING) | arrived, status, state.status))
+
+    def _may_stall(self, state: State[Any]) -> Tensor:
+        """Where the search has a target: with zero tolerances and a budget it makes so many iterations."""
+        return (state.target > 0) | (not self.is_budget)
+
+    def _first_target(self, method: Method, rows: Rows, x: Tensor, start: Start) -> Tensor:
+        error = start.error.detach() if start.reference is None else start.reference.detach()
+        if self.atol is not None:
+            return torch.clamp((self.rtol or 0.0) * error, min=self.atol)
+        p = precision(rows.eps)
+        target = (p if self.rtol is None else self.rtol) * error
+        if not method.is_judged:
+            return target
+        size = _first_size(method, rows, x, start.memory)
+        return torch.maximum(target, torch.where(torch.isfinite(size), p * size, 0.0))
+
+    # --- with evaluations ---------------------------------------------------------------------------------------------
+
+    def look(self, method: Method, rows: Rows, x: Tensor, state: State[Any], asked: Tensor) -> State[Any]:
+        """The state with the rounding floor measured in the lanes that are asked for; they end where their error is no
+        more than that. Takes two evaluations."""
+        asked = asked & self._may_stall(state)
+        if not (method.is_judged and any_lane(asked)):
+            return state
+        floor = rounding(rows.residual, rows, x, _residual(method, rows, x, state))
+        old = state.progress
+        progress = old._replace(
+            floor=torch.where(asked, floor, old.floor), patience=torch.where(asked, 2 * old.idle, old.patience)
+        )
+        # Only here: at another point the floor may be another.
+        there = asked & (state.error <= floor)
+        good = there & self.is_default
+        if method.steps_tell:
+            good = good & _is_settled(rows, state, _IN_FAILURE)
+        status = torch.where(there, int(Status.STALLED), state.status)
+        return state._replace(
+            status=torch.where(good, int(Status.CONVERGED), status),
+            target=torch.where(good, floor, state.target),
+            progress=progress,
+        )
+
+    def judge(
+        self, method: Method, rows: Rows, first_x: Tensor, x: Tensor, state: State[Any], before: Tensor
+    ) -> tuple[State[Any], Tensor]:
+        """The state where every lane has stopped, some of which may have to run on.
+
+        A default target was made at the initial guess, and a poor guess makes a coarse target. So ``|J x|`` is measured
+        again where the target is reached, and a lane runs on as long as that halves its error, until ``|J x|`` is
+        reliable. A lane that failed with default tolerances has converged where its error is ``eps^(2/3) |J x|`` or
+        rounding.
+
+        Args:
+            method: the method.
+            rows: the problem.
+            first_x: the initial guess.
+            x: the unknowns.
+            state: the state there.
+            before: the error with which a lane was last told to run on, at first infinite, and 0 where its target is
+                final; returned with the state.
+        """
+        if not method.is_judged:
+            return state, before
+        failed = is_any_of(state.status, Status.LINE_SEARCH_FAILED, Status.BUDGET_SPENT) & (state.iter_num > 0)
+        failed = failed & self._may_stall(state)
+        reached = (state.status == Status.CONVERGED) & (state.iter_num > 0)
+        reached = reached & (before > 0) & (state.target != state.progress.floor)
+        if self.is_default and any_lane(failed | reached):
+            state, again = self._measured_again(method, rows, first_x, x, state, failed, reached, before)
+            is_final = state.error * precision(rows.eps) <= _RELIABLE * state.target
+            before = torch.where(again, torch.where(is_final, 0.0, state.error), before)
+            failed = failed & (state.status != Status.CONVERGED)
+        return self.look(method, rows, x, state, failed), before
+
+    def _measured_again(
+        self,
+        method: Method,
+        rows: Rows,
+        first_x: Tensor,
+        x: Tensor,
+        state: State[Any],
+        failed: Tensor,
+        reached: Tensor,
+        before: Tensor,
+    ) -> tuple[State[Any], Tensor]:
+        error, here = state.error, _residual(method, rows, x, state)
+        size = scale(rows.residual, rows, x, here, first_x, error)
+        fine, rough = precision(rows.eps) * size, rows.eps ** (2 / 3) * size
+        good = failed & (error <= rough)
+        if method.steps_tell:
+            good = good & _is_settled(rows, state, _IN_FAILURE)
+        again = reached & (error > fine) & (2 * error < before)
+        # Rounding is hardly ever more than this.
+        if any_lane(again & (error <= 256.0 * rows.eps * size)):
+            again = again & (error > rounding(rows.residual, rows, x, here))
+        on = torch.where(state.iter_num < self.limit, int(Status.RUNNING), int(Status.BUDGET_SPENT))
+        status = torch.where(again, on, torch.where(good, int(Status.CONVERGED), state.status))
+        target = torch.where(again, fine, torch.where(good, rough, state.target))
+        return state._replace(status=status, target=target), again
+
+
+def _progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Progress:
+    # Rounding makes an error a little smaller now and then.
+    better, stays = error < _LESS * old.best, (new_x == x).all(dim=-1)
+    return old._replace(
+        best=torch.where(better, error, old.best),
+        idle=torch.where(better, 0, old.idle + 1),
+        still=torch.where(stays, old.still + 1, 0),
+    )
+
+
+def _is_settled(rows: Rows, state: State[Any], power: float = 1 / 3) -> Tensor:
+    """Whether the last step was so small that the error left, about its square, is negligible."""
+    settled: Tensor = state.progress.step <= rows.eps**power
+    return settled
+
+
+def _residual(method: Method, rows: Rows, x: Tensor, state: State[Any]) -> Tensor:
+    """The residual at ``x``, which many memories hold."""
+    return (rows.residual(rows, x) if method.residual is None else method.residual(state.memory)).detach()
+
+
+def _first_size(method: Method, rows: Rows, x: Tensor, memory: Any) -> Tensor:
+    if method.size is not None:
+        return method.size(rows, x, memory).detach()
+    here = rows.residual(rows, x) if method.residual is None else method.residual(memory)
+    return norm(change(rows.residual, rows, x, here.detach(), is_guess=True))
+
+
+# --- what a residual is small against ---------------------------------------------------------------------------------
+
+
+def change(residual: Residual, rows: Rows, x: Tensor, here: Tensor, *, is_guess: bool = False) -> Tensor:
+    """``J x`` to a few digits, for the Jacobian ``J`` of a residual whose value ``here`` is given.
+
+    By a difference, as the derivative of a gradient is more than the user's function may have; where the domain ends
+    before that, the other way, or not so far. The difference with a long step is rough where the residual is curved,
+    and that with a short one where it has a kink nearby, which makes it too large. So an initial guess that the short
+    one would take for a solution is judged by the smaller of the two.
+    """
+    x = x.detach()
+
+    def slope(step: float) -> Tensor:
+        return (residual(rows, x + step * x) - here).detach() / step
+
+    long, far, near = (rows.eps**power for power in (1 / 3, 1 / 2, 2 / 3))
+    difference = slope(far)
+    for step in (-far, near, -near):
+        outside = ~torch.isfinite(difference).all(dim=-1)
+        if not any_lane(outside):
+            break
+        difference = select(outside, slope(step), difference)
+    if not (is_guess and any_lane(norm(here) <= precision(rows.eps) * norm(difference))):
+        return difference
+    other = slope(long)
+    return select(norm(other) < norm(difference), other, difference)
+
+
+def composite_size(rows: Rows, x: Tensor, gradient: Tensor) -> Tensor:
+    """How much a `Composite` residual changes where its gradient changes by ``H x``."""
+    composite = rows.residual
+    assert isinstance(composite, Composite)
+    unbalanced = gradient - change(composite.gradient, rows, x, gradient, is_guess=True)
+    return norm(composite.away(rows, x, unbalanced) - composite.away(rows, x, gradient))
+
+
+def scale(residual: Residual, rows: Rows, x: Tensor, here: Tensor, first_x: Tensor, error: Tensor) -> Tensor:
+    """``|J x|`` at a point that may be a solution, after a search from ``first_x``.
+
+    Where that is hardly more than the error, the solution may be zero. There ``|J (first_x - x)|`` counts, with more
+    digits, as it may be large.
+    """
+    x, back, step = x.detach(), (first_x - x).detach(), rows.eps ** (1 / 2)
+    size = norm(change(residual, rows, x, here))
+    small = ~(size > 100 * error)
+    if not any_lane(small):
+        return size
+    # No further than `change` goes, where that is anywhere.
+    step = step * (norm(x) / norm(back)).nan_to_num(nan=1.0).clamp(min=step, max=1.0)
+    way = norm(residual(rows, x + step[:, None] * back) - here) / step
+    return torch.where(small, torch.fmax(size, rows.eps ** (1 / 6) * way), size)
+
+
+def rounding(residual: Residual, rows: Rows, x: Tensor, here: Tensor) -> Tensor:
+    """The rounding floor: the change of the residual when every unknown moves by 4 units in the last place.
+
+    Constraints may keep a residual small whatever its gradient is, so there the gradient is what moves.
+    """
+    x = x.detach()
+    own = norm(_noise(residual, rows, x, here))
+    if not isinstance(residual, Composite):
+        return own
+    gradient = residual.gradient(rows, x).detach()
+    moved = residual.away(rows, x, gradient + _noise(residual.gradient, rows, x, gradient))
+    return torch.maximum(own, norm(moved - here))
+
+
+def _noise(residual: Residual, rows: Rows, x: Tensor, here: Tensor) -> Tensor:
+    """In directions without a pattern: in a common one, the terms of the residual may cancel. Where a longer move
+    changes it by less than in proportion, there is a kink, and the jump there is no rounding."""
+    places = torch.arange(x.shape[-1], dtype=torch.float64, device=x.device)
+    signs = torch.where(torch.cos(places**2) < 0, -1.0, 1.0).to(x.dtype)
+    short, long = ((residual(rows, x + units * rows.eps * signs * x) - here).detach() for units in (4, 1024))
+    part = norm(long) / 256 / norm(short)
+    # Not so if the domain ends in between.
+    return short * torch.where(part < 1, part, 1.0)[:, None]
