@@ -16,7 +16,8 @@ import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
 import implicitdiff._settings as _settings
 from implicitdiff._lift import Lifted, confirm, lift, over_levels
-from implicitdiff._operator import Adjoint, Dims, Matvec, Operator, PlainPullback, Product, Pullback
+from implicitdiff._domain import SHAPE_ERRORS, domain_of
+from implicitdiff._operator import Adjoint, Dims, Matvec, Operator, PlainPullback, Product, Pullback, Rectangular
 from implicitdiff._primitive import Problem, attach, solve_problem
 from implicitdiff._pytree import Leaves, Structure
 from implicitdiff._system import System, first_column, make_system, map_columns
@@ -35,8 +36,10 @@ class LinearSolver:
         name: the name of its factory.
         algorithm: gives the rows ``x`` of a `System`, and reports failure itself.
         preconditioner: ``r -> M^-1 r`` over trees like ``b``, or None.
-        init: an initial guess, a tree like ``b``, or None for zero.
+        init: an initial guess, a tree like ``x``, or None for zero.
         kind: makes a `LinearProblem` whose derivatives follow rules of their own from the fields of one, or None.
+        rectangular: the same where a tree like ``x`` is none like ``b``; None: such operators are refused.
+        ridge: what the algorithm adds to the diagonal.
     """
 
     name: str
@@ -44,6 +47,8 @@ class LinearSolver:
     preconditioner: Callable[[Any], Any] | None = None
     init: Any = None
     kind: Callable[..., LinearProblem] | None = None
+    rectangular: Callable[..., LinearProblem] | None = None
+    ridge: float = 0.0
 
     @_functorch.outside_compile
     @_modes.one_operation
@@ -56,16 +61,87 @@ class LinearSolver:
             return structure.unflatten(solve_linear(problem, leaves, matvec.operands))
         if not callable(matvec):
             raise TypeError(f"{self.name}: matvec must be a function v -> A v, got {type(matvec).__name__}")
-        lifted = capture(f"{self.name}: matvec", matvec, leaves, structure)
+        lifted, x = self._lift(matvec, leaves, structure)
         image = structure.tensors_of(lifted.value)
-        if any(t.numel() for t in leaves) and all(_functorch.base(t).numel() for t in [*leaves, *image] if t.numel()):
-            _check_linear(self.name, lifted, leaves, structure, image)
-        problem = LinearProblem(lifted_operator(lifted, structure), self, structure, len(lifted.captured))
+        of = leaves if x is None else x.leaves
+        if any(t.numel() for t in of) and all(_functorch.base(t).numel() for t in [*of, *image] if t.numel()):
+            _check_linear(self.name, lifted, of, structure, image)
         with lifted.during_call():
+            if x is not None:
+                return _solve_rectangular(self, lifted, x, leaves, structure)
+            problem = LinearProblem(lifted_operator(lifted, structure), self, structure, len(lifted.captured))
             return structure.unflatten(solve_linear(problem, leaves, lifted.captured))
+
+    def _lift(self, matvec: Callable[[Any], Any], leaves: Leaves, structure: Structure) -> tuple[Lifted, Domain | None]:
+        """The matvec, and what it acts on: a tree like `b`, which is None here, or like `init`, or what is found."""
+        name, b = f"{self.name}: matvec", structure.unflatten(leaves)
+        if self.rectangular is not None and self.init is not None and not is_like(self.init, leaves, structure):
+            x = Domain.like(f"{self.name}: init", self.init)
+            try:
+                return _capture_between(name, matvec, x, leaves, structure), x
+            except SHAPE_ERRORS as error:
+                if type(error) not in SHAPE_ERRORS:
+                    raise
+                raise ValueError(
+                    f"{self.name}: init must be a tree like the unknowns, but matvec fails on one like "
+                    f"{pytree.describe(self.init)}, with b {pytree.describe(b)}: {error}"
+                ) from error
+        failure = None
+        try:
+            lifted = lift(name, matvec, b)
+        except SHAPE_ERRORS as error:
+            if type(error) not in SHAPE_ERRORS:
+                raise
+            failure = error
+        if failure is None and is_like(lifted.value, leaves, structure):
+            confirm(lifted)
+            return lifted, None
+        if (v := domain_of(name, matvec, b)) is not None:
+            if self.rectangular is None:
+                raise ValueError(
+                    f"{name} takes {pytree.describe(v)} to a tensor like b, {pytree.describe(b)}, and this solver "
+                    "takes square operators alone; take solve_lstsq or solve_normal_cg"
+                ) from failure
+            x = Domain.like(name, v)
+            return _capture_between(name, matvec, x, leaves, structure), x
+        if failure is None:
+            how = "" if self.rectangular is None else " and the init= of this solver"
+            hint = f"; where the unknowns are another tree than b, solve_lstsq or solve_normal_cg{how} are needed"
+            check_like(f"{name}'s result", lifted.value, b, leaves, structure, "its argument", hint)
+        if self.rectangular is None:
+            raise failure
+        raise ValueError(
+            f"{name} fails on a tree like b, {pytree.describe(b)}: {failure}; if it acts on another tree, pass init=, "
+            "a tree like the unknowns"
+        ) from failure
 
     def __repr__(self) -> str:
         return f"<implicitdiff.linear_solve.{self.name}>"
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What a rectangular operator acts on: tensors of ones like the unknowns, and their tree."""
+
+    leaves: Leaves
+    structure: Structure
+    start: Leaves
+
+    @classmethod
+    def like(cls, name: str, tree: Any) -> Domain:
+        start, structure = pytree.flatten(tree)
+        check_unknowns(name, start, structure)
+        return cls([torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in start], structure, start)
+
+
+def _capture_between(
+    name: str, linear: Callable[[Any], Any], x: Domain, leaves: Leaves, structure: Structure
+) -> Lifted:
+    """`capture` for a function whose result is no tree like its argument, but like these leaves."""
+    lifted = lift(name, linear, x.structure.unflatten(x.leaves))
+    check_like(f"{name}'s result", lifted.value, structure.unflatten(leaves), leaves, structure, "b")
+    confirm(lifted)
+    return lifted
 
 
 def capture(name: str, linear: Callable[[Any], Any], leaves: Leaves, structure: Structure) -> Lifted:
@@ -170,16 +246,22 @@ def check_unknowns(name: str, leaves: Leaves, structure: Structure) -> None:
             )
 
 
-def check_like(name: str, result: Any, like: Any, leaves: Leaves, structure: Structure, of: str) -> None:
-    """A tree that a user gave or returned is one like `like`, whose leaves and structure these are."""
+def is_like(tree: Any, leaves: Leaves, structure: Structure) -> bool:
+    """Whether it has this structure, and the shapes and dtypes of these leaves."""
     try:
-        same = [(r.shape, r.dtype) for r in structure.tensors_of(result)] == [(t.shape, t.dtype) for t in leaves]
+        return [(r.shape, r.dtype) for r in structure.tensors_of(tree)] == [(t.shape, t.dtype) for t in leaves]
     except ValueError:
-        same = False
-    if not same:
+        return False
+
+
+def check_like(
+    name: str, result: Any, like: Any, leaves: Leaves, structure: Structure, of: str, hint: str = ""
+) -> None:
+    """A tree that a user gave or returned is one like `like`, whose leaves and structure these are."""
+    if not is_like(result, leaves, structure):
         raise ValueError(
             f"{name} must have the structure, shapes and dtypes of {of}: expected {pytree.describe(like)}, "
-            f"got {pytree.describe(result)}"
+            f"got {pytree.describe(result)}{hint}"
         )
 
 
@@ -234,6 +316,38 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leav
             iterations=0,
         )
     return attach(problem, x, [*b, *operands])
+
+
+def _solve_rectangular(solver: LinearSolver, lifted: Lifted, x: Domain, b: Leaves, structure: Structure) -> Any:
+    """The solution, a tree like `x`, from the square problem on the leaves of both sides."""
+    if solver.rectangular is None or solver.ridge:
+        raise ValueError(
+            f"{solver.name}: ridge is added to A, which must be square for that; for damped least squares let matvec "
+            "return (A v, ridge**0.5 * v) and pass (b, zeros like the unknowns)"
+        )
+    matvec, is_wide = lifted_operator(lifted, structure), _numbers(x.leaves) > _numbers(b)
+    operator = Rectangular(matvec.fn, len(x.leaves), is_wide, matvec.one_by_one)
+    _, both = pytree.flatten((x.structure.unflatten(x.leaves), structure.unflatten(b)))
+    problem = solver.rectangular(operator=operator, solver=solver, structure=both, count=len(lifted.captured))
+    aids: Leaves = []
+    if solver.preconditioner is not None:
+        like, side = (b, structure) if is_wide else (x.leaves, x.structure)
+        precondition = capture(f"{solver.name}: preconditioner", solver.preconditioner, like, side)
+        aids = precondition.captured
+        problem = replace(problem, precondition=lifted_operator(precondition, side), aids=len(aids))
+    if solver.init is not None and not is_wide:
+        # From another start than zero, the solution of a wide system keeps a share in the null space.
+        problem = replace(problem, has_start=True)
+        aids = [*aids, *x.start, *map(torch.zeros_like, b)]
+    refuse_valueless(solver.name, lifted.captured)
+    sides = [*map(torch.zeros_like, x.leaves), *b]
+    solution = solve_problem(problem, [*sides, *lifted.captured, *(t.detach() for t in aids)])
+    return x.structure.unflatten(solution[: len(x.leaves)])
+
+
+def _numbers(leaves: Leaves) -> int:
+    """How many real numbers they hold."""
+    return sum(t.numel() * (2 if t.is_complex() else 1) for t in leaves)
 
 
 def _name_of(solve: Solve) -> str:
@@ -316,14 +430,21 @@ class LinearProblem(Problem):
         if not isinstance(self.solver, LinearSolver):
             raise AssertionError("a user's function solves in its caller's frame, never here")
         b, operands, aids, start = self._split(theta)
-        if not any(t.numel() for t in b):
+        operator = self._over_lanes(self.operator, 0)
+        blocks = operator.blocks
+        if not (any(t.numel() for t in b[blocks.domain]) and any(t.numel() for t in b[blocks.range])):
             return [torch.zeros_like(t) for t in b]
         precondition = None
         if self.precondition is not None:
-            precondition = self._over_lanes(self.precondition, self.count).products(aids, self._column(b)).matvec
-        operator = self._over_lanes(self.operator, 0)
+            like = self._column(b)[blocks.smaller]
+            precondition = self._over_lanes(self.precondition, self.count).products(aids, like).matvec
         vectors, system = make_system(operator, operands, b, self.lanes, self.columns, precondition, start or None)
-        return vectors.unravel(self.solver.algorithm(system) * system.scale)
+        x = vectors.unravel(self.solver.algorithm(system) * system.scale)
+        if system.is_square:
+            return x
+        whole = [torch.zeros_like(t) for t in b]
+        whole[blocks.domain] = x
+        return whole
 
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
         _, operands, aids, _ = self._split(theta)

@@ -1,7 +1,7 @@
 """Linear operators as pure functions of explicit operands.
 
-An operator ``A(operands)`` maps a list of leaves to a list of leaves of the same shapes and dtypes. Its products are
-linearised once and reused, in one of two ways: `Pullback` by torch.func, which every transform can differentiate and
+An operator ``A(operands)`` maps a list of leaves to a list of leaves of the same shapes and dtypes; a rectangular one
+is embedded in a square one (`Rectangular`). Its products are linearised once and reused, in one of two ways: `Pullback` by torch.func, which every transform can differentiate and
 batch; `PlainPullback` by ordinary autograd, faster, for plain tensors outside of every transform.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -187,12 +187,32 @@ def _refuse_strangers(x: tuple[torch.Tensor, ...], y: tuple[torch.Tensor, ...]) 
         )
 
 
+class Blocks(NamedTuple):
+    """Which of its leaves an operator reads, and which it writes; of both sides, the one with fewer numbers."""
+
+    domain: slice
+    range: slice
+    smaller: slice
+
+
+_ALL = Blocks(slice(None), slice(None), slice(None))
+
+
 class Operator(ABC):
     """``A(operands)``, square."""
 
     @abstractmethod
     def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
         """The products for these operands; `like` shows what ``A`` acts on."""
+
+    @property
+    def blocks(self) -> Blocks:
+        """Outside of which ``A`` is zero."""
+        return _ALL
+
+    def block_products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
+        """The products with that block of ``A``; `like` is the same as of `products`."""
+        return self.products(operands, like, pullback)
 
     @abstractmethod
     def batched(self, dims: Dims) -> Operator:
@@ -231,6 +251,52 @@ class Matvec(Operator):
 
     def batched(self, dims: Dims) -> Matvec:
         return Matvec(vmap(self.fn, (0, list(dims))), self.one_by_one)
+
+
+@dataclass(frozen=True)
+class Rectangular(Operator):
+    """``(x, y) -> (0, A(operands) x)`` with ``A(operands) v = fn(v, operands)``, whose range is not its domain.
+
+    The leaves are those of the domain, then those of the range. The pseudoinverse is ``(x, y) -> (A^+ y, 0)``, so the
+    rules for square operators hold as they are. What solves sees the block ``A`` alone.
+
+    Attributes:
+        unknowns: how many leaves the domain has.
+        is_wide: whether the domain has more numbers than the range.
+    """
+
+    fn: Residual
+    unknowns: int
+    is_wide: bool
+    one_by_one: bool = False
+
+    def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
+        block, k = self.block_products(operands, like, pullback), self.unknowns
+
+        def matvec() -> Product:
+            product = block.matvec()
+            return lambda v: [*map(torch.zeros_like, v[:k]), *product(v[:k])]
+
+        def rmatvec() -> Product:
+            product = block.rmatvec()
+            return lambda u: [*product(u[k:]), *map(torch.zeros_like, u[k:])]
+
+        return Products(matvec, rmatvec)
+
+    @property
+    def blocks(self) -> Blocks:
+        x, y = slice(self.unknowns), slice(self.unknowns, None)
+        return Blocks(x, y, y if self.is_wide else x)
+
+    def block_products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
+        return Matvec(self.fn, self.one_by_one).products(operands, like[: self.unknowns], pullback)
+
+    def batched(self, dims: Dims) -> Rectangular:
+        return replace(self, fn=vmap(self.fn, (0, list(dims))))
+
+    @property
+    def rows_first(self) -> bool:
+        return self.is_wide
 
 
 @dataclass(frozen=True)
@@ -291,6 +357,15 @@ class Adjoint(Operator):
 
     def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
         matvec, rmatvec = self.of.products(operands, like, pullback)
+        return Products(rmatvec, matvec)
+
+    @property
+    def blocks(self) -> Blocks:
+        domain, range_, smaller = self.of.blocks
+        return Blocks(range_, domain, smaller)
+
+    def block_products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
+        matvec, rmatvec = self.of.block_products(operands, like, pullback)
         return Products(rmatvec, matvec)
 
     def batched(self, dims: Dims) -> Adjoint:

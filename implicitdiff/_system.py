@@ -23,9 +23,10 @@ Rows = Callable[[Tensor], Tensor]
 
 
 class Vectors:
-    """Lists of leaves of given shapes, batched in their leading dimensions, as rows of real numbers of one dtype."""
+    """Lists of leaves of given shapes, batched in their leading dimensions, as rows of real numbers of one dtype, at
+    least `dtype`."""
 
-    def __init__(self, like: Leaves, batch: Sequence[int]) -> None:
+    def __init__(self, like: Leaves, batch: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
         self.batch = tuple(batch)
         self.shapes = [t.shape[len(self.batch) :] for t in like]
         self.dtypes = [t.dtype for t in like]
@@ -34,7 +35,7 @@ class Vectors:
         self.device = like[0].device
         # LAPACK has no half precision.
         self.eps = max(torch.finfo(d).eps for d in self.dtypes)
-        self.dtype = reduce(torch.promote_types, (d.to_real() for d in self.dtypes), torch.float32)
+        self.dtype = reduce(torch.promote_types, (d.to_real() for d in self.dtypes), dtype)
 
     def ravel(self, leaves: Sequence[Tensor], lead: int | None = None) -> Tensor:
         """Leaves ``(*batch, *shape)`` as rows ``(prod(batch), dimension)``; `lead` is one more dimension in front."""
@@ -65,21 +66,26 @@ def _leaf(part: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class System:
-    """``A x = b`` as a solver's algorithm sees it: ``lanes`` matrices with ``columns`` right-hand sides each.
+    """``A x = b`` as a solver's algorithm sees it: ``lanes`` matrices ``(m, n)`` with ``columns`` right-hand sides each.
 
     Attributes:
         eps: the precision of the least precise leaf, which is that of the products.
-        b: the right-hand sides, ``(lanes * columns, n)``, lane by lane; each row scaled to largest entry 1, or zero.
+        unknowns: ``n``.
+        is_square: whether a row of ``x`` is one of the same kind as a row of ``b``; ``m`` is ``n`` then.
+        b: the right-hand sides, ``(lanes * columns, m)``, lane by lane; each row scaled to largest entry 1, or zero.
         scale: what the rows were divided by, ``(lanes * columns, 1)``.
-        start: an initial guess in the same form, or None for zero.
+        start: an initial guess in the form of ``x``, or None for zero.
         lanes: how many matrices.
         matvec: ``v -> A v`` on rows.
         rmatvec: ``u -> A^T u`` on rows.
         precondition: ``r -> M^-1 r`` on rows, or None.
-        materialise: ``() -> A``, as ``(lanes, n, n)``.
+        of_range: whether these are rows like those of ``b``; else they are like those of ``x``.
+        materialise: ``() -> A``, as ``(lanes, m, n)``.
     """
 
     b: Tensor
+    unknowns: int
+    is_square: bool
     eps: float
     scale: Tensor
     start: Tensor | None
@@ -87,12 +93,15 @@ class System:
     matvec: Rows
     rmatvec: Rows
     precondition: Rows | None
+    of_range: bool
     materialise: Callable[[], Tensor]
 
     def shifted(self, ridge: float) -> System:
         """The system of ``A + ridge I``."""
         if not ridge:
             return self
+        if not self.is_square:
+            raise AssertionError("refused at the call")
 
         def materialise() -> Tensor:
             a = self.materialise()
@@ -115,35 +124,44 @@ def make_system(
     precondition: Callable[[], Product] | None,
     start: Leaves | None,
 ) -> tuple[Vectors, System]:
-    """The system of ``A(operands) x = b`` from plain tensors.
+    """The system of ``A(operands) x = b`` from plain tensors, and the vectors that ``x`` is one of.
 
     The leaves of ``b`` have shape ``(*lanes, *columns, *shape)``, `operator` and `precondition` act on ``(*lanes,
-    *shape)``.
+    *shape)``. Of a rectangular operator, whose leaves are those of both sides, the system is that of its block.
     """
-    vectors = Vectors(b, (*lanes, *columns))
+    blocks, batch = operator.blocks, (*lanes, *columns)
+    whole = Vectors(b, batch)
     one_column = first_column(b, len(lanes), len(columns))
-    one = Vectors(one_column, lanes)
-    products = operator.products(operands, one_column, PlainPullback)
+    is_square = blocks.domain == blocks.range
+    domain = whole if is_square else Vectors(b[blocks.domain], batch, whole.dtype)
+    range_ = whole if is_square else Vectors(b[blocks.range], batch, whole.dtype)
+    of_range = not is_square and blocks.smaller == blocks.range
+    smaller = range_ if of_range else domain
+    one = [Vectors(one_column[block], lanes, whole.dtype) for block in blocks[:2]]
+    products = operator.block_products(operands, one_column, PlainPullback)
 
-    def rows(make: Callable[[], Product]) -> Rows:
+    def rows(make: Callable[[], Product], source: Vectors, to: Vectors) -> Rows:
         product = cache(lambda: map_columns(make(), len(lanes), len(columns)))
-        return lambda v: vectors.ravel(product()(vectors.unravel(v)))
+        return lambda v: to.ravel(product()(source.unravel(v)))
 
-    right = vectors.ravel(b)
+    right = range_.ravel(b[blocks.range])
     scale = right.abs().amax(dim=-1, keepdim=True)
     scale = torch.where(scale > 0, scale, 1.0)
     system = System(
         b=right / scale,
-        eps=vectors.eps,
+        unknowns=domain.dimension,
+        is_square=is_square,
+        eps=whole.eps,
         scale=scale,
-        start=None if start is None else vectors.ravel(start) / scale,
+        start=None if start is None else domain.ravel(start[blocks.domain]) / scale,
         lanes=math.prod(lanes),
-        matvec=rows(products.matvec),
-        rmatvec=rows(products.rmatvec),
-        precondition=None if precondition is None else rows(precondition),
-        materialise=partial(_materialise, operator, products, one),
+        matvec=rows(products.matvec, domain, range_),
+        rmatvec=rows(products.rmatvec, range_, domain),
+        precondition=None if precondition is None else rows(precondition, smaller, smaller),
+        of_range=of_range,
+        materialise=partial(_materialise, operator, products, *one),
     )
-    return vectors, system
+    return domain, system
 
 
 def first_column(leaves: Leaves, at: int, count: int) -> Leaves:
@@ -160,18 +178,19 @@ def map_columns(product: Product, at: int, count: int) -> Product:
     return product
 
 
-def _materialise(operator: Operator, products: Products, vectors: Vectors) -> Tensor:
-    lanes, n = math.prod(vectors.batch), vectors.dimension
+def _materialise(operator: Operator, products: Products, domain: Vectors, range_: Vectors) -> Tensor:
     rows_first = operator.rows_first
     product = products.rmatvec() if rows_first else products.matvec()
-    basis = torch.eye(n, dtype=vectors.dtype, device=vectors.device)[:, None, :].expand(n, lanes, n)
+    source, to = (range_, domain) if rows_first else (domain, range_)
+    lanes, n = math.prod(source.batch), source.dimension
+    basis = torch.eye(n, dtype=source.dtype, device=source.device)[:, None, :].expand(n, lanes, n)
     if n == 1:
-        images = vectors.ravel(product(vectors.unravel(basis[0])))[None]
+        images = to.ravel(product(source.unravel(basis[0])))[None]
     else:
         # What is held at once is bounded.
-        at_once = max(1, _HELD_AT_ONCE // (lanes * n))
+        at_once = max(1, _HELD_AT_ONCE // (lanes * max(n, to.dimension)))
         each = with_vectors(product, operator.one_by_one, at_once if at_once < n else None)
-        images = vectors.ravel(each(vectors.unravel(basis)), lead=n)
+        images = to.ravel(each(source.unravel(basis)), lead=n)
     return images.permute(1, 0, 2) if rows_first else images.permute(1, 2, 0)
 
 

@@ -41,6 +41,7 @@ ORDER = [
     "_operator",
     "_primitive",
     "_system",
+    "_domain",
     "_linear",
     "linear_solve._outcome",
     "linear_solve._krylov",

@@ -42,8 +42,8 @@ def _solve(
 def materialised(system: System, factorise: Factorise, broken: str) -> Outcome:
     """Solve with the matrix of every lane."""
     a = system.materialise()
-    lanes, n, _ = a.shape
-    b = system.b.reshape(lanes, -1, n).mT
+    lanes, m, n = a.shape
+    b = system.b.reshape(lanes, -1, m).mT
     x, singular = factorise(a, b, system.eps)
     failed = (singular[:, None] | ~torch.isfinite(x).all(dim=-2)).reshape(-1)
     rows = x.mT.reshape(-1, n)

@@ -91,7 +91,7 @@ def iterative(
         ridge=ridge,
         on_failure=on_failure,
     )
-    return LinearSolver(name, algorithm, preconditioner, init)
+    return LinearSolver(name, algorithm, preconditioner, init, ridge=ridge)
 
 
 def _solve(

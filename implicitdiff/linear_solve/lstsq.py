@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from implicitdiff.linear_solve._outcome import OnFailure
 from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem
 
 
-def solve_lstsq(*, rtol: float | None = None, on_failure: OnFailure = "raise") -> LinearSolver:
+def solve_lstsq(*, rtol: float | None = None, init: Any = None, on_failure: OnFailure = "raise") -> LinearSolver:
     r"""Make a solver ``solve(matvec, b) -> x`` for the ``x`` of least ``|x|`` among those of least ``|b - A x|``,
     ``A`` any operator.
 
@@ -56,14 +57,15 @@ def solve_lstsq(*, rtol: float | None = None, on_failure: OnFailure = "raise") -
         raise ValueError(f"solve_lstsq: rtol must be a finite number >= 0 or None, got {rtol!r}")
     broken = "the matrix, or the right-hand side, is not finite"
     solver = direct("solve_lstsq", partial(least_squares, rtol=rtol), broken, on_failure=on_failure)
-    return replace(solver, kind=partial(PseudoinverseProblem, rtol=rtol, on_failure=on_failure))
+    kind = partial(PseudoinverseProblem, rtol=rtol, on_failure=on_failure)
+    return replace(solver, init=init, kind=kind, rectangular=kind)
 
 
 def least_squares(a: Tensor, b: Tensor, eps: float, *, rtol: float | None) -> tuple[Tensor, Tensor]:
     """A `Factorise` for any matrix: the product with its pseudoinverse."""
     # The decomposition raises on what is not finite; the lanes that are go on.
     finite = torch.isfinite(a).all(dim=(-2, -1))
-    u, s, vh = torch.linalg.svd(torch.where(finite[:, None, None], a, 0.0))
-    cut = (a.shape[-1] * eps if rtol is None else rtol) * s[:, :1]
+    u, s, vh = torch.linalg.svd(torch.where(finite[:, None, None], a, 0.0), full_matrices=False)
+    cut = (max(a.shape[-2:]) * eps if rtol is None else rtol) * s[:, :1]
     inverse = torch.where(s > cut, 1.0 / s, 0.0)[..., None]
     return vh.mT @ (inverse * (u.mT @ b)), ~finite
