@@ -16,7 +16,13 @@ from torch.overrides import TorchFunctionMode
 import implicitdiff._pytree as pytree
 
 SHAPE_ERRORS = (RuntimeError, IndexError, TypeError)
-"""What torch raises for a shape, or a tree, that does not fit; subclasses are errors of another kind."""
+"""What torch raises for a shape, or a tree, that does not fit."""
+
+
+def refuse_other_errors(error: Exception) -> None:
+    """Raise an error of a subclass, which says something else."""
+    if type(error) not in SHAPE_ERRORS:
+        raise error
 
 
 def domain_of(name: str, matvec: Callable[[Any], Any], b: Any) -> Tensor | None:
@@ -54,8 +60,7 @@ class _Sizes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            self.sizes.update(size for t in pytree.tensors((args, kwargs)) for size in t.shape)
+        self.sizes.update(size for t in pytree.tensors((args, kwargs)) for size in t.shape)
         return func(*args, **kwargs)
 
 
@@ -69,7 +74,6 @@ def _accepts(matvec: Callable[[Any], Any], v: Tensor, b: Tensor) -> bool:
         with torch.enable_grad():
             result = matvec(v)
     except SHAPE_ERRORS as error:
-        if type(error) not in SHAPE_ERRORS:
-            raise
+        refuse_other_errors(error)
         return False
     return isinstance(result, Tensor) and (result.shape, result.dtype) == (b.shape, b.dtype)

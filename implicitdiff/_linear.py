@@ -15,14 +15,17 @@ import implicitdiff._functorch as _functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
 import implicitdiff._settings as _settings
+from implicitdiff._domain import SHAPE_ERRORS, domain_of, refuse_other_errors
 from implicitdiff._lift import Lifted, confirm, lift, over_levels
-from implicitdiff._domain import SHAPE_ERRORS, domain_of
 from implicitdiff._operator import Adjoint, Dims, Matvec, Operator, PlainPullback, Product, Pullback, Rectangular
 from implicitdiff._primitive import Problem, attach, solve_problem
 from implicitdiff._pytree import Leaves, Structure
 from implicitdiff._system import System, first_column, make_system, map_columns
 from implicitdiff._values import refuse_valueless
 from implicitdiff.errors import LinearSolveError
+
+_NOT_SQUARE = " (solve_lstsq and solve_normal_cg take operators that are not square)"
+_HINT = " (where the unknowns are another tree than b, pass init=, a tree like them)"
 
 Solve = Callable[[Callable[[Any], Any], Any], Any]
 """``solve(matvec, b) -> x`` over pytrees."""
@@ -64,7 +67,7 @@ class LinearSolver:
         lifted, x = self._lift(matvec, leaves, structure)
         image = structure.tensors_of(lifted.value)
         of = leaves if x is None else x.leaves
-        if any(t.numel() for t in of) and all(_functorch.base(t).numel() for t in [*of, *image] if t.numel()):
+        if _hold_numbers(of) and _hold_numbers(image):
             _check_linear(self.name, lifted, of, structure, image)
         with lifted.during_call():
             if x is not None:
@@ -76,44 +79,49 @@ class LinearSolver:
         """The matvec, and what it acts on: a tree like `b`, which is None here, or like `init`, or what is found."""
         name, b = f"{self.name}: matvec", structure.unflatten(leaves)
         if self.rectangular is not None and self.init is not None and not is_like(self.init, leaves, structure):
-            x = Domain.like(f"{self.name}: init", self.init)
+            like_init = self._domain_of_init(leaves, structure)
             try:
-                return _capture_between(name, matvec, x, leaves, structure), x
+                return _capture_between(name, matvec, like_init, leaves, structure)
             except SHAPE_ERRORS as error:
-                if type(error) not in SHAPE_ERRORS:
-                    raise
+                refuse_other_errors(error)
                 raise ValueError(
                     f"{self.name}: init must be a tree like the unknowns, but matvec fails on one like "
-                    f"{pytree.describe(self.init)}, with b {pytree.describe(b)}: {error}"
+                    f"{pytree.describe(self.init)}, where b is {pytree.describe(b)}: {error}"
                 ) from error
-        failure = None
         try:
             lifted = lift(name, matvec, b)
         except SHAPE_ERRORS as error:
-            if type(error) not in SHAPE_ERRORS:
-                raise
-            failure = error
-        if failure is None and is_like(lifted.value, leaves, structure):
-            confirm(lifted)
-            return lifted, None
-        if (v := domain_of(name, matvec, b)) is not None:
-            if self.rectangular is None:
-                raise ValueError(
-                    f"{name} takes {pytree.describe(v)} to a tensor like b, {pytree.describe(b)}, and this solver "
-                    "takes square operators alone; take solve_lstsq or solve_normal_cg"
-                ) from failure
-            x = Domain.like(name, v)
-            return _capture_between(name, matvec, x, leaves, structure), x
-        if failure is None:
-            how = "" if self.rectangular is None else " and the init= of this solver"
-            hint = f"; where the unknowns are another tree than b, solve_lstsq or solve_normal_cg{how} are needed"
-            check_like(f"{name}'s result", lifted.value, b, leaves, structure, "its argument", hint)
+            refuse_other_errors(error)
+            if (x := self._find_domain(matvec, b)) is None:
+                if self.rectangular is None:
+                    raise
+                raise ValueError(f"{name} fails on a tree like b, {pytree.describe(b)}: {error}{_HINT}") from error
+        else:
+            if is_like(lifted.value, leaves, structure):
+                confirm(lifted)
+                return lifted, None
+            if (x := self._find_domain(matvec, b)) is None:
+                hint = _NOT_SQUARE if self.rectangular is None else _HINT
+                check_like(f"{name}'s result", lifted.value, b, leaves, structure, f"its argument{hint}")
+                raise AssertionError("it is not like its argument")
+        return _capture_between(name, matvec, x, leaves, structure)
+
+    def _domain_of_init(self, leaves: Leaves, structure: Structure) -> Domain:
+        """What the guess says that the operator acts on."""
+        if not pytree.tensors(self.init):
+            check_like(f"{self.name}: init", self.init, structure.unflatten(leaves), leaves, structure, "b, or of x")
+        return Domain.like(f"{self.name}: init", self.init)
+
+    def _find_domain(self, matvec: Callable[[Any], Any], b: Any) -> Domain | None:
+        """What the operator acts on if it fails on a tree like `b`, where it can be found."""
+        if self.init is not None or (v := domain_of(f"{self.name}: matvec", matvec, b)) is None:
+            return None
         if self.rectangular is None:
-            raise failure
-        raise ValueError(
-            f"{name} fails on a tree like b, {pytree.describe(b)}: {failure}; if it acts on another tree, pass init=, "
-            "a tree like the unknowns"
-        ) from failure
+            raise ValueError(
+                f"{self.name}: matvec takes {pytree.describe(v)} to a tensor like b, {pytree.describe(b)}, but this "
+                "solver takes square operators alone: take solve_lstsq or solve_normal_cg"
+            )
+        return Domain.like(f"{self.name}: matvec", v)
 
     def __repr__(self) -> str:
         return f"<implicitdiff.linear_solve.{self.name}>"
@@ -134,14 +142,9 @@ class Domain:
         return cls([torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in start], structure, start)
 
 
-def _capture_between(
-    name: str, linear: Callable[[Any], Any], x: Domain, leaves: Leaves, structure: Structure
-) -> Lifted:
-    """`capture` for a function whose result is no tree like its argument, but like these leaves."""
-    lifted = lift(name, linear, x.structure.unflatten(x.leaves))
-    check_like(f"{name}'s result", lifted.value, structure.unflatten(leaves), leaves, structure, "b")
-    confirm(lifted)
-    return lifted
+def _hold_numbers(leaves: Leaves) -> bool:
+    """Whether there are any, in every lane of which there is one."""
+    return any(t.numel() for t in leaves) and all(_functorch.base(t).numel() for t in leaves if t.numel())
 
 
 def capture(name: str, linear: Callable[[Any], Any], leaves: Leaves, structure: Structure) -> Lifted:
@@ -150,6 +153,16 @@ def capture(name: str, linear: Callable[[Any], Any], leaves: Leaves, structure: 
     check_like(f"{name}'s result", lifted.value, structure.unflatten(leaves), leaves, structure, "its argument")
     confirm(lifted)
     return lifted
+
+
+def _capture_between(
+    name: str, linear: Callable[[Any], Any], x: Domain, leaves: Leaves, structure: Structure
+) -> tuple[Lifted, Domain]:
+    """The same for a function from one tree to another one, like `leaves`."""
+    lifted = lift(name, linear, x.structure.unflatten(x.leaves))
+    check_like(f"{name}'s result", lifted.value, structure.unflatten(leaves), leaves, structure, "b")
+    confirm(lifted)
+    return lifted, x
 
 
 def lifted_operator(lifted: Lifted, structure: Structure) -> Matvec:
@@ -254,14 +267,12 @@ def is_like(tree: Any, leaves: Leaves, structure: Structure) -> bool:
         return False
 
 
-def check_like(
-    name: str, result: Any, like: Any, leaves: Leaves, structure: Structure, of: str, hint: str = ""
-) -> None:
+def check_like(name: str, result: Any, like: Any, leaves: Leaves, structure: Structure, of: str) -> None:
     """A tree that a user gave or returned is one like `like`, whose leaves and structure these are."""
     if not is_like(result, leaves, structure):
         raise ValueError(
             f"{name} must have the structure, shapes and dtypes of {of}: expected {pytree.describe(like)}, "
-            f"got {pytree.describe(result)}{hint}"
+            f"got {pytree.describe(result)}"
         )
 
 

@@ -1,8 +1,9 @@
 """Linear operators as pure functions of explicit operands.
 
 An operator ``A(operands)`` maps a list of leaves to a list of leaves of the same shapes and dtypes; a rectangular one
-is embedded in a square one (`Rectangular`). Its products are linearised once and reused, in one of two ways: `Pullback` by torch.func, which every transform can differentiate and
-batch; `PlainPullback` by ordinary autograd, faster, for plain tensors outside of every transform.
+is embedded in a square one (`Rectangular`). Its products are linearised once and reused, in one of two ways: `Pullback`
+by torch.func, which every transform can differentiate and batch; `PlainPullback` by ordinary autograd, faster, for
+plain tensors outside of every transform.
 """
 
 from __future__ import annotations

@@ -106,6 +106,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
             f"torch cannot transform the product of two sparse matrices, in the layouts {_layout(a)} and {_layout(b)}; "
             "multiply one after the other with the vector, or take to_dense() of one"
         )
+    inner = a.shape[-1], b.shape[-2 if b.dim() > 1 else -1]
+    if inner[0] != inner[1]:
+        raise RuntimeError(f"sizes do not match in the product of {list(a.shape)} and {list(b.shape)}")
     if not _is_sparse(a):
         # a S = (S' a')'
         values, rows, columns = _entries(b)

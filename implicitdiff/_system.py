@@ -66,7 +66,7 @@ def _leaf(part: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class System:
-    """``A x = b`` as a solver's algorithm sees it: ``lanes`` matrices ``(m, n)`` with ``columns`` right-hand sides each.
+    """``A x = b`` as an algorithm sees it: ``lanes`` matrices of shape ``(m, n)``, ``columns`` right-hand sides each.
 
     Attributes:
         eps: the precision of the least precise leaf, which is that of the products.

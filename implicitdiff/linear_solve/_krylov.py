@@ -121,24 +121,31 @@ def check_tolerances(name: str, rtol: float | None, atol: float, maxiter: int | 
 
 
 def iterate(
-    system: System, method: Method, broken: str, rtol: float | None, atol: float, maxiter: int | None
+    system: System,
+    method: Method,
+    broken: str,
+    rtol: float | None,
+    atol: float,
+    maxiter: int | None,
+    size: Callable[[Tensor], Tensor] = norm,
+    least: Tensor | float = 0.0,
 ) -> Outcome:
     """Run the method, again from where it came to as long as the true residual says that it is needed and helps.
 
     A recursively updated residual drifts from the true one; a restart on the true residual is one step of iterative
-    refinement.
+    refinement. Residuals are judged by `size`, and no target is below `least`.
     """
     b = system.b
     rtol = system.eps ** (2 / 3) if rtol is None else rtol
-    limit = max(100, 10 * b.shape[-1]) if maxiter is None else maxiter
-    target = torch.maximum(rtol * norm(b), atol / system.scale)
-    x, r, residual = torch.zeros_like(b), b, norm(b)
+    limit = max(100, 10 * system.unknowns) if maxiter is None else maxiter
+    target = torch.maximum(rtol * size(b), atol / system.scale).clamp(min=least)
+    x, r, residual = b.new_zeros(b.shape[0], system.unknowns), b, size(b)
     if system.start is not None:
         # A guess that is worse than zero is none.
         guessed = b - system.matvec(system.start)
-        better = norm(guessed) < residual
+        better = size(guessed) < residual
         x, r = torch.where(better, system.start, x), torch.where(better, guessed, r)
-        residual = norm(r)
+        residual = size(r)
     failed = ~torch.isfinite(residual)
     stalled = torch.zeros_like(failed)
     used = 0
@@ -147,7 +154,7 @@ def iterate(
         used += cycle.iterations
         x = torch.where(active, x + cycle.d, x)
         r = b - system.matvec(x)
-        before, residual = residual, norm(r)
+        before, residual = residual, size(r)
         failed = failed | (active & (cycle.broken | ~torch.isfinite(residual)))
         # A method that ended at its restart, short of its target, may go on slowly; one that took itself for done may
         # not.

@@ -55,7 +55,7 @@ class PseudoinverseProblem(LinearProblem):
         if not moved:
             return super().jvp(x, theta, tangents)
         self._check_rank(x, theta, moved)
-        adjoint, operands = self._adjoint, theta[self._sides :]
+        adjoint, operands = self._adjoint, self._operands(theta)
         of_range = adjoint.pushforward(self._misfit(x, theta), theta, moved)
         y, z = self._solve_each((x, of_range), x, theta, adjoint=True)
         q = adjoint.pushforward(y, theta, moved)
@@ -70,7 +70,7 @@ class PseudoinverseProblem(LinearProblem):
             self._check_rank(x, theta, {moved[0]: torch.ones_like(theta[moved[0]])}, x_bar)
         u, y = self._solve_each((x_bar, x), x, theta, adjoint=True)
         w = self.solve(x, theta, u, adjoint=False)
-        p = _difference(x_bar, self._adjoint.product(u, theta[self._sides :]))
+        p = _difference(x_bar, self._adjoint.product(u, self._operands(theta)))
         many, at = self._columns((x, w, p))
         _, cotangent = self._columns(([-t for t in u], self._misfit(x, theta), y))
         grads = many.pullback(at, [*at, *theta[self._sides :]], cotangent, moved)
@@ -101,8 +101,8 @@ class PseudoinverseProblem(LinearProblem):
         times the condition; the derivative is known no better than to its own rounding and that of the matrix.
         """
         one, like = replace(self, columns=()), first_column(x, len(self.lanes), len(self.columns))
-        vectors, operands = Vectors(like, self.lanes), theta[self._sides :]
-        theta = [*like, *operands]
+        vectors, operands, rest = Vectors(like, self.lanes), self._operands(theta), theta[self._sides :]
+        theta = [*like, *rest]
 
         def norm(v: Leaves) -> Tensor:
             size: Tensor = torch.linalg.vector_norm(vectors.ravel(v), dim=-1, dtype=torch.float64)
@@ -113,7 +113,7 @@ class PseudoinverseProblem(LinearProblem):
         inside, inverse = one._solve_each((image, probe), like, theta, adjoint=False)
         null = _difference(probe, inside)
         many, both = one._columns((null, probe))
-        of_null, of_probe = many._apart(many.pushforward(both, [*both, *operands], tangents))
+        of_null, of_probe = many._apart(many.pushforward(both, [*both, *rest], tangents))
         outside = _difference(of_null, one.product(one.solve(like, theta, of_null, adjoint=False), operands))
         condition = norm(image) * norm(inverse) / norm(probe) ** 2
         noise = vectors.eps**0.5 + 100 * max(self.rtol or 0.0, vectors.dimension * vectors.eps) * condition
@@ -137,6 +137,9 @@ class PseudoinverseProblem(LinearProblem):
     @property
     def _sides(self) -> int:
         return len(self.structure.slots)
+
+    def _operands(self, theta: Leaves) -> Leaves:
+        return theta[self._sides : self._sides + self.count]
 
     @property
     def _adjoint(self) -> PseudoinverseProblem:

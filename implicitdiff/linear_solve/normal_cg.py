@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +13,16 @@ from torch import Tensor
 
 from implicitdiff._linear import LinearSolver
 from implicitdiff._system import System
-from implicitdiff.linear_solve._krylov import Cycle, dot, iterative, norm, safe_divide
-from implicitdiff.linear_solve._outcome import OnFailure
+from implicitdiff.linear_solve._krylov import Cycle, dot, iterate, iterative, norm, safe_divide
+from implicitdiff.linear_solve._outcome import OnFailure, settle
+from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem
+
+Algorithm = Callable[[System], Tensor]
+NOT_FINITE = "the operator, or the right-hand side, is not finite, or the preconditioner is not positive definite"
+DEFICIENT = (
+    "the rows of the operator are dependent and the right-hand side is not in its range, or the preconditioner is not "
+    "positive definite: leave it out, or take solve_lstsq"
+)
 
 
 def solve_normal_cg(
@@ -47,7 +58,7 @@ def solve_normal_cg(
         >>> solve_normal_cg()(lambda v: A @ v, torch.tensor([2.0, 3.0])).round(decimals=4)
         tensor([-3.,  1.])
     """
-    return iterative(
+    solver = iterative(
         "solve_normal_cg",
         normal_conjugate_gradients,
         "the operator is singular and the right-hand side not in its range, or it is not finite: take solve_lstsq, "
@@ -60,13 +71,62 @@ def solve_normal_cg(
         init=init,
         on_failure=on_failure,
     )
+    rectangular = partial(_solve_rectangular, rtol=rtol, atol=atol, maxiter=maxiter, on_failure=on_failure)
+    return replace(
+        solver,
+        algorithm=partial(_solve, square=solver.algorithm, rectangular=rectangular),
+        # At full rank no direction changes the rank.
+        rectangular=partial(PseudoinverseProblem, on_failure="ignore"),
+    )
+
+
+def _solve(system: System, *, square: Algorithm, rectangular: Algorithm) -> Tensor:
+    return square(system) if system.is_square else rectangular(system)
+
+
+def _solve_rectangular(
+    system: System, *, rtol: float | None, atol: float, maxiter: int | None, on_failure: OnFailure
+) -> Tensor:
+    """Judge ``|A^H (b - A x)|``, since ``b`` may be outside of the range; with a preconditioner of ``A A^H``, which is
+    one for full row rank, ``|b - A x|``."""
+    if system.precondition is not None and system.of_range:
+        outcome = iterate(system, craig, DEFICIENT, rtol, atol, maxiter)
+        return settle("solve_normal_cg", outcome, system, on_failure)
+
+    def size(r: Tensor) -> Tensor:
+        return norm(system.rmatvec(r))
+
+    rounding = _rounding(system)
+    least = rounding(torch.zeros_like(system.b[:, :1]))
+    outcome = iterate(system, normal_conjugate_gradients, NOT_FINITE, rtol, atol, maxiter, size, least)
+    if bool(outcome.failed.any()):
+        # A product with a large solution is rounded coarsely too.
+        coarse = outcome.residual <= rounding(outcome.x)[:, 0]
+        outcome = outcome._replace(failed=outcome.failed & ~coarse)
+    return settle("solve_normal_cg", outcome, system, on_failure)
+
+
+def _rounding(system: System) -> Callable[[Tensor], Tensor]:
+    """What rounding makes of ``|A^T (b - A x)|``, as a function of ``x``.
+
+    Where ``b`` is nearly orthogonal to the range, nothing relative to ``A^T b`` is reached. The Frobenius norm of ``A``
+    is estimated by the product with one vector.
+    """
+    m = system.b.shape[-1]
+    w = torch.cos(7.0 * torch.arange(1, m + 1, dtype=system.b.dtype, device=system.b.device) ** 2)
+    w = w.expand(system.b.shape)
+    a = math.sqrt(m) * norm(system.rmatvec(w)) / norm(w)
+    return lambda x: 4 * system.eps * a * (norm(system.b) + a * norm(x))
 
 
 def normal_conjugate_gradients(system: System, r: Tensor, target: Tensor, limit: int) -> Cycle:
-    """A `Method` for any operator, by conjugate gradients on the normal equations."""
+    """A `Method` for any operator, by conjugate gradients on the normal equations.
+
+    What reaches the target is ``|A^T r|`` if the operator is rectangular.
+    """
     precondition = system.precondition or (lambda v: v)
-    x = torch.zeros_like(r)
     s = system.rmatvec(r)
+    x = torch.zeros_like(s)
     # In units in which the first gradient has length one, no square leaves the range of the dtype.
     unit = norm(s)
     s = safe_divide(s, unit)
@@ -74,7 +134,11 @@ def normal_conjugate_gradients(system: System, r: Tensor, target: Tensor, limit:
     sz = dot(s, z)
     broken = torch.zeros_like(sz, dtype=torch.bool)
     used = 0
-    while used < limit and bool((active := ~(norm(r) <= target) & ~broken).any()):
+
+    def size() -> Tensor:
+        return norm(r) if system.is_square else unit * norm(s)
+
+    while used < limit and bool((active := ~(size() <= target) & ~broken).any()):
         Ap = system.matvec(p)
         length = norm(Ap)
         broken = broken | (active & ~((length > 0) & (sz > 0)))
@@ -84,5 +148,33 @@ def normal_conjugate_gradients(system: System, r: Tensor, target: Tensor, limit:
         z = precondition(s)
         sz, before = dot(s, z), sz
         p = torch.where(active, z + safe_divide(sz, before) * p, p)
+        used += 1
+    return Cycle(x, used, broken)
+
+
+def craig(system: System, r: Tensor, target: Tensor, limit: int) -> Cycle:
+    """A `Method` for operators of full row rank, by conjugate gradients on ``A A^T z = r``, ``d = A^T z``; the
+    preconditioner is one for that.
+
+    Reference: Saad, "Iterative Methods for Sparse Linear Systems", 2nd ed., algorithm 8.5 (CGNE).
+    """
+    precondition = system.precondition or (lambda v: v)
+    z = precondition(r)
+    p = system.rmatvec(z)
+    # In units in which the first direction has length one, no square leaves the range of the dtype.
+    unit = norm(p)
+    p = safe_divide(p, unit)
+    x = torch.zeros_like(p)
+    rz = dot(r, z)
+    broken = torch.zeros_like(rz, dtype=torch.bool)
+    used = 0
+    while used < limit and bool((active := ~(norm(r) <= target) & ~broken).any()):
+        pp = dot(p, p)
+        broken = broken | (active & ~((pp > 0) & (rz > 0)))
+        alpha = torch.where(active & ~broken, safe_divide(safe_divide(rz, pp), unit), 0.0)
+        x, r = x + alpha * p, r - alpha * system.matvec(p)
+        z = precondition(r)
+        rz, before = dot(r, z), rz
+        p = torch.where(active, safe_divide(system.rmatvec(z), unit) + safe_divide(rz, before) * p, p)
         used += 1
     return Cycle(x, used, broken)
