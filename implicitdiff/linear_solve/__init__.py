@@ -11,6 +11,12 @@ captures, to any order, in both modes, by the implicit rule::
 and batches under `torch.func.vmap`, where every lane stops by itself. Adjoint systems in the derivatives are solved
 by the same solver.
 
+`solve_lstsq` and `solve_normal_cg` also take operators that are not square, where a tree like ``x`` is none like ``b``.
+Their option ``init``, a tree like ``x``, says what ``matvec`` acts on. Without it a tree like ``b`` is tried. If
+``matvec`` fails on that, and ``b`` is one tensor, a tensor of the shape ``(n, *b.shape[1:])`` is looked for, with ``n``
+among the sizes of the tensors that ``matvec`` computes with: the only ``n`` that gives a result like ``b`` is taken, if
+``n + 1`` does not as well. In every other case an error asks for ``init``.
+
 Common options:
     rtol, atol: stop at ``|b - A x| <= max(rtol |b|, atol)``, Euclidean norms over all leaves. ``atol`` has the units
         of ``b``. ``rtol=None`` is ``eps^(2/3)`` of the dtype: 4e-11 in float64, 2e-5 in float32. The residual that is

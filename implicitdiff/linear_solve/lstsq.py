@@ -18,10 +18,13 @@ from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem
 
 def solve_lstsq(*, rtol: float | None = None, init: Any = None, on_failure: OnFailure = "raise") -> LinearSolver:
     r"""Make a solver ``solve(matvec, b) -> x`` for the ``x`` of least ``|x|`` among those of least ``|b - A x|``,
-    ``A`` any operator.
+    ``A`` any operator, square or not.
 
-    Materialises ``A`` and takes its singular value decomposition: some ten times the work of `solve_lu`, and defined
-    for singular ``A`` too.
+    Materialises ``A``, of ``m`` rows and ``n`` columns, by ``min(m, n)`` products, and takes its singular value
+    decomposition: for a square one some ten times the work of `solve_lu`, and defined for singular ``A`` too.
+
+    If ``A`` is not square, ``matvec`` takes trees like ``x``, which `init` shows, to trees like ``b``; see
+    `implicitdiff.linear_solve` for what is done without it.
 
     Derivatives are those of ``x = A^+ b`` at constant rank, of any order: range and null space turn with ``A``::
 
@@ -34,11 +37,13 @@ def solve_lstsq(*, rtol: float | None = None, init: Any = None, on_failure: OnFa
     meaning for the others.
 
     Args:
-        rtol: singular values up to ``rtol`` times the largest count as zero; None: ``n`` times the precision of the
-            dtype. What counts as zero but is not leaves its relative size as an error in derivatives.
+        rtol: singular values up to ``rtol`` times the largest count as zero; None: ``max(m, n)`` times the
+            precision of the dtype. What counts as zero but is not leaves its relative size as an error in derivatives.
+        init: a tree like ``x``; its numbers do not matter. None: one like ``b``, or what is found.
         on_failure: see `implicitdiff.linear_solve`; ``"ignore"`` also leaves out the look at the rank.
 
     Raises (when solving):
+        ValueError: ``matvec`` does not take a tree like ``b``, and what it takes cannot be found: pass `init`.
         LinearSolveError: ``A`` is not finite; in a derivative, its rank changes.
 
     References:
@@ -52,6 +57,20 @@ def solve_lstsq(*, rtol: float | None = None, init: Any = None, on_failure: OnFa
         >>> A = torch.tensor([[1.0, 1.0], [1.0, 1.0]])
         >>> solve_lstsq()(lambda v: A @ v, torch.tensor([2.0, 2.0]))
         tensor([1.0000, 1.0000])
+
+        A line through three points:
+
+        >>> times = torch.tensor([0.0, 1.0, 2.0])
+        >>> X = torch.stack([torch.ones(3), times], dim=1)
+        >>> solve_lstsq()(lambda v: X @ v, torch.tensor([1.0, 2.0, 4.0])).round(decimals=4)
+        tensor([0.8333, 1.5000])
+
+        Unknowns by name:
+
+        >>> init = {"offset": torch.zeros(()), "slope": torch.zeros(())}
+        >>> line = solve_lstsq(init=init)(lambda v: v["offset"] + v["slope"] * times, torch.tensor([1.0, 2.0, 4.0]))
+        >>> line["slope"].round(decimals=4)
+        tensor(1.5000)
     """
     if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < math.inf):
         raise ValueError(f"solve_lstsq: rtol must be a finite number >= 0 or None, got {rtol!r}")

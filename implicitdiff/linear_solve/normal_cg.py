@@ -35,18 +35,35 @@ def solve_normal_cg(
     init: Any = None,
     on_failure: OnFailure = "raise",
 ) -> LinearSolver:
-    r"""Make a solver ``solve(matvec, b) -> x`` for ``A x = b``, ``A`` any non-singular operator, by conjugate
-    gradients on ``A^H A x = A^H b``.
+    r"""Make a solver ``solve(matvec, b) -> x`` for ``A x = b``, ``A`` any operator of full rank, square or not, by
+    conjugate gradients on ``A^H A x = A^H b``.
 
-    Minimises ``|b - A x|`` over the Krylov space of ``A^H A`` and stops as `solve_cg` does, on that norm. Works for
-    every matrix, but as slowly as `solve_cg` on one of squared condition number. A preconditioner approximates the
-    inverse of ``A^H A``.
+    Minimises ``|b - A x|`` over the Krylov space of ``A^H A``, as slowly as `solve_cg` on a matrix of squared condition
+    number.
 
-    ``ridge`` is added to ``A``, as in every solver here, not to ``A^H A`` as in JAXopt: the result then solves a
-    linear system, whose derivative is the one computed. The other options: `implicitdiff.linear_solve`.
+    A square ``A``: stops as `solve_cg` does, on ``|b - A x|``. A preconditioner approximates the inverse of ``A^H A``.
+    ``ridge`` is added to ``A``, as in every solver here, not to ``A^H A`` as in JAXopt: the result then solves a linear
+    system, whose derivative is the one computed.
+
+    An ``A`` of ``m`` rows and ``n`` columns, where a tree like ``x`` is none like ``b``:
+
+    - ``x`` is the least-squares solution, if ``m < n`` the solution of least norm. `init` is a tree like ``x``, from
+      which the iteration starts if ``m >= n``; see `implicitdiff.linear_solve` for what is done without it.
+    - ``b`` may be outside of the range, so the iteration stops at
+      ``|A^H (b - A x)| <= max(rtol |A^H b|, atol)``, or where that is rounding.
+    - The preconditioner approximates the inverse of the smaller one of ``A^H A``, over trees like ``x``, and ``A A^H``,
+      over trees like ``b``. In the second case, and in derivatives of the first, ``|b - A x|`` is judged.
+    - ``ridge`` is refused. Damped least squares, ``(A^H A + ridge I) x = A^H b``, is a tall operator: let ``matvec``
+      return ``(A v, ridge**0.5 * v)``, and pass ``(b, 0)``.
+    - Derivatives are those of the pseudoinverse at constant rank, see `solve_lstsq`. That the rank is constant is not
+      looked at: at full rank it is.
+
+    The other options: `implicitdiff.linear_solve`.
 
     Raises (when solving):
-        LinearSolveError: ``A`` is singular and ``b`` not in its range, or no convergence with ``maxiter=None``.
+        ValueError: ``matvec`` does not take a tree like ``b``, and what it takes cannot be found: pass `init`.
+        LinearSolveError: a square ``A`` is singular and ``b`` not in its range, or no convergence with
+            ``maxiter=None``.
 
     Reference:
         Saad, "Iterative Methods for Sparse Linear Systems", 2nd ed., algorithm 8.4 (CGNR).
@@ -57,6 +74,12 @@ def solve_normal_cg(
         >>> A = torch.tensor([[0.0, 2.0], [-1.0, 0.0]])
         >>> solve_normal_cg()(lambda v: A @ v, torch.tensor([2.0, 3.0])).round(decimals=4)
         tensor([-3.,  1.])
+
+        A line through three points:
+
+        >>> X = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
+        >>> solve_normal_cg()(lambda v: X @ v, torch.tensor([1.0, 2.0, 4.0])).round(decimals=4)
+        tensor([0.8333, 1.5000])
     """
     solver = iterative(
         "solve_normal_cg",
@@ -87,8 +110,8 @@ def _solve(system: System, *, square: Algorithm, rectangular: Algorithm) -> Tens
 def _solve_rectangular(
     system: System, *, rtol: float | None, atol: float, maxiter: int | None, on_failure: OnFailure
 ) -> Tensor:
-    """Judge ``|A^H (b - A x)|``, since ``b`` may be outside of the range; with a preconditioner of ``A A^H``, which is
-    one for full row rank, ``|b - A x|``."""
+    """Solve by a `Method` that judges ``|A^T (b - A x)|``, since ``b`` may be outside of the range; with a
+    preconditioner for ``A A^T``, whose rank is that of the rows, by one that judges ``|b - A x|``."""
     if system.precondition is not None and system.of_range:
         outcome = iterate(system, craig, DEFICIENT, rtol, atol, maxiter)
         return settle("solve_normal_cg", outcome, system, on_failure)
