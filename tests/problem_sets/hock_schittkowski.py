@@ -46,7 +46,7 @@ def hs25(x: Any) -> Any:
 
 
 def wood(x: Any) -> Any:
-    a, b, c, d = x
+    _, b, c, d = x
     return (
         rosenbrock(x[:2])
         + 90 * (d - c**2) ** 2

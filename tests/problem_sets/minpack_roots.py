@@ -38,7 +38,7 @@ def powell_badly_scaled(x: Any) -> Any:
 
 
 def wood(x: Any) -> Any:
-    """Half the gradient of Wood's function, that of HS38."""
+    """The gradient of Wood's function, that of HS38, with the first and the third entry halved."""
     a, b, c, d = x
     first, second = b - a**2, d - c**2
     return library(x).stack(
