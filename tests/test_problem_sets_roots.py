@@ -385,3 +385,24 @@ def test_a_multiple_root_is_claimed_from_farther_away_than_a_simple_one(dtype):
     near = 3 * 0.1 * torch.finfo(dtype).eps ** (1 / 5)
     assert checks.true_claim(by_name["19 sample 19"], cast([near, near], dtype), dtype)
     assert not checks.true_claim(by_name["Rosenbrock 2"], cast([1 + near, 1 + near], dtype), dtype)
+
+
+def test_a_claim_near_a_root_is_true_where_constant_terms_round():
+    problem = next(p for p in SYSTEMS if p.name == "trigonometric 10")
+    near = np.array(
+        [
+            0.04791195,
+            0.04918452,
+            0.05060870,
+            0.05222305,
+            0.05408309,
+            0.05627330,
+            0.05893214,
+            0.186397,
+            0.15434196,
+            0.12462538,
+        ]
+    )
+    x = checks.polished_root(problem.residual, near) + 3e-13
+    assert checks.arrived(problem, x, torch.float64)
+    assert checks.true_claim(problem, x, torch.float64)

@@ -158,7 +158,9 @@ def _(problem: Roots | FixedPoint, x: Any, dtype: torch.dtype) -> bool:
     if error <= rounding(fn, x, dtype):
         return True
     end = polished_root(fn, x)
-    if norm_at(fn, end) > max(1e-3 * error, rounding(fn, end, torch.float64)):
+    # The last of these, since terms that do not depend on the unknowns round as well.
+    precise = max(rounding(fn, end, torch.float64), 1e-12 * norm_at(fn, np.array(problem.start)))
+    if norm_at(fn, end) > max(1e-3 * error, precise):
         return False
     size = max(np.linalg.norm(end), np.linalg.norm(end - np.array(problem.start)))
     nearness = eps(dtype) ** (1 / 5 if is_multiple(fn, end, x) else 1 / 3)
