@@ -77,9 +77,9 @@ def _(problem: Roots | FixedPoint, x: Any, dtype: torch.dtype) -> bool:
 
 @arrived.register(Bracketed)
 def _(problem: Bracketed, x: Any, dtype: torch.dtype) -> bool:
-    """Bisection ends with neighbouring numbers, so that more is asked of it; near the root rounding decides."""
+    """The root is known, so that the distance from it is what is small."""
     root, width = problem.root, problem.upper - problem.lower
-    return bool(np.abs(as_float64(x) - root).max() <= 64 * eps(dtype) * max(abs(root), width))
+    return bool(np.abs(as_float64(x) - root).max() <= tolerance(dtype) * max(abs(root), width))
 
 
 @arrived.register(Minimum)
