@@ -19,7 +19,7 @@ class Progress(NamedTuple):
 
     Attributes:
         best: the least error so far, but for what is less by a tenth or less.
-        idle: the number of iterations since that.
+        idle: the number of iterations since that, or since a step that lowered the value by more than its rounding.
         still: the number of steps of length zero since the last other one.
         step: the length of the last step that a method of Newton's kind would make, relative to the unknowns,
             ``|d| / max(|x|, eps^(1/6) reach)``; 0 before the first, and for other methods.
@@ -43,6 +43,11 @@ class Progress(NamedTuple):
         reach = torch.maximum(length, self.reach)
         least = torch.finfo(x.dtype).eps ** (1 / 6) * reach
         return self._replace(step=safe_divide(norm(d), torch.maximum(length, least)), reach=reach)
+
+    def fallen(self, where: Tensor) -> Progress:
+        """The same after a step that lowered the value by more than its rounding, in some lanes."""
+        # The step itself is counted later.
+        return self._replace(idle=torch.where(where, -1, self.idle))
 
 
 class State(NamedTuple, Generic[Memory]):

@@ -16,7 +16,7 @@ from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._options import check_number
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select, times
 from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
+from implicitdiff.solvers._state import Progress, State
 from implicitdiff.solvers._status import Status
 from implicitdiff.solvers.gauss_newton import gradient, normal_residual, normal_size
 
@@ -129,16 +129,35 @@ def _step(
     if any_lane(accepted):
         x, r, J = select(accepted, trial, x), select(accepted, new_r, r), select(accepted, new_J, J)
         memory = memory._replace(residual=r, jacobian=J, scale=torch.maximum(scale, J.square().sum(dim=1)))
+    progress = state.progress.fallen(accepted & ~drowned).stepped(d, x)
     error = norm(gradient(J, r))
     # Where the search may end, the step that tells how far x is from the solution is that without damping.
-    if any_lane(refused | (error <= state.target)):
-        d = _damped(J, r, rows.eps * J.square().sum(dim=1))
+    ends = ~accepted | drowned
+    if any_lane(ends | (error <= state.target)):
+        step = _distance(rows, x, r, J, progress, ends)
+        progress = progress._replace(step=torch.where(ends | (error <= state.target), step, progress.step))
     return x, state._replace(
         error=error,
-        progress=state.progress.stepped(d, x),
+        progress=progress,
         status=torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status),
         memory=memory,
     )
+
+
+def _distance(rows: Rows, x: Tensor, r: Tensor, J: Tensor, progress: Progress, ends: Tensor) -> Tensor:
+    """How far x is from the solution: the length of the step without damping, as `Progress.stepped` has it.
+
+    It is 0 if that step promises next to no gain, as where a Jacobian without full rank makes it long; and at least 1
+    if steps are refused although it promises one, and the value is more than rounding.
+    """
+    r, J, x = r.detach(), J.detach(), x.detach()
+    # Singular values that rounding makes of zero promise no more than a square root of eps.
+    d = -_damped(J, r, rows.eps**1.5 * J.square().sum(dim=1))
+    step = progress.stepped(d, x).step
+    value, promised = 0.5 * dot(r, r), -0.5 * dot(d, gradient(J, r))
+    in_vain = ends & (value > 16.0 * _noise(rows, x, r, J))
+    step = torch.where(in_vain, step.clamp(min=1.0), step)
+    return torch.where(promised <= rows.eps**0.5 * value, 0.0, step)
 
 
 _REFUSALS = 32.0
@@ -153,7 +172,11 @@ def _damped(J: Tensor, r: Tensor, weights: Tensor) -> Tensor:
 
 
 def _noise(rows: Rows, x: Tensor, r: Tensor, J: Tensor) -> Tensor:
-    """The rounding of ``|r|^2 / 2``: a residual is a difference of terms as large as ``|J| |x|``."""
-    r, J = r.detach().abs(), J.detach().abs()
-    terms = r + times(x.detach().abs(), J.mT)
-    return rows.eps * dot(r + rows.eps * terms, terms)
+    """The rounding of ``|r|^2 / 2``."""
+    terms = _terms(x.detach(), r.detach(), J.detach())
+    return rows.eps * dot(r.detach().abs() + rows.eps * terms, terms)
+
+
+def _terms(x: Tensor, r: Tensor, J: Tensor) -> Tensor:
+    """The size of the terms that cancel in a residual: they are as large as ``|J| |x|``."""
+    return r.abs() + times(x.abs(), J.abs().mT)
