@@ -27,7 +27,7 @@ PINS = {
     "furo": "2025.12.19",
     "sphinx-copybutton": "0.5.2",
 }
-# What benchmarks/solvers.py and TorchOpt's tests compare with.
+# What benchmarks/solvers.py, benchmarks/rates.py and TorchOpt's tests compare with.
 PEERS = {
     "jax": "0.10.2",
     "jaxlib": "0.10.2",
@@ -263,3 +263,11 @@ def bench_solvers(session: nox.Session) -> None:
     install(session)
     install_peers(session)
     session.run("python", "benchmarks/solvers.py", *session.posargs)
+
+
+@nox.session
+def rates(session: nox.Session) -> None:
+    """Count the problems of the field's test sets that the solvers solve, beside SciPy's and Optimistix's."""
+    install(session)
+    install_peers(session)
+    session.run("python", "benchmarks/rates.py", *session.posargs)
