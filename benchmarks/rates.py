@@ -1,10 +1,10 @@
 """How many problems of the field's test sets a solver solves, how many it only claims to, and at what cost.
 
-    python benchmarks/rates.py [set ...] [--dtype float32] [--missed]
+    python benchmarks/rates.py [set ...] [--dtype float32] [--solver lbfgs] [--missed]
 
 prints a table for each set and dtype, ours beside SciPy's and Optimistix's. All have their default options; Optimistix
 has none for its tolerances and gets ``sqrt(eps)``, which in float64 is about SciPy's. What is not installed is named
-and left out. Progress goes to stderr.
+and left out. What a solver misses goes to stderr as it happens.
 
 Sets of least-squares problems
     ``mgh`` (More, Garbow and Hillstrom) and ``nist``, solved as ``min |r|^2`` by methods for least squares; ``...-gn``
@@ -317,22 +317,25 @@ def judged(group: Set, problem: Any, label: str, start: Array, run: Run, dtype: 
     try:
         outcome = run(problem, start, dtype)
     except Exception as error:
-        print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        log(f"{name}: {type(error).__name__}: {error}")
         return Case(name, None, False, False)
     arrived = group.judge.arrived(problem, outcome.x, dtype)
     doubtful = outcome.claimed and not arrived
     return Case(name, outcome, arrived, doubtful and group.judge.improvable(problem, outcome.x, dtype))
 
 
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
 def cases(group: Set, name: str, run: Run, dtype: str) -> list[Case]:
-    began = time.perf_counter()
-    found = [
-        judged(group, problem, label, start, run, dtype)
-        for problem in group.problems
-        for label, start in group.starts(problem, dtype).items()
-    ]
-    seconds = time.perf_counter() - began
-    print(f"{row(group, name, dtype, found, [])} {seconds:.0f} s", file=sys.stderr, flush=True)
+    began, found = time.perf_counter(), []
+    for problem in group.problems:
+        for label, start in group.starts(problem, dtype).items():
+            found.append(judged(group, problem, label, start, run, dtype))
+            if not found[-1].arrived or found[-1].outcome.still:
+                log(f"{name}, {dtype}: {told(found[-1])}")
+    log(f"{row(group, name, dtype, found, [])} {time.perf_counter() - began:.0f} s")
     return found
 
 
@@ -350,8 +353,11 @@ def row(group: Set, name: str, dtype: str, found: list[Case], common: list[int])
     return f"| {group.name} | {name} | {dtype} | " + " | ".join(map(str, counts)) + " |"
 
 
-def show(group: Set, dtype: str, missed: bool) -> None:
+def show(group: Set, dtype: str, chosen: list[str], missed: bool) -> None:
     there = [(name, run) for name, run in group.solvers if name.split(".")[0] not in MISSING]
+    there = [(name, run) for name, run in there if not chosen or name in chosen]
+    if not there:
+        return
     found = {name: cases(group, name, run, dtype) for name, run in there}
     together = list(zip(*found.values(), strict=True))
     common = [i for i, each in enumerate(together) if all(case.arrived for case in each)]
@@ -370,8 +376,8 @@ def told(case: Case) -> str:
     outcome = case.outcome
     if outcome is None:
         return f"{case.name} raised"
-    claim = "false claim" if case.false else "claimed" if outcome.claimed else "still" if outcome.still else "failed"
-    return f"{case.name} {claim}"
+    ending = "false claim" if case.false else "claimed" if outcome.claimed else "still" if outcome.still else "failed"
+    return f"{case.name} {ending}"
 
 
 def main() -> None:
@@ -379,6 +385,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="How many problems the solvers solve, and how many they claim to.")
     parser.add_argument("sets", nargs="*", metavar="set", help=f"of {', '.join(names)}; all by default")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="one only")
+    parser.add_argument("--solver", action="append", default=[], help="one only, by its name in the table")
     parser.add_argument("--missed", action="store_true", help="name the cases at which a solver does not arrive")
     options = parser.parse_args()
     if unknown := set(options.sets) - set(names):
@@ -392,7 +399,7 @@ def main() -> None:
     for group in SETS:
         for dtype in options.dtype or DTYPES:
             if not options.sets or group.name in options.sets:
-                show(group, dtype, options.missed)
+                show(group, dtype, options.solver, options.missed)
 
 
 if __name__ == "__main__":

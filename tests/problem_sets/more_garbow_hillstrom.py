@@ -1,7 +1,8 @@
 """The least-squares problems of More, Garbow and Hillstrom, and fits in common use.
 
 More, Garbow and Hillstrom, "Testing unconstrained optimization software", ACM TOMS 7, 1981: all 35, in their order and
-by their numbers, those of any size in their usual ones. The values of the minima have more digits than theirs.
+by their numbers, those of any size in their usual ones. The values have more digits than theirs, and are those at which
+SciPy's "lm" and "trf" end. Bard's second, and that of Kowalik and Osborne, are of minima at infinity.
 """
 
 from __future__ import annotations
@@ -298,6 +299,7 @@ PROBLEMS = [
     row("15 Kowalik and Osborne", kowalik_osborne, (0.25, 0.39, 0.415, 0.39), 3.0750560385e-4, 1.0273430487e-3),
     row("16 Brown and Dennis", brown_dennis, (25, 5, -5, -1), 85822.201626),
     row("17 Osborne 1", osborne_1, (0.5, 1.5, -1, 0.01, 0.02), 5.4648946975e-5),
+    # The second is no minimum, as the paper has it, but a saddle; the symmetry of the initial guess leads there.
     row("18 Biggs EXP6", biggs_exp6, (1, 2, 1, 1, 1, 1), 0, 5.6556499255e-3, at=(1, 10, 1, 5, 4, 3)),
     row("19 Osborne 2", osborne_2, (1.3, 0.65, 0.65, 0.7, 0.6, 3, 5, 7, 2, 4.5, 5.5), 4.0137736294e-2),
     sized("20 Watson", watson, 6 * [0], 2.2876700536e-3),
