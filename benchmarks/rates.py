@@ -255,6 +255,8 @@ def scipy_min(method: str, problem: LeastSquares, start: Array, dtype: str) -> O
 
 
 def optimistix_run(entry: str, name: str, limit: int, problem: LeastSquares, start: Array, dtype: str) -> Outcome:
+    # With float64 enabled its trust regions mix the dtypes, and raise in float32.
+    jax.config.update("jax_enable_x64", dtype == "float64")
     x, steps, good = compiled(entry, name, limit, problem.residual, dtype)(jax.numpy.asarray(start))
     return Outcome(np.asarray(x), bool(good), int(steps))
 
@@ -394,8 +396,6 @@ def main() -> None:
         parser.error(f"no set {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if jax is not None:
-        jax.config.update("jax_enable_x64", True)
     if MISSING:
         print(f"not installed, and left out: {', '.join(MISSING)}")
     for group in SETS:
