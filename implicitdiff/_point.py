@@ -114,3 +114,14 @@ def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     """Whether a tensor of one shape can be expanded to another."""
     pairs = zip(reversed(shape), reversed(to), strict=False)
     return len(shape) <= len(to) and all(size in (1, full) for size, full in pairs)
+
+
+def sum_of(v: Tensor) -> Tensor:
+    """The sum of a vector, of one entry."""
+    return v.sum(0, keepdim=True)
+
+
+def size_of(v: Tensor) -> Tensor:
+    """What to divide a vector by before it is squared, with no derivative."""
+    largest = v.detach().abs().amax(0, keepdim=True)
+    return torch.where(largest == 0, 1.0, largest)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff._point import Point
-from implicitdiff.projections import l2_ball
+from implicitdiff.projections._balls import l2_ball
 
 __all__ = ["elastic_net", "group_lasso", "lasso", "ridge"]
 

@@ -13,7 +13,7 @@ import implicitdiff._pytree as pytree
 from implicitdiff._lift import gradient, pullback
 from implicitdiff._linear import check_leaves, check_like
 from implicitdiff._signature import name_of
-from implicitdiff.projections import box
+from implicitdiff.projections._boxes import box
 from implicitdiff.solvers._rows import Rows
 
 Functions = Mapping[str, Callable[..., Any]]

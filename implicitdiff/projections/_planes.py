@@ -1,0 +1,109 @@
+"""Projections onto planes and their sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import implicitdiff._pytree as pytree
+from implicitdiff._point import Number, Point, broadcasts, holds, size_of, sum_of
+
+
+def hyperplane(v: Any, a: Any, b: Number) -> Any:
+    """Project onto ``{x: a.x = b}``, ``v`` being one vector.
+
+    That is ``v - a (a.v - b) / (a.a)``.
+
+    Args:
+        v: a tensor or a tree.
+        a: the normal: a tree like ``v``, or what broadcasts to it as the bounds of a `box` do; not zero.
+        b: a number or a scalar tensor.
+
+    Raises:
+        ValueError: ``a`` is zero or does not fit ``v``.
+
+    Example:
+        >>> from implicitdiff.projections import hyperplane
+        >>> hyperplane(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]), 1.0)
+        tensor([0., 1.])
+    """
+    return _along("hyperplane", v, a, b, lambda excess: excess)
+
+
+def halfspace(v: Any, a: Any, b: Number) -> Any:
+    """Project onto ``{x: a.x <= b}``, ``v`` being one vector.
+
+    That is ``v - a max(a.v - b, 0) / (a.a)``.
+
+    Args:
+        v: a tensor or a tree.
+        a: the normal, as of a `hyperplane`.
+        b: a number or a scalar tensor; may be ``inf``.
+
+    Raises:
+        ValueError: ``a`` is zero or does not fit ``v``.
+
+    Example:
+        >>> from implicitdiff.projections import halfspace
+        >>> halfspace(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]), 5.0)
+        tensor([1., 2.])
+    """
+    return _along("halfspace", v, a, b, lambda excess: torch.where(excess < 0, 0.0, excess))
+
+
+def affine_set(v: Any, A: Tensor, b: Number) -> Any:
+    """Project onto ``{x: A x = b}``, ``v`` being one vector.
+
+    That is ``v - A' (A A')^-1 (A v - b)``, by a QR factorisation of ``A'``, so that the condition number of ``A`` is
+    not squared.
+
+    Args:
+        v: a tensor or a tree, of n entries.
+        A: a matrix of shape (m, n) and rank m.
+        b: a vector of shape (m,), or a number.
+
+    Raises:
+        ValueError: the shapes do not fit, or the rows of ``A`` are linearly dependent.
+
+    Example:
+        >>> from implicitdiff.projections import affine_set
+        >>> A = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 2.0]])
+        >>> affine_set(torch.tensor([1.0, 2.0, 3.0]), A, torch.tensor([1.0, 2.0]))
+        tensor([0., 1., 1.])
+    """
+    point = Point.of("affine_set", v)
+    if not isinstance(A, Tensor) or A.ndim != 2 or A.shape[0] > A.shape[1] or A.shape[1] != point.size:
+        raise ValueError(
+            f"affine_set: A has to be a matrix with {point.size} columns, as v has entries, and no more rows, "
+            f"but it is {pytree.describe(A)}"
+        )
+    if isinstance(b, Tensor) and not broadcasts(b.shape, A.shape[:1]):
+        raise ValueError(f"affine_set: b has to be of shape {list(A.shape[:1])}, but it is {pytree.describe(b)}")
+    return point.map_flat(_onto_affine_set, A, b)
+
+
+def _along(function: str, v: Any, a: Any, b: Number, step: Callable[[Tensor], Tensor]) -> Any:
+    point = Point.of(function, v)
+    normal, offset = point.flat(point.operands("a", a)), point.scalar("b", b)
+    if not holds((normal != 0).any()):
+        raise ValueError(f"{function}: a has to be other than zero, but it is {pytree.describe(a)} of zeros")
+    size = size_of(normal)
+    normal = normal / size
+
+    def project(v: Tensor, b: Tensor) -> Tensor:
+        return v - normal * (step(sum_of(normal * v) - b / size) / sum_of(normal * normal))
+
+    return point.map_flat(project, offset)
+
+
+def _onto_affine_set(v: Tensor, A: Tensor, b: Tensor) -> Tensor:
+    Q, R = torch.linalg.qr(A.mT)
+    # A diagonal entry is what a row adds to the span of those before it.
+    rows = torch.linalg.vector_norm(R.detach(), dim=0)
+    if not holds(R.detach().diagonal().abs() > rows * (v.numel() * torch.finfo(v.dtype).eps)):
+        raise ValueError("affine_set: the rows of A have to be finite and linearly independent, but they are not")
+    step: Tensor = Q @ torch.linalg.solve_triangular(R.mT, (A @ v - b).unsqueeze(-1), upper=False)
+    return v - step.squeeze(-1)
