@@ -15,9 +15,30 @@ Reference:
     Parikh and Boyd, "Proximal Algorithms", 2014, sections 6.2 and 6.5.
 """
 
-from implicitdiff.projections._balls import l1_ball, l2_ball
-from implicitdiff.projections._boxes import box, non_negative
+from implicitdiff.projections._balls import l1_ball, l1_sphere, l2_ball, l2_sphere
+from implicitdiff.projections._boxes import box, box_section, linf_ball, non_negative
+from implicitdiff.projections._orders import isotonic
 from implicitdiff.projections._planes import affine_set, halfspace, hyperplane
-from implicitdiff.projections._simplices import simplex
+from implicitdiff.projections._polyhedra import polyhedron
+from implicitdiff.projections._simplices import simplex, sparse_simplex
+from implicitdiff.projections._transport import birkhoff, transport
 
-__all__ = ["affine_set", "box", "halfspace", "hyperplane", "l1_ball", "l2_ball", "non_negative", "simplex"]
+__all__ = [
+    "affine_set",
+    "birkhoff",
+    "box",
+    "box_section",
+    "halfspace",
+    "hyperplane",
+    "isotonic",
+    "l1_ball",
+    "l1_sphere",
+    "l2_ball",
+    "l2_sphere",
+    "linf_ball",
+    "non_negative",
+    "polyhedron",
+    "simplex",
+    "sparse_simplex",
+    "transport",
+]

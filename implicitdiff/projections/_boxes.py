@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import implicitdiff._pytree as pytree
-from implicitdiff._point import Point, holds
+from implicitdiff._point import Number, Point, holds, size_of, sum_of
 
 
 def box(v: Any, lower: Any, upper: Any) -> Any:
@@ -29,13 +30,7 @@ def box(v: Any, lower: Any, upper: Any) -> Any:
         tensor([0.0000, 0.5000, 2.0000])
     """
     point = Point.of("box", v)
-    lowers, uppers = point.operands("lower", lower), point.operands("upper", upper)
-    if not all(low is None or holds(low <= high) for low, high in zip(lowers, uppers, strict=True)):
-        raise ValueError(
-            "box: lower has to be at most upper in every entry, but lower is "
-            f"{pytree.describe(lower)} and upper is {pytree.describe(upper)}"
-        )
-    return point.map(clamp, lowers, uppers)
+    return point.map(clamp, *_bounds(point, lower, upper))
 
 
 def non_negative(v: Any) -> Any:
@@ -47,6 +42,183 @@ def non_negative(v: Any) -> Any:
         {'a': tensor([0., 2.]), 'b': tensor(0.)}
     """
     return Point.of("non_negative", v).map(torch.relu)
+
+
+def linf_ball(v: Any, radius: Number = 1.0) -> Any:
+    """Project onto ``{x: |x_i| <= radius for all i}``, entry by entry.
+
+    That is ``sign(v) min(|v|, radius)``.
+
+    Args:
+        v: a tensor or a tree.
+        radius: at least 0; may be ``inf``.
+
+    Raises:
+        ValueError: ``radius`` is negative.
+
+    Example:
+        >>> from implicitdiff.projections import linf_ball
+        >>> linf_ball(torch.tensor([-2.0, 0.5, 1.5]))
+        tensor([-1.0000,  0.5000,  1.0000])
+    """
+    point = Point.of("linf_ball", v)
+    bound = point.scalar("radius", radius, least=0.0)
+    return point.map(_within, [bound] * len(point.leaves))
+
+
+def box_section(v: Any, lower: Any, upper: Any, w: Any, c: Number) -> Any:
+    """Project onto ``{x: lower <= x <= upper, w.x = c}``, ``v`` being one vector.
+
+    That is::
+
+        x = clip(v + tau w, lower, upper),    tau = (c - sum of w x over the others - sum of w v over s) / sum of w^2
+                                              over s,    s = {i: lower_i < x_i < upper_i}
+
+    ``w.x`` does not fall as ``tau`` grows, and is linear between the numbers where an entry meets a bound. These are
+    sorted, and a bisection of their ranks finds the ``s`` of the solution; it is exact, and takes ``O(n log n)``.
+
+    Args:
+        v: a tensor or a tree.
+        lower: the least values, as those of a `box`.
+        upper: the greatest, likewise.
+        w: a tree like ``v``, or what broadcasts to it as bounds do; of any signs, not all zero.
+        c: a number or a scalar tensor.
+
+    Raises:
+        ValueError: ``lower`` exceeds ``upper``, ``w`` is zero, no ``x`` within the bounds has ``w.x = c`` but for
+            rounding, or one of them does not fit ``v``.
+
+    Reference:
+        Held, Wolfe and Crowder, "Validation of Subgradient Optimization", Math. Prog. 6 (1974), section 3.
+
+    Example:
+        >>> from implicitdiff.projections import box_section
+        >>> box_section(torch.tensor([0.5, 1.0, -1.0]), 0.0, 0.6, torch.tensor([1.0, 1.0, 2.0]), 1.0)
+        tensor([0.4000, 0.6000, 0.0000])
+    """
+    point = Point.of("box_section", v)
+    if not point.size:
+        raise ValueError(f"box_section: v has to have an entry, but it is {pytree.describe(v)}")
+    low, high = (point.flat(bounds) for bounds in _bounds(point, lower, upper))
+    normal, offset = point.flat(point.operands("w", w)), point.scalar("c", c)
+    if not holds((normal != 0).any()):
+        raise ValueError(f"box_section: w has to be other than zero, but it is {pytree.describe(w)} of zeros")
+    size = size_of(normal)
+
+    def project(v: Tensor, c: Tensor) -> Tensor:
+        section = _Section(low.to(v.dtype), high.to(v.dtype), (normal / size).to(v.dtype), c / size.to(v.dtype))
+        if not holds(section.is_met()):
+            raise ValueError(
+                "box_section: c has to be w.x for some x within the bounds, but it is less, or more, than that"
+            )
+        return section.project(v)
+
+    return point.map_flat(project, offset)
+
+
+def _bounds(point: Point, lower: Any, upper: Any) -> tuple[list[Any], list[Any]]:
+    lowers, uppers = point.operands("lower", lower), point.operands("upper", upper)
+    if not all(low is None or holds(low <= high) for low, high in zip(lowers, uppers, strict=True)):
+        raise ValueError(
+            f"{point.function}: lower has to be at most upper in every entry, but lower is "
+            f"{pytree.describe(lower)} and upper is {pytree.describe(upper)}"
+        )
+    return lowers, uppers
+
+
+def _within(v: Tensor, radius: Tensor) -> Tensor:
+    return torch.where(v.abs() >= radius, v.detach().sign() * radius, v)
+
+
+class _Section(NamedTuple):
+    """A box and a plane that meets it, the largest entry of ``w`` being 1 in size.
+
+    As ``tau`` grows, an entry of ``v + tau w`` enters the box at one number, on its near side, and leaves it at
+    another, on its far side.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    w: Tensor
+    c: Tensor
+
+    @property
+    def near(self) -> Tensor:
+        return torch.where(self.w < 0, self.upper, self.lower)
+
+    @property
+    def far(self) -> Tensor:
+        return torch.where(self.w < 0, self.lower, self.upper)
+
+    def is_met(self) -> Tensor:
+        """Whether the plane meets the box, but for rounding."""
+        near, far = (torch.where(self.w == 0, 0.0, self.w * x) for x in (self.near, self.far))
+        slack = [4 * t.numel() * torch.finfo(t.dtype).eps * (sum_of(t.abs()) + self.c.abs()) for t in (near, far)]
+        return (sum_of(near) - slack[0] <= self.c) & (self.c <= sum_of(far) + slack[1])
+
+    def project(self, v: Tensor) -> Tensor:
+        at = _Section(*(t.detach() for t in self))
+        # Near the solution, bounds that lie close together differ, and the sums are small.
+        v = v + self.w * at.nearby(v.detach())
+        free, is_near, is_corner = at.active(v.detach())
+        outside = torch.where(self.w == 0, clamp(v, self.lower, self.upper), torch.where(is_near, self.near, self.far))
+        v, w = (torch.where(free, t, 0.0) for t in (torch.where(is_corner, v.detach(), v), self.w))
+        fixed = torch.where(free, 0.0, outside)
+        square = sum_of(w * w)
+        tau = (self.c - sum_of(self.w * fixed) - sum_of(w * v)) / torch.where(square == 0, 1.0, square)
+        x = torch.where(free, v + w * tau, fixed)
+        # Rounding may put an entry outside. Its derivative remains that of the inside.
+        return x + (x.detach().clamp(at.lower, at.upper) - x.detach())
+
+    def nearby(self, v: Tensor) -> Tensor:
+        """A ``tau`` near that of the solution."""
+        low, high, _, _ = self._interval(v, *self._crossings(v), self.w != 0)
+        return torch.where(high.isfinite(), high, torch.where(low.isfinite(), low, 0.0))
+
+    def active(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which entries are free, which are on the near side, and whether the solution is a corner, that only ``c``
+        moves, by the free entries."""
+        enter, leave = self._crossings(v)
+        # An entry with equal bounds is never free. Negated comparisons let nan through.
+        moves = (self.w != 0) & ~(enter >= leave)
+        _, high, is_first, is_end = self._interval(v, enter, leave, moves)
+        between = moves & ~(enter >= high) & ~(leave < high)
+        inside = between & ~(leave <= high)
+        is_corner = is_end & ~inside.any(0, keepdim=True)
+        free = torch.where(is_corner, torch.where(is_first, moves & (enter == high), between), between)
+        free = torch.where(is_end & ~is_corner, inside, free)
+        still = (self.w == 0) & ~(v <= self.lower) & ~(v >= self.upper)
+        return free | still, enter >= high, is_corner
+
+    def _crossings(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        step = torch.where(self.w == 0, 1.0, self.w)
+        return (self.near - v) / step, (self.far - v) / step
+
+    def _interval(
+        self, v: Tensor, enter: Tensor, leave: Tensor, moves: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The ends of the interval between crossings in which the solution has its ``tau``, whether it begins at the
+        first crossing, and whether ``tau`` is its upper end."""
+        last = torch.where(moves, leave, -math.inf).amax(0, keepdim=True)
+        marks = torch.cat([torch.where(moves, t, last) for t in (enter, leave)]).sort().values
+
+        def excess(tau: Tensor) -> Tensor:
+            x = (v + self.w * torch.where(tau.isfinite(), tau, 0.0)).clamp(self.lower, self.upper)
+            x = torch.where(enter >= tau, self.near, torch.where(leave <= tau, self.far, x))
+            return sum_of(torch.where(self.w == 0, 0.0, self.w * x)) - self.c
+
+        above = torch.full_like(last, len(marks) - 1, dtype=torch.long)
+        below = torch.full_like(above, -1)
+        for _ in range(len(marks).bit_length()):
+            middle = torch.clamp((below + above) // 2, min=0)
+            is_inside, is_short = above - below > 1, excess(marks.gather(0, middle)) < 0
+            below, above = (
+                torch.where(is_inside & is_short, middle, below),
+                torch.where(is_inside & ~is_short, middle, above),
+            )
+        low, high = marks.gather(0, below.clamp(min=0)), marks.gather(0, above)
+        is_first = below < 0
+        return low, high, is_first, is_first | (excess(high) <= 0)
 
 
 def clamp(v: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,10 +37,53 @@ def simplex(v: Any, total: Number = 1.0) -> Any:
         >>> simplex(torch.tensor([0.5, 1.0, -1.0]))
         tensor([0.2500, 0.7500, 0.0000])
     """
-    point = Point.of("simplex", v)
-    if not point.size:
-        raise ValueError(f"simplex: v has to have an entry, but it is {pytree.describe(v)}")
+    point = nonempty("simplex", v)
     return point.map_flat(onto_simplex, point.scalar("total", total, least=0.0))
+
+
+def sparse_simplex(v: Any, k: int, total: Number = 1.0) -> Any:
+    """Project onto ``{x: x >= 0, sum(x) = total, x has at most k entries other than 0}``, ``v`` being one vector.
+
+    That is the projection of the ``k`` largest entries onto the `simplex`, with 0 for the others. The set is not
+    convex: where the smallest of these entries jump from place to place, so does the result. Of equal entries the first
+    are taken, with their derivative.
+
+    Args:
+        v: a tensor or a tree.
+        k: an integer, at least 1.
+        total: what the entries sum to, at least 0.
+
+    Raises:
+        ValueError: ``total`` is negative, ``k`` is less than 1, or ``v`` has no entry.
+        TypeError: ``k`` is no integer.
+
+    Reference:
+        Kyrillidis, Becker, Cevher and Koch, "Sparse projections onto the simplex", ICML 2013, section 3.
+
+    Example:
+        >>> from implicitdiff.projections import sparse_simplex
+        >>> sparse_simplex(torch.tensor([0.5, 0.75, 0.25, 0.0]), 2)
+        tensor([0.3750, 0.6250, 0.0000, 0.0000])
+    """
+    point = nonempty("sparse_simplex", v)
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"sparse_simplex: k has to be an integer, but it is {pytree.describe(k)}")
+    if k < 1:
+        raise ValueError(f"sparse_simplex: k has to be at least 1, but it is {k}")
+
+    def project(v: Tensor, total: Tensor) -> Tensor:
+        order = v.detach().sort(descending=True, stable=True).indices
+        return onto_simplex(torch.where(order.argsort() < k, v, -math.inf), total)
+
+    return point.map_flat(project, point.scalar("total", total, least=0.0))
+
+
+def nonempty(function: str, v: Any) -> Point:
+    """The point, refused if there is no entry whose sum could be anything."""
+    point = Point.of(function, v)
+    if not point.size:
+        raise ValueError(f"{function}: v has to have an entry, but it is {pytree.describe(v)}")
+    return point
 
 
 def onto_simplex(v: Tensor, total: Tensor) -> Tensor:

@@ -1,0 +1,90 @@
+"""Projections onto polyhedra."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import implicitdiff._pytree as pytree
+from implicitdiff._linear import Solve
+from implicitdiff._point import Number, Point, broadcasts
+from implicitdiff.solvers.qp import qp
+
+
+def polyhedron(
+    v: Any,
+    A: Tensor | None = None,
+    b: Number | None = None,
+    G: Tensor | None = None,
+    h: Number | None = None,
+    *,
+    solve: Solve | None = None,
+) -> Any:
+    """Project onto ``{x: A x = b, G x <= h}``, ``v`` being one vector.
+
+    The quadratic program ``min |x - v|^2 / 2`` by `implicitdiff.solvers.qp`, with the derivatives of its KKT conditions
+    in ``v`` and all four numbers. Where an inequality touches without pressing, they are those of the side where it is
+    inactive. Where the active constraints are linearly dependent, the multipliers are not unique and the default
+    ``solve`` raises; `solve_lstsq` then gives the derivative of ``x`` in ``v``, which is unique.
+
+    Args:
+        v: a tensor or a tree, of n entries.
+        A: a matrix of shape (p, n), or None.
+        b: a vector of shape (p,), or a number; None without ``A``.
+        G: a matrix of shape (m, n), or None.
+        h: a vector of shape (m,), or a number; None without ``G``. ``inf`` is no constraint.
+        solve: the linear solver of the derivative, as of `implicitdiff.solvers.qp`.
+
+    Raises:
+        TypeError: ``A`` or ``G`` is no floating-point tensor, or ``b`` or ``h`` no number.
+        ValueError: the shapes do not fit, or a matrix is given without its right-hand side.
+        ConvergenceError: the set is empty, or the search fails.
+        LinearSolveError: in a derivative, the active constraints are linearly dependent.
+
+    Example:
+        >>> from implicitdiff.projections import polyhedron
+        >>> A, G = torch.tensor([[1.0, 1.0, 1.0]]), -torch.eye(3)
+        >>> polyhedron(torch.tensor([0.5, 1.0, -1.0]), A, 1.0, G, 0.0)
+        tensor([0.2500, 0.7500, 0.0000])
+    """
+    point = Point.of("polyhedron", v)
+    given = [x for pair in (_rows(point, "A", A, "b", b), _rows(point, "G", G, "h", h)) for x in pair]
+
+    def project(v: Tensor, *operands: Tensor) -> Tensor:
+        rest = iter(operands)
+        matrix, right, below, limit = (None if x is None else next(rest) for x in given)
+        right, limit = (
+            None if m is None or x is None else x.expand(len(m)) for m, x in ((matrix, right), (below, limit))
+        )
+        eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
+        solver = qp() if solve is None else qp(solve=solve)
+        x: Tensor = solver.run(None, eye, -v, matrix, right, below, limit)[0].primal
+        return x
+
+    return point.map_flat(project, *(x for x in given if x is not None))
+
+
+def _rows(point: Point, name: str, matrix: Any, other: str, right: Any) -> tuple[Any, Any]:
+    """A matrix and its right-hand side, checked."""
+    if (matrix is None) != (right is None):
+        raise ValueError(f"polyhedron: {name} and {other} go together: give both, or None for both")
+    if matrix is None:
+        return None, None
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+        raise TypeError(
+            f"polyhedron: {name} has to be a floating-point tensor or None, but it is {pytree.describe(matrix)}"
+        )
+    if matrix.ndim != 2 or matrix.shape[1] != point.size:
+        raise ValueError(
+            f"polyhedron: {name} has to be a matrix with {point.size} columns, as v has entries, but it is "
+            f"{pytree.describe(matrix)}"
+        )
+    if not isinstance(right, (int, float, Tensor)):
+        raise TypeError(f"polyhedron: {other} has to be a number or a tensor, but it is {pytree.describe(right)}")
+    if isinstance(right, Tensor) and not broadcasts(right.shape, matrix.shape[:1]):
+        raise ValueError(
+            f"polyhedron: {other} has to be of shape {list(matrix.shape[:1])}, but it is {pytree.describe(right)}"
+        )
+    return matrix, right
