@@ -46,8 +46,8 @@ def polyhedron(
     Example:
         >>> from implicitdiff.projections import polyhedron
         >>> A, G = torch.tensor([[1.0, 1.0, 1.0]]), -torch.eye(3)
-        >>> polyhedron(torch.tensor([0.5, 1.0, -1.0]), A, 1.0, G, 0.0)
-        tensor([0.2500, 0.7500, 0.0000])
+        >>> polyhedron(torch.tensor([0.5, 1.0, -1.0]), A, 1.0, G, -0.1)
+        tensor([0.2000, 0.7000, 0.1000])
     """
     point = Point.of("polyhedron", v)
     given = [x for pair in (_rows(point, "A", A, "b", b), _rows(point, "G", G, "h", h)) for x in pair]

@@ -55,8 +55,8 @@ def transport(v: Tensor, row_sums: Number, column_sums: Number) -> Tensor:
     Example:
         >>> from implicitdiff.projections import transport
         >>> transport(torch.tensor([[1.0, 0.0], [0.0, 0.5]]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
-        tensor([[0.8750, 0.1250],
-                [0.1250, 1.8750]])
+        tensor([[0.6250, 0.3750],
+                [0.3750, 1.6250]])
     """
     return _onto_transport("transport", v, row_sums, column_sums)
 
@@ -101,7 +101,9 @@ def _onto_transport(function: str, v: Tensor, row_sums: Number, column_sums: Num
     if not v.numel():
         return v
     packed = torch.cat([t.detach().double() for t in (v.reshape(-1), rows, columns)])
-    x, support, inverse = _below(function, partial(_search, function, tuple(v.shape)), packed)
+    # Only the derivatives in the sums need whole supports.
+    joined = isinstance(row_sums, Tensor) or isinstance(column_sums, Tensor)
+    x, support, inverse = _below(function, partial(_search, function, (len(v), v.shape[1]), joined), packed)
     # The solution is a constant, and what is added to it is zero, with derivatives: its values are found in double
     # precision.
     moves = torch.where(support, v - v.detach(), 0.0)
@@ -150,14 +152,15 @@ class _State(NamedTuple):
     status: Tensor
 
 
-def _search(function: str, shape: tuple[int, int], values: Tensor) -> Leaves:
-    """The solutions of all rows, their supports, and the pseudoinverses of the equations on these."""
+def _search(function: str, shape: tuple[int, int], joined: bool, values: Tensor) -> Leaves:
+    """The solutions of all rows, their supports, with blocks joined or not, and the pseudoinverses of the equations on
+    these."""
     m, n = shape
     v, a, b = values.split([m * n, m, n], dim=-1)
     problem = _Transport.of(v.unflatten(-1, shape), a, b)
     potentials, state = problem.solve()
     settle(function, state, "raise", budget=False)
-    return problem.finish(potentials)
+    return problem.finish(potentials, joined)
 
 
 _LIMIT = 500
@@ -168,12 +171,14 @@ class _Transport(NamedTuple):
     """The dual problem, ``min sum of max(v_ij + f_i + g_j, 0)^2 / 2 - row_sums.f - column_sums.g``, of each lane.
 
     Attributes:
-        v: ``(lanes, m, n)``, relative to the largest of its row, and -inf where the solution is 0.
+        v: ``(lanes, m, n)``, relative to an entry of its row.
         sums: ``(lanes, m + n)``, of rows and columns.
+        zero: ``(lanes, m, n)``, where a sum is 0, and so the solution.
     """
 
     v: Tensor
     sums: Tensor
+    zero: Tensor
 
     @classmethod
     def of(cls, v: Tensor, a: Tensor, b: Tensor) -> _Transport:
@@ -181,44 +186,102 @@ class _Transport(NamedTuple):
         totals = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
         mean = (totals[0] + totals[1]) / 2
         a, b = (t * torch.where(total == 0, 1.0, mean / total) for t, total in zip((a, b), totals, strict=True))
-        v = torch.where((a > 0)[..., None] & (b > 0)[..., None, :], v, -math.inf)
-        top = v.amax(-1, keepdim=True)
-        return cls(v - torch.where(top == -math.inf, 0.0, top), torch.cat([a, b], dim=-1))
+        zero = (a == 0)[..., None] | (b == 0)[..., None, :]
+        top = torch.where(zero, -math.inf, v).amax(-1, keepdim=True)
+        return cls(v - torch.where(top == -math.inf, 0.0, top), torch.cat([a, b], dim=-1), zero)
 
     def solve(self) -> tuple[Tensor, _State]:
         y = self._start()
-        lanes = len(y)
-        done = torch.zeros(lanes, dtype=torch.bool, device=y.device)
-        iter_num = torch.zeros(lanes, dtype=torch.long, device=y.device)
+        iter_num = torch.zeros(len(y), dtype=torch.long, device=y.device)
         for _ in range(_LIMIT):
-            short = self.short(y)
+            short, infeasible = self.short(y), self._is_proof(y)
             error, target = short.abs().amax(-1), self._target(y)
-            done = error <= target
-            active = ~done & error.isfinite()
+            active = ~(error <= target) & ~infeasible & error.isfinite()
             if not bool(active.any()):
                 break
             iter_num = iter_num + active
             d = self._direction(y, short)
             y = torch.where(active[:, None], y + self._length(y, d, short) * d, y)
-        status = torch.where(done, int(Status.CONVERGED), int(Status.BUDGET_SPENT))
+        status = torch.where(active, int(Status.BUDGET_SPENT), int(Status.CONVERGED))
         status = torch.where(error.isfinite(), status, int(Status.DIVERGED))
+        status = torch.where(infeasible, int(Status.INFEASIBLE), status)
         return y, _State(iter_num, error, target, status)
 
-    def finish(self, y: Tensor) -> Leaves:
-        support = self.slack(y) > self._target(y)[:, None, None]
+    def _is_proof(self, y: Tensor) -> Tensor:
+        """Whether no matrix has these sums, as ``row_sums.f + column_sums.g = sum of X_ij (f_i + g_j)`` of every one
+        of them is at most the total times the largest ``f_i + g_j``."""
+        f, g = self._split(y)
+        largest = torch.where(self.zero | (self.v == -math.inf), -math.inf, f + g).amax((-2, -1)).clamp(min=0.0)
+        total, rounding = self.sums.sum(-1) / 2, 4 * y.shape[-1] * _EPS * y.abs().amax(-1)
+        return (self.sums * y).sum(-1) > total * (largest + rounding)
+
+    def finish(self, y: Tensor, joined: bool) -> Leaves:
+        support = self.values(y) > self._target(y)[:, None, None]
         inverse = torch.linalg.pinv(self._matrix(support), hermitian=True)
-        x = torch.where(support, self.slack(y), 0.0)
+        x = torch.where(support, self.values(y), 0.0)
         # What rounding leaves of the equations.
         f, g = self._split((inverse @ (self.sums - _margins(x))[..., None])[..., 0])
-        return [torch.where(support, x + f + g, 0.0).clamp(min=0.0), support, inverse]
+        x = torch.where(support, x + f + g, 0.0).clamp(min=0.0)
+        if joined:
+            whole = self._joined(y, support, inverse)
+            if bool((whole != support).any()):
+                support, inverse = whole, torch.linalg.pinv(self._matrix(whole), hermitian=True)
+        return [x, support, inverse]
 
-    def slack(self, y: Tensor) -> Tensor:
+    def _joined(self, y: Tensor, support: Tensor, inverse: Tensor) -> Tensor:
+        """The support with as many entries more as it takes to join its blocks.
+
+        To raise ``f`` and lower ``g`` in one block changes no sum, until an entry from one of its rows to a column
+        outside would become positive; at that corner of the dual solutions, it is next to do so.
+        """
+        m, n = self.v.shape[1:]
+        matrix = self._matrix(support)
+        # In absolute value, the projection onto the null space is 1 / size within a block.
+        eye = torch.eye(m + n, dtype=y.dtype, device=y.device)
+        blocks = (eye - inverse @ matrix).abs() > 0.5 / (m + n)
+        is_row = torch.arange(m + n, device=y.device) < m
+        lanes = torch.arange(len(y), device=y.device)
+        y = self._feasible(y)
+        inside = blocks[:, 0]
+        for _ in range(m + n - 1):
+            if bool(inside.all()):
+                break
+            f, g = self._split(y)
+            gaps = -(self.v + f + g)
+            ahead = torch.where(inside[:, :m, None] & ~inside[:, None, m:], gaps, math.inf).flatten(1).min(-1)
+            behind = torch.where(~inside[:, :m, None] & inside[:, None, m:], gaps, math.inf).flatten(1).min(-1)
+            is_ahead = ahead.values <= behind.values
+            step, at = (torch.where(is_ahead, p, q) for p, q in zip(ahead, behind, strict=True))
+            found = step.isfinite()
+            shift = torch.where(found, torch.where(is_ahead, step, -step), 0.0)[:, None]
+            y = y + torch.where(inside, torch.where(is_row, shift, -shift), 0.0)
+            row, column = at // n, at % n
+            support = support.clone()
+            support[lanes, row, column] |= found
+            outside = torch.where(is_ahead, m + column, row)
+            # Where nothing is found, another block begins.
+            outside = torch.where(found, outside, (~inside).to(torch.int8).argmax(-1))
+            inside = inside | blocks[lanes, outside]
+        return support
+
+    def _feasible(self, y: Tensor) -> Tensor:
+        """The potentials with those of rows and columns of sum 0 so low that the values there are not positive."""
         f, g = self._split(y)
-        return self.v + f + g
+        a, b = self._split(self.sums)
+        top = torch.where(b > 0, self.v + g, -math.inf).amax(-1, keepdim=True)
+        f = torch.where(a > 0, f, torch.where(top == -math.inf, 0.0, -top))
+        top = (self.v + f).amax(-2, keepdim=True)
+        g = torch.where(b > 0, g, torch.where(top == -math.inf, 0.0, -top))
+        return torch.cat([f[..., 0], g[..., 0, :]], dim=-1)
+
+    def values(self, y: Tensor) -> Tensor:
+        """What the entries of the solution would be if they could be negative."""
+        f, g = self._split(y)
+        return self.v.masked_fill(self.zero, -math.inf) + f + g
 
     def short(self, y: Tensor) -> Tensor:
         """What the sums lack, which is minus the gradient."""
-        return self.sums - _margins(self.slack(y).clamp(min=0.0))
+        return self.sums - _margins(self.values(y).clamp(min=0.0))
 
     def _split(self, y: Tensor) -> tuple[Tensor, Tensor]:
         f, g = y.split(list(self.v.shape[1:]), dim=-1)
@@ -231,9 +294,10 @@ class _Transport(NamedTuple):
         """Some rounds in which all rows, and then all columns, get the sums that they should have."""
         a, b = self.sums.split(list(self.v.shape[1:]), dim=-1)
         f, g = torch.zeros_like(a), torch.zeros_like(b)
+        v = self.v.masked_fill(self.zero, -math.inf)
         for _ in range(5):
-            f = _potential(self.v + g[..., None, :], a)
-            g = _potential((self.v + f[..., None]).mT, b)
+            f = _potential(v + g[..., None, :], a)
+            g = _potential((v + f[..., None]).mT, b)
         return torch.cat([f, g], dim=-1)
 
     def _matrix(self, support: Tensor) -> Tensor:
@@ -243,7 +307,7 @@ class _Transport(NamedTuple):
         return torch.cat([upper, lower], dim=-2)
 
     def _direction(self, y: Tensor, short: Tensor) -> Tensor:
-        matrix = self._matrix(self.slack(y) > 0)
+        matrix = self._matrix(self.values(y) > 0)
         shift = 1e-9 * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         lower, _ = torch.linalg.cholesky_ex(matrix + shift)
         return torch.cholesky_solve(short[..., None], lower)[..., 0]
