@@ -29,7 +29,7 @@ from torch import Tensor
 from implicitdiff._point import Point
 from implicitdiff.projections._balls import l2_ball
 
-__all__ = ["elastic_net", "group_lasso", "lasso", "ridge"]
+__all__ = ["elastic_net", "group_lasso", "lasso", "non_negative_lasso", "non_negative_ridge", "ridge"]
 
 
 def lasso(v: Any, threshold: Any = 1.0, *, strength: Any = 1.0) -> Any:
@@ -72,6 +72,57 @@ def ridge(v: Any, stepsize: Any = 1.0, *, strength: Any = 1.0) -> Any:
         tensor([-1.0000,  0.5000])
     """
     return _leaf_by_leaf("ridge", lambda v, s, c: v / (1 + s * c), v, stepsize=stepsize, strength=strength)
+
+
+def non_negative_lasso(v: Any, threshold: Any = 1.0, *, strength: Any = 1.0) -> Any:
+    """One-sided soft thresholding, of the penalty ``g(x) = strength sum(x)`` on ``x >= 0``.
+
+    That is ``max(v - threshold strength, 0)``, entry by entry.
+
+    Args:
+        v: a tensor or a tree.
+        threshold: multiplies the penalty. A tensor broadcasts to the leaf.
+        strength: of the penalty, likewise.
+
+    Raises:
+        ValueError: a number is negative, or does not fit ``v``.
+
+    Example:
+        >>> from implicitdiff import prox
+        >>> prox.non_negative_lasso(torch.tensor([-2.0, 0.5, 1.5]), 1.0)
+        tensor([0.0000, 0.0000, 0.5000])
+    """
+
+    def shrink(v: Tensor, threshold: Tensor, strength: Tensor) -> Tensor:
+        threshold = threshold * strength
+        return torch.where(v < threshold, 0.0, v - threshold)
+
+    return _leaf_by_leaf("non_negative_lasso", shrink, v, threshold=threshold, strength=strength)
+
+
+def non_negative_ridge(v: Any, stepsize: Any = 1.0, *, strength: Any = 1.0) -> Any:
+    """Shrinkage of what is positive, of the penalty ``g(x) = strength |x|^2 / 2`` on ``x >= 0``.
+
+    That is ``max(v, 0) / (1 + stepsize strength)``, entry by entry.
+
+    Args:
+        v: a tensor or a tree.
+        stepsize: multiplies the penalty. A tensor broadcasts to the leaf.
+        strength: of the penalty, likewise.
+
+    Raises:
+        ValueError: a number is negative, or does not fit ``v``.
+
+    Example:
+        >>> from implicitdiff import prox
+        >>> prox.non_negative_ridge(torch.tensor([-2.0, 1.0]), 0.5, strength=2.0)
+        tensor([0.0000, 0.5000])
+    """
+
+    def shrink(v: Tensor, stepsize: Tensor, strength: Tensor) -> Tensor:
+        return torch.where(v < 0, 0.0, v) / (1 + stepsize * strength)
+
+    return _leaf_by_leaf("non_negative_ridge", shrink, v, stepsize=stepsize, strength=strength)
 
 
 def elastic_net(v: Any, stepsize: Any = 1.0, *, l1: Any = 1.0, l2: Any = 1.0) -> Any:

@@ -159,16 +159,30 @@ PROJECTIONS: dict[str, Solution] = {
     "simplex": projections.simplex,
     "l1_ball": projections.l1_ball,
     "l2_ball": projections.l2_ball,
+    "linf_ball": projections.linf_ball,
+    "l1_sphere": projections.l1_sphere,
+    "l2_sphere": projections.l2_sphere,
+    "sparse_simplex": lambda t: projections.sparse_simplex(t, 2),
+    "box_section": lambda t: projections.box_section(t, -1.0, 1.0, 1.0, 0.5),
+    "isotonic": projections.isotonic,
+    "polyhedron": lambda t: projections.polyhedron(t, None, None, torch.eye(len(t), dtype=F64), 1.0),
+    "transport": lambda t: projections.transport(t[None], float(len(t)), 1.0)[0],
     "hyperplane": lambda t: projections.hyperplane(t, torch.ones_like(t), 1.0),
     "halfspace": lambda t: projections.halfspace(t, torch.ones_like(t), 1.0),
     "affine_set": lambda t: projections.affine_set(t, torch.ones(min(1, t.shape[0]), t.shape[0], dtype=F64), 1.0),
     "lasso": prox.lasso,
     "ridge": prox.ridge,
+    "non_negative_lasso": prox.non_negative_lasso,
+    "non_negative_ridge": prox.non_negative_ridge,
     "elastic_net": prox.elastic_net,
     "group_lasso": prox.group_lasso,
 }
 # No vector without entries has the sum 1, and none is normal to a plane.
-NEEDS_ENTRIES = [name for name in SOLUTIONS | PROJECTIONS if "simplex" in name] + ["hyperplane", "halfspace"]
+NEEDS_ENTRIES = [name for name in SOLUTIONS | PROJECTIONS if "simplex" in name or "sphere" in name] + [
+    "hyperplane",
+    "halfspace",
+    "box_section",
+]
 
 
 def check(solution: Solution, asked: dict[str, Callable[[Solution], Any]]) -> None:

@@ -61,6 +61,19 @@ def onto_affine_set(t: Tensor) -> Tensor:
     return v - A.T @ (torch.linalg.inv(A @ A.T) @ (A @ v - b))
 
 
+def onto_section(t: Tensor) -> Tensor:
+    """With the second entry at its upper bound, and the last at its lower."""
+    v, lower, upper, w = t[:4], t[4], t[5], t[6:10]
+    free, fixed = tensor([1.0, 0.0, 1.0, 0.0]), upper * tensor([0.0, 1.0, 0.0, 0.0]) + lower * tensor([0.0, 0, 0, 1])
+    tau = (level_of(t) - (w * fixed).sum() - (w * free * v).sum()) / (w * w * free).sum()
+    return fixed + free * (v + tau * w)
+
+
+def level_of(t: Tensor) -> Tensor:
+    """What ``w.x`` is at a point of the box."""
+    return (t[6:10] * (t[4] + (t[5] - t[4]) * t[10].sigmoid())).sum()
+
+
 def shrunk(v: Tensor, threshold: Tensor) -> Tensor:
     return v - threshold * v / (v * v).sum().sqrt()
 
@@ -104,6 +117,49 @@ SMOOTH = {
         lambda t: projections.affine_set(t[:3], t[3:9].reshape(2, 3), t[9:]),
         onto_affine_set,
         tensor([0.7, 1.2, -0.4, 0.5, 0.9, -1.1, 0.8, -0.6, 0.3, 1.4, -0.2]),
+    ),
+    "linf_ball": Smooth(
+        lambda t: projections.linf_ball(t[:3], t[3]),
+        lambda t: torch.stack([t[0], t[3], -t[3]]),
+        tensor([0.7, 1.7, -1.2, 0.9]),
+    ),
+    "box_section": Smooth(
+        lambda t: projections.box_section(t[:4], t[4], t[5], t[6:10], level_of(t)),
+        onto_section,
+        tensor([0.4, 1.9, 0.3, -0.8, -0.4, 0.7, 1.1, 0.3, -0.6, 0.8, -0.2]),
+    ),
+    "sparse_simplex": Smooth(
+        lambda t: projections.sparse_simplex(t[:4], 2, t[4]),
+        on_support([1.0, 0.0, 1.0, 0.0]),
+        tensor([0.9, 0.4, 0.7, 0.1, 1.0]),
+    ),
+    "l1_sphere": Smooth(
+        lambda t: projections.l1_sphere(t[:4], t[4]), on_support(SIGNED), tensor([0.9, -0.4, -0.7, 0.1, 1.0])
+    ),
+    "l1_sphere, inside": Smooth(
+        lambda t: projections.l1_sphere(t[:4], t[4]),
+        on_support([1.0, -1.0, -1.0, 1.0]),
+        tensor([0.9, -0.4, -0.7, 0.1, 3.0]),
+    ),
+    "l2_sphere, inside": Smooth(
+        lambda t: projections.l2_sphere(t[:4], t[4]),
+        lambda t: t[:4] * t[4] / (t[:4] * t[:4]).sum().sqrt(),
+        tensor([0.9, -0.4, -0.7, 0.0, 2.0]),
+    ),
+    "isotonic": Smooth(
+        lambda t: projections.isotonic(t),
+        lambda t: torch.stack([t[0], t[1:4].mean(), t[1:4].mean(), t[1:4].mean(), t[4]]),
+        tensor([0.2, 1.0, 0.9, 0.3, 1.2]),
+    ),
+    "non_negative_lasso": Smooth(
+        lambda t: prox.non_negative_lasso(t[:4], t[4], strength=t[5]),
+        lambda t: tensor([1.0, 0.0, 0.0, 0.0]) * (t[:4] - t[4] * t[5]),
+        tensor([0.9, -0.4, -0.7, 0.1, 0.4, 0.5]),
+    ),
+    "non_negative_ridge": Smooth(
+        lambda t: prox.non_negative_ridge(t[:3], t[3], strength=t[4]),
+        lambda t: tensor([1.0, 0.0, 1.0]) * t[:3] / (1 + t[3] * t[4]),
+        tensor([0.9, -0.4, 0.2, 0.3, 0.6]),
     ),
     "lasso": Smooth(
         lambda t: prox.lasso(t[:4], t[4], strength=t[5]),
@@ -216,6 +272,13 @@ CONVEX = {
     "l2_ball": Convex(lambda v: projections.l2_ball(v, 1.5), (at_least_zero(lambda x: 1.5**2 - x @ x),)),
     "hyperplane": Convex(lambda v: projections.hyperplane(v, NORMAL, 0.6), (equal(lambda x: a_ @ x - 0.6),)),
     "halfspace": Convex(lambda v: projections.halfspace(v, NORMAL, 0.6), (at_least_zero(lambda x: 0.6 - a_ @ x),)),
+    "linf_ball": Convex(lambda v: projections.linf_ball(v, 0.6), bounds=(-0.6, 0.6)),
+    "box_section": Convex(
+        lambda v: projections.box_section(v, -0.4, 0.7, NORMAL, 0.3),
+        (equal(lambda x: a_ @ x - 0.3),),
+        bounds=(-0.4, 0.7),
+    ),
+    "isotonic": Convex(projections.isotonic, (at_least_zero(np.diff),)),
     "affine_set": Convex(lambda v: projections.affine_set(v, MATRIX, RIGHT), (equal(lambda x: A_ @ x - b_),)),
 }
 
@@ -279,12 +342,30 @@ def test_the_jacobian_on_a_facet_of_the_l1_ball_is_one_of_its_sides() -> None:
         assert (J - sides).abs().amax((1, 2)).min() < 1e-12
 
 
+def times(s: float, penalty: Tensor) -> Tensor:
+    """With ``0 inf = inf``, as a constraint has it."""
+    return torch.where(penalty == INF, INF, s * penalty)
+
+
+def outside(x: Tensor) -> Tensor:
+    """Infinite where an entry is negative."""
+    return torch.where((x < 0).any(-1), INF, 0.0)
+
+
 PENALTIES = {
     "lasso": (functools.partial(prox.lasso, strength=0.8), lambda x: 0.8 * x.abs().sum(-1)),
     "ridge": (functools.partial(prox.ridge, strength=0.8), lambda x: 0.4 * x.square().sum(-1)),
     "elastic_net": (
         functools.partial(prox.elastic_net, l1=0.8, l2=0.5),
         lambda x: 0.8 * x.abs().sum(-1) + 0.25 * x.square().sum(-1),
+    ),
+    "non_negative_lasso": (
+        functools.partial(prox.non_negative_lasso, strength=0.8),
+        lambda x: 0.8 * x.sum(-1) + outside(x),
+    ),
+    "non_negative_ridge": (
+        functools.partial(prox.non_negative_ridge, strength=0.8),
+        lambda x: 0.4 * x.square().sum(-1) + outside(x),
     ),
     "group_lasso": (functools.partial(prox.group_lasso, strength=0.8), lambda x: 0.8 * x.norm(dim=-1)),
 }
@@ -294,9 +375,10 @@ PENALTIES = {
 def test_proximal_operators_find_the_least_value(operator: Any, penalty: Any) -> None:
     for v in POINTS:
         for stepsize in (0.0, 0.3, 2.0):
-            value = lambda x, s=stepsize, v=v: s * penalty(x) + (x - v).square().sum(-1) / 2  # noqa: E731
+            value = lambda x, s=stepsize, v=v: times(s, penalty(x)) + (x - v).square().sum(-1) / 2  # noqa: E731
             x = operator(v, stepsize)
             others = torch.cat([x + scale * draw(6, 50, 5) for scale in (1e-3, 0.1, 3.0)] + [torch.zeros(1, 5)])
+            others = torch.cat([others, others.abs()])
             # What is minimised is 1-strongly convex.
             assert (value(others) >= value(x) + (others - x).square().sum(-1) / 2 - 1e-13).all()
 
@@ -319,7 +401,13 @@ def test_the_strength_and_the_last_number_multiply() -> None:
 
 EYE, ZERO = torch.eye(2, dtype=F64), torch.zeros(2, 2, dtype=F64)
 ALONG = tensor([[0.36, 0.48], [0.48, 0.64]])  # u u' for u = (0.6, 0.8)
+DIAGONAL = tensor([[1.0, 0.0], [0.0, 0.0]])
 CENTRED = tensor([[0.5, -0.5], [-0.5, 0.5]])
+
+
+def section(v: Tensor, c: Tensor) -> Tensor:
+    return projections.box_section(v, 0.0, 1.0, 1.0, c)
+
 
 # A function of two entries and one number, where it is taken, its value, and its derivatives by each.
 KINKS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[float], float, Any, Any, Any]] = {
@@ -345,6 +433,36 @@ KINKS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[float], float, A
     "l2_ball of radius 0": (projections.l2_ball, [3, 4], 0, [0, 0], ZERO, [0.6, 0.8]),
     "l2_ball on its sphere": (projections.l2_ball, [3, 4], 5, [3, 4], EYE - ALONG, [0.6, 0.8]),
     "l2_ball of radius inf": (projections.l2_ball, [0, 3], INF, [0, 3], EYE, [0, 0]),
+    "linf_ball on its sides": (projections.linf_ball, [1, -1], 1, [1, -1], ZERO, [1, -1]),
+    "linf_ball at zero, of radius 0": (projections.linf_ball, [0, 0], 0, [0, 0], ZERO, [0, 0]),
+    "linf_ball of radius inf": (projections.linf_ball, [0, 3], INF, [0, 3], EYE, [0, 0]),
+    "l1_sphere at zero": (projections.l1_sphere, [0, 0], 1, [0.5, 0.5], CENTRED, [0.5, 0.5]),
+    "l1_sphere of radius 0": (projections.l1_sphere, [1, -1], 0, [0, 0], ZERO, [0.5, -0.5]),
+    "l1_sphere at a vertex": (projections.l1_sphere, [0, -1], 1, [0, -1], ZERO, [0, -1]),
+    "l2_sphere of radius 0": (projections.l2_sphere, [3, 4], 0, [0, 0], ZERO, [0.6, 0.8]),
+    "l2_sphere at zero, of radius 0": (projections.l2_sphere, [0, 0], 0, [0, 0], ZERO, [0, 0]),
+    "sparse_simplex of ties": (lambda v, c: projections.sparse_simplex(v, 1, c), [1, 1], 2, [2, 0], ZERO, [1, 0]),
+    "isotonic of ties": (lambda v, _: projections.isotonic(v), [1, 1], 0, [1, 1], 0.5 + ZERO, [0, 0]),
+    "box_section of its least corner": (section, [1, 2], 0, [0, 0], ZERO, [0, 1]),
+    "box_section of its largest corner": (section, [1, 2], 2, [1, 1], ZERO, [1, 0]),
+    "box_section of a corner between": (section, [1, 3], 1, [0, 1], ZERO, [0, 1]),
+    "box_section of a corner and ties": (section, [2, 2], 0, [0, 0], ZERO, [0.5, 0.5]),
+    "box_section that is a box": (
+        lambda v, c: projections.box_section(v, 0.0, 1.0, tensor([1.0, 0.0]), c),
+        [0.3, 0.5],
+        0.6,
+        [0.6, 0.5],
+        tensor([[0.0, 0.0], [0.0, 1.0]]),
+        [1, 0],
+    ),
+    "box_section of one point": (
+        lambda v, c: projections.box_section(v, c, c, 1.0, 2 * c),
+        [1, 3],
+        1,
+        [1, 1],
+        ZERO,
+        [1, 1],
+    ),
     "halfspace on its plane": (
         lambda v, b: projections.halfspace(v, tensor([3.0, 4.0]), b),
         [1, 2],
@@ -358,6 +476,10 @@ KINKS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[float], float, A
     "lasso with threshold 0": (prox.lasso, [0, 2], 0, [0, 2], EYE, [0, -1]),
     "lasso at the threshold": (prox.lasso, [1, -1], 1, [0, 0], EYE, [-1, 1]),
     "lasso with threshold inf": (prox.lasso, [0, 2], INF, [0, 0], ZERO, [0, 0]),
+    "non_negative_lasso at the threshold": (prox.non_negative_lasso, [1, -1], 1, [0, 0], DIAGONAL, [-1, 0]),
+    "non_negative_lasso at zero": (prox.non_negative_lasso, [0, -1], 0, [0, 0], DIAGONAL, [-1, 0]),
+    "non_negative_lasso with threshold inf": (prox.non_negative_lasso, [0, 2], INF, [0, 0], ZERO, [0, 0]),
+    "non_negative_ridge at zero": (prox.non_negative_ridge, [0, -1], 1, [0, 0], 0.5 * DIAGONAL, [0, 0]),
     "elastic_net with stepsize 0": (prox.elastic_net, [0, 2], 0, [0, 2], EYE, [0, -3]),
     "ridge with stepsize 0": (prox.ridge, [0, 2], 0, [0, 2], EYE, [0, -2]),
     "group_lasso at zero": (prox.group_lasso, [0, 0], 1, [0, 0], ZERO, [0, 0]),
@@ -402,6 +524,14 @@ OPERATORS: dict[str, Callable[[Any], Any]] = {
     "hyperplane": lambda v: projections.hyperplane(v, 1.0, 0.2),
     "halfspace": lambda v: projections.halfspace(v, 1.0, -2.0),
     "affine_set": lambda v: projections.affine_set(v, torch.eye(2, 6, dtype=F64) + 1, 0.3),
+    "linf_ball": lambda v: projections.linf_ball(v, 0.5),
+    "box_section": lambda v: projections.box_section(v, -0.5, 0.6, 1.0, 0.4),
+    "sparse_simplex": lambda v: projections.sparse_simplex(v, 3),
+    "l1_sphere": projections.l1_sphere,
+    "l2_sphere": projections.l2_sphere,
+    "isotonic": projections.isotonic,
+    "non_negative_lasso": lambda v: prox.non_negative_lasso(v, 0.3),
+    "non_negative_ridge": lambda v: prox.non_negative_ridge(v, 0.3),
     "lasso": lambda v: prox.lasso(v, 0.3),
     "ridge": lambda v: prox.ridge(v, 0.3),
     "elastic_net": lambda v: prox.elastic_net(v, 0.3),
@@ -591,6 +721,54 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "affine_set: b has to be of shape [2], but it is float64[3]",
     ),
+    "radii of linf_ball": (
+        lambda: projections.linf_ball(X, X),
+        ValueError,
+        "radius has to be a number or a tensor that",
+    ),
+    "empty sphere": (lambda: projections.l1_sphere(X[:0]), ValueError, "l1_sphere: v has to have an entry"),
+    "zero on the sphere": (
+        lambda: projections.l2_sphere(0 * X),
+        ValueError,
+        "l2_sphere: v has to be other than zero, to which all points of the sphere are equally near, but it is zero",
+    ),
+    "a lane of zero on the sphere": (
+        lambda: vmap(projections.l2_sphere)(torch.stack([X, 0 * X])),
+        ValueError,
+        "l2_sphere: v has to be other than zero",
+    ),
+    "no entries of the sparse": (
+        lambda: projections.sparse_simplex(X, 0),
+        ValueError,
+        "sparse_simplex: k has to be at least 1, but it is 0",
+    ),
+    "half an entry": (lambda: projections.sparse_simplex(X, 1.5), TypeError, "k has to be an integer, but it is 1.5"),
+    "section of crossed bounds": (
+        lambda: projections.box_section(X, 1.0, 0.0, 1.0, 0.0),
+        ValueError,
+        "box_section: lower has to be at most upper in every entry",
+    ),
+    "section of no plane": (
+        lambda: projections.box_section(X, 0.0, 1.0, 0.0, 0.0),
+        ValueError,
+        "box_section: w has to be other than zero, but it is 0.0 of zeros",
+    ),
+    "section beside the box": (
+        lambda: projections.box_section(X, 0.0, 1.0, -X, 0.1),
+        ValueError,
+        "box_section: c has to be w.x for some x within the bounds",
+    ),
+    "a lane's section beside the box": (
+        lambda: vmap(lambda c: projections.box_section(X, 0.0, 1.0, X, c))(tensor([1.0, 7.0])),
+        ValueError,
+        "box_section: c has to be w.x for some x within the bounds",
+    ),
+    "empty section": (lambda: projections.box_section(X[:0], 0, 1, 1, 0), ValueError, "v has to have an entry"),
+    "negative one-sided threshold": (
+        lambda: prox.non_negative_lasso(X, -1),
+        ValueError,
+        "threshold has to be at least",
+    ),
     "negative threshold": (lambda: prox.lasso(X, -0.1), ValueError, "lasso: threshold has to be at least 0"),
     "negative strength": (lambda: prox.ridge(X, strength=-X), ValueError, "ridge: strength has to be at least 0, but"),
     "negative l2": (
@@ -609,7 +787,7 @@ def test_what_makes_no_operator_is_refused(call, error, message) -> None:
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["box", "simplex", "affine_set", "group_lasso"])
+@pytest.mark.parametrize("name", ["box", "simplex", "box_section", "isotonic", "affine_set", "group_lasso"])
 def test_compiled_operators_give_the_same(name: str) -> None:
     f, v = OPERATORS[name], draw(24, 6)
     compiled = torch.compile(f, backend="eager", fullgraph=True)

@@ -100,7 +100,7 @@ def _onto_transport(function: str, v: Tensor, row_sums: Number, column_sums: Num
         raise ValueError(f"{function}: row_sums and column_sums have to have the same total, but they have not")
     if not v.numel():
         return v
-    packed = torch.cat([t.detach().double() for t in (v.reshape(-1), rows, columns)])
+    packed = torch.cat([t.detach().double() for t in (v.flatten(), rows, columns)])
     # Only the derivatives in the sums need whole supports.
     joined = isinstance(row_sums, Tensor) or isinstance(column_sums, Tensor)
     x, support, inverse = _below(function, partial(_search, function, (len(v), v.shape[1]), joined), packed)
