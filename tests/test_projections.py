@@ -455,6 +455,14 @@ KINKS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[float], float, A
         tensor([[0.0, 0.0], [0.0, 1.0]]),
         [1, 0],
     ),
+    "box_section of a corner with an entry that is fixed": (
+        lambda v, c: projections.box_section(v, 0.0, tensor([0.0, 1.0]), 1.0, c),
+        [5, 1],
+        0,
+        [0, 0],
+        ZERO,
+        [0, 1],
+    ),
     "box_section of one point": (
         lambda v, c: projections.box_section(v, c, c, 1.0, 2 * c),
         [1, 3],

@@ -134,6 +134,28 @@ def test_a_section_keeps_its_digits_in_float32(offset: float) -> None:
     exact = box_section(v.double(), 0.0, 0.01, 1.0, 1.0)
     torch.testing.assert_close(x.double(), exact, rtol=0, atol=1e-6)
     torch.testing.assert_close(x.double().sum(), tensor(1.0), rtol=0, atol=1e-5)
+    assert (x >= 0).all() and (x <= torch.tensor(0.01)).all()
+
+
+def test_an_entry_that_rounding_puts_outside_is_not() -> None:
+    lower, upper = torch.tensor(-0.3), torch.tensor(0.5)
+    v, w = (0.1 * torch.tensor(t) for t in ([-6.0, -7.0, 7.0, 8.0, 7.0, 7.0], [2.0, 7.0, 4.0, 6.0, 8.0, 4.0]))
+    for c in 0.83 + 1e-7 * torch.arange(-20, 20):
+        x = box_section(v, lower, upper, w, c)
+        assert (x >= lower).all() and (x <= upper).all()
+
+
+def test_the_derivative_in_a_normal_entry_of_zero() -> None:
+    v, w = tensor([0.4, 0.2, -0.3, 2.0]), tensor([1.0, 0.0, -0.5, 0.0])
+
+    def of_normal(w: Tensor) -> Tensor:
+        return box_section(v, -1.0, 1.0, w, 0.9)
+
+    h = 1e-6 * torch.eye(4, dtype=F64)
+    expected = torch.stack([(of_normal(w + e) - of_normal(w - e)) / 2e-6 for e in h], dim=1)
+    assert expected[1, 1].abs() > 0.1
+    for jacobian in (jacrev, jacfwd):
+        torch.testing.assert_close(jacobian(of_normal)(w), expected, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -204,16 +226,28 @@ def test_small_differences_beside_large_entries_are_not_pooled() -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1e5])
 def test_isotonic_keeps_its_digits_in_float32(offset: float) -> None:
-    v = draw(8, 10_000).float() + offset
+    v = draw(8, 20_000).float() + offset
     x = isotonic(v)
     assert (x.diff() >= 0).all()
-    ulp = torch.finfo(F32).eps * max(offset, 1.0)
-    torch.testing.assert_close(x.double(), isotonic(v.double()), rtol=0, atol=4 * ulp)
+    # A unit of the last place: levels are rounded while they are pooled, and means at the end.
+    atol = 1.01 * (torch.nextafter(torch.tensor(offset), torch.tensor(INF)) - offset).item() if offset else 1e-6
+    torch.testing.assert_close(x.double(), isotonic(v.double()), rtol=0, atol=atol)
 
 
-def test_many_rows_in_bfloat16_are_counted_in_float32() -> None:
-    v = torch.full((1000,), 1.0, dtype=torch.bfloat16).neg().cumsum(0).flip(0).flip(0)
-    assert isotonic(v).dtype == torch.bfloat16 and (isotonic(v) == isotonic(v)[0]).all()
+def test_means_that_rounding_puts_out_of_order_are_not() -> None:
+    v = 0.1 * torch.tensor([4.0, 6.0, 3.0, 3.0, 0.0, 5.0, 2.0, 4.0, 3.0, 2.0, 5.0, 3.0])
+    assert (isotonic(v).diff() >= 0).all()
+
+
+def test_many_entries_in_bfloat16_are_counted_in_float32() -> None:
+    v = (draw(9, 2000) - torch.linspace(0, 1, 2000)).to(torch.bfloat16)
+    x = isotonic(v)
+    assert x.dtype == torch.bfloat16
+    torch.testing.assert_close(x.double(), isotonic(v.double()), rtol=0.004, atol=1e-3)
+    # One in the size of the block, which is not a number of the dtype.
+    slopes = grad(lambda v: isotonic(v)[1000].float())(v).double()
+    assert slopes.count_nonzero() > 1000
+    torch.testing.assert_close(slopes.sum(), tensor(1.0), rtol=0.004, atol=0)
 
 
 # --- the table of those that search, near a point where they are smooth -----------------------------------------------
@@ -432,18 +466,29 @@ def one_sided(v: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> Tensor
     return (transport(v, a + h * da, b + h * db) - transport(v, a, b)) / h
 
 
-def test_the_derivative_in_the_sums_at_a_permutation_keeps_the_sums_and_is_one_side() -> None:
-    v, ones = 100 * torch.eye(3, dtype=F64) + draw(6, 3, 3), torch.ones(3, dtype=F64)
-    right = 0
-    for i, j in itertools.product(range(3), repeat=2):
-        da, db = torch.eye(3, dtype=F64)[i], torch.eye(3, dtype=F64)[j]
-        slope = jvp(lambda a, b: transport(v, a, b), (ones, ones), (da, db))[1]
+BLOCKS = {"a permutation": ([], []), "empty rows and columns": ([0, 2], [1, 3])}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("rows", "columns"), BLOCKS.values(), ids=BLOCKS)
+def test_the_derivative_in_the_sums_of_blocks_is_that_of_one_side(seed: int, rows: Any, columns: Any) -> None:
+    v, a, b = 100 * torch.eye(5, dtype=F64) + 20 * draw(seed, 5, 5), torch.ones(5, dtype=F64), torch.ones(5, dtype=F64)
+    a[rows], b[columns] = 0.0, 0.0
+    # What is added to a row or a column makes no difference.
+    v[rows] += 100 * draw(seed + 10, len(rows), 1)
+    v[:, columns] += 100 * draw(seed + 20, 1, len(columns))
+    zeros = transport(v, a, b) == 0
+    compared = 0
+    for i, j in itertools.product(range(5), repeat=2):
+        da, db = torch.eye(5, dtype=F64)[i], torch.eye(5, dtype=F64)[j]
+        slope = jvp(lambda a, b: transport(v, a, b), (a, b), (da, db))[1]
         torch.testing.assert_close(slope.sum(1), da, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(slope.sum(0), db, rtol=1e-12, atol=1e-12)
-        sides = [one_sided(v, ones, ones, da, db), -one_sided(v, ones, ones, -da, -db)]
-        right += any(torch.allclose(slope, side, atol=1e-8) for side in sides)
-    # The two blocks that are not next to each other have a third between them, whose sides differ.
-    assert right >= 7
+        # A change that may be made is the change that is made.
+        if (slope[zeros] > -1e-12).all():
+            compared += i != j
+            torch.testing.assert_close(slope, one_sided(v, a, b, da, db), rtol=1e-8, atol=1e-8)
+    assert compared >= 4
 
 
 def test_rows_and_columns_of_sum_zero() -> None:

@@ -171,7 +171,7 @@ class _Transport(NamedTuple):
     """The dual problem, ``min sum of max(v_ij + f_i + g_j, 0)^2 / 2 - row_sums.f - column_sums.g``, of each lane.
 
     Attributes:
-        v: ``(lanes, m, n)``, relative to an entry of its row.
+        v: ``(lanes, m, n)``.
         sums: ``(lanes, m + n)``, of rows and columns.
         zero: ``(lanes, m, n)``, where a sum is 0, and so the solution.
     """
@@ -187,8 +187,7 @@ class _Transport(NamedTuple):
         mean = (totals[0] + totals[1]) / 2
         a, b = (t * torch.where(total == 0, 1.0, mean / total) for t, total in zip((a, b), totals, strict=True))
         zero = (a == 0)[..., None] | (b == 0)[..., None, :]
-        top = torch.where(zero, -math.inf, v).amax(-1, keepdim=True)
-        return cls(v - torch.where(top == -math.inf, 0.0, top), torch.cat([a, b], dim=-1), zero)
+        return cls(v, torch.cat([a, b], dim=-1), zero)
 
     def solve(self) -> tuple[Tensor, _State]:
         y = self._start()
