@@ -36,9 +36,13 @@ def iterate(of: Program, at: Point, z: Tensor, rho: Tensor, lower: Tensor) -> tu
     image = times(x, of.C.mT)
     relaxed = image + (1.0 - _ALPHA) * (z - at.image)
     pressed = at.y + weights * (relaxed - of.u)
-    touches = of.equal | (pressed > 0)
+    touches = of.equal | (of.above & (pressed > 0))
     y = torch.where(touches, pressed, 0.0)
     z = torch.where(touches, of.u, relaxed + at.y / weights)
+    if of.two_sided:
+        pressed = at.y + weights * (relaxed - of.l)
+        touches = of.below & ~touches & (pressed < 0)
+        y, z = torch.where(touches, pressed, y), torch.where(touches, of.l, z)
     return Point(x, y, image, times(x, of.Q) + of.c + times(y, of.C)), z
 
 

@@ -22,18 +22,23 @@ def precision(eps: float) -> tuple[float, float]:
     return 10 * eps**0.5, eps**0.5
 
 
-def polish(of: Program, at: Point, active: Tensor, eps: float, plain: bool) -> tuple[Point, Tensor, Tensor, Tensor]:
+def polish(
+    of: Program, x: Tensor, y: Tensor, side: Tensor, eps: float, plain: bool
+) -> tuple[Point, Tensor, Tensor, Tensor]:
     """The point where the active constraints are equalities, the last steps of x and of y towards it, and where that
-    fails.
+    fails. `side` is 1 for rows at their upper bound, -1 for rows at their lower bound, 0 for inactive rows.
 
     Iterative refinement with the regularised matrix of OSQP's polishing (section 4), its multipliers eliminated; in
     other words the method of multipliers with very long steps.
     """
     delta, shift = precision(eps)
+    # The result does not depend on the metric: no derivative flows through the weights.
+    of = of._replace(rows=of.rows.detach(), columns=of.columns.detach())
+    active = side != 0
     weights = torch.where(active, of.rows / delta, 0.0)
     lower, broken = factor(of, weights, shift, plain)
-    x, y, image, slope = point(of, at.x, torch.where(active, at.y, 0.0))
-    excess, dx, dy = image - of.u, x, y
+    x, y, image, slope = point(of, x, torch.where(active, y, 0.0))
+    excess, dx, dy = image - torch.where(side < 0, of.l, of.u), x, y
     for _ in range(_REFINEMENTS):
         dx = -solve(lower, slope + times(weights * excess, of.C))
         # In increments: weights this large would make noise of the rounding of a sum.
@@ -47,34 +52,41 @@ def polish(of: Program, at: Point, active: Tensor, eps: float, plain: bool) -> t
 def active_set(
     of: Program, x: Tensor, y: Tensor, eps: float, plain: bool, *, patient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where steps of the proximal method of multipliers lead from a point, and which constraints are active there.
+    """Where steps of the proximal method of multipliers lead from a point, and which constraints are active there, as
+    `polish` takes them.
 
     With weights ``w`` a step minimises
 
-        x'Qx / 2 + c'x + shift |x - x0|^2 / 2 + sum w (v)_+^2 / 2,    v = C x - u + y0 / w,
+        x'Qx / 2 + c'x + shift |x - x0|^2 / 2 + sum w (v - clamp(v, l, u))^2 / 2,    v = C x + y0 / w,
 
-    without the ``_+`` for equalities, and has the multipliers ``w (v)_+``. Near a solution one long step will do, from
-    the point where the constraints with positive multipliers are equalities; a `patient` search makes longer and longer
-    steps from the point itself. `plain`: rows are plain tensors, so that lanes can be left out.
+    and has the multipliers ``w (v - clamp(v, l, u))``. Near a solution one long step will do, from the point where the
+    constraints with multipliers are equalities; a `patient` search makes longer and longer steps from the point itself.
+    `plain`: rows are plain tensors, so that lanes can be left out.
 
     Hermans, Themelis and Patrinos, "QPALM: a proximal augmented Lagrangian method for nonconvex quadratic programs",
     Math. Prog. Comp. 14 (2022).
     """
     of, x, y = of.detach(), x.detach(), y.detach()
-    active = of.equal | (y > 0)
-    rows = gram(of.C, torch.where(active, of.rows, 0.0), plain)
+    side = _side(of, y, y)
+    rows = gram(of.C, of.rows * side.abs(), plain)
     last, shift = precision(eps)
     deltas = [d for d in _DELTAS if d > 3 * last] if patient else []
     for delta in (*deltas, last):
-        x, y, active, rows = _advance(of, x, y, active, rows, delta, shift / last * delta, plain, jump=not patient)
-    return x, y, active
+        x, y, side, rows = _advance(of, x, y, side, rows, delta, shift / last * delta, plain, jump=not patient)
+    return x, y, side
+
+
+def _side(of: Program, above: Tensor, below: Tensor) -> Tensor:
+    """The sides of the rows whose bounds are exceeded by so much."""
+    up = of.equal | (of.above & (above > 0))
+    return up.to(above.dtype) - (of.below & ~up & (below < 0)).to(above.dtype)
 
 
 def _advance(
     of: Program,
     x0: Tensor,
     y0: Tensor,
-    active: Tensor,
+    side: Tensor,
     rows: Tensor,
     delta: float,
     shift: float,
@@ -84,31 +96,36 @@ def _advance(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One step, by Newton's method with an exact line search, which converges from anywhere.
 
-    It starts at x0, or with a `jump` to where the minimum is if the `active` constraints are the right ones; `rows` is
+    It starts at x0, or with a `jump` to where the minimum is if the constraints of `side` are the right ones; `rows` is
     ``C' diag(rows) C`` of these.
     """
     weights = of.rows / delta
-    ahead = y0 / weights - of.u
+    ahead = y0 / weights
     x, v = x0, times(x0, of.C.mT) + ahead
     open_lanes = torch.ones_like(x[:, 0], dtype=torch.bool)
     for link in range(_LINKS // 2 if jump else _LINKS):
         if not any_lane(open_lanes):
             break
         lanes = picked(open_lanes, plain)
-        part, w, was, inner = of.of(lanes), weights[lanes], active[lanes], rows[lanes]
+        part, w, was, inner = of.of(lanes), weights[lanes], side[lanes], rows[lanes]
         matrix = part.Q + torch.diag_embed(shift * part.columns) + inner / delta
         slope = times(x[lanes], part.Q) + part.c + shift * part.columns * (x[lanes] - x0[lanes])
-        d = -solve(cholesky(matrix)[0], slope + times(torch.where(was, w * v[lanes], 0.0), part.C))
+        d = -solve(cholesky(matrix)[0], slope + times(w * _excess(part, v[lanes], was), part.C))
         if link or not jump:
             bend = dot(d, times(d, part.Q) + shift * part.columns * d)
-            d = d * _search(v[lanes], times(d, part.C.mT), w, part.equal, dot(d, slope), bend)[:, None]
+            d = d * _search(part, v[lanes], times(d, part.C.mT), w, dot(d, slope), bend)[:, None]
         new_x = x[lanes] + d
         new_v = times(new_x, part.C.mT) + ahead[lanes]
-        new = part.equal | (new_v > 0)
-        new_inner = inner + gram(part.C, part.rows * (new.to(w.dtype) - was.to(w.dtype)), plain)
-        changes = (x, new_x), (v, new_v), (active, new), (rows, new_inner), (open_lanes, (new != was).any(dim=-1))
-        x, v, active, rows, open_lanes = (put(old, open_lanes, lanes, value) for old, value in changes)
-    return x, torch.where(active, weights * v, 0.0), active, rows
+        new = _side(part, new_v - part.u, new_v - part.l)
+        new_inner = inner + gram(part.C, part.rows * (new.abs() - was.abs()), plain)
+        changes = (x, new_x), (v, new_v), (side, new), (rows, new_inner), (open_lanes, (new != was).any(dim=-1))
+        x, v, side, rows, open_lanes = (put(old, open_lanes, lanes, value) for old, value in changes)
+    return x, weights * _excess(of, v, side), side, rows
+
+
+def _excess(of: Program, v: Tensor, side: Tensor) -> Tensor:
+    """How far the rows of `side` are from their bounds."""
+    return torch.where(side > 0, v - of.u, torch.where(side < 0, v - of.l, 0.0))
 
 
 def picked(flag: Tensor, plain: bool) -> Tensor | slice:
@@ -121,9 +138,16 @@ def put(old: Tensor, flag: Tensor, lanes: Tensor | slice, new: Tensor) -> Tensor
     return select(flag, new, old) if isinstance(lanes, slice) else old.index_copy(0, lanes, new)
 
 
-def _search(v: Tensor, push: Tensor, w: Tensor, equal: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
-    """The ``t`` where ``slope + bend t + sum w push (v + t push)_+`` is zero, which increases and is linear between the
-    points where a constraint comes or goes."""
+def _search(of: Program, v: Tensor, push: Tensor, w: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+    """The ``t`` where ``slope + bend t + sum w push (v + t push - clamp(v + t push, l, u))`` is zero, which increases
+    and is linear between the points where a constraint comes or goes."""
+    equal = of.equal
+    bounds = [(v - of.u, push, torch.where(of.above, w, 0.0))]
+    if of.two_sided:
+        # A lower bound is an upper bound of the other sign.
+        equal = torch.cat([equal, torch.zeros_like(equal)], dim=-1)
+        bounds.append((of.l - v, -push, torch.where(of.below & ~of.equal, w, 0.0)))
+    v, push, w = (torch.cat(both, dim=-1) for both in zip(*bounds, strict=True))
     at = -safe_divide(v, push)
     turns = ~equal & (push != 0) & (at > 0)
     on = equal | (v > 0) | ((v == 0) & (push > 0))

@@ -12,14 +12,16 @@ from torch import Tensor
 import implicitdiff._pytree as pytree
 import implicitdiff.solvers._admm as _admm
 import implicitdiff.solvers._dense as _dense
-from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.solvers._equations import Equation, Functions
+from implicitdiff.solvers._interior import interior_point
+from implicitdiff.solvers._kkt_solve import solve_kkt
 from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._polish import active_set, picked, polish, precision, put
 from implicitdiff.solvers._quadratic import (
     Point,
     Program,
     certificates,
+    clamp,
     error_parts,
     factor,
     point,
@@ -28,6 +30,7 @@ from implicitdiff.solvers._quadratic import (
     rounding,
     times,
     violation,
+    without_noise,
 )
 from implicitdiff.solvers._rows import Rows, all_of, any_lane, select
 from implicitdiff.solvers._solver import Solver, make
@@ -65,35 +68,51 @@ def qp(**options: Any) -> Solver:
 
     These are::
 
-        min x'Q x / 2 + c'x    subject to    A x = b,    G x <= h.
+        min x'Q x / 2 + c'x    subject to    A x = b,    l <= G x <= h.
 
-    ``solver.run(init, Q, c, A, b, G, h)`` returns a `KKTSolution` and the state. What is absent is None, and may be
+    ``solver.run(init, Q, c, A, b, G, h, l)`` returns a `KKTSolution` and the state. What is absent is None, and may be
     left out at the end; its multipliers are then empty, not None, so that they can leave a vmap. The solution is
-    differentiable in all six by the KKT conditions::
+    differentiable in all seven by the KKT conditions::
 
-        Q x + c + A' dual_eq + G' dual_ineq = 0,    A x = b,    min(dual_ineq, h - G x) = 0.
+        Q x + c + A' dual_eq + G' dual_ineq = 0,    A x = b,    clip(G x + dual_ineq, l, h) = G x.
+
+    A row has one multiplier: positive at the upper bound ``h``, negative at the lower bound ``l``, and zero in between.
+    Without ``l`` the last equation is ``min(dual_ineq, h - G x) = 0``. An infinite entry of ``h`` or ``l`` is no bound,
+    and equal entries make the row an equality.
 
     Without inequalities these are a linear system, and one factorisation solves it. With them: ADMM, as OSQP has it
-    (equilibration, over-relaxation, a ``rho`` that adapts), which soon is near a solution and slow from there on. After
-    10, 20, 40, ... iterations (later if there are more than 100 unknowns, and at once if ``init`` has multipliers)
-    steps of a proximal method of multipliers guess the active constraints, and the equations that hold if these are the
-    ones are solved by iterative refinement. What that gives is taken where its error is smaller; if the guess is right,
-    it is exact but for rounding.
+    (over-relaxation, a ``rho`` that adapts). After 10, 20, 40, ... iterations (later if there are more than 100
+    unknowns, and at once if ``init`` has multipliers) the active constraints are guessed, by a step of a proximal
+    method of multipliers from there, or from where an interior-point method arrives, or by a longer search. The
+    equations that hold if these are the ones are solved by iterative refinement, and what that gives is taken where its
+    error is smaller; if the guess is right, it is exact but for rounding.
 
+    - The units of rows and of unknowns do not matter: a row of ``G``, ``l`` and ``h`` (of ``A`` and ``b``) may be
+      multiplied by any number, and an unknown measured in another unit, without effect on the iterations. Rows and
+      columns are equilibrated, and the errors are those of the scaled program, so ``atol`` is a number without units.
     - ``Q``, which need not be symmetric, counts as ``(Q + Q') / 2``, also in its derivative. It has to be positive
       semidefinite on the null space of ``A``. If it is not, then without inequalities the status is ``UNBOUNDED``, and
       with them, where all of it may be, ``DIVERGED``.
     - A direction that proves that there is no solution sets ``INFEASIBLE`` or ``UNBOUNDED``, lane by lane. If neither
       the constraints nor those of the dual can be satisfied, either may be found.
     - A linear program has ``Q = 0``.
-    - Where the active constraints are linearly dependent, or the minimiser is not unique, the derivative is not either:
-      it raises `LinearSolveError`, or is the one of least norm with ``qp(solve=solve_lstsq())``. Where a constraint
-      touches without pressing, it is the derivative to the side where the constraint is inactive.
+    - Linearly dependent active constraints, such as a row given twice, leave the multipliers undetermined. The
+      derivative of the primal is that along changes that keep the dependence, with the multipliers' tangents those of
+      least norm; reverse mode shares it equally among copies of a row. In forward mode a change that makes dependent
+      constraints contradict each other raises `LinearSolveError`, in reverse mode a cotangent of multipliers that are
+      not unique.
+    - Where the minimiser is not unique, the derivative is not either: it raises `LinearSolveError`, or is the one of
+      least norm with ``qp(solve=solve_lstsq())``.
+    - A constraint that touches without pressing (``G x = h`` with a multiplier that is zero but for rounding) has a
+      derivative to each side. In all arguments the one returned is that of the program without this constraint, which
+      holds for changes that make it inactive.
     - The first error, to which ``rtol`` refers, is that at zero, whatever ``init`` is: of the gradient and of the
-      constraints there the smaller, as their units differ. What is left of either part may be as large as rounding
-      makes it.
+      constraints there the smaller. What is left of either part may be as large as rounding makes it.
+    - Matrices are dense. The factorisations need their entries, so functions in their place are not taken; for
+      ``Q``, ``A`` and ``G`` as products only, differentiate a solver of your own by `make_kkt_optimality_fn` and
+      `implicitdiff.custom_root`.
 
-    An infinite entry of ``h`` is no constraint. ``init`` is None for zeros, a tensor like ``c``, or a `KKTSolution`,
+    ``init`` is None for zeros, a tensor like ``c``, or a `KKTSolution`,
     with None for multipliers that are zero. ``update`` takes and gives a `KKTSolution`. All tensors have one dtype; a
     batch of problems is vmapped.
 
@@ -103,9 +122,14 @@ def qp(**options: Any) -> Solver:
     Raises (when solving):
         TypeError: an argument is no real floating-point tensor.
         ValueError: shapes, dtypes or devices do not match, or a matrix is given without its right-hand side.
+        ConvergenceError: there is no solution, or none was found, as ``on_failure`` says.
 
-    Reference:
+    Raises (when differentiating):
+        LinearSolveError: the derivative is not determined.
+
+    References:
         Stellato et al., "OSQP: an operator splitting solver for quadratic programs", Math. Prog. Comp. 12 (2020).
+        Mehrotra, "On the implementation of a primal-dual interior point method", SIAM J. Optim. 2 (1992).
 
     Example:
         >>> import torch
@@ -118,15 +142,18 @@ def qp(**options: Any) -> Solver:
         >>> torch.func.jacrev(lambda b: qp().run(None, Q, c, A, b)[0].primal)(torch.tensor([1.0]))
         tensor([[0.2500],
                 [0.7500]])
+        >>> l, h = torch.tensor([0.0, -1.0]), torch.tensor([1.0, 1.0])
+        >>> qp().run(None, Q, c, None, None, torch.eye(2), h, l)[0].dual_ineq  # at the lower bound of the first row
+        tensor([-0.5000,  0.0000])
     """
     method = Method(_start, _step, QPMemory, 10_000, is_judged=False)
-    given = {"solve": solve_auto(dense_up_to=4000), **options}
+    given = {"solve": solve_kkt(), **options}
     return make("qp", _kkt, (data,), method, given, _guess, is_named=True)
 
 
 # --- what the user gives ----------------------------------------------------------------------------------------------
 
-_Data = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_Data = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def data(
@@ -137,17 +164,27 @@ def data(
     b: Tensor | None = None,
     G: Tensor | None = None,
     h: Tensor | None = None,
+    l: Tensor | None = None,  # noqa: E741
 ) -> _Data:
     """In the place of the user's function: all that makes a program, symmetric and with everything in it."""
     no_rows, nothing = c.new_zeros((0, *c.shape)), c.new_zeros((0,))
     A, G = (no_rows if t is None else t for t in (A, G))
-    b, h = (nothing if t is None else t for t in (b, h))
-    return 0.5 * (Q + Q.mT), c, A, b, G, h
+    b, h, lower = (nothing if t is None else t for t in (b, h, l))
+    return 0.5 * (Q + Q.mT), c, A, b, G, h, lower
 
 
-def _guess(init: Any, Q: Any, c: Any, A: Any = None, b: Any = None, G: Any = None, h: Any = None) -> KKTSolution:
+def _guess(
+    init: Any,
+    Q: Any,
+    c: Any,
+    A: Any = None,
+    b: Any = None,
+    G: Any = None,
+    h: Any = None,
+    l: Any = None,  # noqa: E741
+) -> KKTSolution:
     """The initial guess with everything in it, as far as the shapes allow."""
-    _check({"Q": Q, "c": c, "A": A, "b": b, "G": G, "h": h})
+    _check({"Q": Q, "c": c, "A": A, "b": b, "G": G, "h": h, "l": l})
     like = KKTSolution(*(c.new_zeros((0,)) if t is None else torch.zeros_like(t) for t in (c, b, h)))
     given = init if isinstance(init, KKTSolution) else KKTSolution(init)
     filled = KKTSolution(*(zero if t is None else t for t, zero in zip(given, like, strict=True)))
@@ -167,13 +204,15 @@ def _check(named: dict[str, Any]) -> None:
     for matrix, vector in ("Ab", "Gh"):
         if (named[matrix] is None) != (named[vector] is None):
             raise ValueError(f"qp: {matrix} and {vector} go together: give both, or None for both")
+    if named["l"] is not None and named["G"] is None:
+        raise ValueError("qp: l are lower bounds of G x: give G and h with it (h may be infinite)")
     n, p, m = (t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in (named[name] for name in "cbh"))
-    expected = {"Q": (n, n), "c": (n,), "A": (p, n), "b": (p,), "G": (m, n), "h": (m,)}
+    expected = {"Q": (n, n), "c": (n,), "A": (p, n), "b": (p,), "G": (m, n), "h": (m,), "l": (m,)}
     given = {name: t for name, t in named.items() if t is not None}
     if any(tuple(t.shape) != expected[name] for name, t in given.items()):
         raise ValueError(
-            "qp: for n unknowns the shapes must be Q (n, n), c (n,), A (p, n), b (p,), G (m, n), h (m,), with batches "
-            f"by vmap, got {', '.join(f'{name} {tuple(t.shape)}' for name, t in given.items())}"
+            "qp: for n unknowns the shapes must be Q (n, n), c (n,), A (p, n), b (p,), G (m, n), h (m,), l (m,), with "
+            f"batches by vmap, got {', '.join(f'{name} {tuple(t.shape)}' for name, t in given.items())}"
         )
     if len({(t.dtype, t.device) for t in given.values()}) > 1:
         raise ValueError(f"qp: all arguments must have one dtype and device, got {pytree.describe(given)}")
@@ -181,27 +220,51 @@ def _check(named: dict[str, Any]) -> None:
 
 def _kkt(fn: Callable[..., _Data]) -> Equation:
     def on_trees(functions: Functions, x: KKTSolution, args: tuple[Any, ...]) -> KKTSolution:
-        Q, c, A, b, G, h = functions["fn"](x, args)
-        slack = h - G @ x.primal
+        Q, c, A, b, G, h, lower = functions["fn"](x, args)
         return KKTSolution(
             Q @ x.primal + c + A.mT @ x.dual_eq + G.mT @ x.dual_ineq,
             A @ x.primal - b,
-            torch.where(slack < x.dual_ineq, slack, x.dual_ineq),
+            _complementarity(x.primal, x.dual_ineq, G, h, lower),
         )
 
     def on_rows(rows: Rows, x: Tensor) -> Tensor:
         of, n = rows.once(_program), rows.inputs.sizes[0]
-        return violation(of, point(of, x[:, :n], x[:, n:]))
+        return torch.cat(violation(of, point(of, x[:, :n], x[:, n:])), dim=-1)
 
     return Equation({"fn": lambda x, args: fn(x, *args)}, on_trees, on_rows)
+
+
+def _complementarity(x: Tensor, y: Tensor, G: Tensor, h: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+    """Zero where ``y`` is, or the row is at the bound on which ``y`` presses.
+
+    Which of the two it is does not depend on units: a row is at a bound if it is so to half of the digits of its terms.
+    """
+    image, digits = G @ x, torch.finfo(x.dtype).eps ** 0.5
+    terms = (G.detach().abs() @ x.detach().abs()).detach()
+
+    def reaches(excess: Tensor, bound: Tensor) -> Tensor:
+        size = bound.detach().abs()
+        near: Tensor = excess.detach() <= digits * (terms + size)
+        return near & torch.isfinite(size)
+
+    up = h - image
+    at_upper = (y > 0) & reaches(up, h)
+    if not l.numel():
+        return torch.where(at_upper, up, y + up.detach().clamp(max=0))
+    down = l - image
+    violation = up.clamp(max=0) + down.clamp(min=0)
+    inactive = torch.where(h == l, 0.5 * (up + down), y + violation.detach())
+    return torch.where(at_upper, up, torch.where((y < 0) & reaches(-down, l), down, inactive))
 
 
 def _program(rows: Rows) -> Program:
     n, p, m = rows.inputs.sizes
     unused = torch.zeros(math.prod(rows.inputs.batch), n + p + m, dtype=rows.inputs.dtype, device=rows.inputs.device)
-    Q, c, A, b, G, h = rows.fn(unused).split([n * n, n, p * n, p, m * n, m], dim=-1)
+    values = rows.fn(unused)
+    sizes = [n * n, n, p * n, p, m * n, m]
+    Q, c, A, b, G, h, lower = values.split([*sizes, values.shape[-1] - sum(sizes)], dim=-1)
     Q, A, G = (t.unflatten(-1, (k, n)) for t, k in ((Q, n), (A, p), (G, m)))
-    return program(Q, c, A, b, G, h)
+    return program(Q, c, A, b, G, h, lower)
 
 
 # --- the iteration ----------------------------------------------------------------------------------------------------
@@ -228,49 +291,46 @@ def _start(rows: Rows, x: Tensor) -> Start:
     # Q is positive on the null space of A if it is so with A'A added often enough.
     _, curved = factor(of, torch.where(of.equal, of.rows / delta, 0.0), shift, rows.plain)
     why = int(Status.DIVERGED if inequalities else Status.UNBOUNDED)
+    status = torch.where(curved & torch.isfinite(error), why, int(Status.RUNNING))
+    crossed = torch.isposinf(of.l) | torch.isneginf(of.u) | (of.below & of.above & (of.l > of.u))
+    status = torch.where(crossed.any(dim=-1), int(Status.INFEASIBLE), status)
     rho = torch.full_like(error, _admm.RHO)
     warm = (at.y.detach() != 0).any(dim=-1)
     memory = QPMemory(
         image=at.image,
         slope=at.slope,
-        values=torch.where(of.equal | (at.image > of.u), of.u, at.image),
+        values=clamp(of, at.image),
         rho=rho,
         factor=_admm.factorise(of, rho) if inequalities else _kkt_inverse(of, rows.eps),
         review=torch.where(warm, 1, _first_review(rows)),
         record=torch.full_like(error, torch.inf),
     )
-    status = torch.where(curved & torch.isfinite(error), why, int(Status.RUNNING))
     return Start(error, memory, status, reference=torch.where(torch.isinf(first), error, first))
-
-
-class _Iterate(NamedTuple):
-    """The header of a state that an iteration looks at, with the fields of its `QPMemory`."""
-
-    iter_num: Tensor
-    error: Tensor
-    target: Tensor
-    status: Tensor
-    image: Tensor
-    slope: Tensor
-    values: Tensor
-    rho: Tensor
-    factor: Tensor
-    review: Tensor
-    record: Tensor
 
 
 def _step(rows: Rows, x: Tensor, state: State[QPMemory]) -> tuple[Tensor, State[QPMemory]]:
     of = rows.once(_program)
     n, _, inequalities = rows.inputs.sizes
-    old = _Iterate(state.iter_num, state.error, state.target, state.status, *state.memory)
-    at = Point(x[:, :n], x[:, n:], old.image, old.slope)
-    new, now = (_alternate if inequalities else _correct)(rows, of, at, old)
+    at = Point(x[:, :n], x[:, n:], state.memory.image, state.memory.slope)
+    new, after = (_alternate if inequalities else _correct)(rows, of, at, state)
+    running = after.status == Status.RUNNING
+    there = running & (after.error <= after.target)
+    # ADMM alone does not come down to rounding.
+    if not inequalities or any_lane(after.memory.review != state.memory.review):
+        there = there | (running & _is_there(rows, of, new, after))
+    if inequalities and any_lane(there):
+        clear = point(of, new.x, without_noise(of, new, rows.eps))
+        kept = there & _is_there(rows, of, clear, after)
+        new = Point(*(select(kept, t, old) for t, old in zip(clear, new, strict=True)))
+    status = torch.where(there, int(Status.CONVERGED), after.status)
+    memory = after.memory._replace(image=new.image, slope=new.slope)
+    return torch.cat([new.x, new.y], dim=-1), after._replace(status=status, memory=memory)
+
+
+def _is_there(rows: Rows, of: Program, at: Point, state: State[QPMemory]) -> Tensor:
     # No part of the error can be made smaller than rounding makes it.
-    pairs = zip(error_parts(of, new), rounding(of, new, rows.eps), strict=True)
-    there = all_of([part <= torch.maximum(now.target, floor) for part, floor in pairs])
-    status = torch.where(there & (now.status == Status.RUNNING), int(Status.CONVERGED), now.status)
-    memory = QPMemory(new.image, new.slope, now.values, now.rho, now.factor, now.review, now.record)
-    return torch.cat([new.x, new.y], dim=-1), state._replace(error=now.error, status=status, memory=memory)
+    pairs = zip(error_parts(of, at), rounding(of, at, rows.eps), strict=True)
+    return all_of([part <= torch.maximum(state.target, floor) for part, floor in pairs])
 
 
 def _kkt_inverse(of: Program, eps: float) -> Tensor:
@@ -282,9 +342,9 @@ def _kkt_inverse(of: Program, eps: float) -> Tensor:
     return _dense.inverse(torch.cat([upper, lower], dim=-2) + torch.diag_embed(shift))
 
 
-def _correct(rows: Rows, of: Program, at: Point, state: _Iterate) -> tuple[Point, _Iterate]:
+def _correct(rows: Rows, of: Program, at: Point, state: State[QPMemory]) -> tuple[Point, State[QPMemory]]:
     """Newton's method on the linear KKT conditions; once is enough but for rounding."""
-    d = -times(torch.cat([at.slope, at.image - of.u], dim=-1), state.factor.mT)
+    d = -times(torch.cat([at.slope, at.image - of.u], dim=-1), state.memory.factor.mT)
     dx, dy = d.split([at.x.shape[-1], at.y.shape[-1]], dim=-1)
     new = point(of, at.x + dx, at.y + dy)
     error = residual(of, new)
@@ -293,10 +353,10 @@ def _correct(rows: Rows, of: Program, at: Point, state: _Iterate) -> tuple[Point
     return new, state._replace(error=error, status=status)
 
 
-def _alternate(rows: Rows, of: Program, at: Point, state: _Iterate) -> tuple[Point, _Iterate]:
-    new, values = _admm.iterate(of, at, state.values, state.rho, state.factor)
-    state = state._replace(error=residual(of, new), values=values)
-    due = (state.status == Status.RUNNING) & (state.iter_num + 1 >= state.review) & (state.error > state.target)
+def _alternate(rows: Rows, of: Program, at: Point, state: State[QPMemory]) -> tuple[Point, State[QPMemory]]:
+    new, values = _admm.iterate(of, at, state.memory.values, state.memory.rho, state.memory.factor)
+    state = state._replace(error=residual(of, new), memory=state.memory._replace(values=values))
+    due = (state.status == Status.RUNNING) & (state.iter_num + 1 >= state.memory.review) & (state.error > state.target)
     if any_lane(due):
         status = _proved(of, new.x - at.x, new.y - at.y, rows.eps, due, state.status)
         new, state = _polished(rows, of, new, state._replace(status=status), due)
@@ -310,51 +370,68 @@ def _proved(of: Program, dx: Tensor, dy: Tensor, eps: float, asked: Tensor, stat
     return torch.where(asked & infeasible, int(Status.INFEASIBLE), status)
 
 
-def _polished(rows: Rows, of: Program, at: Point, state: _Iterate, due: Tensor) -> tuple[Point, _Iterate]:
+def _polished(rows: Rows, of: Program, at: Point, state: State[QPMemory], due: Tensor) -> tuple[Point, State[QPMemory]]:
     """The best of the points that some guesses of the active set lead to, where it is better."""
     again = torch.clamp(2 * (state.iter_num + 1), min=_first_review(rows))
-    state = state._replace(review=torch.where(due, again, state.review))
-    x, y, asked = at.x, at.y, due
+    memory = state.memory._replace(review=torch.where(due, again, state.memory.review))
+    state = state._replace(memory=memory)
+    x, y, asked, first = at.x, at.y, due, due & torch.isinf(state.memory.record)
     for guess in range(_GUESSES):
         if not any_lane(asked):
             break
-        lanes, patient = picked(asked, rows.plain), guess > 0
-        part = of.of(lanes)
-        ahead_x, ahead_y, active = active_set(part, x[lanes], y[lanes], rows.eps, rows.plain, patient=patient)
-        at, state = _taken(rows, part, at, state, active, asked, lanes)
-        if patient:
-            x, y = put(x, asked, lanes, ahead_x), put(y, asked, lanes, ahead_y)
+        lanes = picked(asked, rows.plain)
+        part, near = of.of(lanes), (x[lanes], y[lanes])
+        if guess == 1:
+            if not any_lane(asked & first):
+                continue
+            inner_x, inner_y = interior_point(part, rows.eps)
+            near = select(first[lanes], inner_x, near[0]), select(first[lanes], inner_y, near[1])
+            x, y = put(x, asked, lanes, near[0]), put(y, asked, lanes, near[1])
+        ahead = active_set(part, *near, rows.eps, rows.plain, patient=guess > 1)
+        at, state = _taken(rows, part, at, state, ahead, asked, lanes)
         asked = asked & (state.error > state.target) & (state.status == Status.RUNNING)
     return at, state
 
 
 def _taken(
-    rows: Rows, part: Program, at: Point, state: _Iterate, active: Tensor, asked: Tensor, lanes: Tensor | slice
-) -> tuple[Point, _Iterate]:
-    """The point that an active set leads to, in the `asked` lanes, whose program is `part`."""
-    found, dx, dy, broken = polish(part, Point(*(t[lanes] for t in at)), active, rows.eps, rows.plain)
-    error, before, target, record = residual(part, found), state.error[lanes], state.target[lanes], state.record[lanes]
+    rows: Rows,
+    part: Program,
+    at: Point,
+    state: State[QPMemory],
+    ahead: tuple[Tensor, Tensor, Tensor],
+    asked: Tensor,
+    lanes: Tensor | slice,
+) -> tuple[Point, State[QPMemory]]:
+    """The point that a guess of the active set leads to, in the `asked` lanes, whose program is `part`; `ahead` is what
+    `active_set` gives."""
+    x, y, side = ahead
+    found, dx, dy, broken = polish(part, x, y, side, rows.eps, rows.plain)
+    error, before, target, record = (
+        residual(part, found),
+        state.error[lanes],
+        state.target[lanes],
+        state.memory.record[lanes],
+    )
     # Every guess that is taken, but for the last, has a tenth of the error of the one before, lest they take turns.
     better = ~broken & (error < before) & ((error <= target) | (error < 0.1 * record))
-    values = torch.where(active | (found.image > part.u), part.u, found.image)
+    values = clamp(part, torch.where(side > 0, part.u, torch.where(side < 0, part.l, found.image)))
     status = _proved(part, dx, dy, rows.eps, ~broken & (error > target), state.status[lanes])
 
     def merged(old: Tensor, new: Tensor) -> Tensor:
         return put(old, asked, lanes, select(better, new, old[lanes]))
 
+    old = state.memory
+    memory = old._replace(record=merged(old.record, error), values=merged(old.values, values))
     return Point(*(merged(old, new) for old, new in zip(at, found, strict=True))), state._replace(
-        error=merged(state.error, error),
-        record=merged(state.record, error),
-        values=merged(state.values, values),
-        status=put(state.status, asked, lanes, status),
+        error=merged(state.error, error), status=put(state.status, asked, lanes, status), memory=memory
     )
 
 
-def _adapted(rows: Rows, of: Program, at: Point, state: _Iterate, due: Tensor) -> _Iterate:
-    rho = torch.where(due, _admm.balanced(of, at, state.values, state.rho), state.rho)
-    changed = rho != state.rho
+def _adapted(rows: Rows, of: Program, at: Point, state: State[QPMemory], due: Tensor) -> State[QPMemory]:
+    rho = torch.where(due, _admm.balanced(of, at, state.memory.values, state.memory.rho), state.memory.rho)
+    changed = rho != state.memory.rho
     if not any_lane(changed):
         return state
     lanes = picked(changed, rows.plain)
-    lower = put(state.factor, changed, lanes, _admm.factorise(of.of(lanes), rho[lanes]))
-    return state._replace(rho=rho, factor=lower)
+    lower = put(state.memory.factor, changed, lanes, _admm.factorise(of.of(lanes), rho[lanes]))
+    return state._replace(memory=state.memory._replace(rho=rho, factor=lower))
