@@ -239,6 +239,7 @@ SEARCHES = [
     Row("newton, backtracking", partial(solvers.newton, backtracking=True), ROOT),
     # A system that has no solution is the search's business.
     Row("newton, Krylov", partial(solvers.newton, linear_solve=solve_gmres(rtol=1e-13, on_failure="ignore")), ROOT),
+    Row("dogleg_root", solvers.dogleg_root, ROOT),
     Row("chord", solvers.chord, ROOT._replace(far=1.0)),
     Row("broyden_root", solvers.broyden_root, ROOT._replace(far=5.0)),
     Row("bisection", bisection_on_wide_brackets, EACH, unrolls=False),
@@ -260,6 +261,7 @@ SEARCHES = [
     Row("newton_cg", solvers.newton_cg, MINIMUM),
     Row("gauss_newton", solvers.gauss_newton, LEAST_SQUARES),
     Row("levenberg_marquardt", solvers.levenberg_marquardt, LEAST_SQUARES),
+    Row("dogleg", solvers.dogleg, LEAST_SQUARES),
     Row("projected_gradient, box", solvers.projected_gradient, BOX),
     Row("projected_gradient, simplex", solvers.projected_gradient, SIMPLEX),
     Row("proximal_gradient", solvers.proximal_gradient, LASSO),

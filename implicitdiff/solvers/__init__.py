@@ -79,6 +79,7 @@ Options of run:
 
 from torch.serialization import add_safe_globals
 
+from implicitdiff.solvers._dogleg import DoglegMemory
 from implicitdiff.solvers._proximal_gradient import ProximalGradientMemory
 from implicitdiff.solvers._scipy import ScipyMemory
 from implicitdiff.solvers._solver import Solver
@@ -89,6 +90,8 @@ from implicitdiff.solvers.bisection import BisectionMemory, bisection
 from implicitdiff.solvers.broyden import BroydenMemory, broyden
 from implicitdiff.solvers.broyden_root import BroydenRootMemory, broyden_root
 from implicitdiff.solvers.chord import ChordMemory, chord
+from implicitdiff.solvers.dogleg import dogleg
+from implicitdiff.solvers.dogleg_root import dogleg_root
 from implicitdiff.solvers.fixed_point_iteration import FixedPointMemory, fixed_point_iteration
 from implicitdiff.solvers.from_optimizer import FromOptimizerMemory, from_optimizer
 from implicitdiff.solvers.gauss_newton import GaussNewtonMemory, gauss_newton
@@ -119,6 +122,7 @@ __all__ = [
     "BroydenMemory",
     "BroydenRootMemory",
     "ChordMemory",
+    "DoglegMemory",
     "FixedPointMemory",
     "FromOptimizerMemory",
     "GaussNewtonMemory",
@@ -141,6 +145,8 @@ __all__ = [
     "broyden",
     "broyden_root",
     "chord",
+    "dogleg",
+    "dogleg_root",
     "fixed_point_iteration",
     "fletcher_reeves",
     "from_optimizer",

@@ -12,7 +12,7 @@ from implicitdiff._linear import LinearProblem, LinearSolver, solve_linear
 from implicitdiff._operator import Linearised, Product
 from implicitdiff._pytree import Leaves
 from implicitdiff.solvers._backtracking import HALVINGS, Point, backtrack
-from implicitdiff.solvers._rows import Rows, norm, select
+from implicitdiff.solvers._rows import Rows, norm, safe_divide, select
 from implicitdiff.solvers._status import Status
 
 
@@ -90,3 +90,16 @@ def shorten(
     whole = torch.ones_like(state.error)
     (new_x, new_r), _, refused = backtrack(at, enough, whole, active, halvings)
     return select(refused, x, new_x), select(refused, state.memory.residual, new_r), refused
+
+
+def watch(state: Any, x: Tensor, new_x: Tensor, r: Tensor, new_r: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The new ``growth``, by which ``|r|`` has grown in a row of steps that all made it and ``|x|`` larger, and the
+    status: ``DIVERGED`` where the iterates run off, that is where ``growth`` is more than ``1 / eps``.
+
+    A step counts for at most the eighth root of that. One huge step is no sign: from near the minimum of ``x^3 - 1``,
+    say, Newton's method jumps far away and comes back.
+    """
+    rate = safe_divide(norm(new_r), norm(r)).clamp(max=eps ** (-1 / 8))
+    growth = torch.where((rate > 1) & (norm(new_x) > norm(x)), state.memory.growth * rate, 1.0)
+    gone = (growth > 1 / eps) | ~torch.isfinite(new_x).all(dim=-1)
+    return growth, torch.where(gone & (state.status == Status.RUNNING), int(Status.DIVERGED), state.status)

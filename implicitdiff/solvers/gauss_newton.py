@@ -10,10 +10,12 @@ from torch import Tensor
 
 import implicitdiff.solvers._dense as _dense
 import implicitdiff.solvers._equations as _equations
+import implicitdiff.solvers._newton as _newton
 from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._rows import Rows, norm, times
+from implicitdiff.solvers._rows import Rows, norm, select, times
 from implicitdiff.solvers._solver import Solver, make
 from implicitdiff.solvers._state import State
+from implicitdiff.solvers._status import Status
 
 
 class GaussNewtonMemory(NamedTuple):
@@ -22,10 +24,13 @@ class GaussNewtonMemory(NamedTuple):
     Attributes:
         residual: ``r(x)``, as one vector of length ``m``.
         jacobian: ``J = dr/dx``, ``(m, n)``.
+        growth: by how much the last steps have made ``|r|`` larger, 1 where one has not; a step counts for at most
+            ``eps^(-1/8)``.
     """
 
     residual: Tensor
     jacobian: Tensor
+    growth: Tensor
 
 
 def gauss_newton(residual_fn: Callable[..., Any], **options: Any) -> Solver:
@@ -33,8 +38,9 @@ def gauss_newton(residual_fn: Callable[..., Any], **options: Any) -> Solver:
 
     ``r`` may have any length ``m``, at least that of ``x``. Converges quadratically where the residual is zero at the
     solution, linearly where it is small, and may not converge where it is large or the initial guess is far:
-    `levenberg_marquardt` does. ``J`` must have full column rank; where it has not, the status is ``DIVERGED``. The
-    least-squares problem is solved by QR.
+    `levenberg_marquardt` does. ``J`` must have full column rank. Where it has not, to working precision, so that the
+    step makes ``|r + J d|`` larger than ``|r|``, the status is ``DIVERGED``; so it is where the iterates run off, see
+    `newton`. The least-squares problem is solved by QR.
 
     The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included, not
     that of the Gauss-Newton model.
@@ -67,16 +73,25 @@ def _start(rows: Rows, x: Tensor) -> Start:
             f"gauss_newton: {residual.shape[-1]} residuals do not determine {x.shape[-1]} unknowns; use "
             "levenberg_marquardt, or add a regularising residual"
         )
-    return Start(norm(gradient(jacobian, residual)), GaussNewtonMemory(residual=residual, jacobian=jacobian))
+    error = norm(gradient(jacobian, residual))
+    return Start(error, GaussNewtonMemory(residual, jacobian, growth=torch.ones_like(error)))
 
 
 def _step(rows: Rows, x: Tensor, state: State[GaussNewtonMemory]) -> tuple[Tensor, State[GaussNewtonMemory]]:
-    d = _dense.lstsq(state.memory.jacobian, state.memory.residual)
-    x = x - d
-    residual, jacobian = rows.fn.jacobian(x)
-    error = norm(gradient(jacobian, residual))
-    memory = GaussNewtonMemory(residual=residual, jacobian=jacobian)
-    return x, state._replace(error=error, progress=state.progress.stepped(d, x), memory=memory)
+    r, J, _ = state.memory
+    d = -_dense.lstsq(J, r)
+    # A least-squares solution cannot be worse than d = 0.
+    solved = norm(r + times(d, J.mT)) <= 2.0 * norm(r)
+    new_x = select(solved, x + d, x)
+    new_r, J = rows.fn.jacobian(new_x)
+    growth, status = _newton.watch(state, x, new_x, r, new_r, rows.eps)
+    status = torch.where(solved, status, int(Status.DIVERGED))
+    return new_x, state._replace(
+        error=norm(gradient(J, new_r)),
+        status=status,
+        progress=state.progress.stepped(d, new_x),
+        memory=GaussNewtonMemory(new_r, J, growth),
+    )
 
 
 def normal_residual(memory: Any) -> Tensor:

@@ -7,6 +7,7 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 import implicitdiff.solvers._equations as _equations
@@ -23,9 +24,12 @@ class NewtonMemory(NamedTuple):
 
     Attributes:
         residual: ``F(x)``, as one vector.
+        growth: by how much the last steps have made ``|F|`` larger, 1 where one has not; a step counts for at most
+            ``eps^(-1/8)``.
     """
 
     residual: Tensor
+    growth: Tensor
 
 
 def newton(
@@ -38,7 +42,8 @@ def newton(
 
     Converges quadratically near a solution where ``J`` is non-singular. Each iteration makes ``J`` from products with
     unit vectors and factorises it, or solves with products alone if a linear solver is given. Where ``J`` is singular
-    the status is ``DIVERGED``.
+    the status is ``DIVERGED``, as where the iterates run off: where ``|F|`` has grown by ``1 / eps`` in at least 8 steps
+    in a row that all made it and ``|x|`` larger.
 
     Args:
         residual_fn: ``F(x, *args)``, a tree like ``x``.
@@ -71,13 +76,15 @@ def newton(
 
 def _start(rows: Rows, x: Tensor) -> Start:
     residual = rows.fn(x)
-    return Start(norm(residual), NewtonMemory(residual))
+    error = norm(residual)
+    return Start(error, NewtonMemory(residual, growth=torch.ones_like(error)))
 
 
 def _step(
     rows: Rows, x: Tensor, state: State[NewtonMemory], *, linear_solve: LinearSolver | None, backtracking: bool
 ) -> tuple[Tensor, State[NewtonMemory]]:
     direction = -_newton.solve(rows, x, state.memory.residual, linear_solve)
-    x, residual, status = _newton.move(rows, x, state, direction, backtracking)
-    progress = state.progress.stepped(direction, x)
-    return x, state._replace(error=norm(residual), status=status, progress=progress, memory=NewtonMemory(residual))
+    new_x, residual, status = _newton.move(rows, x, state, direction, backtracking)
+    growth, status = _newton.watch(state._replace(status=status), x, new_x, state.memory.residual, residual, rows.eps)
+    progress, memory = state.progress.stepped(direction, new_x), NewtonMemory(residual, growth)
+    return new_x, state._replace(error=norm(residual), status=status, progress=progress, memory=memory)

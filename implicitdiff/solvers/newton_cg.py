@@ -97,7 +97,8 @@ def _step(
 
 
 def _direction(product: Product, grad: Tensor, target: Tensor, active: Tensor, limit: int, eps: float) -> Tensor:
-    """Conjugate gradients from zero; a lane stops at its target, or where the curvature is not positive."""
+    """Conjugate gradients from zero; a lane stops at its target, or where the curvature is not positive. There it goes
+    on along ``p`` as far as a curvature of the other sign would have it, so that steps lead away from a saddle."""
     d, r, p, rr = torch.zeros_like(grad), grad, -grad, dot(grad, grad)
     stiffest = torch.zeros_like(rr)
     for count in range(limit):
@@ -105,10 +106,12 @@ def _direction(product: Product, grad: Tensor, target: Tensor, active: Tensor, l
         curvature = dot(p, image)
         # What rounding makes of a curvature of zero is none.
         stiffest = torch.maximum(stiffest, safe_divide(norm(image), norm(p)))
-        positive = active & (curvature > 4 * eps * stiffest * dot(p, p))
+        none = 4 * eps * stiffest * dot(p, p)
+        positive = active & (curvature > none)
         if count == 0:
             d = torch.where(positive[:, None], d, _downhill(p, rr, curvature))
-        a = torch.where(positive, safe_divide(rr, curvature), 0.0)[:, None]
+        bends = positive if count == 0 else active & (curvature.abs() > none)
+        a = torch.where(bends, safe_divide(rr, curvature.abs()), 0.0)[:, None]
         d, r = d + a * p, r + a * image
         active = positive & (norm(r) > target)
         if not any_lane(active):

@@ -1,0 +1,224 @@
+"""Powell's dogleg: a step within a trust region, between that down the gradient and that of Gauss and Newton."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import implicitdiff.solvers._dense as _dense
+from implicitdiff.solvers._backtracking import Point, backtrack
+from implicitdiff.solvers._options import check_number
+from implicitdiff.solvers._rows import Rows, any_lane, dot, largest_entry, safe_divide, select, times
+from implicitdiff.solvers._state import State
+from implicitdiff.solvers._status import Status
+from implicitdiff.solvers.gauss_newton import gradient
+
+WholeStep = Callable[[Tensor, Tensor], Tensor]
+"""``whole(A, r)``: the ``s`` that makes ``|r + A s|`` least, whatever the rank of ``A``."""
+
+_ENOUGH = 1e-4
+"""The part of the foretold gain that a step has to make, as in MINPACK."""
+_REFUSALS = 5
+"""After how many refusals in a row of steps that seemed good a search ends."""
+
+
+class DoglegMemory(NamedTuple):
+    """The memory of `dogleg` and `dogleg_root`.
+
+    Attributes:
+        residual: ``r(x)``, as one vector of length ``m``.
+        jacobian: ``J = dr/dx``, ``(m, n)``.
+        scale: ``D^2``, the largest squared norms that the columns of ``J`` have had, ``(n,)``.
+        radius: of the trust region, the largest ``|D d|`` of a step ``d``.
+        refusals: the number of steps in a row that were refused though they seemed good, as rounding hides the gain or
+            the Jacobian is not finite.
+        slow: the number of steps in a row that made ``|r|`` smaller by less than a thousandth.
+    """
+
+    residual: Tensor
+    jacobian: Tensor
+    scale: Tensor
+    radius: Tensor
+    refusals: Tensor
+    slow: Tensor
+
+
+class Trial(NamedTuple):
+    """A step from ``x``.
+
+    Attributes:
+        x: where it leads.
+        residual: there; that at the old ``x`` where it is not finite.
+        length: ``|D d|``.
+        foretold: what ``|r + J d|^2 / 2`` says that the step gains.
+        gain: what it does gain; minus infinity where the residual is not finite.
+        drowned: whether ``foretold`` is below the rounding of ``|r|^2 / 2``.
+    """
+
+    x: Tensor
+    residual: Tensor
+    length: Tensor
+    foretold: Tensor
+    gain: Tensor
+    drowned: Tensor
+
+    @property
+    def known(self) -> Tensor:
+        """Whether the residual is finite."""
+        return self.gain > -torch.inf
+
+    @property
+    def good(self) -> Tensor:
+        """Whether the gain is a part of what was foretold."""
+        return self.gain > _ENOUGH * self.foretold
+
+
+def check_radius(name: str, radius: float) -> None:
+    check_number(name, "radius", radius, "a finite number > 0", lambda r: 0 < r < math.inf)
+
+
+def begin(rows: Rows, x: Tensor, radius: float) -> DoglegMemory:
+    """The memory at an initial guess. Where that is zero, ``|r|`` takes the place of ``|D x|``: it has the same units
+    (in MINPACK, 1 does)."""
+    residual, jacobian = rows.fn.jacobian(x)
+    scale = jacobian.square().sum(dim=1)
+    size = length(root(scale) * x)
+    none = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    first = radius * torch.where(size > 0, size, length(residual))
+    return DoglegMemory(residual, jacobian, scale, first, refusals=none, slow=none)
+
+
+def attempt(rows: Rows, x: Tensor, state: State[DoglegMemory], whole: WholeStep) -> tuple[Trial, Tensor]:
+    """A dogleg step from ``x`` that gains enough, or so little that rounding hides it, and its radius, which is halved
+    until there is one. Each radius takes an evaluation."""
+    r, J, scale, radius, *_ = state.memory
+    D, noise = root(scale), _noise(rows, x, r, J)
+    path = _path(J / D[:, None], r, whole)
+
+    def at(radius: Tensor) -> Trial:
+        s, foretold = path.step(radius)
+        new_x = x + s / D
+        new_r = rows.fn(new_x)
+        known = torch.isfinite(new_r).all(dim=-1)
+        if any_lane(~known):
+            # No derivative may pass through what is not finite, not even one that is multiplied by zero.
+            new_x = select(known, new_x, x)
+            new_r = select(known, new_r, r) if rows.plain else rows.fn(new_x)
+        gain = torch.where(known, 0.5 * dot(r - new_r, r + new_r), -torch.inf)
+        return Trial(new_x, new_r, length(s), foretold, gain, foretold <= noise)
+
+    def enough(new: Point, radius: Tensor) -> Tensor:
+        trial = Trial(*new)
+        return trial.good | (trial.known & trial.drowned)
+
+    farthest = torch.minimum(radius, length(path.full))
+    new, halved, _ = backtrack(at, enough, farthest, state.status == Status.RUNNING)
+    return Trial(*new), torch.where(halved < farthest, halved, radius)
+
+
+def conclude(
+    x: Tensor,
+    state: State[DoglegMemory],
+    trial: Trial,
+    radius: Tensor,
+    accepted: Tensor,
+    at_trial: tuple[Tensor, ...],
+) -> tuple[Tensor, State[DoglegMemory]]:
+    """The next point and its memory, with the status where no step will be accepted any more; the error is left.
+
+    Args:
+        x, state: the step's.
+        trial, radius: what `attempt` made of them.
+        accepted: whether to go there.
+        at_trial: the residual and the Jacobian there, in the lanes where that may be.
+    """
+    old = state.memory
+    r, J = at_trial
+    promising = trial.known & (trial.good | trial.drowned) & (trial.x != x).any(dim=-1)
+    accepted = accepted & promising & torch.isfinite(J).flatten(1).all(dim=-1)
+    refusals = torch.where(accepted, 0, old.refusals + 1)
+    stuck = ~accepted & (~promising | (refusals >= _REFUSALS))
+    r, J = select(accepted, r, old.residual), select(accepted, J, old.jacobian)
+    slow = trial.gain < 1e-3 * dot(old.residual, old.residual)
+    memory = DoglegMemory(
+        residual=r,
+        jacobian=J,
+        scale=torch.maximum(old.scale, J.square().sum(dim=1)),
+        radius=torch.where(accepted, _next_radius(radius, trial), 0.25 * trial.length),
+        refusals=refusals,
+        slow=torch.where(slow, old.slow + 1, 0),
+    )
+    status = torch.where(stuck, int(Status.LINE_SEARCH_FAILED), state.status)
+    return select(accepted, trial.x, x), state._replace(status=status, memory=memory)
+
+
+def length(x: Tensor) -> Tensor:
+    """The norms of rows with their derivatives; 0 has none."""
+    size = largest_entry(x.detach())
+    size = torch.where((size > 0) & torch.isfinite(size), size, 1.0)
+    square = (x / size[:, None]).square().sum(dim=-1)
+    return torch.where(square > 0, size * torch.sqrt(torch.where(square > 0, square, 1.0)), square)
+
+
+def root(scale: Tensor) -> Tensor:
+    """``D``, 1 for the unknowns on which nothing has depended so far."""
+    return torch.where(scale > 0, scale, 1.0).sqrt()
+
+
+class _Path(NamedTuple):
+    """The dogleg: from 0 down the gradient ``g`` to the minimum of ``|r + A s|``, the Cauchy step, and on to that over
+    all ``s``, the full step. Along it ``|s|`` grows and ``|r + A s|`` falls."""
+
+    A: Tensor
+    g: Tensor
+    cauchy: Tensor
+    full: Tensor
+
+    def step(self, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """The last ``s`` with ``|s| <= radius``, and ``(|r|^2 - |r + A s|^2) / 2``."""
+        way = self.full - self.cauchy
+        reaches, beyond = length(self.full) <= radius, length(self.cauchy) >= radius
+        # |cauchy + share way| = radius, in a form that does not cancel.
+        a, b = dot(way, way), dot(self.cauchy, way)
+        c = torch.where(reaches | beyond, 0.0, radius.square() - dot(self.cauchy, self.cauchy))
+        square = b.square() + a * c
+        share = safe_divide(c, b + torch.sqrt(torch.where(square > 0, square, 1.0)))
+        down = -safe_divide(radius, length(self.g))[:, None] * self.g
+        s = select(reaches, self.full, select(beyond, down, self.cauchy + share[:, None] * way))
+        change = times(s, self.A.mT)
+        return s, -dot(self.g, s) - 0.5 * dot(change, change)
+
+
+def _path(A: Tensor, r: Tensor, whole: WholeStep) -> _Path:
+    g = gradient(A, r)
+    ratio = safe_divide(length(g), length(times(g, A.mT)))
+    return _Path(A, g, cauchy=-ratio.square()[:, None] * g, full=whole(A, r))
+
+
+def _next_radius(radius: Tensor, trial: Trial) -> Tensor:
+    """By the ratio of the gain and what was foretold; where rounding hides them, the radius stays."""
+    ratio = torch.where(trial.drowned, 0.3, safe_divide(trial.gain, trial.foretold))
+    longer = torch.where(ratio > 0.5, torch.maximum(radius, 2.0 * trial.length), radius)
+    return torch.where(ratio < 0.1, 0.5 * trial.length, longer)
+
+
+def _noise(rows: Rows, x: Tensor, r: Tensor, J: Tensor) -> Tensor:
+    """The rounding of ``|r|^2 / 2``: a residual is a difference of terms as large as ``|J| |x|``."""
+    r, J = r.detach().abs(), J.detach().abs()
+    terms = r + times(x.detach().abs(), J.mT)
+    return rows.eps * dot(r + rows.eps * terms, terms)
+
+
+def least(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
+    """``argmin |r + A s|^2 + mu^2 |s|^2`` for columns of norm 1, which is unique whatever the rank of ``A``.
+
+    A singular value of less than ``mu`` counts as none. Where ``A`` determines nothing, rounding moves the step by
+    about ``eps |r| / mu``.
+    """
+    mu = eps ** (2 / 3)
+    below = torch.diag_embed(torch.full_like(A[:, 0], mu))
+    return -_dense.lstsq(torch.cat([A, below], dim=-2), torch.cat([r, torch.zeros_like(A[:, 0])], dim=-1))

@@ -1,0 +1,84 @@
+"""Powell's dogleg method for nonlinear least squares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+import implicitdiff.solvers._dogleg as _dogleg
+import implicitdiff.solvers._equations as _equations
+from implicitdiff.solvers._dogleg import DoglegMemory
+from implicitdiff.solvers._method import Method, Start
+from implicitdiff.solvers._rows import Rows, any_lane, norm, select
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
+from implicitdiff.solvers.gauss_newton import gradient, normal_residual, normal_size
+
+
+def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any) -> Solver:
+    r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by Powell's dogleg steps.
+
+    A step ``d`` makes ``|r + J d|``, ``J = dr/dx``, small within ``|D d| <= Delta``: it is the Gauss-Newton step where
+    that is so short, else it ends where the path from 0 to the minimum down the gradient and on to the Gauss-Newton
+    step leaves the region. The solver goes there if that gains at least 1e-4 of what ``|r + J d|`` foretells. ``Delta``
+    grows and shrinks with the agreement of the two. ``D`` are the norms of the columns of ``J``, the largest so far, so
+    the units of the unknowns do not matter.
+
+    ``r`` may have any length, also less than ``x`` has, and ``J`` any rank; the derivative of the solution needs a
+    strict minimum. `levenberg_marquardt` makes better steps where the columns of ``J`` depend on each other, and
+    factorises a matrix for a refused step as well; here that costs one evaluation of ``r``.
+
+    The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included.
+
+    Args:
+        residual_fn: ``r(x, *args)``, a tree of any tensors.
+        radius: the first ``Delta`` in units of ``|D x|``, of ``|r|`` where ``x`` is zero; positive.
+        options: see `implicitdiff.solvers`.
+
+    Raises:
+        ValueError: ``radius`` is not positive.
+
+    Reference:
+        Powell, "A hybrid method for nonlinear equations", 1970; Nocedal and Wright, "Numerical Optimization", 2nd ed.,
+        section 4.1; for the scaling and the radius, More, Garbow and Hillstrom, "User guide for MINPACK-1", 1980.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.solvers import dogleg
+        >>> t = torch.tensor([0.0, 1.0, 2.0])
+        >>> solver = dogleg(lambda x, y: x[0] * torch.exp(-x[1] * t) - y)
+        >>> solver.run(torch.tensor([1.0, 3.0]), 2.0 * torch.exp(-0.5 * t))[0]
+        tensor([2.0000, 0.5000])
+    """
+    _dogleg.check_radius("dogleg", radius)
+
+    start = partial(_start, radius=radius)
+    method = Method(start, _step, DoglegMemory, 1_000, residual=normal_residual, size=normal_size, steps_tell=True)
+    return make("dogleg", _equations.least_squares, (residual_fn,), method, options)
+
+
+def _start(rows: Rows, x: Tensor, *, radius: float) -> Start:
+    memory = _dogleg.begin(rows, x, radius)
+    return Start(norm(normal_residual(memory)), memory)
+
+
+def _step(rows: Rows, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
+    old = state.memory
+    trial, radius = _dogleg.attempt(rows, x, state, partial(_dogleg.least, eps=rows.eps))
+    asked, at_trial = trial.known & (trial.good | trial.drowned), (old.residual, old.jacobian)
+    accepted = asked
+    if any_lane(asked):
+        at_trial = rows.fn.jacobian(select(asked, trial.x, x))
+        # Where rounding hides the gain, the gradient tells.
+        flatter = _steepness(*at_trial, old.scale) < _steepness(old.residual, old.jacobian, old.scale)
+        accepted = asked & (flatter | ~trial.drowned)
+    x, state = _dogleg.conclude(x, state, trial, radius, accepted, at_trial)
+    return x, state._replace(error=norm(normal_residual(state.memory)))
+
+
+def _steepness(r: Tensor, J: Tensor, scale: Tensor) -> Tensor:
+    """``|D^-1 J' r|``."""
+    return norm(gradient(J, r) / _dogleg.root(scale))

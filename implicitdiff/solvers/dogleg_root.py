@@ -1,0 +1,104 @@
+"""Powell's dogleg method for roots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import implicitdiff.solvers._dense as _dense
+import implicitdiff.solvers._dogleg as _dogleg
+import implicitdiff.solvers._equations as _equations
+from implicitdiff.solvers._dogleg import DoglegMemory
+from implicitdiff.solvers._method import Method, Start
+from implicitdiff.solvers._rows import Rows, any_lane, norm, select, times
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
+from implicitdiff.solvers._status import Status
+
+
+def dogleg_root(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any) -> Solver:
+    r"""Make a solver of ``F(x, *args) = 0`` by Powell's dogleg steps, which converge from farther away than Newton's.
+
+    A step ``d`` makes ``|F + J d|``, ``J = dF/dx``, small within ``|D d| <= Delta``: it is Newton's where that is so
+    short, else it ends where the path from 0 to the minimum down the gradient of ``|F|^2`` and on to Newton's step
+    leaves the region. See `dogleg` for the rest. Where ``J`` is singular, the shortest least-squares step takes the
+    place of Newton's. Converges quadratically near a solution where ``J`` is not.
+
+    A minimum of ``|F|`` that is no root attracts the method. There the status is ``LINE_SEARCH_FAILED``, at the latest
+    where 20 steps in a row have each made ``|F|`` smaller by less than half a thousandth.
+
+    An iteration takes one Jacobian, and ``F`` once for every radius that it tries.
+
+    Args:
+        residual_fn: ``F(x, *args)``, a tree like ``x``.
+        radius: the first ``Delta`` in units of ``|D x|``, of ``|F|`` where ``x`` is zero; positive.
+        options: see `implicitdiff.solvers`.
+
+    Raises:
+        ValueError: ``radius`` is not positive.
+
+    Reference:
+        Powell, "A hybrid method for nonlinear equations", 1970; Nocedal and Wright, "Numerical Optimization", 2nd ed.,
+        section 11.2; for the scaling and the radius, More, Garbow and Hillstrom, "User guide for MINPACK-1", 1980,
+        which has Broyden's corrections in the place of most Jacobians.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.solvers import dogleg_root
+        >>> solver = dogleg_root(lambda x, theta: x**3 + x.sum() - theta)
+        >>> solver.run(torch.ones(2), torch.tensor([3.0, 4.0]))[0]
+        tensor([0.9414, 1.2241])
+    """
+    _dogleg.check_radius("dogleg_root", radius)
+
+    start = partial(_start, radius=radius)
+    method = Method(start, _step, DoglegMemory, 1_000, residual=attrgetter("residual"), size=_size, steps_tell=True)
+    return make("dogleg_root", _equations.root, (residual_fn,), method, options)
+
+
+def _start(rows: Rows, x: Tensor, *, radius: float) -> Start:
+    memory = _dogleg.begin(rows, x, radius)
+    error = norm(memory.residual)
+    # From a Jacobian that is not finite there is nowhere to go.
+    known = torch.isfinite(memory.jacobian).flatten(1).all(dim=-1) | (error == 0)
+    return Start(torch.where(known, error, torch.nan), memory)
+
+
+def _size(rows: Rows, x: Tensor, memory: DoglegMemory) -> Tensor:
+    return norm(times(x, memory.jacobian.mT))
+
+
+def _step(rows: Rows, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
+    trial, radius = _dogleg.attempt(rows, x, state, partial(_newton, eps=rows.eps))
+    accepted = trial.known & torch.where(trial.drowned, norm(trial.residual) < state.error, trial.good)
+    at_trial = state.memory.residual, state.memory.jacobian
+    if any_lane(accepted):
+        at_trial = rows.fn.jacobian(select(accepted, trial.x, x))
+    x, state = _dogleg.conclude(x, state, trial, radius, accepted, at_trial)
+    memory = state.memory
+    status = torch.where(memory.slow >= _PATIENCE, int(Status.LINE_SEARCH_FAILED), state.status)
+    return x, state._replace(error=norm(memory.residual), status=status)
+
+
+_PATIENCE = 20
+"""After how many steps in a row that gain next to nothing the method is taken to be at a minimum of ``|F|``."""
+
+
+def _newton(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
+    """``-A^-1 r``, in the lanes where that solves the system, else the least-squares step."""
+    s = -_dense.solve(A, r)
+    singular = ~(norm(times(s, A.mT) + r) <= _OFF * norm(r))
+    if any_lane(singular):
+        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        regular = _dense.solve(select(singular, eye.expand_as(A), A), r)
+        s = select(singular, _dogleg.least(A, r, eps=eps), -regular)
+    return s
+
+
+_OFF = 1e-2
+"""The part of the residual up to which a linear system may be left unsolved."""
