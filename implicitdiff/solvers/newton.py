@@ -42,7 +42,7 @@ def newton(
 
     Converges quadratically near a solution where ``J`` is non-singular. Each iteration makes ``J`` from products with
     unit vectors and factorises it, or solves with products alone if a linear solver is given. Where ``J`` is singular
-    the status is ``DIVERGED``, as where the iterates run off: where ``|F|`` has grown by ``1 / eps`` in at least 8 steps
+    the status is ``DIVERGED``, as where the iterates run off: where ``|F|`` has grown by ``1 / eps`` in 8 or more steps
     in a row that all made it and ``|x|`` larger.
 
     Args:

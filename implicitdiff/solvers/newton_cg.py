@@ -44,9 +44,13 @@ def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None
 
         min(1/2, sqrt(|g| / |g_0|)) |g|,
 
-    ``g_0`` at the initial guess, or a direction of negative curvature turns up; then it goes along ``d`` to a point
-    that satisfies the strong Wolfe conditions, trying the whole step first. Converges superlinearly. Each inner
-    iteration takes one product with the Hessian, which is never formed, at about the cost of two gradients.
+    ``g_0`` at the initial guess, or a direction ``p`` of negative curvature turns up, which is then added as if its
+    curvature had the other sign. It goes along ``d`` to a point that satisfies the strong Wolfe conditions, trying the
+    whole step first. Converges superlinearly. Each inner iteration takes one product with the Hessian, which is never
+    formed, at about the cost of two gradients.
+
+    Near a saddle the iterates go away from it. Where ``g`` is zero, at a saddle too, the status is ``CONVERGED``: the
+    curvature is not looked at there.
 
     Args:
         objective_fn: ``f(x, *args)``, a real number; `x` is a pytree.

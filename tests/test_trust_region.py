@@ -1,0 +1,229 @@
+"""Searches that come from far away, from where a Jacobian is singular, or past a saddle; and those that get nowhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize
+from torch import Tensor
+from torch.func import grad, jacfwd, jvp, vmap
+
+from implicitdiff import solvers
+from implicitdiff.solvers import Status, dogleg, dogleg_root, gauss_newton, newton, newton_cg
+
+F64 = torch.float64
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=F64)
+
+
+def rosenbrock(x: Tensor) -> Tensor:
+    return torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+
+
+def helical_valley(x: Tensor) -> Tensor:
+    # The angle jumps on the other side of the guess.
+    turns = 0.25 + torch.arctan2(-x[0], x[1]) / (2 * torch.pi)
+    return torch.stack([10 * (x[2] - 10 * turns), 10 * (x[:2].norm() - 1), x[2]])
+
+
+def brown_almost_linear(x: Tensor) -> Tensor:
+    return torch.cat([x[:-1] + x.sum() - (len(x) + 1), x.prod()[None] - 1])
+
+
+def powell_singular(x: Tensor) -> Tensor:
+    a, b, c, d = x
+    return torch.stack([a + 10 * b, 5**0.5 * (c - d), (b - 2 * c) ** 2, 10**0.5 * (a - d) ** 2])
+
+
+ROOTS = [
+    (rosenbrock, tensor(-120, 100), torch.ones(2)),
+    (helical_valley, tensor(-100, 0, 0), tensor(1, 0, 0)),
+    (brown_almost_linear, torch.full((40,), 0.5, dtype=F64), None),
+    (powell_singular, tensor(300, -100, 0, 100), torch.zeros(4)),
+]
+named = pytest.mark.parametrize(("residual", "start", "root"), ROOTS, ids=lambda v: getattr(v, "__name__", ""))
+
+
+# --- the dogleg -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factory", [dogleg_root, dogleg])
+@named
+def test_roots_are_found_from_far_away(factory, residual, start: Tensor, root: Tensor | None) -> None:
+    x, state = factory(residual).run(start)
+    assert state.status == Status.CONVERGED and state.iter_num < 60
+    assert residual(x).norm() < 1e-8
+    if root is not None:
+        torch.testing.assert_close(x, root.to(F64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("factory", [dogleg_root, dogleg])
+def test_units_of_the_unknowns_do_not_matter(factory) -> None:
+    units = tensor(2.0**20, 2.0**-30)
+    x, state = factory(rosenbrock).run(tensor(-1.2, 1))
+    scaled, other = factory(lambda x: rosenbrock(x / units)).run(tensor(-1.2, 1) * units)
+    assert state.iter_num == other.iter_num and state.iter_num > 3
+    torch.testing.assert_close(scaled / units, x, rtol=1e-12, atol=0)
+
+
+def test_a_jacobian_without_full_rank_is_no_obstacle() -> None:
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(8, 2, dtype=F64, generator=generator) @ torch.randn(2, 4, dtype=F64, generator=generator)
+    A[:, 3] = 0
+    b = torch.randn(8, dtype=F64, generator=generator)
+    x, state = dogleg(lambda x: A @ x - b).run(torch.ones(4, dtype=F64))
+    assert state.status == Status.CONVERGED
+    _, least, _, _ = np.linalg.lstsq(A[:, :2].numpy(), b.numpy(), rcond=None)
+    torch.testing.assert_close((A @ x - b).square().sum(), torch.tensor(least[0]), rtol=1e-10, atol=0)
+
+    wide = torch.randn(3, 5, dtype=F64, generator=generator)
+    goal = wide @ torch.linspace(0.5, 2, 5, dtype=F64)
+    x, state = dogleg(lambda x: wide @ x.exp() - goal).run(torch.zeros(5, dtype=F64))
+    assert state.status == Status.CONVERGED and (wide @ x.exp() - goal).norm() < 1e-9
+
+    square = A[:4]
+    x, state = dogleg_root(lambda x: square @ x - square.sum(dim=1)).run(
+        torch.zeros(4, dtype=F64),
+    )
+    assert (square @ x - square.sum(dim=1)).norm() < 1e-9
+
+
+def test_a_singular_jacobian_at_the_guess_is_no_obstacle() -> None:
+    x, state = dogleg_root(lambda x: torch.stack([x[0] ** 2 - x[1] - 3, x[1] ** 2 - 1])).run(tensor(1, 0))
+    assert state.status == Status.CONVERGED
+    torch.testing.assert_close(x[1].abs(), torch.ones((), dtype=F64))
+    assert (x[0] ** 2 - x[1] - 3).abs() < 1e-9
+
+
+def test_a_minimum_that_is_no_root_ends_the_search_soon_in_its_lane() -> None:
+    def residual(x: Tensor, c: Tensor) -> Tensor:
+        return torch.stack([x[0] ** 2 + c + 0.1 * x[1], x[1] + x[0] * x[1] ** 2])
+
+    c = tensor(1, -4)
+    x, state = vmap(dogleg_root(residual, on_failure="ignore").run, in_dims=(None, 0))(tensor(3, 1), c)
+    assert state.status.tolist() == [Status.LINE_SEARCH_FAILED, Status.CONVERGED]
+    assert state.iter_num[0] < 60
+    reference = optimize.least_squares(lambda x: residual(torch.tensor(x), c[0]).numpy(), [3.0, 1.0])
+    assert state.error[0] < 1.01 * (2 * reference.cost) ** 0.5
+    assert residual(x[1], c[1]).norm() < 1e-9
+    stuck = dogleg_root(lambda x: x**2 + 1, on_failure="ignore").run(torch.zeros(1))[1]
+    assert stuck.status == Status.LINE_SEARCH_FAILED and stuck.iter_num == 1
+
+
+@pytest.mark.parametrize("factory", [dogleg_root, dogleg])
+def test_steps_out_of_the_domain_are_shortened(factory) -> None:
+    solver = factory(lambda x, c: torch.log(x) - c)
+    x, state = vmap(solver.run)(tensor(50, 20, 1e-3)[:, None], tensor(-3, 3, 1)[:, None])
+    torch.testing.assert_close(x, tensor(-3, 3, 1).exp()[:, None])
+    assert (state.status == Status.CONVERGED).all()
+
+    def steps(c: Tensor) -> Tensor:
+        short = factory(lambda x: torch.log(x) - c, radius=10.0, maxiter=2, on_failure="ignore")
+        return short.run(tensor(50), implicit_diff=False)[0].sum()
+
+    c, h = torch.tensor(-3.0, dtype=F64), 1e-5
+    torch.testing.assert_close(grad(steps)(c), (steps(c + h) - steps(c - h)) / (2 * h), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("factory", [dogleg_root, dogleg])
+@pytest.mark.parametrize("radius", [0.02, 0.3, 3.0])
+def test_derivatives_of_steps_that_the_radius_limits(factory, radius: float) -> None:
+    """On the gradient's part of the dogleg, on the second, and beyond."""
+    solver = factory(lambda x, c: rosenbrock(x - c), radius=radius, maxiter=3, on_failure="ignore")
+
+    def steps(c: Tensor) -> Tensor:
+        return solver.run(tensor(-1.2, 1), c, implicit_diff=False)[0]
+
+    c, v, h = tensor(0.1, -0.2), tensor(0.3, 0.7), 1e-6
+    expected = (steps(c + h * v) - steps(c - h * v)) / (2 * h)
+    torch.testing.assert_close(jvp(steps, (c,), (v,))[1], expected, rtol=1e-5, atol=1e-7)
+    w = tensor(1, -0.4)
+    torch.testing.assert_close(grad(lambda c: w @ steps(c))(c) @ v, w @ expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_solution_of_a_fit_has_its_derivative() -> None:
+    t = torch.linspace(0, 3, 12, dtype=F64)
+    y = 2 * torch.exp(-1.3 * t) + 0.05 * torch.cos(9 * t)
+    by = {
+        factory: jacfwd(lambda y, f=factory: f(lambda x, y: x[0] * torch.exp(-x[1] * t) - y).run(tensor(1, 1), y)[0])
+        for factory in (dogleg, solvers.levenberg_marquardt)
+    }
+    torch.testing.assert_close(by[dogleg](y), by[solvers.levenberg_marquardt](y), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("factory", [dogleg_root, dogleg])
+@pytest.mark.parametrize("radius", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_radius_is_positive(factory, radius: float) -> None:
+    with pytest.raises(ValueError, match="radius"):
+        factory(rosenbrock, radius=radius)
+
+
+# --- saddles ----------------------------------------------------------------------------------------------------------
+
+
+def wood(x: Tensor) -> Tensor:
+    a, b, c, d = x
+    last = 10 * (b + d - 2) ** 2 + (b - d) ** 2 / 10
+    return 100 * (b - a**2) ** 2 + (1 - a) ** 2 + 90 * (d - c**2) ** 2 + (1 - c) ** 2 + last
+
+
+@pytest.mark.parametrize("factor", [1.0, 10.0, 100.0])
+def test_newton_cg_leaves_the_saddle_of_woods_function(factor: float) -> None:
+    """It lies where f is 7.88, with curvatures from -0.12 to 950. SciPy's trust-ncg takes about 100 iterations."""
+    x, state = newton_cg(wood).run(factor * tensor(-3, -1, -3, -1))
+    assert state.status == Status.CONVERGED and state.iter_num < 60
+    torch.testing.assert_close(x, torch.ones(4, dtype=F64), rtol=0, atol=1e-6)
+
+
+def test_newton_cg_leaves_a_saddle_from_nearby() -> None:
+    def objective(x: Tensor) -> Tensor:
+        return 50 * x[0] ** 2 + x[1] ** 4 / 4 - x[1] ** 2 / 2
+
+    x, state = newton_cg(objective).run(tensor(1, 1e-6))
+    assert state.status == Status.CONVERGED and state.iter_num < 15
+    torch.testing.assert_close(x, tensor(0, 1), rtol=0, atol=1e-8)
+
+
+# --- iterates that run off --------------------------------------------------------------------------------------------
+
+
+def cube_root(x: Tensor) -> Tensor:
+    """With this, ``x`` becomes ``-2 x``."""
+    return x.sign() * x.abs() ** (1 / 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("factory", [newton, gauss_newton])
+def test_iterates_that_run_off_have_diverged(factory, dtype: torch.dtype) -> None:
+    x, state = factory(cube_root, on_failure="ignore").run(torch.ones(1, dtype=dtype))
+    assert state.status == Status.DIVERGED and state.iter_num < 200
+    assert torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_infinity_is_no_root(dtype: torch.dtype) -> None:
+    """Newton's method doubles ``x``."""
+    state = newton(lambda x: 1 / x, on_failure="ignore").run(torch.ones(1, dtype=dtype))[1]
+    assert state.status == Status.DIVERGED
+
+
+@pytest.mark.parametrize("factory", [newton, gauss_newton])
+def test_iterates_that_come_back_have_not(factory) -> None:
+    """From 1e-10 it jumps to 3e19, and from -5 to 143."""
+    x, state = factory(lambda x: x**3 - 1).run(tensor(1e-10))
+    assert state.status == Status.CONVERGED and state.iter_num > 100
+    torch.testing.assert_close(x, tensor(1))
+    x, state = factory(lambda x: x.exp() - 1, atol=1e-12).run(tensor(-5))
+    assert state.iter_num > 100 and x.abs().max() < 1e-11
+
+
+def test_gauss_newton_refuses_a_jacobian_without_full_rank() -> None:
+    """More, Garbow and Hillstrom's problem 33."""
+    A = torch.outer(torch.arange(1, 21, dtype=F64), torch.arange(1, 11, dtype=F64))
+    for factor in 1.0, 10.0:
+        start = factor * torch.ones(10, dtype=F64)
+        x, state = gauss_newton(lambda x: A @ x - 1, on_failure="ignore").run(start)
+        assert state.status == Status.DIVERGED and x.abs().max() < 1e3
