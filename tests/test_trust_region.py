@@ -33,6 +33,13 @@ def brown_almost_linear(x: Tensor) -> Tensor:
     return torch.cat([x[:-1] + x.sum() - (len(x) + 1), x.prod()[None] - 1])
 
 
+def chebyquad(x: Tensor) -> Tensor:
+    """The nodes of Chebyshev's quadrature, which has none for 8."""
+    n, angles = len(x), torch.arange(1, len(x) + 1) * torch.arccos(2 * x - 1)[:, None]
+    means = [0 if i % 2 else -1 / (i**2 - 1) for i in range(1, n + 1)]
+    return angles.cos().mean(dim=0) - tensor(*means)
+
+
 def powell_singular(x: Tensor) -> Tensor:
     a, b, c, d = x
     return torch.stack([a + 10 * b, 5**0.5 * (c - d), (b - 2 * c) ** 2, 10**0.5 * (a - d) ** 2])
@@ -109,6 +116,8 @@ def test_a_minimum_that_is_no_root_ends_the_search_soon_in_its_lane() -> None:
     reference = optimize.least_squares(lambda x: residual(torch.tensor(x), c[0]).numpy(), [3.0, 1.0])
     assert state.error[0] < 1.01 * (2 * reference.cost) ** 0.5
     assert residual(x[1], c[1]).norm() < 1e-9
+    nodes = torch.arange(1, 9, dtype=F64) / 9
+    assert dogleg_root(chebyquad, on_failure="ignore").run(nodes)[1].iter_num < 60
     stuck = dogleg_root(lambda x: x**2 + 1, on_failure="ignore").run(torch.zeros(1))[1]
     assert stuck.status == Status.LINE_SEARCH_FAILED and stuck.iter_num == 1
 
