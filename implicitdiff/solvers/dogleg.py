@@ -28,8 +28,9 @@ def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any)
     the units of the unknowns do not matter.
 
     ``r`` may have any length, also less than ``x`` has, and ``J`` any rank; the derivative of the solution needs a
-    strict minimum. `levenberg_marquardt` makes better steps where the columns of ``J`` depend on each other, and
-    factorises a matrix for a refused step as well; here that costs one evaluation of ``r``.
+    strict minimum. A refused step costs one ``r``, where `levenberg_marquardt` factorises a matrix as well. Where the
+    columns of ``J`` depend on each other nearly, or ``r`` is large at the solution, steps zigzag, and
+    `levenberg_marquardt` takes far fewer.
 
     The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included.
 

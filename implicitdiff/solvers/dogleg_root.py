@@ -30,7 +30,7 @@ def dogleg_root(residual_fn: Callable[..., Any], radius: float = 1.0, **options:
     place of Newton's. Converges quadratically near a solution where ``J`` is not.
 
     A minimum of ``|F|`` that is no root attracts the method. There the status is ``LINE_SEARCH_FAILED``, at the latest
-    where 20 steps in a row have each made ``|F|`` smaller by less than half a thousandth.
+    where 20 steps in a row have each made ``|F|`` smaller by less than a thousandth.
 
     An iteration takes one Jacobian, and ``F`` once for every radius that it tries.
 

@@ -65,7 +65,7 @@ def newton(
         >>> solver = newton(lambda x, theta: x**3 + x.sum() - theta)
         >>> x, state = solver.run(torch.ones(2), torch.tensor([3.0, 4.0]))
         >>> x, int(state.iter_num)
-        (tensor([0.9414, 1.2241]), 3)
+        (tensor([0.9414, 1.2241]), 4)
     """
     _newton.check_linear_solve("newton", linear_solve)
 
