@@ -98,6 +98,7 @@ from implicitdiff.solvers.gauss_newton import GaussNewtonMemory, gauss_newton
 from implicitdiff.solvers.gradient_descent import gradient_descent
 from implicitdiff.solvers.kkt import KKTSolution, make_kkt_optimality_fn
 from implicitdiff.solvers.lbfgs import LbfgsMemory, lbfgs
+from implicitdiff.solvers.lbfgs_b import LbfgsBMemory, lbfgs_b
 from implicitdiff.solvers.levenberg_marquardt import LevenbergMarquardtMemory, levenberg_marquardt
 from implicitdiff.solvers.mirror_descent import MirrorDescentMemory, mirror_descent
 from implicitdiff.solvers.newton import NewtonMemory, newton
@@ -127,6 +128,7 @@ __all__ = [
     "FromOptimizerMemory",
     "GaussNewtonMemory",
     "KKTSolution",
+    "LbfgsBMemory",
     "LbfgsMemory",
     "LevenbergMarquardtMemory",
     "MirrorDescentMemory",
@@ -154,6 +156,7 @@ __all__ = [
     "gradient_descent",
     "hestenes_stiefel",
     "lbfgs",
+    "lbfgs_b",
     "levenberg_marquardt",
     "make_kkt_optimality_fn",
     "mirror_descent",

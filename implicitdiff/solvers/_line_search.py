@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,18 @@ _INSIDE = (0.1, 0.9)
 _BEYOND = (1.1, 4.0)
 # Where that leads nowhere, the first trial was in quite other units.
 _PATIENCE, _FAR_BEYOND = 6, 100.0
+
+
+class Segment(NamedTuple):
+    """A line that ends.
+
+    Attributes:
+        largest: the step to its end, ``(lanes,)``, at least the first trial.
+        at: ``at(step)``, the point ``x + step d`` but for rounding; a step of zero leads to ``x``.
+    """
+
+    largest: Tensor
+    at: Callable[[Tensor], Tensor]
 
 
 class Point(NamedTuple):
@@ -43,7 +56,14 @@ class Point(NamedTuple):
 
 
 def search(
-    rows: Rows, x: Tensor, state: Any, direction: Tensor, first_step: Tensor, c1: float = 1e-4, c2: float = 0.9
+    rows: Rows,
+    x: Tensor,
+    state: Any,
+    direction: Tensor,
+    first_step: Tensor,
+    c1: float = 1e-4,
+    c2: float = 0.9,
+    segment: Segment | None = None,
 ) -> tuple[Point, Tensor, Tensor]:
     """A point with ``f(x + a d) <= f(x) + c1 a g'd`` and ``|grad f(x + a d)'d| <= c2 |g'd|``.
 
@@ -62,6 +82,7 @@ def search(
         first_step: the first trial, ``(lanes,)``.
         c1: sufficient decrease, less than ``c2``.
         c2: curvature, less than 1.
+        segment: where the line ends; the second condition holds there if the objective still falls. None: nowhere.
 
     Returns:
         The point, the lanes in which it does not satisfy the conditions, and the status, `Status.UNBOUNDED` where
@@ -71,7 +92,7 @@ def search(
         Nocedal and Wright, "Numerical Optimization", 2006, section 3.5; Hager and Zhang, "A new conjugate gradient
         method with guaranteed descent and an efficient line search", SIAM J. Optim. 16 (2005), section 4.
     """
-    line = _Line(rows, x, state.memory, direction, c1, c2)
+    line = _Line(rows, x, state.memory, direction, c1, c2, segment)
     active = state.status == Status.RUNNING
     # A lane that has stopped must not leave the domain: zero times the derivative there need not be zero.
     trial = line.at(torch.where(active, first_step, 0.0))
@@ -108,14 +129,16 @@ def arrive(memory: Any, point: Point) -> dict[str, Tensor]:
 class _Line:
     """The objective along a line, and the conditions."""
 
-    def __init__(self, rows: Rows, x: Tensor, memory: Any, direction: Tensor, c1: float, c2: float) -> None:
+    def __init__(
+        self, rows: Rows, x: Tensor, memory: Any, direction: Tensor, c1: float, c2: float, segment: Segment | None
+    ) -> None:
         value = memory.value
-        self.rows, self.direction, self.c1, self.c2 = rows, direction, c1, c2
+        self.rows, self.direction, self.c1, self.c2, self.segment = rows, direction, c1, c2, segment
         self.start = Point(torch.zeros_like(value), x, value, dot(memory.grad, direction), memory.grad)
         self.noise = _NOISE * rows.eps * memory.magnitude
 
     def at(self, step: Tensor) -> Point:
-        x = self.start.x + step[:, None] * self.direction
+        x = self.start.x + step[:, None] * self.direction if self.segment is None else self.segment.at(step)
         value, grad = self.rows.fn.value_and_grad(x)
         return Point(step, x, value, dot(grad, self.direction), grad)
 
@@ -133,7 +156,16 @@ class _Line:
         change = trial.value - self.start.value
         enough = (change <= self.c1 * trial.step * self.start.slope) | (change.abs() <= self.noise)
         low = enough & (trial.value <= best.value + self.noise) & (change > -torch.inf)
-        return low, trial.slope.abs() < -self.c2 * self.start.slope
+        flat = trial.slope.abs() < -self.c2 * self.start.slope
+        if self.segment is not None:
+            flat = flat | ((trial.step >= self.segment.largest) & (trial.slope < 0))
+        return low, flat
+
+    def within(self, step: Tensor) -> Tensor:
+        """The step, or that to the end of the line."""
+        if self.segment is None:
+            return step
+        return torch.where(step > self.segment.largest, self.segment.largest, step)
 
 
 def _zoom(line: _Line, trial: Point, active: Tensor, status: Tensor) -> tuple[Point, Tensor, Tensor]:
@@ -156,7 +188,7 @@ def _zoom(line: _Line, trial: Point, active: Tensor, status: Tensor) -> tuple[Po
             break
         beyond_by = _BEYOND[1] if count < _PATIENCE else _FAR_BEYOND
         fraction = _fraction(best, other, bracketed, line.noise, beyond_by, bisect=count % 3 == 0)
-        step = best.step + fraction * (other.step - best.step)
+        step = line.within(best.step + fraction * (other.step - best.step))
         trial = line.at(torch.where(searching, step, best.step))
     # However far it went, it is as steep as at the start.
     status = torch.where(searching & ~bracketed, int(Status.UNBOUNDED), status)

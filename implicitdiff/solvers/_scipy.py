@@ -293,21 +293,6 @@ def _without_warnings() -> Iterator[None]:
         yield
 
 
-def limits_of(name: str, bounds: Any) -> tuple[Any, Any]:
-    """The lower and upper bounds that a user gave, infinite where there is none."""
-    if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
-        raise ValueError(
-            f"{name}: bounds must be a pair (lower, upper) of numbers, tensors or trees like params, got "
-            f"{pytree.describe(bounds)}"
-        )
-    lower, upper = bounds
-    return _filled(lower, -math.inf), _filled(upper, math.inf)
-
-
-def _filled(bound: Any, absent: float) -> Any:
-    return pytree.map_leaves(lambda leaf: absent if leaf is None else leaf, bound)
-
-
 def lookup(name: str, method: str, methods: Mapping[str, T]) -> T:
     """What a table says of a method, whose name may be in any case."""
     if not isinstance(method, str) or method.lower() not in methods:

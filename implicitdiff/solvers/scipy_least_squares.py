@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 import implicitdiff.solvers._equations as _equations
+from implicitdiff.solvers._bounds import limits_of
 from implicitdiff.solvers._scipy import (
     Engine,
     Lane,
     check_scipy_options,
-    limits_of,
     lookup,
     make_engine,
 )

@@ -1,0 +1,314 @@
+"""Limited-memory BFGS in a box."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import implicitdiff.solvers._dense as _dense
+import implicitdiff.solvers._equations as _equations
+from implicitdiff.solvers._bounds import Limits, limits_of, limits_on
+from implicitdiff.solvers._line_search import Segment, arrive, search, unit_step
+from implicitdiff.solvers._method import Method, Start
+from implicitdiff.solvers._options import check_count
+from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select, times
+from implicitdiff.solvers._solver import Solver, make
+from implicitdiff.solvers._state import State
+from implicitdiff.solvers._status import Status
+from implicitdiff.solvers._termination import composite_size
+
+
+class LbfgsBMemory(NamedTuple):
+    """The memory of `lbfgs_b`.
+
+    Attributes:
+        residual: ``x - clip(x - grad f(x))``, as one vector of length ``n``.
+        value: ``f(x)``.
+        grad: ``grad f(x)``.
+        magnitude: the largest ``|f|`` so far, by which it is judged how precise its values are.
+        curvature: the Hessian is ``curvature I`` before the corrections.
+        steps: the last changes ``s`` of ``x``, divided by their lengths, ``(history, n)``, the latest last; zero where
+            there is none yet.
+        changes: the changes ``y`` of the gradient that belong to them, divided by the same.
+        mark: ``f`` and the error where the last line search failed, ``(2,)``; infinite if none has.
+    """
+
+    residual: Tensor
+    value: Tensor
+    grad: Tensor
+    magnitude: Tensor
+    curvature: Tensor
+    steps: Tensor
+    changes: Tensor
+    mark: Tensor
+
+
+def lbfgs_b(objective_fn: Callable[..., Any], bounds: Any, history: int = 10, **options: Any) -> Solver:
+    r"""Make a solver of ``min f(x, *args)`` subject to ``lower <= x <= upper``, ``f`` smooth, by L-BFGS-B.
+
+    An iteration minimises the quadratic model ``g'd + d'B d / 2`` twice: along the path ``clip(x - t g)`` up to its
+    first local minimum, the Cauchy point, and then over the unknowns that are not at a bound there. It clips the
+    minimum, and searches the line to it, no further than to the box, for the strong Wolfe conditions. ``B`` is what the
+    BFGS updates by the last steps make of ``(y'y / s'y) I``. An iteration takes about one evaluation of ``f`` and its
+    gradient, and ``O(history n)`` more, with one sort of the ``n`` unknowns. Pairs with ``s'y <= eps |s| |y|`` are
+    skipped. A lane whose line search fails restarts from the gradient, and fails if it was there already or has got
+    nowhere since the last restart.
+
+    ``f`` is evaluated in the box alone, but for differences that measure the size and the rounding of the error; the
+    initial guess is moved into it.
+
+    The solution has the derivative of the condition ``x = clip(x - grad f, lower, upper)``. An unknown at a bound with
+    a gradient that is not zero moves with the bound and with nothing else, and the other unknowns follow. Where both
+    are so, an unknown at a bound with a zero gradient, the solution has one derivative for each side; this is the one
+    of the side where the unknown stays at its bound. Rounding of the gradient may choose the other one.
+
+    Args:
+        objective_fn: ``f(x, *args)``, a real number; `x` is a pytree.
+        bounds: a pair ``(lower, upper)``, each a number, a tensor that broadcasts to every leaf of ``x``, a tree of
+            these like ``x``, or None. They are differentiated and batched like what ``objective_fn`` captures. An
+            unknown with two equal bounds is fixed.
+        history: how many steps to remember, at least 1.
+        options: see `implicitdiff.solvers`.
+
+    Raises:
+        ValueError: ``history`` is less than 1, or ``bounds`` is no pair. Later: a lower bound exceeds the upper one.
+
+    Reference:
+        Byrd, Lu, Nocedal and Zhu, "A limited memory algorithm for bound constrained optimization", SIAM J. Sci. Comput.
+        16 (1995), sections 3 to 5; Morales and Nocedal, "Remark on Algorithm 778", ACM Trans. Math. Softw. 38 (2011),
+        for the step to the clipped minimum.
+
+    Example:
+        >>> import torch
+        >>> from implicitdiff.solvers import lbfgs_b
+        >>> def rosenbrock(x, a):
+        ...     return (a - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+        >>> def solution(upper):
+        ...     return lbfgs_b(rosenbrock, (0.0, upper)).run(torch.zeros(2), torch.tensor(1.0))[0]
+        >>> upper = torch.tensor([0.5, 5.0])
+        >>> solution(upper)
+        tensor([0.5000, 0.2500])
+        >>> torch.func.jacrev(solution)(upper)  # of (u, u^2)
+        tensor([[1., 0.],
+                [1., 0.]])
+    """
+    check_count("lbfgs_b", "history", history)
+
+    start = partial(_start, history=history)
+    equation_of = partial(_boxed, limits=limits_of("lbfgs_b", bounds))
+    method = Method(start, _step, LbfgsBMemory, 10_000, residual=attrgetter("residual"), size=_size)
+    return make("lbfgs_b", equation_of, (objective_fn,), method, options)
+
+
+def _boxed(fn: Callable[..., Any], limits: tuple[Any, Any]) -> _equations.Equation:
+    return _equations.boxed(_equations.stationary(fn), *limits)
+
+
+def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
+    limits = limits_on(rows)
+    value, grad = rows.fn.value_and_grad(limits.clip(x))
+    # Of the guess itself, which is no solution outside of the box.
+    residual = limits.residual(x, grad)
+    none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+    memory = LbfgsBMemory(
+        residual=residual,
+        value=value,
+        grad=grad,
+        magnitude=value.detach().abs(),
+        curvature=1 / unit_step(_pull(limits, limits.clip(x), grad)),
+        steps=none,
+        changes=none,
+        mark=torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2),
+    )
+    # The gradient of a value that is not a number may be finite.
+    return Start(torch.where(torch.isfinite(value), norm(residual), torch.nan), memory)
+
+
+def _size(rows: Rows, x: Tensor, memory: LbfgsBMemory) -> Tensor:
+    return composite_size(rows, limits_on(rows).clip(x), memory.grad)
+
+
+def _pull(limits: Limits, x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with zeros where a bound holds against it."""
+    return torch.where(limits.held(x, grad), 0.0, grad)
+
+
+def _step(rows: Rows, x: Tensor, state: State[LbfgsBMemory]) -> tuple[Tensor, State[LbfgsBMemory]]:
+    old, limits = state.memory, limits_on(rows)
+    x = limits.clip(x)
+    direction = _target(old, limits, x, rows.eps) - x
+    one = torch.ones_like(old.value)
+    point, failed, status = search(rows, x, state, direction, one, segment=_segment(limits, x, direction))
+    residual = limits.residual(point.x, point.grad)
+    new = _remember(old, point.x - x, point.grad - old.grad, rows.eps)
+    new = new._replace(**arrive(old, point), residual=residual)
+    state = state._replace(error=norm(residual), status=status, memory=new)
+    return point.x, _restarted(failed, limits, point.x, state, rows.eps) if any_lane(failed) else state
+
+
+def _segment(limits: Limits, x: Tensor, direction: Tensor) -> Segment:
+    """The part of the line that lies in the box. It ends at the first bound exactly, not by rounding beside it."""
+    bound, known = limits.ahead(direction)
+    reach = torch.where(known, torch.where(known, bound - x, 1.0) / torch.where(known, direction, 1.0), torch.inf)
+
+    def at(step: Tensor) -> Tensor:
+        arrived = step[:, None] >= reach
+        return torch.where(arrived, bound, limits.clip(x + torch.where(arrived, 0.0, step[:, None] * direction)))
+
+    return Segment(reach.amin(dim=-1) if x.shape[-1] else torch.full_like(x.sum(dim=-1), torch.inf), at)
+
+
+# --- the quadratic model ----------------------------------------------------------------------------------------------
+
+
+class _Model(NamedTuple):
+    """``B = curvature I - W M W'``, Byrd, Nocedal and Schnabel's compact form, Math. Program. 63 (1994), theorem 2.3.
+
+    The columns of ``W`` are those of ``Y D^(-1/2)`` and ``curvature^(1/2) S``, so that ``M^-1`` has entries of size 1
+    whatever the units; ``D`` has the products ``s'y`` on its diagonal.
+
+    Attributes:
+        curvature: ``(lanes, 1)``.
+        W: ``(lanes, n, 2 history)``.
+        inverse: ``M^-1``.
+        M: its inverse.
+    """
+
+    curvature: Tensor
+    W: Tensor
+    inverse: Tensor
+    M: Tensor
+
+
+def _model(memory: LbfgsBMemory) -> _Model:
+    s, y, curvature = memory.steps, memory.changes, memory.curvature[:, None, None]
+    products = s @ y.mT
+    D = products.diagonal(dim1=-2, dim2=-1)
+    absent = D == 0
+    # B does not depend on how the columns are scaled, so the scales need no derivative.
+    a, b = torch.where(absent, 1.0, D.detach()).sqrt(), curvature.detach().sqrt()
+    lower = products.tril(-1) / (a[:, None] * b)
+    above = torch.cat([torch.diag_embed(torch.where(absent, -1.0, -D / a**2)), lower.mT], dim=-1)
+    squares = curvature / b**2 * (s @ s.mT) + torch.diag_embed(absent.to(s.dtype))
+    inverse = torch.cat([above, torch.cat([lower, squares], dim=-1)], dim=-2)
+    W = torch.cat([y / a[..., None], curvature / b * s], dim=1).mT
+    return _Model(memory.curvature[:, None], W, inverse, _dense.inverse(inverse))
+
+
+def _target(memory: LbfgsBMemory, limits: Limits, x: Tensor, eps: float) -> Tensor:
+    """The minimum of the model over the unknowns that are free at the Cauchy point, in the box."""
+    model, grad = _model(memory), memory.grad
+    cauchy, free = _cauchy_point(model, limits, x, grad, eps)
+    step = _subspace_step(model, cauchy - x, grad, free)
+    step = torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, 0.0)
+    target = limits.clip(cauchy + step)
+    uphill = ~(dot(target - x, grad) < 0)
+    if not any_lane(uphill):
+        return target
+    # The model falls on the way to its minimum, but not on every way to the clipped one.
+    part = _segment(limits, cauchy, step)
+    return select(uphill, part.at(torch.where(part.largest < 1, part.largest, 1.0)), target)
+
+
+def _cauchy_point(model: _Model, limits: Limits, x: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The first local minimum of the model along ``clip(x - t g)``, and the unknowns that are at no bound there.
+
+    Between two of the times at which unknowns reach their bounds the path is straight. With ``p_j = W'd_j`` for the
+    direction ``d_j`` of piece ``j``, which begins at the time ``t_j`` and the displacement ``z_j``, and ``c_j = W'z_j``::
+
+        m' = - d_j'd_j + curvature t_j d_j'd_j - p_j'M c_j,    m'' = curvature d_j'd_j - p_j'M p_j
+
+    (section 4 of the paper). All pieces are computed at once, by sums over the unknowns in the order of their times.
+    """
+    bound, known = limits.ahead(-grad)
+    known = known & (limits.lower < limits.upper)
+    time = torch.where(known, (x - torch.where(known, bound, x)) / torch.where(known, grad, 1.0), torch.inf)
+    moves = (time > 0) & (limits.lower < limits.upper)
+    time = torch.where(limits.lower < limits.upper, time, 0.0)
+    d = torch.where(moves, -grad, 0.0)
+
+    order = time.argsort(dim=-1)
+    sorted_time, sorted_d = time.gather(-1, order), d.gather(-1, order)
+    images = sorted_d[..., None] * model.W.gather(1, order[..., None].expand_as(model.W))
+    begin = _with_zero_in_front(sorted_time)
+    end = torch.cat([sorted_time, torch.full_like(sorted_time[:, :1], torch.inf)], dim=-1)
+    finite = torch.where(torch.isfinite(sorted_time), sorted_time, 0.0)
+    p, square = _sums_from_here(images), _sums_from_here(sorted_d.square()[..., None])[..., 0]
+    c = _with_zero_in_front((finite[..., None] * images).cumsum(dim=1)) + _with_zero_in_front(finite)[..., None] * p
+    Mp = p @ model.M
+    bent = model.curvature * square
+    slope = _with_zero_in_front(finite) * bent - square - (Mp * c).sum(dim=-1)
+    second = bent - (Mp * p).sum(dim=-1)
+    second = torch.where(second > eps * bent, second, eps * bent)
+    ahead = torch.where(slope < 0, safe_divide(-slope, second), 0.0)
+    passed = ~((slope >= 0) | (begin + ahead <= end))
+    piece = passed.to(torch.int64).cumprod(dim=-1).sum(dim=-1, keepdim=True)
+    piece = piece.clamp(max=x.shape[-1])
+    stop = (begin + ahead).gather(-1, piece)
+
+    free = time > stop
+    path = torch.where(free, limits.clip(x + torch.where(free, stop, 0.0) * d), torch.where(known, bound, x))
+    return path, free
+
+
+def _with_zero_in_front(t: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(t[:, :1]), t], dim=1)
+
+
+def _sums_from_here(t: Tensor) -> Tensor:
+    """Over the entries from each one on, and 0 at the end; not as differences, which would cancel."""
+    return _with_zero_in_front(t.flip(1).cumsum(dim=1)).flip(1)
+
+
+def _subspace_step(model: _Model, z: Tensor, grad: Tensor, free: Tensor) -> Tensor:
+    """From the Cauchy point ``x + z`` to the minimum of the model over the free unknowns: ``- B_FF^-1 r`` for the
+    gradient ``r`` of the model there, by the formula of Sherman, Morrison and Woodbury."""
+    W = torch.where(free[..., None], model.W, 0.0)
+    r = grad + model.curvature * z - times(times(times(z, model.W), model.M), model.W.mT)
+    r = torch.where(free, r, 0.0)
+    small = model.inverse - W.mT @ W / model.curvature[..., None]
+    return -(r + times(_dense.solve(small, times(r, W)), W.mT) / model.curvature) / model.curvature
+
+
+# --- the history ------------------------------------------------------------------------------------------------------
+
+
+def _remember(memory: LbfgsBMemory, s: Tensor, y: Tensor, eps: float) -> LbfgsBMemory:
+    """The memory with one pair more, if its curvature is positive."""
+    # B does not depend on the length of a pair, so that needs no derivative.
+    length = norm(s)
+    s, y = (safe_divide(t, length[:, None].expand_as(t)) for t in (s, y))
+    sy, yy = dot(s, y), dot(y, y)
+    good = (sy > eps * norm(y)) & (yy > 0) & torch.isfinite(yy)
+    curvature = torch.where(good, yy, 1.0) / torch.where(good, sy, 1.0)
+    return memory._replace(
+        curvature=torch.where(good, curvature, memory.curvature),
+        steps=select(good, torch.cat([memory.steps[:, 1:], s[:, None]], dim=1), memory.steps),
+        changes=select(good, torch.cat([memory.changes[:, 1:], y[:, None]], dim=1), memory.changes),
+    )
+
+
+def _restarted(
+    failed: Tensor, limits: Limits, x: Tensor, state: State[LbfgsBMemory], eps: float
+) -> State[LbfgsBMemory]:
+    """The state whose failed lanes restart from the gradient; a lane fails that was there already, or in which since
+    the last restart neither the value has fallen nor the error has halved."""
+    memory = state.memory
+    fresh = (memory.steps == 0).all(dim=2).all(dim=1)
+    here = torch.stack([memory.value.detach(), norm(memory.residual)], dim=-1)
+    noise = 10 * eps * memory.magnitude
+    nowhere = (here[:, 0] >= memory.mark[:, 0] - noise) & (2 * here[:, 1] >= memory.mark[:, 1])
+    return state._replace(
+        status=torch.where(failed & (fresh | nowhere), int(Status.LINE_SEARCH_FAILED), state.status),
+        memory=memory._replace(
+            curvature=torch.where(failed, 1 / unit_step(_pull(limits, x, memory.grad)), memory.curvature),
+            steps=select(failed, torch.zeros_like(memory.steps), memory.steps),
+            changes=select(failed, torch.zeros_like(memory.changes), memory.changes),
+            mark=select(failed, here, memory.mark),
+        ),
+    )
