@@ -14,6 +14,7 @@ from implicitdiff._lift import gradient, pullback
 from implicitdiff._linear import check_leaves, check_like
 from implicitdiff._signature import name_of
 from implicitdiff.projections._boxes import box
+from implicitdiff.solvers._losses import Loss, relative_squares
 from implicitdiff.solvers._rows import Rows
 
 Functions = Mapping[str, Callable[..., Any]]
@@ -98,6 +99,39 @@ def least_squares(fn: Callable[..., Any]) -> Equation:
         return _where_finite(residuals, pull(residuals))
 
     return Equation({"fn": tensors(fn)}, on_trees, on_rows)
+
+
+def robust(fn: Callable[..., Any], loss: Loss, scale: Any) -> Equation:
+    """``J' (rho'(z) r) = 0`` for ``r = fn(x, *args)`` and ``z = (r / scale)^2``, the gradient of the sum of
+    ``scale^2 rho(z) / 2``.
+
+    A function "loss" has the terms of that sum, ``rho'`` and ``rho' + 2 z rho''``, each for every residual.
+    """
+    checked = tensors(fn)
+
+    def weighted(r: torch.Tensor) -> torch.Tensor:
+        return loss.first(relative_squares(r, scale)[0]) * r
+
+    def losses(x: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
+        residuals = pytree.tensors(checked(x, args))
+        squares, units = zip(*(relative_squares(r, scale) for r in residuals), strict=True)
+        first = [loss.first(z) for z in squares]
+        return [
+            *(0.5 * unit**2 * loss.rho(z) for z, unit in zip(squares, units, strict=True)),
+            *first,
+            *(slope + 2 * z * loss.second(z) for z, slope in zip(squares, first, strict=True)),
+        ]
+
+    def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
+        residuals, pull = pullback(functions["fn"], x, args)
+        return pull([weighted(r) for r in residuals])
+
+    def on_rows(rows: Rows, x: Tensor) -> Tensor:
+        residuals, pull = rows.fn.pull(x)
+        _, first, _ = rows.function("loss")(x).chunk(3, dim=-1)
+        return _where_finite(residuals, pull(first * residuals))
+
+    return Equation({"fn": checked, "loss": losses}, on_trees, on_rows)
 
 
 def proximal(fn: Callable[..., Any], prox: Callable[..., Any]) -> Equation:

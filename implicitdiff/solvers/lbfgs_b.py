@@ -120,7 +120,7 @@ def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
         value=value,
         grad=grad,
         magnitude=value.detach().abs(),
-        curvature=1 / unit_step(_pull(limits, limits.clip(x), grad)),
+        curvature=_first_curvature(limits, limits.clip(x), grad),
         steps=none,
         changes=none,
         mark=torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2),
@@ -136,6 +136,12 @@ def _size(rows: Rows, x: Tensor, memory: LbfgsBMemory) -> Tensor:
 def _pull(limits: Limits, x: Tensor, grad: Tensor) -> Tensor:
     """The gradient with zeros where a bound holds against it."""
     return torch.where(limits.held(x, grad), 0.0, grad)
+
+
+def _first_curvature(limits: Limits, x: Tensor, grad: Tensor) -> Tensor:
+    """As in the code of the paper's authors: 1 in a box, else so that the first step is no longer than 1."""
+    is_box = (torch.isfinite(limits.lower) & torch.isfinite(limits.upper)).all(dim=-1)
+    return torch.where(is_box, 1.0, 1 / unit_step(_pull(limits, x, grad)))
 
 
 def _step(rows: Rows, x: Tensor, state: State[LbfgsBMemory]) -> tuple[Tensor, State[LbfgsBMemory]]:

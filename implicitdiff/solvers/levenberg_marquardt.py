@@ -12,11 +12,13 @@ from torch import Tensor
 
 import implicitdiff.solvers._dense as _dense
 import implicitdiff.solvers._equations as _equations
+from implicitdiff.solvers._bounds import Limits, limits_of, limits_on
+from implicitdiff.solvers._losses import check_loss_scale, loss_of
 from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._options import check_number
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select, times
 from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import Progress, State
+from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
 from implicitdiff.solvers.gauss_newton import gradient, normal_residual, normal_size
 
@@ -25,22 +27,33 @@ class LevenbergMarquardtMemory(NamedTuple):
     """The memory of `levenberg_marquardt`.
 
     Attributes:
-        residual: ``r(x)``, as one vector of length ``m``.
-        jacobian: ``J = dr/dx``, ``(m, n)``.
-        scale: ``D^2``, the largest squared norms that the columns of ``J`` have had, ``(n,)``.
+        residual: ``r(x)``, as one vector of length ``m``; with a loss, times weights such that ``J'r`` is the gradient
+            of the cost.
+        jacobian: ``J = dr/dx``, ``(m, n)``; with a loss, times weights such that ``J'J`` is the model of its Hessian.
+        losses: the terms of the cost, ``r^2 / 2`` or what a loss makes of it, ``(m,)``.
+        scale: ``D^2``, the largest squared norms that the columns of ``J`` have had, with weights ``rho'``, ``(n,)``.
         damping: ``lambda``.
         growth: what it is multiplied by when the next step is refused.
     """
 
     residual: Tensor
     jacobian: Tensor
+    losses: Tensor
     scale: Tensor
     damping: Tensor
     growth: Tensor
 
 
-def levenberg_marquardt(residual_fn: Callable[..., Any], damping: float = 1e-3, **options: Any) -> Solver:
-    r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by damped Gauss-Newton steps.
+def levenberg_marquardt(
+    residual_fn: Callable[..., Any],
+    damping: float = 1e-3,
+    bounds: Any = None,
+    loss: str | Callable[[Tensor], Tensor] = "linear",
+    loss_scale: float | Tensor = 1.0,
+    **options: Any,
+) -> Solver:
+    r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by damped Gauss-Newton steps, in a box and with a robust loss if
+    need be.
 
     Each iteration solves::
 
@@ -53,17 +66,50 @@ def levenberg_marquardt(residual_fn: Callable[..., Any], damping: float = 1e-3, 
 
     The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included.
 
+    Bounds
+        Unknowns at a bound that the gradient holds there stay. The step is solved for the others; those that it would
+        take out of the box are put on their bounds, and it is solved again for what is left. Gain and foretold gain
+        are those of the step that is made. The condition is ``x = clip(x - J' r, lower, upper)``: an unknown at a bound
+        with a gradient that is not zero moves with the bound and with nothing else. Where that gradient is zero, the
+        derivative is that of the side where the unknown stays at its bound; rounding may choose the other one. ``r`` is
+        evaluated in the box alone, but for differences that measure the rounding of the error; the initial guess is
+        moved into it.
+
+    Losses
+        With ``z_i = (r_i / loss_scale)^2`` the cost is ``loss_scale^2 sum_i rho(z_i) / 2``, and the condition, of which
+        the derivative is that of the solution, ``J' (rho'(z) r) = 0``. ``rho`` is as in SciPy's `least_squares`::
+
+            linear    z                                     huber    z,  2 sqrt(z) - 1 beyond 1
+            soft_l1   2 (sqrt(1 + z) - 1)                   cauchy   log(1 + z)
+            arctan    arctan(z)                             tukey    (1 - (1 - z)^3) / 3,  1 / 3 beyond 1
+
+        The model of the Hessian is ``J' diag(rho' + 2 z rho'') J`` (Triggs), where the weight is no less than a
+        hundredth of ``rho'``, which keeps it positive; the true cost accepts the steps. The last three losses are not
+        convex: there may be several minima, and a guess should have most of its residuals within the scale. Where
+        ``rho'`` is 0 in all residuals, as Tukey's is where all are beyond the scale, the cost is flat, every point is
+        stationary, and nothing says where to go: a search that begins there has the status ``DIVERGED``. Where fewer
+        residuals than unknowns are within Tukey's scale, the minimum is not strict: the search may converge to one of
+        many points, and the linear solve of its derivative raises.
+
     Args:
         residual_fn: ``r(x, *args)``, a tree of any tensors.
         damping: the first ``lambda``, positive; larger makes the first steps shorter.
+        bounds: None, or a pair ``(lower, upper)``, each a number, a tensor that broadcasts to every leaf of ``x``, a
+            tree of these like ``x``, or None. They are differentiated and batched like what ``residual_fn`` captures.
+        loss: a name, or a function ``rho(z)``, entry by entry and twice differentiable, with ``rho(0) = 0`` and
+            ``rho'(0) = 1``; what it captures is differentiated and batched too.
+        loss_scale: the size of a residual above which it counts as an outlier (SciPy's ``f_scale``), a positive number
+            or a tensor that broadcasts to every leaf of ``r``. It is differentiated and batched.
         options: see `implicitdiff.solvers`.
 
     Raises:
-        ValueError: ``damping`` is not positive.
+        ValueError: ``damping`` or ``loss_scale`` is not positive, ``bounds`` is no pair, or there is no such loss.
+            Later: a lower bound exceeds the upper one; a loss is given complex residuals.
 
     Reference:
         More, "The Levenberg-Marquardt algorithm", 1978, for the scaling; Nielsen, "Damping parameter in Marquardt's
-        method", 1999, for the damping.
+        method", 1999, for the damping; Triggs, McLauchlan, Hartley and Fitzgibbon, "Bundle adjustment: a modern
+        synthesis", 2000, section 4.3, for the losses.
 
     Example:
         >>> import torch
@@ -72,49 +118,121 @@ def levenberg_marquardt(residual_fn: Callable[..., Any], damping: float = 1e-3, 
         >>> solver = levenberg_marquardt(lambda x, y: x[0] * torch.exp(-x[1] * t) - y)
         >>> solver.run(torch.tensor([1.0, 3.0]), 2.0 * torch.exp(-0.5 * t))[0]
         tensor([2.0000, 0.5000])
+        >>> y = torch.tensor([1.0, 2.0, 3.0, 40.0])
+        >>> solver = levenberg_marquardt(lambda m, y: m - y, loss="huber", loss_scale=1.5)
+        >>> solver.run(torch.tensor(0.0), y)[0]  # the outlier pulls with its sign alone: (1 + 2 + 3 + 1.5) / 3
+        tensor(2.5000)
     """
-    check_number("levenberg_marquardt", "damping", damping, "a finite number > 0", lambda d: 0 < d < math.inf)
-
-    start = partial(_start, damping=damping)
+    name = "levenberg_marquardt"
+    check_number(name, "damping", damping, "a finite number > 0", lambda d: 0 < d < math.inf)
+    check_loss_scale(name, loss_scale)
+    robust, bounded = loss != "linear", bounds is not None
+    equation_of: _equations.EquationOf = _equations.least_squares
+    if robust:
+        loss_of(name, loss)
+        equation_of = partial(_robust, loss=loss, scale=loss_scale)
+    if bounded:
+        equation_of = partial(_boxed, smooth_of=equation_of, limits=limits_of(name, bounds))
     method = Method(
-        start, _step, LevenbergMarquardtMemory, 1_000, residual=normal_residual, size=normal_size, steps_tell=True
+        partial(_start, damping=damping, robust=robust, bounded=bounded),
+        partial(_step, robust=robust, bounded=bounded),
+        LevenbergMarquardtMemory,
+        1_000,
+        residual=None if bounded else normal_residual,
+        size=_size_in_box if bounded else normal_size,
+        steps_tell=True,
     )
-    return make("levenberg_marquardt", _equations.least_squares, (residual_fn,), method, options)
+    return make(name, equation_of, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, damping: float) -> Start:
-    residual, jacobian = rows.fn.jacobian(x)
-    error = norm(gradient(jacobian, residual))
+def _robust(fn: Callable[..., Any], loss: Any, scale: Any) -> _equations.Equation:
+    return _equations.robust(fn, loss_of("levenberg_marquardt", loss), scale)
+
+
+def _boxed(fn: Callable[..., Any], smooth_of: _equations.EquationOf, limits: tuple[Any, Any]) -> _equations.Equation:
+    return _equations.boxed(smooth_of(fn), *limits)
+
+
+def _start(rows: Rows, x: Tensor, *, damping: float, robust: bool, bounded: bool) -> Start:
+    inside = limits_on(rows).clip(x) if bounded else x
+    raw, raw_jacobian = rows.fn.jacobian(inside)
+    measured = rows.function("loss")(inside) if robust else raw
+    residual, jacobian, losses, squares = _weighted(raw, raw_jacobian, measured, robust)
     memory = LevenbergMarquardtMemory(
         residual=residual,
         jacobian=jacobian,
-        scale=jacobian.square().sum(dim=1),
-        damping=torch.full_like(error, damping),
-        growth=torch.full_like(error, 2.0),
+        losses=losses,
+        scale=squares,
+        damping=torch.full_like(residual.sum(dim=-1), damping),
+        growth=torch.full_like(residual.sum(dim=-1), 2.0),
     )
-    return Start(error, memory)
+    # Of the guess itself, which is no solution outside of the box.
+    error = _error(rows, x, gradient(jacobian, residual), bounded)
+    return Start(error, memory, _flat(measured, error) if robust else None)
+
+
+def _flat(measured: Tensor, error: Tensor) -> Tensor:
+    """`Status.DIVERGED` where no residual pulls, though there are some, else `Status.RUNNING`."""
+    _, first, _ = measured.detach().chunk(3, dim=-1)
+    flat = (first == 0).all(dim=-1) & (first.shape[-1] > 0)
+    return torch.where(flat & torch.isfinite(error), int(Status.DIVERGED), int(Status.RUNNING))
+
+
+def _error(rows: Rows, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
+    return norm(limits_on(rows).residual(x, g) if bounded else g)
+
+
+def _size_in_box(rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory) -> Tensor:
+    """What the bounds leave of `normal_size`."""
+    limits, J = limits_on(rows), memory.jacobian
+    x, g = limits.clip(x), gradient(J, memory.residual)
+    return norm(limits.residual(x, g - gradient(J, times(x, J.mT))) - limits.residual(x, g))
+
+
+_LEAST = 0.01
+"""The least weight of a residual in the model, relative to that in the gradient."""
+
+
+def _weighted(r: Tensor, J: Tensor, measured: Tensor, robust: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The residuals and the Jacobian with the weights of the loss, its terms, and the squared norms of the columns."""
+    if not robust:
+        return r, J, 0.5 * r.square(), J.square().sum(dim=1)
+    losses, first, second = measured.chunk(3, dim=-1)
+    square = torch.where(second > _LEAST * first, second, _LEAST * first)
+    ignored = square == 0
+    root = torch.where(ignored, 1.0, square).sqrt()
+    squares = (first[..., None] * J.square()).sum(dim=1)
+    r, J = first * r / root, torch.where(ignored, 0.0, root)[..., None] * J
+    return torch.where(ignored, 0.0, r), J, losses, squares
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[LevenbergMarquardtMemory]
+    rows: Rows, x: Tensor, state: State[LevenbergMarquardtMemory], *, robust: bool, bounded: bool
 ) -> tuple[Tensor, State[LevenbergMarquardtMemory]]:
-    r, J, scale, damping, growth = state.memory
+    r, J, losses, scale, damping, growth = state.memory
+    x = limits_on(rows).clip(x) if bounded else x
     g, D2 = gradient(J, r), torch.where(scale > 0, scale, 1.0)
     weights = damping[:, None] * D2
-    d = -_damped(J, r, weights)
-    trial = x + d
-    trial_r = rows.fn(trial)
-    # (|r|^2 - |r + J d|^2) / 2, in a form that does not cancel.
-    foretold = 0.5 * (dot(d, weights * d) - dot(d, g))
-    gain = 0.5 * dot(r - trial_r, r + trial_r)
-    known = torch.isfinite(trial_r).all(dim=-1)
-    # Below the rounding of |r|^2 the gain says nothing; there the gradient judges.
-    drowned = foretold <= _noise(rows, x, r, J)
+    trial = _trial_in_box(limits_on(rows), x, r, J, g, weights) if bounded else x - _damped(J, r, weights)
+    d = trial - x
+    measured = rows.function("loss")(trial) if robust else rows.fn(trial)
+    if bounded:
+        foretold = -dot(d, g) - 0.5 * times(d, J.mT).square().sum(dim=-1)
+    else:
+        # (|r|^2 - |r + J d|^2) / 2, in a form that does not cancel.
+        foretold = 0.5 * (dot(d, weights * d) - dot(d, g))
+    gain = _gain(losses, measured) if robust else 0.5 * dot(r - measured, r + measured)
+    known = torch.isfinite(measured).all(dim=-1)
+    # Below the rounding of the cost the gain says nothing; there the gradient judges.
+    drowned = (foretold <= _noise(rows, x, r, J, losses)) & (foretold > 0 if bounded else True)
     accepted, ratio = (gain > 0) & known, torch.ones_like(gain)
     if any_lane(known & (accepted | drowned)):
-        new_r, new_J = rows.fn.jacobian(select(known, trial, x))
+        there = select(known, trial, x)
+        new = _weighted(*rows.fn.jacobian(there), select(known, measured, torch.ones_like(measured)), robust)
+        new_r, new_J, new_losses, new_squares = new
         root = D2.sqrt()
-        ratio = safe_divide(norm(gradient(new_J, new_r) / root), norm(g / root))
+        pulls = _pull(rows, there, gradient(new_J, new_r), bounded), _pull(rows, x, g, bounded)
+        ratio = safe_divide(*(norm(pull / root) for pull in pulls))
         accepted = torch.where(drowned, known & (ratio < 1.0), accepted)
     moves = (trial != x).any(dim=-1)
     accepted = accepted & moves
@@ -128,37 +246,45 @@ def _step(
     )
     if any_lane(accepted):
         x, r, J = select(accepted, trial, x), select(accepted, new_r, r), select(accepted, new_J, J)
-        memory = memory._replace(residual=r, jacobian=J, scale=torch.maximum(scale, J.square().sum(dim=1)))
-    progress = state.progress.fallen(accepted & ~drowned).stepped(d, x)
-    error = norm(gradient(J, r))
-    # Where the search may end, the step that tells how far x is from the solution is that without damping.
-    ends = ~accepted | drowned
-    if any_lane(ends | (error <= state.target)):
-        step = _distance(rows, x, r, J, progress, ends)
-        progress = progress._replace(step=torch.where(ends | (error <= state.target), step, progress.step))
+        losses = select(accepted, new_losses, losses)
+        scale = torch.maximum(scale, select(accepted, new_squares, scale))
+        memory = memory._replace(residual=r, jacobian=J, losses=losses, scale=scale)
     return x, state._replace(
-        error=error,
-        progress=progress,
+        error=_error(rows, x, gradient(J, r), bounded),
         status=torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status),
         memory=memory,
     )
 
 
-def _distance(rows: Rows, x: Tensor, r: Tensor, J: Tensor, progress: Progress, ends: Tensor) -> Tensor:
-    """How far x is from the solution: the length of the step without damping, as `Progress.stepped` has it.
+def _gain(losses: Tensor, measured: Tensor) -> Tensor:
+    """How much the cost falls; term by term, as the many that do not change would drown the others."""
+    return (losses - measured.chunk(3, dim=-1)[0]).sum(dim=-1)
 
-    It is 0 if that step promises next to no gain, as where a Jacobian without full rank makes it long; and at least 1
-    if steps are refused although it promises one, and the value is more than rounding.
-    """
-    r, J, x = r.detach(), J.detach(), x.detach()
-    # Singular values that rounding makes of zero promise no more than a square root of eps.
-    d = -_damped(J, r, rows.eps**1.5 * J.square().sum(dim=1))
-    step = progress.stepped(d, x).step
-    value, promised = 0.5 * dot(r, r), -0.5 * dot(d, gradient(J, r))
-    in_vain = ends & (value > 16.0 * _noise(rows, x, r, J))
-    step = torch.where(in_vain, step.clamp(min=1.0), step)
-    return torch.where(promised <= rows.eps**0.5 * value, 0.0, step)
 
+def _pull(rows: Rows, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
+    """The gradient with zeros where a bound holds against it."""
+    return torch.where(limits_on(rows).held(x, g), 0.0, g) if bounded else g
+
+
+def _trial_in_box(limits: Limits, x: Tensor, r: Tensor, J: Tensor, g: Tensor, weights: Tensor) -> Tensor:
+    """Where the damped step leads. An unknown that it would take out of the box is put on its bound, and the step of
+    the others is solved anew."""
+    held = limits.held(x, g)
+    trial = x
+    for _ in range(min(x.shape[-1], _ROUNDS)):
+        there = times(torch.where(held, trial - x, 0.0), J.mT)
+        step = _damped(torch.where(held[:, None], 0.0, J), r + there, weights)
+        aim = torch.where(held, trial, x - step)
+        trial = limits.clip(aim)
+        out = ~held & ((aim > limits.upper) | (aim < limits.lower))
+        if not any_lane(out):
+            break
+        held = held | out
+    return trial
+
+
+_ROUNDS = 10
+"""How often a step is solved anew."""
 
 _REFUSALS = 32.0
 """The growth of the damping at which steps below rounding have been refused often enough."""
@@ -166,17 +292,12 @@ _REFUSALS = 32.0
 
 def _damped(J: Tensor, r: Tensor, weights: Tensor) -> Tensor:
     """``argmin |J d - r|^2 + d' diag(weights) d`` by QR, which does not square the condition number."""
-    # A column of zeros is damped all the same.
-    below = torch.diag_embed(torch.where(weights > 0, weights, 1.0).sqrt())
+    below = torch.diag_embed(weights.sqrt())
     return _dense.lstsq(torch.cat([J, below], dim=-2), torch.cat([r, torch.zeros_like(weights)], dim=-1))
 
 
-def _noise(rows: Rows, x: Tensor, r: Tensor, J: Tensor) -> Tensor:
-    """The rounding of ``|r|^2 / 2``."""
-    terms = _terms(x.detach(), r.detach(), J.detach())
-    return rows.eps * dot(r.detach().abs() + rows.eps * terms, terms)
-
-
-def _terms(x: Tensor, r: Tensor, J: Tensor) -> Tensor:
-    """The size of the terms that cancel in a residual: they are as large as ``|J| |x|``."""
-    return r.abs() + times(x.abs(), J.abs().mT)
+def _noise(rows: Rows, x: Tensor, r: Tensor, J: Tensor, losses: Tensor) -> Tensor:
+    """The rounding of the cost: a residual is a difference of terms as large as ``|J| |x|``."""
+    r, J = r.detach().abs(), J.detach().abs()
+    terms = times(x.detach().abs(), J.mT)
+    return rows.eps * (2 * losses.detach().sum(dim=-1) + dot(r, terms) + rows.eps * (r + terms).square().sum(dim=-1))
