@@ -127,6 +127,12 @@ def residuals(x: Tensor, theta: Tensor) -> Tensor:
     return torch.cat([u - theta, u**2 / 2**0.5])
 
 
+def with_outliers(x: Tensor, theta: Tensor) -> Tensor:
+    """The same and two far ones for each unknown, which cancel in Huber's loss alone."""
+    u = ROTATION @ x
+    return torch.cat([residuals(x, theta), u + 100, u - 100])
+
+
 # --- constraints and penalties, some of them active -------------------------------------------------------------------
 
 HESSIAN = torch.tensor([[1.0, 0.2, 0.3], [0.2, 1.5, -0.1], [0.3, -0.1, 1.2]], dtype=F64)
@@ -141,6 +147,14 @@ def slope(theta: Tensor) -> Tensor:
 
 def quadratic(x: Tensor, theta: Tensor) -> Tensor:
     return 0.5 * x @ (HESSIAN @ x) - slope(theta) @ x
+
+
+FACTOR = torch.linalg.cholesky(HESSIAN).mH
+
+
+def linear_residuals(x: Tensor, theta: Tensor) -> Tensor:
+    """Half the square of their norm is `quadratic`, but for a constant."""
+    return FACTOR @ x - torch.linalg.solve_triangular(FACTOR.mH, slope(theta)[:, None], upper=False)[:, 0]
 
 
 def into_box(v: Tensor) -> Tensor:
@@ -212,6 +226,10 @@ EACH = Family("root of each entry", (residual_of_each,), cubic, zeros, lambda x:
 MINIMUM = Family("minimum", (objective,), rotated_cubic, zeros, lambda x: x.sum(), far=5.0)
 LEAST_SQUARES = Family("least squares", (residuals,), rotated_cubic, zeros, None, far=5.0)
 BOX = Family("box", (quadratic, into_box), box_solution, zeros, None, far=1.5)
+# The other upper bounds of `UPPER` are as far away as 0.1 is: a number fits a tree of any shapes.
+BOX_BY_BOUNDS = BOX._replace(functions=(quadratic,))
+LEAST_SQUARES_IN_BOX = BOX._replace(name="least squares in a box", functions=(linear_residuals,))
+OUTLIERS = LEAST_SQUARES._replace(name="least squares with outliers", functions=(with_outliers,))
 LASSO = Family("lasso", (quadratic, shrink), lasso_solution, zeros, None, far=1.5)
 SIMPLEX = Family("simplex", (weighted, projections.simplex), simplex_solution, inside_simplex, None, far=1.5)
 SIMPLEX_BY_MIRROR = SIMPLEX._replace(functions=(weighted,))
@@ -262,6 +280,14 @@ SEARCHES = [
     Row("gauss_newton", solvers.gauss_newton, LEAST_SQUARES),
     Row("levenberg_marquardt", solvers.levenberg_marquardt, LEAST_SQUARES),
     Row("dogleg", solvers.dogleg, LEAST_SQUARES),
+    Row("levenberg_marquardt, box", partial(solvers.levenberg_marquardt, bounds=(-5.0, 0.1)), LEAST_SQUARES_IN_BOX),
+    Row(
+        "levenberg_marquardt, Huber",
+        partial(solvers.levenberg_marquardt, loss="huber", loss_scale=3.0),
+        OUTLIERS,
+        in_units=lambda unit: partial(solvers.levenberg_marquardt, loss="huber", loss_scale=3.0 * unit),
+    ),
+    Row("lbfgs_b", partial(solvers.lbfgs_b, bounds=(-5.0, 0.1)), BOX_BY_BOUNDS),
     Row("projected_gradient, box", solvers.projected_gradient, BOX),
     Row("projected_gradient, simplex", solvers.projected_gradient, SIMPLEX),
     Row("proximal_gradient", solvers.proximal_gradient, LASSO),

@@ -23,8 +23,10 @@ class Limits(NamedTuple):
         return torch.where(x >= self.upper, self.upper, torch.where(x <= self.lower, self.lower, x))
 
     def residual(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """``x - clip(x - gradient)``."""
-        return x - self.clip(x - gradient)
+        """``x - clip(x - gradient)``, without the rounding of ``x`` where that is the gradient."""
+        ahead = x - gradient
+        inside = torch.where(ahead <= self.lower, x - self.lower, gradient)
+        return torch.where(ahead >= self.upper, x - self.upper, inside)
 
     def held(self, x: Tensor, gradient: Tensor) -> Tensor:
         """The unknowns that a step along the negative gradient would take out of the box at once."""

@@ -164,7 +164,10 @@ def boxed(smooth: Equation, lower: Any, upper: Any) -> Equation:
         return subtract(x, functions["box"](subtract(x, smooth.on_trees(functions, x, args)), args))
 
     def away(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
-        return x - rows.function("box")(x - grad)
+        ahead = x - grad
+        clipped = rows.function("box")(ahead)
+        # Without the rounding of x, in which a small gradient would be lost.
+        return torch.where(clipped == ahead, grad, x - clipped)
 
     functions = {**smooth.functions, "box": lambda v, args: box(v, lower, upper)}
     return Equation(functions, on_trees, Composite(smooth.on_rows, away))

@@ -33,10 +33,10 @@ class Loss(NamedTuple):
 
 
 def _inside(z: Tensor, value: Elementwise, outside: float | Elementwise) -> Tensor:
-    """``value(z)`` where ``z <= 1``, else another; neither is evaluated where it does not hold."""
-    within = z <= 1
-    beyond = outside if isinstance(outside, float) else outside(torch.where(within, 1.0, z))
-    return torch.where(within, value(torch.where(within, z, 0.0)), beyond)
+    """``value(z)`` up to 1, else another; neither is evaluated where it does not hold. What is not a number stays so."""
+    beyond = z > 1
+    other = outside if isinstance(outside, float) else outside(torch.where(beyond, z, 1.0))
+    return torch.where(beyond, other, value(torch.where(beyond, 0.0, z)))
 
 
 _LOSSES = {
@@ -105,4 +105,6 @@ def relative_squares(residual: Tensor, scale: Any) -> tuple[Tensor, Tensor]:
         if not holds(scale > 0):
             raise ValueError(f"loss_scale must be positive in every entry, got {pytree.describe(scale)}")
     like = scale.to(residual.dtype) if isinstance(scale, Tensor) else residual.new_full((), scale)
-    return (residual / like).square(), like
+    squares = (residual / like).square()
+    # An infinite residual is no outlier.
+    return torch.where(torch.isfinite(squares), squares, torch.nan), like
