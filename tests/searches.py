@@ -121,6 +121,18 @@ def objective(x: Tensor, theta: Tensor) -> Tensor:
     return (u**4 / 4 + u**2 / 2 - theta * u).sum()
 
 
+LOWER = -0.3
+
+
+def objective_of_each(x: Tensor, theta: Tensor) -> Tensor:
+    return (x**4 / 4 + x**2 / 2 - theta * x).sum()
+
+
+def cubic_in_box(theta: Tensor) -> Tensor:
+    """The last entry is at its lower bound."""
+    return cubic(theta).clamp(min=LOWER)
+
+
 def residuals(x: Tensor, theta: Tensor) -> Tensor:
     """Six that do not vanish at the solution, so the Hessian is not that of the Gauss-Newton model."""
     u = ROTATION @ x
@@ -226,8 +238,8 @@ EACH = Family("root of each entry", (residual_of_each,), cubic, zeros, lambda x:
 MINIMUM = Family("minimum", (objective,), rotated_cubic, zeros, lambda x: x.sum(), far=5.0)
 LEAST_SQUARES = Family("least squares", (residuals,), rotated_cubic, zeros, None, far=5.0)
 BOX = Family("box", (quadratic, into_box), box_solution, zeros, None, far=1.5)
-# The other upper bounds of `UPPER` are as far away as 0.1 is: a number fits a tree of any shapes.
-BOX_BY_BOUNDS = BOX._replace(functions=(quadratic,))
+BOX_BY_BOUNDS = Family("box by bounds", (objective_of_each,), cubic_in_box, zeros, None, far=5.0)
+# A number as a bound fits a tree of leaves of any shapes.
 LEAST_SQUARES_IN_BOX = BOX._replace(name="least squares in a box", functions=(linear_residuals,))
 OUTLIERS = LEAST_SQUARES._replace(name="least squares with outliers", functions=(with_outliers,))
 LASSO = Family("lasso", (quadratic, shrink), lasso_solution, zeros, None, far=1.5)
@@ -287,7 +299,7 @@ SEARCHES = [
         OUTLIERS,
         in_units=lambda unit: partial(solvers.levenberg_marquardt, loss="huber", loss_scale=3.0 * unit),
     ),
-    Row("lbfgs_b", partial(solvers.lbfgs_b, bounds=(-5.0, 0.1)), BOX_BY_BOUNDS),
+    Row("lbfgs_b", partial(solvers.lbfgs_b, bounds=(LOWER, None)), BOX_BY_BOUNDS),
     Row("projected_gradient, box", solvers.projected_gradient, BOX),
     Row("projected_gradient, simplex", solvers.projected_gradient, SIMPLEX),
     Row("proximal_gradient", solvers.proximal_gradient, LASSO),

@@ -38,8 +38,8 @@ _REFUSED = {
     "max_nfev": "give maxiter= to the solver",
     "bounds": "give bounds= to the solver",
     "jac": "the Jacobian is that of torch",
-    "loss": "the condition that is differentiated is J' r = 0; put the loss into the residuals, or use scipy_minimize",
-    "f_scale": "it belongs to a loss",
+    "loss": "the condition that is differentiated is J' r = 0; use levenberg_marquardt(loss=...)",
+    "f_scale": "it belongs to a loss; use levenberg_marquardt(loss=..., loss_scale=...)",
 }
 
 
@@ -78,7 +78,7 @@ def scipy_least_squares(
 
     Raises:
         ValueError: SciPy has no such method, it takes no bounds, or these are no pair; ``scipy_options`` has a
-            ``loss``, or what has an argument of its own. Later: a lower bound is not below the upper one.
+            ``loss``, which `levenberg_marquardt` takes, or what has an argument of its own. Later: a lower bound is not below the upper one.
 
     Reference:
         Virtanen et al., "SciPy 1.0", Nature Methods 17 (2020); `scipy.optimize.least_squares`.
