@@ -78,6 +78,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
     "root of each entry": (lambda x, t: x**3 + x - t,),
     "minimum": (lambda x, t: (x**4 / 4 + x**2 / 2 - t * x).sum(),),
     "least squares": (lambda x, t: torch.stack([x - t, x**2 / 2**0.5]),),
+    "least squares in a box": (lambda x, t: x - t,),
+    "least squares with outliers": (lambda x, t: torch.stack([x - t, x**2 / 2**0.5]),),
+    "box by bounds": (lambda x, t: (x**4 / 4 + x**2 / 2 - t * x).sum(),),
     "box": (lambda x, t: (x**2 / 2 - t * x).sum(), lambda v: projections.box(v, -5.0, 0.1)),
     "lasso": (lambda x, t: (x**2 / 2 - t * x).sum(), lambda v, s: prox.lasso(v, s, strength=0.25)),
     "simplex": (lambda x, t: (x**2 / 2 - t * x).sum(), projections.simplex),
@@ -235,7 +238,7 @@ def in_a_tree(row: searches.Row) -> tuple[Callable[..., Any], ...]:
         "minimum": lambda p, t: first(p["x"], t),
         "least squares": lambda p, t: [None, first(p["x"], t)],
     }
-    smooth = row.family.name in ("box", "lasso", "simplex")
+    smooth = row.family.name in ("box", "box by bounds", "lasso", "simplex")
     function = on_trees.get("minimum" if smooth else row.family.name, lambda p, t: dressed(first(p["x"], t)))
     return function, *(lambda p, *more, other=other: dressed(other(p["x"], *more)) for other in others)
 

@@ -327,7 +327,7 @@ def test_arguments_that_make_no_sense_are_refused():
     for scale in (0.0, -1.0, float("nan"), float("inf"), "1", True):
         with pytest.raises(ValueError, match="loss_scale must be a finite number > 0"):
             levenberg_marquardt(decay, loss="huber", loss_scale=scale)
-    for scale, message in ((tensor(1.0, 2.0), "broadcasts to the residuals"), (scalar(-1.0), "positive in every entry")):
+    for scale, message in ((tensor(1.0, 2.0), "broadcasts to the residuals"), (scalar(-1.0), "positive in every")):
         with pytest.raises(ValueError, match=message):
             levenberg_marquardt(decay, loss="huber", loss_scale=scale).run(GUESS)
     with pytest.raises(ValueError, match="real residuals"):

@@ -169,8 +169,15 @@ def boxed(smooth: Equation, lower: Any, upper: Any) -> Equation:
         # Without the rounding of x, in which a small gradient would be lost.
         return torch.where(clipped == ahead, grad, x - clipped)
 
-    functions = {**smooth.functions, "box": lambda v, args: box(v, lower, upper)}
+    functions = {**smooth.functions, "box": lambda v, args: _into_box(v, lower, upper)}
     return Equation(functions, on_trees, Composite(smooth.on_rows, away))
+
+
+def _into_box(v: Any, lower: Any, upper: Any) -> Any:
+    """The projection of the tensors in a tree, in which there may be other things."""
+    _, structure = pytree.flatten(v)
+    tensors_alone = pytree.map_leaves(lambda leaf: leaf if isinstance(leaf, torch.Tensor) else None, v)
+    return structure.unflatten(pytree.tensors(box(tensors_alone, lower, upper)))
 
 
 def subtract(a: Any, b: Any) -> Any:

@@ -33,7 +33,7 @@ class Loss(NamedTuple):
 
 
 def _inside(z: Tensor, value: Elementwise, outside: float | Elementwise) -> Tensor:
-    """``value(z)`` up to 1, else another; neither is evaluated where it does not hold. What is not a number stays so."""
+    """``value(z)`` up to 1, else another; neither is evaluated where it does not hold. NaN stays NaN."""
     beyond = z > 1
     other = outside if isinstance(outside, float) else outside(torch.where(beyond, z, 1.0))
     return torch.where(beyond, other, value(torch.where(beyond, 0.0, z)))
@@ -104,7 +104,10 @@ def relative_squares(residual: Tensor, scale: Any) -> tuple[Tensor, Tensor]:
             )
         if not holds(scale > 0):
             raise ValueError(f"loss_scale must be positive in every entry, got {pytree.describe(scale)}")
-    like = scale.to(residual.dtype) if isinstance(scale, Tensor) else residual.new_full((), scale)
+        # One entry, not none: torch does not divide a vector by a number of each lane where there is no lane.
+        like = (scale.reshape(1) if residual.dim() and not scale.dim() else scale).to(residual.dtype)
+    else:
+        like = torch.full((), scale, dtype=residual.dtype, device=residual.device)
     squares = (residual / like).square()
     # An infinite residual is no outlier.
     return torch.where(torch.isfinite(squares), squares, torch.nan), like

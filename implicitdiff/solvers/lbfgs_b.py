@@ -224,8 +224,8 @@ def _target(memory: LbfgsBMemory, limits: Limits, x: Tensor, eps: float) -> Tens
 def _cauchy_point(model: _Model, limits: Limits, x: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The first local minimum of the model along ``clip(x - t g)``, and the unknowns that are at no bound there.
 
-    Between two of the times at which unknowns reach their bounds the path is straight. With ``p_j = W'd_j`` for the
-    direction ``d_j`` of piece ``j``, which begins at the time ``t_j`` and the displacement ``z_j``, and ``c_j = W'z_j``::
+    Between two of the times at which unknowns reach their bounds the path is straight. Piece ``j`` begins at the time
+    ``t_j`` with the displacement ``z_j`` and has the direction ``d_j``. With ``p_j = W'd_j`` and ``c_j = W'z_j``::
 
         m' = - d_j'd_j + curvature t_j d_j'd_j - p_j'M c_j,    m'' = curvature d_j'd_j - p_j'M p_j
 

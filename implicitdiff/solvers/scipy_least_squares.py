@@ -78,7 +78,8 @@ def scipy_least_squares(
 
     Raises:
         ValueError: SciPy has no such method, it takes no bounds, or these are no pair; ``scipy_options`` has a
-            ``loss``, which `levenberg_marquardt` takes, or what has an argument of its own. Later: a lower bound is not below the upper one.
+            ``loss``, which `levenberg_marquardt` takes, or what has an argument of its own. Later: a lower bound is not
+            below the upper one.
 
     Reference:
         Virtanen et al., "SciPy 1.0", Nature Methods 17 (2020); `scipy.optimize.least_squares`.
