@@ -273,6 +273,13 @@ def broyden_on_step(problem: Problem, tol: Any, x0: Any, *data: Any) -> tuple[An
     return solve(problem._replace(fn=lambda x, *data: x - problem.fn(x, *data)), tol, x0, *data)
 
 
+def lbfgsb(problem: Problem, tol: Any, x0: Any, *data: Any) -> tuple[Any, Any]:
+    solver = jaxopt.LBFGSB(problem.fn, maxiter=2000, tol=tol, **linear())
+    bounds = jax.numpy.zeros_like(x0), jax.numpy.ones_like(x0)
+    found, state = solver.run(x0, bounds, *data)
+    return found, state.iter_num
+
+
 def osqp(problem: Problem, tol: Any, x0: Any, q: Any, c: Any, a: Any, b: Any, g: Any, h: Any) -> tuple[Any, Any]:
     solver = jaxopt.OSQP(tol=tol, maxiter=10_000, eq_qp_solve="lu", **linear())
     found, state = solver.run(params_obj=(q, c), params_eq=(a, b), params_ineq=(g, h))
@@ -347,6 +354,8 @@ ROWS = [
          from_optimistix("least_squares", "LevenbergMarquardt")]),
     Row("projected_gradient", BOX, partial(solvers.projected_gradient, projection=lambda v: v.clamp(0.0, 1.0)),
         [from_jaxopt("ProjectedGradient", (None,), projection=lambda v, _: jax.numpy.clip(v, 0.0, 1.0))],
+        minimised("L-BFGS-B", so.Bounds(0.0, 1.0), **NO_FTOL)),
+    Row("lbfgs_b", BOX, partial(solvers.lbfgs_b, bounds=(0.0, 1.0)), [("jaxopt.LBFGSB", lbfgsb)],
         minimised("L-BFGS-B", so.Bounds(0.0, 1.0), **NO_FTOL)),
     Row("proximal_gradient", LASSO, partial(solvers.proximal_gradient, prox=lambda v, s: prox.lasso(v, STRENGTH * s)),
         [from_jaxopt("ProximalGradient", (STRENGTH,), prox=lambda *v: jaxopt.prox.prox_lasso(*v))]),

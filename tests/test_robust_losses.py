@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
-from implicitdiff.errors import ConvergenceError
+from implicitdiff.errors import ConvergenceError, LinearSolveError
 from implicitdiff.solvers import Status, lbfgs, levenberg_marquardt, scipy_least_squares
 from implicitdiff.solvers._losses import loss_of
 
@@ -302,6 +302,16 @@ def test_tukey_finds_a_fit_of_the_few_where_the_guess_is_among_them():
     """It is not convex: from beside the outlier at -30, that is all it sees."""
     m, _ = levenberg_marquardt(lambda m: m - SAMPLE, loss="tukey", loss_scale=3.0).run(scalar(-29.0))
     torch.testing.assert_close(m, scalar(-30.0), rtol=1e-9, atol=0)
+
+
+def test_a_minimum_that_is_not_strict_has_no_derivative():
+    """One residual within the scale, and two unknowns."""
+    t, y = torch.arange(4.0, dtype=F64), tensor(0.0, 50.0, -70.0, 90.0)
+    solver = levenberg_marquardt(lambda p, y: p[0] + p[1] * t - y, loss="tukey")
+    x, state = solver.run(tensor(0.1, 0.1), y)
+    assert state.status == Status.CONVERGED and x[0].abs() < 1e-9
+    with pytest.raises(LinearSolveError, match="singular"):
+        jacrev(lambda y: solver.run(tensor(0.1, 0.1), y)[0])(y)
 
 
 @EACH

@@ -16,7 +16,7 @@ from implicitdiff.solvers._bounds import Limits, limits_of, limits_on
 from implicitdiff.solvers._line_search import Segment, arrive, search, unit_step
 from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._options import check_count
-from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select, times
+from implicitdiff.solvers._rows import Rows, any_lane, dot, largest_entry, norm, safe_divide, select, times
 from implicitdiff.solvers._solver import Solver, make
 from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
@@ -120,7 +120,7 @@ def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
         value=value,
         grad=grad,
         magnitude=value.detach().abs(),
-        curvature=_first_curvature(limits, limits.clip(x), grad),
+        curvature=_first_curvature(limits, limits.clip(x), grad, rows.eps),
         steps=none,
         changes=none,
         mark=torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2),
@@ -138,10 +138,14 @@ def _pull(limits: Limits, x: Tensor, grad: Tensor) -> Tensor:
     return torch.where(limits.held(x, grad), 0.0, grad)
 
 
-def _first_curvature(limits: Limits, x: Tensor, grad: Tensor) -> Tensor:
-    """As in the code of the paper's authors: 1 in a box, else so that the first step is no longer than 1."""
+def _first_curvature(limits: Limits, x: Tensor, grad: Tensor, eps: float) -> Tensor:
+    """As in the code of the paper's authors: 1 in a box, else so that the first step is no longer than 1. But no step
+    is so short that it would be lost in the rounding of ``x``."""
     is_box = (torch.isfinite(limits.lower) & torch.isfinite(limits.upper)).all(dim=-1)
-    return torch.where(is_box, 1.0, 1 / unit_step(_pull(limits, x, grad)))
+    pull = _pull(limits, x, grad)
+    usual = torch.where(is_box, 1.0, 1 / unit_step(pull))
+    step, shortest = largest_entry(pull), eps ** (1 / 2) * largest_entry(x)
+    return torch.where((step > 0) & (step < shortest * usual), safe_divide(step, shortest), usual)
 
 
 def _step(rows: Rows, x: Tensor, state: State[LbfgsBMemory]) -> tuple[Tensor, State[LbfgsBMemory]]:
@@ -312,7 +316,7 @@ def _restarted(
     return state._replace(
         status=torch.where(failed & (fresh | nowhere), int(Status.LINE_SEARCH_FAILED), state.status),
         memory=memory._replace(
-            curvature=torch.where(failed, 1 / unit_step(_pull(limits, x, memory.grad)), memory.curvature),
+            curvature=torch.where(failed, _first_curvature(limits, x, memory.grad, eps), memory.curvature),
             steps=select(failed, torch.zeros_like(memory.steps), memory.steps),
             changes=select(failed, torch.zeros_like(memory.changes), memory.changes),
             mark=select(failed, here, memory.mark),
