@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,10 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 from implicitdiff.errors import ConvergenceError
-from implicitdiff.solvers import Status, lbfgs_b, levenberg_marquardt
+from implicitdiff.solvers import LbfgsBMemory, Status, lbfgs_b, levenberg_marquardt
+from implicitdiff.solvers._bounds import Limits
+from implicitdiff.solvers._line_search import Segment, search
+from implicitdiff.solvers.lbfgs_b import _cauchy_point, _model, _subspace_step
 
 F64 = torch.float64
 INF = float("inf")
@@ -187,6 +191,80 @@ def test_single_precision():
     assert state.status == Status.CONVERGED and x.dtype == torch.float32
     expected, _ = lbfgs_b(rosenbrock, (tensor(-5.0, 0.5), tensor(0.6, 5.0))).run(torch.zeros(2, dtype=F64))
     torch.testing.assert_close(x.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def random_memory() -> tuple[LbfgsBMemory, Tensor]:
+    """Six unknowns after three steps with a positive definite Hessian, and the matrix that BFGS makes of them."""
+    generator = torch.Generator().manual_seed(2)
+    root, steps, grad = (torch.randn(*shape, generator=generator, dtype=F64) for shape in ((6, 6), (3, 6), (6,)))
+    changes = steps @ (root @ root.T + torch.eye(6, dtype=F64))
+    B = curvature = changes[-1] @ changes[-1] / (changes[-1] @ steps[-1]) * torch.eye(6, dtype=F64)
+    for s, y in zip(steps, changes, strict=True):
+        B = B - torch.outer(B @ s, B @ s) / (s @ B @ s) + torch.outer(y, y) / (s @ y)
+    lengths = steps.norm(dim=-1, keepdim=True)
+    # One place in the history is empty.
+    pad = torch.zeros(1, 6, dtype=F64)
+    none = torch.zeros(1, dtype=F64)
+    memory = LbfgsBMemory(
+        residual=grad[None],
+        value=none,
+        grad=grad[None],
+        magnitude=none,
+        curvature=curvature[:1, 0],
+        steps=torch.cat([pad, steps / lengths])[None],
+        changes=torch.cat([pad, changes / lengths])[None],
+        mark=none[:, None],
+    )
+    return memory, B
+
+
+def first_minimum_on_path(x: Tensor, g: Tensor, B: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Of ``g'z + z'B z / 2`` along ``clip(x - t g)``, piece by piece."""
+    times = torch.where(g > 0, (x - lower) / g, (x - upper) / g)
+    t = scalar_zero = torch.zeros((), dtype=F64)
+    for end in torch.sort(times).values:
+        d = torch.where(times > t, -g, scalar_zero)
+        z = (x - t * g).clamp(lower, upper) - x
+        ahead = -(g @ d + z @ B @ d) / (d @ B @ d)
+        if t + ahead <= end:
+            return x + z + ahead.clamp(min=0) * d
+        t = end
+    return (x - t * g).clamp(lower, upper)
+
+
+@pytest.mark.parametrize("width", [0.02, 0.1, 0.3, 1.0, 100.0])
+def test_the_quadratic_model_is_minimised_as_with_the_dense_matrix(width):
+    """The Cauchy point, and the minimum over the unknowns that are free there."""
+    memory, B = random_memory()
+    x, g = torch.zeros(6, dtype=F64), memory.grad[0]
+    lower, upper = -width * torch.arange(1.0, 7.0, dtype=F64), width * torch.arange(6.0, 0.0, -1.0, dtype=F64)
+    model, limits = _model(memory), Limits(lower[None], upper[None])
+    compact = model.curvature[..., None] * torch.eye(6, dtype=F64) - model.W @ model.M @ model.W.mT
+    torch.testing.assert_close(compact[0], B, rtol=1e-10, atol=1e-10)
+    cauchy, free = _cauchy_point(model, limits, x[None], g[None], 1e-16)
+    torch.testing.assert_close(cauchy[0], first_minimum_on_path(x, g, B, lower, upper), rtol=1e-10, atol=1e-12)
+    assert torch.equal(free[0], (cauchy[0] > lower) & (cauchy[0] < upper))
+    step, kept = _subspace_step(model, cauchy - x, g[None], free)[0], free[0]
+    r = (g + B @ (cauchy[0] - x))[kept]
+    torch.testing.assert_close(step[kept], -torch.linalg.solve(B[kept][:, kept], r), rtol=1e-9, atol=1e-12)
+    assert (step[~kept] == 0).all()
+
+
+def test_a_line_that_ends_is_searched_to_its_end_and_no_further():
+    steps = []
+
+    def at(step: Tensor) -> Tensor:
+        steps.append(float(step))
+        return step[:, None]
+
+    one = torch.ones(1, dtype=F64)
+    falling = SimpleNamespace(value_and_grad=lambda x: (-x[:, 0], -torch.ones_like(x)))
+    rows = SimpleNamespace(fn=falling, eps=1e-16, plain=True)
+    memory = SimpleNamespace(value=0 * one, grad=-one[:, None], magnitude=one)
+    state = SimpleNamespace(memory=memory, status=torch.zeros(1, dtype=torch.int64))
+    segment = Segment(2.5 * one, at)
+    point, failed, status = search(rows, 0 * one[:, None], state, one[:, None], one, segment=segment)
+    assert steps == [1.0, 2.5] and point.step == 2.5 and not failed and status == Status.RUNNING
 
 
 # --- least squares ----------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ class Limits(NamedTuple):
 
     def held(self, x: Tensor, gradient: Tensor) -> Tensor:
         """The unknowns that a step along the negative gradient would take out of the box at once."""
-        return ((x <= self.lower) & (gradient > 0)) | ((x >= self.upper) & (gradient < 0)) | (self.lower >= self.upper)
+        return ((x <= self.lower) & (gradient > 0)) | ((x >= self.upper) & (gradient < 0))
 
     def ahead(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         """The bound that each unknown has in front of it, 0 where that is infinite or it does not move, and the flags

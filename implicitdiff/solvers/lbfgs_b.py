@@ -236,11 +236,8 @@ def _cauchy_point(model: _Model, limits: Limits, x: Tensor, grad: Tensor, eps: f
     (section 4 of the paper). All pieces are computed at once, by sums over the unknowns in the order of their times.
     """
     bound, known = limits.ahead(-grad)
-    known = known & (limits.lower < limits.upper)
     time = torch.where(known, (x - torch.where(known, bound, x)) / torch.where(known, grad, 1.0), torch.inf)
-    moves = (time > 0) & (limits.lower < limits.upper)
-    time = torch.where(limits.lower < limits.upper, time, 0.0)
-    d = torch.where(moves, -grad, 0.0)
+    d = torch.where(time > 0, -grad, 0.0)
 
     order = time.argsort(dim=-1)
     sorted_time, sorted_d = time.gather(-1, order), d.gather(-1, order)
@@ -261,7 +258,7 @@ def _cauchy_point(model: _Model, limits: Limits, x: Tensor, grad: Tensor, eps: f
     piece = piece.clamp(max=x.shape[-1])
     stop = (begin + ahead).gather(-1, piece)
 
-    free = time > stop
+    free = (time > stop) & (limits.lower < limits.upper)
     path = torch.where(free, limits.clip(x + torch.where(free, stop, 0.0) * d), torch.where(known, bound, x))
     return path, free
 
