@@ -57,6 +57,7 @@ class Trial(NamedTuple):
         foretold: what ``|r + J d|^2 / 2`` says that the step gains.
         gain: what it does gain; minus infinity where the residual is not finite.
         drowned: whether ``foretold`` is below the rounding of ``|r|^2 / 2``.
+        whole: the step without a trust region.
     """
 
     x: Tensor
@@ -65,6 +66,7 @@ class Trial(NamedTuple):
     foretold: Tensor
     gain: Tensor
     drowned: Tensor
+    whole: Tensor
 
     @property
     def known(self) -> Tensor:
@@ -109,7 +111,7 @@ def attempt(rows: Rows, x: Tensor, state: State[DoglegMemory], whole: WholeStep)
             new_x = select(known, new_x, x)
             new_r = select(known, new_r, r) if rows.plain else rows.fn(new_x)
         gain = torch.where(known, 0.5 * dot(r - new_r, r + new_r), -torch.inf)
-        return Trial(new_x, new_r, length(s), foretold, gain, foretold <= noise)
+        return Trial(new_x, new_r, length(s), foretold, gain, foretold <= noise, path.full / D)
 
     def enough(new: Point, radius: Tensor) -> Tensor:
         trial = Trial(*new)
@@ -153,7 +155,9 @@ def conclude(
         slow=torch.where(slow, old.slow + 1, 0),
     )
     status = torch.where(stuck, int(Status.LINE_SEARCH_FAILED), state.status)
-    return select(accepted, trial.x, x), state._replace(status=status, memory=memory)
+    x = select(accepted, trial.x, x)
+    progress = state.progress.fallen(accepted & ~trial.drowned).stepped(trial.whole, x)
+    return x, state._replace(status=status, progress=progress, memory=memory)
 
 
 def length(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._options import check_number
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select, times
 from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
+from implicitdiff.solvers._state import Progress, State
 from implicitdiff.solvers._status import Status
 from implicitdiff.solvers.gauss_newton import gradient, normal_residual, normal_size
 
@@ -249,11 +249,40 @@ def _step(
         losses = select(accepted, new_losses, losses)
         scale = torch.maximum(scale, select(accepted, new_squares, scale))
         memory = memory._replace(residual=r, jacobian=J, losses=losses, scale=scale)
+    progress = state.progress.fallen(accepted & ~drowned).stepped(d, x)
+    error = _error(rows, x, gradient(J, r), bounded)
+    # Where the search may end, the step that tells how far x is from the solution is that without damping.
+    ends = ~accepted | drowned
+    if any_lane(ends | (error <= state.target)):
+        step = _distance(rows, x, memory, progress, ends, bounded)
+        progress = progress._replace(step=torch.where(ends | (error <= state.target), step, progress.step))
     return x, state._replace(
-        error=_error(rows, x, gradient(J, r), bounded),
+        error=error,
+        progress=progress,
         status=torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status),
         memory=memory,
     )
+
+
+def _distance(
+    rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, progress: Progress, ends: Tensor, bounded: bool
+) -> Tensor:
+    """How far x is from the solution: the length of the step without damping, as `Progress.stepped` has it.
+
+    It is 0 if that step promises next to no gain, as where a Jacobian without full rank makes it long; and at least 1
+    if steps are refused although it promises one, and the value is more than rounding.
+    """
+    x, r, J, losses = (t.detach() for t in (x, memory.residual, memory.jacobian, memory.losses))
+    if bounded:
+        J = torch.where(limits_on(rows).held(x, gradient(J, r))[:, None], 0.0, J)
+    # Singular values that rounding makes of zero promise no more than a square root of eps.
+    squares = J.square().sum(dim=1)
+    d = -_damped(J, r, rows.eps**1.5 * torch.where(squares > 0, squares, 1.0))
+    step = progress.stepped(d, x).step
+    value, promised = losses.sum(dim=-1), -0.5 * dot(d, gradient(J, r))
+    in_vain = ends & (value > 16.0 * _noise(rows, x, r, J, losses))
+    step = torch.where(in_vain, step.clamp(min=1.0), step)
+    return torch.where(promised <= rows.eps**0.5 * value.abs(), 0.0, step)
 
 
 def _gain(losses: Tensor, measured: Tensor) -> Tensor:
