@@ -13,7 +13,7 @@ from implicitdiff._linear import LinearProblem, LinearSolver
 from implicitdiff._pytree import Leaves
 from implicitdiff._system import System
 from implicitdiff.linear_solve._direct import factorised, materialised
-from implicitdiff.linear_solve._outcome import settle
+from implicitdiff.linear_solve._outcome import OnFailure, settle
 from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.linear_solve.lu import lu
 
@@ -26,7 +26,7 @@ _NO_DERIVATIVE = (
 )
 
 
-def solve_kkt() -> LinearSolver:
+def solve_kkt(on_failure: OnFailure) -> LinearSolver:
     """Make the default ``solve`` of `qp`: `solve_auto` with matrices of up to 4000 rows, which also solves a singular
     system as far as the solution is determined.
 
@@ -36,7 +36,7 @@ def solve_kkt() -> LinearSolver:
     norm. The range of the adjoint holds the cotangents of all that is unique, so reverse mode refuses a cotangent of
     anything else.
     """
-    return LinearSolver("solve_auto", partial(_solve, unknowns=0), kind=KKTProblem)
+    return LinearSolver("solve_auto", partial(_solve, unknowns=0, on_failure=on_failure), kind=KKTProblem)
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,18 @@ class KKTProblem(LinearProblem):
     """A system whose first leaf is the primal."""
 
     def primal(self, theta: Leaves) -> Leaves:
+        assert isinstance(self.solver, LinearSolver)
         batch = math.prod(theta[0].shape[: len(self.lanes) + len(self.columns)])
-        algorithm = partial(_solve, unknowns=theta[0].numel() // max(1, batch))
-        solver = replace(self.solver, algorithm=algorithm)  # type: ignore[type-var]
-        return LinearProblem.primal(replace(self, solver=solver), theta)
+        algorithm = partial(self.solver.algorithm, unknowns=theta[0].numel() // max(1, batch))
+        return LinearProblem.primal(replace(self, solver=replace(self.solver, algorithm=algorithm)), theta)
 
 
-def _solve(system: System, *, unknowns: int) -> Tensor:
+def _solve(system: System, *, unknowns: int, on_failure: OnFailure) -> Tensor:
     n = system.b.shape[-1]
     if n > _DENSE or system.lanes * n * n > 2**27:
-        return solve_auto(dense_up_to=0).algorithm(system)
+        return solve_auto(dense_up_to=0, on_failure=on_failure).algorithm(system)
     outcome = materialised(system, partial(_lu_or_least_norm, unknowns), _NO_DERIVATIVE)
-    return settle("solve_auto (LU)", outcome, system, "raise")
+    return settle("solve_auto (LU)", outcome, system, on_failure)
 
 
 def _lu_or_least_norm(unknowns: int, a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -126,6 +126,12 @@ def arrive(memory: Any, point: Point) -> dict[str, Tensor]:
     return {"value": point.value, "grad": point.grad, "magnitude": magnitude}
 
 
+def fell(rows: Rows, memory: Any, point: Point) -> Tensor:
+    """Whether the value is lower at a new point, by more than its rounding."""
+    lower: Tensor = point.value.detach() < memory.value.detach() - _NOISE * rows.eps * memory.magnitude
+    return lower
+
+
 class _Line:
     """The objective along a line, and the conditions."""
 

@@ -28,6 +28,7 @@ from implicitdiff._signature import name_of
 from implicitdiff._system import Vectors
 from implicitdiff._unroll import unroll
 from implicitdiff._values import refuse_missing
+from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.solvers._below import Closed
 from implicitdiff.solvers._equations import EquationOf
 from implicitdiff.solvers._function import LastByKeyword, SolverFunction
@@ -229,7 +230,8 @@ class Maker:
         solution = closed.structure.unflatten(x)
         if functorch.nothing_records():
             return solution, state
-        return pose(self.name, self._residual, root, options.solve, solution, args, {}).attached(), state
+        solve = options.solve or solve_auto(on_failure=options.on_failure)
+        return pose(self.name, self._residual, root, solve, solution, args, {}).attached(), state
 
     def _residual(self, params: Any, *args: Any) -> Any:
         return self.optimality_fn(params, args)

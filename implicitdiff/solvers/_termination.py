@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import implicitdiff._pytree as pytree
 from implicitdiff.solvers._equations import Composite, Residual
 from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._rows import Rows, any_lane, norm, select
@@ -33,6 +34,8 @@ _STILL = 16
 
 _RELIABLE = 1e-3
 """``|F(x)| / |J x|`` at which ``|J x|`` is that of the solution."""
+_FARTHER = 0.1
+"""The part of its error that a search has to reach which is near its target, but not near the solution."""
 _IN_FAILURE = 1 / 6
 """The power of ``eps`` that bounds the last step where rounding refuses the next: the error left is ``eps^(1/3)``."""
 
@@ -69,7 +72,7 @@ class Termination:
         """The state at an initial guess; with default tolerances this takes an evaluation to measure ``|J x|``."""
         error = start.error.detach()
         zero, none = torch.zeros_like(error, dtype=torch.int64), torch.zeros_like(error)
-        reach = norm(x) if method.steps_tell else none
+        reach = norm(x) if method.steps_tell or method.newton_step is not None else none
         state = State(
             iter_num=zero,
             error=error,
@@ -141,7 +144,8 @@ class Termination:
         # Only here: at another point the floor may be another.
         there = asked & (state.error <= floor)
         good = there & self.is_default
-        if method.steps_tell:
+        if any_lane(good):
+            state, _ = _measured_step(method, rows, x, state, good)
             good = good & _is_settled(rows, state, _IN_FAILURE)
         status = torch.where(there, int(Status.STALLED), state.status)
         return state._replace(
@@ -173,12 +177,12 @@ class Termination:
             return state, before
         failed = is_any_of(state.status, Status.LINE_SEARCH_FAILED, Status.BUDGET_SPENT) & (state.iter_num > 0)
         failed = failed & self._may_stall(state)
-        reached = (state.status == Status.CONVERGED) & (state.iter_num > 0)
-        reached = reached & (before > 0) & (state.target != state.progress.floor)
+        reached = (state.status == Status.CONVERGED) & (state.iter_num > 0) & (state.target != state.progress.floor)
         if self.is_default and any_lane(failed | reached):
-            state, again = self._measured_again(method, rows, first_x, x, state, failed, reached, before)
-            is_final = state.error * precision(rows.eps) <= _RELIABLE * state.target
-            before = torch.where(again, torch.where(is_final, 0.0, state.error), before)
+            state, before = self._measured_again(
+                method, rows, first_x, x, state, failed, reached & (before > 0), before
+            )
+            state, before = self._stepped(method, rows, x, state, failed, reached, before)
             failed = failed & (state.status != Status.CONVERGED)
         return self.look(method, rows, x, state, failed), before
 
@@ -193,20 +197,52 @@ class Termination:
         reached: Tensor,
         before: Tensor,
     ) -> tuple[State[Any], Tensor]:
+        """The state with ``|J x|`` measured at x; lanes that `reached` a coarse target run on."""
+        if not any_lane(failed | reached):
+            return state, before
         error, here = state.error, _residual(method, rows, x, state)
         size = scale(rows.residual, rows, x, here, first_x, error)
         fine, rough = precision(rows.eps) * size, rows.eps ** (2 / 3) * size
-        good = failed & (error <= rough)
-        if method.steps_tell:
-            good = good & _is_settled(rows, state, _IN_FAILURE)
         again = reached & (error > fine) & (2 * error < before)
         # Rounding is hardly ever more than this.
         if any_lane(again & (error <= 256.0 * rows.eps * size)):
             again = again & (error > rounding(rows.residual, rows, x, here))
+        good = failed & (error <= rough)
+        state = self._running_on(state, again)._replace(
+            target=torch.where(again, fine, torch.where(good, rough, state.target))
+        )
+        return state, torch.where(again & (error > _RELIABLE * size), error, torch.where(again, 0.0, before))
+
+    def _stepped(
+        self,
+        method: Method,
+        rows: Rows,
+        x: Tensor,
+        state: State[Any],
+        failed: Tensor,
+        reached: Tensor,
+        before: Tensor,
+    ) -> tuple[State[Any], Tensor]:
+        """The state with the length of a step of Newton's kind where it has come near its target; a lane that is far
+        from the solution all the same tries this step."""
+        good, reached = failed & (state.error <= state.target), reached & (state.status == Status.CONVERGED)
+        if not any_lane(good | reached):
+            return state, before
+        state, tried = _measured_step(method, rows, x, state, good | reached)
+        good = good & _is_settled(rows, state, _IN_FAILURE)
+        state = state._replace(status=torch.where(good, int(Status.CONVERGED), state.status))
+        if method.newton_step is None:
+            return state, before
+        far = reached & ~_is_settled(rows, state)
+        state = self._running_on(state, far)._replace(
+            target=torch.where(far, _FARTHER * state.error, state.target),
+            memory=_select_all(far, tried, state.memory),
+        )
+        return state, torch.where(far, 0.0, before)
+
+    def _running_on(self, state: State[Any], where: Tensor) -> State[Any]:
         on = torch.where(state.iter_num < self.limit, int(Status.RUNNING), int(Status.BUDGET_SPENT))
-        status = torch.where(again, on, torch.where(good, int(Status.CONVERGED), state.status))
-        target = torch.where(again, fine, torch.where(good, rough, state.target))
-        return state._replace(status=status, target=target), again
+        return state._replace(status=torch.where(where, on, state.status))
 
 
 def _progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Progress:
@@ -223,6 +259,28 @@ def _is_settled(rows: Rows, state: State[Any], power: float = 1 / 3) -> Tensor:
     """Whether the last step was so small that the error left, about its square, is negligible."""
     settled: Tensor = state.progress.step <= rows.eps**power
     return settled
+
+
+def _measured_step(method: Method, rows: Rows, x: Tensor, state: State[Any], asked: Tensor) -> tuple[State[Any], Any]:
+    """The state with the length of a step of Newton's kind, in some lanes, and the memory that tries this step; where
+    there are no second derivatives, or the step promises nothing, its length is 0."""
+    if method.newton_step is None:
+        return state, state.memory
+    try:
+        d, gain, tried = method.newton_step(rows, x, state.memory)
+    except (RuntimeError, NotImplementedError):
+        # Functions of autograd may be differentiable once only. Their gradient alone is judged.
+        return state, state.memory
+    step = state.progress.stepped(d, x).step
+    step = torch.where(gain > 16.0 * rows.eps, step, 0.0)
+    progress = state.progress._replace(step=torch.where(asked, step, state.progress.step))
+    return state._replace(progress=progress), tried
+
+
+def _select_all(where: Tensor, new: Any, old: Any) -> Any:
+    leaves, structure = pytree.flatten(new)
+    pairs = zip(leaves, structure.tensors_of(old), strict=True)
+    return structure.unflatten([a if a is b else select(where, a, b) for a, b in pairs])
 
 
 def _residual(method: Method, rows: Rows, x: Tensor, state: State[Any]) -> Tensor:

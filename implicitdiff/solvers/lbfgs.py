@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._equations as _equations
-from implicitdiff.solvers._line_search import arrive, begin, search, unit_step
+from implicitdiff.solvers._line_search import arrive, begin, fell, search, unit_step
 from implicitdiff.solvers._method import Method, Start
+from implicitdiff.solvers._newton_step import newton_step
 from implicitdiff.solvers._options import check_count
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select
 from implicitdiff.solvers._solver import Solver, make
@@ -32,6 +33,7 @@ class LbfgsMemory(NamedTuple):
         changes: the changes ``y`` of the gradient that belong to them.
         products: ``s_i'y_j`` in row ``j`` and column ``i <= j``, else zero; ``(history, history)``, on the diagonal 1
             where there is no step.
+        ahead: the direction that is tried next in the place of ``-H grad f(x)``; zero: none.
         mark: ``f`` and ``|grad f|`` where the last line search failed, ``(2,)``; infinite if none has.
     """
 
@@ -42,6 +44,7 @@ class LbfgsMemory(NamedTuple):
     steps: Tensor
     changes: Tensor
     products: Tensor
+    ahead: Tensor
     mark: Tensor
 
 
@@ -80,7 +83,7 @@ def lbfgs(objective_fn: Callable[..., Any], history: int = 10, **options: Any) -
     check_count("lbfgs", "history", history)
 
     start = partial(_start, history=history)
-    method = Method(start, _step, LbfgsMemory, 10_000, residual=attrgetter("grad"))
+    method = Method(start, _step, LbfgsMemory, 10_000, residual=attrgetter("grad"), newton_step=_newton_step)
     return make("lbfgs", _equations.stationary, (objective_fn,), method, options)
 
 
@@ -90,20 +93,36 @@ def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
     eye = torch.eye(history, dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
     mark = torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2)
     scale = unit_step(fields["grad"])
-    return Start(error, LbfgsMemory(**fields, scale=scale, steps=none, changes=none, products=eye, mark=mark))
+    return Start(
+        error,
+        LbfgsMemory(
+            **fields, scale=scale, steps=none, changes=none, products=eye, ahead=torch.zeros_like(x), mark=mark
+        ),
+    )
 
 
 def _step(rows: Rows, x: Tensor, state: State[LbfgsMemory]) -> tuple[Tensor, State[LbfgsMemory]]:
     old = state.memory
-    point, failed, status = search(rows, x, state, _direction(old), torch.ones_like(old.value))
-    new = _remember(old, point.x - x, point.grad - old.grad, rows.eps)._replace(**arrive(old, point))
-    state = state._replace(error=norm(point.grad), status=status, memory=new)
+    direction = _direction(old, old.grad)
+    told = (old.ahead != 0).any(dim=-1)
+    if any_lane(told):
+        direction = select(told, old.ahead, direction)
+    point, failed, status = search(rows, x, state, direction, torch.ones_like(old.value))
+    new = _remember(old, point.x - x, point.grad - old.grad, rows.eps)
+    new = new._replace(**arrive(old, point), ahead=torch.zeros_like(old.ahead))
+    progress = state.progress.fallen(fell(rows, old, point))
+    state = state._replace(error=norm(point.grad), status=status, progress=progress, memory=new)
     return point.x, _restarted(failed, state, rows.eps) if any_lane(failed) else state
 
 
-def _direction(memory: LbfgsMemory) -> Tensor:
+def _newton_step(rows: Rows, x: Tensor, memory: LbfgsMemory) -> tuple[Tensor, Tensor, LbfgsMemory]:
+    d, gain = newton_step(rows, x, memory.value, lambda v: -_direction(memory, v))
+    return d, gain, memory._replace(ahead=d)
+
+
+def _direction(memory: LbfgsMemory, grad: Tensor) -> Tensor:
     """``-H g``. The loops of the two-loop recursion are back and forward substitution."""
-    s, y, triangle, grad = memory.steps, memory.changes, memory.products, memory.grad[:, None]
+    s, y, triangle, grad = memory.steps, memory.changes, memory.products, grad[:, None]
     a = torch.linalg.solve_triangular(triangle.mT, s @ grad.mT, upper=True)
     middle = memory.scale[:, None, None] * (a.mT @ y - grad)
     b = triangle.diagonal(dim1=-2, dim2=-1)[..., None] * a + y @ middle.mT

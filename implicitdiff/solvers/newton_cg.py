@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._equations as _equations
-from implicitdiff.solvers._line_search import arrive, begin, search, unit_step
+from implicitdiff.solvers._line_search import arrive, begin, fell, search, unit_step
 from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._options import check_count
 from implicitdiff.solvers._rows import Product, Rows, any_lane, dot, norm, safe_divide
@@ -96,7 +96,7 @@ def _step(
     point, failed, status = search(rows, x, state, d, torch.ones_like(memory.value))
     status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), status)
     memory = memory._replace(**arrive(memory, point))
-    progress = state.progress.stepped(d, point.x)
+    progress = state.progress.fallen(fell(rows, state.memory, point)).stepped(d, point.x)
     return point.x, state._replace(error=norm(point.grad), status=status, progress=progress, memory=memory)
 
 

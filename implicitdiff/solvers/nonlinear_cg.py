@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._equations as _equations
-from implicitdiff.solvers._line_search import arrive, begin, search, unit_step
+from implicitdiff.solvers._line_search import arrive, begin, fell, search, unit_step
 from implicitdiff.solvers._method import Method, Start
+from implicitdiff.solvers._newton_step import newton_step
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select
 from implicitdiff.solvers._solver import Solver, make
 from implicitdiff.solvers._state import State
@@ -97,7 +98,7 @@ def nonlinear_cg(objective_fn: Callable[..., Any], formula: Formula = polak_ribi
         raise TypeError(f"nonlinear_cg: formula must be a function of (grad, old_grad, old_direction), got {formula!r}")
 
     step = partial(_step, formula=formula)
-    method = Method(_start, step, NonlinearCgMemory, 10_000, residual=attrgetter("grad"))
+    method = Method(_start, step, NonlinearCgMemory, 10_000, residual=attrgetter("grad"), newton_step=_newton_step)
     return make("nonlinear_cg", _equations.stationary, (objective_fn,), method, options)
 
 
@@ -105,6 +106,11 @@ def _start(rows: Rows, x: Tensor) -> Start:
     error, fields = begin(rows, x)
     grad = fields["grad"]
     return Start(error, NonlinearCgMemory(**fields, direction=-grad, first_step=unit_step(grad)))
+
+
+def _newton_step(rows: Rows, x: Tensor, memory: NonlinearCgMemory) -> tuple[Tensor, Tensor, NonlinearCgMemory]:
+    d, gain = newton_step(rows, x, memory.value, lambda v: v)
+    return d, gain, memory._replace(direction=d, first_step=torch.ones_like(memory.first_step))
 
 
 def _step(
@@ -122,4 +128,5 @@ def _step(
         status = torch.where(failed & steepest, int(Status.LINE_SEARCH_FAILED), status)
         first_step = torch.where(failed, unit_step(g), first_step)
     new = NonlinearCgMemory(**arrive(memory, point), direction=ahead, first_step=first_step)
-    return point.x, state._replace(error=norm(point.grad), status=status, memory=new)
+    progress = state.progress.fallen(fell(rows, memory, point))
+    return point.x, state._replace(error=norm(point.grad), status=status, progress=progress, memory=new)

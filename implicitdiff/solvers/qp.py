@@ -147,8 +147,8 @@ def qp(**options: Any) -> Solver:
         tensor([-0.5000,  0.0000])
     """
     method = Method(_start, _step, QPMemory, 10_000, is_judged=False)
-    given = {"solve": solve_kkt(), **options}
-    return make("qp", _kkt, (data,), method, given, _guess, is_named=True)
+    solve = options.get("solve") or solve_kkt(options.get("on_failure", "raise"))
+    return make("qp", _kkt, (data,), method, {**options, "solve": solve}, _guess, is_named=True)
 
 
 # --- what the user gives ----------------------------------------------------------------------------------------------

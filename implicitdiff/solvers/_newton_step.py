@@ -1,0 +1,44 @@
+"""A step of Newton's kind for methods that form no Hessian: how far their iterate may be from a minimum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from implicitdiff.solvers._rows import Rows, any_lane, dot, safe_divide
+
+_PRODUCTS = 8
+"""How many products with the Hessian a step may take."""
+
+
+def newton_step(
+    rows: Rows, x: Tensor, value: Tensor, precondition: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What some conjugate gradients make of ``H d = -g``, and what the quadratic model promises to gain by it, relative
+    to ``|f|``.
+
+    A gradient tells little of the directions in which an objective is flat beside others, and a quasi-Newton method
+    knows the curvature of the directions it took. Preconditioned by its inverse Hessian, conjugate gradients see the
+    others first. Where the curvature is negative, the step goes as far as one of the other sign would have it.
+    """
+    _, grad, product = rows.fn.hessian(x)
+    d, r, z = torch.zeros_like(grad), grad, precondition(grad)
+    p, rz = -z, dot(grad, z)
+    gain = torch.zeros_like(rz)
+    active = (rz > 0) & torch.isfinite(rz)
+    for _ in range(min(x.shape[-1], _PRODUCTS)):
+        image = product(p)
+        curvature = dot(p, image)
+        bends = active & (curvature != 0)
+        a = torch.where(bends, safe_divide(rz, curvature.abs()), 0.0)
+        d, r = d + a[:, None] * p, r + a[:, None] * image
+        gain = gain + 0.5 * a * rz
+        z = precondition(r)
+        rz, before = dot(r, z), rz
+        active = bends & (curvature > 0) & (rz > 0) & torch.isfinite(rz)
+        if not any_lane(active):
+            break
+        p = safe_divide(rz, before)[:, None] * p - z
+    return d, safe_divide(gain, value.detach().abs())
