@@ -30,35 +30,52 @@ Autocast
     in half precision all the same enters autocast itself, and needs an ``rtol`` that these can reach.
 
 State
-    A NamedTuple of tensors. It begins with ``iter_num``, ``error``, ``target``, ``status`` and ``history``, goes on
-    with what the method remembers, and has one value for each lane. It comes out of ``run`` detached; out of
-    ``update``, what is reported is detached and what is remembered is not, so that a loop over ``update`` has the right
-    derivative.
+    A `State`: ``iter_num``, ``error``, ``target``, ``status``, ``history``, ``progress`` and the ``memory`` of the
+    method, such as an `LbfgsMemory`; ``state.converged`` is ``status == CONVERGED``. Each tensor has one value for
+    each lane. It comes out of ``run`` detached; out of ``update``, what is reported is detached and the memory is
+    not, so that a loop over ``update`` has the right derivative.
 
 Pickling
-    A solver pickles, with its functions and linear solvers, if the user's functions do: workers that are spawned and
-    `torch.save` take it. A state loads with ``torch.load(file, weights_only=True)``.
+    A solver pickles, with its functions and linear solvers, if the user's functions do: workers that are spawned
+    and `torch.save` take it. A state loads with ``torch.load(file, weights_only=True)``.
+
+When a search ends
+    The error is the Euclidean norm, over all leaves, of the residual ``F(x)`` of the optimality condition: ``x -
+    f(x)`` for fixed points, ``F(x)`` for roots, the gradient for minima, ``J'r`` for least squares, ``x - prox(x -
+    grad, 1)`` under constraints and with penalties, the violation of the KKT conditions for `qp`. By default a
+    search has converged when changing the unknowns by ``p`` of themselves would explain the error, ``|F(x)| <= p |J
+    x|`` with ``p = max(4 eps, 4e-11)``, or when the error is rounding. ``J`` is the Jacobian of ``F``; ``|J x|`` is
+    measured by a difference at the initial guess, and again where the search ends, so the units of the function and
+    of ``x`` do not matter. Two evaluations are spent on that.
+
+    =============  =============  =========================================================================
+    ``rtol``       ``atol``       the target of the error
+    =============  =============  =========================================================================
+    not given      not given      ``p |J x|``, at the initial guess ``x0`` at least ``p |F(x0)|``
+    ``r``          not given      ``max(r |F(x0)|, p |J x0|)``
+    not given      ``a``          ``a``
+    ``r``          ``a``          ``max(r |F(x0)|, a)``
+    =============  =============  =========================================================================
+
+    By default a method that knows a step of Newton's kind must besides be near the solution: its last step is at
+    most ``eps^(1/3) |x|``. `newton`, `newton_cg`, `gauss_newton`, `levenberg_marquardt` and the doglegs know one;
+    `lbfgs` and `nonlinear_cg` compute one where they have come to their target, from some products with the Hessian
+    (none where the objective has no second derivative). Where it is longer, the search goes on.
+
+    A search that gets no closer says so. Where the error has not become smaller for some iterations, or a line
+    search has failed, the rounding floor is measured: the change of ``F`` when every unknown moves by 4 units in
+    its last place, two evaluations. A search whose error is no more has CONVERGED with default tolerances, if a
+    step of Newton's kind is at most ``eps^(1/6) |x|`` where there is one, and else has STALLED. A search whose line
+    search has failed has converged with default tolerances also at ``|F(x)| <= eps^(2/3) |J x|``. After 16 steps of
+    length zero it has STALLED. ``state.progress.floor`` is the floor. `bisection` and `qp` judge their own
+    rounding: the first by its brackets, the second by the terms of its equations.
+
+    Give ``atol``, in the error's units, where the guess and the solution are zero: there is then no size to go by.
+    Give it also where unknowns, or equations, of very different sizes share the norm, in which the large ones hide
+    the small.
 
 Options of every factory:
-    rtol, atol: a lane has converged at ``error <= max(rtol * first_error, atol)``. The error is the Euclidean norm
-        over all leaves of what the solution makes zero, at the current ``params`` and in its units: ``f(x) - x`` for
-        fixed points, ``F(x)`` for roots, the gradient for minima, ``J'r`` for least squares, ``x - prox(x - grad, 1)``
-        for constrained and composite minima, the violation of the KKT conditions for `qp`. A small step is not
-        convergence. ``first_error`` is that of the initial guess ``x``. ``rtol=None`` is ``eps^(2/3)`` of the dtype:
-        4e-11 in float64, 2e-5 in float32. ``atol=None`` is no number, so that the units of the user's function do not
-        matter, but ``eps^(2/3)`` times the size, at the initial guess, of the terms that cancel in the error:
-        ``|f(x)|`` for fixed points, ``|J x|`` for roots, ``|H x|`` for minima, ``|J'J x|`` for least squares, for
-        constrained minima what the constraints leave of ``|H x|``, and zero for `bisection` and `qp`, which know when
-        they are done. So a guess near the solution has about the target that the guess zero has. (``J x`` and ``H x``
-        are differences, one evaluation more.) Nor must an error be smaller than rounding makes it: with ``atol=None``,
-        after 8, 16, 32, ... iterations and where a search fails, the target is at least what becomes of the error if
-        every unknown moves by ``4 eps`` of itself; ``state.target`` says what it was in the end. With both None ``run``
-        measures ``|J x|`` (for minima ``|H x|``, ...) again where the target is reached, and goes on if ``eps^(2/3)``
-        of that is less: a poor initial guess must not make a poor solution (in float32, one that is at most some 1e4
-        times as large). ``update`` alone does not.
-        Give a number, in the error's units, where the guess is zero and so, but for rounding, is the solution: then
-        there is no size to go by, and the search fails. Give one also where unknowns, or equations, of very different
-        sizes share the norm, in which the large ones hide the small.
+    rtol, atol: see above.
     maxiter: an integer is a budget, and using it up is no failure. None is a safety net, far above what the method
         should need, and meeting it is one.
     check_every: how many iterations to make between two looks at the status, which cost a synchronisation on a GPU.
@@ -66,7 +83,9 @@ Options of every factory:
     solve: the linear solver of the implicit derivative, see `implicitdiff.custom_root`.
     on_failure: ``"raise"`` an `implicitdiff.ConvergenceError` if a lane fails, ``"warn"`` with an
         `implicitdiff.ConvergenceWarning`, or ``"ignore"``: look at ``state.status``, whose values are those of
-        `Status`. What is not finite is a failure also within a budget.
+        `Status`. Every status but ``CONVERGED`` is a failure; within an integer ``maxiter``, ``BUDGET_SPENT`` and
+        ``STALLED`` are none. It goes for the linear solve of the derivative too, if ``solve`` is None: with
+        ``"ignore"`` the derivative of a lane whose matrix is singular is nan, and the others have theirs.
 
 Options of run:
     implicit_diff, checkpoint_every: see above.

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import implicitdiff.solvers._dense as _dense
 from implicitdiff.solvers._backtracking import Point, backtrack
+from implicitdiff.solvers._least_squares import gradient
 from implicitdiff.solvers._options import check_number
 from implicitdiff.solvers._rows import Rows, any_lane, dot, largest_entry, safe_divide, select, times
 from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
-from implicitdiff.solvers.gauss_newton import gradient
 
 WholeStep = Callable[[Tensor, Tensor], Tensor]
 """``whole(A, r)``: the ``s`` that makes ``|r + A s|`` least, whatever the rank of ``A``."""
@@ -58,6 +58,7 @@ class Trial(NamedTuple):
         gain: what it does gain; minus infinity where the residual is not finite.
         drowned: whether ``foretold`` is below the rounding of ``|r|^2 / 2``.
         whole: the step without a trust region.
+        promised: what it gains by the model, relative to ``|r|^2 / 2``.
     """
 
     x: Tensor
@@ -67,6 +68,7 @@ class Trial(NamedTuple):
     gain: Tensor
     drowned: Tensor
     whole: Tensor
+    promised: Tensor
 
     @property
     def known(self) -> Tensor:
@@ -111,7 +113,8 @@ def attempt(rows: Rows, x: Tensor, state: State[DoglegMemory], whole: WholeStep)
             new_x = select(known, new_x, x)
             new_r = select(known, new_r, r) if rows.plain else rows.fn(new_x)
         gain = torch.where(known, 0.5 * dot(r - new_r, r + new_r), -torch.inf)
-        return Trial(new_x, new_r, length(s), foretold, gain, foretold <= noise, path.full / D)
+        promised = safe_divide(path.gain(path.full), 0.5 * dot(r, r))
+        return Trial(new_x, new_r, length(s), foretold, gain, foretold <= noise, path.full / D, promised)
 
     def enough(new: Point, radius: Tensor) -> Tensor:
         trial = Trial(*new)
@@ -156,7 +159,11 @@ def conclude(
     )
     status = torch.where(stuck, int(Status.LINE_SEARCH_FAILED), state.status)
     x = select(accepted, trial.x, x)
-    progress = state.progress.fallen(accepted & ~trial.drowned).stepped(trial.whole, x)
+    units, eps = memory.scale.detach().sqrt(), torch.finfo(x.dtype).eps
+    progress = state.progress.fallen(accepted & ~trial.drowned)
+    progress = progress.stepped(units * trial.whole, units * x, anew=state.iter_num == 0)
+    # A step that promises nothing is long where the Jacobian has not full rank.
+    progress = progress._replace(step=torch.where(trial.promised <= eps**0.5, 0.0, progress.step))
     return x, state._replace(status=status, progress=progress, memory=memory)
 
 
@@ -193,8 +200,12 @@ class _Path(NamedTuple):
         share = safe_divide(c, b + torch.sqrt(torch.where(square > 0, square, 1.0)))
         down = -safe_divide(radius, length(self.g))[:, None] * self.g
         s = select(reaches, self.full, select(beyond, down, self.cauchy + share[:, None] * way))
+        return s, self.gain(s)
+
+    def gain(self, s: Tensor) -> Tensor:
+        """``(|r|^2 - |r + A s|^2) / 2``."""
         change = times(s, self.A.mT)
-        return s, -dot(self.g, s) - 0.5 * dot(change, change)
+        return -dot(self.g, s) - 0.5 * dot(change, change)
 
 
 def _path(A: Tensor, r: Tensor, whole: WholeStep) -> _Path:

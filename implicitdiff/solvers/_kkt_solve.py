@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class KKTProblem(LinearProblem):
     def primal(self, theta: Leaves) -> Leaves:
         assert isinstance(self.solver, LinearSolver)
         batch = math.prod(theta[0].shape[: len(self.lanes) + len(self.columns)])
-        algorithm = partial(self.solver.algorithm, unknowns=theta[0].numel() // max(1, batch))
+        algorithm: Any = partial(self.solver.algorithm, unknowns=theta[0].numel() // max(1, batch))  # type: ignore[call-arg]
         return LinearProblem.primal(replace(self, solver=replace(self.solver, algorithm=algorithm)), theta)
 
 

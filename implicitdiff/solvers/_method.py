@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from implicitdiff.solvers._newton_step import NewtonStep
 from implicitdiff.solvers._rows import Rows
 from implicitdiff.solvers._state import State
+from implicitdiff.solvers._status import Status
 
 
 class Start(NamedTuple):
@@ -41,9 +43,9 @@ class Method(NamedTuple):
         size: ``size(rows, x, memory)``, ``|J x|`` for the Jacobian ``J`` of the residual, if the memory holds it.
         steps_tell: whether the length of a step measures the error of ``x``, as in Newton's method; such a method sets
             it by `Progress.stepped`.
-        newton_step: ``newton_step(rows, x, memory) -> (d, gain, memory)``, a step of Newton's kind at x, what its model
-            promises to gain by it relative to the value, and the memory that tries it next; for methods whose own steps
-            say nothing. It may use second derivatives.
+        newton_step: ``newton_step(rows, x, memory)``, a step of Newton's kind at x, for methods whose own steps say
+            nothing. It may use second derivatives.
+        runs_off: the status of a search that goes away from everything, though its error falls.
         is_judged: whether the stopping rule judges the error; False: the method itself does.
         only_implicit: why ``implicit_diff=False`` makes no sense, if it makes none.
     """
@@ -55,6 +57,7 @@ class Method(NamedTuple):
     residual: Callable[[Any], Tensor] | None = None
     size: Callable[[Rows, Tensor, Any], Tensor] | None = None
     steps_tell: bool = False
-    newton_step: Callable[[Rows, Tensor, Any], tuple[Tensor, Tensor, Any]] | None = None
+    newton_step: Callable[[Rows, Tensor, Any], NewtonStep] | None = None
+    runs_off: Status = Status.DIVERGED
     is_judged: bool = True
     only_implicit: str | None = None

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._rows import Rows, any_lane, dot, safe_divide
+from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide
 
 _PRODUCTS = 8
 """How many products with the Hessian a step may take."""
 
 
-def newton_step(
-    rows: Rows, x: Tensor, value: Tensor, precondition: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """What some conjugate gradients make of ``H d = -g``, and what the quadratic model promises to gain by it, relative
-    to ``|f|``.
+class NewtonStep(NamedTuple):
+    """A step from ``x``.
+
+    Attributes:
+        x: where it begins.
+        d: about ``-H^-1 g``.
+        gain: what the quadratic model promises to gain by it, relative to ``|f|``.
+        size: ``|H x|``.
+        memory: the memory of the method that tries this step next.
+    """
+
+    x: Tensor
+    d: Tensor
+    gain: Tensor
+    size: Tensor
+    memory: Any = None
+
+
+def newton_step(rows: Rows, x: Tensor, value: Tensor, precondition: Callable[[Tensor], Tensor]) -> NewtonStep:
+    """What some conjugate gradients make of ``H d = -g``, by one evaluation.
 
     A gradient tells little of the directions in which an objective is flat beside others, and a quasi-Newton method
     knows the curvature of the directions it took. Preconditioned by its inverse Hessian, conjugate gradients see the
@@ -41,4 +57,4 @@ def newton_step(
         if not any_lane(active):
             break
         p = safe_divide(rz, before)[:, None] * p - z
-    return d, safe_divide(gain, value.detach().abs())
+    return NewtonStep(x, d, safe_divide(gain, value.detach().abs()), norm(product(x)))

@@ -61,7 +61,8 @@ def method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) ->
     check_stepsize(name, stepsize)
     start = partial(_start, stepsize=stepsize or 1.0)
     step = partial(_step, prox=prox, search=stepsize is None, acceleration=acceleration)
-    return Method(start, step, ProximalGradientMemory, 100_000, residual=attrgetter("residual"), size=_size)
+    held, off = attrgetter("residual"), Status.UNBOUNDED
+    return Method(start, step, ProximalGradientMemory, 100_000, residual=held, size=_size, runs_off=off)
 
 
 def _start(rows: Rows, x: Tensor, *, stepsize: float) -> Start:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 import implicitdiff._functorch as functorch
@@ -38,7 +37,7 @@ from implicitdiff.solvers._report import Callback, Report
 from implicitdiff.solvers._rows import Part, Rows, any_lane, select
 from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status, settle
-from implicitdiff.solvers._termination import PATIENCE, Termination
+from implicitdiff.solvers._termination import PATIENCE, Termination, Told
 
 
 class Solver(NamedTuple):
@@ -204,15 +203,15 @@ class Maker:
                 "as arguments (dropout: use eval mode)"
             )
         first_x, _, _ = self._frame(params, args)
-        before = torch.full_like(state.error, torch.inf)
+        told = Told.nobody(state)
         with contextlib.closing(report):
             while report.see(_plain(state), partial(_plain, params), state.error):
                 params, state = advance((params, state), *args)
                 if not any_lane(state.status == Status.RUNNING):
                     x, rows, _ = self._frame(params, args)
                     with _settings.full_precision():
-                        one = pytree.map_tensors(lambda t: t[None], (state, before))
-                        state, before = _unbatched(self.termination.judge(self.method, rows, first_x, x, *one))
+                        one = pytree.map_tensors(lambda t: t[None], (state, told))
+                        state, told = _unbatched(self.termination.judge(self.method, rows, first_x, x, *one))
         state = pytree.map_tensors(Tensor.detach, state)
         self._settle(_plain(state))
         return params, report.into(state)
@@ -239,7 +238,7 @@ class Maker:
     def _loop(self, rows: Rows, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
         lanes = rows.inputs.batch
         first_x, state = x, self._start(rows, x)
-        before = torch.full_like(state.error, torch.inf)
+        told = Told.nobody(state)
         every = 1 if report.keeps else self.options.check_every
 
         def show(x: Tensor) -> Any:
@@ -256,7 +255,7 @@ class Maker:
                     if resumed or count % PATIENCE == 0:
                         state = self._looked(rows, x, state)
                 if not any_lane(state.status == Status.RUNNING):
-                    state, before = self.termination.judge(self.method, rows, first_x, x, state, before)
+                    state, told = self.termination.judge(self.method, rows, first_x, x, state, told)
                     resumed = True
         self._settle(state if lanes else _unbatched(state))
         return x, report.into(state)

@@ -37,10 +37,11 @@ class Progress(NamedTuple):
     patience: Tensor
     floor: Tensor
 
-    def stepped(self, d: Tensor, x: Tensor) -> Progress:
-        """The same after a step ``d`` of Newton's kind to ``x``, whether the whole of it was made or not."""
+    def stepped(self, d: Tensor, x: Tensor, anew: Tensor | None = None) -> Progress:
+        """The same after a step ``d`` of Newton's kind to ``x``, whether the whole of it was made or not; ``reach``
+        begins ``anew`` in some lanes, as where ``x`` is in other units from then on."""
         length = norm(x)
-        reach = torch.maximum(length, self.reach)
+        reach = torch.maximum(length, self.reach if anew is None else torch.where(anew, 0.0, self.reach))
         least = torch.finfo(x.dtype).eps ** (1 / 6) * reach
         return self._replace(step=safe_divide(norm(d), torch.maximum(length, least)), reach=reach)
 

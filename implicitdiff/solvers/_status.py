@@ -20,13 +20,15 @@ class Status(enum.IntEnum):
 
     Attributes:
         RUNNING: not there yet.
-        CONVERGED: the error has reached its target.
-        BUDGET_SPENT: `maxiter` iterations were made, or so many as the safety net allows.
+        CONVERGED: the error has reached its target, and ``x`` the solution as far as the method can tell.
+        BUDGET_SPENT: `maxiter` iterations were made, or so many as ``maxiter=None`` allows.
         DIVERGED: a value is not finite, or the method has nowhere to go on from (a singular matrix).
         LINE_SEARCH_FAILED: no step along the method's direction is good enough.
         INFEASIBLE: no point satisfies the constraints.
-        UNBOUNDED: the objective has no lower bound on the feasible set.
-        STALLED: the search stands still: its steps have length zero, or the error is rounding above the target.
+        UNBOUNDED: the objective has no minimum: on the feasible set it has no lower bound, or it falls towards one at
+            infinity.
+        STALLED: no progress is possible in this precision: the error is rounding above the target or far from a
+            solution that is not determined any better, or steps have length zero.
     """
 
     RUNNING = 0
@@ -49,7 +51,7 @@ _ADVICE = {
     Status.STALLED: "no further progress in this precision: the tolerances ask for less than rounding, the problem is "
     "ill-conditioned, or steps have become zero; ask for less, use float64, or scale the problem",
     Status.INFEASIBLE: "no point satisfies the constraints",
-    Status.UNBOUNDED: "the objective has no lower bound on the feasible set",
+    Status.UNBOUNDED: "the objective has no minimum: it falls without end, or towards a bound at infinity",
 }
 
 

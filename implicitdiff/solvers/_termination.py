@@ -13,7 +13,7 @@ of the first condition. A search that cannot get closer has STALLED.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 import implicitdiff._pytree as pytree
 from implicitdiff.solvers._equations import Composite, Residual
 from implicitdiff.solvers._method import Method, Start
+from implicitdiff.solvers._newton_step import NewtonStep
 from implicitdiff.solvers._rows import Rows, any_lane, norm, select
 from implicitdiff.solvers._state import Progress, State
 from implicitdiff.solvers._status import Status, is_any_of
@@ -36,8 +37,46 @@ _RELIABLE = 1e-3
 """``|F(x)| / |J x|`` at which ``|J x|`` is that of the solution."""
 _FARTHER = 0.1
 """The part of its error that a search has to reach which is near its target, but not near the solution."""
-_IN_FAILURE = 1 / 6
-"""The power of ``eps`` that bounds the last step where rounding refuses the next: the error left is ``eps^(1/3)``."""
+
+
+class _Powers(NamedTuple):
+    """Powers of ``eps`` that bound the length of a step of Newton's kind, relative to ``x``.
+
+    Attributes:
+        near: where the search has come to its target.
+        failed: where rounding refuses the next step.
+        sure: where the search need not be looked at again.
+    """
+
+    near: float
+    failed: float
+    sure: float
+
+
+_OWN_STEPS = _Powers(near=1 / 3, failed=1 / 6, sure=1 / 2)
+"""Of a method that has made the step: the error that is left is about its square."""
+_TRIALS = _Powers(near=2 / 5, failed=1 / 3, sure=1 / 2)
+"""Of a method that has not: the step is the error."""
+
+
+class Told(NamedTuple):
+    """What the rule remembers of the lanes that it told to run on.
+
+    Attributes:
+        error: when a lane was last told so; at first infinite, and 0 where its target is final.
+        ratio: ``|F(x)| / |J x|`` then; at first 0.
+        length: ``|x|`` then.
+    """
+
+    error: Tensor
+    ratio: Tensor
+    length: Tensor
+
+    @classmethod
+    def nobody(cls, state: State[Any]) -> Told:
+        """At the beginning."""
+        none = torch.zeros_like(state.error)
+        return cls(error=torch.full_like(none, torch.inf), ratio=none, length=none)
 
 
 def precision(eps: float) -> float:
@@ -95,7 +134,7 @@ class Termination:
             return self._advanced(new, reached)
         new = new._replace(progress=_progress(x.detach(), new_x.detach(), error, new.progress))
         if method.steps_tell and self.is_default:
-            reached = reached & _is_settled(rows, new)
+            reached = reached & _is_settled(method, rows, new, "near")
         new = self._advanced(new, reached)
         stands = (new.status == Status.RUNNING) & (new.progress.still >= _STILL) & self._may_stall(new)
         return new._replace(status=torch.where(stands, int(Status.STALLED), new.status))
@@ -145,8 +184,8 @@ class Termination:
         there = asked & (state.error <= floor)
         good = there & self.is_default
         if any_lane(good):
-            state, _ = _measured_step(method, rows, x, state, good)
-            good = good & _is_settled(rows, state, _IN_FAILURE)
+            state = _with_step(state, _newton_step(method, rows, x, state), good, rows.eps)
+            good = good & _is_settled(method, rows, state, "failed")
         status = torch.where(there, int(Status.STALLED), state.status)
         return state._replace(
             status=torch.where(good, int(Status.CONVERGED), status),
@@ -155,8 +194,8 @@ class Termination:
         )
 
     def judge(
-        self, method: Method, rows: Rows, first_x: Tensor, x: Tensor, state: State[Any], before: Tensor
-    ) -> tuple[State[Any], Tensor]:
+        self, method: Method, rows: Rows, first_x: Tensor, x: Tensor, state: State[Any], told: Told
+    ) -> tuple[State[Any], Told]:
         """The state where every lane has stopped, some of which may have to run on.
 
         A default target was made at the initial guess, and a poor guess makes a coarse target. So ``|J x|`` is measured
@@ -170,21 +209,23 @@ class Termination:
             first_x: the initial guess.
             x: the unknowns.
             state: the state there.
-            before: the error with which a lane was last told to run on, at first infinite, and 0 where its target is
-                final; returned with the state.
+            told: of earlier judgements; returned with the state.
         """
         if not method.is_judged:
-            return state, before
+            return state, told
         failed = is_any_of(state.status, Status.LINE_SEARCH_FAILED, Status.BUDGET_SPENT) & (state.iter_num > 0)
         failed = failed & self._may_stall(state)
         reached = (state.status == Status.CONVERGED) & (state.iter_num > 0) & (state.target != state.progress.floor)
+        # A lane that came near the solution on its way to its last target is there now.
+        reached = reached & ~((told.error == 0) & _is_settled(method, rows, state, "sure"))
         if self.is_default and any_lane(failed | reached):
-            state, before = self._measured_again(
-                method, rows, first_x, x, state, failed, reached & (before > 0), before
-            )
-            state, before = self._stepped(method, rows, x, state, failed, reached, before)
+            coarse = reached & (told.error > 0)
+            step = _newton_step(method, rows, x, state)
+            state = _with_step(state, step, failed | reached, rows.eps)
+            state, told = self._measured_again(method, rows, first_x, x, state, step, failed, coarse, told)
+            state, told = self._stepped(method, rows, state, step, failed, reached, told)
             failed = failed & (state.status != Status.CONVERGED)
-        return self.look(method, rows, x, state, failed), before
+        return self.look(method, rows, x, state, failed), told
 
     def _measured_again(
         self,
@@ -193,52 +234,66 @@ class Termination:
         first_x: Tensor,
         x: Tensor,
         state: State[Any],
+        step: NewtonStep | None,
         failed: Tensor,
         reached: Tensor,
-        before: Tensor,
-    ) -> tuple[State[Any], Tensor]:
-        """The state with ``|J x|`` measured at x; lanes that `reached` a coarse target run on."""
+        told: Told,
+    ) -> tuple[State[Any], Told]:
+        """The state with ``|J x|`` measured at x; lanes that `reached` a coarse target run on.
+
+        There is no solution near a lane that was told so before, has gone farther away, and for which ``|J x|`` has
+        become smaller as the error has.
+        """
         if not any_lane(failed | reached):
-            return state, before
+            return state, told
         error, here = state.error, _residual(method, rows, x, state)
-        size = scale(rows.residual, rows, x, here, first_x, error)
+        size = scale(rows, x, here, first_x, error, None if step is None else step.size)
         fine, rough = precision(rows.eps) * size, rows.eps ** (2 / 3) * size
-        again = reached & (error > fine) & (2 * error < before)
+        again = reached & (error > fine) & (2 * error < told.error)
+        ratio, length = error / size, norm(x)
+        off = again & (told.ratio > 0) & (ratio > 0.1 * told.ratio) & (length > 1.2 * told.length)
+        again = again & ~off
         # Rounding is hardly ever more than this.
         if any_lane(again & (error <= 256.0 * rows.eps * size)):
             again = again & (error > rounding(rows.residual, rows, x, here))
         good = failed & (error <= rough)
-        state = self._running_on(state, again)._replace(
-            target=torch.where(again, fine, torch.where(good, rough, state.target))
+        state = self._running_on(state, again)
+        state = state._replace(
+            target=torch.where(again, fine, torch.where(good, rough, state.target)),
+            status=torch.where(off, int(method.runs_off), state.status),
         )
-        return state, torch.where(again & (error > _RELIABLE * size), error, torch.where(again, 0.0, before))
+        is_final = ratio <= _RELIABLE
+        return state, Told(
+            error=torch.where(again, torch.where(is_final, 0.0, error), told.error),
+            ratio=torch.where(again, ratio, told.ratio),
+            length=torch.where(again, length, told.length),
+        )
 
     def _stepped(
         self,
         method: Method,
         rows: Rows,
-        x: Tensor,
         state: State[Any],
+        step: NewtonStep | None,
         failed: Tensor,
         reached: Tensor,
-        before: Tensor,
-    ) -> tuple[State[Any], Tensor]:
+        told: Told,
+    ) -> tuple[State[Any], Told]:
         """The state with the length of a step of Newton's kind where it has come near its target; a lane that is far
         from the solution all the same tries this step."""
         good, reached = failed & (state.error <= state.target), reached & (state.status == Status.CONVERGED)
         if not any_lane(good | reached):
-            return state, before
-        state, tried = _measured_step(method, rows, x, state, good | reached)
-        good = good & _is_settled(rows, state, _IN_FAILURE)
+            return state, told
+        good = good & _is_settled(method, rows, state, "failed")
         state = state._replace(status=torch.where(good, int(Status.CONVERGED), state.status))
-        if method.newton_step is None:
-            return state, before
-        far = reached & ~_is_settled(rows, state)
+        if step is None:
+            return state, told
+        far = reached & ~_is_settled(method, rows, state, "near")
         state = self._running_on(state, far)._replace(
             target=torch.where(far, _FARTHER * state.error, state.target),
-            memory=_select_all(far, tried, state.memory),
+            memory=_select_all(far, step.memory, state.memory),
         )
-        return state, torch.where(far, 0.0, before)
+        return state, told._replace(error=torch.where(far, 0.0, told.error))
 
     def _running_on(self, state: State[Any], where: Tensor) -> State[Any]:
         on = torch.where(state.iter_num < self.limit, int(Status.RUNNING), int(Status.BUDGET_SPENT))
@@ -255,37 +310,42 @@ def _progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Progres
     )
 
 
-def _is_settled(rows: Rows, state: State[Any], power: float = 1 / 3) -> Tensor:
-    """Whether the last step was so small that the error left, about its square, is negligible."""
-    settled: Tensor = state.progress.step <= rows.eps**power
+def _is_settled(method: Method, rows: Rows, state: State[Any], when: str) -> Tensor:
+    """Whether the last step of Newton's kind was so short that ``x`` is near the solution."""
+    powers = _OWN_STEPS if method.steps_tell else _TRIALS
+    settled: Tensor = state.progress.step <= rows.eps ** getattr(powers, when)
     return settled
 
 
-def _measured_step(method: Method, rows: Rows, x: Tensor, state: State[Any], asked: Tensor) -> tuple[State[Any], Any]:
-    """The state with the length of a step of Newton's kind, in some lanes, and the memory that tries this step; where
-    there are no second derivatives, or the step promises nothing, its length is 0."""
+def _residual(method: Method, rows: Rows, x: Tensor, state: State[Any]) -> Tensor:
+    """The residual at ``x``, which many memories hold."""
+    return (rows.residual(rows, x) if method.residual is None else method.residual(state.memory)).detach()
+
+
+def _newton_step(method: Method, rows: Rows, x: Tensor, state: State[Any]) -> NewtonStep | None:
+    """A step of Newton's kind, if the method can make one."""
     if method.newton_step is None:
-        return state, state.memory
+        return None
     try:
-        d, gain, tried = method.newton_step(rows, x, state.memory)
+        return method.newton_step(rows, x, state.memory)
     except (RuntimeError, NotImplementedError):
-        # Functions of autograd may be differentiable once only. Their gradient alone is judged.
-        return state, state.memory
-    step = state.progress.stepped(d, x).step
-    step = torch.where(gain > 16.0 * rows.eps, step, 0.0)
-    progress = state.progress._replace(step=torch.where(asked, step, state.progress.step))
-    return state._replace(progress=progress), tried
+        # A function of autograd may be differentiable once only. Its gradient alone is judged.
+        return None
+
+
+def _with_step(state: State[Any], step: NewtonStep | None, where: Tensor, eps: float) -> State[Any]:
+    """The state with the length of a step in some lanes; 0 if it promises nothing but rounding."""
+    if step is None:
+        return state
+    progress = state.progress.stepped(step.d, step.x)
+    length = torch.where(step.gain > 16.0 * eps, progress.step, 0.0)
+    return state._replace(progress=state.progress._replace(step=torch.where(where, length, state.progress.step)))
 
 
 def _select_all(where: Tensor, new: Any, old: Any) -> Any:
     leaves, structure = pytree.flatten(new)
     pairs = zip(leaves, structure.tensors_of(old), strict=True)
     return structure.unflatten([a if a is b else select(where, a, b) for a, b in pairs])
-
-
-def _residual(method: Method, rows: Rows, x: Tensor, state: State[Any]) -> Tensor:
-    """The residual at ``x``, which many memories hold."""
-    return (rows.residual(rows, x) if method.residual is None else method.residual(state.memory)).detach()
 
 
 def _first_size(method: Method, rows: Rows, x: Tensor, memory: Any) -> Tensor:
@@ -332,20 +392,20 @@ def composite_size(rows: Rows, x: Tensor, gradient: Tensor) -> Tensor:
     return norm(composite.away(rows, x, unbalanced) - composite.away(rows, x, gradient))
 
 
-def scale(residual: Residual, rows: Rows, x: Tensor, here: Tensor, first_x: Tensor, error: Tensor) -> Tensor:
-    """``|J x|`` at a point that may be a solution, after a search from ``first_x``.
+def scale(rows: Rows, x: Tensor, here: Tensor, first_x: Tensor, error: Tensor, size: Tensor | None) -> Tensor:
+    """``|J x|``, unless it is given, at a point that may be a solution, after a search from ``first_x``.
 
     Where that is hardly more than the error, the solution may be zero. There ``|J (first_x - x)|`` counts, with more
     digits, as it may be large.
     """
     x, back, step = x.detach(), (first_x - x).detach(), rows.eps ** (1 / 2)
-    size = norm(change(residual, rows, x, here))
+    size = norm(change(rows.residual, rows, x, here)) if size is None else size
     small = ~(size > 100 * error)
     if not any_lane(small):
         return size
     # No further than `change` goes, where that is anywhere.
     step = step * (norm(x) / norm(back)).nan_to_num(nan=1.0).clamp(min=step, max=1.0)
-    way = norm(residual(rows, x + step[:, None] * back) - here) / step
+    way = norm(rows.residual(rows, x + step[:, None] * back) - here) / step
     return torch.where(small, torch.fmax(size, rows.eps ** (1 / 6) * way), size)
 
 

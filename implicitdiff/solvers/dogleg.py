@@ -11,11 +11,11 @@ from torch import Tensor
 import implicitdiff.solvers._dogleg as _dogleg
 import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._dogleg import DoglegMemory
+from implicitdiff.solvers._least_squares import gradient, normal_residual, normal_size
 from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._rows import Rows, any_lane, norm, select
 from implicitdiff.solvers._solver import Solver, make
 from implicitdiff.solvers._state import State
-from implicitdiff.solvers.gauss_newton import gradient, normal_residual, normal_size
 
 
 def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any) -> Solver:

@@ -11,6 +11,7 @@ from torch import Tensor
 import implicitdiff.solvers._dense as _dense
 import implicitdiff.solvers._equations as _equations
 import implicitdiff.solvers._newton as _newton
+from implicitdiff.solvers._least_squares import gradient, normal_residual, normal_size
 from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._rows import Rows, norm, select, times
 from implicitdiff.solvers._solver import Solver, make
@@ -92,19 +93,3 @@ def _step(rows: Rows, x: Tensor, state: State[GaussNewtonMemory]) -> tuple[Tenso
         progress=state.progress.stepped(d, new_x),
         memory=GaussNewtonMemory(new_r, J, growth),
     )
-
-
-def normal_residual(memory: Any) -> Tensor:
-    """``J' r``, from a memory with a residual and a Jacobian."""
-    return gradient(memory.jacobian, memory.residual)
-
-
-def normal_size(rows: Rows, x: Tensor, memory: Any) -> Tensor:
-    """``|J'J x|``: how much ``J' r`` changes from zero to here, if the residual is linear."""
-    return norm(gradient(memory.jacobian, times(x, memory.jacobian.mT)))
-
-
-def gradient(jacobian: Tensor, residual: Tensor) -> Tensor:
-    """``J' r``."""
-    product: Tensor = torch.einsum("lmn,lm->ln", jacobian, residual)
-    return product

@@ -41,8 +41,8 @@ def gradient_descent(
         >>> import torch
         >>> from implicitdiff.solvers import gradient_descent
         >>> solver = gradient_descent(lambda x, theta: ((x - theta) ** 2).sum() + x.sum() ** 2)
-        >>> solver.run(torch.zeros(2), torch.tensor([1.0, 2.0]))[0].round(decimals=4)
-        tensor([0., 1.])
+        >>> solver.run(torch.zeros(2), torch.tensor([1.0, 3.0]))[0]
+        tensor([-0.3333,  1.6667])
     """
     method = _proximal_gradient.method("gradient_descent", _identity, stepsize, acceleration)
     return make("gradient_descent", _equations.stationary, (objective_fn,), method, options)

@@ -13,7 +13,7 @@ from torch import Tensor
 import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._line_search import arrive, begin, fell, search, unit_step
 from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._newton_step import newton_step
+from implicitdiff.solvers._newton_step import NewtonStep, newton_step
 from implicitdiff.solvers._options import check_count
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select
 from implicitdiff.solvers._solver import Solver, make
@@ -83,7 +83,8 @@ def lbfgs(objective_fn: Callable[..., Any], history: int = 10, **options: Any) -
     check_count("lbfgs", "history", history)
 
     start = partial(_start, history=history)
-    method = Method(start, _step, LbfgsMemory, 10_000, residual=attrgetter("grad"), newton_step=_newton_step)
+    held, off = attrgetter("grad"), Status.UNBOUNDED
+    method = Method(start, _step, LbfgsMemory, 10_000, residual=held, newton_step=_newton_step, runs_off=off)
     return make("lbfgs", _equations.stationary, (objective_fn,), method, options)
 
 
@@ -115,9 +116,9 @@ def _step(rows: Rows, x: Tensor, state: State[LbfgsMemory]) -> tuple[Tensor, Sta
     return point.x, _restarted(failed, state, rows.eps) if any_lane(failed) else state
 
 
-def _newton_step(rows: Rows, x: Tensor, memory: LbfgsMemory) -> tuple[Tensor, Tensor, LbfgsMemory]:
-    d, gain = newton_step(rows, x, memory.value, lambda v: -_direction(memory, v))
-    return d, gain, memory._replace(ahead=d)
+def _newton_step(rows: Rows, x: Tensor, memory: LbfgsMemory) -> NewtonStep:
+    step = newton_step(rows, x, memory.value, lambda v: -_direction(memory, v))
+    return step._replace(memory=memory._replace(ahead=step.d))
 
 
 def _direction(memory: LbfgsMemory, grad: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 import implicitdiff.solvers._dense as _dense
 import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._bounds import Limits, limits_of, limits_on
+from implicitdiff.solvers._least_squares import gradient, normal_residual, normal_size
 from implicitdiff.solvers._losses import check_loss_scale, loss_of
 from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._options import check_number
@@ -20,7 +21,6 @@ from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, s
 from implicitdiff.solvers._solver import Solver, make
 from implicitdiff.solvers._state import Progress, State
 from implicitdiff.solvers._status import Status
-from implicitdiff.solvers.gauss_newton import gradient, normal_residual, normal_size
 
 
 class LevenbergMarquardtMemory(NamedTuple):
@@ -249,7 +249,8 @@ def _step(
         losses = select(accepted, new_losses, losses)
         scale = torch.maximum(scale, select(accepted, new_squares, scale))
         memory = memory._replace(residual=r, jacobian=J, losses=losses, scale=scale)
-    progress = state.progress.fallen(accepted & ~drowned).stepped(d, x)
+    units = memory.scale.detach().sqrt()
+    progress = state.progress.fallen(accepted & ~drowned).stepped(units * d, units * x, anew=state.iter_num == 0)
     error = _error(rows, x, gradient(J, r), bounded)
     # Where the search may end, the step that tells how far x is from the solution is that without damping.
     ends = ~accepted | drowned
@@ -278,7 +279,8 @@ def _distance(
     # Singular values that rounding makes of zero promise no more than a square root of eps.
     squares = J.square().sum(dim=1)
     d = -_damped(J, r, rows.eps**1.5 * torch.where(squares > 0, squares, 1.0))
-    step = progress.stepped(d, x).step
+    units = memory.scale.detach().sqrt()
+    step = progress.stepped(units * d, units * x).step
     value, promised = losses.sum(dim=-1), -0.5 * dot(d, gradient(J, r))
     in_vain = ends & (value > 16.0 * _noise(rows, x, r, J, losses))
     step = torch.where(in_vain, step.clamp(min=1.0), step)

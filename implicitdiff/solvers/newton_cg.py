@@ -77,7 +77,8 @@ def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None
         check_count("newton_cg", "inner_maxiter", inner_maxiter)
 
     step = partial(_step, inner_maxiter=inner_maxiter)
-    method = Method(_start, step, NewtonCgMemory, 1_000, residual=attrgetter("grad"), steps_tell=True)
+    held, off = attrgetter("grad"), Status.UNBOUNDED
+    method = Method(_start, step, NewtonCgMemory, 1_000, residual=held, steps_tell=True, runs_off=off)
     return make("newton_cg", _equations.stationary, (objective_fn,), method, options)
 
 

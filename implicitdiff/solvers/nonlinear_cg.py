@@ -13,7 +13,7 @@ from torch import Tensor
 import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._line_search import arrive, begin, fell, search, unit_step
 from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._newton_step import newton_step
+from implicitdiff.solvers._newton_step import NewtonStep, newton_step
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select
 from implicitdiff.solvers._solver import Solver, make
 from implicitdiff.solvers._state import State
@@ -98,7 +98,8 @@ def nonlinear_cg(objective_fn: Callable[..., Any], formula: Formula = polak_ribi
         raise TypeError(f"nonlinear_cg: formula must be a function of (grad, old_grad, old_direction), got {formula!r}")
 
     step = partial(_step, formula=formula)
-    method = Method(_start, step, NonlinearCgMemory, 10_000, residual=attrgetter("grad"), newton_step=_newton_step)
+    held, off = attrgetter("grad"), Status.UNBOUNDED
+    method = Method(_start, step, NonlinearCgMemory, 10_000, residual=held, newton_step=_newton_step, runs_off=off)
     return make("nonlinear_cg", _equations.stationary, (objective_fn,), method, options)
 
 
@@ -108,9 +109,9 @@ def _start(rows: Rows, x: Tensor) -> Start:
     return Start(error, NonlinearCgMemory(**fields, direction=-grad, first_step=unit_step(grad)))
 
 
-def _newton_step(rows: Rows, x: Tensor, memory: NonlinearCgMemory) -> tuple[Tensor, Tensor, NonlinearCgMemory]:
-    d, gain = newton_step(rows, x, memory.value, lambda v: v)
-    return d, gain, memory._replace(direction=d, first_step=torch.ones_like(memory.first_step))
+def _newton_step(rows: Rows, x: Tensor, memory: NonlinearCgMemory) -> NewtonStep:
+    step = newton_step(rows, x, memory.value, lambda v: v)
+    return step._replace(memory=memory._replace(direction=step.d, first_step=torch.ones_like(memory.first_step)))
 
 
 def _step(
