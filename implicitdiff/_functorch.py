@@ -321,6 +321,7 @@ _UNTRANSFORMABLE = {
     ),
     "The differentiated Tensor at index": "torch.autograd.grad to its arguments: take torch.func.grad",
     "backward() called inside a functorch transform": "Tensor.backward: take torch.func.grad",
+    "You tried to vmap over": "an autograd.Function without a vmap rule: set generate_vmap_rule = True in its class",
     "torch.func.{grad, vjp, jacrev, hessian} don't yet support saved tensor hooks": (
         "hooks of saved tensors, as torch.utils.checkpoint has, which torch.func cannot transform: leave them out"
     ),

@@ -26,8 +26,7 @@ def polyhedron(
 
     The quadratic program ``min |x - v|^2 / 2`` by `implicitdiff.solvers.qp`, with the derivatives of its KKT conditions
     in ``v`` and all four numbers. Where an inequality touches without pressing, they are those of the side where it is
-    inactive. Where the active constraints are linearly dependent, the multipliers are not unique and the default
-    ``solve`` raises; `solve_lstsq` then gives the derivative of ``x`` in ``v``, which is unique.
+    inactive. The active constraints may be linearly dependent.
 
     Args:
         v: a tensor or a tree, of n entries.
@@ -41,7 +40,6 @@ def polyhedron(
         TypeError: ``A`` or ``G`` is no floating-point tensor, or ``b`` or ``h`` no number.
         ValueError: the shapes do not fit, or a matrix is given without its right-hand side.
         ConvergenceError: the set is empty, or the search fails.
-        LinearSolveError: in a derivative, the active constraints are linearly dependent.
 
     Example:
         >>> from implicitdiff.projections import polyhedron

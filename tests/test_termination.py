@@ -1,0 +1,369 @@
+"""The stopping rule: every sentence of its documentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import searches
+import torch
+from problem_sets import more_garbow_hillstrom, nist
+from problem_sets.problem import LeastSquares
+from searches import SEARCHES, THETA, Row
+from torch import Tensor
+from torch.func import grad, jacfwd, jacrev, vmap
+
+import implicitdiff.solvers as solvers
+from implicitdiff import ConvergenceError
+from implicitdiff.solvers import Progress, State, Status
+
+F32, F64 = torch.float32, torch.float64
+every_solver = pytest.mark.parametrize("row", SEARCHES, ids=str)
+JUDGED = [row for row in SEARCHES if row.name.split(",")[0] not in ("bisection", "qp") and "scipy" not in row.name]
+every_judged_solver = pytest.mark.parametrize("row", JUDGED, ids=str)
+A = torch.tensor([[3.0, 1.0, 0.5], [1.0, 2.0, 0.3], [0.5, 0.3, 1.5]], dtype=F64)
+B = torch.tensor([1.0, -2.0, 0.5], dtype=F64)
+
+
+def status_of(state: Any) -> Status:
+    return Status(int(state.status))
+
+
+# --- the state --------------------------------------------------------------------------------------------------------
+
+
+@every_solver
+def test_the_state_has_one_header_and_the_memory_of_the_method(row: Row) -> None:
+    _, state = row.solution_and_state(THETA)
+    assert type(state) is State and type(state.progress) is Progress
+    assert state.memory.__class__.__name__.endswith("Memory") and hasattr(solvers, type(state.memory).__name__)
+    assert state.converged.dtype == torch.bool and bool(state.converged) == (state.status == Status.CONVERGED)
+
+
+def test_a_state_of_another_method_is_refused() -> None:
+    x = torch.ones(3, dtype=F64)
+    state = solvers.newton(lambda x: x**3 - 1).init(x)
+    with pytest.raises(TypeError, match=r"memory of type LbfgsMemory.*one with a memory of type NewtonMemory"):
+        solvers.lbfgs(lambda x: (x**2).sum()).update(x, state)
+
+
+# --- the target -------------------------------------------------------------------------------------------------------
+
+
+def cubic(x: Tensor) -> Tensor:
+    return A @ x + x**3 - B
+
+
+def slope_times_x(x: Tensor) -> Tensor:
+    return (A + torch.diag(3 * x**2)) @ x
+
+
+def test_the_default_target_is_a_part_of_what_x_makes_of_the_residual() -> None:
+    x = torch.tensor([2.0, 1.0, -1.0], dtype=F64)
+    for dtype, p in ((F64, 4e-11), (F32, 4 * torch.finfo(F32).eps)):
+        fn = lambda x, dtype=dtype: A.to(dtype) @ x + x**3 - B.to(dtype)  # noqa: E731
+        state = solvers.newton(fn).init(x.to(dtype))
+        size = max(float(slope_times_x(x).norm()), float(cubic(x).norm()))
+        assert float(state.target) == pytest.approx(p * size, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [
+        ({"atol": 1e-3}, lambda first, size: 1e-3),
+        ({"rtol": 1e-3}, lambda first, size: 1e-3 * first),
+        ({"rtol": 1e-15}, lambda first, size: 4e-11 * size),
+        ({"rtol": 1e-3, "atol": 1e-9}, lambda first, size: 1e-3 * first),
+        ({"rtol": 1e-3, "atol": 1.0}, lambda first, size: 1.0),
+        ({"rtol": 0.0, "atol": 0.0}, lambda first, size: 0.0),
+    ],
+)
+def test_a_given_tolerance_is_the_target(options: dict[str, float], target: Callable[[float, float], float]) -> None:
+    x = torch.tensor([2.0, 1.0, -1.0], dtype=F64)
+    state = solvers.newton(cubic, **options).init(x)
+    expected = target(float(cubic(x).norm()), float(slope_times_x(x).norm()))
+    assert float(state.target) == pytest.approx(expected, rel=1e-2)
+
+
+def energy(x: Tensor) -> Tensor:
+    return 0.5 * x @ (A @ x) - B @ x + (x**4).sum() / 4
+
+
+COUNTED = {
+    "lbfgs": energy,
+    "nonlinear_cg": energy,
+    "newton_cg": energy,
+    "gradient_descent": energy,
+    "newton": cubic,
+    "broyden_root": cubic,
+    "dogleg_root": cubic,
+    "anderson": lambda x: torch.cos(A @ x / 8) + B / 4,
+    "broyden": lambda x: torch.cos(A @ x / 8) + B / 4,
+    "fixed_point_iteration": lambda x: torch.cos(A @ x / 8) + B / 4,
+    "levenberg_marquardt": lambda x: torch.cat([cubic(x), x]),
+    "gauss_newton": lambda x: torch.cat([cubic(x), x]),
+    "dogleg": lambda x: torch.cat([cubic(x), x]),
+}
+
+
+@pytest.mark.parametrize("guess", [0.5, 2.5])
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_default_costs_two_evaluations_more_than_a_given_tolerance(name: str, guess: float) -> None:
+    def run(**options: float) -> tuple[int, Any]:
+        calls = [0]
+
+        def counted(x: Tensor) -> Tensor:
+            calls[0] += 1
+            return COUNTED[name](x)
+
+        _, state = getattr(solvers, name)(counted, **options).run(torch.full((3,), guess, dtype=F64))
+        return calls[0], state
+
+    by_default, state = run()
+    given, _ = run(rtol=0.0, atol=1.0001 * float(state.error))
+    assert by_default <= given + 2
+
+
+# --- standing still ---------------------------------------------------------------------------------------------------
+
+
+def impossible(row: Row, dtype: torch.dtype, **options: Any) -> tuple[Tensor, Any]:
+    """A search for less than rounding."""
+    functions = searches.in_single_precision(row.family.functions) if dtype == F32 else row.family.functions
+    solver = row.factory(*functions, **{"rtol": 0.0, "atol": 1e-300 if dtype == F64 else 1e-37, **options})
+    theta = THETA.to(dtype)
+    return solver.run(row.family.start(theta), theta)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@every_judged_solver
+def test_a_tolerance_below_rounding_is_answered_soon(row: Row, dtype: torch.dtype) -> None:
+    functions = searches.in_single_precision(row.family.functions) if dtype == F32 else row.family.functions
+    theta = THETA.to(dtype)
+    _, arrived = row.factory(*functions, on_failure="ignore").run(row.family.start(theta), theta)
+    x, state = impossible(row, dtype, on_failure="ignore")
+    assert status_of(state) in (Status.STALLED, Status.CONVERGED, Status.LINE_SEARCH_FAILED)
+    # The digits that the default leaves, and then some iterations.
+    assert int(state.iter_num) <= 2.5 * int(arrived.iter_num) + 40
+    if status_of(state) is Status.STALLED:
+        assert state.error <= state.progress.floor or state.progress.still >= 16
+    tolerance = 1e-3 if dtype == F32 else 1e-7
+    torch.testing.assert_close(x.double(), row.family.closed_form(THETA), rtol=tolerance, atol=tolerance)
+
+
+def test_it_raises_and_says_why_unless_the_iterations_were_a_budget() -> None:
+    newton = lambda **options: solvers.newton(cubic, rtol=0.0, atol=1e-30, **options).run(torch.ones(3, dtype=F64))  # noqa: E731
+    with pytest.raises(ConvergenceError, match="no further progress in this precision") as caught:
+        newton()
+    assert caught.value.status is Status.STALLED
+    _, state = newton(maxiter=1000)
+    assert status_of(state) is Status.STALLED and state.iter_num < 30
+
+
+def test_zero_tolerances_and_a_budget_make_exactly_so_many_iterations() -> None:
+    for factory, fn in ((solvers.newton, cubic), (solvers.lbfgs, energy), (solvers.gradient_descent, energy)):
+        _, state = factory(fn, rtol=0.0, atol=0.0, maxiter=37, on_failure="ignore").run(torch.ones(3, dtype=F64))
+        assert state.iter_num == 37 or (state.error == 0) or status_of(state) is Status.LINE_SEARCH_FAILED
+
+
+def test_steps_of_length_zero_are_no_progress() -> None:
+    solver = solvers.gradient_descent(energy, stepsize=1e-30, acceleration=False, on_failure="ignore")
+    x, state = solver.run(torch.ones(3, dtype=F64))
+    assert status_of(state) is Status.STALLED and state.iter_num == 16 and torch.equal(x, torch.ones(3, dtype=F64))
+
+
+def test_steps_by_hand_stall_as_a_run_does() -> None:
+    solver = solvers.newton(cubic, rtol=0.0, atol=1e-30, on_failure="ignore")
+    x = torch.ones(3, dtype=F64)
+    found, expected = solver.run(x)
+    state = solver.init(x)
+    while state.status == Status.RUNNING:
+        x, state = solver.update(x, state)
+    assert status_of(state) is Status.STALLED and state.iter_num == expected.iter_num
+    torch.testing.assert_close(x, found, rtol=0, atol=0)
+
+
+def test_lanes_stall_as_they_do_alone() -> None:
+    solver = solvers.newton(lambda x, c: A @ x + x**3 - c, rtol=0.0, atol=1e-30, on_failure="ignore")
+    c = torch.stack([B, 10 * B, torch.zeros(3, dtype=F64)])
+    x = torch.ones(3, dtype=F64)
+    _, together = vmap(lambda c: solver.run(x, c))(c)
+    alone = [solver.run(x, row)[1] for row in c]
+    assert together.status.tolist() == [int(s.status) for s in alone]
+    assert together.status[0] == Status.STALLED and together.iter_num.max() < 40
+
+
+# --- near the solution ------------------------------------------------------------------------------------------------
+
+
+def problem(name: str) -> LeastSquares:
+    return next(p for p in (*more_garbow_hillstrom.PROBLEMS, *nist.PROBLEMS) if p.name == name)
+
+
+def squares(p: LeastSquares) -> Callable[[Tensor], Tensor]:
+    return lambda x: (p.residual(x) ** 2).sum()
+
+
+def value(p: LeastSquares, x: Tensor) -> float:
+    return float((p.residual(x.double()) ** 2).sum())
+
+
+@pytest.mark.parametrize("factory", [solvers.lbfgs, solvers.levenberg_marquardt])
+@pytest.mark.parametrize("name", ["yearly temperature", "17 Osborne 1", "10 Meyer, scaled", "24 penalty II, n = 4"])
+def test_an_ill_conditioned_minimum_in_float32_is_claimed_only_where_it_is(factory: Any, name: str) -> None:
+    p = problem(name)
+    fn = squares(p) if factory is solvers.lbfgs else p.residual
+    x, state = factory(fn, on_failure="ignore").run(torch.tensor(p.start, dtype=F32))
+    assert status_of(state) in (Status.CONVERGED, Status.STALLED)
+    if state.converged:
+        assert value(p, x) <= 1.01 * p.values[0]
+
+
+@pytest.mark.parametrize("name", ["20 Watson, n = 6", "20 Watson, n = 9", "20 Watson, n = 12", "yearly temperature"])
+def test_levenberg_marquardt_arrives_where_the_gradient_says_little(name: str) -> None:
+    p = problem(name)
+    x, state = solvers.levenberg_marquardt(p.residual).run(torch.tensor(p.start, dtype=F64))
+    assert state.converged and value(p, x) == pytest.approx(p.values[0], rel=1e-6)
+
+
+def test_a_step_that_is_long_is_tried() -> None:
+    """A gradient of 1e-11 at the guess, with the minimum 1000 times as far away as the guess from zero."""
+    stiff = torch.tensor([1.0, 1e-9], dtype=F64)
+    objective = lambda x: (stiff * (x - torch.tensor([1.0, 1.0], dtype=F64)) ** 2).sum() / 2  # noqa: E731
+    x, state = solvers.lbfgs(objective).run(torch.tensor([0.5, 1e-3], dtype=F64))
+    assert state.converged
+    torch.testing.assert_close(x, torch.ones(2, dtype=F64), rtol=1e-6, atol=0)
+
+
+class Once(torch.autograd.Function):
+    """``x^2 / 2``, differentiable once only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square() / 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0]
+
+
+def test_an_objective_without_a_second_derivative_is_judged_by_its_gradient() -> None:
+    weight = torch.tensor([1.0, 3.0], dtype=F64)
+    with torch.no_grad():
+        x, state = solvers.lbfgs(lambda x: (weight * Once.apply(x - 1)).sum()).run(torch.zeros(2, dtype=F64))
+    assert state.converged
+    torch.testing.assert_close(x, torch.ones(2, dtype=F64), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("factory", [solvers.lbfgs, solvers.nonlinear_cg])
+def test_many_minima_are_as_good_as_one(factory: Any, dtype: torch.dtype) -> None:
+    """The Hessian has a null space, in which rounding makes steps of any length."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(20, 40, generator=generator, dtype=dtype)
+    tall = torch.randn(40, 20, generator=generator, dtype=dtype)
+    tall = torch.cat([tall, tall[:, :5]], dim=1)
+    for matrix in (wide, tall):
+        b = torch.randn(len(matrix), generator=generator, dtype=dtype)
+        objective = lambda x, matrix=matrix, b=b: ((matrix @ x - b) ** 2).mean()  # noqa: E731
+        x, state = factory(objective).run(torch.zeros(matrix.shape[1], dtype=dtype))
+        least = torch.linalg.lstsq(matrix.double(), b.double()[:, None], driver="gelsd").solution[:, 0]
+        off = (matrix.double() @ (x.double() - least)).norm() / b.double().norm()
+        assert state.converged and off < (1e-3 if dtype == F32 else 1e-8)
+
+
+# --- statuses ---------------------------------------------------------------------------------------------------------
+
+POINTS = torch.tensor([[1.0, 2.0], [2.0, 1.0], [-1.0, -1.5], [-2.0, -0.5]], dtype=F64)
+LABELS = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=F64)
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "nonlinear_cg", "newton_cg", "gradient_descent"])
+def test_separable_classes_have_no_minimum(name: str) -> None:
+    loss = lambda w: torch.nn.functional.softplus(-LABELS * (POINTS @ w)).mean()  # noqa: E731
+    with pytest.raises(ConvergenceError, match="no minimum") as caught:
+        getattr(solvers, name)(loss).run(torch.zeros(2, dtype=F64))
+    assert caught.value.status is Status.UNBOUNDED
+
+
+class Straight(torch.autograd.Function):
+    """Rounding whose gradient is that of the identity."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_a_gradient_that_is_not_of_the_value_fails_soon(dtype: torch.dtype) -> None:
+    aim, calls = torch.tensor([0.3, 1.7, -0.4], dtype=dtype), [0]
+
+    def objective(w: Tensor) -> Tensor:
+        calls[0] += 1
+        return ((Straight.apply(w) - aim) ** 2).sum()
+
+    _, state = solvers.lbfgs(objective, on_failure="ignore").run(torch.zeros(3, dtype=dtype))
+    assert status_of(state) is Status.LINE_SEARCH_FAILED and calls[0] < 300
+
+
+@pytest.mark.parametrize("factory", [solvers.gradient_descent, solvers.lbfgs])
+@pytest.mark.parametrize("implicit_diff", [True, False])
+def test_a_barrier_is_minimised_where_momentum_would_leave_the_domain(factory: Any, implicit_diff: bool) -> None:
+    barrier = lambda x, c: -torch.log(x).sum() + c @ x  # noqa: E731
+    c = torch.tensor([1.0, 100.0], dtype=F64)
+    solve = lambda c: factory(barrier).run(torch.ones(2, dtype=F64), c, implicit_diff=implicit_diff)[0]  # noqa: E731
+    torch.testing.assert_close(solve(c), 1 / c, rtol=1e-5, atol=0)
+    slope = jacrev(solve)(c)
+    assert slope.isfinite().all()
+    if implicit_diff:
+        torch.testing.assert_close(slope, torch.diag(-1 / c**2), rtol=1e-6, atol=1e-12)
+
+
+def test_scipys_own_status_and_message_are_kept() -> None:
+    fn = lambda x: ((x - 1) ** 4).sum() + 100 * (x[1:] - x[:-1] ** 2).square().sum()  # noqa: E731
+    options = {"method": "L-BFGS-B", "on_failure": "ignore"}
+    _, state = solvers.scipy_minimize(fn, scipy_options={"maxfun": 20}, **options).run(torch.zeros(10, dtype=F64))
+    assert status_of(state) is Status.BUDGET_SPENT
+    assert state.memory.code == 1 and "EXCEEDS LIMIT" in state.memory.text
+    _, state = solvers.scipy_minimize(fn, **options).run(torch.zeros(10, dtype=F64))
+    assert state.memory.code == 0 and "CONVERGENCE" in state.memory.text
+
+
+# --- a failed lane and its derivative ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("derivative", [grad, jacfwd])
+def test_one_bad_lane_has_a_derivative_that_is_nan_where_that_was_asked_for(derivative: Any) -> None:
+    fn = lambda x, c: c * (x - 1) ** 2 + (1 - c) * (x - 1)  # noqa: E731  # a double root at 1 for c = 1
+    run = lambda solver: lambda c: solver.run(torch.ones((), dtype=F64), c)[0] * (1 + c)  # noqa: E731
+    c = torch.tensor([0.0, 1.0, 0.5], dtype=F64)
+    slopes = vmap(derivative(run(solvers.newton(fn, on_failure="ignore"))))(c)
+    assert slopes.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(slopes[::2], torch.ones(2, dtype=F64))
+    with pytest.raises(Exception, match="singular"):
+        vmap(derivative(run(solvers.newton(fn))))(c)
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+def test_broyden_makes_a_new_jacobian_where_steps_fail() -> None:
+    def helical(x: Tensor) -> Tensor:
+        angle = torch.atan2(x[1], x[0]) / (2 * math.pi)
+        return torch.stack([10 * (x[2] - 10 * angle), 10 * (x[:2].norm() - 1), x[2]])
+
+    x, state = solvers.broyden_root(helical, backtracking=True).run(torch.tensor([-1.0, 1e-9, 0.0], dtype=F64))
+    assert state.iter_num < 30
+    torch.testing.assert_close(x, torch.tensor([1.0, 0.0, 0.0], dtype=F64), rtol=1e-8, atol=1e-8)
