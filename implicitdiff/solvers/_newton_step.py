@@ -10,9 +10,6 @@ from torch import Tensor
 
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide
 
-_PRODUCTS = 8
-"""How many products with the Hessian a step may take."""
-
 
 class NewtonStep(NamedTuple):
     """A step from ``x``.
@@ -32,8 +29,10 @@ class NewtonStep(NamedTuple):
     memory: Any = None
 
 
-def newton_step(rows: Rows, x: Tensor, value: Tensor, precondition: Callable[[Tensor], Tensor]) -> NewtonStep:
-    """What some conjugate gradients make of ``H d = -g``, by one evaluation.
+def newton_step(
+    rows: Rows, x: Tensor, value: Tensor, precondition: Callable[[Tensor], Tensor], products: int
+) -> NewtonStep:
+    """What conjugate gradients make of ``H d = -g`` with so many products, by one evaluation.
 
     A gradient tells little of the directions in which an objective is flat beside others, and a quasi-Newton method
     knows the curvature of the directions it took. Preconditioned by its inverse Hessian, conjugate gradients see the
@@ -44,7 +43,7 @@ def newton_step(rows: Rows, x: Tensor, value: Tensor, precondition: Callable[[Te
     p, rz = -z, dot(grad, z)
     gain = torch.zeros_like(rz)
     active = (rz > 0) & torch.isfinite(rz)
-    for _ in range(min(x.shape[-1], _PRODUCTS)):
+    for _ in range(products):
         image = product(p)
         curvature = dot(p, image)
         bends = active & (curvature != 0)

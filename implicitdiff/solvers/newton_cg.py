@@ -13,6 +13,7 @@ from torch import Tensor
 import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._line_search import arrive, begin, fell, search, unit_step
 from implicitdiff.solvers._method import Method, Start
+from implicitdiff.solvers._newton_step import NewtonStep, newton_step
 from implicitdiff.solvers._options import check_count
 from implicitdiff.solvers._rows import Product, Rows, any_lane, dot, norm, safe_divide
 from implicitdiff.solvers._solver import Solver, make
@@ -27,7 +28,7 @@ class NewtonCgMemory(NamedTuple):
         value: ``f(x)``.
         grad: ``grad f(x)``, as one vector of length ``n``.
         magnitude: the largest ``|f|`` so far, by which it is judged how precise its values are.
-        first_error: ``|grad f|`` at the initial guess.
+        first_error: ``|grad f|`` at the initial guess; infinite where the forcing term is to be zero.
     """
 
     value: Tensor
@@ -78,7 +79,7 @@ def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None
 
     step = partial(_step, inner_maxiter=inner_maxiter)
     held, off = attrgetter("grad"), Status.UNBOUNDED
-    method = Method(_start, step, NewtonCgMemory, 1_000, residual=held, steps_tell=True, runs_off=off)
+    method = Method(_start, step, NewtonCgMemory, 1_000, residual=held, newton_step=_newton_step, runs_off=off)
     return make("newton_cg", _equations.stationary, (objective_fn,), method, options)
 
 
@@ -97,8 +98,18 @@ def _step(
     point, failed, status = search(rows, x, state, d, torch.ones_like(memory.value))
     status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), status)
     memory = memory._replace(**arrive(memory, point))
-    progress = state.progress.fallen(fell(rows, state.memory, point)).stepped(d, point.x)
+    progress = state.progress.fallen(fell(rows, state.memory, point))
     return point.x, state._replace(error=norm(point.grad), status=status, progress=progress, memory=memory)
+
+
+def _newton_step(rows: Rows, x: Tensor, memory: NewtonCgMemory) -> NewtonStep:
+    """The step that the forcing term cut short; where it is long, the term is zero from then on."""
+    step = newton_step(rows, x, memory.value, lambda v: v, min(2 * x.shape[-1], _PRODUCTS))
+    return step._replace(memory=memory._replace(first_error=torch.full_like(memory.first_error, torch.inf)))
+
+
+_PRODUCTS = 60
+"""The most products with the Hessian that are made to see how far the solution is."""
 
 
 def _direction(product: Product, grad: Tensor, target: Tensor, active: Tensor, limit: int, eps: float) -> Tensor:

@@ -110,7 +110,7 @@ def _start(rows: Rows, x: Tensor) -> Start:
 
 
 def _newton_step(rows: Rows, x: Tensor, memory: NonlinearCgMemory) -> NewtonStep:
-    step = newton_step(rows, x, memory.value, lambda v: v)
+    step = newton_step(rows, x, memory.value, lambda v: v, min(x.shape[-1], 8))
     return step._replace(memory=memory._replace(direction=step.d, first_step=torch.ones_like(memory.first_step)))
 
 
