@@ -29,6 +29,11 @@ class NewtonStep(NamedTuple):
     memory: Any = None
 
 
+def few_products(rows: Rows, x: Tensor) -> int:
+    """How many products a method makes that makes none otherwise: more in float32, which determines less."""
+    return min(2 * x.shape[-1], 8 if rows.eps < 1e-10 else 16)
+
+
 def newton_step(
     rows: Rows, x: Tensor, value: Tensor, precondition: Callable[[Tensor], Tensor], products: int
 ) -> NewtonStep:

@@ -13,7 +13,7 @@ from torch import Tensor
 import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._line_search import arrive, begin, fell, search, unit_step
 from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._newton_step import NewtonStep, newton_step
+from implicitdiff.solvers._newton_step import NewtonStep, few_products, newton_step
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select
 from implicitdiff.solvers._solver import Solver, make
 from implicitdiff.solvers._state import State
@@ -110,7 +110,7 @@ def _start(rows: Rows, x: Tensor) -> Start:
 
 
 def _newton_step(rows: Rows, x: Tensor, memory: NonlinearCgMemory) -> NewtonStep:
-    step = newton_step(rows, x, memory.value, lambda v: v, min(x.shape[-1], 8))
+    step = newton_step(rows, x, memory.value, lambda v: v, few_products(rows, x))
     return step._replace(memory=memory._replace(direction=step.d, first_step=torch.ones_like(memory.first_step)))
 
 
