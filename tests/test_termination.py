@@ -276,6 +276,31 @@ def test_many_minima_are_as_good_as_one(factory: Any, dtype: torch.dtype) -> Non
         assert state.converged and off < (1e-3 if dtype == F32 else 1e-8)
 
 
+@pytest.mark.parametrize("factory", [solvers.gradient_descent, solvers.lbfgs, solvers.newton_cg])
+def test_a_solution_at_zero_is_found_from_elsewhere(factory: Any) -> None:
+    weights = torch.tensor([[1.0, 2.0], [-2.0, 0.5], [1.0, -2.5]], dtype=F64)
+    x, state = factory(lambda x: torch.logsumexp(weights @ x, 0)).run(torch.full((2,), 0.1, dtype=F64))
+    assert state.converged and x.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("fn", [lambda x: x**2 + 1, torch.cosh])
+def test_a_minimum_may_owe_its_curvature_to_the_residual(fn: Callable[[Tensor], Tensor]) -> None:
+    """There the Jacobian is zero."""
+    x, state = solvers.levenberg_marquardt(fn).run(torch.full((1,), 2.0, dtype=F64))
+    assert state.converged and x.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("unit", [1.0, 2e3, 1e6])
+def test_a_guess_near_a_bound_is_not_taken_for_a_solution(unit: float, dtype: torch.dtype) -> None:
+    """The residual is no longer than the way to the bound, and the gradient is as large as can be."""
+    s = torch.tensor([1.0, 2.0, 3.0], dtype=dtype)
+    x, _ = solvers.levenberg_marquardt(lambda x: unit * (x - s), bounds=(0.0, None)).run(1.3 * s)
+    torch.testing.assert_close(x, s, rtol=1e-5, atol=0)
+    x, _ = solvers.lbfgs_b(lambda x: 0.5 * unit**2 * ((x - s) ** 2).sum(), (0.0, None)).run(1.3 * s)
+    torch.testing.assert_close(x, s, rtol=1e-5, atol=0)
+
+
 # --- statuses ---------------------------------------------------------------------------------------------------------
 
 POINTS = torch.tensor([[1.0, 2.0], [2.0, 1.0], [-1.0, -1.5], [-2.0, -0.5]], dtype=F64)

@@ -203,15 +203,23 @@ class Maker:
                 "as arguments (dropout: use eval mode)"
             )
         first_x, _, _ = self._frame(params, args)
-        told = Told.nobody(state)
+
+        def judge(params: Any, state: State[Any], told: Told) -> tuple[State[Any], Told]:
+            x, rows, _ = self._frame(params, args)
+            with _settings.full_precision():
+                one = pytree.map_tensors(lambda t: t[None], (state, told))
+                judged: tuple[State[Any], Told] = _unbatched(
+                    self.termination.judge(self.method, rows, first_x, x, *one)
+                )
+            return judged
+
+        frame = _Frame(
+            see=lambda params, state: report.see(_plain(state), partial(_plain, params), state.error),
+            advance=lambda params, state, _: advance((params, state), *args),
+            judge=judge,
+        )
         with contextlib.closing(report):
-            while report.see(_plain(state), partial(_plain, params), state.error):
-                params, state = advance((params, state), *args)
-                if not any_lane(state.status == Status.RUNNING):
-                    x, rows, _ = self._frame(params, args)
-                    with _settings.full_precision():
-                        one = pytree.map_tensors(lambda t: t[None], (state, told))
-                        state, told = _unbatched(self.termination.judge(self.method, rows, first_x, x, *one))
+            params, state = _until_stopped(params, state, frame)
         state = pytree.map_tensors(Tensor.detach, state)
         self._settle(_plain(state))
         return params, report.into(state)
@@ -236,32 +244,59 @@ class Maker:
         return self.optimality_fn(params, args)
 
     def _loop(self, rows: Rows, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
-        lanes = rows.inputs.batch
-        first_x, state = x, self._start(rows, x)
-        told = Told.nobody(state)
-        every = 1 if report.keeps else self.options.check_every
+        lanes, every = rows.inputs.batch, 1 if report.keeps else self.options.check_every
+        first_x, count, resumed = x, 0, False
 
-        def show(x: Tensor) -> Any:
-            return structure.unflatten(rows.inputs.unravel(x))
+        def see(x: Tensor, state: State[Any]) -> int:
+            return report.see(state, lambda: structure.unflatten(rows.inputs.unravel(x)), state.error)
+
+        def advance(x: Tensor, state: State[Any], running: int) -> tuple[Tensor, State[Any]]:
+            nonlocal count
+            mask = every > 1 or running < state.status.numel()
+            for _ in range(every):
+                x, state = self._step(rows, x, state, mask=mask)
+                count += 1
+                # Lanes that were told to run on count by themselves. The others do not, which saves a look.
+                if resumed or count % PATIENCE == 0:
+                    state = self._looked(rows, x, state)
+            return x, state
+
+        def judge(x: Tensor, state: State[Any], told: Told) -> tuple[State[Any], Told]:
+            nonlocal resumed
+            resumed = True
+            return self.termination.judge(self.method, rows, first_x, x, state, told)
 
         with contextlib.closing(report.over(lanes)):
-            count, resumed = 0, False
-            while running := report.see(state, partial(show, x), state.error):
-                mask = every > 1 or running < state.status.numel()
-                for _ in range(every):
-                    x, state = self._step(rows, x, state, mask=mask)
-                    count += 1
-                    # Lanes that were told to run on count by themselves. The others do not, which saves a look.
-                    if resumed or count % PATIENCE == 0:
-                        state = self._looked(rows, x, state)
-                if not any_lane(state.status == Status.RUNNING):
-                    state, told = self.termination.judge(self.method, rows, first_x, x, state, told)
-                    resumed = True
+            x, state = _until_stopped(x, self._start(rows, x), _Frame(see, advance, judge))
         self._settle(state if lanes else _unbatched(state))
         return x, report.into(state)
 
     def _settle(self, state: Any) -> None:
         settle(self.name, state, self.options.on_failure, budget=self.options.maxiter is not None)
+
+
+class _Frame(NamedTuple):
+    """Where the loop runs: in the caller's frame on trees, or below the transforms on rows.
+
+    Attributes:
+        see: ``see(x, state)``, how many lanes are still running.
+        advance: ``advance(x, state, running) -> (x, state)``, some iterations.
+        judge: ``judge(x, state, told) -> (state, told)``, where every lane has stopped.
+    """
+
+    see: Callable[[Any, State[Any]], int]
+    advance: Callable[[Any, State[Any], int], tuple[Any, State[Any]]]
+    judge: Callable[[Any, State[Any], Told], tuple[State[Any], Told]]
+
+
+def _until_stopped(x: Any, state: State[Any], frame: _Frame) -> tuple[Any, State[Any]]:
+    """The loop of every search."""
+    told = Told.nobody(state)
+    while running := frame.see(x, state):
+        x, state = frame.advance(x, state, running)
+        if not any_lane(state.status == Status.RUNNING):
+            state, told = frame.judge(x, state, told)
+    return x, state
 
 
 def make(

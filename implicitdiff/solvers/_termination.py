@@ -249,7 +249,7 @@ class Termination:
         error, here = state.error, _residual(method, rows, x, state)
         size = scale(rows, x, here, first_x, error, None if step is None else step.size)
         fine, rough = precision(rows.eps) * size, rows.eps ** (2 / 3) * size
-        again = reached & (error > fine) & (2 * error < told.error)
+        again = reached & (error > fine) & (2 * error < told.error) & (size > 0)
         ratio, length = error / size, norm(x)
         off = again & (told.ratio > 0) & (ratio > 0.1 * told.ratio) & (length > 1.2 * told.length)
         again = again & ~off
@@ -334,11 +334,12 @@ def _newton_step(method: Method, rows: Rows, x: Tensor, state: State[Any]) -> Ne
 
 
 def _with_step(state: State[Any], step: NewtonStep | None, where: Tensor, eps: float) -> State[Any]:
-    """The state with the length of a step in some lanes; 0 if it promises nothing but rounding."""
+    """The state with the length of a step in some lanes; 0 if it promises next to no gain, as where a Hessian without
+    full rank makes it long."""
     if step is None:
         return state
     progress = state.progress.stepped(step.d, step.x)
-    length = torch.where(step.gain > 16.0 * eps, progress.step, 0.0)
+    length = torch.where(step.gain > eps**0.5, progress.step, 0.0)
     return state._replace(progress=state.progress._replace(step=torch.where(where, length, state.progress.step)))
 
 
@@ -350,7 +351,11 @@ def _select_all(where: Tensor, new: Any, old: Any) -> Any:
 
 def _first_size(method: Method, rows: Rows, x: Tensor, memory: Any) -> Tensor:
     if method.size is not None:
-        return method.size(rows, x, memory).detach()
+        size = method.size(rows, x, memory).detach()
+        if not isinstance(rows.residual, Composite):
+            return size
+        # A residual under constraints is no longer than the way to their boundary, whatever its gradient is.
+        return torch.minimum(size, norm(x) / precision(rows.eps) ** 0.5)
     here = rows.residual(rows, x) if method.residual is None else method.residual(memory)
     return norm(change(rows.residual, rows, x, here.detach(), is_guess=True))
 
@@ -404,7 +409,8 @@ def scale(rows: Rows, x: Tensor, here: Tensor, first_x: Tensor, error: Tensor, s
     if not any_lane(small):
         return size
     # No further than `change` goes, where that is anywhere.
-    step = step * (norm(x) / norm(back)).nan_to_num(nan=1.0).clamp(min=step, max=1.0)
+    ratio = (norm(x) / norm(back)).nan_to_num(nan=1.0).clamp(max=1.0)
+    step = step * torch.where(ratio < rows.eps ** (1 / 4), 1.0, ratio)
     way = norm(rows.residual(rows, x + step[:, None] * back) - here) / step
     return torch.where(small, torch.fmax(size, rows.eps ** (1 / 6) * way), size)
 

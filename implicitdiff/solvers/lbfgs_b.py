@@ -101,7 +101,8 @@ def lbfgs_b(objective_fn: Callable[..., Any], bounds: Any, history: int = 10, **
 
     start = partial(_start, history=history)
     equation_of = partial(_boxed, limits=limits_of("lbfgs_b", bounds))
-    method = Method(start, _step, LbfgsBMemory, 10_000, residual=attrgetter("residual"), size=_size)
+    held, off = attrgetter("residual"), Status.UNBOUNDED
+    method = Method(start, _step, LbfgsBMemory, 10_000, residual=held, size=_size, runs_off=off)
     return make("lbfgs_b", equation_of, (objective_fn,), method, options)
 
 

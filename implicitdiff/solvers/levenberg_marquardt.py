@@ -277,8 +277,8 @@ def _distance(
     if bounded:
         J = torch.where(limits_on(rows).held(x, gradient(J, r))[:, None], 0.0, J)
     # Singular values that rounding makes of zero promise no more than a square root of eps.
-    squares = J.square().sum(dim=1)
-    d = -_damped(J, r, rows.eps**1.5 * torch.where(squares > 0, squares, 1.0))
+    # So do columns that have become so small, as at a minimum whose curvature comes from the residual alone.
+    d = -_damped(J, r, rows.eps**1.5 * torch.where(memory.scale > 0, memory.scale, 1.0).detach())
     units = memory.scale.detach().sqrt()
     step = progress.stepped(units * d, units * x).step
     value, promised = losses.sum(dim=-1), -0.5 * dot(d, gradient(J, r))
