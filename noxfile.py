@@ -37,6 +37,8 @@ PEERS = {
     "lineax": "0.1.1",
     "optax": "0.2.8",
 }
+# What benchmarks/rates.py compares quadratic programs with.
+QUADRATIC = {"osqp": "1.1.3", "clarabel": "0.11.1"}
 # The libraries of tests/programs.
 PROGRAMS = {
     "torchdiffeq": "0.2.5",
@@ -77,7 +79,7 @@ nox.options.sessions = ["tests", "docs-test", "lint", "typecheck"]
 
 
 def pinned(*names: str) -> list[str]:
-    versions = PINS | PROGRAMS
+    versions = PINS | PROGRAMS | QUADRATIC
     return [f"{name}=={versions[name]}" for name in names]
 
 
@@ -267,7 +269,7 @@ def bench_solvers(session: nox.Session) -> None:
 
 @nox.session
 def rates(session: nox.Session) -> None:
-    """Count the problems of the field's test sets that the solvers solve, beside SciPy's and Optimistix's."""
-    install(session)
+    """Count the problems of the field's test sets that the solvers solve, beside those of SciPy and other libraries."""
+    install(session, *QUADRATIC)
     install_peers(session)
     session.run("python", "benchmarks/rates.py", *session.posargs)

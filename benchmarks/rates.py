@@ -2,9 +2,10 @@
 
     python benchmarks/rates.py [set ...] [--dtype float32] [--solver lbfgs] [--missed]
 
-prints a table for each set and dtype, ours beside SciPy's and Optimistix's. All have their default options; Optimistix
-has none for its tolerances and gets ``sqrt(eps)``, which in float64 is about SciPy's. What is not installed is named
-and left out. What a solver misses goes to stderr as it happens.
+prints a table for each set and dtype, ours beside SciPy's, Optimistix's and JAXopt's. All have their default options,
+but for two: Optimistix has none for its tolerances, and JAXopt's are as large as 1e-3 after 50 or 500 steps. Both get
+``sqrt(eps)``, which in float64 is about SciPy's, and JAXopt 10000 steps. What is not installed is named and left out.
+What a solver misses goes to stderr as it happens.
 
 Sets of least-squares problems
     ``mgh`` (More, Garbow and Hillstrom) and ``nist``, solved as ``min |r|^2`` by methods for least squares; ``...-gn``
@@ -13,16 +14,25 @@ Sets of least-squares problems
     vector of tens or hundreds. NIST gives two for each problem. One at which ``|r|^2`` is not finite in the dtype is
     left out.
 
+Other sets
+    ``minpack-roots``, ``nonlinear-solve`` and ``roots`` are systems ``F(x) = 0``, the first with all initial guesses of
+    MINPACK's test; SciPy's "hybr" and "lm" get the Jacobian. ``fixed-points`` are ``f(x) = x``, which "hybr" solves as
+    ``x - f(x) = 0``. ``brackets`` are scalar roots between bounds. ``bounded`` are minima between bounds, ``minima``
+    those without. ``composites`` are minima of a smooth function and a penalty, ``sets`` of one over a convex set,
+    ``simplices`` those of these whose set is a product of simplices. ``programs`` are quadratic programs, with a table
+    of their own: see `_programs`. The tables are those of ``tests/problem_sets``, and so are the judges: see
+    ``checks.py`` for what they allow.
+
 Evaluations
     are calls of the user's function, so a Jacobian or a gradient counts as one, with the value that comes along; of
-    Optimistix, steps, each of which evaluates once. Their sum is over the cases at which every solver of the table
-    arrives.
+    Optimistix and JAXopt, steps, each of which evaluates once or more. Their sum is over the cases at which every
+    solver of the table arrives.
 
 Dtypes
     In float32 functions and derivatives are evaluated in float32. SciPy iterates in float64 all the same: it is given
     their values cast to float64, and what it returns is rounded to float32.
 
-Arrived
+Arrived, in a set of least-squares problems
     ``|r(x)|^2``, computed in float64, is within ``allowed(v)`` of a known minimum ``v``, the largest of
 
     - ``tol v``, ``tol`` 1e-5 in float64 and 1e-3 in float32;
@@ -35,7 +45,7 @@ Arrived
 
     Float32 can do that: NIST's certified solutions, rounded to it, use up less than a thousandth of what is allowed.
 
-False claim
+False claim, in a set of least-squares problems
     The solver says that it has converged, has not arrived, and SciPy's "lm" or "trf", going on from there in float64
     with all tolerances at eps and 2000 evaluations each, lowers ``|r|^2`` by more than ``allowed``. To claim another
     local minimum is not false, nor is any other point where they find no way down; a valley is, and a slope.
@@ -54,75 +64,40 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 
 import argparse
-import importlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import _programs
+import _rates_minima
+import _rates_roots
 import numpy as np
 import scipy.optimize as so
 import torch
-from torch.func import grad_and_value, jacfwd
-
-from implicitdiff import solvers
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-
+from _rates_runs import (
+    DTYPES,
+    MISSING,
+    Array,
+    Function,
+    Judge,
+    Outcome,
+    Run,
+    Set,
+    finite,
+    optimistix_run,
+    ours,
+    residual,
+    scipy_min,
+    scipy_squares,
+    slope,
+)
 from problem_sets import more_garbow_hillstrom, nist
 from problem_sets.problem import LeastSquares
 
-Array = np.ndarray
-DTYPES = ("float64", "float32")
-MISSING = []
-
-
-def peer(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        MISSING.append(name)
-        return None
-
-
-jax, optimistix = map(peer, ("jax", "optimistix"))
-
-
-class Outcome(NamedTuple):
-    """Of one run: what was returned, whether as a solution, evaluations, and whether the default limit ended it."""
-
-    x: Array
-    claimed: bool
-    evaluations: int
-    still: bool = False
-
-
-Run = Callable[[Any, Array, str], Outcome]
-"""``run(problem, start, dtype)``; an exception counts as neither arrived nor claimed."""
-
-
-class Judge(NamedTuple):
-    """Of a point, ``(problem, x, dtype)``: whether it is a solution, and if not, whether to claim it is false."""
-
-    arrived: Callable[[Any, Array, str], bool]
-    improvable: Callable[[Any, Array, str], bool]
-
-
-class Set(NamedTuple):
-    """Problems (with a name), solvers by name, and the initial guesses of a problem by label.
-
-    A solver of a library that may be missing is called "library.name".
-    """
-
-    name: str
-    problems: Sequence[Any]
-    solvers: Sequence[tuple[str, Run]]
-    starts: Callable[[Any, str], dict[str, Array]]
-    judge: Judge
-
+from implicitdiff import solvers
 
 # --- least squares ----------------------------------------------------------------------------------------------------
 
@@ -136,11 +111,13 @@ def value(problem: LeastSquares, x: Sequence[float] | Array) -> float:
 
 
 def standard(problem: LeastSquares, dtype: str) -> dict[str, Array]:
-    return finite(problem, {f"{i + 1}": start for i, start in enumerate((problem.start, *problem.starts))}, dtype)
+    return finite(
+        problem.residual, {f"{i + 1}": start for i, start in enumerate((problem.start, *problem.starts))}, dtype
+    )
 
 
 def first(problem: LeastSquares, dtype: str) -> dict[str, Array]:
-    return finite(problem, {"1": problem.start}, dtype)
+    return finite(problem.residual, {"1": problem.start}, dtype)
 
 
 def multiples(problem: LeastSquares, dtype: str) -> dict[str, Array]:
@@ -148,13 +125,7 @@ def multiples(problem: LeastSquares, dtype: str) -> dict[str, Array]:
     for factor in (10.0, 100.0):
         scaled = factor * starts["x1"]
         starts[f"x{factor:.0f}"] = scaled if scaled.any() else np.full_like(scaled, factor)
-    return finite(problem, starts, dtype)
-
-
-def finite(problem: LeastSquares, starts: dict[str, Any], dtype: str) -> dict[str, Array]:
-    arrays = {label: np.asarray(start, dtype=dtype) for label, start in starts.items()}
-    with np.errstate(all="ignore"):
-        return {k: v for k, v in arrays.items() if np.isfinite(np.square(problem.residual(v)).sum())}
+    return finite(problem.residual, starts, dtype)
 
 
 def allowed(problem: LeastSquares, v: float, dtype: str) -> float:
@@ -193,105 +164,27 @@ def polished(problem: LeastSquares, x: Array, method: str) -> float:
 LEAST_SQUARES = Judge(reached, can_fall)
 
 
-class Counted:
-    """A function that counts its calls."""
-
-    def __init__(self, fn: Callable[[Any], Any]) -> None:
-        self.fn, self.calls = fn, 0
-
-    def __call__(self, x: Any) -> Any:
-        self.calls += 1
-        return self.fn(x)
-
-
-def squares(residual: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda x: (residual(x) ** 2).sum()
-
-
-def tensor(x: Array, dtype: str) -> torch.Tensor:
-    return torch.tensor(np.asarray(x, dtype=dtype))
-
-
-def slope(fn: Callable[[Any], Any], dtype: str, x: Array) -> Array:
-    return jacfwd(fn)(tensor(x, dtype)).double().numpy()
-
-
-def ours(factory: Callable[..., Any], problem: LeastSquares, start: Array, dtype: str) -> Outcome:
-    """Of ``factory(residual)``."""
-    return searched(factory, Counted(problem.residual), start, dtype)
-
-
-def ours_min(factory: Callable[..., Any], problem: LeastSquares, start: Array, dtype: str) -> Outcome:
-    """Of ``factory(objective)``."""
-    return searched(factory, Counted(squares(problem.residual)), start, dtype)
-
-
-def searched(factory: Callable[..., Any], fn: Counted, start: Array, dtype: str) -> Outcome:
-    x, state = factory(fn, on_failure="ignore").run(tensor(start, dtype))
-    status = int(state.status)
-    still = status == solvers.Status.BUDGET_SPENT
-    return Outcome(x.numpy(), status == solvers.Status.CONVERGED, fn.calls, still)
-
-
-def scipy_squares(method: str, problem: LeastSquares, start: Array, dtype: str) -> Outcome:
-    fn = Counted(problem.residual)
-
-    def residual(x: Array) -> Array:
-        return fn(tensor(x, dtype)).double().numpy()
-
-    found = so.least_squares(residual, start.astype(np.float64), partial(slope, fn, dtype), method=method)
-    return Outcome(found.x.astype(dtype), bool(found.success), fn.calls)
-
-
-def scipy_min(method: str, problem: LeastSquares, start: Array, dtype: str) -> Outcome:
-    fn = Counted(squares(problem.residual))
-
-    def both(x: Array) -> tuple[float, Array]:
-        gradient, f = grad_and_value(fn)(tensor(x, dtype))
-        return float(f), gradient.double().numpy()
-
-    found = so.minimize(both, start.astype(np.float64), method=method, jac=True)
-    return Outcome(found.x.astype(dtype), bool(found.success), fn.calls)
-
-
-def optimistix_run(entry: str, name: str, limit: int, problem: LeastSquares, start: Array, dtype: str) -> Outcome:
-    # With float64 enabled its trust regions mix the dtypes, and raise in float32.
-    jax.config.update("jax_enable_x64", dtype == "float64")
-    x, steps, good = compiled(entry, name, limit, problem.residual, dtype)(jax.numpy.asarray(start))
-    return Outcome(np.asarray(x), bool(good), int(steps))
-
-
-@lru_cache(maxsize=1)
-def compiled(entry: str, name: str, limit: int, residual: Callable[[Any], Any], dtype: str) -> Callable[[Any], Any]:
-    """The initial guesses of a problem share what was compiled."""
-    tol = float(np.finfo(dtype).eps) ** 0.5
-    fn = squares(residual) if entry == "minimise" else residual
-
-    def run(x: Any) -> tuple[Any, Any, Any]:
-        solver = getattr(optimistix, name)(tol, tol)
-        found = getattr(optimistix, entry)(lambda y, _: fn(y), solver, x, max_steps=limit, throw=False)
-        return found.value, found.stats["num_steps"], found.result == optimistix.RESULTS.successful
-
-    return jax.jit(run)
+def squares(problem: LeastSquares) -> Function:
+    return lambda x: (problem.residual(x) ** 2).sum()
 
 
 SQUARES: list[tuple[str, Run]] = [
-    ("levenberg_marquardt", partial(ours, solvers.levenberg_marquardt)),
+    ("levenberg_marquardt", partial(ours, solvers.levenberg_marquardt, residual)),
     ("SciPy lm", partial(scipy_squares, "lm")),
     ("SciPy trf", partial(scipy_squares, "trf")),
-    ("optimistix.LevenbergMarquardt", partial(optimistix_run, "least_squares", "LevenbergMarquardt", 1000)),
-    ("optimistix.Dogleg", partial(optimistix_run, "least_squares", "Dogleg", 1000)),
+    ("optimistix.LevenbergMarquardt", optimistix_run("least_squares", "LevenbergMarquardt", 1000, residual)),
+    ("optimistix.Dogleg", optimistix_run("least_squares", "Dogleg", 1000, residual)),
 ]
 GAUSS_NEWTON: list[tuple[str, Run]] = [
-    ("gauss_newton", partial(ours, solvers.gauss_newton)),
-    ("optimistix.GaussNewton", partial(optimistix_run, "least_squares", "GaussNewton", 1000)),
+    ("gauss_newton", partial(ours, solvers.gauss_newton, residual)),
+    ("optimistix.GaussNewton", optimistix_run("least_squares", "GaussNewton", 1000, residual)),
 ]
 MINIMA: list[tuple[str, Run]] = [
-    ("lbfgs", partial(ours_min, solvers.lbfgs)),
-    ("newton_cg", partial(ours_min, solvers.newton_cg)),
-    ("SciPy L-BFGS-B", partial(scipy_min, "L-BFGS-B")),
-    ("SciPy BFGS", partial(scipy_min, "BFGS")),
-    ("optimistix.BFGS", partial(optimistix_run, "minimise", "BFGS", 10_000)),
+    ("lbfgs", partial(ours, solvers.lbfgs, squares)),
+    ("newton_cg", partial(ours, solvers.newton_cg, squares)),
+    ("SciPy L-BFGS-B", partial(scipy_min, "L-BFGS-B", squares)),
+    ("SciPy BFGS", partial(scipy_min, "BFGS", squares)),
+    ("optimistix.BFGS", optimistix_run("minimise", "BFGS", 10_000, squares)),
 ]
 SETS = [
     Set("mgh", more_garbow_hillstrom.PROBLEMS, SQUARES, multiples, LEAST_SQUARES),
@@ -300,7 +193,10 @@ SETS = [
     Set("nist", nist.PROBLEMS, SQUARES, standard, LEAST_SQUARES),
     Set("nist-gn", nist.PROBLEMS, GAUSS_NEWTON, first, LEAST_SQUARES),
     Set("nist-min", nist.PROBLEMS, MINIMA, standard, LEAST_SQUARES),
+    *_rates_roots.SETS,
+    *_rates_minima.SETS,
 ]
+PROGRAMS = "programs"
 
 # --- running ----------------------------------------------------------------------------------------------------------
 
@@ -385,7 +281,7 @@ def told(case: Case) -> str:
 
 
 def main() -> None:
-    names = [group.name for group in SETS]
+    names = [*(group.name for group in SETS), PROGRAMS]
     parser = argparse.ArgumentParser(description="How many problems the solvers solve, and how many they claim to.")
     parser.add_argument("sets", nargs="*", metavar="set", help=f"of {', '.join(names)}; all by default")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="one only")
@@ -402,6 +298,9 @@ def main() -> None:
         for dtype in options.dtype or DTYPES:
             if not options.sets or group.name in options.sets:
                 show(group, dtype, options.solver, options.missed)
+    # In float64, and of solvers of their own.
+    if PROGRAMS in options.sets or not (options.sets or options.solver):
+        print(f"\n{_programs.table()}")
 
 
 if __name__ == "__main__":
