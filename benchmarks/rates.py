@@ -16,12 +16,12 @@ Sets of least-squares problems
 
 Other sets
     ``minpack-roots``, ``nonlinear-solve`` and ``roots`` are systems ``F(x) = 0``, the first with all initial guesses of
-    MINPACK's test; SciPy's "hybr" and "lm" get the Jacobian. ``fixed-points`` are ``f(x) = x``, which "hybr" solves as
-    ``x - f(x) = 0``. ``brackets`` are scalar roots between bounds. ``bounded`` are minima between bounds, ``minima``
-    those without. ``composites`` are minima of a smooth function and a penalty, ``sets`` of one over a convex set,
-    ``simplices`` those of these whose set is a product of simplices. ``programs`` are quadratic programs, with a table
-    of their own: see `_programs`. The tables are those of ``tests/problem_sets``, and so are the judges: see
-    ``checks.py`` for what they allow.
+    MINPACK's test; SciPy's "hybr" and "lm" get the Jacobian. To claim a minimum of ``|F|`` that is no root is false,
+    though "lm" is made to find one. ``fixed-points`` are ``f(x) = x``, which "hybr" solves as ``x - f(x) = 0``.
+    ``brackets`` are scalar roots between bounds. ``bounded`` are minima between bounds, ``minima`` those without.
+    ``composites`` are minima of a smooth function and a penalty, ``sets`` of one over a convex set, ``simplices``
+    those of them whose set is a product of simplices. ``programs`` are quadratic programs, with a table of their own:
+    see `_programs`. All are in ``tests/problem_sets``, whose ``checks.py`` says what has arrived, and what is false.
 
 Evaluations
     are calls of the user's function, so a Jacobian or a gradient counts as one, with the value that comes along; of
