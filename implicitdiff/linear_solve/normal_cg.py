@@ -62,8 +62,7 @@ def solve_normal_cg(
 
     Raises (when solving):
         ValueError: ``matvec`` does not take a tree like ``b``, and what it takes cannot be found: pass `init`.
-        LinearSolveError: a square ``A`` is singular and ``b`` not in its range, or no convergence with
-            ``maxiter=None``.
+        LinearSolveError: a square ``A`` is singular and ``b`` not in its range, or ``maxiter=None`` did not suffice.
 
     Reference:
         Saad, "Iterative Methods for Sparse Linear Systems", 2nd ed., algorithm 8.4 (CGNR).

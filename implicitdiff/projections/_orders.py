@@ -11,7 +11,7 @@ from implicitdiff._point import Point
 
 
 def isotonic(v: Any) -> Any:
-    """Project onto ``{x: x_1 <= x_2 <= ... <= x_n}``, ``v`` being one vector.
+    """Project onto the vectors whose entries do not decrease, ``v`` being one vector.
 
     ``x`` is constant on blocks of consecutive entries, and is the mean of ``v`` there; the Jacobian is ``1 / |block|``
     within a block and 0 elsewhere. Neighbours that come out equal are one block. For the vectors in falling order take
