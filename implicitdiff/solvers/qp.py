@@ -235,26 +235,18 @@ def _kkt(fn: Callable[..., _Data]) -> Equation:
 
 
 def _complementarity(x: Tensor, y: Tensor, G: Tensor, h: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-    """Zero where ``y`` is, or the row is at the bound on which ``y`` presses.
+    """Zero where the row is at the bound on which ``y`` presses, or ``y`` is zero and the bounds hold.
 
-    Which of the two it is does not depend on units: a row is at a bound if it is so to half of the digits of its terms.
+    Which of these it is does not depend on units: the search has set the multipliers to zero that are rounding.
     """
-    image, digits = G @ x, torch.finfo(x.dtype).eps ** 0.5
-    terms = (G.detach().abs() @ x.detach().abs()).detach()
-
-    def reaches(excess: Tensor, bound: Tensor) -> Tensor:
-        size = bound.detach().abs()
-        near: Tensor = excess.detach() <= digits * (terms + size)
-        return near & torch.isfinite(size)
-
-    up = h - image
-    at_upper = (y > 0) & reaches(up, h)
+    up = h - G @ x
+    at_upper = y > 0
     if not l.numel():
         return torch.where(at_upper, up, y + up.detach().clamp(max=0))
-    down = l - image
+    down = l - G @ x
     violation = up.clamp(max=0) + down.clamp(min=0)
     inactive = torch.where(h == l, 0.5 * (up + down), y + violation.detach())
-    return torch.where(at_upper, up, torch.where((y < 0) & reaches(-down, l), down, inactive))
+    return torch.where(at_upper, up, torch.where(y < 0, down, inactive))
 
 
 def _program(rows: Rows) -> Program:
