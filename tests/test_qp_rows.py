@@ -406,3 +406,33 @@ def test_primal_and_dual_meet_on_the_classes_of_osqps_paper(problem):
     torch.testing.assert_close(primal, dual, rtol=1e-9, atol=1e-9)
     assert problem.violation(x.numpy()) < 1e-10 and state.iter_num <= 20
     assert (Q @ x + c + A.T @ y + G.T @ z).abs().max() < 1e-8
+
+
+# --- bounds at zero ---------------------------------------------------------------------------------------------------
+
+
+def programs_with_bounds_near_zero(count: int, n: int, bound: float) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    B = torch.randn(count, n, n, dtype=torch.float64, generator=generator)
+    c = 3 * torch.randn(count, n, dtype=torch.float64, generator=generator)
+    Q = B @ B.mT / n + 0.1 * torch.eye(n, dtype=torch.float64)
+    return Q, c, -torch.eye(n, dtype=torch.float64), torch.full((n,), bound, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bound", [0.0, 1e-12, 1e-9, -1e-9, 1e-6])
+def test_unknowns_at_bounds_of_any_size_have_their_derivative(bound):
+    """An unknown at a bound of zero is some 1e-36 or none at all, and moves with the bound alone."""
+    Q, c, G, h = programs_with_bounds_near_zero(40, 4, bound)
+
+    def solve(Q, c):
+        solution, state = qp().run(None, Q, c, None, None, G, h)
+        return solution, state.status
+
+    solution, status = vmap(solve)(Q, c)
+    assert (status == Status.CONVERGED).all()
+    slopes = vmap(jacrev(lambda c, Q: solve(Q, c)[0].primal))(c, Q)
+    for matrix, y, slope in zip(Q, solution.dual_ineq, slopes, strict=True):
+        free = y == 0
+        expected = torch.zeros_like(matrix)
+        expected[free.outer(free)] = -torch.linalg.inv(matrix[free][:, free]).flatten()
+        torch.testing.assert_close(slope, expected, rtol=1e-8, atol=1e-10)

@@ -100,11 +100,12 @@ def _weights(Q: Tensor, c: Tensor, C: Tensor, bounds: Tensor) -> tuple[Tensor, T
     for _ in range(10):
         column, row = D * (times(D, Q) + times(E, C)), E * times(D, C.mT)
         D, E = (v / torch.where(s > 0, s, 1.0).sqrt() for v, s in ((D, column), (E, row)))
-    # What is left is a common factor of all unknowns; by this, bounds are of size 1, or else
-    # the two terms of the objective of one size.
+    # What is left is a common factor of all unknowns; by this, bounds are of size 1, or if they are far less than the
+    # minimum without them, or zero, the two terms of the objective are nearly of one size.
     unit = safe_divide((E * bounds).sum(dim=-1), (bounds > 0).sum(dim=-1).to(E.dtype))[:, None]
     bend, gain = D * times(D, Q), D * c
-    unit = torch.where(unit > 0, unit, safe_divide(gain.sum(dim=-1), bend.sum(dim=-1))[:, None])
+    free = safe_divide(gain.sum(dim=-1), bend.sum(dim=-1))[:, None]
+    unit = torch.where(unit > 0, torch.maximum(unit, 1e-3 * free), free)
     unit = torch.where(unit > 0, unit, 1.0)
     D, E = D * unit, E / unit
     size = torch.maximum((D * times(D, Q)).sum(dim=-1) / max(1, D.shape[-1]), largest_entry(D * c))
