@@ -17,7 +17,7 @@ class NewtonStep(NamedTuple):
     Attributes:
         x: where it begins.
         d: about ``-H^-1 g``.
-        gain: what the quadratic model promises to gain by it, relative to ``|f|``.
+        gain: what the quadratic model promises to gain by it, relative to ``|f|`` and its rounding.
         size: ``|H x|``.
         memory: the memory of the method that tries this step next.
     """
@@ -35,7 +35,7 @@ def few_products(rows: Rows, x: Tensor) -> int:
 
 
 def newton_step(
-    rows: Rows, x: Tensor, value: Tensor, precondition: Callable[[Tensor], Tensor], products: int
+    rows: Rows, x: Tensor, memory: Any, precondition: Callable[[Tensor], Tensor], products: int
 ) -> NewtonStep:
     """What conjugate gradients make of ``H d = -g`` with so many products, by one evaluation.
 
@@ -61,4 +61,8 @@ def newton_step(
         if not any_lane(active):
             break
         p = safe_divide(rz, before)[:, None] * p - z
-    return NewtonStep(x, d, safe_divide(gain, value.detach().abs()), norm(product(x)))
+    size = norm(product(x))
+    # The terms that cancel in a value are about as large as |x||H x|, and no larger than the largest value so far.
+    terms = torch.minimum(norm(x) * size, memory.magnitude)
+    value_size = memory.value.detach().abs() + rows.eps**0.5 * terms
+    return NewtonStep(x, d, safe_divide(gain, value_size), size)

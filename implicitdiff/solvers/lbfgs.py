@@ -117,7 +117,7 @@ def _step(rows: Rows, x: Tensor, state: State[LbfgsMemory]) -> tuple[Tensor, Sta
 
 
 def _newton_step(rows: Rows, x: Tensor, memory: LbfgsMemory) -> NewtonStep:
-    step = newton_step(rows, x, memory.value, lambda v: -_direction(memory, v), few_products(rows, x))
+    step = newton_step(rows, x, memory, lambda v: -_direction(memory, v), few_products(rows, x))
     return step._replace(memory=memory._replace(ahead=step.d))
 
 

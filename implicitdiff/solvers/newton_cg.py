@@ -104,7 +104,7 @@ def _step(
 
 def _newton_step(rows: Rows, x: Tensor, memory: NewtonCgMemory) -> NewtonStep:
     """The step that the forcing term cut short; where it is long, the term is zero from then on."""
-    step = newton_step(rows, x, memory.value, lambda v: v, min(2 * x.shape[-1], _PRODUCTS))
+    step = newton_step(rows, x, memory, lambda v: v, min(2 * x.shape[-1], _PRODUCTS))
     return step._replace(memory=memory._replace(first_error=torch.full_like(memory.first_error, torch.inf)))
 
 

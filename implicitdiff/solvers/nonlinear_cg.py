@@ -110,7 +110,7 @@ def _start(rows: Rows, x: Tensor) -> Start:
 
 
 def _newton_step(rows: Rows, x: Tensor, memory: NonlinearCgMemory) -> NewtonStep:
-    step = newton_step(rows, x, memory.value, lambda v: v, few_products(rows, x))
+    step = newton_step(rows, x, memory, lambda v: v, few_products(rows, x))
     return step._replace(memory=memory._replace(direction=step.d, first_step=torch.ones_like(memory.first_step)))
 
 
