@@ -233,12 +233,23 @@ def violation(of: Program, at: Point) -> tuple[Tensor, Tensor]:
 def without_noise(of: Program, at: Point, eps: float) -> Tensor:
     """The multipliers, and 0 for those of inequalities that are less than the slack, or hardly more than what rounding
     may make of a multiplier, so that a constraint that touches without pressing has none."""
-    per_gradient, per_row = of.per_gradient, of.per_row
-    y = at.y.abs() / (per_row * of.scale[:, None])
-    slack = per_row * (torch.where(at.y > 0, of.u, of.l) - at.image).abs()
+    y, slack = _pressure(of, at)
     terms = times(at.x.abs(), of.Q.abs()) + of.c.abs() + times(at.y.abs(), of.C.abs())
-    noise = eps**0.75 * largest_entry(per_gradient * terms)
+    noise = eps**0.75 * largest_entry(of.per_gradient * terms)
     return torch.where(of.equal | (y > torch.maximum(slack, noise[:, None])), at.y, 0.0)
+
+
+def of_active_rows(of: Program, at: Point) -> Tensor:
+    """The multipliers, and 0 for those of inequalities that are less than the slack. These are a part of the error, so
+    at a solution they are no more than its target."""
+    y, slack = _pressure(of, at)
+    return torch.where(of.equal | (y > slack), at.y, 0.0)
+
+
+def _pressure(of: Program, at: Point) -> tuple[Tensor, Tensor]:
+    """The sizes of the multipliers and of the slacks at the bounds that they press on, in the scaled program."""
+    slack = of.per_row * (torch.where(at.y > 0, of.u, of.l) - at.image).abs()
+    return at.y.abs() / (of.per_row * of.scale[:, None]), slack
 
 
 def rounding(of: Program, at: Point, eps: float) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from implicitdiff.solvers._quadratic import (
     clamp,
     error_parts,
     factor,
+    of_active_rows,
     point,
     program,
     residual,
@@ -311,12 +312,17 @@ def _step(rows: Rows, x: Tensor, state: State[QPMemory]) -> tuple[Tensor, State[
     if not inequalities or any_lane(after.memory.review != state.memory.review):
         there = there | (running & _is_there(rows, of, new, after))
     if inequalities and any_lane(there):
+        # The derivative takes a row with a multiplier for an active one.
+        new = _chosen(there, point(of, new.x, of_active_rows(of, new)), new)
         clear = point(of, new.x, without_noise(of, new, rows.eps))
-        kept = there & _is_there(rows, of, clear, after)
-        new = Point(*(select(kept, t, old) for t, old in zip(clear, new, strict=True)))
+        new = _chosen(there & _is_there(rows, of, clear, after), clear, new)
     status = torch.where(there, int(Status.CONVERGED), after.status)
     memory = after.memory._replace(image=new.image, slope=new.slope)
     return torch.cat([new.x, new.y], dim=-1), after._replace(status=status, memory=memory)
+
+
+def _chosen(where: Tensor, new: Point, old: Point) -> Point:
+    return Point(*(select(where, a, b) for a, b in zip(new, old, strict=True)))
 
 
 def _is_there(rows: Rows, of: Program, at: Point, state: State[QPMemory]) -> Tensor:
