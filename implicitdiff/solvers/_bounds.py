@@ -41,7 +41,7 @@ class Limits(NamedTuple):
 
 
 def limits_of(name: str, bounds: Any) -> tuple[Any, Any]:
-    """The lower and upper bounds that a user gave, infinite where there is none."""
+    """The lower and upper bounds of a user, infinite in the place of None."""
     if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
         raise ValueError(
             f"{name}: bounds must be a pair (lower, upper) of numbers, tensors or trees like params, got "

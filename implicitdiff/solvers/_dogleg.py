@@ -11,7 +11,7 @@ from torch import Tensor
 
 import implicitdiff.solvers._dense as _dense
 from implicitdiff.solvers._backtracking import Point, backtrack
-from implicitdiff.solvers._least_squares import gradient
+from implicitdiff.solvers._least_squares import gradient, rounding_of_cost
 from implicitdiff.solvers._options import check_number
 from implicitdiff.solvers._rows import Rows, any_lane, dot, largest_entry, safe_divide, select, times
 from implicitdiff.solvers._state import State
@@ -100,7 +100,7 @@ def attempt(rows: Rows, x: Tensor, state: State[DoglegMemory], whole: WholeStep)
     """A dogleg step from ``x`` that gains enough, or so little that rounding hides it, and its radius, which is halved
     until there is one. Each radius takes an evaluation."""
     r, J, scale, radius, *_ = state.memory
-    D, noise = root(scale), _noise(rows, x, r, J)
+    D, noise = root(scale), rounding_of_cost(rows, x, r, J, 0.5 * r.square())
     path = _path(J / D[:, None], r, whole)
 
     def at(radius: Tensor) -> Trial:
@@ -219,13 +219,6 @@ def _next_radius(radius: Tensor, trial: Trial) -> Tensor:
     ratio = torch.where(trial.drowned, 0.3, safe_divide(trial.gain, trial.foretold))
     longer = torch.where(ratio > 0.5, torch.maximum(radius, 2.0 * trial.length), radius)
     return torch.where(ratio < 0.1, 0.5 * trial.length, longer)
-
-
-def _noise(rows: Rows, x: Tensor, r: Tensor, J: Tensor) -> Tensor:
-    """The rounding of ``|r|^2 / 2``: a residual is a difference of terms as large as ``|J| |x|``."""
-    r, J = r.detach().abs(), J.detach().abs()
-    terms = r + times(x.detach().abs(), J.mT)
-    return rows.eps * dot(r + rows.eps * terms, terms)
 
 
 def least(A: Tensor, r: Tensor, *, eps: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._rows import Rows, norm, times
+from implicitdiff.solvers._rows import Rows, dot, norm, times
 
 
 def normal_residual(memory: Any) -> Tensor:
@@ -24,3 +24,10 @@ def gradient(jacobian: Tensor, residual: Tensor) -> Tensor:
     """``J' r``."""
     product: Tensor = torch.einsum("lmn,lm->ln", jacobian, residual)
     return product
+
+
+def rounding_of_cost(rows: Rows, x: Tensor, r: Tensor, J: Tensor, losses: Tensor) -> Tensor:
+    """The rounding of the cost: a residual is a difference of terms as large as ``|J| |x|``."""
+    r, J = r.detach().abs(), J.detach().abs()
+    terms = times(x.detach().abs(), J.mT)
+    return rows.eps * (2 * losses.detach().sum(dim=-1) + dot(r, terms) + rows.eps * (r + terms).square().sum(dim=-1))

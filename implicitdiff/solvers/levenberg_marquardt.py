@@ -13,7 +13,7 @@ from torch import Tensor
 import implicitdiff.solvers._dense as _dense
 import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._bounds import Limits, limits_of, limits_on
-from implicitdiff.solvers._least_squares import gradient, normal_residual, normal_size
+from implicitdiff.solvers._least_squares import gradient, normal_residual, normal_size, rounding_of_cost
 from implicitdiff.solvers._losses import check_loss_scale, loss_of
 from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._options import check_number
@@ -224,7 +224,7 @@ def _step(
     gain = _gain(losses, measured) if robust else 0.5 * dot(r - measured, r + measured)
     known = torch.isfinite(measured).all(dim=-1)
     # Below the rounding of the cost the gain says nothing; there the gradient judges.
-    drowned = (foretold <= _noise(rows, x, r, J, losses)) & (foretold > 0 if bounded else True)
+    drowned = (foretold <= rounding_of_cost(rows, x, r, J, losses)) & (foretold > 0 if bounded else True)
     accepted, ratio = (gain > 0) & known, torch.ones_like(gain)
     if any_lane(known & (accepted | drowned)):
         there = select(known, trial, x)
@@ -282,7 +282,7 @@ def _distance(
     units = memory.scale.detach().sqrt()
     step = progress.stepped(units * d, units * x).step
     value, promised = losses.sum(dim=-1), -0.5 * dot(d, gradient(J, r))
-    in_vain = ends & (value > 16.0 * _noise(rows, x, r, J, losses))
+    in_vain = ends & (value > 16.0 * rounding_of_cost(rows, x, r, J, losses))
     step = torch.where(in_vain, step.clamp(min=1.0), step)
     return torch.where(promised <= rows.eps**0.5 * value.abs(), 0.0, step)
 
@@ -325,10 +325,3 @@ def _damped(J: Tensor, r: Tensor, weights: Tensor) -> Tensor:
     """``argmin |J d - r|^2 + d' diag(weights) d`` by QR, which does not square the condition number."""
     below = torch.diag_embed(weights.sqrt())
     return _dense.lstsq(torch.cat([J, below], dim=-2), torch.cat([r, torch.zeros_like(weights)], dim=-1))
-
-
-def _noise(rows: Rows, x: Tensor, r: Tensor, J: Tensor, losses: Tensor) -> Tensor:
-    """The rounding of the cost: a residual is a difference of terms as large as ``|J| |x|``."""
-    r, J = r.detach().abs(), J.detach().abs()
-    terms = times(x.detach().abs(), J.mT)
-    return rows.eps * (2 * losses.detach().sum(dim=-1) + dot(r, terms) + rows.eps * (r + terms).square().sum(dim=-1))
