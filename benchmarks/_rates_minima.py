@@ -9,9 +9,9 @@ import numpy as np
 import scipy.optimize as so
 from _rates_roots import CHECKED, only_start
 from _rates_runs import Array, Run, Set, jaxopt_run, objective, optimistix_run, ours, scipy_min, tensor
+from problem_sets import fixed_points, hock_schittkowski
 
 from implicitdiff import projections, solvers
-from tests.problem_sets import fixed_points, hock_schittkowski
 
 
 def clipped(problem: Any, dtype: str) -> dict[str, Array]:

@@ -24,9 +24,9 @@ from _rates_runs import (
     scipy_root,
     tensor,
 )
+from problem_sets import checks, fixed_points, minpack_roots, nonlinear_solve
 
 from implicitdiff import solvers
-from tests.problem_sets import checks, fixed_points, minpack_roots, nonlinear_solve
 
 
 def arrived(problem: Any, x: Array, dtype: str) -> bool:

@@ -9,11 +9,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from problem_sets import checks, fixed_points, hock_schittkowski, minpack_roots, nonlinear_solve
+from problem_sets.problem import Roots
 from scipy.optimize import Bounds, brentq, minimize, root
 from torch.func import grad, hessian, jacfwd, vmap
-
-from tests.problem_sets import checks, fixed_points, hock_schittkowski, minpack_roots, nonlinear_solve
-from tests.problem_sets.problem import Roots
 
 SYSTEMS = (*minpack_roots.PROBLEMS, *nonlinear_solve.PROBLEMS, *fixed_points.ROOTS)
 ROOTLESS = (*minpack_roots.ROOTLESS, *fixed_points.ROOTLESS)

@@ -22,8 +22,8 @@ import torch
 from scipy.optimize import Bounds, brentq, minimize, root
 from torch.func import grad, jacfwd
 
-from tests.problem_sets.fixed_points import Bracketed, Composite, Constrained, Minimum
-from tests.problem_sets.problem import Bounded, FixedPoint, Function, Roots
+from problem_sets.fixed_points import Bracketed, Composite, Constrained, Minimum
+from problem_sets.problem import Bounded, FixedPoint, Function, Roots
 
 Array = np.ndarray
 

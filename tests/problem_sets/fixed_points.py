@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import brentq, nnls
 
-from tests.problem_sets.hock_schittkowski import beale, rosenbrock
-from tests.problem_sets.minpack_roots import numbers
-from tests.problem_sets.problem import Bounded, FixedPoint, Function, Roots, constant, library
+from problem_sets.hock_schittkowski import beale, rosenbrock
+from problem_sets.minpack_roots import numbers
+from problem_sets.problem import Bounded, FixedPoint, Function, Roots, constant, library
 
 
 class Bracketed(NamedTuple):

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.problem_sets.minpack_roots import chebyshev_moments, numbers, turn
-from tests.problem_sets.problem import Bounded, Function, constant, library
+from problem_sets.minpack_roots import chebyshev_moments, numbers, turn
+from problem_sets.problem import Bounded, Function, constant, library
 
 
 def rosenbrock(x: Any) -> Any:

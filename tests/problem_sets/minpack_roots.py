@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.problem_sets.problem import Function, Roots, constant, library
+from problem_sets.problem import Function, Roots, constant, library
 
 
 def rosenbrock(x: Any) -> Any:

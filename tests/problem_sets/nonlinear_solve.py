@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-import tests.problem_sets.minpack_roots as minpack
-from tests.problem_sets.minpack_roots import bent_start, numbers
-from tests.problem_sets.problem import Roots, constant, library
+import problem_sets.minpack_roots as minpack
+from problem_sets.minpack_roots import bent_start, numbers
+from problem_sets.problem import Roots, constant, library
 
 
 def watson(x: Any) -> Any:
