@@ -183,7 +183,7 @@ def test_a_function_without_a_signature_takes_arguments_by_position() -> None:
     [
         (solvers.anderson, "ridge"),
         (solvers.anderson, "mixing"),
-        (solvers.levenberg_marquardt, "damping"),
+        (solvers.levenberg_marquardt, "radius"),
         (solvers.gradient_descent, "stepsize"),
         (solvers.mirror_descent, "stepsize"),
     ],

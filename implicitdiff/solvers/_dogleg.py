@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,19 +10,14 @@ from torch import Tensor
 
 import implicitdiff.solvers._dense as _dense
 from implicitdiff.solvers._backtracking import Point, backtrack
-from implicitdiff.solvers._least_squares import gradient, rounding_of_cost
-from implicitdiff.solvers._options import check_number
-from implicitdiff.solvers._rows import Rows, any_lane, dot, largest_entry, safe_divide, select, times
+from implicitdiff.solvers._least_squares import gradient, rounding_of_cost, units_of
+from implicitdiff.solvers._rows import Rows, any_lane, dot, safe_divide, select, times
 from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
+from implicitdiff.solvers._trust_region import ENOUGH, REFUSALS, first_radius, length, root
 
 WholeStep = Callable[[Tensor, Tensor], Tensor]
 """``whole(A, r)``: the ``s`` that makes ``|r + A s|`` least, whatever the rank of ``A``."""
-
-_ENOUGH = 1e-4
-"""The part of the foretold gain that a step has to make, as in MINPACK."""
-_REFUSALS = 5
-"""After how many refusals in a row of steps that seemed good a search ends."""
 
 
 class DoglegMemory(NamedTuple):
@@ -78,21 +72,15 @@ class Trial(NamedTuple):
     @property
     def good(self) -> Tensor:
         """Whether the gain is a part of what was foretold."""
-        return self.gain > _ENOUGH * self.foretold
-
-
-def check_radius(name: str, radius: float) -> None:
-    check_number(name, "radius", radius, "a finite number > 0", lambda r: 0 < r < math.inf)
+        return self.gain > ENOUGH * self.foretold
 
 
 def begin(rows: Rows, x: Tensor, radius: float) -> DoglegMemory:
-    """The memory at an initial guess. Where that is zero, ``|r|`` takes the place of ``|D x|``: it has the same units
-    (in MINPACK, 1 does)."""
+    """The memory at an initial guess."""
     residual, jacobian = rows.fn.jacobian(x)
     scale = jacobian.square().sum(dim=1)
-    size = length(root(scale) * x)
     none = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    first = radius * torch.where(size > 0, size, length(residual))
+    first = radius * first_radius(x, residual, scale)
     return DoglegMemory(residual, jacobian, scale, first, refusals=none, slow=none)
 
 
@@ -146,7 +134,7 @@ def conclude(
     promising = trial.known & (trial.good | trial.drowned) & (trial.x != x).any(dim=-1)
     accepted = accepted & promising & torch.isfinite(J).flatten(1).all(dim=-1)
     refusals = torch.where(accepted, 0, old.refusals + 1)
-    stuck = ~accepted & (~promising | (refusals >= _REFUSALS))
+    stuck = ~accepted & (~promising | (refusals >= REFUSALS))
     r, J = select(accepted, r, old.residual), select(accepted, J, old.jacobian)
     slow = trial.gain < 1e-3 * dot(old.residual, old.residual)
     memory = DoglegMemory(
@@ -159,25 +147,12 @@ def conclude(
     )
     status = torch.where(stuck, int(Status.LINE_SEARCH_FAILED), state.status)
     x = select(accepted, trial.x, x)
-    units, eps = memory.scale.detach().sqrt(), torch.finfo(x.dtype).eps
+    eps = torch.finfo(x.dtype).eps
     progress = state.progress.fallen(accepted & ~trial.drowned)
-    progress = progress.stepped(units * trial.whole, units * x, anew=state.iter_num == 0)
+    progress = progress.stepped(trial.whole, x, units_of(memory.jacobian))
     # A step that promises nothing is long where the Jacobian has not full rank.
     progress = progress._replace(step=torch.where(trial.promised <= eps**0.5, 0.0, progress.step))
     return x, state._replace(status=status, progress=progress, memory=memory)
-
-
-def length(x: Tensor) -> Tensor:
-    """The norms of rows with their derivatives; 0 has none."""
-    size = largest_entry(x.detach())
-    size = torch.where((size > 0) & torch.isfinite(size), size, 1.0)
-    square = (x / size[:, None]).square().sum(dim=-1)
-    return torch.where(square > 0, size * torch.sqrt(torch.where(square > 0, square, 1.0)), square)
-
-
-def root(scale: Tensor) -> Tensor:
-    """``D``, 1 for the unknowns on which nothing has depended so far."""
-    return torch.where(scale > 0, scale, 1.0).sqrt()
 
 
 class _Path(NamedTuple):

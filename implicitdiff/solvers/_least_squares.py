@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._rows import Rows, dot, norm, times
+from implicitdiff.solvers._newton_step import NewtonStep, conjugate_gradients
+from implicitdiff.solvers._rows import RowFunction, Rows, dot, norm, times
 
 
 def normal_residual(memory: Any) -> Tensor:
@@ -26,8 +27,52 @@ def gradient(jacobian: Tensor, residual: Tensor) -> Tensor:
     return product
 
 
+def newton_step(
+    rows: Rows,
+    x: Tensor,
+    residual: Tensor,
+    jacobian: Tensor,
+    losses: Tensor,
+    cost: RowFunction,
+    free: Tensor | None = None,
+) -> NewtonStep:
+    """A step with the whole Hessian of the cost, where that of Gauss and Newton tells nothing, as the curvature comes
+    from ``r`` itself; of the unknowns that are `free` alone."""
+    _, grad, product = cost.hessian(x)
+    mask = torch.ones_like(x) if free is None else free.to(x.dtype)
+    J = mask[:, None] * jacobian.detach()
+    squares = J.square().sum(dim=1)
+    least = torch.diag_embed((rows.eps * torch.where(squares > 0, squares, 1.0)).sqrt())
+    factor = torch.linalg.qr(torch.cat([J, least], dim=-2), mode="r")[1]
+
+    def precondition(v: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(factor.mT, v[..., None], upper=False)
+        return mask * torch.linalg.solve_triangular(factor, half, upper=True)[..., 0]
+
+    products = min(2 * x.shape[-1], _PRODUCTS)
+    step, gain = conjugate_gradients(x, mask * grad, lambda v: mask * product(v), precondition, products, eps=rows.eps)
+    noise = rounding_of_cost(rows, x, residual, jacobian, losses)
+    least = rows.eps ** (2 / 3) * losses.detach().sum(dim=-1)
+    counts = gain > least + rows.eps ** (1 / 6) * noise
+    return step._replace(promises=gain > least, counts=counts, units=units_of(J))
+
+
+_PRODUCTS = 60
+"""The most products with the Hessian that are made to see how far the solution is."""
+
+
+def half_squares(r: Tensor) -> Tensor:
+    """The terms of the cost without a loss."""
+    return 0.5 * r.square()
+
+
 def rounding_of_cost(rows: Rows, x: Tensor, r: Tensor, J: Tensor, losses: Tensor) -> Tensor:
     """The rounding of the cost: a residual is a difference of terms as large as ``|J| |x|``."""
     r, J = r.detach().abs(), J.detach().abs()
     terms = times(x.detach().abs(), J.mT)
     return rows.eps * (2 * losses.detach().sum(dim=-1) + dot(r, terms) + rows.eps * (r + terms).square().sum(dim=-1))
+
+
+def units_of(jacobian: Tensor) -> Tensor:
+    """The norms of the columns, in which steps are measured: a change of an unknown counts by what it does to ``r``."""
+    return jacobian.detach().square().sum(dim=1).sqrt()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide
+from implicitdiff.solvers._rows import Product, Rows, any_lane, dot, norm, safe_divide
 
 
 class NewtonStep(NamedTuple):
@@ -17,16 +16,22 @@ class NewtonStep(NamedTuple):
     Attributes:
         x: where it begins.
         d: about ``-H^-1 g``.
-        gain: what the quadratic model promises to gain by it, relative to ``|f|`` and its rounding.
+        promises: whether the quadratic model promises a gain by it that is more than next to nothing beside the value.
+        counts: whether that is also more than rounding makes of one.
         size: ``|H x|``.
+        bends_down: whether a curvature is negative, and not by rounding; so there is no minimum near.
         memory: the memory of the method that tries this step next.
+        units: in which the step is measured; None: those of the unknowns.
     """
 
     x: Tensor
     d: Tensor
-    gain: Tensor
+    promises: Tensor
+    counts: Tensor
     size: Tensor
+    bends_down: Tensor
     memory: Any = None
+    units: Tensor | None = None
 
 
 def few_products(rows: Rows, x: Tensor) -> int:
@@ -34,23 +39,53 @@ def few_products(rows: Rows, x: Tensor) -> int:
     return min(2 * x.shape[-1], 8 if rows.eps < 1e-10 else 16)
 
 
-def newton_step(
-    rows: Rows, x: Tensor, memory: Any, precondition: Callable[[Tensor], Tensor], products: int
-) -> NewtonStep:
-    """What conjugate gradients make of ``H d = -g`` with so many products, by one evaluation.
+def newton_step(rows: Rows, x: Tensor, memory: Any, precondition: Product, products: int) -> NewtonStep:
+    """`conjugate_gradients` for an objective, by one evaluation."""
+    _, grad, product = rows.fn.hessian(x)
+    step, gain = conjugate_gradients(x, grad, product, precondition, products, eps=rows.eps)
+    value = memory.value.detach()
+    counts = promises = gain > rows.eps**0.5 * value.abs()
+    # The terms that cancel in a value are about as large as |x||H x|, and no larger than the largest value so far.
+    terms = torch.minimum(norm(x) * step.size, memory.magnitude)
+    doubtful = counts & (norm(step.d) > rows.eps ** (2 / 5) * norm(x)) & (gain <= rows.eps**0.5 * terms)
+    if any_lane(doubtful):
+        moved = rows.fn(x.detach() + 4 * rows.eps * signs(x) * x.detach())[:, 0].detach()
+        counts = counts & ~(doubtful & (gain <= 16.0 * (moved - value).abs()))
+    return step._replace(promises=promises, counts=counts)
+
+
+def signs(x: Tensor) -> Tensor:
+    """Directions without a pattern: in a common one, terms may cancel."""
+    places = torch.arange(x.shape[-1], dtype=torch.float64, device=x.device)
+    return torch.where(torch.cos(places**2) < 0, -1.0, 1.0).to(x.dtype)
+
+
+def conjugate_gradients(
+    x: Tensor,
+    grad: Tensor,
+    product: Product,
+    precondition: Product,
+    products: int,
+    *,
+    eps: float,
+) -> tuple[NewtonStep, Tensor]:
+    """What conjugate gradients make of ``H d = -g`` with so many products, and what the quadratic model promises to
+    gain by it.
 
     A gradient tells little of the directions in which an objective is flat beside others, and a quasi-Newton method
     knows the curvature of the directions it took. Preconditioned by its inverse Hessian, conjugate gradients see the
     others first. Where the curvature is negative, the step goes as far as one of the other sign would have it.
     """
-    _, grad, product = rows.fn.hessian(x)
     d, r, z = torch.zeros_like(grad), grad, precondition(grad)
     p, rz = -z, dot(grad, z)
-    gain = torch.zeros_like(rz)
+    gain, stiffest = torch.zeros_like(rz), torch.zeros_like(rz)
+    bends_down = torch.zeros_like(rz, dtype=torch.bool)
     active = (rz > 0) & torch.isfinite(rz)
     for _ in range(products):
         image = product(p)
         curvature = dot(p, image)
+        stiffest = torch.maximum(stiffest, safe_divide(norm(image), norm(p)))
+        bends_down = bends_down | (active & (curvature < -(eps**0.5) * stiffest * dot(p, p)))
         bends = active & (curvature != 0)
         a = torch.where(bends, safe_divide(rz, curvature.abs()), 0.0)
         d, r = d + a[:, None] * p, r + a[:, None] * image
@@ -62,7 +97,4 @@ def newton_step(
             break
         p = safe_divide(rz, before)[:, None] * p - z
     size = norm(product(x))
-    # The terms that cancel in a value are about as large as |x||H x|, and no larger than the largest value so far.
-    terms = torch.minimum(norm(x) * size, memory.magnitude)
-    value_size = memory.value.detach().abs() + rows.eps**0.5 * terms
-    return NewtonStep(x, d, safe_divide(gain, value_size), size)
+    return NewtonStep(x, d, gain > 0, gain > 0, size, bends_down), gain

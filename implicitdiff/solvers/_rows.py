@@ -102,6 +102,15 @@ class RowFunction:
             g = _grad(y, x, torch.ones_like(y), create_graph=True)
         return y.detach()[:, 0], g.detach(), lambda v: _pulled(g, x, v)
 
+    def summed(self, terms: Product) -> RowFunction:
+        """The function to the reals that adds the terms that are made of the values."""
+        batch = self.inputs.batch
+
+        def part(leaves: Leaves, more: Leaves) -> Leaves:
+            return [terms(self(self.inputs.ravel(leaves))).sum(dim=-1).reshape(batch)]
+
+        return RowFunction(part, self.inputs, self.plain, one_by_one=self.one_by_one)
+
     def jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The value and ``J`` as ``(lanes, m, n)``, from products with as few vectors as rows or columns."""
         lanes, n = x.shape

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple  # on Python 3.10, generic ones; torch depends on it
 
-from implicitdiff.solvers._rows import norm, safe_divide
+from implicitdiff.solvers._rows import largest_entry, norm, safe_divide
 from implicitdiff.solvers._status import Status
 
 Memory = TypeVar("Memory")
@@ -22,9 +22,9 @@ class Progress(NamedTuple):
         idle: the number of iterations since that, or since a step that lowered the value by more than its rounding.
         still: the number of steps of length zero since the last other one.
         step: the length of the last step that a method of Newton's kind would make, relative to the unknowns,
-            ``|d| / max(|x|, eps^(1/6) reach)``; 0 before the first, and for other methods.
-        reach: the largest ``|x|`` so far, for methods of Newton's kind: where the solution is zero, steps are small
-            against this.
+            ``|d| / max(|x|, eps^(1/6) |reach|)``; 0 before the first, and for other methods.
+        reach: the largest absolute values that the unknowns have had, ``(n,)``, for methods of Newton's kind: where the
+            solution is zero, steps are small against these. Empty for other methods.
         patience: ``idle`` at which the rounding floor is measured next.
         floor: the rounding floor of ``error`` where it was last measured; 0 if never.
     """
@@ -37,13 +37,18 @@ class Progress(NamedTuple):
     patience: Tensor
     floor: Tensor
 
-    def stepped(self, d: Tensor, x: Tensor, anew: Tensor | None = None) -> Progress:
-        """The same after a step ``d`` of Newton's kind to ``x``, whether the whole of it was made or not; ``reach``
-        begins ``anew`` in some lanes, as where ``x`` is in other units from then on."""
-        length = norm(x)
-        reach = torch.maximum(length, self.reach if anew is None else torch.where(anew, 0.0, self.reach))
-        least = torch.finfo(x.dtype).eps ** (1 / 6) * reach
-        return self._replace(step=safe_divide(norm(d), torch.maximum(length, least)), reach=reach)
+    def stepped(self, d: Tensor, x: Tensor, units: Tensor | None = None) -> Progress:
+        """The same after a step ``d`` of Newton's kind to ``x``, whether the whole of it was made or not. Each unknown
+        counts as often as its unit says."""
+        # It fades, as a search may begin far away.
+        reach, eps = torch.maximum(0.9 * self.reach, x.detach().abs()), torch.finfo(x.dtype).eps
+        if units is None:
+            step = safe_divide(norm(d), torch.maximum(norm(x), eps ** (1 / 6) * norm(reach)))
+        else:
+            d, x, far = units * d.detach().abs(), units * x.detach().abs(), units * reach
+            least = eps ** (1 / 3) * norm(far)[:, None]
+            step = largest_entry(safe_divide(d, torch.maximum(x, least)))
+        return self._replace(step=step, reach=reach)
 
     def fallen(self, where: Tensor) -> Progress:
         """The same after a step that lowered the value by more than its rounding, in some lanes."""

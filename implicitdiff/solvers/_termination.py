@@ -55,7 +55,7 @@ class _Powers(NamedTuple):
 
 _OWN_STEPS = _Powers(near=1 / 3, failed=1 / 6, sure=1 / 2)
 """Of a method that has made the step: the error that is left is about its square."""
-_TRIALS = _Powers(near=2 / 5, failed=1 / 3, sure=1 / 2)
+_TRIALS = _Powers(near=2 / 5, failed=2 / 5, sure=1 / 2)
 """Of a method that has not: the step is the error."""
 
 
@@ -111,7 +111,7 @@ class Termination:
         """The state at an initial guess; with default tolerances this takes an evaluation to measure ``|J x|``."""
         error = start.error.detach()
         zero, none = torch.zeros_like(error, dtype=torch.int64), torch.zeros_like(error)
-        reach = norm(x) if method.steps_tell or method.newton_step is not None else none
+        near = method.steps_tell or method.newton_step is not None
         state = State(
             iter_num=zero,
             error=error,
@@ -119,7 +119,13 @@ class Termination:
             status=zero if start.status is None else start.status,
             history=error.new_zeros((error.shape[0], 0)),
             progress=Progress(
-                best=error, idle=zero, still=zero, step=none, reach=reach, patience=zero + PATIENCE, floor=none
+                best=error,
+                idle=zero,
+                still=zero,
+                step=none,
+                reach=x.detach().abs() if near else x.new_zeros((x.shape[0], 0)),
+                patience=zero + PATIENCE,
+                floor=none,
             ),
             memory=start.memory,
         )
@@ -184,7 +190,7 @@ class Termination:
         there = asked & (state.error <= floor)
         good = there & self.is_default
         if any_lane(good):
-            state = _with_step(state, _newton_step(method, rows, x, state), good, rows.eps)
+            state = _with_step(state, _newton_step(method, rows, x, state), good, good)
             good = good & _is_settled(method, rows, state, "failed")
         status = torch.where(there, int(Status.STALLED), state.status)
         return state._replace(
@@ -220,8 +226,10 @@ class Termination:
         reached = reached & ~((told.error == 0) & _is_settled(method, rows, state, "sure"))
         if self.is_default and any_lane(failed | reached):
             coarse = reached & (told.error > 0)
-            step = _newton_step(method, rows, x, state)
-            state = _with_step(state, step, failed | reached, rows.eps)
+            # A method of Newton's kind that came to its target has made a step.
+            asked = failed if method.steps_tell else failed | reached
+            step = _newton_step(method, rows, x, state) if any_lane(asked) else None
+            state = _with_step(state, step, asked, failed)
             state, told = self._measured_again(method, rows, first_x, x, state, step, failed, coarse, told)
             state, told = self._stepped(method, rows, state, step, failed, reached, told)
             failed = failed & (state.status != Status.CONVERGED)
@@ -247,7 +255,7 @@ class Termination:
         if not any_lane(failed | reached):
             return state, told
         error, here = state.error, _residual(method, rows, x, state)
-        size = scale(rows, x, here, first_x, error, None if step is None else step.size)
+        size, known = scale(rows, x, here, first_x, error, None if step is None else step.size)
         fine, rough = precision(rows.eps) * size, rows.eps ** (2 / 3) * size
         again = reached & (error > fine) & (2 * error < told.error) & (size > 0)
         ratio, length = error / size, norm(x)
@@ -262,7 +270,7 @@ class Termination:
             target=torch.where(again, fine, torch.where(good, rough, state.target)),
             status=torch.where(off, int(method.runs_off), state.status),
         )
-        is_final = ratio <= _RELIABLE
+        is_final = known & (ratio <= _RELIABLE)
         return state, Told(
             error=torch.where(again, torch.where(is_final, 0.0, error), told.error),
             ratio=torch.where(again, ratio, told.ratio),
@@ -286,7 +294,7 @@ class Termination:
             return state, told
         good = good & _is_settled(method, rows, state, "failed")
         state = state._replace(status=torch.where(good, int(Status.CONVERGED), state.status))
-        if step is None:
+        if step is None or method.steps_tell:
             return state, told
         far = reached & ~_is_settled(method, rows, state, "near")
         state = self._running_on(state, far)._replace(
@@ -312,7 +320,8 @@ def _progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Progres
 
 def _is_settled(method: Method, rows: Rows, state: State[Any], when: str) -> Tensor:
     """Whether the last step of Newton's kind was so short that ``x`` is near the solution."""
-    powers = _OWN_STEPS if method.steps_tell else _TRIALS
+    tried = method.newton_step is not None and (when == "failed" or not method.steps_tell)
+    powers = _TRIALS if tried else _OWN_STEPS
     settled: Tensor = state.progress.step <= rows.eps ** getattr(powers, when)
     return settled
 
@@ -333,13 +342,16 @@ def _newton_step(method: Method, rows: Rows, x: Tensor, state: State[Any]) -> Ne
         return None
 
 
-def _with_step(state: State[Any], step: NewtonStep | None, where: Tensor, eps: float) -> State[Any]:
+def _with_step(state: State[Any], step: NewtonStep | None, where: Tensor, failed: Tensor) -> State[Any]:
     """The state with the length of a step in some lanes; 0 if it promises next to no gain, as where a Hessian without
-    full rank makes it long."""
+    full rank makes it long; at least 1 where there is no minimum near."""
     if step is None:
         return state
-    progress = state.progress.stepped(step.d, step.x)
-    length = torch.where(step.gain > eps**0.5, progress.step, 0.0)
+    # Where a search failed, a gain that rounding hides is a reason not to know.
+    counts = torch.where(failed, step.promises, step.counts)
+    progress = state.progress.stepped(step.d, step.x, step.units)
+    length = torch.where(counts, progress.step, 0.0)
+    length = torch.where(step.bends_down, progress.step.clamp(min=1.0), length)
     return state._replace(progress=state.progress._replace(step=torch.where(where, length, state.progress.step)))
 
 
@@ -397,8 +409,11 @@ def composite_size(rows: Rows, x: Tensor, gradient: Tensor) -> Tensor:
     return norm(composite.away(rows, x, unbalanced) - composite.away(rows, x, gradient))
 
 
-def scale(rows: Rows, x: Tensor, here: Tensor, first_x: Tensor, error: Tensor, size: Tensor | None) -> Tensor:
-    """``|J x|``, unless it is given, at a point that may be a solution, after a search from ``first_x``.
+def scale(
+    rows: Rows, x: Tensor, here: Tensor, first_x: Tensor, error: Tensor, size: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``|J x|``, unless it is given, at a point that may be a solution, after a search from ``first_x``; and whether it
+    is that.
 
     Where that is hardly more than the error, the solution may be zero. There ``|J (first_x - x)|`` counts, with more
     digits, as it may be large.
@@ -407,12 +422,12 @@ def scale(rows: Rows, x: Tensor, here: Tensor, first_x: Tensor, error: Tensor, s
     size = norm(change(rows.residual, rows, x, here)) if size is None else size
     small = ~(size > 100 * error)
     if not any_lane(small):
-        return size
+        return size, ~small
     # No further than `change` goes, where that is anywhere.
     ratio = (norm(x) / norm(back)).nan_to_num(nan=1.0).clamp(max=1.0)
     step = step * torch.where(ratio < rows.eps ** (1 / 4), 1.0, ratio)
     way = norm(rows.residual(rows, x + step[:, None] * back) - here) / step
-    return torch.where(small, torch.fmax(size, rows.eps ** (1 / 6) * way), size)
+    return torch.where(small, torch.fmax(size, rows.eps ** (1 / 6) * way), size), ~small
 
 
 def rounding(residual: Residual, rows: Rows, x: Tensor, here: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._rows import Rows, any_lane, norm, select
 from implicitdiff.solvers._solver import Solver, make
 from implicitdiff.solvers._state import State
+from implicitdiff.solvers._trust_region import check_radius, root
 
 
 def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any) -> Solver:
@@ -54,7 +55,7 @@ def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any)
         >>> solver.run(torch.tensor([1.0, 3.0]), 2.0 * torch.exp(-0.5 * t))[0]
         tensor([2.0000, 0.5000])
     """
-    _dogleg.check_radius("dogleg", radius)
+    check_radius("dogleg", radius)
 
     start = partial(_start, radius=radius)
     method = Method(start, _step, DoglegMemory, 1_000, residual=normal_residual, size=normal_size, steps_tell=True)
@@ -82,4 +83,4 @@ def _step(rows: Rows, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, St
 
 def _steepness(r: Tensor, J: Tensor, scale: Tensor) -> Tensor:
     """``|D^-1 J' r|``."""
-    return norm(gradient(J, r) / _dogleg.root(scale))
+    return norm(gradient(J, r) / root(scale))

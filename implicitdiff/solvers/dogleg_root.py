@@ -19,6 +19,7 @@ from implicitdiff.solvers._rows import Rows, any_lane, norm, select, times
 from implicitdiff.solvers._solver import Solver, make
 from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
+from implicitdiff.solvers._trust_region import check_radius
 
 
 def dogleg_root(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any) -> Solver:
@@ -54,7 +55,7 @@ def dogleg_root(residual_fn: Callable[..., Any], radius: float = 1.0, **options:
         >>> solver.run(torch.ones(2), torch.tensor([3.0, 4.0]))[0]
         tensor([0.9414, 1.2241])
     """
-    _dogleg.check_radius("dogleg_root", radius)
+    check_radius("dogleg_root", radius)
 
     start = partial(_start, radius=radius)
     method = Method(start, _step, DoglegMemory, 1_000, residual=attrgetter("residual"), size=_size, steps_tell=True)

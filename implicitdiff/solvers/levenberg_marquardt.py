@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,15 +11,25 @@ from torch import Tensor
 
 import implicitdiff.solvers._dense as _dense
 import implicitdiff.solvers._equations as _equations
+import implicitdiff.solvers._trust_region as _trust_region
 from implicitdiff.solvers._bounds import Limits, limits_of, limits_on
-from implicitdiff.solvers._least_squares import gradient, normal_residual, normal_size, rounding_of_cost
+from implicitdiff.solvers._least_squares import (
+    gradient,
+    half_squares,
+    newton_step,
+    normal_residual,
+    normal_size,
+    rounding_of_cost,
+    units_of,
+)
 from implicitdiff.solvers._losses import check_loss_scale, loss_of
 from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._options import check_number
+from implicitdiff.solvers._newton_step import NewtonStep
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select, times
 from implicitdiff.solvers._solver import Solver, make
 from implicitdiff.solvers._state import Progress, State
 from implicitdiff.solvers._status import Status
+from implicitdiff.solvers._trust_region import length, root
 
 
 class LevenbergMarquardtMemory(NamedTuple):
@@ -32,37 +41,38 @@ class LevenbergMarquardtMemory(NamedTuple):
         jacobian: ``J = dr/dx``, ``(m, n)``; with a loss, times weights such that ``J'J`` is the model of its Hessian.
         losses: the terms of the cost, ``r^2 / 2`` or what a loss makes of it, ``(m,)``.
         scale: ``D^2``, the largest squared norms that the columns of ``J`` have had, with weights ``rho'``, ``(n,)``.
-        damping: ``lambda``.
-        growth: what it is multiplied by when the next step is refused.
+        radius: ``Delta``.
+        refusals: the number of steps that were refused since the last other one, though rounding hides their gain.
     """
 
     residual: Tensor
     jacobian: Tensor
     losses: Tensor
     scale: Tensor
-    damping: Tensor
-    growth: Tensor
+    radius: Tensor
+    refusals: Tensor
 
 
 def levenberg_marquardt(
     residual_fn: Callable[..., Any],
-    damping: float = 1e-3,
+    radius: float = 100.0,
     bounds: Any = None,
     loss: str | Callable[[Tensor], Tensor] = "linear",
     loss_scale: float | Tensor = 1.0,
     **options: Any,
 ) -> Solver:
-    r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by damped Gauss-Newton steps, in a box and with a robust loss if
-    need be.
+    r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by Gauss-Newton steps within a trust region, in a box and with a
+    robust loss if need be.
 
     Each iteration solves::
 
-        (J'J + lambda D^2) d = - J' r,    J = dr/dx,
+        min |r + J d|  subject to  |D d| <= Delta,    J = dr/dx,
 
-    and goes to ``x + d`` if that makes ``|r|`` smaller; ``lambda`` shrinks with the agreement between the gain and that
-    which the linear model foretold, and grows where a step is refused. ``D^2`` are the squared norms of the columns of
-    ``J``, the largest so far, so the units of the unknowns do not matter. ``r`` may have any length, also less than
-    ``x`` has, and ``J`` any rank; the derivative of the solution needs a strict minimum.
+    of which the solution is that of ``(J'J + lambda D^2) d = - J' r`` for some ``lambda >= 0``, 0 where the
+    Gauss-Newton step is short enough. It goes to ``x + d`` if that gains at least 1e-4 of what the linear model
+    foretold. ``Delta`` grows and shrinks with the agreement of the two. ``D`` are the norms of the columns of ``J``,
+    the largest so far, so the units of the unknowns do not matter. ``r`` may have any length, also less than ``x`` has,
+    and ``J`` any rank; the derivative of the solution needs a strict minimum.
 
     The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included.
 
@@ -93,7 +103,7 @@ def levenberg_marquardt(
 
     Args:
         residual_fn: ``r(x, *args)``, a tree of any tensors.
-        damping: the first ``lambda``, positive; larger makes the first steps shorter.
+        radius: the first ``Delta`` in units of ``|D x|``, of ``|r|`` where ``x`` is zero; positive.
         bounds: None, or a pair ``(lower, upper)``, each a number, a tensor that broadcasts to every leaf of ``x``, a
             tree of these like ``x``, or None. They are differentiated and batched like what ``residual_fn`` captures.
         loss: a name, or a function ``rho(z)``, entry by entry and twice differentiable, with ``rho(0) = 0`` and
@@ -103,13 +113,12 @@ def levenberg_marquardt(
         options: see `implicitdiff.solvers`.
 
     Raises:
-        ValueError: ``damping`` or ``loss_scale`` is not positive, ``bounds`` is no pair, or there is no such loss.
+        ValueError: ``radius`` or ``loss_scale`` is not positive, ``bounds`` is no pair, or there is no such loss.
             Later: a lower bound exceeds the upper one; a loss is given complex residuals.
 
     Reference:
-        More, "The Levenberg-Marquardt algorithm", 1978, for the scaling; Nielsen, "Damping parameter in Marquardt's
-        method", 1999, for the damping; Triggs, McLauchlan, Hartley and Fitzgibbon, "Bundle adjustment: a modern
-        synthesis", 2000, section 4.3, for the losses.
+        More, "The Levenberg-Marquardt algorithm: implementation and theory", 1978; for the losses Triggs, McLauchlan,
+        Hartley and Fitzgibbon, "Bundle adjustment: a modern synthesis", 2000, section 4.3.
 
     Example:
         >>> import torch
@@ -124,7 +133,7 @@ def levenberg_marquardt(
         tensor(2.5000)
     """
     name = "levenberg_marquardt"
-    check_number(name, "damping", damping, "a finite number > 0", lambda d: 0 < d < math.inf)
+    _trust_region.check_radius(name, radius)
     check_loss_scale(name, loss_scale)
     robust, bounded = loss != "linear", bounds is not None
     equation_of: _equations.EquationOf = _equations.least_squares
@@ -134,13 +143,14 @@ def levenberg_marquardt(
     if bounded:
         equation_of = partial(_boxed, smooth_of=equation_of, limits=limits_of(name, bounds))
     method = Method(
-        partial(_start, damping=damping, robust=robust, bounded=bounded),
+        partial(_start, radius=radius, robust=robust, bounded=bounded),
         partial(_step, robust=robust, bounded=bounded),
         LevenbergMarquardtMemory,
         1_000,
         residual=None if bounded else normal_residual,
         size=_size_in_box if bounded else normal_size,
         steps_tell=True,
+        newton_step=partial(_newton_step, robust=robust, bounded=bounded),
     )
     return make(name, equation_of, (residual_fn,), method, options)
 
@@ -153,7 +163,7 @@ def _boxed(fn: Callable[..., Any], smooth_of: _equations.EquationOf, limits: tup
     return _equations.boxed(smooth_of(fn), *limits)
 
 
-def _start(rows: Rows, x: Tensor, *, damping: float, robust: bool, bounded: bool) -> Start:
+def _start(rows: Rows, x: Tensor, *, radius: float, robust: bool, bounded: bool) -> Start:
     inside = limits_on(rows).clip(x) if bounded else x
     raw, raw_jacobian = rows.fn.jacobian(inside)
     measured = rows.function("loss")(inside) if robust else raw
@@ -163,8 +173,8 @@ def _start(rows: Rows, x: Tensor, *, damping: float, robust: bool, bounded: bool
         jacobian=jacobian,
         losses=losses,
         scale=squares,
-        damping=torch.full_like(residual.sum(dim=-1), damping),
-        growth=torch.full_like(residual.sum(dim=-1), 2.0),
+        radius=radius * _trust_region.first_radius(inside, residual, squares),
+        refusals=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device),
     )
     # Of the guess itself, which is no solution outside of the box.
     error = _error(rows, x, gradient(jacobian, residual), bounded)
@@ -209,11 +219,12 @@ def _weighted(r: Tensor, J: Tensor, measured: Tensor, robust: bool) -> tuple[Ten
 def _step(
     rows: Rows, x: Tensor, state: State[LevenbergMarquardtMemory], *, robust: bool, bounded: bool
 ) -> tuple[Tensor, State[LevenbergMarquardtMemory]]:
-    r, J, losses, scale, damping, growth = state.memory
+    r, J, losses, scale, radius, refusals = state.memory
     x = limits_on(rows).clip(x) if bounded else x
-    g, D2 = gradient(J, r), torch.where(scale > 0, scale, 1.0)
-    weights = damping[:, None] * D2
-    trial = _trial_in_box(limits_on(rows), x, r, J, g, weights) if bounded else x - _damped(J, r, weights)
+    g, D = gradient(J, r), root(scale)
+    free = torch.where(limits_on(rows).held(x, g)[:, None], 0.0, J) if bounded else J
+    d, weights, whole = _within(free, r, D, radius, rows.eps)
+    trial = _trial_in_box(limits_on(rows), x, r, J, g, weights) if bounded else x + d
     d = trial - x
     measured = rows.function("loss")(trial) if robust else rows.fn(trial)
     if bounded:
@@ -224,35 +235,34 @@ def _step(
     gain = _gain(losses, measured) if robust else 0.5 * dot(r - measured, r + measured)
     known = torch.isfinite(measured).all(dim=-1)
     # Below the rounding of the cost the gain says nothing; there the gradient judges.
-    drowned = (foretold <= rounding_of_cost(rows, x, r, J, losses)) & (foretold > 0 if bounded else True)
-    accepted, ratio = (gain > 0) & known, torch.ones_like(gain)
+    drowned = foretold.abs() <= rounding_of_cost(rows, x, r, J, losses)
+    accepted, ratio = (gain > _trust_region.ENOUGH * foretold.clamp(min=0.0)) & known, torch.ones_like(gain)
     if any_lane(known & (accepted | drowned)):
         there = select(known, trial, x)
         new = _weighted(*rows.fn.jacobian(there), select(known, measured, torch.ones_like(measured)), robust)
         new_r, new_J, new_losses, new_squares = new
-        root = D2.sqrt()
         pulls = _pull(rows, there, gradient(new_J, new_r), bounded), _pull(rows, x, g, bounded)
-        ratio = safe_divide(*(norm(pull / root) for pull in pulls))
+        ratio = safe_divide(*(norm(pull / D) for pull in pulls))
         accepted = torch.where(drowned, known & (ratio < 1.0), accepted)
     moves = (trial != x).any(dim=-1)
     accepted = accepted & moves
-    agreement = torch.where(foretold > 0, gain / torch.where(foretold > 0, foretold, 1.0), 1.0).clamp(0.0, 1.0)
-    shrink = torch.clamp(1.0 - (2.0 * agreement - 1.0) ** 3, min=1.0 / 3.0)
-    shrink = torch.where(drowned, torch.where(ratio < 0.5, 1.0 / 3.0, 1.0), shrink)
-    next_damping = torch.where(accepted, damping * shrink, damping * growth)
-    refused = ~accepted & (~moves | (drowned & (growth >= _REFUSALS)) | ~(next_damping <= 1.0 / rows.eps**2))
-    memory = state.memory._replace(
-        damping=next_damping.clamp(min=rows.eps**2), growth=torch.where(accepted, 2.0, 2.0 * growth)
-    )
+    next_refusals = torch.where(accepted, 0, refusals + drowned)
+    refused = ~accepted & (~moves | (next_refusals >= _trust_region.REFUSALS))
+    went = length(D * d)
+    # The first radius is a guess.
+    radius = torch.where(state.iter_num == 0, torch.minimum(radius, went), radius)
+    next_radius = _trust_region.next_radius(radius, went, gain, foretold, dot(d, g), known)
+    calm = torch.where(accepted & (ratio < 0.5), torch.maximum(radius, 2.0 * went), radius)
+    next_radius = torch.where(drowned & known, torch.where(accepted, calm, 0.25 * went), next_radius)
+    memory = state.memory._replace(radius=next_radius, refusals=next_refusals)
     if any_lane(accepted):
         x, r, J = select(accepted, trial, x), select(accepted, new_r, r), select(accepted, new_J, J)
         losses = select(accepted, new_losses, losses)
         scale = torch.maximum(scale, select(accepted, new_squares, scale))
         memory = memory._replace(residual=r, jacobian=J, losses=losses, scale=scale)
-    units = memory.scale.detach().sqrt()
-    progress = state.progress.fallen(accepted & ~drowned).stepped(units * d, units * x, anew=state.iter_num == 0)
+    progress = state.progress.fallen(accepted & ~drowned).stepped(whole, x, units_of(memory.jacobian))
     error = _error(rows, x, gradient(J, r), bounded)
-    # Where the search may end, the step that tells how far x is from the solution is that without damping.
+    # Where the search may end, the step that tells how far x is from the solution is that without a region.
     ends = ~accepted | drowned
     if any_lane(ends | (error <= state.target)):
         step = _distance(rows, x, memory, progress, ends, bounded)
@@ -277,19 +287,28 @@ def _distance(
     if bounded:
         J = torch.where(limits_on(rows).held(x, gradient(J, r))[:, None], 0.0, J)
     # Singular values that rounding makes of zero promise no more than a square root of eps.
-    # So do columns that have become so small, as at a minimum whose curvature comes from the residual alone.
-    d = -_damped(J, r, rows.eps**1.5 * torch.where(memory.scale > 0, memory.scale, 1.0).detach())
-    units = memory.scale.detach().sqrt()
-    step = progress.stepped(units * d, units * x).step
+    d = -_damped(J, r, _least_weights(J, memory.scale.detach(), rows.eps))
+    step = progress.stepped(d, x, units_of(J)).step
     value, promised = losses.sum(dim=-1), -0.5 * dot(d, gradient(J, r))
     in_vain = ends & (value > 16.0 * rounding_of_cost(rows, x, r, J, losses))
     step = torch.where(in_vain, step.clamp(min=1.0), step)
     return torch.where(promised <= rows.eps**0.5 * value.abs(), 0.0, step)
 
 
+def _newton_step(rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, *, robust: bool, bounded: bool) -> NewtonStep:
+    r, J = memory.residual, memory.jacobian
+    cost = rows.function("loss").summed(_losses_of) if robust else rows.fn.summed(half_squares)
+    free = ~limits_on(rows).held(x, gradient(J, r)) if bounded else None
+    return newton_step(rows, x, r, J, memory.losses, cost, free)
+
+
 def _gain(losses: Tensor, measured: Tensor) -> Tensor:
     """How much the cost falls; term by term, as the many that do not change would drown the others."""
-    return (losses - measured.chunk(3, dim=-1)[0]).sum(dim=-1)
+    return (losses - _losses_of(measured)).sum(dim=-1)
+
+
+def _losses_of(measured: Tensor) -> Tensor:
+    return measured.chunk(3, dim=-1)[0]
 
 
 def _pull(rows: Rows, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
@@ -317,8 +336,25 @@ def _trial_in_box(limits: Limits, x: Tensor, r: Tensor, J: Tensor, g: Tensor, we
 _ROUNDS = 10
 """How often a step is solved anew."""
 
-_REFUSALS = 32.0
-"""The growth of the damping at which steps below rounding have been refused often enough."""
+
+def _within(J: Tensor, r: Tensor, D: Tensor, radius: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``argmin |r + J d|`` within ``|D d| <= radius``, the weights ``lambda D^2`` of which it is the solution, and the
+    same without the region."""
+    weights = _least_weights(J, D.square(), eps)
+    d = whole = -_damped(J, r, weights)
+    size = length(D * whole)
+    beyond = size > 1.1 * radius
+    if any_lane(beyond):
+        damping = _trust_region.multiplier(J / D[:, None], r, torch.where(beyond, radius, 0.5 * size))
+        weights = select(beyond, damping[:, None] * D.square(), weights)
+        d = select(beyond, -_damped(J, r, weights), d)
+    return d, weights, whole
+
+
+def _least_weights(J: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Weights with which a step is unique, whatever the rank of ``J``, and otherwise as without them."""
+    squares = J.square().sum(dim=1)
+    return eps**1.5 * torch.where(squares > 0, squares, torch.where(scale > 0, scale, 1.0))
 
 
 def _damped(J: Tensor, r: Tensor, weights: Tensor) -> Tensor:
