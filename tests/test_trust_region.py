@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from problem_sets import more_garbow_hillstrom
 from scipy import optimize
 from torch import Tensor
 from torch.func import grad, jacfwd, jvp, vmap
 
-from implicitdiff import solvers
-from implicitdiff.solvers import Status, dogleg, dogleg_root, gauss_newton, newton, newton_cg
+from implicitdiff.solvers import Status, dogleg, dogleg_root, gauss_newton, levenberg_marquardt, newton, newton_cg
+from implicitdiff.solvers._trust_region import multiplier
 
 F64 = torch.float64
 
@@ -137,7 +138,7 @@ def test_steps_out_of_the_domain_are_shortened(factory) -> None:
     torch.testing.assert_close(grad(steps)(c), (steps(c + h) - steps(c - h)) / (2 * h), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("factory", [dogleg_root, dogleg])
+@pytest.mark.parametrize("factory", [dogleg_root, dogleg, levenberg_marquardt])
 @pytest.mark.parametrize("radius", [0.02, 0.3, 3.0])
 def test_derivatives_of_steps_that_the_radius_limits(factory, radius: float) -> None:
     """On the gradient's part of the dogleg, on the second, and beyond."""
@@ -150,7 +151,10 @@ def test_derivatives_of_steps_that_the_radius_limits(factory, radius: float) -> 
     expected = (steps(c + h * v) - steps(c - h * v)) / (2 * h)
     torch.testing.assert_close(jvp(steps, (c,), (v,))[1], expected, rtol=1e-5, atol=1e-7)
     w = tensor(1, -0.4)
-    torch.testing.assert_close(grad(lambda c: w @ steps(c))(c) @ v, w @ expected, rtol=1e-5, atol=1e-7)
+    slope = grad(lambda c: w @ steps(c))
+    torch.testing.assert_close(slope(c) @ v, w @ expected, rtol=1e-5, atol=1e-7)
+    second = (slope(c + h * v) - slope(c - h * v)) / (2 * h)
+    torch.testing.assert_close(jvp(slope, (c,), (v,))[1], second, rtol=1e-4, atol=1e-6 * float(second.abs().max()))
 
 
 def test_the_solution_of_a_fit_has_its_derivative() -> None:
@@ -158,16 +162,89 @@ def test_the_solution_of_a_fit_has_its_derivative() -> None:
     y = 2 * torch.exp(-1.3 * t) + 0.05 * torch.cos(9 * t)
     by = {
         factory: jacfwd(lambda y, f=factory: f(lambda x, y: x[0] * torch.exp(-x[1] * t) - y).run(tensor(1, 1), y)[0])
-        for factory in (dogleg, solvers.levenberg_marquardt)
+        for factory in (dogleg, levenberg_marquardt)
     }
-    torch.testing.assert_close(by[dogleg](y), by[solvers.levenberg_marquardt](y), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(by[dogleg](y), by[levenberg_marquardt](y), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("factory", [dogleg_root, dogleg])
+@pytest.mark.parametrize("factory", [dogleg_root, dogleg, levenberg_marquardt])
 @pytest.mark.parametrize("radius", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_radius_is_positive(factory, radius: float) -> None:
     with pytest.raises(ValueError, match="radius"):
         factory(rosenbrock, radius=radius)
+
+
+# --- Levenberg and Marquardt ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 4), (3, 5)])
+@pytest.mark.parametrize("share", [0.9, 0.1, 1e-6])
+def test_the_multiplier_makes_a_step_of_the_radius(shape: tuple[int, int], share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(2, *shape, dtype=F64, generator=generator) * torch.logspace(0, -5, shape[1], dtype=F64)
+    r = torch.randn(2, shape[0], dtype=F64, generator=generator)
+    longest = torch.stack([torch.linalg.pinv(a) @ b for a, b in zip(A, r, strict=True)]).norm(dim=-1)
+    found = multiplier(A, r, share * longest)
+    for a, b, most, damping in zip(A.numpy(), r.numpy(), (share * longest).tolist(), found.tolist(), strict=True):
+        U, S, _ = np.linalg.svd(a, full_matrices=False)
+
+        def excess(log: float, S=S, c=U.T @ b, most=most) -> float:
+            return float(np.log(np.linalg.norm(S * c / (S**2 + np.exp(log))) / most))
+
+        expected = np.exp(optimize.brentq(excess, -60, 60, xtol=1e-13))
+        assert damping == pytest.approx(expected, rel=1e-8)
+
+
+def test_derivatives_of_the_multiplier() -> None:
+    generator = torch.Generator().manual_seed(1)
+    A = torch.randn(2, 5, 3, dtype=F64, generator=generator, requires_grad=True)
+    r = torch.randn(2, 5, dtype=F64, generator=generator, requires_grad=True)
+    radius = tensor(0.2, 0.01).requires_grad_()
+    assert torch.autograd.gradcheck(multiplier, (A, r, radius), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(multiplier, (A, r, radius))
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "most"),
+    [
+        ("1 Rosenbrock", 100, 10),
+        ("6 Jennrich and Sampson", 1, 80),
+        ("10 Meyer", 10, 250),
+        ("26 trigonometric, n = 10", 10, 110),
+        ("27 Brown almost linear, n = 30", 10, 60),
+    ],
+)
+def test_levenberg_marquardt_arrives_from_where_minpack_does(name: str, factor: float, most: int) -> None:
+    problem = next(p for p in more_garbow_hillstrom.PROBLEMS if p.name == name)
+    x, state = levenberg_marquardt(problem.residual).run(factor * torch.tensor(problem.start, dtype=F64))
+    value = float((problem.residual(x) ** 2).sum())
+    assert state.iter_num < most and min(abs(value - v) for v in problem.values) < 1e-6 * max(value, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("factory", [dogleg, levenberg_marquardt])
+def test_a_singular_jacobian_does_not_hide_a_minimum(factory, dtype: torch.dtype) -> None:
+    """At the local minimum of Freudenstein and Roth, where the residual alone makes the Hessian regular."""
+
+    def residual(x: Tensor) -> Tensor:
+        a, b = x
+        return torch.stack([-13 + a + ((5 - b) * b - 2) * b, -29 + a + ((b + 1) * b - 14) * b])
+
+    x, state = factory(residual).run(torch.tensor([0.5, -2.0], dtype=dtype))
+    assert state.status == Status.CONVERGED
+    b = (2 - 22**0.5) / 3  # where both residuals have the same slope in b
+    torch.testing.assert_close(x[1].double(), tensor(b)[0], rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"), [("14 Wood", 1), ("5 Beale", 100), ("15 Kowalik and Osborne", 100), ("10 Meyer", 100)]
+)
+def test_a_valley_is_no_minimum_in_float32(name: str, factor: float) -> None:
+    problem = next(p for p in more_garbow_hillstrom.PROBLEMS if p.name == name)
+    start = factor * torch.tensor(problem.start, dtype=torch.float32)
+    x, state = levenberg_marquardt(problem.residual, on_failure="ignore").run(start)
+    value = float((problem.residual(x.double()) ** 2).sum())
+    assert not state.converged or min(abs(value - v) for v in problem.values) < 1e-2 * max(value, 1e-6)
 
 
 # --- saddles ----------------------------------------------------------------------------------------------------------

@@ -59,16 +59,18 @@ When a search ends
 
     By default a method that knows a step of Newton's kind must besides be near the solution. `newton`,
     `gauss_newton`, `levenberg_marquardt` and the doglegs make such steps: the last one is at most ``eps^(1/3) |x|``,
-    so that the error left is about the square of that. `lbfgs`, `nonlinear_cg` and `newton_cg` compute one where they
-    have come to their target, by some products with the Hessian, and it is at most ``eps^(2/5) |x|``; where the
-    objective has no second derivative there is none. Where it is longer, the search goes on.
+    so that the error left is about the square of that. For least squares each unknown counts by itself there, unless
+    it hardly changes ``r``. `lbfgs`, `nonlinear_cg` and `newton_cg` compute a step where they have come to their
+    target, by some products with the Hessian, and it is at most ``eps^(2/5) |x|``; where the objective has no second
+    derivative there is none. Where it is longer, the search goes on.
 
     A search that gets no closer says so. Where the error has not become smaller for some iterations, or a line
     search has failed, the rounding floor is measured: the change of ``F`` when every unknown moves by 4 units in
     its last place, two evaluations. A search whose error is no more has CONVERGED with default tolerances, if a
-    step of Newton's kind, where there is one, is at most ``eps^(1/6) |x|`` for the first methods and ``eps^(1/3) |x|``
-    for the others, and else has STALLED. A search whose line search has failed has converged with default tolerances
-    also at ``|F(x)| <= eps^(2/3) |J x|``. After 16 steps of length zero it has STALLED. ``state.progress.floor`` is the
+    step of Newton's kind, where there is one, is at most ``eps^(1/6) |x|`` for `newton` and `gauss_newton` and
+    ``eps^(2/5) |x|`` for the others, and else has STALLED. For least squares that step has the whole Hessian, by
+    products with it, as the Jacobian may be singular where the Hessian is not. A search whose line search has failed
+    has converged with default tolerances also at ``|F(x)| <= eps^(2/3) |J x|``. After 16 steps of length zero it has STALLED. ``state.progress.floor`` is the
     floor. `bisection` and `qp` judge their own rounding: the first by its brackets, the second by the terms of its
     equations.
 

@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._dense as _dense
 from implicitdiff.solvers._backtracking import Point, backtrack
-from implicitdiff.solvers._least_squares import gradient, rounding_of_cost, units_of
+from implicitdiff.solvers._least_squares import damped, gradient, rounding_of_cost, units_of
 from implicitdiff.solvers._rows import Rows, any_lane, dot, safe_divide, select, times
 from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
-from implicitdiff.solvers._trust_region import ENOUGH, REFUSALS, first_radius, length, root
+from implicitdiff.solvers._trust_region import DROWNED, ENOUGH, REFUSALS, first_radius, length, root
 
 WholeStep = Callable[[Tensor, Tensor], Tensor]
 """``whole(A, r)``: the ``s`` that makes ``|r + A s|`` least, whatever the rank of ``A``."""
@@ -50,7 +49,8 @@ class Trial(NamedTuple):
         length: ``|D d|``.
         foretold: what ``|r + J d|^2 / 2`` says that the step gains.
         gain: what it does gain; minus infinity where the residual is not finite.
-        drowned: whether ``foretold`` is below the rounding of ``|r|^2 / 2``.
+        drowned: whether rounding of ``|r|^2 / 2`` hides what is foretold.
+        loses: whether the step makes that larger by more than rounding.
         whole: the step without a trust region.
         promised: what it gains by the model, relative to ``|r|^2 / 2``.
     """
@@ -61,6 +61,7 @@ class Trial(NamedTuple):
     foretold: Tensor
     gain: Tensor
     drowned: Tensor
+    loses: Tensor
     whole: Tensor
     promised: Tensor
 
@@ -68,6 +69,11 @@ class Trial(NamedTuple):
     def known(self) -> Tensor:
         """Whether the residual is finite."""
         return self.gain > -torch.inf
+
+    @property
+    def hidden(self) -> Tensor:
+        """Whether rounding hides the gain, so that the gradient judges."""
+        return self.known & self.drowned & ~self.loses
 
     @property
     def good(self) -> Tensor:
@@ -102,11 +108,13 @@ def attempt(rows: Rows, x: Tensor, state: State[DoglegMemory], whole: WholeStep)
             new_r = select(known, new_r, r) if rows.plain else rows.fn(new_x)
         gain = torch.where(known, 0.5 * dot(r - new_r, r + new_r), -torch.inf)
         promised = safe_divide(path.gain(path.full), 0.5 * dot(r, r))
-        return Trial(new_x, new_r, length(s), foretold, gain, foretold <= noise, path.full / D, promised)
+        return Trial(
+            new_x, new_r, length(s), foretold, gain, foretold <= DROWNED * noise, gain < -noise, path.full / D, promised
+        )
 
     def enough(new: Point, radius: Tensor) -> Tensor:
         trial = Trial(*new)
-        return trial.good | (trial.known & trial.drowned)
+        return trial.good | trial.hidden
 
     farthest = torch.minimum(radius, length(path.full))
     new, halved, _ = backtrack(at, enough, farthest, state.status == Status.RUNNING)
@@ -131,7 +139,7 @@ def conclude(
     """
     old = state.memory
     r, J = at_trial
-    promising = trial.known & (trial.good | trial.drowned) & (trial.x != x).any(dim=-1)
+    promising = (trial.good | trial.hidden) & (trial.x != x).any(dim=-1)
     accepted = accepted & promising & torch.isfinite(J).flatten(1).all(dim=-1)
     refusals = torch.where(accepted, 0, old.refusals + 1)
     stuck = ~accepted & (~promising | (refusals >= REFUSALS))
@@ -151,7 +159,7 @@ def conclude(
     progress = state.progress.fallen(accepted & ~trial.drowned)
     progress = progress.stepped(trial.whole, x, units_of(memory.jacobian))
     # A step that promises nothing is long where the Jacobian has not full rank.
-    progress = progress._replace(step=torch.where(trial.promised <= eps**0.5, 0.0, progress.step))
+    progress = progress._replace(step=torch.where(trial.promised <= eps ** (2 / 3), 0.0, progress.step))
     return x, state._replace(status=status, progress=progress, memory=memory)
 
 
@@ -197,11 +205,11 @@ def _next_radius(radius: Tensor, trial: Trial) -> Tensor:
 
 
 def least(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
-    """``argmin |r + A s|^2 + mu^2 |s|^2`` for columns of norm 1, which is unique whatever the rank of ``A``.
+    """``argmin |r + A s|^2 + mu^2 |C s|^2``, which is unique whatever the rank of ``A``; ``C`` are the norms of its
+    columns.
 
-    A singular value of less than ``mu`` counts as none. Where ``A`` determines nothing, rounding moves the step by
-    about ``eps |r| / mu``.
+    A singular value of less than ``mu = eps^(2/3)`` counts as none, if the columns have norm 1. Where ``A`` determines
+    nothing, rounding moves the step by about ``eps |r| / mu``.
     """
-    mu = eps ** (2 / 3)
-    below = torch.diag_embed(torch.full_like(A[:, 0], mu))
-    return -_dense.lstsq(torch.cat([A, below], dim=-2), torch.cat([r, torch.zeros_like(A[:, 0])], dim=-1))
+    squares = A.square().sum(dim=1)
+    return damped(A, r, eps ** (4 / 3) * torch.where(squares > 0, squares, 1.0))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import implicitdiff.solvers._dense as _dense
 from implicitdiff.solvers._newton_step import NewtonStep, conjugate_gradients
 from implicitdiff.solvers._rows import RowFunction, Rows, dot, norm, times
 
@@ -25,6 +26,14 @@ def gradient(jacobian: Tensor, residual: Tensor) -> Tensor:
     """``J' r``."""
     product: Tensor = torch.einsum("lmn,lm->ln", jacobian, residual)
     return product
+
+
+def damped(J: Tensor, r: Tensor, weights: Tensor, below: Tensor | None = None) -> Tensor:
+    """``argmin |J d + r|^2 + |W^(1/2) d + below|^2``, ``W`` diagonal, by QR, which does not square the condition
+    number."""
+    roots = torch.diag_embed(weights.sqrt())
+    below = torch.zeros_like(weights) if below is None else below
+    return -_dense.lstsq(torch.cat([J, roots], dim=-2), torch.cat([r, below], dim=-1))
 
 
 def newton_step(
@@ -47,7 +56,8 @@ def newton_step(
 
     def precondition(v: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(factor.mT, v[..., None], upper=False)
-        return mask * torch.linalg.solve_triangular(factor, half, upper=True)[..., 0]
+        whole: Tensor = torch.linalg.solve_triangular(factor, half, upper=True)
+        return mask * whole[..., 0]
 
     products = min(2 * x.shape[-1], _PRODUCTS)
     step, gain = conjugate_gradients(x, mask * grad, lambda v: mask * product(v), precondition, products, eps=rows.eps)
@@ -75,4 +85,5 @@ def rounding_of_cost(rows: Rows, x: Tensor, r: Tensor, J: Tensor, losses: Tensor
 
 def units_of(jacobian: Tensor) -> Tensor:
     """The norms of the columns, in which steps are measured: a change of an unknown counts by what it does to ``r``."""
-    return jacobian.detach().square().sum(dim=1).sqrt()
+    squares: Tensor = jacobian.detach().square().sum(dim=1)
+    return squares.sqrt()

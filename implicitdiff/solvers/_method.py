@@ -44,7 +44,7 @@ class Method(NamedTuple):
         steps_tell: whether the length of a step measures the error of ``x``, as in Newton's method; such a method sets
             it by `Progress.stepped`.
         newton_step: ``newton_step(rows, x, memory)``, a step of Newton's kind at x, for methods whose own steps say
-            nothing. It may use second derivatives.
+            nothing, or nothing where they fail. It may use second derivatives.
         runs_off: the status of a search that goes away from everything, though its error falls.
         is_judged: whether the stopping rule judges the error; False: the method itself does.
         only_implicit: why ``implicit_diff=False`` makes no sense, if it makes none.

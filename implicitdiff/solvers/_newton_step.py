@@ -1,4 +1,4 @@
-"""A step of Newton's kind for methods that form no Hessian: how far their iterate may be from a minimum."""
+"""A step of Newton's kind for methods that make none: how far their iterate may be from a minimum."""
 
 from __future__ import annotations
 

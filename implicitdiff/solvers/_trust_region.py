@@ -8,15 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._dense as _dense
 from implicitdiff._operator import Dims
 from implicitdiff._primitive import Problem, solve_problem
 from implicitdiff._pytree import Leaves
+from implicitdiff.solvers._least_squares import damped
 from implicitdiff.solvers._options import check_number
 from implicitdiff.solvers._rows import any_lane, dot, largest_entry, safe_divide
 
 ENOUGH = 1e-4
 """The part of the foretold gain that a step has to make, as in MINPACK."""
+DROWNED = 4.0
+"""The foretold gain, in units of the rounding of the cost, below which the gradient judges a step. A step that loses more
+than one unit is refused all the same: two steps, one that the gradient likes and one that the cost does, would go to and
+fro."""
 REFUSALS = 5
 """After how many refusals in a row of steps that seemed good a search ends."""
 _ROUNDS = 100
@@ -65,23 +69,13 @@ def multiplier(A: Tensor, r: Tensor, radius: Tensor) -> Tensor:
     return solve_problem(_Multiplier(), [A, r, radius])[0]
 
 
-def damped(A: Tensor, r: Tensor, damping: Tensor) -> Tensor:
-    """``argmin |A s + r|^2 + damping |s|^2`` by QR, which does not square the condition number."""
-    return _regularised(A, -r, torch.zeros_like(A[..., 0, :]), damping)
-
-
-def _regularised(A: Tensor, b: Tensor, below: Tensor, damping: Tensor) -> Tensor:
-    weights = damping.sqrt()[..., None].expand_as(below)
-    return _dense.lstsq(torch.cat([A, torch.diag_embed(weights)], dim=-2), torch.cat([b, below], dim=-1))
-
-
 @dataclass(frozen=True)
 class _Multiplier(Problem):
     """``|s(lambda, A, r)|^2 / radius^2 - 1 = 0``."""
 
     def residual(self, x: Leaves, theta: Leaves) -> Leaves:
         A, r, radius = theta
-        return [(damped(A, r, x[0]) / radius[..., None]).square().sum(dim=-1) - 1.0]
+        return [(_step(A, r, x[0]) / radius[..., None]).square().sum(dim=-1) - 1.0]
 
     def primal(self, theta: Leaves) -> Leaves:
         A, r, radius = theta
@@ -103,11 +97,15 @@ class _Multiplier(Problem):
 
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
         A, r, radius = theta
-        s = damped(A, r, x[0])
+        s = _step(A, r, x[0])
         # (A'A + lambda)^-1 s, in the same way.
-        moved = _regularised(A, torch.zeros_like(r), s / x[0].sqrt()[..., None], x[0])
+        moved = damped(A, torch.zeros_like(r), x[0][..., None].expand_as(s), -s / x[0].sqrt()[..., None])
         slope = -2.0 * dot(s / radius[..., None], moved / radius[..., None])
         return [b[0] / torch.where(slope < 0, slope, -1.0)]
 
     def batched(self, dims: Dims, size: int) -> tuple[Problem, Dims, int]:
         return self, (-1,) * len(dims), 0
+
+
+def _step(A: Tensor, r: Tensor, multiplier: Tensor) -> Tensor:
+    return damped(A, r, multiplier[..., None].expand_as(A[..., 0, :]))

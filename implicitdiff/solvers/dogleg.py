@@ -11,8 +11,9 @@ from torch import Tensor
 import implicitdiff.solvers._dogleg as _dogleg
 import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._dogleg import DoglegMemory
-from implicitdiff.solvers._least_squares import gradient, normal_residual, normal_size
+from implicitdiff.solvers._least_squares import gradient, half_squares, newton_step, normal_residual, normal_size
 from implicitdiff.solvers._method import Method, Start
+from implicitdiff.solvers._newton_step import NewtonStep
 from implicitdiff.solvers._rows import Rows, any_lane, norm, select
 from implicitdiff.solvers._solver import Solver, make
 from implicitdiff.solvers._state import State
@@ -58,7 +59,16 @@ def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any)
     check_radius("dogleg", radius)
 
     start = partial(_start, radius=radius)
-    method = Method(start, _step, DoglegMemory, 1_000, residual=normal_residual, size=normal_size, steps_tell=True)
+    method = Method(
+        start,
+        _step,
+        DoglegMemory,
+        1_000,
+        residual=normal_residual,
+        size=normal_size,
+        steps_tell=True,
+        newton_step=_newton_step,
+    )
     return make("dogleg", _equations.least_squares, (residual_fn,), method, options)
 
 
@@ -70,7 +80,7 @@ def _start(rows: Rows, x: Tensor, *, radius: float) -> Start:
 def _step(rows: Rows, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
     old = state.memory
     trial, radius = _dogleg.attempt(rows, x, state, partial(_dogleg.least, eps=rows.eps))
-    asked, at_trial = trial.known & (trial.good | trial.drowned), (old.residual, old.jacobian)
+    asked, at_trial = trial.good | trial.hidden, (old.residual, old.jacobian)
     accepted = asked
     if any_lane(asked):
         at_trial = rows.fn.jacobian(select(asked, trial.x, x))
@@ -79,6 +89,11 @@ def _step(rows: Rows, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, St
         accepted = asked & (flatter | ~trial.drowned)
     x, state = _dogleg.conclude(x, state, trial, radius, accepted, at_trial)
     return x, state._replace(error=norm(normal_residual(state.memory)))
+
+
+def _newton_step(rows: Rows, x: Tensor, memory: DoglegMemory) -> NewtonStep:
+    r, J = memory.residual, memory.jacobian
+    return newton_step(rows, x, r, J, half_squares(r), rows.fn.summed(half_squares))
 
 
 def _steepness(r: Tensor, J: Tensor, scale: Tensor) -> Tensor:

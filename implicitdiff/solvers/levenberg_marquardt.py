@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._dense as _dense
 import implicitdiff.solvers._equations as _equations
 import implicitdiff.solvers._trust_region as _trust_region
 from implicitdiff.solvers._bounds import Limits, limits_of, limits_on
 from implicitdiff.solvers._least_squares import (
+    damped,
     gradient,
     half_squares,
     newton_step,
@@ -29,7 +29,7 @@ from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, s
 from implicitdiff.solvers._solver import Solver, make
 from implicitdiff.solvers._state import Progress, State
 from implicitdiff.solvers._status import Status
-from implicitdiff.solvers._trust_region import length, root
+from implicitdiff.solvers._trust_region import DROWNED, length, root
 
 
 class LevenbergMarquardtMemory(NamedTuple):
@@ -235,7 +235,8 @@ def _step(
     gain = _gain(losses, measured) if robust else 0.5 * dot(r - measured, r + measured)
     known = torch.isfinite(measured).all(dim=-1)
     # Below the rounding of the cost the gain says nothing; there the gradient judges.
-    drowned = foretold.abs() <= rounding_of_cost(rows, x, r, J, losses)
+    noise = rounding_of_cost(rows, x, r, J, losses)
+    drowned = foretold.abs() <= DROWNED * noise
     accepted, ratio = (gain > _trust_region.ENOUGH * foretold.clamp(min=0.0)) & known, torch.ones_like(gain)
     if any_lane(known & (accepted | drowned)):
         there = select(known, trial, x)
@@ -243,7 +244,7 @@ def _step(
         new_r, new_J, new_losses, new_squares = new
         pulls = _pull(rows, there, gradient(new_J, new_r), bounded), _pull(rows, x, g, bounded)
         ratio = safe_divide(*(norm(pull / D) for pull in pulls))
-        accepted = torch.where(drowned, known & (ratio < 1.0), accepted)
+        accepted = torch.where(drowned, known & (ratio < 1.0) & (gain > -noise), accepted)
     moves = (trial != x).any(dim=-1)
     accepted = accepted & moves
     next_refusals = torch.where(accepted, 0, refusals + drowned)
@@ -287,7 +288,7 @@ def _distance(
     if bounded:
         J = torch.where(limits_on(rows).held(x, gradient(J, r))[:, None], 0.0, J)
     # Singular values that rounding makes of zero promise no more than a square root of eps.
-    d = -_damped(J, r, _least_weights(J, memory.scale.detach(), rows.eps))
+    d = damped(J, r, _least_weights(J, memory.scale.detach(), rows.eps))
     step = progress.stepped(d, x, units_of(J)).step
     value, promised = losses.sum(dim=-1), -0.5 * dot(d, gradient(J, r))
     in_vain = ends & (value > 16.0 * rounding_of_cost(rows, x, r, J, losses))
@@ -323,8 +324,8 @@ def _trial_in_box(limits: Limits, x: Tensor, r: Tensor, J: Tensor, g: Tensor, we
     trial = x
     for _ in range(min(x.shape[-1], _ROUNDS)):
         there = times(torch.where(held, trial - x, 0.0), J.mT)
-        step = _damped(torch.where(held[:, None], 0.0, J), r + there, weights)
-        aim = torch.where(held, trial, x - step)
+        step = damped(torch.where(held[:, None], 0.0, J), r + there, weights)
+        aim = torch.where(held, trial, x + step)
         trial = limits.clip(aim)
         out = ~held & ((aim > limits.upper) | (aim < limits.lower))
         if not any_lane(out):
@@ -341,23 +342,18 @@ def _within(J: Tensor, r: Tensor, D: Tensor, radius: Tensor, eps: float) -> tupl
     """``argmin |r + J d|`` within ``|D d| <= radius``, the weights ``lambda D^2`` of which it is the solution, and the
     same without the region."""
     weights = _least_weights(J, D.square(), eps)
-    d = whole = -_damped(J, r, weights)
+    d = whole = damped(J, r, weights)
     size = length(D * whole)
     beyond = size > 1.1 * radius
     if any_lane(beyond):
         damping = _trust_region.multiplier(J / D[:, None], r, torch.where(beyond, radius, 0.5 * size))
         weights = select(beyond, damping[:, None] * D.square(), weights)
-        d = select(beyond, -_damped(J, r, weights), d)
+        d = select(beyond, damped(J, r, weights), d)
     return d, weights, whole
 
 
 def _least_weights(J: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Weights with which a step is unique, whatever the rank of ``J``, and otherwise as without them."""
     squares = J.square().sum(dim=1)
-    return eps**1.5 * torch.where(squares > 0, squares, torch.where(scale > 0, scale, 1.0))
-
-
-def _damped(J: Tensor, r: Tensor, weights: Tensor) -> Tensor:
-    """``argmin |J d - r|^2 + d' diag(weights) d`` by QR, which does not square the condition number."""
-    below = torch.diag_embed(weights.sqrt())
-    return _dense.lstsq(torch.cat([J, below], dim=-2), torch.cat([r, torch.zeros_like(weights)], dim=-1))
+    weights: Tensor = eps**1.5 * torch.where(squares > 0, squares, torch.where(scale > 0, scale, 1.0))
+    return weights
