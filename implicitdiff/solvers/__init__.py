@@ -68,11 +68,11 @@ When a search ends
     search has failed, the rounding floor is measured: the change of ``F`` when every unknown moves by 4 units in
     its last place, two evaluations. A search whose error is no more has CONVERGED with default tolerances, if a
     step of Newton's kind, where there is one, is at most ``eps^(1/6) |x|`` for `newton` and `gauss_newton` and
-    ``eps^(2/5) |x|`` for the others, and else has STALLED. For least squares that step has the whole Hessian, by
-    products with it, as the Jacobian may be singular where the Hessian is not. A search whose line search has failed
-    has converged with default tolerances also at ``|F(x)| <= eps^(2/3) |J x|``. After 16 steps of length zero it has STALLED. ``state.progress.floor`` is the
-    floor. `bisection` and `qp` judge their own rounding: the first by its brackets, the second by the terms of its
-    equations.
+    ``eps^(2/5) |x|`` for the others, and else has STALLED. For `levenberg_marquardt` and `dogleg` that step has the
+    whole Hessian, by products with it, as the Jacobian may be singular where the Hessian is not. A search whose line
+    search has failed has converged with default tolerances also at ``|F(x)| <= eps^(2/3) |J x|``. After 16 steps of
+    length zero it has STALLED. ``state.progress.floor`` is the floor. `bisection` and `qp` judge their own rounding:
+    the first by its brackets, the second by the terms of its equations.
 
     Give ``atol``, in the error's units, where the guess and the solution are zero: there is then no size to go by.
     Give it also where unknowns, or equations, of very different sizes share the norm, in which the large ones hide
