@@ -292,7 +292,12 @@ SEARCHES = [
     Row("gauss_newton", solvers.gauss_newton, LEAST_SQUARES),
     Row("levenberg_marquardt", solvers.levenberg_marquardt, LEAST_SQUARES),
     Row("dogleg", solvers.dogleg, LEAST_SQUARES),
-    Row("levenberg_marquardt, box", partial(solvers.levenberg_marquardt, bounds=(-5.0, 0.1)), LEAST_SQUARES_IN_BOX),
+    # Linear, so that a search without a small region takes one step.
+    Row(
+        "levenberg_marquardt, box",
+        partial(solvers.levenberg_marquardt, radius=0.3, bounds=(-5.0, 0.1)),
+        LEAST_SQUARES_IN_BOX,
+    ),
     Row(
         "levenberg_marquardt, Huber",
         partial(solvers.levenberg_marquardt, loss="huber", loss_scale=3.0),

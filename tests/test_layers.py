@@ -95,6 +95,7 @@ ORDER = [
     "solvers._line_search",
     "solvers._scipy",
     "solvers._least_squares",
+    "solvers._trust_region",
     "solvers._dogleg",
     "solvers._quadratic",
     "solvers._polish",
