@@ -15,6 +15,9 @@ from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
 from implicitdiff.solvers._trust_region import DROWNED, ENOUGH, REFUSALS, first_radius, length, root
 
+_FADES = 0.95
+"""What is left of a norm of a column after a step: a search may begin where it is far from that at the solution."""
+
 WholeStep = Callable[[Tensor, Tensor], Tensor]
 """``whole(A, r)``: the ``s`` that makes ``|r + A s|`` least, whatever the rank of ``A``."""
 
@@ -25,7 +28,7 @@ class DoglegMemory(NamedTuple):
     Attributes:
         residual: ``r(x)``, as one vector of length ``m``.
         jacobian: ``J = dr/dx``, ``(m, n)``.
-        scale: ``D^2``, the largest squared norms that the columns of ``J`` have had, ``(n,)``.
+        scale: ``D^2``, the squared norms of the columns of ``J``, at least 0.95 of the last ``D``, ``(n,)``.
         radius: of the trust region, the largest ``|D d|`` of a step ``d``.
         refusals: the number of steps in a row that were refused though they seemed good, as rounding hides the gain or
             the Jacobian is not finite.
@@ -148,7 +151,7 @@ def conclude(
     memory = DoglegMemory(
         residual=r,
         jacobian=J,
-        scale=torch.maximum(old.scale, J.square().sum(dim=1)),
+        scale=torch.maximum(_FADES**2 * old.scale, J.square().sum(dim=1)),
         radius=torch.where(accepted, _next_radius(radius, trial), 0.25 * trial.length),
         refusals=refusals,
         slow=torch.where(slow, old.slow + 1, 0),

@@ -26,8 +26,8 @@ def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any)
     A step ``d`` makes ``|r + J d|``, ``J = dr/dx``, small within ``|D d| <= Delta``: it is the Gauss-Newton step where
     that is so short, else it ends where the path from 0 to the minimum down the gradient and on to the Gauss-Newton
     step leaves the region. The solver goes there if that gains at least 1e-4 of what ``|r + J d|`` foretells. ``Delta``
-    grows and shrinks with the agreement of the two. ``D`` are the norms of the columns of ``J``, the largest so far, so
-    the units of the unknowns do not matter.
+    grows and shrinks with the agreement of the two. ``D`` are the norms of the columns of ``J``, or 0.95 of the last
+    ``D`` where that is more, so the units of the unknowns do not matter.
 
     ``r`` may have any length, also less than ``x`` has, and ``J`` any rank; the derivative of the solution needs a
     strict minimum. A refused step costs one ``r``, where `levenberg_marquardt` factorises a matrix as well. Where the
