@@ -102,6 +102,11 @@ class RowFunction:
             g = _grad(y, x, torch.ones_like(y), create_graph=True)
         return y.detach()[:, 0], g.detach(), lambda v: _pulled(g, x, v)
 
+    def curvature(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient and the Hessian, ``(lanes, n, n)``, of a function to the reals."""
+        _, grad, product = self.hessian(x)
+        return grad, self._images(product, x).permute(1, 0, 2)
+
     def summed(self, terms: Product) -> RowFunction:
         """The function to the reals that adds the terms that are made of the values."""
         batch = self.inputs.batch

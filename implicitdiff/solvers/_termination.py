@@ -320,8 +320,7 @@ def _progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Progres
 
 def _is_settled(method: Method, rows: Rows, state: State[Any], when: str) -> Tensor:
     """Whether the last step of Newton's kind was so short that ``x`` is near the solution."""
-    tried = method.newton_step is not None and (when == "failed" or not method.steps_tell)
-    powers = _TRIALS if tried else _OWN_STEPS
+    powers = _OWN_STEPS if method.newton_step is None else _TRIALS
     settled: Tensor = state.progress.step <= rows.eps ** getattr(powers, when)
     return settled
 

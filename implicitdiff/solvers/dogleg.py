@@ -11,7 +11,14 @@ from torch import Tensor
 import implicitdiff.solvers._dogleg as _dogleg
 import implicitdiff.solvers._equations as _equations
 from implicitdiff.solvers._dogleg import DoglegMemory
-from implicitdiff.solvers._least_squares import gradient, half_squares, newton_step, normal_residual, normal_size
+from implicitdiff.solvers._least_squares import (
+    curvature,
+    gradient,
+    half_squares,
+    newton_step,
+    normal_residual,
+    normal_size,
+)
 from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._newton_step import NewtonStep
 from implicitdiff.solvers._rows import Rows, any_lane, norm, select
@@ -93,7 +100,7 @@ def _step(rows: Rows, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, St
 
 def _newton_step(rows: Rows, x: Tensor, memory: DoglegMemory) -> NewtonStep:
     r, J = memory.residual, memory.jacobian
-    return newton_step(rows, x, r, J, half_squares(r), rows.fn.summed(half_squares))
+    return newton_step(rows, x, r, J, half_squares(r), curvature(x, rows.fn.summed(half_squares)))
 
 
 def _steepness(r: Tensor, J: Tensor, scale: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import implicitdiff.solvers._equations as _equations
 import implicitdiff.solvers._trust_region as _trust_region
 from implicitdiff.solvers._bounds import Limits, limits_of, limits_on
 from implicitdiff.solvers._least_squares import (
+    Curvature,
+    curvature,
     damped,
     gradient,
     half_squares,
@@ -29,7 +31,7 @@ from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, s
 from implicitdiff.solvers._solver import Solver, make
 from implicitdiff.solvers._state import Progress, State
 from implicitdiff.solvers._status import Status
-from implicitdiff.solvers._trust_region import DROWNED, length, root
+from implicitdiff.solvers._trust_region import length, root
 
 
 class LevenbergMarquardtMemory(NamedTuple):
@@ -43,6 +45,7 @@ class LevenbergMarquardtMemory(NamedTuple):
         scale: ``D^2``, the largest squared norms that the columns of ``J`` have had, with weights ``rho'``, ``(n,)``.
         radius: ``Delta``.
         refusals: the number of steps that were refused since the last other one, though rounding hides their gain.
+        slow: the number of steps since one that halved the gradient, without those that were refused for their gain.
     """
 
     residual: Tensor
@@ -51,6 +54,7 @@ class LevenbergMarquardtMemory(NamedTuple):
     scale: Tensor
     radius: Tensor
     refusals: Tensor
+    slow: Tensor
 
 
 def levenberg_marquardt(
@@ -175,6 +179,7 @@ def _start(rows: Rows, x: Tensor, *, radius: float, robust: bool, bounded: bool)
         scale=squares,
         radius=radius * _trust_region.first_radius(inside, residual, squares),
         refusals=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device),
+        slow=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device),
     )
     # Of the guess itself, which is no solution outside of the box.
     error = _error(rows, x, gradient(jacobian, residual), bounded)
@@ -219,24 +224,41 @@ def _weighted(r: Tensor, J: Tensor, measured: Tensor, robust: bool) -> tuple[Ten
 def _step(
     rows: Rows, x: Tensor, state: State[LevenbergMarquardtMemory], *, robust: bool, bounded: bool
 ) -> tuple[Tensor, State[LevenbergMarquardtMemory]]:
-    r, J, losses, scale, radius, refusals = state.memory
+    r, J, losses, scale, radius, refusals, slow = state.memory
     x = limits_on(rows).clip(x) if bounded else x
     g, D = gradient(J, r), root(scale)
     free = torch.where(limits_on(rows).held(x, g)[:, None], 0.0, J) if bounded else J
     d, weights, whole = _within(free, r, D, radius, rows.eps)
     trial = _trial_in_box(limits_on(rows), x, r, J, g, weights) if bounded else x + d
     d = trial - x
-    measured = rows.function("loss")(trial) if robust else rows.fn(trial)
     if bounded:
         foretold = -dot(d, g) - 0.5 * times(d, J.mT).square().sum(dim=-1)
     else:
         # (|r|^2 - |r + J d|^2) / 2, in a form that does not cancel.
         foretold = 0.5 * (dot(d, weights * d) - dot(d, g))
+    noise = rounding_of_cost(rows, x, r, J, losses)
+    asked = (slow > 0) & (foretold.abs() <= noise)
+    if any_lane(asked):
+        # The last digits come fast with the whole Hessian, slowly without, where the residual is large.
+        at = _curvature(rows, x, g, robust, bounded)
+        convex = at.convex
+        step = at.step(convex)
+        ahead, promised = x + step, -0.5 * dot(step, g)
+        # Where rounding hides its gain, it may be as long as it likes.
+        near = (length(D * step) <= radius) | (promised <= noise)
+        inside = (limits_on(rows).clip(ahead) == ahead).all(dim=-1) if bounded else True
+        asked = asked & convex & near & torch.isfinite(ahead).all(dim=-1) & inside
+        trial, whole, foretold = (
+            select(asked, ahead, trial),
+            select(asked, step, whole),
+            select(asked, promised, foretold),
+        )
+        d = trial - x
+    measured = rows.function("loss")(trial) if robust else rows.fn(trial)
     gain = _gain(losses, measured) if robust else 0.5 * dot(r - measured, r + measured)
     known = torch.isfinite(measured).all(dim=-1)
     # Below the rounding of the cost the gain says nothing; there the gradient judges.
-    noise = rounding_of_cost(rows, x, r, J, losses)
-    drowned = foretold.abs() <= DROWNED * noise
+    drowned = foretold.abs() <= noise
     accepted, ratio = (gain > _trust_region.ENOUGH * foretold.clamp(min=0.0)) & known, torch.ones_like(gain)
     if any_lane(known & (accepted | drowned)):
         there = select(known, trial, x)
@@ -244,7 +266,7 @@ def _step(
         new_r, new_J, new_losses, new_squares = new
         pulls = _pull(rows, there, gradient(new_J, new_r), bounded), _pull(rows, x, g, bounded)
         ratio = safe_divide(*(norm(pull / D) for pull in pulls))
-        accepted = torch.where(drowned, known & (ratio < 1.0) & (gain > -noise), accepted)
+        accepted = torch.where(drowned, known & (ratio < 1.0), accepted)
     moves = (trial != x).any(dim=-1)
     accepted = accepted & moves
     next_refusals = torch.where(accepted, 0, refusals + drowned)
@@ -255,7 +277,8 @@ def _step(
     next_radius = _trust_region.next_radius(radius, went, gain, foretold, dot(d, g), known)
     calm = torch.where(accepted & (ratio < 0.5), torch.maximum(radius, 2.0 * went), radius)
     next_radius = torch.where(drowned & known, torch.where(accepted, calm, 0.25 * went), next_radius)
-    memory = state.memory._replace(radius=next_radius, refusals=next_refusals)
+    next_slow = torch.where(accepted & (ratio < 0.5), 0, slow + (accepted | drowned))
+    memory = state.memory._replace(radius=next_radius, refusals=next_refusals, slow=next_slow)
     if any_lane(accepted):
         x, r, J = select(accepted, trial, x), select(accepted, new_r, r), select(accepted, new_J, J)
         losses = select(accepted, new_losses, losses)
@@ -265,9 +288,10 @@ def _step(
     error = _error(rows, x, gradient(J, r), bounded)
     # Where the search may end, the step that tells how far x is from the solution is that without a region.
     ends = ~accepted | drowned
-    if any_lane(ends | (error <= state.target)):
+    looks = (ends | (error <= state.target)) & ~asked
+    if any_lane(looks):
         step = _distance(rows, x, memory, progress, ends, bounded)
-        progress = progress._replace(step=torch.where(ends | (error <= state.target), step, progress.step))
+        progress = progress._replace(step=torch.where(looks, step, progress.step))
     return x, state._replace(
         error=error,
         progress=progress,
@@ -298,9 +322,12 @@ def _distance(
 
 def _newton_step(rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, *, robust: bool, bounded: bool) -> NewtonStep:
     r, J = memory.residual, memory.jacobian
+    return newton_step(rows, x, r, J, memory.losses, _curvature(rows, x, gradient(J, r), robust, bounded))
+
+
+def _curvature(rows: Rows, x: Tensor, g: Tensor, robust: bool, bounded: bool) -> Curvature:
     cost = rows.function("loss").summed(_losses_of) if robust else rows.fn.summed(half_squares)
-    free = ~limits_on(rows).held(x, gradient(J, r)) if bounded else None
-    return newton_step(rows, x, r, J, memory.losses, cost, free)
+    return curvature(x, cost, ~limits_on(rows).held(x, g) if bounded else None)
 
 
 def _gain(losses: Tensor, measured: Tensor) -> Tensor:
