@@ -8,7 +8,7 @@ import torch
 from problem_sets import more_garbow_hillstrom
 from scipy import optimize
 from torch import Tensor
-from torch.func import grad, jacfwd, jvp, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 from implicitdiff.solvers import Status, dogleg, dogleg_root, gauss_newton, levenberg_marquardt, newton, newton_cg
 from implicitdiff.solvers._trust_region import multiplier
@@ -208,8 +208,9 @@ def test_derivatives_of_the_multiplier() -> None:
     ("name", "factor", "most"),
     [
         ("1 Rosenbrock", 100, 10),
+        ("16 Brown and Dennis", 100, 100),
         ("6 Jennrich and Sampson", 1, 80),
-        ("10 Meyer", 10, 250),
+        ("10 Meyer", 10, 400),
         ("26 trigonometric, n = 10", 10, 110),
         ("27 Brown almost linear, n = 30", 10, 60),
     ],
@@ -234,6 +235,45 @@ def test_a_singular_jacobian_does_not_hide_a_minimum(factory, dtype: torch.dtype
     assert state.status == Status.CONVERGED
     b = (2 - 22**0.5) / 3  # where both residuals have the same slope in b
     torch.testing.assert_close(x[1].double(), tensor(b)[0], rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-7)
+
+
+def test_the_last_steps_take_the_whole_hessian_and_its_derivatives() -> None:
+    """Where the residual is large, Gauss-Newton steps halve the error; below rounding, only the gradient can tell."""
+    t = torch.linspace(0.2, 4, 20, dtype=F64)
+
+    def brown_dennis(x: Tensor, c: Tensor) -> Tensor:
+        a, b = (x[0] + t * x[1] - torch.exp(t)), (x[2] + x[3] * torch.sin(t) - torch.cos(t))
+        return a**2 + c * b**2
+
+    solver = levenberg_marquardt(brown_dennis)
+    start, c = tensor(-11, 13, -0.4, 0.2), torch.tensor(1.0, dtype=F64)
+    x, state = solver.run(start, c)
+    assert state.iter_num < 200
+    torch.testing.assert_close(x, tensor(-11.594440, 13.203630, -0.403439, 0.236779), rtol=0, atol=2e-6)
+    implicit = jacfwd(lambda c: solver.run(start, c)[0])(c)
+    forward, reverse = (by(lambda c: solver.run(start, c, implicit_diff=False)[0])(c) for by in (jacfwd, jacrev))
+    torch.testing.assert_close(forward, implicit, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(reverse, implicit, rtol=1e-6, atol=1e-8)
+
+
+class Once(torch.autograd.Function):
+    """``x^2``, differentiable once only."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor) -> Tensor:
+        return 2 * g * ctx.saved_tensors[0]
+
+
+def test_residuals_without_a_second_derivative_have_slow_last_steps() -> None:
+    with torch.no_grad():
+        x, _ = levenberg_marquardt(lambda x: Once.apply(x) + 1).run(torch.full((1,), 2.0, dtype=F64))
+    assert x.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(

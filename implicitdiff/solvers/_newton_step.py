@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,17 @@ class NewtonStep(NamedTuple):
     bends_down: Tensor
     memory: Any = None
     units: Tensor | None = None
+
+
+Made = TypeVar("Made")
+
+
+def if_twice_differentiable(make: Callable[[], Made]) -> Made | None:
+    """What takes second derivatives; None where a function has first ones alone, as a function of autograd may."""
+    try:
+        return make()
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def few_products(rows: Rows, x: Tensor) -> int:

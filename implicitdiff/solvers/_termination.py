@@ -21,7 +21,7 @@ from torch import Tensor
 import implicitdiff._pytree as pytree
 from implicitdiff.solvers._equations import Composite, Residual
 from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._newton_step import NewtonStep
+from implicitdiff.solvers._newton_step import NewtonStep, if_twice_differentiable
 from implicitdiff.solvers._rows import Rows, any_lane, norm, select
 from implicitdiff.solvers._state import Progress, State
 from implicitdiff.solvers._status import Status, is_any_of
@@ -332,13 +332,8 @@ def _residual(method: Method, rows: Rows, x: Tensor, state: State[Any]) -> Tenso
 
 def _newton_step(method: Method, rows: Rows, x: Tensor, state: State[Any]) -> NewtonStep | None:
     """A step of Newton's kind, if the method can make one."""
-    if method.newton_step is None:
-        return None
-    try:
-        return method.newton_step(rows, x, state.memory)
-    except (RuntimeError, NotImplementedError):
-        # A function of autograd may be differentiable once only. Its gradient alone is judged.
-        return None
+    make = method.newton_step
+    return None if make is None else if_twice_differentiable(lambda: make(rows, x, state.memory))
 
 
 def _with_step(state: State[Any], step: NewtonStep | None, where: Tensor, failed: Tensor) -> State[Any]:

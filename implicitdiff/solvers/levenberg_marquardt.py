@@ -26,7 +26,7 @@ from implicitdiff.solvers._least_squares import (
 )
 from implicitdiff.solvers._losses import check_loss_scale, loss_of
 from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._newton_step import NewtonStep
+from implicitdiff.solvers._newton_step import NewtonStep, if_twice_differentiable
 from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select, times
 from implicitdiff.solvers._solver import Solver, make
 from implicitdiff.solvers._state import Progress, State
@@ -226,34 +226,15 @@ def _step(
 ) -> tuple[Tensor, State[LevenbergMarquardtMemory]]:
     r, J, losses, scale, radius, refusals, slow = state.memory
     x = limits_on(rows).clip(x) if bounded else x
-    g, D = gradient(J, r), root(scale)
-    free = torch.where(limits_on(rows).held(x, g)[:, None], 0.0, J) if bounded else J
-    d, weights, whole = _within(free, r, D, radius, rows.eps)
-    trial = _trial_in_box(limits_on(rows), x, r, J, g, weights) if bounded else x + d
-    d = trial - x
-    if bounded:
-        foretold = -dot(d, g) - 0.5 * times(d, J.mT).square().sum(dim=-1)
-    else:
-        # (|r|^2 - |r + J d|^2) / 2, in a form that does not cancel.
-        foretold = 0.5 * (dot(d, weights * d) - dot(d, g))
-    noise = rounding_of_cost(rows, x, r, J, losses)
-    asked = (slow > 0) & (foretold.abs() <= noise)
+    g, D, noise = gradient(J, r), root(scale), rounding_of_cost(rows, x, r, J, losses)
+    ahead = _trial(rows, x, r, J, D, radius, bounded)
+    # Where the residual is large, the whole Hessian makes the difference.
+    asked = (slow >= _SLOW) | ((slow > 0) & (ahead.foretold.abs() <= noise))
     if any_lane(asked):
-        # The last digits come fast with the whole Hessian, slowly without, where the residual is large.
-        at = _curvature(rows, x, g, robust, bounded)
-        convex = at.convex
-        step = at.step(convex)
-        ahead, promised = x + step, -0.5 * dot(step, g)
-        # Where rounding hides its gain, it may be as long as it likes.
-        near = (length(D * step) <= radius) | (promised <= noise)
-        inside = (limits_on(rows).clip(ahead) == ahead).all(dim=-1) if bounded else True
-        asked = asked & convex & near & torch.isfinite(ahead).all(dim=-1) & inside
-        trial, whole, foretold = (
-            select(asked, ahead, trial),
-            select(asked, step, whole),
-            select(asked, promised, foretold),
-        )
-        d = trial - x
+        at = if_twice_differentiable(lambda: _curvature(rows, x, g, robust, bounded))
+        ahead = ahead if at is None else _with_hessian(rows, x, at, ahead, asked, D, radius, noise, bounded)
+    trial, foretold = ahead.x, ahead.foretold
+    d = trial - x
     measured = rows.function("loss")(trial) if robust else rows.fn(trial)
     gain = _gain(losses, measured) if robust else 0.5 * dot(r - measured, r + measured)
     known = torch.isfinite(measured).all(dim=-1)
@@ -284,11 +265,11 @@ def _step(
         losses = select(accepted, new_losses, losses)
         scale = torch.maximum(scale, select(accepted, new_squares, scale))
         memory = memory._replace(residual=r, jacobian=J, losses=losses, scale=scale)
-    progress = state.progress.fallen(accepted & ~drowned).stepped(whole, x, units_of(memory.jacobian))
+    progress = state.progress.fallen(accepted & ~drowned).stepped(ahead.whole, x, units_of(memory.jacobian))
     error = _error(rows, x, gradient(J, r), bounded)
     # Where the search may end, the step that tells how far x is from the solution is that without a region.
     ends = ~accepted | drowned
-    looks = (ends | (error <= state.target)) & ~asked
+    looks = (ends | (error <= state.target)) & ~ahead.by_hessian
     if any_lane(looks):
         step = _distance(rows, x, memory, progress, ends, bounded)
         progress = progress._replace(step=torch.where(looks, step, progress.step))
@@ -297,6 +278,62 @@ def _step(
         progress=progress,
         status=torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status),
         memory=memory,
+    )
+
+
+class _Trial(NamedTuple):
+    """Where a step may lead.
+
+    Attributes:
+        x: the point.
+        foretold: what the model gains by it.
+        whole: the step without a region.
+        by_hessian: whether the model has the whole Hessian.
+    """
+
+    x: Tensor
+    foretold: Tensor
+    whole: Tensor
+    by_hessian: Tensor
+
+
+def _trial(rows: Rows, x: Tensor, r: Tensor, J: Tensor, D: Tensor, radius: Tensor, bounded: bool) -> _Trial:
+    g = gradient(J, r)
+    free = torch.where(limits_on(rows).held(x, g)[:, None], 0.0, J) if bounded else J
+    d, weights, whole = _within(free, r, D, radius, rows.eps)
+    by_hessian = torch.zeros_like(radius, dtype=torch.bool)
+    if not bounded:
+        # (|r|^2 - |r + J d|^2) / 2, in a form that does not cancel.
+        return _Trial(x + d, 0.5 * (dot(d, weights * d) - dot(d, g)), whole, by_hessian)
+    trial = _trial_in_box(limits_on(rows), x, r, J, g, weights)
+    d = trial - x
+    return _Trial(trial, -dot(d, g) - 0.5 * times(d, J.mT).square().sum(dim=-1), whole, by_hessian)
+
+
+def _with_hessian(
+    rows: Rows,
+    x: Tensor,
+    at: Curvature,
+    other: _Trial,
+    asked: Tensor,
+    D: Tensor,
+    radius: Tensor,
+    noise: Tensor,
+    bounded: bool,
+) -> _Trial:
+    """The trial of Newton's method for the cost in the lanes that are `asked` for it, where the Hessian is positive
+    definite; its step is cut to the radius."""
+    convex = at.convex
+    step = at.step(convex)
+    size, promised = length(D * step), -0.5 * dot(step, at.gradient)
+    # Where rounding hides its gain, it may be as long as it likes.
+    limited = (size > radius) & (promised > noise)
+    part = torch.where(limited, radius / torch.where(limited, size, 1.0), 1.0)
+    ahead, foretold = x + part[:, None] * step, promised * part * (2.0 - part)
+    inside = (limits_on(rows).clip(ahead) == ahead).all(dim=-1) if bounded else True
+    good = asked & convex & torch.isfinite(ahead).all(dim=-1) & inside
+    return _Trial(
+        select(good, ahead, other.x), select(good, foretold, other.foretold), select(good, step, other.whole), good
     )
 
 
@@ -360,6 +397,9 @@ def _trial_in_box(limits: Limits, x: Tensor, r: Tensor, J: Tensor, g: Tensor, we
         held = held | out
     return trial
 
+
+_SLOW = 4
+"""After how many steps that have not halved the gradient the whole Hessian makes the next."""
 
 _ROUNDS = 10
 """How often a step is solved anew."""
