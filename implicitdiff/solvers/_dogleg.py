@@ -13,8 +13,14 @@ from implicitdiff.solvers._least_squares import damped, gradient, rounding_of_co
 from implicitdiff.solvers._rows import Rows, any_lane, dot, safe_divide, select, times
 from implicitdiff.solvers._state import State
 from implicitdiff.solvers._status import Status
-from implicitdiff.solvers._trust_region import DROWNED, ENOUGH, REFUSALS, first_radius, length, root
+from implicitdiff.solvers._trust_region import ENOUGH, REFUSALS, first_radius, length, root
 
+_DROWNED = 4.0
+"""The foretold gain, in units of the rounding of the cost, below which the gradient judges a step.
+
+One that loses more than a unit is refused all the same: else a step that the gradient likes and one back that the cost
+likes would alternate.
+"""
 _FADES = 0.95
 """What is left of a norm of a column after a step: a search may begin where it is far from that at the solution."""
 
@@ -111,9 +117,8 @@ def attempt(rows: Rows, x: Tensor, state: State[DoglegMemory], whole: WholeStep)
             new_r = select(known, new_r, r) if rows.plain else rows.fn(new_x)
         gain = torch.where(known, 0.5 * dot(r - new_r, r + new_r), -torch.inf)
         promised = safe_divide(path.gain(path.full), 0.5 * dot(r, r))
-        return Trial(
-            new_x, new_r, length(s), foretold, gain, foretold <= DROWNED * noise, gain < -noise, path.full / D, promised
-        )
+        drowned = foretold <= _DROWNED * noise
+        return Trial(new_x, new_r, length(s), foretold, gain, drowned, gain < -noise, path.full / D, promised)
 
     def enough(new: Point, radius: Tensor) -> Tensor:
         trial = Trial(*new)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._rows import Product, Rows, any_lane, dot, norm, safe_divide
+from implicitdiff.solvers._rows import Product, Rows, any_lane, dot, norm, safe_divide, scattered
 
 
 class NewtonStep(NamedTuple):
@@ -61,15 +61,9 @@ def newton_step(rows: Rows, x: Tensor, memory: Any, precondition: Product, produ
     terms = torch.minimum(norm(x) * step.size, memory.magnitude)
     doubtful = counts & (norm(step.d) > rows.eps ** (2 / 5) * norm(x)) & (gain <= rows.eps**0.5 * terms)
     if any_lane(doubtful):
-        moved = rows.fn(x.detach() + 4 * rows.eps * signs(x) * x.detach())[:, 0].detach()
+        moved = rows.fn(x.detach() + 4 * rows.eps * scattered(x) * x.detach())[:, 0].detach()
         counts = counts & ~(doubtful & (gain <= 16.0 * (moved - value).abs()))
     return step._replace(promises=promises, counts=counts)
-
-
-def signs(x: Tensor) -> Tensor:
-    """Directions without a pattern: in a common one, terms may cancel."""
-    places = torch.arange(x.shape[-1], dtype=torch.float64, device=x.device)
-    return torch.where(torch.cos(places**2) < 0, -1.0, 1.0).to(x.dtype)
 
 
 def conjugate_gradients(

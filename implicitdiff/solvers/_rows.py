@@ -227,6 +227,12 @@ def norm(x: Tensor) -> Tensor:
     return size.to(x.dtype)
 
 
+def scattered(x: Tensor) -> Tensor:
+    """A sign for each unknown, ``(n,)``, without a pattern: along a common one, the terms of a function may cancel."""
+    places = torch.arange(x.shape[-1], dtype=torch.float64, device=x.device)
+    return torch.where(torch.cos(places**2) < 0, -1.0, 1.0).to(x.dtype)
+
+
 def largest_entry(x: Tensor) -> Tensor:
     """``max |x_i|``, row by row, ``(lanes,)``; 0 where there is none."""
     return x.abs().amax(dim=-1) if x.shape[-1] else x.sum(dim=-1)

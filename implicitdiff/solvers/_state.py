@@ -22,9 +22,11 @@ class Progress(NamedTuple):
         idle: the number of iterations since that, or since a step that lowered the value by more than its rounding.
         still: the number of steps of length zero since the last other one.
         step: the length of the last step that a method of Newton's kind would make, relative to the unknowns,
-            ``|d| / max(|x|, eps^(1/6) |reach|)``; 0 before the first, and for other methods.
-        reach: the largest absolute values that the unknowns have had, ``(n,)``, for methods of Newton's kind: where the
-            solution is zero, steps are small against these. Empty for other methods.
+            ``|d| / max(|x|, eps^(1/6) |reach|)``; for least squares that of the unknown with the largest,
+            ``c |d| / max(c |x|, eps^(1/3) |c reach|)``, ``c`` the norm of its column of the Jacobian; 0 before the
+            first step, and for other methods.
+        reach: the largest absolute values that the unknowns have had, ``(n,)``, less by a tenth after each step, for
+            methods of Newton's kind: where the solution is zero, steps are small against these. Empty for others.
         patience: ``idle`` at which the rounding floor is measured next.
         floor: the rounding floor of ``error`` where it was last measured; 0 if never.
     """
@@ -38,9 +40,9 @@ class Progress(NamedTuple):
     floor: Tensor
 
     def stepped(self, d: Tensor, x: Tensor, units: Tensor | None = None) -> Progress:
-        """The same after a step ``d`` of Newton's kind to ``x``, whether the whole of it was made or not. Each unknown
-        counts as often as its unit says."""
-        # It fades, as a search may begin far away.
+        """The same after a step ``d`` of Newton's kind to ``x``, whether the whole of it was made or not; with the
+        norms of the columns of a Jacobian as `units`, each unknown is looked at by itself."""
+        # A search may begin far away.
         reach, eps = torch.maximum(0.9 * self.reach, x.detach().abs()), torch.finfo(x.dtype).eps
         if units is None:
             step = safe_divide(norm(d), torch.maximum(norm(x), eps ** (1 / 6) * norm(reach)))

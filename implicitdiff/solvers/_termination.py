@@ -22,7 +22,7 @@ import implicitdiff._pytree as pytree
 from implicitdiff.solvers._equations import Composite, Residual
 from implicitdiff.solvers._method import Method, Start
 from implicitdiff.solvers._newton_step import NewtonStep, if_twice_differentiable
-from implicitdiff.solvers._rows import Rows, any_lane, norm, select
+from implicitdiff.solvers._rows import Rows, any_lane, norm, scattered, select
 from implicitdiff.solvers._state import Progress, State
 from implicitdiff.solvers._status import Status, is_any_of
 
@@ -439,11 +439,10 @@ def rounding(residual: Residual, rows: Rows, x: Tensor, here: Tensor) -> Tensor:
 
 
 def _noise(residual: Residual, rows: Rows, x: Tensor, here: Tensor) -> Tensor:
-    """In directions without a pattern: in a common one, the terms of the residual may cancel. Where a longer move
-    changes it by less than in proportion, there is a kink, and the jump there is no rounding."""
-    places = torch.arange(x.shape[-1], dtype=torch.float64, device=x.device)
-    signs = torch.where(torch.cos(places**2) < 0, -1.0, 1.0).to(x.dtype)
-    short, long = ((residual(rows, x + units * rows.eps * signs * x) - here).detach() for units in (4, 1024))
+    """Where a longer move changes the residual by less than in proportion, there is a kink, and the jump there is no
+    rounding."""
+    way = rows.eps * scattered(x) * x
+    short, long = ((residual(rows, x + units * way) - here).detach() for units in (4, 1024))
     part = norm(long) / 256 / norm(short)
     # Not so if the domain ends in between.
     return short * torch.where(part < 1, part, 1.0)[:, None]

@@ -17,12 +17,6 @@ from implicitdiff.solvers._rows import any_lane, dot, largest_entry, safe_divide
 
 ENOUGH = 1e-4
 """The part of the foretold gain that a step has to make, as in MINPACK."""
-DROWNED = 4.0
-"""The foretold gain, in units of the rounding of the cost, below which the gradient judges a step.
-
-One that loses more than a unit is refused all the same: else a step that the gradient likes and one back that the cost
-likes would alternate.
-"""
 REFUSALS = 5
 """After how many refusals in a row of steps that seemed good a search ends."""
 _ROUNDS = 100

@@ -78,6 +78,10 @@ def levenberg_marquardt(
     the largest so far, so the units of the unknowns do not matter. ``r`` may have any length, also less than ``x`` has,
     and ``J`` any rank; the derivative of the solution needs a strict minimum.
 
+    Where the residual is large at the solution, ``J'J`` is not the Hessian of the cost, and such steps gain little. So
+    where four of them have not halved the gradient, or rounding hides what one gains, the next is Newton's, cut to the
+    region, if the Hessian is positive definite: ``n`` products with it, by second derivatives of ``r`` if it has any.
+
     The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included.
 
     Bounds
