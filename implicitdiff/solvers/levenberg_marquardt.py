@@ -272,11 +272,15 @@ def _step(
     progress = state.progress.fallen(accepted & ~drowned).stepped(ahead.whole, x, units_of(memory.jacobian))
     error = _error(rows, x, gradient(J, r), bounded)
     # Where the search may end, the step that tells how far x is from the solution is that without a region.
-    ends = ~accepted | drowned
-    looks = (ends | (error <= state.target)) & ~ahead.by_hessian
+    ends, arrived = ~accepted | drowned, error <= state.target
+    looks = (ends | arrived) & ~ahead.by_hessian
     if any_lane(looks):
         step = _distance(rows, x, memory, progress, ends, bounded)
         progress = progress._replace(step=torch.where(looks, step, progress.step))
+    looks = arrived & ahead.by_hessian
+    if any_lane(looks):
+        step = _whole_distance(rows, x, memory, progress, robust, bounded)
+        progress = progress._replace(step=torch.where(looks, torch.maximum(step, progress.step), progress.step))
     return x, state._replace(
         error=error,
         progress=progress,
@@ -359,6 +363,14 @@ def _distance(
     in_vain = ends & (value > 16.0 * rounding_of_cost(rows, x, r, J, losses))
     step = torch.where(in_vain, step.clamp(min=1.0), step)
     return torch.where(promised <= rows.eps**0.5 * value.abs(), 0.0, step)
+
+
+def _whole_distance(
+    rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, progress: Progress, robust: bool, bounded: bool
+) -> Tensor:
+    """The same with the whole Hessian; 0 if that step promises next to no gain."""
+    step = _newton_step(rows, x, memory, robust=robust, bounded=bounded)
+    return torch.where(step.counts, progress.stepped(step.d, step.x, step.units).step, 0.0)
 
 
 def _newton_step(rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, *, robust: bool, bounded: bool) -> NewtonStep:
