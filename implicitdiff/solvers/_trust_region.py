@@ -74,22 +74,19 @@ class _Multiplier(Problem):
         return [(_step(A, r, x[0]) / radius[..., None]).square().sum(dim=-1) - 1.0]
 
     def primal(self, theta: Leaves) -> Leaves:
-        A, r, radius = theta
+        A, r, radius = (t.double() for t in theta)
         known = torch.isfinite(A).flatten(-2).all(dim=-1)
-        U, S, _ = torch.linalg.svd(torch.where(known[..., None, None], A, 0.0), full_matrices=False)
-        c = (U.mT @ r[..., None])[..., 0] * S
-        # Newton's method for 1 / radius - 1 / |s|, which is convex, from where |s| is greater.
-        damping = torch.full_like(radius, torch.finfo(A.dtype).eps ** 2) * S[..., 0].square()
-        for _ in range(_ROUNDS):
-            poles = S.square() + damping[..., None]
-            s = torch.where(c == 0, 0.0, c / poles)
-            size = length(s)
-            step = (size / radius - 1.0) / ((s / size[..., None]).square() / poles).sum(dim=-1)
-            new = torch.where(step > 0, damping + step, damping)
-            if not any_lane(new > damping * (1.0 + 4.0 * torch.finfo(A.dtype).eps)):
-                break
-            damping = new
-        return [torch.where(known, damping, torch.nan)]
+        A = torch.where(known[..., None, None], A, 0.0)
+        values, vectors = torch.linalg.eigh(A.mT @ A)
+        values, part = values.clamp(min=0.0), (vectors.mT @ (A.mT @ r[..., None]))[..., 0]
+        damping = _newton(values, part, radius)
+        # The square has lost what is less than this.
+        lost = damping < 1e-8 * values[..., -1]
+        if any_lane(lost & known):
+            U, S, _ = torch.linalg.svd(A, full_matrices=False)
+            exact = _newton(S.square(), S * (U.mT @ r[..., None])[..., 0], radius)
+            damping = torch.where(lost, exact, damping)
+        return [torch.where(known, damping, torch.nan).to(theta[0].dtype)]
 
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
         A, r, radius = theta
@@ -105,3 +102,20 @@ class _Multiplier(Problem):
 
 def _step(A: Tensor, r: Tensor, multiplier: Tensor) -> Tensor:
     return damped(A, r, multiplier[..., None].expand_as(A[..., 0, :]))
+
+
+def _newton(values: Tensor, part: Tensor, radius: Tensor) -> Tensor:
+    """The ``lambda`` with ``|s| = radius``, ``s = part / (values + lambda)``: Newton's method for ``1 / radius - 1 /
+    |s|``, which is convex, from where ``|s|`` is greater."""
+    eps = torch.finfo(values.dtype).eps
+    damping = eps**2 * values.amax(dim=-1)
+    for _ in range(_ROUNDS):
+        poles = values + damping[..., None]
+        s = torch.where(part == 0, 0.0, part / poles)
+        size = length(s)
+        step = (size / radius - 1.0) / ((s / size[..., None]).square() / poles).sum(dim=-1)
+        new = torch.where(step > 0, damping + step, damping)
+        if not any_lane(new > damping * (1.0 + 4.0 * eps)):
+            break
+        damping = new
+    return damping
