@@ -341,6 +341,8 @@ def _with_step(state: State[Any], step: NewtonStep | None, where: Tensor, failed
     full rank makes it long; at least 1 where there is no minimum near."""
     if step is None:
         return state
+    # A Hessian that is not finite says nothing.
+    where = where & torch.isfinite(step.size)
     # Where a search failed, a gain that rounding hides is a reason not to know.
     counts = torch.where(failed, step.promises, step.counts)
     progress = state.progress.stepped(step.d, step.x, step.units)

@@ -80,7 +80,7 @@ class _Multiplier(Problem):
         values, vectors = torch.linalg.eigh(A.mT @ A)
         values, part = values.clamp(min=0.0), (vectors.mT @ (A.mT @ r[..., None]))[..., 0]
         damping = _newton(values, part, radius)
-        # The square has lost what is less than this.
+        # A'A has lost the singular values that matter to a smaller multiplier.
         lost = damping < 1e-8 * values[..., -1]
         if any_lane(lost & known):
             U, S, _ = torch.linalg.svd(A, full_matrices=False)

@@ -231,12 +231,7 @@ def _step(
     r, J, losses, scale, radius, refusals, slow = state.memory
     x = limits_on(rows).clip(x) if bounded else x
     g, D, noise = gradient(J, r), root(scale), rounding_of_cost(rows, x, r, J, losses)
-    ahead = _trial(rows, x, r, J, D, radius, bounded)
-    # Where the residual is large, the whole Hessian makes the difference.
-    asked = (slow >= _SLOW) | ((slow > 0) & (ahead.foretold.abs() <= noise))
-    if any_lane(asked):
-        at = if_twice_differentiable(lambda: _curvature(rows, x, g, robust, bounded))
-        ahead = ahead if at is None else _with_hessian(rows, x, at, ahead, asked, D, radius, noise, bounded)
+    ahead = _ahead(rows, x, state.memory, noise, robust, bounded)
     trial, foretold = ahead.x, ahead.foretold
     d = trial - x
     measured = rows.function("loss")(trial) if robust else rows.fn(trial)
@@ -259,9 +254,9 @@ def _step(
     went = length(D * d)
     # The first radius is a guess.
     radius = torch.where(state.iter_num == 0, torch.minimum(radius, went), radius)
-    next_radius = _trust_region.next_radius(radius, went, gain, foretold, dot(d, g), known)
+    by_gain = _trust_region.next_radius(radius, went, gain, foretold, dot(d, g), known)
     calm = torch.where(accepted & (ratio < 0.5), torch.maximum(radius, 2.0 * went), radius)
-    next_radius = torch.where(drowned & known, torch.where(accepted, calm, 0.25 * went), next_radius)
+    next_radius = torch.where(drowned & known, torch.where(accepted, calm, 0.25 * went), by_gain)
     next_slow = torch.where(accepted & (ratio < 0.5), 0, slow + (accepted | drowned))
     memory = state.memory._replace(radius=next_radius, refusals=next_refusals, slow=next_slow)
     if any_lane(accepted):
@@ -271,16 +266,7 @@ def _step(
         memory = memory._replace(residual=r, jacobian=J, losses=losses, scale=scale)
     progress = state.progress.fallen(accepted & ~drowned).stepped(ahead.whole, x, units_of(memory.jacobian))
     error = _error(rows, x, gradient(J, r), bounded)
-    # Where the search may end, the step that tells how far x is from the solution is that without a region.
-    ends, arrived = ~accepted | drowned, error <= state.target
-    looks = (ends | arrived) & ~ahead.by_hessian
-    if any_lane(looks):
-        step = _distance(rows, x, memory, progress, ends, bounded)
-        progress = progress._replace(step=torch.where(looks, step, progress.step))
-    looks = arrived & ahead.by_hessian
-    if any_lane(looks):
-        step = _whole_distance(rows, x, memory, progress, robust, bounded)
-        progress = progress._replace(step=torch.where(looks, torch.maximum(step, progress.step), progress.step))
+    progress = _looked(rows, x, memory, progress, ahead, ~accepted | drowned, error <= state.target, robust, bounded)
     return x, state._replace(
         error=error,
         progress=progress,
@@ -305,7 +291,21 @@ class _Trial(NamedTuple):
     by_hessian: Tensor
 
 
-def _trial(rows: Rows, x: Tensor, r: Tensor, J: Tensor, D: Tensor, radius: Tensor, bounded: bool) -> _Trial:
+def _ahead(
+    rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, noise: Tensor, robust: bool, bounded: bool
+) -> _Trial:
+    """The trial of Gauss and Newton, or where it is slow or rounding hides its gain, that of Newton."""
+    trial, slow = _trial(rows, x, memory, bounded), memory.slow
+    asked = (slow >= _SLOW) | ((slow > 0) & (trial.foretold.abs() <= noise))
+    if not any_lane(asked):
+        return trial
+    g = gradient(memory.jacobian, memory.residual)
+    at = if_twice_differentiable(lambda: _curvature(rows, x, g, robust, bounded))
+    return trial if at is None else _with_hessian(rows, x, memory, at, trial, asked, noise, bounded)
+
+
+def _trial(rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, bounded: bool) -> _Trial:
+    r, J, D, radius = memory.residual, memory.jacobian, root(memory.scale), memory.radius
     g = gradient(J, r)
     free = torch.where(limits_on(rows).held(x, g)[:, None], 0.0, J) if bounded else J
     d, weights, whole = _within(free, r, D, radius, rows.eps)
@@ -321,20 +321,19 @@ def _trial(rows: Rows, x: Tensor, r: Tensor, J: Tensor, D: Tensor, radius: Tenso
 def _with_hessian(
     rows: Rows,
     x: Tensor,
+    memory: LevenbergMarquardtMemory,
     at: Curvature,
     other: _Trial,
     asked: Tensor,
-    D: Tensor,
-    radius: Tensor,
     noise: Tensor,
     bounded: bool,
 ) -> _Trial:
     """The trial of Newton's method for the cost in the lanes that are `asked` for it, where the Hessian is positive
     definite; its step is cut to the radius."""
-    convex = at.convex
+    convex, D, radius = at.convex, root(memory.scale), memory.radius
     step = at.step(convex)
     size, promised = length(D * step), -0.5 * dot(step, at.gradient)
-    # Where rounding hides its gain, it may be as long as it likes.
+    # Where rounding hides the gain, the radius says nothing: the gradient judges this step.
     limited = (size > radius) & (promised > noise)
     part = torch.where(limited, radius / torch.where(limited, size, 1.0), 1.0)
     ahead, foretold = x + part[:, None] * step, promised * part * (2.0 - part)
@@ -343,6 +342,30 @@ def _with_hessian(
     return _Trial(
         select(good, ahead, other.x), select(good, foretold, other.foretold), select(good, step, other.whole), good
     )
+
+
+def _looked(
+    rows: Rows,
+    x: Tensor,
+    memory: LevenbergMarquardtMemory,
+    progress: Progress,
+    ahead: _Trial,
+    ends: Tensor,
+    arrived: Tensor,
+    robust: bool,
+    bounded: bool,
+) -> Progress:
+    """The progress where the search may end: the step that tells how far x is from the solution is that at x, without a
+    region."""
+    looks = (ends | arrived) & ~ahead.by_hessian
+    if any_lane(looks):
+        step = _distance(rows, x, memory, progress, ends, bounded)
+        progress = progress._replace(step=torch.where(looks, step, progress.step))
+    looks = arrived & ahead.by_hessian
+    if any_lane(looks):
+        step = _whole_distance(rows, x, memory, progress, robust, bounded)
+        progress = progress._replace(step=torch.where(looks, torch.maximum(step, progress.step), progress.step))
+    return progress
 
 
 def _distance(
