@@ -211,7 +211,7 @@ def test_derivatives_of_the_multiplier() -> None:
         ("16 Brown and Dennis", 100, 100),
         ("6 Jennrich and Sampson", 1, 80),
         ("10 Meyer", 10, 400),
-        ("26 trigonometric, n = 10", 10, 110),
+        ("26 trigonometric, n = 10", 1, 110),
         ("27 Brown almost linear, n = 30", 10, 60),
     ],
 )
