@@ -267,6 +267,15 @@ def bench_solvers(session: nox.Session) -> None:
     session.run("python", "benchmarks/solvers.py", *session.posargs)
 
 
+@nox.session(name="bench-peers")
+def bench_peers(session: nox.Session) -> None:
+    """Measure what a derivative costs beside JAXopt, Optimistix, Lineax, TorchOpt and plain torch."""
+    install(session)
+    install_peers(session)
+    session.install("--no-deps", f"torchopt=={TORCHOPT}")
+    session.run("python", "benchmarks/peers.py", *session.posargs)
+
+
 @nox.session
 def rates(session: nox.Session) -> None:
     """Count the problems of the field's test sets that the solvers solve, beside those of SciPy and other libraries."""
