@@ -49,7 +49,8 @@ PROGRAMS = {
     "torch-geometric": "2.8.1",
     "tensordict": "0.15.3",
 }
-TORCHOPT = "0.7.3"
+# With what it needs beside torch.
+TORCHOPT, ITS_NEEDS = "0.7.3", {"optree": "0.20.0", "graphviz": "0.21"}
 RUNTIME = ("torch", "numpy", "scipy")
 TESTING = ("pytest", "pytest-xdist", "hypothesis")
 # What makes one processor compute as another: as any can, as one with AVX2 does, and as this one does on two threads.
@@ -272,7 +273,9 @@ def bench_peers(session: nox.Session) -> None:
     """Measure what a derivative costs beside JAXopt, Optimistix, Lineax, TorchOpt and plain torch."""
     install(session)
     install_peers(session)
-    session.install("--no-deps", f"torchopt=={TORCHOPT}")
+    # Without its torch, which may be another.
+    needs = [f"{name}=={version}" for name, version in ITS_NEEDS.items()]
+    session.install("--no-deps", f"torchopt=={TORCHOPT}", *needs)
     session.run("python", "benchmarks/peers.py", *session.posargs)
 
 

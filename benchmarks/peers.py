@@ -426,7 +426,7 @@ def steps_in_place(leaves: int = 10, size: int = 10, steps: int = 100) -> Row:
             pair = torchopt.sgd(lr=1e-3)
             state = pair.init(params)
             for _ in range(steps):
-                updates, state = pair.update(grads, state, params=params, inplace=True)
+                updates, state = pair.update(grads, state, params=params, inplace=False)
                 params = torchopt.apply_updates(params, updates, inplace=True)
             return params
 
