@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,13 @@ def vmap(fn: Callable[..., Any], in_dims: Any, out_dims: int = 0) -> Callable[..
         return pytree.map_tensors(lambda t: t.narrow(out_dims, 0, 0), mapped(*pytree.unflatten(one_lane, spec)))
 
     return over_lanes
+
+
+def over_levels(fn: Callable[..., Any], levels: Sequence[Any]) -> Callable[..., Any]:
+    """The function under one vmap for each of `levels`, the ``in_dims`` of the innermost first."""
+    for dims in levels:
+        fn = vmap(fn, dims)
+    return fn
 
 
 def _numbers(like: Tensor, dim: int) -> Tensor:

@@ -27,7 +27,6 @@ import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
 from implicitdiff._elementary import Exchange
-from implicitdiff._lanes import vmap
 from implicitdiff._modes import Substitute, Watch, uncached
 from implicitdiff._program import Program, checksum, version
 from implicitdiff._pytree import Leaves, Structure
@@ -35,15 +34,6 @@ from implicitdiff._settings import applied, autocast, settings
 from implicitdiff._snapshot import Snapshot
 from implicitdiff._sparse import SparseProducts
 from implicitdiff.errors import TransformError
-
-InDims = Any
-
-
-def over_levels(fn: Callable[..., Any], levels: Sequence[InDims]) -> Callable[..., Any]:
-    """The function under one vmap for each of `levels`, the ``in_dims`` of the innermost first."""
-    for dims in levels:
-        fn = vmap(fn, dims)
-    return fn
 
 
 class Lifted:

@@ -16,8 +16,9 @@ import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
 import implicitdiff._settings as _settings
 from implicitdiff._domain import SHAPE_ERRORS, domain_of, refuse_other_errors
-from implicitdiff._lift import Lifted, confirm, lift, over_levels
-from implicitdiff._operator import Adjoint, Dims, Matvec, Operator, PlainPullback, Product, Pullback, Rectangular
+from implicitdiff._lanes import over_levels
+from implicitdiff._lift import Lifted, confirm, lift
+from implicitdiff._operator import Adjoint, Dims, Lane, Matvec, Operator, PlainPullback, Product, Pullback, Rectangular
 from implicitdiff._primitive import Problem, attach, solve_problem
 from implicitdiff._pytree import Leaves, Structure
 from implicitdiff._system import System, first_column, make_system, map_columns
@@ -449,7 +450,10 @@ class LinearProblem(Problem):
         if self.precondition is not None:
             like = self._column(b)[blocks.smaller]
             precondition = self._over_lanes(self.precondition, self.count).products(aids, like).matvec
-        vectors, system = make_system(operator, operands, b, self.lanes, self.columns, precondition, start or None)
+        lane = operator.lane or Lane(self.operator, operands, tuple(dims[: self.count] for dims in self.levels))
+        vectors, system = make_system(
+            operator, operands, b, self.lanes, self.columns, precondition, start or None, lane
+        )
         x = vectors.unravel(self.solver.algorithm(system) * system.scale)
         if system.is_square:
             return x

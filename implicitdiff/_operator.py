@@ -199,6 +199,24 @@ class Blocks(NamedTuple):
 _ALL = Blocks(slice(None), slice(None), slice(None))
 
 
+class Lane(NamedTuple):
+    """An operator over lanes as the operator of one lane.
+
+    Attributes:
+        operator: that of one lane.
+        operands: its operands, those of all lanes.
+        levels: for each dimension of lanes, where the operands are batched (0, else None), the innermost first.
+    """
+
+    operator: Operator
+    operands: Leaves
+    levels: tuple[Dims, ...]
+
+    @property
+    def adjoint(self) -> Lane:
+        return self._replace(operator=self.operator.adjoint)
+
+
 class Operator(ABC):
     """``A(operands)``, square."""
 
@@ -233,6 +251,11 @@ class Operator(ABC):
     def one_by_one(self) -> bool:
         """Whether its products take one vector at a time, as no vmap may run."""
         return False
+
+    @property
+    def lane(self) -> Lane | None:
+        """Where the operands are there already, and those of all lanes: what it is in one of them."""
+        return None
 
     @property
     def adjoint(self) -> Operator:
@@ -338,6 +361,7 @@ class Linearised(Operator):
 
     at: Linearisation
     one_by_one: bool = False
+    lane: Lane | None = None
 
     def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
         return Products(lambda: self.at.push(like), self.at.pull)
@@ -359,6 +383,10 @@ class Adjoint(Operator):
     def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
         matvec, rmatvec = self.of.products(operands, like, pullback)
         return Products(rmatvec, matvec)
+
+    @property
+    def lane(self) -> Lane | None:
+        return None if self.of.lane is None else self.of.lane.adjoint
 
     @property
     def blocks(self) -> Blocks:

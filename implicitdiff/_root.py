@@ -12,7 +12,8 @@ import torch
 import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
-from implicitdiff._lift import Lifted, confirm, lift, over_levels, unseen
+from implicitdiff._lanes import over_levels
+from implicitdiff._lift import Lifted, confirm, lift, unseen
 from implicitdiff._linear import (
     LinearProblem,
     LinearSolver,
@@ -24,7 +25,7 @@ from implicitdiff._linear import (
     solve_linear,
 )
 from implicitdiff._modes import Derived
-from implicitdiff._operator import Dims, Jacobian, Linearised, Residual, Retained, SharedPullback, StrangerError
+from implicitdiff._operator import Dims, Jacobian, Lane, Linearised, Residual, Retained, SharedPullback, StrangerError
 from implicitdiff._primitive import Problem, attach
 from implicitdiff._pytree import Leaves, Structure
 from implicitdiff.errors import TransformError
@@ -69,10 +70,14 @@ class RootProblem(Problem):
             solver=self.solver,
             structure=self.structure,
             count=len(x) + len(theta),
-            levels=tuple((0,) * len(x) + dims for dims in self.levels),
+            levels=self._levels(len(x)),
             lanes=self.lanes,
         )
         return solve_linear(problem, b, [*x, *theta])
+
+    def _levels(self, unknowns: int) -> tuple[Dims, ...]:
+        """Where the solution and theta are batched, for each vmap."""
+        return tuple((0,) * unknowns + dims for dims in self.levels)
 
     def vjp(self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
         if functorch.nothing_records() and not functorch.have_legacy_batch(x_bar):
@@ -97,7 +102,8 @@ class RootProblem(Problem):
             at, positions = self.kept.graph.resume(released), self.kept.graph.positions
         else:
             at, positions = SharedPullback(self.residual, x, theta, wanted), list(wanted)
-        operator = Linearised(at, one_by_one=self.alone is not None).adjoint
+        lane = Lane(Jacobian(self.residual_fn, len(x)), [*x, *theta], self._levels(len(x)))
+        operator = Linearised(at, one_by_one=self.alone is not None, lane=lane).adjoint
         problem = LinearProblem(operator, self.solver, self.structure, count=0, lanes=self.lanes)
         u = solve_linear(problem, x_bar, [])
         pulled = dict(zip(positions, at.pull_theta([-t for t in u]), strict=True))

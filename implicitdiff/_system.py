@@ -15,8 +15,8 @@ from functools import cache, partial, reduce
 import torch
 from torch import Tensor
 
-from implicitdiff._lanes import vmap
-from implicitdiff._operator import Operator, PlainPullback, Product, Products, with_vectors
+from implicitdiff._lanes import over_levels, vmap
+from implicitdiff._operator import Lane, Operator, PlainPullback, Product, Products, with_vectors
 from implicitdiff._pytree import Leaves
 
 Rows = Callable[[Tensor], Tensor]
@@ -123,11 +123,13 @@ def make_system(
     columns: Sequence[int],
     precondition: Callable[[], Product] | None,
     start: Leaves | None,
+    lane: Lane | None = None,
 ) -> tuple[Vectors, System]:
     """The system of ``A(operands) x = b`` from plain tensors, and the vectors that ``x`` is one of.
 
     The leaves of ``b`` have shape ``(*lanes, *columns, *shape)``, `operator` and `precondition` act on ``(*lanes,
-    *shape)``. Of a rectangular operator, whose leaves are those of both sides, the system is that of its block.
+    *shape)``. Of a rectangular operator, whose leaves are those of both sides, the system is that of its block. `lane`
+    is the operator of one lane, if there are lanes and it is known.
     """
     blocks, batch = operator.blocks, (*lanes, *columns)
     whole = Vectors(b, batch)
@@ -159,7 +161,9 @@ def make_system(
         rmatvec=rows(products.rmatvec, range_, domain),
         precondition=None if precondition is None else rows(precondition, smaller, smaller),
         of_range=of_range,
-        materialise=partial(_materialise, operator, products, *one),
+        materialise=partial(_materialise, operator, products, one[0], one[1])
+        if lane is None or not lanes
+        else partial(_materialise_each, lane, one_column, lanes, whole.dtype),
     )
     return domain, system
 
@@ -178,7 +182,8 @@ def map_columns(product: Product, at: int, count: int) -> Product:
     return product
 
 
-def _materialise(operator: Operator, products: Products, domain: Vectors, range_: Vectors) -> Tensor:
+def _materialise(operator: Operator, products: Products, domain: Vectors, range_: Vectors, times: int = 1) -> Tensor:
+    """The matrices of the lanes of these vectors, where `times` as many are materialised at once."""
     rows_first = operator.rows_first
     product = products.rmatvec() if rows_first else products.matvec()
     source, to = (range_, domain) if rows_first else (domain, range_)
@@ -188,10 +193,29 @@ def _materialise(operator: Operator, products: Products, domain: Vectors, range_
         images = to.ravel(product(source.unravel(basis[0])))[None]
     else:
         # What is held at once is bounded.
-        at_once = max(1, _HELD_AT_ONCE // (lanes * max(n, to.dimension)))
+        at_once = max(1, _HELD_AT_ONCE // (times * lanes * max(n, to.dimension)))
         each = with_vectors(product, operator.one_by_one, at_once if at_once < n else None)
         images = to.ravel(each(source.unravel(basis)), lead=n)
     return images.permute(1, 0, 2) if rows_first else images.permute(1, 2, 0)
+
+
+def _materialise_each(lane: Lane, like: Leaves, lanes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The matrices of all lanes, each with its unit vectors side by side.
+
+    With the unit vectors outside of the lanes, products with a matrix that varies over the lanes would take a copy of
+    it for each unit vector.
+    """
+    one, blocks, count = first_column(like, 0, len(lanes)), lane.operator.blocks, math.prod(lanes)
+    domain, range_ = (Vectors(one[block], (), dtype) for block in blocks[:2])
+
+    def matrix(operands: Leaves, _: Tensor) -> Tensor:
+        products = lane.operator.block_products(operands, one)
+        return _materialise(lane.operator, products, domain, range_, count)[0]
+
+    # The vmap of a level wants something batched, and the operands may be shared by its lanes.
+    batched = torch.empty(tuple(lanes), dtype=dtype, device=domain.device)
+    matrices: Tensor = over_levels(matrix, [(list(dims), 0) for dims in lane.levels])(lane.operands, batched)
+    return matrices.reshape(count, range_.dimension, domain.dimension)
 
 
 _HELD_AT_ONCE = 2**22

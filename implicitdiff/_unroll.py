@@ -12,7 +12,8 @@ import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
 from implicitdiff._elementary import elementary
-from implicitdiff._lift import confirm, lift, over_levels
+from implicitdiff._lanes import over_levels
+from implicitdiff._lift import confirm, lift
 from implicitdiff._operator import Dims
 from implicitdiff._primitive import Problem, attach, solve_problem
 from implicitdiff._pytree import Leaves

@@ -13,7 +13,8 @@ import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 import implicitdiff._pytree as pytree
 import implicitdiff._settings as _settings
-from implicitdiff._lift import lift, over_levels
+from implicitdiff._lanes import over_levels
+from implicitdiff._lift import lift
 from implicitdiff._linear import check_unknowns
 from implicitdiff._operator import Dims
 from implicitdiff._pytree import Leaves
