@@ -360,7 +360,7 @@ def fixed_costs(kind: str, n: int = 10) -> Row:
         return torch.linalg.solve(matrix, torch.diag(slope))
 
     whole = jacobian().numpy()
-    found = z.numpy()
+    found = z.clone().numpy()
     rows: dict[str, tuple[str, Entry, Entry, Array]] = {
         "forward": ("custom_root, forward", lambda: call(bt), lambda: residual(z, bt) + z, found),
         "autograd": ("custom_root, autograd.grad", lambda: by_autograd(call), implicit, exact),
@@ -387,7 +387,7 @@ def fixed_costs(kind: str, n: int = 10) -> Row:
             return jaxopt.implicit_diff.custom_root(residual, solve=how)(lambda init, b: z)(None, b)
 
         fn = jax.jacrev(jax_root) if kind == "jacrev" else jax.grad(lambda *args: jax_root(*args).sum())
-        entries["jaxopt"] = compiled(fn, b, w, z.numpy())
+        entries["jaxopt"] = compiled(fn, b, w, found)
     return Row(f"{title}, n = {n}", entries, expected)
 
 

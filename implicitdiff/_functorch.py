@@ -23,11 +23,15 @@ from torch._functorch.pyfunctorch import (
     retrieve_all_functorch_interpreters,
     temporarily_clear_interpreter_stack,
 )
+from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
 import implicitdiff._pytree as pytree
 
 _PLAIN = -1
+# For a body that has to run otherwise only at times.
+_UNCHANGED: AbstractContextManager[None] = nullcontext()
+_compiler: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
@@ -105,19 +109,19 @@ def base(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_any(condition: torch.Tensor) -> bool:
     """Whether a condition is true somewhere, in any lane; a look from outside of every mode."""
-    with torch._C.DisableTorchFunction():
+    with no_modes():
         return bool(base(condition).any())
 
 
 def is_all(condition: torch.Tensor) -> bool:
     """Whether a condition is true everywhere and in all lanes; a look from outside of every mode."""
-    with torch._C.DisableTorchFunction():
+    with no_modes():
         return bool(base(condition).all())
 
 
 def may_be_differentiated(tensor: torch.Tensor) -> bool:
     """Whether a derivative or a batch dimension can hang on this tensor itself, whatever a mode puts in its place."""
-    with torch._C.DisableTorchFunction():
+    with no_modes():
         return tensor.requires_grad or not is_plain(tensor) or _tangent(tensor) is not None
 
 
@@ -253,21 +257,25 @@ def inert_gradient_levels() -> Iterator[int]:
                 functorch._vmap_decrement_nesting()
 
 
-@contextmanager
-def levels_up_to(count: int) -> Iterator[int]:
+class levels_up_to:
     """Run the body with at least so many levels, those that are missing being inert; yields how many there are if all
     are inert, else -1.
 
     functorch refuses to wrap a tensor of a level that is not running at the same or a lower level.
     """
-    running = depth()
-    missing = max(0, count - running)
-    for _ in range(missing):
-        functorch._vmap_increment_nesting(1, "same")
-    try:
-        yield -1 if running else missing
-    finally:
-        for _ in range(missing):
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __enter__(self) -> int:
+        running = depth()
+        self.missing = max(0, self.count - running)
+        for _ in range(self.missing):
+            functorch._vmap_increment_nesting(1, "same")
+        return -1 if running else self.missing
+
+    def __exit__(self, *error: object) -> None:
+        for _ in range(self.missing):
             functorch._vmap_decrement_nesting()
 
 
@@ -358,9 +366,13 @@ def no_transforms() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def nothing_running() -> Iterator[None]:
+def nothing_running() -> AbstractContextManager[None]:
     """The same with gradients off in both modes, as it is inside of an autograd.Function."""
+    return _UNCHANGED if nothing_records() and not torch._C._is_fwd_grad_enabled() else _nothing_running()
+
+
+@contextmanager
+def _nothing_running() -> Iterator[None]:
     with temporarily_clear_interpreter_stack(), torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         yield
 
@@ -377,9 +389,13 @@ def in_saved_tensor_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-@contextmanager
-def without_saved_tensor_hooks() -> Iterator[None]:
+def without_saved_tensor_hooks() -> AbstractContextManager[None]:
     """Run the body without those hooks, in which torch.func refuses to run."""
+    return _hooks_put_aside() if in_saved_tensor_hooks() else _UNCHANGED
+
+
+@contextmanager
+def _hooks_put_aside() -> Iterator[None]:
     hooks = []
     try:
         while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
@@ -389,6 +405,22 @@ def without_saved_tensor_hooks() -> Iterator[None]:
     finally:
         for pack, unpack in reversed(hooks):
             torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def over_first(fn: Callable[[Any], Any], stacked: Any) -> Any:
+    """`torch.func.vmap` of a function of a tensor, or of a list of tensors, over their first dimension, without its
+    questions."""
+    is_one = isinstance(stacked, torch.Tensor)
+    size = len(stacked if is_one else stacked[0])
+    lazy_load_decompositions()
+    level = functorch._vmap_increment_nesting(size, "error")
+    try:
+        if is_one:
+            return functorch._remove_batch_dim(fn(functorch._add_batch_dim(stacked, 0, level)), level, size, 0)
+        images = fn([functorch._add_batch_dim(t, 0, level) for t in stacked])
+        return [functorch._remove_batch_dim(t, level, size, 0) for t in images]
+    finally:
+        functorch._vmap_decrement_nesting()
 
 
 def recordable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -416,9 +448,20 @@ def outside_compile(fn: Fn) -> Fn:
     """Run a function eagerly, with all that it calls, whatever torch.compile does around it.
 
     Dynamo drops custom derivative rules of an autograd.Function (pytorch #192985, #193279), silently. Unlike
-    `torch.compiler.disable`, this does not import the compiler before it is needed.
+    `torch.compiler.disable`, this does not import the compiler before it is needed, and asks for nothing where nothing
+    is compiled.
     """
-    return cast(Fn, _disable_dynamo(fn))
+    disabled = _disable_dynamo(fn)
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if _compiler() is None:
+            return fn(*args, **kwargs)
+        return disabled(*args, **kwargs)
+
+    # What Dynamo looks at before it traces a function.
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast(Fn, run)
 
 
 Rule = Callable[..., tuple[torch.Tensor | None, ...]]
@@ -516,8 +559,9 @@ def only_reverse_mode() -> bool:
 
 def random_state() -> bytes:
     """The state of the generator that functions draw from on the CPU, whatever mode is on."""
-    with no_levels(), torch._C._DisableTorchDispatch(), no_modes():
-        return torch.get_rng_state().numpy().tobytes()
+    levels = no_levels() if depth() else _UNCHANGED
+    with levels, torch._C._DisableTorchDispatch(), no_modes():
+        return torch.default_generator.get_state().numpy().tobytes()
 
 
 def in_dispatch_mode() -> bool:

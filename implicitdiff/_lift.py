@@ -18,7 +18,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -195,17 +195,16 @@ _evaluation = threading.local()
 _COMPARED = 2
 
 
-@contextmanager
-def one_derivative() -> Iterator[None]:
+class one_derivative:
     """Compare a function that is evaluated many times in the body, for products, only a few times."""
-    if getattr(_derivative, "compared", None) is not None:
-        yield
-        return
-    _derivative.compared = Counter()
-    try:
-        yield
-    finally:
-        _derivative.compared = None
+
+    def __enter__(self) -> None:
+        self.before = getattr(_derivative, "compared", None)
+        if self.before is None:
+            _derivative.compared = Counter()
+
+    def __exit__(self, *error: object) -> None:
+        _derivative.compared = self.before
 
 
 def lift(name: str, fn: Callable[..., Any], *args: Any, differentiated: Sequence[bool] = ()) -> Lifted:
@@ -295,21 +294,23 @@ def _watched(
     return result, watch
 
 
-@contextmanager
-def told(name: str) -> Iterator[None]:
+class told:
     """Raise `TransformError` where torch.func cannot transform a function of the user, of this name, in the body."""
-    try:
-        yield
-    except TransformError:
-        raise
-    except RuntimeError as error:
-        what = None if functorch.depth() == 0 else functorch.untransformable(error)
-        if what is None:
-            raise
-        raise TransformError(
-            f"{name} applies {what}; or take a first derivative by backward() outside of torch.func, which autograd "
-            "alone can do"
-        ) from error
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, RuntimeError) or isinstance(error, TransformError) or functorch.depth() == 0:
+            return
+        if (what := functorch.untransformable(error)) is not None:
+            raise TransformError(
+                f"{self.name} applies {what}; or take a first derivative by backward() outside of torch.func, which "
+                "autograd alone can do"
+            ) from error
 
 
 def _differentiable(tensors: Leaves) -> Leaves:
@@ -343,15 +344,18 @@ def unseen(name: str) -> ValueError:
     )
 
 
-@contextmanager
-def _alone(is_alone: bool) -> Iterator[None]:
+class _alone:
     """Say how the function is evaluated that runs in the body."""
-    before = getattr(_evaluation, "is_alone", False)
-    _evaluation.is_alone = is_alone
-    try:
-        yield
-    finally:
-        _evaluation.is_alone = before
+
+    def __init__(self, is_alone: bool) -> None:
+        self.is_alone = is_alone
+
+    def __enter__(self) -> None:
+        self.before = getattr(_evaluation, "is_alone", False)
+        _evaluation.is_alone = self.is_alone
+
+    def __exit__(self, *error: object) -> None:
+        _evaluation.is_alone = self.before
 
 
 def _is_alone() -> bool:
@@ -389,17 +393,29 @@ def pullback(fn: Callable[..., Any], x: Any, *args: Any) -> tuple[Leaves, Callab
     return values, pull
 
 
-@contextmanager
-def _as_evaluated() -> Iterator[None]:
+class _as_evaluated:
     """Run the body without what the caller's frame has round it: caches of weights, hooks of saved tensors."""
-    with uncached(), functorch.without_saved_tensor_hooks():
-        yield
+
+    def __enter__(self) -> None:
+        self.contexts = uncached(), functorch.without_saved_tensor_hooks()
+        for context in self.contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self.contexts):
+            context.__exit__(*error)
+
+
+def _exchanged(needed: bool, is_sparse: bool) -> AbstractContextManager[object]:
+    # Entered before the mode that compares operations, which then sees the operations that the user wrote.
+    if not is_sparse:
+        return Exchange() if needed else nullcontext()
+    return _sparse_and_exchanged(needed)
 
 
 @contextmanager
-def _exchanged(needed: bool, is_sparse: bool) -> Iterator[None]:
-    # Entered before the mode that compares operations, which then sees the operations that the user wrote.
-    with SparseProducts() if is_sparse else nullcontext(), Exchange() if needed else nullcontext():
+def _sparse_and_exchanged(needed: bool) -> Iterator[None]:
+    with SparseProducts(), Exchange() if needed else nullcontext():
         yield
 
 

@@ -19,7 +19,7 @@ from implicitdiff._domain import SHAPE_ERRORS, domain_of, refuse_other_errors
 from implicitdiff._lanes import over_levels
 from implicitdiff._lift import Lifted, confirm, lift
 from implicitdiff._operator import Adjoint, Dims, Lane, Matvec, Operator, PlainPullback, Product, Pullback, Rectangular
-from implicitdiff._primitive import Problem, attach, solve_problem
+from implicitdiff._primitive import Problem, attach, solve_problem, solve_quietly
 from implicitdiff._pytree import Leaves, Structure
 from implicitdiff._system import System, first_column, make_system, map_columns
 from implicitdiff._values import refuse_valueless
@@ -303,8 +303,7 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leav
     """
     refuse_valueless(_name_of(problem.solver), [*b, *operands])
     if isinstance(solver := problem.solver, LinearSolver):
-        if solver.kind is not None:
-            problem = solver.kind(**vars(problem))
+        problem = _of_its_kind(problem, solver)
         if aids is None:
             return solve_problem(*_with_aids(problem, solver, b, operands))
         return solve_problem(problem, [*b, *operands, *aids])
@@ -328,6 +327,15 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leav
             iterations=0,
         )
     return attach(problem, x, [*b, *operands])
+
+
+def solve_linear_quietly(problem: LinearProblem, solver: LinearSolver, b: Leaves) -> Leaves:
+    """The same by a linear solver, for an operator without operands, where nothing can be differentiated in `b`."""
+    return solve_quietly(*_with_aids(_of_its_kind(problem, solver), solver, b, []))
+
+
+def _of_its_kind(problem: LinearProblem, solver: LinearSolver) -> LinearProblem:
+    return problem if solver.kind is None else solver.kind(**vars(problem))
 
 
 def _solve_rectangular(solver: LinearSolver, lifted: Lifted, x: Domain, b: Leaves, structure: Structure) -> Any:
@@ -373,6 +381,8 @@ def _with_aids(
 
     Neither moves the solution, so their tensors are operands only to be batched, and are detached.
     """
+    if solver.preconditioner is None and solver.init is None:
+        return problem, [*b, *operands]
     aids: Leaves = []
     precondition: Operator
     one = problem.one(b)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -140,14 +140,18 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        arguments = self.program.receive(args, kwargs)
+        # What is asked of tensors to write the program down is nobody's operation.
+        with functorch.no_modes():
+            arguments = self.program.receive(args, kwargs)
+            is_sparse = have_sparse(args, kwargs)
         self.exchanges = self.exchanges or is_exchanged(func)
-        if have_sparse(args, kwargs):
+        if is_sparse:
             self.is_sparse = True
             result = sparse_call(func, args, kwargs)
         else:
             result = functorch.call_inert(func, args, kwargs, self.inert)
-        self.program.add(func, arguments, result)
+        with functorch.no_modes():
+            self.program.add(func, arguments, result)
         return result
 
     def changed(self) -> Leaves:
@@ -202,10 +206,14 @@ def heard() -> Iterator[None]:
         program.silent = silent
 
 
-@contextmanager
-def uncached() -> Iterator[None]:
+def uncached() -> AbstractContextManager[None]:
     """Compute parametrised weights anew: `parametrize.cached` would hand one evaluation the tensors of another, below
     gradients or of other operands."""
+    return _uncached() if parametrize._cache_enabled else nullcontext()
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
     before, parametrize._cache_enabled = parametrize._cache_enabled, 0
     try:
         yield

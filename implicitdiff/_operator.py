@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,7 +31,7 @@ def with_vectors(
 ) -> Callable[[Any], Any]:
     """Apply a product to many vectors, which lie along a new first dimension: by vmap, or one after the other."""
     if not one_by_one:
-        return torch.func.vmap(product, chunk_size=chunk_size)
+        return torch.func.vmap(product, chunk_size=chunk_size) if chunk_size else partial(functorch.over_first, product)
 
     def products(vectors: Any) -> Any:
         leaves, structure = pytree.flatten(vectors)

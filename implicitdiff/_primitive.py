@@ -101,18 +101,18 @@ def solve_problem(problem: Problem, theta: Leaves) -> Leaves:
     """The problem's solution as a differentiable function of `theta`."""
     theta = [functorch.alive(t) for t in _modes.alias(theta)]
     if functorch.is_quiet([], theta) and not _modes.is_inside():
-        return _solve_quietly(problem, theta)
+        return solve_quietly(problem, theta)
     return list(_Solution.apply(problem, 0, *theta))  # type: ignore[no-untyped-call]
 
 
-def _solve_quietly(problem: Problem, theta: Leaves) -> Leaves:
+def solve_quietly(problem: Problem, theta: Leaves) -> Leaves:
     """The same where there is nothing to differentiate: the vmaps are taken off without an autograd.Function."""
     layer = functorch.outermost_layer(theta)
     if layer is None:
         with functorch.nothing_running(), _settings.full_precision():
             return problem.primal(theta)
     batched, theta, at = _batch(problem, layer.below, layer.dims, layer.size)
-    return [functorch.add_layer(t, at, layer) for t in _solve_quietly(batched, theta)]
+    return [functorch.add_layer(t, at, layer) for t in solve_quietly(batched, theta)]
 
 
 def _batch(problem: Problem, theta: Leaves, dims: Dims, size: int) -> tuple[Problem, Leaves, int]:

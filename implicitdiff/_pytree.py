@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch.utils import _pytree as torch_pytree
 
 Leaves = list[torch.Tensor]
+_LEAF_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 TreeSpec = torch_pytree.TreeSpec
 Builder = Callable[[Iterator[Any]], Any]
 """Makes a tree of the next leaves of an iterator."""
@@ -85,6 +87,8 @@ def _builder(spec: TreeSpec) -> Builder:
         return lambda leaves: dict(zip(spec.context, [part(leaves) for part in parts], strict=True))
     if spec.type in (tuple, list):
         return lambda leaves: spec.type([part(leaves) for part in parts])
+    if spec.type is namedtuple:
+        return lambda leaves: spec.context._make([part(leaves) for part in parts])
     return lambda leaves: torch_pytree.tree_unflatten([next(leaves) for _ in range(spec.num_leaves)], spec)
 
 
@@ -95,24 +99,85 @@ def flatten(tree: Any) -> tuple[Leaves, Structure]:
     """Split a pytree into the list of its tensors and its `Structure`."""
     if isinstance(tree, torch.Tensor):
         return [tree], _ONE_TENSOR
-    leaves, spec = torch_pytree.tree_flatten(tree)
-    slots = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
-    statics = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-    return [leaves[i] for i in slots], Structure(spec, statics, slots)
+    leaves: list[Any] = []
+    nesting = _nesting(_walk(tree, leaves), tree)
+    are_tensors = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+    if all(are_tensors):
+        return leaves, nesting
+    slots = tuple([i for i, is_tensor in enumerate(are_tensors) if is_tensor])
+    statics = tuple([None if is_tensor else t for t, is_tensor in zip(leaves, are_tensors, strict=True)])
+    structure = Structure(nesting.spec, statics, slots)
+    structure.__dict__["_build"] = nesting._build
+    return [leaves[i] for i in slots], structure
 
 
 def tensors(tree: Any) -> Leaves:
     """The tensors of a pytree, in order."""
     if isinstance(tree, torch.Tensor):
         return [tree]
-    return [leaf for leaf in torch_pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    leaves: list[Any] = []
+    _walk(tree, leaves)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def map_tensors(fn: Any, tree: Any) -> Any:
     """The same tree with ``fn`` applied to its tensors."""
     if isinstance(tree, torch.Tensor):
         return fn(tree)
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind([map_tensors(fn, child) for child in tree])
+    if kind is dict:
+        return {key: map_tensors(fn, child) for key, child in tree.items()}
     return torch_pytree.tree_map_only(torch.Tensor, fn, tree)
+
+
+Key = Any
+"""What a nesting is known by: 0 for a leaf, for a node its type with what is beside its children, and their keys."""
+# To make a `TreeSpec` takes longer than all else, and it is the same in each call.
+_NESTINGS: dict[Key, Structure] = {}
+_MANY = 1000
+
+
+def _walk(tree: Any, leaves: list[Any]) -> Key:
+    """Append the leaves of a tree, and return its key."""
+    kind = type(tree)
+    if kind in _LEAF_TYPES:
+        leaves.append(tree)
+        return 0
+    if kind is tuple or kind is list:
+        return (kind, *[_walk(child, leaves) for child in tree])
+    if kind is dict:
+        names = tuple(tree) if set(map(type, tree)) <= _NAMES else [*tree]
+        return (dict, names, *[_walk(child, leaves) for child in tree.values()])
+    node = namedtuple if torch_pytree.is_namedtuple_class(kind) else kind
+    if node not in torch_pytree.SUPPORTED_NODES:
+        leaves.append(tree)
+        return 0
+    children, context = torch_pytree.SUPPORTED_NODES[node].flatten_fn(tree)
+    return (kind, context, *[_walk(child, leaves) for child in children])
+
+
+# Other objects are not kept, as they may be large.
+_NAMES = {str, int}
+
+
+def _nesting(key: Key, tree: Any) -> Structure:
+    """The structure of a tree like this whose leaves are all tensors."""
+    try:
+        known = _NESTINGS.get(key)
+    except TypeError:  # what is beside its children has no hash
+        return _all_tensors(tree)
+    if known is None:
+        if len(_NESTINGS) >= _MANY:
+            _NESTINGS.clear()
+        known = _NESTINGS[key] = _all_tensors(tree)
+    return known
+
+
+def _all_tensors(tree: Any) -> Structure:
+    spec = torch_pytree.tree_structure(tree)
+    return Structure(spec, (None,) * spec.num_leaves, tuple(range(spec.num_leaves)))
 
 
 def map_leaves(fn: Any, tree: Any) -> Any:
@@ -156,7 +221,6 @@ def unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
 
 
 # Flat lists and dictionaries, as most models' parameters are, need none of the recursion.
-_LEAF_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
 @functools.lru_cache(maxsize=256)

@@ -23,6 +23,7 @@ from implicitdiff._linear import (
     pattern,
     size,
     solve_linear,
+    solve_linear_quietly,
 )
 from implicitdiff._modes import Derived
 from implicitdiff._operator import Dims, Jacobian, Lane, Linearised, Residual, Retained, SharedPullback, StrangerError
@@ -95,7 +96,7 @@ class RootProblem(Problem):
         self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int], released: Leaves
     ) -> dict[int, torch.Tensor]:
         # Nothing differentiates this any further: one graph serves the solve and the pullback.
-        if not isinstance(self.solver, LinearSolver):
+        if not isinstance(solver := self.solver, LinearSolver):
             return super().vjp(x, theta, x_bar, wanted)
         if released and self.kept is not None:
             self.kept.of.refuse_overwritten()
@@ -104,8 +105,8 @@ class RootProblem(Problem):
             at, positions = SharedPullback(self.residual, x, theta, wanted), list(wanted)
         lane = Lane(Jacobian(self.residual_fn, len(x)), [*x, *theta], self._levels(len(x)))
         operator = Linearised(at, one_by_one=self.alone is not None, lane=lane).adjoint
-        problem = LinearProblem(operator, self.solver, self.structure, count=0, lanes=self.lanes)
-        u = solve_linear(problem, x_bar, [])
+        problem = LinearProblem(operator, solver, self.structure, count=0, lanes=self.lanes)
+        u = solve_linear_quietly(problem, solver, x_bar)
         pulled = dict(zip(positions, at.pull_theta([-t for t in u]), strict=True))
         return {i: pulled[i] for i in wanted}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,19 +14,21 @@ import implicitdiff._pytree as pytree
 Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 Settings = tuple[Any, ...]
 Fn = TypeVar("Fn", bound=Callable[..., Any])
+_UNCHANGED: AbstractContextManager[None] = nullcontext()
 
 
 def autocast_state() -> Autocast:
     """The state of autocast on each kind of device."""
-    return tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+    return tuple([(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")])
+
+
+def autocast(state: Autocast) -> AbstractContextManager[None]:
+    """Run the body with autocast in this state."""
+    return _UNCHANGED if state == autocast_state() else _autocast(state)
 
 
 @contextmanager
-def autocast(state: Autocast) -> Iterator[None]:
-    """Run the body with autocast in this state."""
-    if state == autocast_state():
-        yield
-        return
+def _autocast(state: Autocast) -> Iterator[None]:
     with ExitStack() as stack:
         for (device, enabled, dtype), now in zip(state, autocast_state(), strict=True):
             if (device, enabled, dtype) != now:
@@ -34,11 +36,9 @@ def autocast(state: Autocast) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> AbstractContextManager[None]:
     """Run linear algebra outside of autocast."""
-    with autocast(tuple((device, False, dtype) for device, _, dtype in autocast_state())):
-        yield
+    return autocast(tuple([(device, False, dtype) for device, _, dtype in autocast_state()]))
 
 
 def outside_autocast(fn: Fn) -> Fn:
@@ -83,13 +83,14 @@ def settings() -> Settings:
     return autocast_state(), torch.get_default_device(), tuple([read() for read, _ in _FLAGS])
 
 
-@contextmanager
-def applied(state: Settings) -> Iterator[None]:
+def applied(state: Settings) -> AbstractContextManager[None]:
     """Run the body with these settings; what is so already is not touched."""
     now = settings()
-    if state == now:
-        yield
-        return
+    return _UNCHANGED if state == now else _applied(state, now)
+
+
+@contextmanager
+def _applied(state: Settings, now: Settings) -> Iterator[None]:
     changed = [
         (write, then, current)
         for (_, write), then, current in zip(_FLAGS, state[2], now[2], strict=True)

@@ -62,6 +62,7 @@ class Matcher:
         self.named = {p.name: p for p in (*slots, *(p for p in parameters if p.kind is Parameter.KEYWORD_ONLY))}
         self.takes_more = any(p.kind is Parameter.VAR_POSITIONAL for p in parameters)
         self.takes_keywords = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
+        self.routes: dict[tuple[Any, ...], Route] = {}
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         try:
@@ -70,12 +71,16 @@ class Matcher:
             raise TypeError(f"{error}, in a call of the {self.names}") from None
         given = set(bound.arguments)
         bound.apply_defaults()
-        if not bound.args:
+        positions, keywords = bound.args, bound.kwargs
+        if not positions:
             raise TypeError(f"the initial guess must be a positional argument, in a call of the {self.names}")
-        named = [p.name for p in self.solver.parameters.values() if p.kind in _POSITIONAL]
-        names = [named[i] if i < len(named) else None for i in range(1, len(bound.args))]
-        options = {name for name in (*names, *bound.kwargs) if name in self.solver.parameters and name not in given}
-        return Call(bound.args[0], bound.args[1:], bound.kwargs, self._route(names, list(bound.kwargs), options))
+        call = (len(positions), *keywords, frozenset(given))
+        if call not in self.routes:
+            named = [p.name for p in self.solver.parameters.values() if p.kind in _POSITIONAL]
+            names = [named[i] if i < len(named) else None for i in range(1, len(positions))]
+            options = {name for name in (*names, *keywords) if name in self.solver.parameters and name not in given}
+            self.routes[call] = self._route(names, list(keywords), options)
+        return Call(positions[0], positions[1:], keywords, self.routes[call])
 
     def _route(self, names: list[str | None], keywords: list[str], options: set[str | None]) -> Route:
         """Feed every parameter of the condition from a position, or a keyword, of the solver's call.

@@ -34,8 +34,8 @@ class Vectors:
         self.dimension = sum(self.sizes)
         self.device = like[0].device
         # LAPACK has no half precision.
-        self.eps = max(torch.finfo(d).eps for d in self.dtypes)
-        self.dtype = reduce(torch.promote_types, (d.to_real() for d in self.dtypes), dtype)
+        self.eps = max([torch.finfo(d).eps for d in self.dtypes])
+        self.dtype = reduce(torch.promote_types, [d.to_real() for d in self.dtypes], dtype)
 
     def ravel(self, leaves: Sequence[Tensor], lead: int | None = None) -> Tensor:
         """Leaves ``(*batch, *shape)`` as rows ``(prod(batch), dimension)``; `lead` is one more dimension in front."""
@@ -139,7 +139,9 @@ def make_system(
     range_ = whole if is_square else Vectors(b[blocks.range], batch, whole.dtype)
     of_range = not is_square and blocks.smaller == blocks.range
     smaller = range_ if of_range else domain
-    one = [Vectors(one_column[block], lanes, whole.dtype) for block in blocks[:2]]
+    one = [domain, range_]
+    if columns:
+        one = [Vectors(one_column[block], lanes, whole.dtype) for block in blocks[:2]]
     products = operator.block_products(operands, one_column, PlainPullback)
 
     def rows(make: Callable[[], Product], source: Vectors, to: Vectors) -> Rows:
