@@ -19,12 +19,16 @@ from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.pyfunctorch import (
     GradInterpreter,
+    JvpInterpreter,
     VmapInterpreter,
     retrieve_all_functorch_interpreters,
+    retrieve_current_functorch_interpreter,
     temporarily_clear_interpreter_stack,
 )
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 import implicitdiff._pytree as pytree
 
@@ -160,6 +164,36 @@ def is_quiet(tensors: Sequence[torch.Tensor], batched: Sequence[torch.Tensor] = 
         and not any(map(may_be_differentiated, tensors))
         and not any(may_be_differentiated(base(t)) or without_gradient_layers(t) is not t for t in batched)
     )
+
+
+def is_grad_alone(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether of the running transforms one is a grad or vjp, which is the innermost, and all others are vmaps, and
+    nothing else differentiates these tensors."""
+    return not in_forward_mode() and _is_alone(GradInterpreter, tensors)
+
+
+def is_jvp_alone(tensors: Sequence[torch.Tensor]) -> bool:
+    """The same of a jvp."""
+    return _is_alone(JvpInterpreter, tensors)
+
+
+def _is_alone(kind: type, tensors: Sequence[torch.Tensor]) -> bool:
+    running = retrieve_all_functorch_interpreters()
+    if not running or not isinstance(running[-1], kind):
+        return False
+    if not all([isinstance(interpreter, VmapInterpreter) for interpreter in running[:-1]]):
+        return False
+    return not any([may_be_differentiated(base(t)) for t in tensors])
+
+
+def below_the_top(fn: Callable[..., list[torch.Tensor]], *tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """A function of lists of tensors, run one level further down where the innermost transform is no vmap."""
+    interpreter = retrieve_current_functorch_interpreter()
+    level = interpreter.level()
+    below = [[functorch._unwrap_for_grad(t, level) for t in some] for some in tensors]
+    with interpreter.lower():
+        values = fn(*below)
+    return [functorch._wrap_for_grad(t, level) for t in values]
 
 
 class Layer(NamedTuple):
@@ -462,6 +496,39 @@ def outside_compile(fn: Fn) -> Fn:
     # What Dynamo looks at before it traces a function.
     run._torchdynamo_disable = True  # type: ignore[attr-defined]
     return cast(Fn, run)
+
+
+def apply(function: type[torch.autograd.Function], *operands: Any) -> tuple[torch.Tensor, ...]:
+    """``function.apply(*operands)`` for a function whose results are new tensors.
+
+    Under grad, vjp and jvp torch makes a class for each call. Here there is one for all calls, unless a mode has to see
+    the call.
+    """
+    if depth() == 0:
+        # As `apply` does, without matching the operands with the signature.
+        return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(operands))  # type: ignore[misc, no-any-return]
+    seen = torch._C._len_torch_function_stack() > 0
+    if seen or isinstance(retrieve_current_functorch_interpreter(), VmapInterpreter):
+        return function.apply(*operands)  # type: ignore[no-any-return]
+    with enable_single_level_autograd_function():
+        return _at_one_level(function).apply(*unwrap_dead_wrappers(operands))  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _at_one_level(function: type[torch.autograd.Function]) -> Any:
+    """The function as a level of grad, vjp or jvp has it: with the values of the level below."""
+
+    def forward(*operands: Any) -> tuple[torch.Tensor, ...]:
+        interpreter = retrieve_current_functorch_interpreter()
+        level = interpreter.level()
+        below = [functorch._unwrap_for_grad(t, level) if isinstance(t, torch.Tensor) else t for t in operands]
+        # Autograd has switched both modes off.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), interpreter.lower():
+            values = apply(function, *below)
+        return tuple([functorch._wrap_for_grad(t, level) for t in values])
+
+    rules = {name: staticmethod(getattr(function, name)) for name in ("setup_context", "backward", "jvp")}
+    return type(function.__name__, (_SingleLevelFunction,), {"forward": staticmethod(forward), **rules})
 
 
 Rule = Callable[..., tuple[torch.Tensor | None, ...]]

@@ -439,6 +439,10 @@ class LinearProblem(Problem):
     lanes: tuple[int, ...] = ()
     columns: tuple[int, ...] = ()
 
+    @property
+    def is_lazy(self) -> bool:
+        return isinstance(self.solver, LinearSolver)
+
     def residual(self, x: Leaves, theta: Leaves) -> Leaves:
         b, operands, *_ = self._split(theta)
         return [y - t for y, t in zip(self.product(x, operands), b, strict=True)]

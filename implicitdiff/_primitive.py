@@ -65,6 +65,11 @@ class Problem(ABC):
         u = self.solve(x, theta, x_bar, adjoint=True)
         return self.pullback(x, theta, [-t for t in u], wanted)
 
+    @property
+    def is_lazy(self) -> bool:
+        """Whether `quiet_vjp` takes less time than `vjp`, and may run below the transforms."""
+        return False
+
     def release(self) -> Leaves:
         """Tensors for autograd to save with the operands, for `quiet_vjp`; they are not held here any longer."""
         return []
@@ -102,7 +107,7 @@ def solve_problem(problem: Problem, theta: Leaves) -> Leaves:
     theta = [functorch.alive(t) for t in _modes.alias(theta)]
     if functorch.is_quiet([], theta) and not _modes.is_inside():
         return solve_quietly(problem, theta)
-    return list(_Solution.apply(problem, 0, *theta))  # type: ignore[no-untyped-call]
+    return list(functorch.apply(_Solution, problem, 0, *theta))
 
 
 def solve_quietly(problem: Problem, theta: Leaves) -> Leaves:
@@ -127,7 +132,7 @@ def attach(problem: Problem, x: Leaves, theta: Leaves) -> Leaves:
 
 
 def _apply(problem: Problem, known: int, operands: Leaves) -> Leaves:
-    return list(_Solution.apply(problem, known, *_modes.alias(operands)))  # type: ignore[no-untyped-call]
+    return list(functorch.apply(_Solution, problem, known, *_modes.alias(operands)))
 
 
 class _Solution(torch.autograd.Function):
@@ -180,7 +185,7 @@ class _Solution(torch.autograd.Function):
             return tuple(None for _ in x)
         # Without this level's tangent the saved solution is that of the level below, which has its derivatives already.
         with one_derivative():
-            return tuple(ctx.problem.jvp(x, theta, given))
+            return tuple(_pushed_forward(ctx.problem, x, theta, given))
 
     @staticmethod
     @functorch.outside_compile
@@ -193,18 +198,98 @@ class _Solution(torch.autograd.Function):
         return out, (at,) * len(out)
 
 
+class _Derivative(torch.autograd.Function):
+    """``theta_bar``, computed where nothing is recorded, and differentiated only if somebody asks for it.
+
+    Under one grad transform the next derivative is possible, but hardly ever taken. Operands: the problem, the
+    positions that are wanted, the number of unknowns, x, x_bar and theta.
+    """
+
+    @staticmethod
+    @functorch.outside_compile
+    def forward(
+        problem: Problem, wanted: tuple[int, ...], unknowns: int, *operands: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        x, x_bar, theta = _three(operands, unknowns)
+        pulled = problem.quiet_vjp(x, theta, x_bar, wanted, [])
+        return tuple(pulled[i] for i in wanted)
+
+    @staticmethod
+    @functorch.outside_compile
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.problem, ctx.wanted, ctx.unknowns, *operands = inputs
+        ctx.save_for_backward(*operands)
+
+    @staticmethod
+    @functorch.outside_compile
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        operands = [functorch.alive(t) for t in ctx.saved_tensors]
+        varied = [i for i in range(len(operands)) if ctx.needs_input_grad[3 + i]]
+
+        def vjp(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            replaced = list(operands)
+            for i, value in zip(varied, values, strict=True):
+                replaced[i] = value
+            x, x_bar, theta = _three(replaced, ctx.unknowns)
+            pulled = ctx.problem.vjp(x, theta, x_bar, ctx.wanted)
+            return tuple(pulled[i] for i in ctx.wanted)
+
+        with one_derivative():
+            pull: Any = torch.func.vjp(vjp, *[operands[i] for i in varied])[1]
+            pulled = dict(zip(varied, pull(cotangents), strict=True))
+        return (None, None, None, *[pulled.get(i) for i in range(len(operands))])
+
+    @staticmethod
+    @functorch.outside_compile
+    def vmap(
+        info: Any, in_dims: Dims, problem: Problem, wanted: tuple[int, ...], unknowns: int, *operands: torch.Tensor
+    ) -> Any:
+        x, x_bar, theta = _three(operands, unknowns)
+        x_dims, x_bar_dims, theta_dims = _three(in_dims[3:], unknowns)
+        # Of an operand that the lanes share, each lane has a derivative of its own.
+        shared = [i for i in wanted if theta_dims[i] is None]
+        theta = [t.expand(info.batch_size, *t.shape) if i in shared else t for i, t in enumerate(theta)]
+        theta_dims = [0 if i in shared else d for i, d in enumerate(theta_dims)]
+        batched, theta, at = _batch(problem, theta, tuple(theta_dims), info.batch_size)
+        known = [_lay(t, d, -1, info.batch_size, at) for t, d in zip([*x, *x_bar], [*x_dims, *x_bar_dims], strict=True)]
+        out = functorch.apply(_Derivative, batched, wanted, unknowns, *_modes.alias([*known, *theta]))
+        return out, (0,) * len(out)
+
+
 # `apply` asks for it each time, and would work it out anew.
-_Solution.forward.__signature__ = inspect.signature(_Solution.forward)  # type: ignore[attr-defined]
+for _function in (_Solution, _Derivative):
+    vars(_function)["forward"].__func__.__signature__ = inspect.signature(_function.forward)
 
 
 def _pulled_back(
     problem: Problem, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int], released: Leaves
 ) -> dict[int, torch.Tensor]:
-    if not functorch.nothing_records() or _modes.is_inside() or functorch.have_legacy_batch(x_bar):
+    if _modes.is_inside() or functorch.have_legacy_batch(x_bar):
         return problem.vjp(x, theta, x_bar, wanted)
-    # An ordinary backward pass. What autograd knows of the operands is of no use any more.
-    x, theta = [t.detach() for t in x], [t.detach() for t in theta]
-    return problem.quiet_vjp(x, theta, x_bar, wanted, released)
+    if functorch.nothing_records():
+        # An ordinary backward pass. What autograd knows of the operands is of no use any more.
+        x, theta = [t.detach() for t in x], [t.detach() for t in theta]
+        return problem.quiet_vjp(x, theta, x_bar, wanted, released)
+    if problem.is_lazy and functorch.is_grad_alone([*x, *x_bar, *theta]):
+        operands = _modes.alias([*x, *x_bar, *theta])
+        pulled = functorch.apply(_Derivative, problem, tuple(wanted), len(x), *operands)
+        return dict(zip(wanted, pulled, strict=True))
+    return problem.vjp(x, theta, x_bar, wanted)
+
+
+def _pushed_forward(problem: Problem, x: Leaves, theta: Leaves, tangents: dict[int, torch.Tensor]) -> Leaves:
+    given = list(tangents.values())
+    if not problem.is_lazy or _modes.is_inside() or not functorch.is_jvp_alone([*x, *theta, *given]):
+        return problem.jvp(x, theta, tangents)
+
+    def jvp(x: Leaves, theta: Leaves, given: Leaves) -> Leaves:
+        return problem.jvp(x, theta, dict(zip(tangents, given, strict=True)))
+
+    return functorch.below_the_top(jvp, x, theta, given)
+
+
+def _three(values: Sequence[Any], unknowns: int) -> tuple[list[Any], list[Any], list[Any]]:
+    return list(values[:unknowns]), list(values[unknowns : 2 * unknowns]), list(values[2 * unknowns :])
 
 
 def _lay(tensor: torch.Tensor, dim: int | None, wanted: int | None, size: int, at: int) -> torch.Tensor:

@@ -89,6 +89,10 @@ class RootProblem(Problem):
             raise TransformError(self.alone)
         return super().vjp(x, theta, x_bar, wanted)
 
+    @property
+    def is_lazy(self) -> bool:
+        return isinstance(self.solver, LinearSolver) and self.alone is None
+
     def release(self) -> Leaves:
         return [] if self.kept is None else self.kept.graph.release()
 
