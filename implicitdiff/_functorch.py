@@ -457,6 +457,14 @@ def over_first(fn: Callable[[Any], Any], stacked: Any) -> Any:
         functorch._vmap_decrement_nesting()
 
 
+def gradients(
+    y: Sequence[torch.Tensor], x: Sequence[torch.Tensor], u: Sequence[torch.Tensor], *, create_graph: bool = False
+) -> tuple[torch.Tensor | None, ...]:
+    """`torch.autograd.grad` of a graph that stays, None where nothing is reached, without what it asks and tells."""
+    run = torch.autograd.Variable._execution_engine.run_backward
+    return run(tuple(y), tuple(u), True, create_graph, tuple(x), allow_unreachable=True, accumulate_grad=False)
+
+
 def recordable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors without what autograd knows of them, those made in inference mode copied."""
     return [t.clone() if t.is_inference() else t.detach() for t in tensors]
@@ -598,6 +606,26 @@ def batch_levels(tensor: torch.Tensor) -> frozenset[int]:
 def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether none of these tensors is a functorch wrapper."""
     return all([functorch.maybe_get_level(t) == _PLAIN for t in tensors])
+
+
+def is_same_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two plain tensors are the same numbers in the same memory."""
+    if tensor is other:
+        return True
+    with no_modes():
+        return (
+            {type(tensor), type(other)} <= {torch.Tensor, torch.nn.Parameter}
+            and is_plain(other)
+            and is_plain(tensor)
+            and tensor.layout is torch.strided
+            and tensor.dtype is other.dtype
+            and tensor.shape == other.shape
+            and tensor.stride() == other.stride()
+            and tensor.device == other.device
+            and tensor.data_ptr() == other.data_ptr()
+            and tensor.is_conj() == other.is_conj()
+            and tensor.is_neg() == other.is_neg()
+        )
 
 
 def are_constant(tensors: Sequence[torch.Tensor], *, plain: bool = False) -> bool:

@@ -168,10 +168,16 @@ class Lifted:
 
     def _run(self, inert: int, operands: Sequence[torch.Tensor], *more: Any) -> Any:
         args = self.arguments.unflatten(operands[: self.given])
-        if not self.captured:
+        if not self.captured or self._are_captured(operands[self.given :]):
             return self.fn(*args, *more)
         with Substitute(self.captured, operands[self.given :], inert) as substitute:
             return pytree.map_tensors(substitute.resolve, self.fn(*args, *more))
+
+    def _are_captured(self, values: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the captured tensors themselves, where nothing is recorded."""
+        if not functorch.nothing_records():
+            return False
+        return all([functorch.is_same_memory(value, t) for value, t in zip(values, self.captured, strict=True)])
 
     def _run_alone(self, operands: Sequence[torch.Tensor], *more: Any) -> Any:
         """Run the function with no transform on the stack. It may call `torch.autograd.grad`, so its operands need
@@ -268,7 +274,7 @@ def _watched(
 ) -> tuple[Any, Watch]:
     """The result, and what was seen."""
     random_state = functorch.random_state()
-    with functorch.levels_up_to(0 if alone else 1) as inert, _as_evaluated(), Exchange(), torch.enable_grad():
+    with functorch.levels_up_to(0 if alone else 1) as inert, _as_evaluated(), torch.enable_grad():
         aliases = [t.detach() for t in given]
         if alone:
             # The function may differentiate with respect to its arguments.
@@ -276,7 +282,7 @@ def _watched(
         elif differentiated:
             with functorch.requires_grad_allowed():
                 aliases = [t.requires_grad_(flag) for t, flag in zip(aliases, differentiated, strict=True)]
-        with Watch(aliases, inert) as watch, told(name), _alone(alone is not None):
+        with Watch(aliases, inert, exchanges=True) as watch, told(name), _alone(alone is not None):
             result = fn(*arguments.unflatten(aliases))
     for tensor in pytree.tensors(result):
         watch.program.see(tensor)

@@ -19,7 +19,7 @@ from torch.utils._device import DeviceContext
 
 import implicitdiff._functorch as functorch
 import implicitdiff._pytree as pytree
-from implicitdiff._elementary import is_exchanged
+from implicitdiff._elementary import Exchange, exchanged, is_exchanged
 from implicitdiff._program import Program
 from implicitdiff._program import version as version
 from implicitdiff._pytree import Leaves
@@ -130,11 +130,12 @@ class Watch(TorchFunctionMode):
     Args:
         operands: what the function is given.
         inert: how many levels are running, if all of them are inert, else -1.
+        exchanges: whether to exchange those operations here, in the place of `Exchange`.
     """
 
-    def __init__(self, operands: Leaves, inert: int) -> None:
+    def __init__(self, operands: Leaves, inert: int, *, exchanges: bool = False) -> None:
         super().__init__()
-        self.program, self.inert = Program(operands), inert
+        self.program, self.inert, self.exchanges_here = Program(operands), inert, exchanges
         self.given = [(t, version(t)) for t in operands]
         self.exchanges = self.is_sparse = False
 
@@ -147,7 +148,10 @@ class Watch(TorchFunctionMode):
         self.exchanges = self.exchanges or is_exchanged(func)
         if is_sparse:
             self.is_sparse = True
-            result = sparse_call(func, args, kwargs)
+            with Exchange() if self.exchanges_here else nullcontext():
+                result = sparse_call(func, args, kwargs)
+        elif self.exchanges_here:
+            result = functorch.call_inert(*exchanged(func, args, kwargs), self.inert)
         else:
             result = functorch.call_inert(func, args, kwargs, self.inert)
         with functorch.no_modes():

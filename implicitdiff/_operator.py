@@ -171,7 +171,7 @@ def _vjp(
     if not pairs:
         return tuple(map(torch.zeros_like, x))
     ys, us = zip(*pairs, strict=True)
-    grads = torch.autograd.grad(ys, x, us, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    grads = functorch.gradients(ys, x, us, create_graph=create_graph)
     return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(x, grads, strict=True))
 
 

@@ -129,6 +129,8 @@ def map_tensors(fn: Any, tree: Any) -> Any:
         return kind([map_tensors(fn, child) for child in tree])
     if kind is dict:
         return {key: map_tensors(fn, child) for key, child in tree.items()}
+    if _is_named(kind):
+        return kind._make([map_tensors(fn, child) for child in tree])
     return torch_pytree.tree_map_only(torch.Tensor, fn, tree)
 
 
@@ -150,14 +152,16 @@ def _walk(tree: Any, leaves: list[Any]) -> Key:
     if kind is dict:
         names = tuple(tree) if set(map(type, tree)) <= _NAMES else [*tree]
         return (dict, names, *[_walk(child, leaves) for child in tree.values()])
-    node = namedtuple if torch_pytree.is_namedtuple_class(kind) else kind
-    if node not in torch_pytree.SUPPORTED_NODES:
+    if _is_named(kind):
+        return (kind, *[_walk(child, leaves) for child in tree])
+    if kind not in torch_pytree.SUPPORTED_NODES:
         leaves.append(tree)
         return 0
-    children, context = torch_pytree.SUPPORTED_NODES[node].flatten_fn(tree)
+    children, context = torch_pytree.SUPPORTED_NODES[kind].flatten_fn(tree)
     return (kind, context, *[_walk(child, leaves) for child in children])
 
 
+_is_named: Callable[[type], bool] = functools.lru_cache(maxsize=1024)(torch_pytree.is_namedtuple_class)
 # Other objects are not kept, as they may be large.
 _NAMES = {str, int}
 

@@ -29,15 +29,14 @@ class SparseProducts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if have_sparse(args, kwargs):
-            return call(func, args, kwargs)
-        return func(*args, **kwargs)
+        with functorch.no_modes():
+            is_sparse = have_sparse(args, kwargs)
+        return call(func, args, kwargs) if is_sparse else func(*args, **kwargs)
 
 
 def have_sparse(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether an argument of a torch function is a sparse tensor."""
-    with functorch.no_modes():
-        return any(t.layout is not torch.strided for t in _tensors(args, kwargs))
+    return any([t.layout is not torch.strided for t in _tensors(args, kwargs)])
 
 
 def call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -81,12 +81,17 @@ class Exchange(TorchFunctionMode):
     # A compiled function would have the mode compiled as well, wrongly.
     @functorch.outside_compile
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # What writes to a given tensor has no derivative.
-        fn = func if kwargs.get("out") is not None else _ELEMENTARY.get(func, func)
-        if func in _IN_SINGLE:
-            args, kwargs = in_single((args, kwargs))
+        fn, args, kwargs = exchanged(func, args, kwargs or {})
         return fn(*args, **kwargs)
+
+
+def exchanged(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """The operation that is computed in the place of one, with its arguments."""
+    # What writes to a given tensor has no derivative.
+    fn = func if kwargs.get("out") is not None else _ELEMENTARY.get(func, func)
+    if func in _IN_SINGLE:
+        args, kwargs = in_single((args, kwargs))
+    return fn, args, kwargs
 
 
 def is_exchanged(func: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import implicitdiff._functorch as functorch
 import implicitdiff._pytree as pytree
 from implicitdiff._lift import gradient, pullback
 from implicitdiff._linear import check_leaves, check_like
@@ -200,7 +201,13 @@ def like_x(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype
+    with functorch.no_modes():
+        return a.shape == b.shape and a.dtype == b.dtype
+
+
+def _is_real_number(value: torch.Tensor) -> bool:
+    with functorch.no_modes():
+        return value.shape == () and value.is_floating_point()
 
 
 def scalar(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -208,7 +215,7 @@ def scalar(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     def checked(x: Any, args: tuple[Any, ...]) -> Any:
         value = fn(x, *args)
-        if not (isinstance(value, torch.Tensor) and value.shape == () and value.is_floating_point()):
+        if not (isinstance(value, torch.Tensor) and _is_real_number(value)):
             raise ValueError(
                 f"{name_of(fn)} must return one real number, a floating-point tensor of shape (), got "
                 f"{pytree.describe(value)}"

@@ -163,7 +163,7 @@ def _pulled(y: Tensor, x: Tensor, u: Tensor) -> Tensor:
 def _grad(y: Tensor, x: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
     if not y.requires_grad:
         return torch.zeros_like(x)
-    (grad,) = torch.autograd.grad(y, x, u, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    (grad,) = functorch.gradients((y,), (x,), (u,), create_graph=create_graph)
     return torch.zeros_like(x) if grad is None else grad
 
 
