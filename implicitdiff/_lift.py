@@ -127,11 +127,15 @@ class Lifted:
 
     def within_call(self, operands: Sequence[torch.Tensor], *more: Any) -> Any:
         """The result with these operands, at any point, for as long as the call lasts."""
-        levels = self.levels if self.captured else 0
+        is_direct = not self.captured or self._are_captured(operands[self.given :])
+        levels = 0 if is_direct else self.levels
         with functorch.levels_up_to(levels) as inert, _exchanged(*self.exchanges), autocast(self.settings[0]):
             if self.alone:
                 return self._run_alone(operands, *more)
             with told(self.name):
+                if is_direct:
+                    result = self.fn(*self.arguments.unflatten(operands[: self.given]), *more)
+                    return pytree.map_tensors(_unless_it_records, result) if self.captured else result
                 return self._run(inert, operands, *more)
 
     @contextmanager
@@ -168,7 +172,7 @@ class Lifted:
 
     def _run(self, inert: int, operands: Sequence[torch.Tensor], *more: Any) -> Any:
         args = self.arguments.unflatten(operands[: self.given])
-        if not self.captured or self._are_captured(operands[self.given :]):
+        if not self.captured:
             return self.fn(*args, *more)
         with Substitute(self.captured, operands[self.given :], inert) as substitute:
             return pytree.map_tensors(substitute.resolve, self.fn(*args, *more))
@@ -193,6 +197,11 @@ class Lifted:
                 raise
             raise TransformError(self.alone) from error
         return pytree.map_tensors(torch.Tensor.detach, result)
+
+
+def _unless_it_records(tensor: torch.Tensor) -> torch.Tensor:
+    """A result where nothing is recorded: it may be a captured tensor itself."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 _derivative = threading.local()
