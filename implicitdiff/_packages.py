@@ -22,6 +22,11 @@ def top(module: Any) -> str:
 
 def is_trusted(module: Any) -> bool:
     """Whether a module belongs to torch, NumPy, SciPy, the standard library or to this library."""
+    return isinstance(module, str) and _has_trusted_top(module)
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_trusted_top(module: str) -> bool:
     return top(module) in _TRUSTED
 
 
@@ -30,7 +35,9 @@ def is_installed(module: Any) -> bool:
 
     A package that is installed in editable mode stays where its author writes it.
     """
-    loaded = sys.modules.get(module) if isinstance(module, str) else None
+    if not isinstance(module, str) or module == "__main__":  # a user's program, whoever starts it
+        return False
+    loaded = sys.modules.get(module)
     file = own(loaded).get("__file__")
     return isinstance(file, str) and _was_installed(file, module)
 

@@ -42,7 +42,6 @@ from torch.nn import Module
 from implicitdiff._packages import homes, is_installed, is_trusted, own, top
 
 
-
 class _Absent:
     """Stands where nothing is."""
 
@@ -77,8 +76,15 @@ class Snapshot:
 
         Returns whether it has put tensors into such places where there were none.
         """
-        is_filled = any([place.was_filled() for place in self.places if not place.holds()])
-        self.places = [place for place in self.places if place.keep_used(is_used)]
+        is_filled, kept = False, []
+        for place in self.places:
+            if not place.holds():
+                is_filled = is_filled or place.was_filled()
+                if not place.keep_unwritten():
+                    continue
+            if place.keep_used(is_used):
+                kept.append(place)
+        self.places = kept
         return is_filled
 
     @contextmanager
@@ -133,9 +139,6 @@ class _Place:
     def restore(self) -> None:
         self.put(self.value)
 
-    def values(self) -> list[Any]:
-        return [self.value]
-
     def lost(self) -> list[Any]:
         """The values that are no longer there, where the place is not as it was."""
         return [self.value]
@@ -144,9 +147,13 @@ class _Place:
         """Whether a tensor stands there now, and nothing did at the time of the snapshot."""
         return _is_filled(self.value, self.now())
 
+    def keep_unwritten(self) -> bool:
+        """Forget what is no longer there; whether anything is left."""
+        return False
+
     def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> bool:
-        """Whether the place is worth keeping."""
-        return self.holds() and (not isinstance(self.value, torch.Tensor) or is_used(self.value))
+        """Forget tensors that are not used; whether anything is left."""
+        return not isinstance(self.value, torch.Tensor) or is_used(self.value)
 
 
 class _Cell(_Place):
@@ -203,21 +210,20 @@ class _Variables(_Place):
     def restore(self) -> None:
         self.put({name: self.value[name] for name in self.now()})
 
-    def values(self) -> list[Any]:
-        return list(self.value.values())
-
     def lost(self) -> list[Any]:
         return [self.value[name] for name in self.now()]
 
     def was_filled(self) -> bool:
         return any(_is_filled(self.value[name], now) for name, now in self.now().items())
 
-    def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> bool:
+    def keep_unwritten(self) -> bool:
         for name in self.now():
             del self.value[name]
-        for name, v in [*self.value.items()]:
-            if isinstance(v, torch.Tensor) and not is_used(v):
-                del self.value[name]
+        return bool(self.value)
+
+    def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> bool:
+        for name in [name for name, v in self.value.items() if isinstance(v, torch.Tensor) and not is_used(v)]:
+            del self.value[name]
         return bool(self.value)
 
 
@@ -259,9 +265,15 @@ class _Contents(_Place):
         now = self.now()
         if len(now) != len(self.value):
             return False
-        if isinstance(now, dict):
-            return _are_same_keys(self.value, now) and _are_same(self.value.values(), now.values())
-        return _are_same(self.value, now)
+        if not isinstance(now, dict):
+            return all([a is b or a is _ABSENT for a, b in zip(self.value, now, strict=True)])
+        for (key, v), (key_now, v_now) in zip(self.value.items(), now.items(), strict=True):
+            # Keys not by equality alone: they may be tensors.
+            if key is not key_now and not (type(key) in (str, int) and key == key_now):
+                return False
+            if v is not v_now and v is not _ABSENT:
+                return False
+        return True
 
     def restore(self) -> None:
         now = self.now()
@@ -272,39 +284,26 @@ class _Contents(_Place):
             later = [*now, *[None] * len(self.value)]
             self.put([later[i] if v is _ABSENT else v for i, v in enumerate(self.value)])
 
-    def values(self) -> list[Any]:
-        return list(self.value.values() if isinstance(self.value, dict) else self.value)
-
     def lost(self) -> list[Any]:
-        now = self.now()
-        there = set(map(id, now.values() if isinstance(now, dict) else now))
-        return [v for v in self.values() if id(v) not in there]
+        then, now = self.value, self.now()
+        if isinstance(now, dict):
+            then, now = then.values(), now.values()
+        there = set(map(id, now))
+        return [v for v in then if id(v) not in there]
 
     def was_filled(self) -> bool:
         now = self.now()
         return isinstance(now, dict) and any(isinstance(now[k], torch.Tensor) for k in now.keys() - self.value.keys())
 
     def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> bool:
-        if not self.holds():
-            return False
         items = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
-        for key, held in list(items):
-            if isinstance(held, torch.Tensor) and not is_used(held):
-                self.value[key] = _ABSENT
+        for key in [key for key, v in items if isinstance(v, torch.Tensor) and not is_used(v)]:
+            self.value[key] = _ABSENT
         return True
 
 
 def _is_filled(then: Any, now: Any) -> bool:
     return (then is _ABSENT or then is None) and isinstance(now, torch.Tensor)
-
-
-def _are_same(then: Any, now: Any) -> bool:
-    return all([a is b or a is _ABSENT for a, b in zip(then, now, strict=True)])
-
-
-def _are_same_keys(then: Any, now: Any) -> bool:
-    # Not by equality alone: keys may be tensors.
-    return all([a is b or (type(a) in (str, int) and a == b) for a, b in zip(then, now, strict=True)])
 
 
 class _Kind:
@@ -365,15 +364,18 @@ class _Walk:
         looked_at = -1
         while self.todo or looked_at < self._extent():
             while self.todo and self.count < _MANY:
-                self._visit(self.todo.popleft())
+                value = self.todo.popleft()
+                of: type = type(value)
+                if (way := _way(of)) is not _pass_by and id(value) not in self.seen:
+                    self._visit(value, way)
             if self.count >= _MANY:
                 return
             looked_at = self._extent()
             for kind in [*self.kinds.values()]:
                 self._members(kind)
-            for value, own_ones, kind in self.objects:
+            for waiting in self.objects:
                 if self.count < _MANY:
-                    self._attributes(value, own_ones, kind)
+                    self._attributes(*waiting)
 
     def _extent(self) -> int:
         """Grows with what is known."""
@@ -390,10 +392,9 @@ class _Walk:
     # --- places -----------------------------------------------------------------------------------------------------
 
     def _note(self, place: _Place) -> None:
-        values = place.values()
         self.places.append(place)
-        self.count += max(1, len(values))
-        self.todo += values
+        self.count += 1
+        self.todo.append(place.value)
 
     def _note_variables(self, owner: dict[str, Any], names: Iterable[str]) -> None:
         if (place := self.variables.get(id(owner))) is None:
@@ -410,29 +411,33 @@ class _Walk:
 
     # --- values -----------------------------------------------------------------------------------------------------
 
-    def _visit(self, value: Any) -> None:
-        way = _way(type(value))
-        if way is _pass_by or id(value) in self.seen:
-            return
+    def _visit(self, value: Any, way: Callable[[_Walk, Any], None]) -> None:
         if way is _Walk._object and isinstance(value, _LOOKED_INTO):  # a proxy says that it is of another class
             way = _way(value.__class__)
         if way is not _keep:
             self.seen[id(value)] = value
-            self.is_blind = self.is_blind or _hides(type(value))
         way(self, value)
 
     def _function(self, fn: FunctionType) -> None:
+        module = fn.__globals__.get("__name__")
+        is_library = top(module) == "implicitdiff"
         for cell in fn.__closure__ or ():
-            self._note(_Cell(cell))
+            place = _Cell(cell)
+            # The library's own variables do not change.
+            if is_library:
+                self.todo.append(place.value)
+            else:
+                self._note(place)
         self.todo += fn.__defaults__ or ()
         self.todo += (fn.__kwdefaults__ or {}).values()
         if fn.__dict__:
             self.objects.append((fn, fn.__dict__, None))
-        if self._is_followed(fn.__globals__.get("__name__")):
+        if self._is_followed(module):
             variables, attributes, stored = _names(fn.__code__)
             self.names |= attributes
             self.stored |= stored
-            self._note_variables(fn.__globals__, variables & fn.__globals__.keys())
+            if found := variables & fn.__globals__.keys():
+                self._note_variables(fn.__globals__, found)
 
     def _method(self, value: MethodType) -> None:
         self.todo += (value.__func__, value.__self__)
@@ -450,7 +455,10 @@ class _Walk:
         if len(value) > _LARGE:
             self.is_blind = True
         else:
-            self._note(_Contents(value))
+            place = _Contents(value)
+            self.places.append(place)
+            self.count += 1 + len(place.value)
+            self.todo += place.value.values() if isinstance(place.value, dict) else place.value
         if isinstance(value, defaultdict):
             self.todo.append(value.default_factory)
 
@@ -459,6 +467,7 @@ class _Walk:
 
     def _array(self, value: Any) -> None:
         self.is_blind = self.is_blind or value.dtype.hasobject
+        self._object(value)
 
     def _module(self, value: ModuleType) -> None:
         if not is_trusted(value.__name__):
@@ -469,9 +478,11 @@ class _Walk:
             self._kind(value)
 
     def _object(self, value: Any) -> None:
-        own_ones, kind = own(value), self._kind(type(value))
+        of: type = type(value)
+        self.is_blind = self.is_blind or _hides(of)
+        own_ones, kind = own(value), self._kind(of)
         if isinstance(value, Module):
-            simple = [name for name, v in own_ones.items() if name not in _OF_MODULES and _is_simple(type(v))]
+            simple = [name for name in own_ones.keys() - _OF_MODULES if isinstance(own_ones[name], _SIMPLE)]
             self._note_variables(own_ones, ("_parameters", "_buffers", "_modules", *simple))
         if "__wrapped__" in own_ones:
             self.todo.append(own_ones["__wrapped__"])
@@ -577,8 +588,6 @@ _OPAQUE += (type(functools.lru_cache(int)),)
 @functools.lru_cache(maxsize=1024)
 def _hides(kind: type) -> bool:
     """Whether an object of a class may lead to tensors that are not seen."""
-    if issubclass(kind, _CONTAINERS):
-        return False
     if issubclass(kind, (Iterator, Mapping)):
         return is_trusted(kind.__module__)
     return issubclass(kind, _OPAQUE)
@@ -605,11 +614,6 @@ _LOOKED_INTO = tuple(kind for kinds, _ in _WAYS for kind in (kinds if isinstance
 @functools.lru_cache(maxsize=1024)
 def _way(kind: type) -> Callable[[_Walk, Any], None]:
     return next((way for kinds, way in _WAYS if issubclass(kind, kinds)), _Walk._object)
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_simple(kind: type) -> bool:
-    return issubclass(kind, _SIMPLE)
 
 
 @functools.lru_cache(maxsize=1024)
