@@ -6,6 +6,10 @@ they hold: cells of closures, global variables, defaults, attributes, items of l
 buffers and flags of modules. Later the function itself runs, and for that time places that hold something else by then
 are put back. Nothing is copied, so identities, registries and relative imports are those of the user's own function.
 
+The code of an installed package is trusted not to change: the global variables of its functions are not noted, unless
+the function itself belongs to that package. Attributes of its modules, classes and objects are, as far as the user's
+code, or the methods of the object itself, name them.
+
 A snapshot cannot know every place. The operations of a function are compared as well, see `_program`.
 """
 
@@ -13,11 +17,10 @@ from __future__ import annotations
 
 import dis
 import functools
-import sys
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import (
@@ -36,11 +39,16 @@ import numpy as np
 import torch
 from torch.nn import Module
 
-_ABSENT: Any = object()
-_ATOMS = (int, float, complex, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device)
+from implicitdiff._packages import homes, is_installed, is_trusted, own, top
+
+
+class _Absent:
+    """Stands where nothing is."""
+
+
+_ABSENT: Any = _Absent()
+_ATOMS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, _Absent)
 _CONTAINERS = (list, dict, set, deque)
-# Their own code is trusted not to change: only what users hand them is looked at.
-_TRUSTED = {"torch", "implicitdiff", "numpy", "scipy"} | sys.stdlib_module_names - {"__main__"}
 # Larger containers, and what lies behind so many places, are left to the comparison of operations.
 _LARGE, _MANY = 10_000, 50_000
 # Putting back writes to variables that other threads may read.
@@ -56,12 +64,11 @@ class Snapshot:
 
     def __init__(self, fn: Any, args: Sequence[Any] = ()) -> None:
         """Note the places of a function and of its arguments that are no tensors."""
-        self.places = _Walk().places_from([fn, *args])
+        self.places = _Walk(fn, args).places
 
     def replaced(self) -> list[torch.Tensor]:
         """The tensors that other values have taken the places of."""
-        written = [place for place in self.places if not place.holds(place.now())]
-        return [v for place in written for v in place.values() if isinstance(v, torch.Tensor) and not place.has(v)]
+        return [v for place in self.places if not place.holds() for v in place.lost() if isinstance(v, torch.Tensor)]
 
     def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> bool:
         """After one evaluation, forget the places that it has written itself (counters, caches, logs), and tensors that
@@ -69,21 +76,25 @@ class Snapshot:
 
         Returns whether it has put tensors into such places where there were none.
         """
-        written: list[_Place] = []
-        unchanged: list[_Place] = []
+        is_filled, kept = False, []
         for place in self.places:
-            (unchanged if place.holds(place.now()) else written).append(place)
-        self.places = [place for place in unchanged if place.keep_used(is_used)]
-        return any(place.was_filled() for place in written)
+            if not place.holds():
+                is_filled = is_filled or place.was_filled()
+                if not place.keep_unwritten():
+                    continue
+            if place.keep_used(is_used):
+                kept.append(place)
+        self.places = kept
+        return is_filled
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
         """Run the body with every place as it was. Places that are as they were are not written to."""
-        if all([place.holds(place.now()) for place in self.places]):
+        if all([place.holds() for place in self.places]):
             yield
             return
         with _LOCK:
-            changed = [(place, now) for place in self.places if not place.holds(now := place.now())]
+            changed = [(place, place.now()) for place in self.places if not place.holds()]
             try:
                 for place, _ in changed:
                     place.restore()
@@ -96,9 +107,8 @@ class Snapshot:
 def tensors_within(fn: Any, args: Sequence[Any]) -> tuple[list[torch.Tensor], bool]:
     """The tensors that a function, and arguments that are no tensors, are seen to lead to; and whether these are all:
     nothing was met that may hold others out of sight."""
-    walk = _Walk()
-    walk.places_from([fn, *args])
-    return walk.tensors, not walk.is_blind and len(walk.places) < _MANY
+    walk = _Walk(fn, args)
+    return walk.tensors, not walk.is_blind and walk.count < _MANY
 
 
 class _Place:
@@ -122,24 +132,27 @@ class _Place:
     def put(self, value: Any) -> None:
         raise NotImplementedError
 
-    def holds(self, now: Any) -> bool:
-        return now is self.value
+    def holds(self) -> bool:
+        """Whether the place is as it was."""
+        return self.now() is self.value
 
     def restore(self) -> None:
         self.put(self.value)
 
-    def values(self) -> list[Any]:
+    def lost(self) -> list[Any]:
+        """The values that are no longer there, where the place is not as it was."""
         return [self.value]
-
-    def has(self, value: Any) -> bool:
-        return self.now() is value
 
     def was_filled(self) -> bool:
         """Whether a tensor stands there now, and nothing did at the time of the snapshot."""
-        return (self.value is _ABSENT or self.value is None) and isinstance(self.now(), torch.Tensor)
+        return _is_filled(self.value, self.now())
+
+    def keep_unwritten(self) -> bool:
+        """Forget what is no longer there; whether anything is left."""
+        return False
 
     def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> bool:
-        """Whether the place is worth keeping."""
+        """Forget tensors that are not used; whether anything is left."""
         return not isinstance(self.value, torch.Tensor) or is_used(self.value)
 
 
@@ -161,19 +174,57 @@ class _Cell(_Place):
             del self.owner.cell_contents
 
 
-class _Item(_Place):
-    """A value of a dictionary of variables or attributes."""
+class _Variables(_Place):
+    """Some values of a dictionary of variables or attributes, by name. There may be many thousands of such places, so
+    all of one dictionary are one."""
 
     __slots__ = ()
 
+    def __init__(self, owner: dict[str, Any]) -> None:
+        self.owner, self.key, self.value = owner, None, {}
+
+    def add(self, names: Iterable[str]) -> list[Any]:
+        """Note the values of these names; returns those of new ones."""
+        get, known = self.owner.get, self.value
+        fresh = {name: get(name, _ABSENT) for name in names if name not in known}
+        known.update(fresh)
+        return list(fresh.values())
+
     def now(self) -> Any:
-        return self.owner.get(self.key, _ABSENT)
+        return {name: now for name, v in self.value.items() if (now := self.owner.get(name, _ABSENT)) is not v}
 
     def put(self, value: Any) -> None:
-        if value is _ABSENT:
-            self.owner.pop(self.key, None)
-        else:
-            self.owner[self.key] = value
+        for name, v in value.items():
+            if v is _ABSENT:
+                self.owner.pop(name, None)
+            else:
+                self.owner[name] = v
+
+    def holds(self) -> bool:
+        get = self.owner.get
+        for name, v in self.value.items():  # noqa: SIM110 - the time of a call
+            if get(name, _ABSENT) is not v:
+                return False
+        return True
+
+    def restore(self) -> None:
+        self.put({name: self.value[name] for name in self.now()})
+
+    def lost(self) -> list[Any]:
+        return [self.value[name] for name in self.now()]
+
+    def was_filled(self) -> bool:
+        return any(_is_filled(self.value[name], now) for name, now in self.now().items())
+
+    def keep_unwritten(self) -> bool:
+        for name in self.now():
+            del self.value[name]
+        return bool(self.value)
+
+    def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> bool:
+        for name in [name for name, v in self.value.items() if isinstance(v, torch.Tensor) and not is_used(v)]:
+            del self.value[name]
+        return bool(self.value)
 
 
 class _Attribute(_Place):
@@ -210,12 +261,19 @@ class _Contents(_Place):
         self.owner.clear()
         self.owner.extend(value) if hasattr(self.owner, "extend") else self.owner.update(value)
 
-    def holds(self, now: Any) -> bool:
+    def holds(self) -> bool:
+        now = self.now()
         if len(now) != len(self.value):
             return False
-        if isinstance(now, dict):
-            return _are_same_keys(self.value, now) and _are_same(self.value.values(), now.values())
-        return _are_same(self.value, now)
+        if not isinstance(now, dict):
+            return all([a is b or a is _ABSENT for a, b in zip(self.value, now, strict=True)])
+        for (key, v), (key_now, v_now) in zip(self.value.items(), now.items(), strict=True):
+            # Keys not by equality alone: they may be tensors.
+            if key is not key_now and not (type(key) in (str, int) and key == key_now):
+                return False
+            if v is not v_now and v is not _ABSENT:
+                return False
+        return True
 
     def restore(self) -> None:
         now = self.now()
@@ -226,12 +284,12 @@ class _Contents(_Place):
             later = [*now, *[None] * len(self.value)]
             self.put([later[i] if v is _ABSENT else v for i, v in enumerate(self.value)])
 
-    def values(self) -> list[Any]:
-        return list(self.value.values() if isinstance(self.value, dict) else self.value)
-
-    def has(self, value: Any) -> bool:
-        now = self.now()
-        return any(v is value for v in (now.values() if isinstance(now, dict) else now))
+    def lost(self) -> list[Any]:
+        then, now = self.value, self.now()
+        if isinstance(now, dict):
+            then, now = then.values(), now.values()
+        there = set(map(id, now))
+        return [v for v in then if id(v) not in there]
 
     def was_filled(self) -> bool:
         now = self.now()
@@ -239,19 +297,36 @@ class _Contents(_Place):
 
     def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> bool:
         items = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
-        for key, held in list(items):
-            if isinstance(held, torch.Tensor) and not is_used(held):
-                self.value[key] = _ABSENT
+        for key in [key for key, v in items if isinstance(v, torch.Tensor) and not is_used(v)]:
+            self.value[key] = _ABSENT
         return True
 
 
-def _are_same(then: Any, now: Any) -> bool:
-    return all([a is b or a is _ABSENT for a, b in zip(then, now, strict=True)])
+def _is_filled(then: Any, now: Any) -> bool:
+    return (then is _ABSENT or then is None) and isinstance(now, torch.Tensor)
 
 
-def _are_same_keys(then: Any, now: Any) -> bool:
-    # Not by equality alone: keys may be tensors.
-    return all([a is b or (type(a) in (str, int) and a == b) for a, b in zip(then, now, strict=True)])
+class _Kind:
+    """A class of a user or of an installed package, and what is known of it.
+
+    Attributes:
+        bases: it and those of its bases whose members may be others later.
+        names: attributes that its methods of installed packages look up. Only methods that are named somewhere count.
+        stored: attributes that these methods set.
+        members: which members are known.
+        slots: attributes of its objects that lie in no dictionary.
+        hidden: values of its own that attributes of an object would hide.
+    """
+
+    __slots__ = ("bases", "hidden", "members", "names", "slots", "stored")
+
+    def __init__(self, bases: tuple[type, ...]) -> None:
+        self.bases = bases
+        self.names: set[str] = set()
+        self.stored: set[str] = set()
+        self.members: set[tuple[type, str]] = set()
+        self.slots: set[str] = set()
+        self.hidden: set[str] = set()
 
 
 class _Walk:
@@ -259,132 +334,240 @@ class _Walk:
 
     An attribute is looked up only where some function that is reached names it. So objects wait, and are looked at
     again when a function with new names is found.
+
+    Attributes:
+        places: where values are looked up.
+        count: how many values these hold.
+        tensors: the tensors that were met.
+        is_blind: whether something was met that may lead to other tensors out of sight.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fn: Any, args: Sequence[Any]) -> None:
+        self.fn = fn
         self.places: list[_Place] = []
+        self.count = 0
         self.tensors: list[torch.Tensor] = []
         self.is_blind = False
-        self.todo: deque[Any] = deque()
+        self.todo: deque[Any] = deque([fn, *args])
         # By id; with the objects themselves, so that no other takes an id over.
         self.seen: dict[int, Any] = {}
-        self.objects: list[tuple[Any, set[str]]] = []
-        self.names: set[str] = {"__call__", "forward"}
+        self.variables: dict[int, _Variables] = {}
+        self.attributes: set[tuple[int, str]] = set()
+        self.objects: list[tuple[Any, dict[str, Any], _Kind | None]] = []
+        self.kinds: dict[type, _Kind] = {}
+        self.names: set[str] = {*_OPERATORS, "forward"}
         # Names of attributes that some function sets. An object may not have them yet.
         self.stored: set[str] = set()
+        self._run()
 
-    def places_from(self, values: Sequence[Any]) -> list[_Place]:
-        self.todo.extend(values)
+    def _run(self) -> None:
         looked_at = -1
-        while self.todo or looked_at < len(self.names) + len(self.stored):
-            while self.todo and len(self.places) < _MANY:
-                self._visit(self.todo.popleft())
-            if len(self.places) >= _MANY:
-                break
-            looked_at = len(self.names) + len(self.stored)
-            for held, known in self.objects[:]:
-                self._attributes(held, known)
-        return self.places
+        while self.todo or looked_at < self._extent():
+            while self.todo and self.count < _MANY:
+                value = self.todo.popleft()
+                of: type = type(value)
+                if (way := _way(of)) is not _pass_by and id(value) not in self.seen:
+                    self._visit(value, way)
+            if self.count >= _MANY:
+                return
+            looked_at = self._extent()
+            for kind in [*self.kinds.values()]:
+                self._members(kind)
+            for waiting in self.objects:
+                if self.count < _MANY:
+                    self._attributes(*waiting)
+
+    def _extent(self) -> int:
+        """Grows with what is known."""
+        return len(self.names) + len(self.stored) + len(self.objects) + len(self.kinds)
+
+    @functools.cached_property
+    def homes(self) -> frozenset[str]:
+        return homes([self.fn])
+
+    def _is_followed(self, module: Any) -> bool:
+        """Whether the code of a module may change: that of a user, or of the package that the function belongs to."""
+        return not is_trusted(module) and (not is_installed(module) or top(module) in self.homes)
+
+    # --- places -----------------------------------------------------------------------------------------------------
 
     def _note(self, place: _Place) -> None:
         self.places.append(place)
-        self.todo.extend(place.values())
+        self.count += 1
+        self.todo.append(place.value)
 
-    def _visit(self, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            self.tensors.append(value)
-        self.is_blind = self.is_blind or _hides(value)
-        if isinstance(value, _ATOMS) or id(value) in self.seen:
-            return
-        self.seen[id(value)] = value
-        if isinstance(value, FunctionType):
-            self._function(value)
-        elif isinstance(value, MethodType):
-            self.todo += [value.__func__, value.__self__]
-        elif isinstance(value, BuiltinMethodType):
-            self.todo.append(value.__self__)
-        elif isinstance(value, functools.partial):
-            self.todo += [value.func, *value.args, *value.keywords.values()]
-        elif isinstance(value, (tuple, frozenset)):
-            self.todo += value
-        elif isinstance(value, _CONTAINERS):
-            if len(value) <= _LARGE:
-                self._note(_Contents(value))
-            if isinstance(value, defaultdict):
-                self.todo.append(value.default_factory)
-        elif isinstance(value, (property, staticmethod, classmethod)):
-            self.todo.append(getattr(value, "fget", None) or getattr(value, "__func__", None))
-        elif isinstance(value, ModuleType):
-            if not _is_trusted(value.__name__):
-                self.objects.append((value, set()))
-        elif isinstance(value, Module) or not isinstance(value, type):
-            self._object(value)
-        elif not _is_trusted(value.__module__):
-            self.objects.append((value, set()))
+    def _note_variables(self, owner: dict[str, Any], names: Iterable[str]) -> None:
+        if (place := self.variables.get(id(owner))) is None:
+            self.variables[id(owner)] = place = _Variables(owner)
+            self.places.append(place)
+        fresh = place.add(names)
+        self.count += len(fresh)
+        self.todo += fresh
+
+    def _note_attribute(self, owner: Any, name: str) -> None:
+        if (id(owner), name) not in self.attributes:
+            self.attributes.add((id(owner), name))
+            self._note(_Attribute(owner, name))
+
+    # --- values -----------------------------------------------------------------------------------------------------
+
+    def _visit(self, value: Any, way: Callable[[_Walk, Any], None]) -> None:
+        if way is _Walk._object and isinstance(value, _LOOKED_INTO):  # a proxy says that it is of another class
+            way = _way(value.__class__)
+        if way is not _keep:
+            self.seen[id(value)] = value
+        way(self, value)
 
     def _function(self, fn: FunctionType) -> None:
+        module = fn.__globals__.get("__name__")
+        is_library = top(module) == "implicitdiff"
         for cell in fn.__closure__ or ():
-            self._note(_Cell(cell))
-        self.todo += [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+            place = _Cell(cell)
+            # The library's own variables do not change.
+            if is_library:
+                self.todo.append(place.value)
+            else:
+                self._note(place)
+        self.todo += fn.__defaults__ or ()
+        self.todo += (fn.__kwdefaults__ or {}).values()
         if fn.__dict__:
-            self.objects.append((fn, set()))
-        if _is_trusted(fn.__globals__.get("__name__", "")):
-            return
-        variables, attributes, stored = _names(fn.__code__)
-        self.names |= attributes
-        self.stored |= stored
-        for name in variables & fn.__globals__.keys():
-            self._note(_Item(fn.__globals__, name))
+            self.objects.append((fn, fn.__dict__, None))
+        if self._is_followed(module):
+            variables, attributes, stored = _names(fn.__code__)
+            self.names |= attributes
+            self.stored |= stored
+            if found := variables & fn.__globals__.keys():
+                self._note_variables(fn.__globals__, found)
+
+    def _method(self, value: MethodType) -> None:
+        self.todo += (value.__func__, value.__self__)
+
+    def _builtin(self, value: BuiltinMethodType) -> None:
+        self.todo.append(value.__self__)
+
+    def _partial(self, value: functools.partial[Any]) -> None:
+        self.todo += (value.func, *value.args, *value.keywords.values())
+
+    def _fixed(self, value: tuple[Any, ...] | frozenset[Any]) -> None:
+        self.todo += value
+
+    def _container(self, value: Any) -> None:
+        if len(value) > _LARGE:
+            self.is_blind = True
+        else:
+            place = _Contents(value)
+            self.places.append(place)
+            self.count += 1 + len(place.value)
+            self.todo += place.value.values() if isinstance(place.value, dict) else place.value
+        if isinstance(value, defaultdict):
+            self.todo.append(value.default_factory)
+
+    def _descriptor(self, value: Any) -> None:
+        self.todo.append(_function_of(value))
+
+    def _array(self, value: Any) -> None:
+        self.is_blind = self.is_blind or value.dtype.hasobject
+        self._object(value)
+
+    def _module(self, value: ModuleType) -> None:
+        if not is_trusted(value.__name__):
+            self.objects.append((value, vars(value), None))
+
+    def _class(self, value: type) -> None:
+        if not is_trusted(value.__module__):
+            self._kind(value)
 
     def _object(self, value: Any) -> None:
-        known = set()
+        of: type = type(value)
+        self.is_blind = self.is_blind or _hides(of)
+        own_ones, kind = own(value), self._kind(of)
         if isinstance(value, Module):
-            known = set(_OF_MODULES)
-            for name in ("_parameters", "_buffers", "_modules"):
-                self._note(_Item(vars(value), name))
-            for name in vars(value).keys() - known:
-                if isinstance(vars(value)[name], _SIMPLE):
-                    known.add(name)
-                    self._note(_Item(vars(value), name))
-        self.todo.append(_own(value).get("__wrapped__"))
-        self.objects.append((value, known))
+            simple = [name for name in own_ones.keys() - _OF_MODULES if isinstance(own_ones[name], _SIMPLE)]
+            self._note_variables(own_ones, ("_parameters", "_buffers", "_modules", *simple))
+        if "__wrapped__" in own_ones:
+            self.todo.append(own_ones["__wrapped__"])
+        if own_ones or kind is not None:
+            self.objects.append((value, own_ones, kind))
 
-    def _attributes(self, value: Any, known: set[str]) -> None:
-        """Note the attributes of an object, a class or a module that are named somewhere, each once."""
-        is_class = isinstance(value, type)
-        if not is_class:
-            own = _own(value)
-            # What an object of the library holds, it looks up.
-            named = own.keys() if type(value).__module__.startswith("implicitdiff") else own.keys() & self.names
-            for name in (named | (self.stored if own else set())) - known:
-                known.add(name)
-                self._note(_Item(own, name))
-        kind: type = value if is_class else type(value)
-        for base in _of_users(kind):
-            self._of_class(None if is_class else value, base, known)
+    # --- attributes -------------------------------------------------------------------------------------------------
 
-    def _of_class(self, value: Any, kind: type, known: set[str]) -> None:
-        for name in vars(kind).keys() & (self.names | _OPERATORS):
-            member, key = vars(kind)[name], f"{kind.__qualname__}.{name}"
-            if key in known:
-                continue
-            known.add(key)
-            if isinstance(member, MemberDescriptorType):
-                if value is not None:
-                    self._note(_Attribute(value, name))
-            elif isinstance(member, functools.cached_property):
-                self.stored.add(name)
-                self.todo.append(member.func)
-            elif isinstance(member, _SIMPLE) and not isinstance(member, FunctionType):
-                self._note(_Attribute(kind, name))
-                if value is not None and name not in known:  # an attribute of the object would hide it
-                    known.add(name)
-                    self._note(_Item(_own(value), name))
-            else:
-                self.todo.append(member)
+    def _kind(self, kind: type) -> _Kind | None:
+        found = self.kinds.get(kind)
+        if found is None and (bases := _of_users(kind)):
+            self.kinds[kind] = found = _Kind(bases)
+        return found
+
+    def _attributes(self, value: Any, own_ones: dict[str, Any], kind: _Kind | None) -> None:
+        """Note the attributes of an object or of a module that are named somewhere."""
+        # What an object of the library holds, it looks up.
+        is_library = type(value).__module__.startswith("implicitdiff")
+        wanted = set(own_ones) if is_library else own_ones.keys() & self.names
+        if own_ones:
+            wanted |= self.stored
+        if kind is not None:
+            wanted |= own_ones.keys() & kind.names
+            wanted |= kind.stored
+            wanted |= kind.hidden
+            for name in kind.slots:
+                self._note_attribute(value, name)
+        if isinstance(value, Module):
+            wanted -= _OF_MODULES
+        if wanted:
+            self._note_variables(own_ones, wanted)
+
+    def _members(self, kind: _Kind) -> None:
+        """Look at the members of a class that are named somewhere, each once."""
+        for base in kind.bases:
+            held = vars(base)
+            for name in held.keys() & self.names | held.keys() & kind.names:
+                if (base, name) not in kind.members:
+                    kind.members.add((base, name))
+                    self._member(kind, base, name, held[name])
+
+    def _member(self, kind: _Kind, base: type, name: str, member: Any) -> None:
+        if isinstance(member, MemberDescriptorType):
+            kind.slots.add(name)
+        elif isinstance(member, _SIMPLE) and not isinstance(member, FunctionType):
+            self._note_attribute(base, name)
+            kind.hidden.add(name)
+        else:
+            if isinstance(member, functools.cached_property):
+                kind.stored.add(name)
+                member = member.func
+            self._code(kind, _function_of(member))
+            self.todo.append(member)
+
+    def _code(self, kind: _Kind, fn: Any) -> None:
+        """Note what a method of an installed package names: attributes of its own object, others are not looked at."""
+        if not isinstance(fn, FunctionType):
+            return
+        self._code(kind, fn.__dict__.get("__wrapped__"))
+        module = fn.__globals__.get("__name__")
+        if not is_trusted(module) and not self._is_followed(module):
+            before = len(kind.names)
+            _, attributes, stored = _names(fn.__code__)
+            kind.names |= attributes
+            kind.stored |= stored
+            if len(kind.names) > before:
+                self._members(kind)
 
 
-_SIMPLE = (*_ATOMS, *_CONTAINERS, FunctionType, tuple)
+def _function_of(value: Any) -> Any:
+    """The function of a descriptor of a class; other values are their own."""
+    if isinstance(value, property):
+        return value.fget
+    return value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+
+
+def _pass_by(walk: _Walk, value: Any) -> None:
+    """Leads nowhere."""
+
+
+def _keep(walk: _Walk, value: torch.Tensor) -> None:
+    walk.tensors.append(value)
+
+
+_SIMPLE = (*_ATOMS, torch.Tensor, *_CONTAINERS, FunctionType, tuple)
 _OF_MODULES = frozenset(vars(Module())) - {"training"}
 # Methods that Python calls without that their name is written.
 _OPERATORS = {
@@ -402,34 +585,41 @@ _OPAQUE: tuple[type, ...] = (GeneratorType, CoroutineType, ContextVar, threading
 _OPAQUE += (type(functools.lru_cache(int)),)
 
 
-def _hides(value: Any) -> bool:
-    """Whether an object may lead to tensors that are not seen."""
-    if isinstance(value, _CONTAINERS):
-        return len(value) > _LARGE
-    if isinstance(value, np.ndarray):
-        return bool(value.dtype.hasobject)
-    if isinstance(value, (Iterator, Mapping)):
-        return _is_trusted(type(value).__module__)
-    return isinstance(value, _OPAQUE)
+@functools.lru_cache(maxsize=1024)
+def _hides(kind: type) -> bool:
+    """Whether an object of a class may lead to tensors that are not seen."""
+    if issubclass(kind, (Iterator, Mapping)):
+        return is_trusted(kind.__module__)
+    return issubclass(kind, _OPAQUE)
 
 
-def _own(value: Any) -> dict[str, Any]:
-    """The attributes of an object's own, without that it notices."""
-    try:
-        own: dict[str, Any] = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return {}
-    return own
+# How values are looked into, by their class; the first that fits counts.
+_WAYS: tuple[tuple[Any, Callable[[_Walk, Any], None]], ...] = (
+    (torch.Tensor, _keep),
+    (_ATOMS, _pass_by),
+    (FunctionType, _Walk._function),
+    (MethodType, _Walk._method),
+    (BuiltinMethodType, _Walk._builtin),
+    (functools.partial, _Walk._partial),
+    ((tuple, frozenset), _Walk._fixed),
+    (_CONTAINERS, _Walk._container),
+    ((property, staticmethod, classmethod), _Walk._descriptor),
+    (ModuleType, _Walk._module),
+    (np.ndarray, _Walk._array),
+    (type, _Walk._class),
+)
+_LOOKED_INTO = tuple(kind for kinds, _ in _WAYS for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _way(kind: type) -> Callable[[_Walk, Any], None]:
+    return next((way for kinds, way in _WAYS if issubclass(kind, kinds)), _Walk._object)
 
 
 @functools.lru_cache(maxsize=1024)
 def _of_users(kind: type) -> tuple[type, ...]:
     """A class and its bases as far as their code may change."""
-    return tuple(base for base in kind.__mro__ if not _is_trusted(base.__module__))
-
-
-def _is_trusted(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _TRUSTED
+    return tuple(base for base in kind.__mro__ if not is_trusted(base.__module__))
 
 
 @functools.lru_cache(maxsize=4096)

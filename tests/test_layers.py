@@ -22,6 +22,7 @@ ORDER = [
     "_functorch",
     "_values",
     "_settings",
+    "_packages",
     "_snapshot",
     "_elementary._spelling",
     "_elementary._activations",

@@ -309,7 +309,8 @@ def test_of_what_a_function_can_reach_only_what_it_looks_up_is_noted(request):
     for _ in range(1000):
         node = Node(node)
     for fn in node.residual, Trainer(), lambda x: data[1] * x:
-        assert len(Snapshot(fn).places) < 500
+        values = [place.value for place in Snapshot(fn).places]
+        assert sum(len(v) if isinstance(v, dict) else 1 for v in values) < 500
 
 
 def test_a_switch_of_gradients_that_no_snapshot_sees_is_compared():
