@@ -71,7 +71,7 @@ class Lifted:
         self.alone = alone
         self.program, self.exchanges = watch.program, (watch.exchanges, watch.is_sparse)
         self.captured, self.constants, self.is_unsure = _divided(watch.program)
-        self.value = pytree.map_tensors(torch.Tensor.detach, value)
+        self.value = value
         self.given, self.operands = len(given), [*given, *self.captured]
         for i, tensor in enumerate(self.captured, start=self.given):
             self.program.aliases["constant", id(tensor)] = ("operand", i)
@@ -264,8 +264,9 @@ def _lifted(
             "is evaluated more than once and must do the same each time: keep what changes out of it, or pass it as an "
             "argument"
         )
-    if snapshot.keep_used(lambda t: id(t) in used or not functorch.may_be_differentiated(t)):
-        # It made a constant at its first use. From now on it will not.
+    snapshot.keep_used(lambda t: id(t) in used or not functorch.may_be_differentiated(t))
+    if watch.program.has_left_tensors():
+        # Such as a constant, made at its first use and kept. From now on it will not be made.
         value, watch = _watched(name, fn, given, arguments, alone, differentiated)
     for outer in _modes.watches():
         outer.program.nest(watch.program)
@@ -281,7 +282,7 @@ def _watched(
     alone: str | None,
     differentiated: Sequence[bool],
 ) -> tuple[Any, Watch]:
-    """The result, and what was seen."""
+    """The result, detached, and what was seen."""
     random_state = functorch.random_state()
     with functorch.levels_up_to(0 if alone else 1) as inert, _as_evaluated(), torch.enable_grad():
         aliases = [t.detach() for t in given]
@@ -306,7 +307,8 @@ def _watched(
             "evaluated more than once and must be free of side effects (batch normalisation: use eval mode)"
         )
     watch.program.finish()
-    return result, watch
+    # Not with the graph, which holds what the function made.
+    return pytree.map_tensors(torch.Tensor.detach, result), watch
 
 
 class told:

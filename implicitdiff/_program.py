@@ -87,9 +87,14 @@ class Program:
 
     def finish(self) -> None:
         """Let the tensors go that the function made."""
+        self._made = [weakref.ref(t) for t in self._alive if self._origins.get(id(t), _HIDDEN)[0] == "result"]
         self._alive.clear()
         self._origins.clear()
         self._hidden.clear()
+
+    def has_left_tensors(self) -> bool:
+        """Whether a tensor that the function made has outlived it and its result: it has been kept somewhere."""
+        return any([made() is not None for made in self._made])
 
     def see(self, tensor: torch.Tensor) -> Origin:
         """Where a tensor came from."""

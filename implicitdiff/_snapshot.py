@@ -70,22 +70,12 @@ class Snapshot:
         """The tensors that other values have taken the places of."""
         return [v for place in self.places if not place.holds() for v in place.lost() if isinstance(v, torch.Tensor)]
 
-    def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> bool:
+    def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> None:
         """After one evaluation, forget the places that it has written itself (counters, caches, logs), and tensors that
-        it has not used: in a script, one may hold the graph of the call before, which holds that of the call before.
-
-        Returns whether it has put tensors into such places where there were none.
-        """
-        is_filled, kept = False, []
-        for place in self.places:
-            if not place.holds():
-                is_filled = is_filled or place.was_filled()
-                if not place.keep_unwritten():
-                    continue
-            if place.keep_used(is_used):
-                kept.append(place)
-        self.places = kept
-        return is_filled
+        it has not used: in a script, one may hold the graph of the call before, which holds that of the call before."""
+        self.places = [
+            place for place in self.places if (place.holds() or place.keep_unwritten()) and place.keep_used(is_used)
+        ]
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
@@ -142,10 +132,6 @@ class _Place:
     def lost(self) -> list[Any]:
         """The values that are no longer there, where the place is not as it was."""
         return [self.value]
-
-    def was_filled(self) -> bool:
-        """Whether a tensor stands there now, and nothing did at the time of the snapshot."""
-        return _is_filled(self.value, self.now())
 
     def keep_unwritten(self) -> bool:
         """Forget what is no longer there; whether anything is left."""
@@ -212,9 +198,6 @@ class _Variables(_Place):
 
     def lost(self) -> list[Any]:
         return [self.value[name] for name in self.now()]
-
-    def was_filled(self) -> bool:
-        return any(_is_filled(self.value[name], now) for name, now in self.now().items())
 
     def keep_unwritten(self) -> bool:
         for name in self.now():
@@ -291,19 +274,11 @@ class _Contents(_Place):
         there = set(map(id, now))
         return [v for v in then if id(v) not in there]
 
-    def was_filled(self) -> bool:
-        now = self.now()
-        return isinstance(now, dict) and any(isinstance(now[k], torch.Tensor) for k in now.keys() - self.value.keys())
-
     def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> bool:
         items = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
         for key in [key for key, v in items if isinstance(v, torch.Tensor) and not is_used(v)]:
             self.value[key] = _ABSENT
         return True
-
-
-def _is_filled(then: Any, now: Any) -> bool:
-    return (then is _ABSENT or then is None) and isinstance(now, torch.Tensor)
 
 
 class _Kind:

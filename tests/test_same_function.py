@@ -175,6 +175,47 @@ def test_a_constant_that_the_solver_leaves_in_a_cache_is_one(way):
     torch.testing.assert_close(PASSES[way](f), FOUR / 16)
 
 
+class Holder:
+    """Something that a function may put a constant into."""
+
+
+def kept_in_a_cache():
+    return functools.cache(lambda: torch.full((), 2.0, dtype=F64).square() / 2)
+
+
+def kept_in_an_attribute():
+    holder = Holder()
+
+    def two():
+        if not hasattr(holder, "two"):
+            holder.two = torch.full((), 2.0, dtype=F64).square() / 2
+        return holder.two
+
+    return two
+
+
+def kept_in_a_list():
+    kept = []
+
+    def two():
+        if not kept:
+            kept.append(torch.full((), 2.0, dtype=F64).square() / 2)
+        return kept[0]
+
+    return two
+
+
+@pytest.mark.parametrize("make", [kept_in_a_cache, kept_in_an_attribute, kept_in_a_list])
+@pytest.mark.parametrize("way", PASSES)
+def test_a_constant_made_at_the_first_use_is_one(way, make):
+    two = make()
+
+    def f(t):
+        return custom_root(lambda x, t: two() * x**2 - 2 * t)(lambda init, t: t.sqrt())(None, t)
+
+    torch.testing.assert_close(PASSES[way](f), FOUR / 16)
+
+
 # --- memory that belongs to others ------------------------------------------------------------------------------------
 
 
