@@ -467,7 +467,10 @@ def gradients(
 
 def recordable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors without what autograd knows of them, those made in inference mode copied."""
-    return [t.clone() if t.is_inference() else t.detach() for t in tensors]
+    if not any([t.is_inference() for t in tensors]):
+        return [t.detach() for t in tensors]
+    # In that mode a copy would be one of its tensors as well.
+    return [t.detach() for t in out_of_inference(tensors)]
 
 
 def out_of_inference(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -568,8 +571,10 @@ def primal(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _tangent(tensor: torch.Tensor) -> torch.Tensor | None:
-    # Sparse tensors, which have none, cannot be asked.
-    return forward_ad.unpack_dual(tensor).tangent if tensor.layout is torch.strided else None
+    # Sparse tensors and those made in inference mode, which have none, cannot be asked.
+    if tensor.layout is not torch.strided or tensor.is_inference():
+        return None
+    return forward_ad.unpack_dual(tensor).tangent
 
 
 def hooks_of(tensor: torch.Tensor) -> dict[int, Callable[[torch.Tensor], torch.Tensor | None]] | None:

@@ -361,11 +361,26 @@ def test_a_solver_that_changes_an_argument_in_place_is_refused():
         custom_root(square_condition)(solver)(None, theta)
 
 
-def test_inference_mode_gives_values_and_the_right_derivatives_of_transforms():
+def test_inference_mode_gives_values():
     with torch.inference_mode():
         theta = THETA.clone()
         torch.testing.assert_close(root(None, theta), theta.sqrt())
-        torch.testing.assert_close(grad(lambda t: root(None, t).sum())(theta), 0.5 * theta**-0.5)
+
+
+IN_INFERENCE_MODE = {
+    "grad": lambda theta: grad(lambda t: root(None, t).sum())(theta),
+    "jacrev": lambda theta: jacrev(lambda t: root(None, t))(theta).sum(0),
+    "jacfwd": lambda theta: jacfwd(lambda t: root(None, t))(theta).sum(0),
+    "vmap of grad": lambda theta: vmap(grad(lambda t: root(None, t)))(theta),
+    "root_vjp": lambda theta: root_vjp(square_condition, theta.sqrt(), (theta,), torch.ones_like(theta))[0],
+    "root_jvp": lambda theta: root_jvp(square_condition, theta.sqrt(), (theta,), (torch.ones_like(theta),)),
+}
+
+
+@pytest.mark.parametrize("what", IN_INFERENCE_MODE)
+def test_inference_mode_has_the_right_derivatives(what):
+    with torch.inference_mode():
+        torch.testing.assert_close(IN_INFERENCE_MODE[what](THETA.clone()), 0.5 * THETA**-0.5)
 
 
 @pytest.mark.parametrize("before", [None, 7.0], ids=["without .grad", "with .grad"])
