@@ -574,7 +574,8 @@ def _tangent(tensor: torch.Tensor) -> torch.Tensor | None:
     # Sparse tensors and those made in inference mode, which have none, cannot be asked.
     if tensor.layout is not torch.strided or tensor.is_inference():
         return None
-    return forward_ad.unpack_dual(tensor).tangent
+    tangent: torch.Tensor | None = forward_ad.unpack_dual(tensor).tangent
+    return tangent
 
 
 def hooks_of(tensor: torch.Tensor) -> dict[int, Callable[[torch.Tensor], torch.Tensor | None]] | None:
