@@ -199,6 +199,8 @@ def leaves_of(tree: Any) -> tuple[list[Any], TreeSpec]:
     """The leaves of a pytree, None and everything else among them, and its nesting."""
     if torch.compiler.is_compiling():  # which does not trace what is cached
         return torch_pytree.tree_flatten(tree)
+    if type(tree) in _LEAF_TYPES:
+        return [tree], _LEAF
     if type(tree) is dict and set(map(type, tree.values())) <= _LEAF_TYPES:
         return list(tree.values()), _flat_spec(tuple(tree))
     if type(tree) is list and set(map(type, tree)) <= _LEAF_TYPES:
@@ -217,6 +219,8 @@ def match(spec: TreeSpec, tree: Any) -> list[Any]:
 
 def unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
     """The tree of these leaves."""
+    if spec.is_leaf():
+        return leaves[0]
     if spec.num_leaves + 1 == spec.num_nodes and spec.type is list:
         return list(leaves)
     if spec.num_leaves + 1 == spec.num_nodes and spec.type is dict:
@@ -225,6 +229,7 @@ def unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
 
 
 # Flat lists and dictionaries, as most models' parameters are, need none of the recursion.
+_LEAF = torch_pytree.treespec_leaf()
 
 
 @functools.lru_cache(maxsize=256)

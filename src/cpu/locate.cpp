@@ -17,7 +17,7 @@ struct DLDevice {
   DLDeviceType device_type;
   std::int32_t device_id;
 };
-enum DLDataTypeCode : std::uint8_t { kDLFloat = 2, kDLBfloat = 4 };
+enum DLDataTypeCode : std::uint8_t { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4 };
 struct DLDataType {
   std::uint8_t code, bits;
   std::uint16_t lanes;
@@ -47,7 +47,7 @@ bool operator==(DLDevice a, DLDevice b) { return a.device_type == b.device_type 
 bool operator==(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 
 constexpr DLDataType bfloat16{kDLBfloat, 16, 1}, float16{kDLFloat, 16, 1}, float32{kDLFloat, 32, 1},
-    float64{kDLFloat, 64, 1};
+    float64{kDLFloat, 64, 1}, int64{kDLInt, 64, 1};
 
 bool half(DLDataType type) { return type == bfloat16 || type == float16; }
 
@@ -55,7 +55,7 @@ bool half(DLDataType type) { return type == bfloat16 || type == float16; }
 struct {
   decltype(DLPackExchangeAPI::dltensor_from_py_object_no_sync) describe;
   PyTypeObject *tensor, *parameter;
-  PyObject* is_neg;
+  PyObject *is_neg, *requires_grad, *is_leaf;
 } torch;
 
 // A tensor, and no view of a conjugate, which may stand for the negatives of what is in memory.
@@ -95,10 +95,32 @@ bool homeless(const py::object& x, std::size_t address) {
   }
 }
 
+bool holds(PyObject* x, PyObject* name) {
+  const py::object found = py::reinterpret_steal<py::object>(PyObject_GetAttr(x, name));
+  if (!found) throw py::error_already_set();
+  return found.ptr() == Py_True;
+}
+
+bool counts(PyObject* x, DLDevice device) {
+  DLTensor t;
+  return describe(x, t) && t.device == device && t.dtype == int64 && t.ndim == 1 && size(t) >= 0;
+}
+
 template <class T> py::list integers(const std::vector<T>& values) {
   py::list list(values.size());
   for (std::size_t i = 0; i < values.size(); ++i) PyList_SET_ITEM(list.ptr(), i, PyLong_FromSize_t(values[i]));
   return list;
+}
+
+// Whether two of these ranges share a byte. One at address 0 or of length 0 is absent.
+bool overlap(const std::vector<std::size_t>& addresses, const std::vector<std::size_t>& lengths) {
+  std::vector<std::pair<std::size_t, std::size_t>> ranges;
+  for (std::size_t i = 0; i < addresses.size(); ++i)
+    if (addresses[i] && lengths[i]) ranges.emplace_back(addresses[i], addresses[i] + lengths[i]);
+  std::sort(ranges.begin(), ranges.end());
+  // Where two of them meet, the first meets its neighbour.
+  const auto meet = [](const auto& a, const auto& b) { return b.first < a.second; };
+  return std::adjacent_find(ranges.begin(), ranges.end(), meet) != ranges.end();
 }
 
 }  // namespace
@@ -112,11 +134,13 @@ bool use(const py::object& api, const py::type& tensor, const py::type& paramete
   if (!header) return false;
   const auto type = [](py::type t) { return reinterpret_cast<PyTypeObject*>(t.release().ptr()); };
   torch = {reinterpret_cast<const DLPackExchangeAPI*>(header)->dltensor_from_py_object_no_sync, type(tensor),
-           type(parameter), tensor.attr("is_neg").cast<py::object>().release().ptr()};
+           type(parameter), tensor.attr("is_neg").cast<py::object>().release().ptr(),
+           PyUnicode_InternFromString("requires_grad"), PyUnicode_InternFromString("is_leaf")};
   return torch.describe;
 }
 
-std::optional<Located> locate(const std::vector<py::list>& columns, std::size_t accumulated) {
+std::optional<Located> locate(const std::vector<py::list>& columns, std::size_t accumulated,
+                              const std::vector<std::size_t>& written, const py::object& count) {
   if (!torch.describe || columns.empty()) return {};
   const std::size_t rows = columns[0].size();
   std::vector<py::object> entries;
@@ -126,12 +150,21 @@ std::optional<Located> locate(const std::vector<py::list>& columns, std::size_t 
     for (const py::handle x : column) entries.push_back(py::reinterpret_borrow<py::object>(x));
   }
   // is_neg lets other threads run: all of it comes before the shapes that are held below.
-  for (std::size_t i = 0; i < entries.size(); ++i)
-    if (!(entries[i].is_none() && i >= rows) && !plain(entries[i].ptr())) return {};
+  if (!count.is_none() && !plain(count.ptr())) return {};
+  std::size_t requiring = 0, inner = 0;
+  for (std::size_t i = 0; i < entries.size(); ++i) {
+    PyObject* const x = entries[i].ptr();
+    if (x == Py_None && i >= rows) continue;
+    if (!plain(x)) return {};
+    if (!holds(x, torch.requires_grad)) continue;
+    const std::size_t bit = std::size_t(1) << i / rows;
+    requiring |= bit;
+    if (!holds(x, torch.is_leaf)) inner |= bit;
+  }
 
   std::vector<DLTensor> first(rows);
   std::vector<std::int64_t> sizes(rows);
-  std::vector<std::size_t> addresses(entries.size());
+  std::vector<std::size_t> addresses(entries.size()), lengths(entries.size());
   for (std::size_t column = 0, i = 0; column < columns.size(); ++column) {
     for (std::size_t row = 0; row < rows; ++row, ++i) {
       if (entries[i].is_none()) continue;
@@ -146,23 +179,25 @@ std::optional<Located> locate(const std::vector<py::list>& columns, std::size_t 
       const bool shaped = n >= 0 && std::equal(t.shape, t.shape + t.ndim, like.shape, like.shape + like.ndim);
       if (!placed || !typed || !shaped) return {};
       const auto address = addresses[i] = reinterpret_cast<std::size_t>(t.data) + t.byte_offset;
+      lengths[i] = n * (type.bits / 8);
       if (address % (type.bits / 8) || (n && !address)) return {};
     }
   }
+  if (!count.is_none() && rows && !counts(count.ptr(), first[0].device)) return {};
   for (std::size_t i = 0; i < entries.size(); ++i)
     if (addresses[i] && homeless(entries[i], addresses[i])) return {};
-  return Located{integers(addresses), integers(sizes)};
-}
 
-bool overlap(const std::vector<std::size_t>& addresses, const std::vector<std::size_t>& lengths) {
-  if (addresses.size() != lengths.size()) throw std::invalid_argument("as many addresses as lengths are needed");
-  std::vector<std::pair<std::size_t, std::size_t>> ranges;
-  for (std::size_t i = 0; i < addresses.size(); ++i)
-    if (addresses[i] && lengths[i]) ranges.emplace_back(addresses[i], addresses[i] + lengths[i]);
-  std::sort(ranges.begin(), ranges.end());
-  // Where two of them meet, the first meets its neighbour.
-  const auto meet = [](const auto& a, const auto& b) { return b.first < a.second; };
-  return std::adjacent_find(ranges.begin(), ranges.end(), meet) != ranges.end();
+  std::vector<bool> owned(columns.size());
+  for (const std::size_t column : written) {
+    if (column >= columns.size()) throw std::invalid_argument("there is no such column");
+    owned[column] = true;
+    for (std::size_t row = 0; row < rows; ++row) addresses.push_back(addresses[column * rows + row]);
+  }
+  std::vector<std::size_t> taken(addresses.begin(), addresses.begin() + entries.size());
+  for (std::size_t i = 0; i < taken.size() && !written.empty(); ++i)
+    if (!owned[i / rows] && taken[i] == taken[written[0] * rows + i % rows]) taken[i] = 0;
+  const bool apart = written.empty() || !overlap(taken, lengths);
+  return Located{integers(addresses), integers(sizes), requiring, inner, apart};
 }
 
 }  // namespace implicitdiff
