@@ -110,13 +110,13 @@ class Memory(NamedTuple):
         return not (self.requiring & ~_PARAMS and torch.is_grad_enabled())
 
 
-def locate(columns: Sequence[Operands], overwritten: Sequence[int], count: torch.Tensor) -> Memory | None:
+def locate(columns: Sequence[Operands], overwritten: Sequence[int], count: torch.Tensor | None = None) -> Memory | None:
     """The memory of a step on these columns; None where it has to be asked tensor by tensor.
 
     Args:
-        columns: `Step.columns`.
+        columns: those of a `Step`, or gradients and parameters alone.
         overwritten: which of them are to be overwritten, that of the parameters or the gradients first.
-        count: the number of the step for every leaf.
+        count: the number of the step for every leaf, if a kernel is to read it.
     """
     if _C.cpu is None or torch.compiler.is_compiling() or functorch.depth() or functorch.in_dispatch_mode():
         return None
@@ -191,7 +191,7 @@ def at_once(
     results: list[Any] = [columns[k] for k in overwritten]
     addresses = memory.addresses
     if not overwritten:
-        results = [[_fresh(t) for t in like] for like in (columns[0], *columns[3:])]  # type: ignore[arg-type]
+        results = [list(map(torch.empty_like, like)) for like in (columns[0], *columns[3:])]  # type: ignore[arg-type]
         addresses = addresses + _addresses(results)
     _launch("step", columns[0][0], kernel, numbers, memory.sizes, rows, count, addresses)  # type: ignore[arg-type]
     if overwritten:
