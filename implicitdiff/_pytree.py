@@ -200,12 +200,13 @@ def leaves_of(tree: Any) -> tuple[list[Any], TreeSpec]:
     if torch.compiler.is_compiling():  # which does not trace what is cached
         return torch_pytree.tree_flatten(tree)
     if type(tree) in _LEAF_TYPES:
-        return [tree], _LEAF
+        return [tree], _ONE_TENSOR.spec
     if type(tree) is dict and set(map(type, tree.values())) <= _LEAF_TYPES:
         return list(tree.values()), _flat_spec(tuple(tree))
     if type(tree) is list and set(map(type, tree)) <= _LEAF_TYPES:
         return list(tree), _flat_spec(len(tree))
-    return torch_pytree.tree_flatten(tree)
+    leaves: list[Any] = []
+    return leaves, _nesting(_walk(tree, leaves), tree).spec
 
 
 def match(spec: TreeSpec, tree: Any) -> list[Any]:
@@ -214,7 +215,8 @@ def match(spec: TreeSpec, tree: Any) -> list[Any]:
         return [tree]
     if _is_flat(spec, tree):
         return [tree[key] for key in spec.context] if spec.type is dict else list(tree)
-    return spec.flatten_up_to(tree)
+    leaves, nesting = leaves_of(tree)
+    return leaves if nesting is spec else spec.flatten_up_to(tree)
 
 
 def unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
@@ -229,7 +231,6 @@ def unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
 
 
 # Flat lists and dictionaries, as most models' parameters are, need none of the recursion.
-_LEAF = torch_pytree.treespec_leaf()
 
 
 @functools.lru_cache(maxsize=256)

@@ -300,6 +300,33 @@ def test_parameters_of_a_graph_are_not_overwritten(pair):
     refused(lambda: idf.apply_updates(params, grads, inplace=True), grads, params, match="overwrite params")
 
 
+@needs_cpu
+@each_method
+def test_where_the_count_cannot_be_overwritten_nothing_is(method):
+    pair = idf.adam(use_accelerated_op=True)
+    grads, state, params = inputs_of(pair)
+    with torch.inference_mode():
+        state = state._replace(count=state.count.clone())
+    before = copied([grads, state, params])
+    with pytest.raises(RuntimeError, match="made in inference mode"):
+        call(pair, method, [grads, state, params], True)
+    assert_equal([grads, state, params], before)
+    with torch.inference_mode():
+        assert call(pair, method, [grads, state, params], True)[1].count is state.count
+
+
+@needs_cpu
+@each_method
+def test_a_count_is_read_where_its_numbers_are(method):
+    pair = idf.adam(use_accelerated_op=True)
+    grads, state, params = inputs_of(pair)
+    expected = call(pair, method, copied([grads, state, params]), True)
+    wide = torch.tensor([[2, 7], [2, 7]])
+    actual = call(pair, method, [grads, state._replace(count=wide[:, 0]), params], True)
+    assert_equal(actual, expected)
+    assert wide.tolist() == [[3, 7], [3, 7]]
+
+
 def test_updates_of_a_graph_are_not_applied_in_place():
     params, updates = normal(3), graphed(normal(3, 1))
     refused(lambda: idf.apply_updates(params, updates, inplace=True), params, updates, match="being differentiated")

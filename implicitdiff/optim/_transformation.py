@@ -156,8 +156,7 @@ class _Update:
         increment = _increment(self.name, columns, state.count)
         numbers = self._numbers_for(columns, memory, inplace)
         if memory is not None and numbers is not None:
-            # In place, this raises where a count cannot be overwritten, before anything else is.
-            count = state.count.add_(increment) if inplace else state.count + increment
+            count = _overwritten(self.name, state.count, increment) if inplace else state.count + increment
             results = _fused.at_once(self.rule.kernel, numbers, columns.rows, count, table, overwritten, memory)
         else:
             step = Step(self.rule, state.count + increment, columns.rows, columns.first, decayed, added, moments)
@@ -321,3 +320,13 @@ def _increment(name: str, columns: Columns, count: torch.Tensor) -> int | torch.
         return 1
     chosen = set(columns.rows)
     return torch.tensor([int(i in chosen) for i in range(total)], device=count.device)
+
+
+def _overwritten(name: str, count: torch.Tensor, increment: int | torch.Tensor) -> torch.Tensor:
+    """The count with the increment in it."""
+    # torch says so only after it has added.
+    if count.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name}: inplace=True, but state.count was made in inference mode and can be overwritten only there"
+        )
+    return count.add_(increment)
