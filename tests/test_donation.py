@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from optimizers import ROWS, each_row
+from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jvp, vmap
 from torch.utils import _pytree as pytree
 
@@ -298,6 +299,19 @@ def test_parameters_of_a_graph_are_not_overwritten(pair):
     with torch.no_grad():
         refused(lambda: pair.step(grads, state, params, inplace=True), grads, state, params, match="overwrite params")
     refused(lambda: idf.apply_updates(params, grads, inplace=True), grads, params, match="overwrite params")
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["grads", "state", "params"])
+def test_dual_numbers_are_not_overwritten(pair, which):
+    inputs = list(inputs_of(pair))
+    before = copied(inputs)
+    with forward_ad.dual_level():
+        given = inputs[1].mu if which == 1 else inputs[which]
+        dual = pytree.tree_map(lambda t: forward_ad.make_dual(t, torch.ones_like(t)), given)
+        dual = inputs[1]._replace(mu=dual) if which == 1 else dual
+        with pytest.raises(ValueError, match="inplace=True"):
+            pair.step(*inputs[:which], dual, *inputs[which + 1 :], inplace=True)
+    assert_equal(inputs, before)
 
 
 @needs_cpu
