@@ -199,11 +199,14 @@ def leaves_of(tree: Any) -> tuple[list[Any], TreeSpec]:
     """The leaves of a pytree, None and everything else among them, and its nesting."""
     if torch.compiler.is_compiling():  # which does not trace what is cached
         return torch_pytree.tree_flatten(tree)
+    if type(tree) in _LEAF_TYPES:
+        return [tree], _ONE_TENSOR.spec
     if type(tree) is dict and set(map(type, tree.values())) <= _LEAF_TYPES:
         return list(tree.values()), _flat_spec(tuple(tree))
     if type(tree) is list and set(map(type, tree)) <= _LEAF_TYPES:
         return list(tree), _flat_spec(len(tree))
-    return torch_pytree.tree_flatten(tree)
+    leaves: list[Any] = []
+    return leaves, _nesting(_walk(tree, leaves), tree).spec
 
 
 def match(spec: TreeSpec, tree: Any) -> list[Any]:
@@ -212,11 +215,14 @@ def match(spec: TreeSpec, tree: Any) -> list[Any]:
         return [tree]
     if _is_flat(spec, tree):
         return [tree[key] for key in spec.context] if spec.type is dict else list(tree)
-    return spec.flatten_up_to(tree)
+    leaves, nesting = leaves_of(tree)
+    return leaves if nesting is spec else spec.flatten_up_to(tree)
 
 
 def unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
     """The tree of these leaves."""
+    if spec.is_leaf():
+        return leaves[0]
     if spec.num_leaves + 1 == spec.num_nodes and spec.type is list:
         return list(leaves)
     if spec.num_leaves + 1 == spec.num_nodes and spec.type is dict:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from optimizers import ROWS, each_row
+from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jvp, vmap
 from torch.utils import _pytree as pytree
 
@@ -298,6 +299,46 @@ def test_parameters_of_a_graph_are_not_overwritten(pair):
     with torch.no_grad():
         refused(lambda: pair.step(grads, state, params, inplace=True), grads, state, params, match="overwrite params")
     refused(lambda: idf.apply_updates(params, grads, inplace=True), grads, params, match="overwrite params")
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["grads", "state", "params"])
+def test_dual_numbers_are_not_overwritten(pair, which):
+    inputs = list(inputs_of(pair))
+    before = copied(inputs)
+    with forward_ad.dual_level():
+        given = inputs[1].mu if which == 1 else inputs[which]
+        dual = pytree.tree_map(lambda t: forward_ad.make_dual(t, torch.ones_like(t)), given)
+        dual = inputs[1]._replace(mu=dual) if which == 1 else dual
+        with pytest.raises(ValueError, match="inplace=True"):
+            pair.step(*inputs[:which], dual, *inputs[which + 1 :], inplace=True)
+    assert_equal(inputs, before)
+
+
+@needs_cpu
+@each_method
+def test_where_the_count_cannot_be_overwritten_nothing_is(method):
+    pair = idf.adam(use_accelerated_op=True)
+    grads, state, params = inputs_of(pair)
+    with torch.inference_mode():
+        state = state._replace(count=state.count.clone())
+    before = copied([grads, state, params])
+    with pytest.raises(RuntimeError, match="made in inference mode"):
+        call(pair, method, [grads, state, params], True)
+    assert_equal([grads, state, params], before)
+    with torch.inference_mode():
+        assert call(pair, method, [grads, state, params], True)[1].count is state.count
+
+
+@needs_cpu
+@each_method
+def test_a_count_is_read_where_its_numbers_are(method):
+    pair = idf.adam(use_accelerated_op=True)
+    grads, state, params = inputs_of(pair)
+    expected = call(pair, method, copied([grads, state, params]), True)
+    wide = torch.tensor([[2, 7], [2, 7]])
+    actual = call(pair, method, [grads, state._replace(count=wide[:, 0]), params], True)
+    assert_equal(actual, expected)
+    assert wide.tolist() == [[3, 7], [3, 7]]
 
 
 def test_updates_of_a_graph_are_not_applied_in_place():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 import implicitdiff.optim._donation as _donation
+import implicitdiff.optim._fused as _fused
 from implicitdiff.optim._columns import Columns
 
 
@@ -84,16 +85,20 @@ def apply_updates(params: Any, updates: Any, *, inplace: bool = False) -> Any:
         >>> apply_updates([torch.tensor(1.0), torch.tensor(2.0)], [torch.tensor(0.5), None])
         [tensor(1.5000), tensor(2.)]
     """
-    columns = Columns("apply_updates", "updates", updates).checked()
+    columns = Columns("apply_updates", "updates", updates)
     leaves = columns.match("params", params)
-    olds = columns.column("params", leaves)
+    olds, news = columns.present("params", leaves), columns.first
+    memory = _fused.locate([news, olds], [1] if inplace else [])
+    if memory is None:
+        columns.checked().compare("params", olds)
     if not inplace:
-        return columns.tree_of(leaves, [p + u for p, u in zip(olds, columns.first, strict=True)])
-    _donation.refuse_tracked("apply_updates", "updates", columns.first)
-    updates = _donation.apart("apply_updates", olds, columns.first)
-    _donation.refuse_unheld("apply_updates", olds, columns.first)
+        return columns.tree_of(leaves, [p + u for p, u in zip(olds, news, strict=True)])
+    if memory is None or not memory.is_donated:
+        _donation.refuse_tracked("apply_updates", "updates", news)
+        news = _donation.apart("apply_updates", olds, news)
+        _donation.refuse_unheld("apply_updates", olds, news)
     with torch.no_grad():
-        for p, u in zip(olds, updates, strict=True):
+        for p, u in zip(olds, news, strict=True):
             p.add_(u)
     return params
 

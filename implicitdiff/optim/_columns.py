@@ -69,9 +69,7 @@ class Columns:
 
     def __init__(self, caller: str, name: str, tree: Any, like: tuple[str, Any] | None = None) -> None:
         self.caller, self.name, self.tree = caller, name, tree
-        self.leaves, self.spec = pytree.leaves_of(tree)
-        if like is not None:
-            self.leaves = self._in_the_order_of(*like)
+        self.leaves, self.spec = pytree.leaves_of(tree) if like is None else self._in_the_order_of(*like)
         self.rows = [i for i, leaf in enumerate(self.leaves) if leaf is not None]
         self.first = self.present(name, self.leaves)
 
@@ -99,11 +97,11 @@ class Columns:
         except ValueError as error:
             raise self._unlike(name, tree, error) from error
 
-    def _in_the_order_of(self, name: str, like: Any) -> list[Any]:
+    def _in_the_order_of(self, name: str, like: Any) -> tuple[list[Any], TreeSpec]:
         """The leaves as another tree has them: equal dictionaries may differ in the order of their keys."""
-        self.spec = pytree.leaves_of(like)[1]
+        spec = pytree.leaves_of(like)[1]
         try:
-            return pytree.match(self.spec, self.tree)
+            return pytree.match(spec, self.tree), spec
         except ValueError as error:
             raise self._unlike(name, like, error) from error
 

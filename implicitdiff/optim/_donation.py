@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 import implicitdiff._functorch as functorch
@@ -38,7 +38,7 @@ def refuse_needed(caller: str, name: str, tensors: Leaves) -> None:
 
 def refuse_unheld(caller: str, params: Operands, values: Leaves) -> None:
     """Raise if there are several values of a parameter, one for each lane of a vmap that does not batch it."""
-    if not all(p is None or holds(p, v) for p, v in zip(params, values, strict=True)):
+    if not hold(params, values):
         raise ValueError(
             f"{caller}: inplace=True would write a value for each lane of a vmap into parameters that all lanes share; "
             "use inplace=False, or batch the parameters too"
@@ -102,12 +102,9 @@ def shared(tensors: Leaves) -> set[int]:
 
 def overlap(addresses: list[int], lengths: list[int]) -> bool:
     """Whether two stretches of memory, in bytes, have an address in common; there is nothing at address 0."""
-    starts, sizes = np.array([addresses, lengths], dtype=np.int64)
-    there = (starts > 0) & (sizes > 0)
-    starts = starts[there]
-    ends = starts + sizes[there]
-    order = np.argsort(starts)
-    return bool((starts[order][1:] < np.maximum.accumulate(ends[order])[:-1]).any())
+    stretches = sorted((a, a + n) for a, n in zip(addresses, lengths, strict=True) if a and n)
+    # Where any two meet, the first of them meets the one that follows it.
+    return any(start < end for (_, end), (start, _) in itertools.pairwise(stretches))
 
 
 def _extent(tensor: torch.Tensor) -> int:
@@ -131,7 +128,9 @@ def fill(buffers: Sequence[Sequence[torch.Tensor | None]], values: list[Leaves])
     """Write values into the buffers that can hold them, and return what holds each value afterwards."""
     # All is decided before the first one is written.
     held = [
-        [v if b is None or not holds(b, v) else b for b, v in zip(*columns, strict=True)]
+        [v if b is None else b for b, v in zip(*columns, strict=True)]
+        if hold(*columns)
+        else [v if b is None or not holds(b, v) else b for b, v in zip(*columns, strict=True)]
         for columns in zip(buffers, values, strict=True)
     ]
     with torch.no_grad():
@@ -140,6 +139,13 @@ def fill(buffers: Sequence[Sequence[torch.Tensor | None]], values: list[Leaves])
                 if holder is not value:
                     holder.copy_(value)
     return held
+
+
+def hold(buffers: Operands, values: Leaves) -> bool:
+    """Whether all buffers that are there hold their values."""
+    if functorch.are_plain([*(b for b in buffers if b is not None), *values]):
+        return True
+    return all(b is None or holds(b, v) for b, v in zip(buffers, values, strict=True))
 
 
 def holds(buffer: torch.Tensor, value: torch.Tensor) -> bool:

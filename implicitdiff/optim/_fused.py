@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,7 @@ import implicitdiff._functorch as functorch
 import implicitdiff._modes as _modes
 import implicitdiff.optim._donation as _donation
 from implicitdiff._pytree import Leaves
+from implicitdiff.optim._rule import Rule
 from implicitdiff.optim._step import Buffers, Operands, Step, flat, split
 
 if _C.cpu is not None:
@@ -73,13 +74,61 @@ def require(name: str) -> None:
         )
 
 
-def locate(columns: Sequence[Operands]) -> tuple[list[int], list[int]] | None:
-    """`Step.memory` of these columns; None where there is none, or where it takes a closer look to say so."""
+# The columns that hold parameters, as bits: what weight decay reads, and the bases.
+_PARAMS = 0b110
+
+
+class Memory(NamedTuple):
+    """The memory of a step whose tensors are plain, alike, and laid out as kernels read them.
+
+    Attributes:
+        addresses: the columns one after the other, 0 for None, and then again those that are to be overwritten.
+        sizes: the number of elements of each row.
+        requiring: the columns, as bits, with a tensor that requires a gradient.
+        inner: the columns, as bits, with a tensor that is no leaf of a graph.
+        apart: whether what is to be overwritten overlaps nothing else, except that a row may read the memory that its
+            result is written to.
+    """
+
+    addresses: list[int]
+    sizes: list[int]
+    requiring: int
+    inner: int
+    apart: bool
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing records a step that overwrites no operand."""
+        return not (self.requiring and torch.is_grad_enabled()) and not functorch.in_forward_mode()
+
+    @property
+    def is_donated(self) -> bool:
+        """Whether a step may overwrite what is to be overwritten. Leaves of a graph are read and overwritten out of
+        it."""
+        if not self.apart or self.inner & _PARAMS or functorch.in_forward_mode():
+            return False
+        return not (self.requiring & ~_PARAMS and torch.is_grad_enabled())
+
+
+def locate(columns: Sequence[Operands], overwritten: Sequence[int], count: torch.Tensor | None = None) -> Memory | None:
+    """The memory of a step on these columns; None where it has to be asked tensor by tensor.
+
+    Args:
+        columns: those of a `Step`, or gradients and parameters alone.
+        overwritten: which of them are to be overwritten, that of the parameters or the gradients first.
+        count: the number of the step for every leaf, if a kernel is to read it.
+    """
     if _C.cpu is None or torch.compiler.is_compiling() or functorch.depth() or functorch.in_dispatch_mode():
         return None
     if _modes.any_running():
         return None
-    return _C.cpu.locate([list(column) for column in columns], 3)  # type: ignore[no-any-return]
+    found = _C.cpu.locate(columns, 3, overwritten, count)
+    return None if found is None else Memory._make(found)
+
+
+def numbers_of(rule: Rule) -> list[float]:
+    """The hyper-parameters as a kernel takes them."""
+    return [float(getattr(rule, name)) for name in rule.numbers]
 
 
 def serves(step: Step, name: str, *, insists: bool) -> bool:
@@ -92,7 +141,7 @@ def serves(step: Step, name: str, *, insists: bool) -> bool:
     """
     if torch.compiler.is_compiling() or functorch.in_dispatch_mode() or not _modes.lets_addresses_through():
         return False
-    if learned := [k for k in step.rule.numbers if not _is_number(getattr(step.rule, k))]:
+    if learned := [k for k in step.rule.numbers if not is_number(getattr(step.rule, k))]:
         if insists:
             raise ValueError(
                 f"{name}: use_accelerated_op=True, but {', '.join(learned)} is a tensor of several "
@@ -109,7 +158,8 @@ def serves(step: Step, name: str, *, insists: bool) -> bool:
     return worth and functorch.only_reverse_mode() and not functorch.have_batch_layer([*operands, step.count])
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a hyper-parameter is one number for all elements, with no derivative."""
     if not isinstance(value, torch.Tensor):
         return True
     is_scalar = value.ndim == 0 and value.device.type == "cpu"
@@ -126,6 +176,27 @@ def run(name: str, step: Step, buffers: Buffers | None) -> list[Leaves]:
             return _forward(step)
     results = _Step.apply(step.emptied(), *step.operands)  # type: ignore[no-untyped-call]
     return split(results, 1 + len(step.moments))
+
+
+def at_once(
+    kernel: str,
+    numbers: Sequence[float],
+    rows: list[int],
+    count: torch.Tensor,
+    columns: Sequence[Operands],
+    overwritten: Sequence[int],
+    memory: Memory,
+) -> list[Leaves]:
+    """What `Step.results` gives, where `memory` allows it: the columns that are overwritten, or new ones."""
+    results: list[Any] = [columns[k] for k in overwritten]
+    addresses = memory.addresses
+    if not overwritten:
+        results = [list(map(torch.empty_like, like)) for like in (columns[0], *columns[3:])]  # type: ignore[arg-type]
+        addresses = addresses + _addresses(results)
+    _launch("step", columns[0][0], kernel, numbers, memory.sizes, rows, count, addresses)  # type: ignore[arg-type]
+    if overwritten:
+        _note_change(flat(results))
+    return results
 
 
 def _is_recorded(step: Step) -> bool:
@@ -199,20 +270,12 @@ def _spread(values: Sequence[Any], where: Sequence[bool]) -> list[Any]:
 
 def _forward(step: Step) -> list[Leaves]:
     outputs = [[_fresh(t) for t in like] for like in (step.grads, *step.moments)]
-    inputs = _readable(step.columns) if step.memory is None else []
-    _call("step", step, step.memory[0] if step.memory else _addresses(inputs), _addresses(outputs))
+    inputs = _readable(step.columns)
+    _call("step", step, _addresses(inputs), _addresses(outputs))
     return outputs
 
 
 def _in_place(name: str, step: Step, buffers: Buffers) -> list[Leaves]:
-    if step.memory is not None and not any([t is None for t in flat(buffers)]):
-        n, addresses = len(step.rows), step.memory[0]
-        first = 0 if step.bases[0] is None else 2 * n
-        targets = addresses[first : first + n] + addresses[3 * n :]
-        if not _overlap(step, targets, addresses[: 2 * n] if first else addresses[n : 2 * n]):
-            _call("step", step, addresses, targets)
-            _note_change(flat(buffers))
-            return [list(column) for column in buffers]  # type: ignore[arg-type]
     buffers = _donation.own(name, step, buffers)
     inputs = _readable(step.columns)
     outputs = [
@@ -235,14 +298,27 @@ def _backward(step: Step, cotangents: Operands, wanted: Sequence[bool]) -> Opera
 
 
 def _call(which: str, step: Step, inputs: list[int], outputs: list[int]) -> None:
-    device, dtype = step.grads[0].device, step.grads[0].dtype
-    count = functorch.base(step.count).to(device).contiguous()
-    numbers = [float(getattr(step.rule, name)) for name in step.rule.numbers]
-    operands = (step.rule.kernel, numbers, _DTYPES[dtype], step.sizes, step.rows, count.data_ptr(), inputs + outputs)
-    if device.type == "cpu":
+    first = step.grads[0]
+    count = functorch.base(step.count).to(first.device).contiguous()
+    _launch(which, first, step.rule.kernel, numbers_of(step.rule), step.sizes, step.rows, count, inputs + outputs)
+
+
+def _launch(
+    which: str,
+    first: torch.Tensor,
+    kernel: str,
+    numbers: Sequence[float],
+    sizes: list[int],
+    rows: list[int],
+    count: torch.Tensor,
+    addresses: list[int],
+) -> None:
+    """Call a compiled function for tensors of the device and dtype of `first`."""
+    operands = (kernel, numbers, _DTYPES[first.dtype], sizes, rows, count.data_ptr(), addresses)
+    if first.is_cpu:
         getattr(_C.cpu, which)(*operands, torch.get_num_threads())
     else:
-        with torch.cuda.device(device):
+        with torch.cuda.device(first.device):
             getattr(_C.cuda, which)(*operands, torch.cuda.current_stream().cuda_stream)
 
 
@@ -252,16 +328,6 @@ def _note_change(tensors: Leaves) -> None:
         torch.autograd.graph.increment_version(tensors)
     except RuntimeError:  # Tensors made in inference mode have no version.
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
-
-
-def _overlap(step: Step, written: list[int], read: list[int]) -> bool:
-    """Whether what is written shares memory, but with what is read at the same address in the same row."""
-    first = step.grads[0].itemsize
-    lengths = [n * first for n in step.sizes]
-    wide = [n * step.moments[0][0].itemsize for n in step.sizes] if step.moments else []
-    others = [0 if a == b else a for a, b in zip(read, written[: len(step.rows)] * 2, strict=False)]
-    lengths = lengths + wide * len(step.moments) + (lengths * 2)[: len(others)]
-    return bool(_C.cpu.overlap(written + others, lengths))  # type: ignore[union-attr]
 
 
 def _nothing_else() -> AbstractContextManager[Any]:

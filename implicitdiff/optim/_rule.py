@@ -94,17 +94,26 @@ def run(
     bases: Sequence[torch.Tensor | None],
     moments: Sequence[Leaves],
 ) -> list[Leaves]:
-    """The step in plain torch, leaf by leaf: the updates, or new parameters where there is a base, and new moments."""
-    # In float64, so that `1 - beta**t` loses nothing.
-    constants = _constants(rule.with_tensors(lambda v: v.double()), counts.double(), [g.device for g in grads])
+    """The step in plain torch, leaf by leaf: the updates, or new parameters where there is a base, and new moments.
+
+    The leaves have one device and one dtype.
+    """
     results: list[Leaves] = [[] for _ in range(1 + len(moments))]
-    for values, g, p, base, *old in zip(constants, grads, decayed, bases, *moments, strict=True):
-        dtype = accumulator(g.dtype)
-        c = _Constants({k: v.to(g.device, dtype) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
-        u, new = rule.apply(c, g.to(dtype), None if p is None else p.to(dtype), old)
-        for column, result in zip(results, [(u if base is None else base + u).to(g.dtype), *new], strict=True):
+    if not grads:
+        return results
+    stored = grads[0].dtype
+    dtype = accumulator(stored)
+    # In float64, so that `1 - beta**t` loses nothing.
+    constants = _constants(rule.with_tensors(lambda v: v.double()), counts.double(), grads[0].device, dtype)
+    for c, g, p, base, *old in zip(constants, grads, decayed, bases, *moments, strict=True):
+        u, new = rule.apply(c, _cast(g, dtype), None if p is None else _cast(p, dtype), old)
+        for column, result in zip(results, [_cast(u if base is None else base + u, stored), *new], strict=True):
             column.append(result)
     return results
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 class _Constants:
@@ -115,25 +124,31 @@ class _Constants:
             setattr(self, name, value)
 
 
-def _constants(rule: Rule, t: torch.Tensor, devices: Sequence[torch.device]) -> list[dict[str, Number]]:
+def _constants(rule: Rule, t: torch.Tensor, device: torch.device, dtype: torch.dtype) -> list[_Constants]:
     """The constants of each leaf: scalars, or tensors that broadcast to it where a hyper-parameter is one."""
     if rule.is_elementwise:
-        rules = [rule.with_tensors(lambda v, to=device: v.to(to)) for device in devices]  # type: ignore[misc]
-        return [_named(rule, t[i].to(device)) for i, (rule, device) in enumerate(zip(rules, devices, strict=True))]
-    columns = _named(rule, t).items()
-    return [{k: v[i] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in columns} for i in range(len(devices))]
+        rule = rule.with_tensors(lambda v: v.to(device))
+        return [_Constants(_named(rule, now, device, dtype)) for now in t.to(device).unbind()]
+    shared = _named(rule, t, device, dtype)
+    columns = {k: v.unbind() for k, v in shared.items() if isinstance(v, torch.Tensor) and v.ndim}
+    if not columns:
+        return [_Constants(shared)] * t.shape[0]
+    return [_Constants({**shared, **dict(zip(columns, of, strict=True))}) for of in zip(*columns.values(), strict=True)]
 
 
-def _named(rule: Rule, t: torch.Tensor) -> dict[str, Number]:
-    return {"lr": rule.lr, "weight_decay": rule.weight_decay, **rule.constants(t)}
+def _named(rule: Rule, t: torch.Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, Number]:
+    values = {"lr": rule.lr, "weight_decay": rule.weight_decay, **rule.constants(t)}
+    return {k: v.to(device, dtype) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
 
-def root(x: torch.Tensor) -> torch.Tensor:
-    """The square root, with the derivative 0 at 0.
+def root(x: torch.Tensor, shift: Number = 0.0) -> torch.Tensor:
+    """The square root of ``x + shift``, with the derivative 0 at 0.
 
     A second moment is 0 where every gradient so far was 0. There the step ``m / (root(v) + eps)`` is, up to constants,
     ``g / (|g| + eps)``, whose derivative at 0 is ``1 / eps``: what the denominator contributes vanishes, though the
     square root alone has no derivative.
     """
-    zero = x == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
+    if isinstance(shift, torch.Tensor) or shift != 0:
+        x = x + shift
+    zero = x.logical_not()
+    return x.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)

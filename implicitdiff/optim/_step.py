@@ -33,8 +33,6 @@ class Step:
         decayed: what weight decay reads, None where there is none.
         bases: what the update is added to, or None in every row.
         moments: the columns of the state.
-        memory: the addresses of all columns, one after the other, and the sizes of the rows, where the tensors were
-            found to be plain, alike, and laid out as kernels read them.
     """
 
     rule: _rule.Rule
@@ -44,7 +42,6 @@ class Step:
     decayed: Operands
     bases: Operands
     moments: list[Leaves]
-    memory: tuple[list[int], list[int]] | None = None
 
     @cached_property
     def columns(self) -> list[Operands]:
@@ -56,12 +53,12 @@ class Step:
 
     @cached_property
     def sizes(self) -> list[int]:
-        return self.memory[1] if self.memory else [g.numel() for g in self.grads]
+        return [g.numel() for g in self.grads]
 
     @cached_property
     def is_constant(self) -> bool:
         """Whether no transform has to do with the tensors."""
-        return functorch.are_constant(self.operands, plain=self.memory is not None)
+        return functorch.are_constant(self.operands)
 
     def of(self, operands: Sequence[torch.Tensor]) -> Step:
         """The same step of other tensors, in the order of `operands`."""
@@ -77,7 +74,7 @@ class Step:
 
     def baseless(self) -> Step:
         """The step that gives the updates alone."""
-        return dataclasses.replace(self, bases=[None] * len(self.rows), memory=None)
+        return dataclasses.replace(self, bases=[None] * len(self.rows))
 
     @property
     def places_of_bases(self) -> range:
@@ -94,7 +91,7 @@ class Step:
 
     def _with(self, columns: list[Any]) -> Step:
         grads, decayed, bases, *moments = columns
-        return dataclasses.replace(self, grads=grads, decayed=decayed, bases=bases, moments=moments, memory=None)
+        return dataclasses.replace(self, grads=grads, decayed=decayed, bases=bases, moments=moments)
 
     def results(self) -> list[Leaves]:
         """By the plain formula: the updates, or new parameters where there are bases, and the new moments."""

@@ -42,7 +42,9 @@ def transformation(
         at = functools.partial(_with_values, name, rule, state, mask, use_accelerated_op)
         return inject_hyperparams(at)(**schedules)
     varied = tuple(k for k, v in others.items() if not isinstance(v, torch.Tensor) or v.ndim)
-    update = _Update(name, rule, state, mask, use_accelerated_op, varied, tuple(pytree.tensors([*others.values()])))
+    tensors, numbers = tuple(pytree.tensors([*others.values()])), None if others else tuple(_fused.numbers_of(rule))
+    moments = {f"state.{field}": field for field in rule.moments}
+    update = _Update(name, rule, state, mask, use_accelerated_op, varied, tensors, numbers, moments)
     return GradientTransformation(update.init, update)
 
 
@@ -78,6 +80,8 @@ class _Update:
     Attributes:
         varied: the hyper-parameters that are not one number for all elements of all leaves.
         tensors: all tensors among the hyper-parameters.
+        numbers: the hyper-parameters as a kernel takes them, where none is a tensor, a schedule or a tree.
+        moments: the moments that the state has, by what error messages call them.
     """
 
     name: str
@@ -87,6 +91,8 @@ class _Update:
     use_accelerated_op: bool | None
     varied: tuple[str, ...]
     tensors: tuple[torch.Tensor, ...]
+    numbers: tuple[float, ...] | None
+    moments: dict[str, str]
 
     def init(self, params: Any) -> Any:
         leaves, spec = pytree.leaves_of(params)
@@ -121,8 +127,8 @@ class _Update:
                 f"{self.name}: state is a {type(state).__name__}, not the {self.state.__name__} of its init"
             )
         # The rows are those of the state, where the leaves are counted.
-        moments = [(f"state.{field}", getattr(state, field)) for field in self.rule.moments]
-        return Columns(self.name, "grads", grads, like=next(iter(moments), None))
+        like = next(((name, getattr(state, field)) for name, field in self.moments.items()), None)
+        return Columns(self.name, "grads", grads, like=like)
 
     def _decayed(self, columns: Columns, params: Any) -> Operands:
         """What weight decay reads of each leaf."""
@@ -139,30 +145,56 @@ class _Update:
     def _run(
         self, columns: Columns, state: Any, decayed: Operands, bases: Leaves | None, inplace: bool
     ) -> tuple[Leaves, Any]:
-        trees = {f"state.{field}": getattr(state, field) for field in self.rule.moments}
-        leaves = {name: columns.match(name, tree) for name, tree in trees.items()}
-        moments = {name: columns.present(name, column) for name, column in leaves.items()}
+        leaves = [columns.match(name, getattr(state, field)) for name, field in self.moments.items()]
+        moments = [columns.present(name, column) for name, column in zip(self.moments, leaves, strict=True)]
         added: Operands = bases or [None] * len(decayed)
-        memory = _fused.locate([columns.first, decayed, added, *moments.values()])
+        table = [columns.first, decayed, added, *moments]
+        overwritten = [2 if bases else 0, *range(3, len(table))] if inplace else []
+        memory = _fused.locate(table, overwritten, state.count)
         if memory is None:
-            if self.rule.takes_sparse:
-                columns.densify()
-            columns.checked(_NOT_SPARSE.format(self.name))
-            columns.compare("params", decayed)
-            columns.compare("params", added)
-            for name, column in moments.items():
-                columns.compare(name, column, accumulated=True)
-        count = _next_count(self.name, columns, state.count)
-        step = Step(self.rule, count, columns.rows, columns.first, decayed, added, [*moments.values()], memory)
-        rules = self._rules(columns)
-        if inplace:
-            results = self._overwrite(step, rules)
-            [[count]] = _donation.fill([[state.count]], [[count]])
+            self._check(columns, table)
+        increment = _increment(self.name, columns, state.count)
+        numbers = self._numbers_for(columns, memory, inplace)
+        if memory is not None and numbers is not None:
+            count = _overwritten(self.name, state.count, increment) if inplace else state.count + increment
+            results = _fused.at_once(self.rule.kernel, numbers, columns.rows, count, table, overwritten, memory)
         else:
-            results = self._results(step, rules, None)
-        news = zip(self.rule.moments, leaves.values(), results[1:], strict=True)
-        fields = {field: columns.tree_of(old, new) for field, old, new in news}
-        return results[0], self.state(count=count, **fields)
+            step = Step(self.rule, state.count + increment, columns.rows, columns.first, decayed, added, moments)
+            results, count = self._leaf_by_leaf(step, self._rules(columns), state.count if inplace else None)
+        news = zip(self.moments.values(), leaves, results[1:], strict=True)
+        return results[0], self.state(count=count, **{field: columns.tree_of(old, new) for field, old, new in news})
+
+    def _check(self, columns: Columns, table: Sequence[Operands]) -> None:
+        """Raise unless the columns of a step are alike."""
+        if self.rule.takes_sparse:
+            columns.densify()
+        columns.checked(_NOT_SPARSE.format(self.name))
+        for column in table[1:3]:
+            columns.compare("params", column)
+        for name, column in zip(self.moments, table[3:], strict=True):
+            columns.compare(name, column, accumulated=True)
+
+    def _numbers_for(self, columns: Columns, memory: _fused.Memory | None, inplace: bool) -> Sequence[float] | None:
+        """The hyper-parameters as a kernel takes them; None where no kernel may compute the step at once."""
+        if memory is None or self.use_accelerated_op is False or self.varied or not columns.first:
+            return None
+        first = columns.first[0]
+        allowed = memory.is_donated if inplace else memory.is_free
+        if not allowed or _fused.missing(first.device, first.dtype) is not None:
+            return None
+        if self.numbers is not None:
+            return self.numbers
+        return _fused.numbers_of(self.rule) if all(map(_fused.is_number, self.tensors)) else None
+
+    def _leaf_by_leaf(
+        self, step: Step, rules: Sequence[Rule], count: torch.Tensor | None
+    ) -> tuple[list[Leaves], torch.Tensor]:
+        """The results and the count, in place where the old count is given."""
+        if count is None:
+            return self._results(step, rules, None), step.count
+        results = self._overwrite(step, rules)
+        [[new]] = _donation.fill([[count]], [[step.count]])
+        return results, new
 
     def _rules(self, columns: Columns) -> list[Rule]:
         """The rule of each row, one object where the hyper-parameters are the same."""
@@ -196,9 +228,7 @@ class _Update:
             return self._results(step, rules, [step.bases if fused else step.grads, *step.moments])
 
     def _results(self, step: Step, rules: Sequence[Rule], buffers: Buffers | None) -> list[Leaves]:
-        # What was located is all of one kind.
-        some = step.grads[:1] if step.memory else step.grads
-        devices, dtypes = {g.device for g in some}, {g.dtype for g in some}
+        devices, dtypes = {g.device for g in step.grads}, {g.dtype for g in step.grads}
         if self.use_accelerated_op:
             self._insist(devices, dtypes)
         if len(devices) <= 1 and len(dtypes) <= 1 and not self.varied:
@@ -279,14 +309,24 @@ def _complex_of(real: torch.Tensor, buffer: torch.Tensor | None, pairs: dict[int
     return buffer.copy_(torch.view_as_complex(real)) if buffer.is_conj() else buffer
 
 
-def _next_count(name: str, columns: Columns, count: torch.Tensor) -> torch.Tensor:
-    """The step number of each leaf, one more where there is a gradient."""
+def _increment(name: str, columns: Columns, count: torch.Tensor) -> int | torch.Tensor:
+    """What the step number of each leaf grows by: one where there is a gradient."""
     if count.dtype != torch.int64:
         raise TypeError(f"{name}: state.count is {count.dtype}; it has to stay int64 when the state is converted")
     total = len(columns.leaves)
     if count.shape != (total,):
         raise ValueError(f"{name}: grads have {total} leaves, but state.count has the shape {list(count.shape)}")
     if len(columns.rows) == total:
-        return count + 1
+        return 1
     chosen = set(columns.rows)
-    return count + torch.tensor([int(i in chosen) for i in range(total)], device=count.device)
+    return torch.tensor([int(i in chosen) for i in range(total)], device=count.device)
+
+
+def _overwritten(name: str, count: torch.Tensor, increment: int | torch.Tensor) -> torch.Tensor:
+    """The count with the increment in it."""
+    # torch says so only after it has added.
+    if count.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name}: inplace=True, but state.count was made in inference mode and can be overwritten only there"
+        )
+    return count.add_(increment)

@@ -49,7 +49,7 @@ class Adagrad(Rule):
 
     def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Any) -> tuple[torch.Tensor, Leaves]:
         total = moments[0] + g * g
-        return -c.step_size * g / (root(total + c.eps_root) + c.eps), [total]
+        return -c.step_size * g / (root(total, c.eps_root) + c.eps), [total]
 
 
 def adagrad(

@@ -54,7 +54,7 @@ class Adam(Rule):
 
     def constants(self, t: torch.Tensor) -> dict[str, Number]:
         return {
-            "step_size": self.lr / (1 - self.b1**t),
+            "step": -self.lr / (1 - self.b1**t),
             "unbias": 1 / (1 - self.b2**t),
             "take1": 1 - self.b1,
             "keep2": self.b2,
@@ -69,7 +69,7 @@ class Adam(Rule):
         nu = c.keep2 * nu + c.take2 * g * g
         nu_max = [torch.maximum(largest, nu) for largest in nu_max]
         top = nu_max[0] if nu_max else nu
-        return -c.step_size * mu / (root(top * c.unbias + c.eps_root) + c.eps), [mu, nu, *nu_max]
+        return c.step * mu / (root(top * c.unbias, c.eps_root) + c.eps), [mu, nu, *nu_max]
 
 
 def adam(

@@ -74,7 +74,7 @@ class RMSProp(Rule):
             # Rounding must not make it negative.
             variance = (nu - mean * mean).clamp(min=0)
             news.append(mean)
-        d = g / (root(variance + c.eps_root) + c.eps)
+        d = g / (root(variance, c.eps_root) + c.eps)
         if self.has_momentum:
             d = c.momentum * rest.pop(0) + d
             news.append(d)

@@ -51,6 +51,8 @@ class SGD(Rule):
         return {"trace": 0.0} if self.has_momentum else {}
 
     def constants(self, t: torch.Tensor) -> dict[str, Number]:
+        if not self.has_momentum:
+            return {}
         later = (t > 1).double()
         return {
             "momentum": self.momentum,

@@ -17,7 +17,7 @@ struct DLDevice {
   DLDeviceType device_type;
   std::int32_t device_id;
 };
-enum DLDataTypeCode : std::uint8_t { kDLFloat = 2, kDLBfloat = 4 };
+enum DLDataTypeCode : std::uint8_t { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4 };
 struct DLDataType {
   std::uint8_t code, bits;
   std::uint16_t lanes;
@@ -47,7 +47,7 @@ bool operator==(DLDevice a, DLDevice b) { return a.device_type == b.device_type 
 bool operator==(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 
 constexpr DLDataType bfloat16{kDLBfloat, 16, 1}, float16{kDLFloat, 16, 1}, float32{kDLFloat, 32, 1},
-    float64{kDLFloat, 64, 1};
+    float64{kDLFloat, 64, 1}, int64{kDLInt, 64, 1};
 
 bool half(DLDataType type) { return type == bfloat16 || type == float16; }
 
@@ -55,7 +55,7 @@ bool half(DLDataType type) { return type == bfloat16 || type == float16; }
 struct {
   decltype(DLPackExchangeAPI::dltensor_from_py_object_no_sync) describe;
   PyTypeObject *tensor, *parameter;
-  PyObject* is_neg;
+  PyObject *is_neg, *requires_grad, *is_leaf;
 } torch;
 
 // A tensor, and no view of a conjugate, which may stand for the negatives of what is in memory.
@@ -95,6 +95,103 @@ bool homeless(const py::object& x, std::size_t address) {
   }
 }
 
+bool is_true(PyObject* x, PyObject* name) {
+  const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(x, name));
+  if (!found) throw py::error_already_set();
+  return found.ptr() == Py_True;
+}
+
+// A plain vector of int64 on the device.
+bool counts(PyObject* x, DLDevice device) {
+  DLTensor t;
+  return describe(x, t) && t.device == device && t.dtype == int64 && t.ndim == 1 && size(t) >= 0;
+}
+
+// Whether two of these ranges share a byte. One at address 0 or of length 0 is absent.
+bool overlap(const std::vector<std::size_t>& addresses, const std::vector<std::size_t>& lengths) {
+  std::vector<std::pair<std::size_t, std::size_t>> ranges;
+  for (std::size_t i = 0; i < addresses.size(); ++i)
+    if (addresses[i] && lengths[i]) ranges.emplace_back(addresses[i], addresses[i] + lengths[i]);
+  std::sort(ranges.begin(), ranges.end());
+  // Where two of them meet, the first meets its neighbour.
+  const auto meet = [](const auto& a, const auto& b) { return b.first < a.second; };
+  return std::adjacent_find(ranges.begin(), ranges.end(), meet) != ranges.end();
+}
+
+// The columns one after the other.
+struct Table {
+  std::size_t rows;
+  std::vector<py::object> entries;
+  std::vector<std::size_t> addresses, lengths;  // of the entries, in bytes
+  std::vector<std::int64_t> sizes;              // of the rows, in elements
+  DLDevice device;
+
+  explicit Table(const std::vector<py::list>& columns) : rows(columns[0].size()), sizes(rows), device{} {
+    for (const py::list& column : columns)
+      for (const py::handle x : column) entries.push_back(py::reinterpret_borrow<py::object>(x));
+    addresses.resize(entries.size());
+    lengths.resize(entries.size());
+  }
+
+  bool absent(std::size_t i) const { return i >= rows && entries[i].is_none(); }
+
+  bool is_plain() const {
+    for (std::size_t i = 0; i < entries.size(); ++i)
+      if (!absent(i) && !plain(entries[i].ptr())) return false;
+    return true;
+  }
+
+  // The columns, as bits, that have a tensor of which this attribute is `wanted`, among those of `of`.
+  std::size_t which(PyObject* attribute, bool wanted, std::size_t of) const {
+    std::size_t found = 0;
+    for (std::size_t i = 0; i < entries.size(); ++i) {
+      const std::size_t column = std::size_t(1) << i / rows;
+      if (of & column && !absent(i) && is_true(entries[i].ptr(), attribute) == wanted) found |= column;
+    }
+    return found;
+  }
+
+  // Fills in the rest; false if a tensor is not alike or does not lie as kernels read it.
+  bool describe_all(std::size_t accumulated) {
+    std::vector<DLTensor> first(rows);
+    for (std::size_t i = 0; i < entries.size(); ++i) {
+      if (absent(i)) continue;
+      DLTensor t;
+      if (!describe(entries[i].ptr(), t)) return false;
+      const std::size_t column = i / rows, row = i % rows;
+      const std::int64_t n = size(t);
+      if (column == 0) first[row] = t, sizes[row] = n;
+      const DLTensor &one = first[0], &like = first[row];
+      const DLDataType type = column >= accumulated && half(one.dtype) ? float32 : one.dtype;
+      const bool placed = (t.device.device_type == kDLCPU || t.device.device_type == kDLCUDA) && t.device == one.device;
+      const bool typed = (half(type) || type == float32 || type == float64) && t.dtype == type;
+      const bool shaped = n >= 0 && std::equal(t.shape, t.shape + t.ndim, like.shape, like.shape + like.ndim);
+      if (!placed || !typed || !shaped) return false;
+      addresses[i] = reinterpret_cast<std::size_t>(t.data) + t.byte_offset;
+      lengths[i] = n * (type.bits / 8);
+      if (addresses[i] % (type.bits / 8) || (n && !addresses[i])) return false;
+      device = t.device;
+    }
+    return true;
+  }
+
+  bool has_memory() const {
+    for (std::size_t i = 0; i < entries.size(); ++i)
+      if (addresses[i] && homeless(entries[i], addresses[i])) return false;
+    return true;
+  }
+
+  bool is_apart(const std::vector<std::size_t>& written) const {
+    if (written.empty()) return true;
+    std::vector<std::size_t> taken = addresses;
+    for (std::size_t i = 0; i < taken.size(); ++i) {
+      const bool is_written = std::find(written.begin(), written.end(), i / rows) != written.end();
+      if (!is_written && taken[i] == addresses[written[0] * rows + i % rows]) taken[i] = 0;
+    }
+    return !overlap(taken, lengths);
+  }
+};
+
 template <class T> py::list integers(const std::vector<T>& values) {
   py::list list(values.size());
   for (std::size_t i = 0; i < values.size(); ++i) PyList_SET_ITEM(list.ptr(), i, PyLong_FromSize_t(values[i]));
@@ -112,57 +209,31 @@ bool use(const py::object& api, const py::type& tensor, const py::type& paramete
   if (!header) return false;
   const auto type = [](py::type t) { return reinterpret_cast<PyTypeObject*>(t.release().ptr()); };
   torch = {reinterpret_cast<const DLPackExchangeAPI*>(header)->dltensor_from_py_object_no_sync, type(tensor),
-           type(parameter), tensor.attr("is_neg").cast<py::object>().release().ptr()};
+           type(parameter), tensor.attr("is_neg").cast<py::object>().release().ptr(),
+           PyUnicode_InternFromString("requires_grad"), PyUnicode_InternFromString("is_leaf")};
   return torch.describe;
 }
 
-std::optional<Located> locate(const std::vector<py::list>& columns, std::size_t accumulated) {
+std::optional<Located> locate(const std::vector<py::list>& columns, std::size_t accumulated,
+                              const std::vector<std::size_t>& written, const py::object& count) {
   if (!torch.describe || columns.empty()) return {};
-  const std::size_t rows = columns[0].size();
-  std::vector<py::object> entries;
-  entries.reserve(columns.size() * rows);
-  for (const py::list& column : columns) {
-    if (column.size() != rows) return {};
-    for (const py::handle x : column) entries.push_back(py::reinterpret_borrow<py::object>(x));
-  }
+  for (const py::list& column : columns)
+    if (column.size() != columns[0].size()) return {};
+  for (const std::size_t column : written)
+    if (column >= columns.size()) throw std::invalid_argument("there is no such column");
+  Table table(columns);
   // is_neg lets other threads run: all of it comes before the shapes that are held below.
-  for (std::size_t i = 0; i < entries.size(); ++i)
-    if (!(entries[i].is_none() && i >= rows) && !plain(entries[i].ptr())) return {};
-
-  std::vector<DLTensor> first(rows);
-  std::vector<std::int64_t> sizes(rows);
-  std::vector<std::size_t> addresses(entries.size());
-  for (std::size_t column = 0, i = 0; column < columns.size(); ++column) {
-    for (std::size_t row = 0; row < rows; ++row, ++i) {
-      if (entries[i].is_none()) continue;
-      DLTensor t;
-      if (!describe(entries[i].ptr(), t)) return {};
-      const std::int64_t n = size(t);
-      if (column == 0) first[row] = t, sizes[row] = n;
-      const DLTensor &one = first[0], &like = first[row];
-      const DLDataType type = column >= accumulated && half(one.dtype) ? float32 : one.dtype;
-      const bool placed = (t.device.device_type == kDLCPU || t.device.device_type == kDLCUDA) && t.device == one.device;
-      const bool typed = (half(type) || type == float32 || type == float64) && t.dtype == type;
-      const bool shaped = n >= 0 && std::equal(t.shape, t.shape + t.ndim, like.shape, like.shape + like.ndim);
-      if (!placed || !typed || !shaped) return {};
-      const auto address = addresses[i] = reinterpret_cast<std::size_t>(t.data) + t.byte_offset;
-      if (address % (type.bits / 8) || (n && !address)) return {};
-    }
+  if (!table.is_plain() || (!count.is_none() && !plain(count.ptr()))) return {};
+  const std::size_t requiring = table.which(torch.requires_grad, true, ~std::size_t(0));
+  const std::size_t inner = table.which(torch.is_leaf, false, requiring);
+  if (!table.describe_all(accumulated) || !table.has_memory()) return {};
+  if (!count.is_none() && table.rows && !counts(count.ptr(), table.device)) return {};
+  std::vector<std::size_t> addresses = table.addresses;
+  for (const std::size_t column : written) {
+    const auto begin = table.addresses.begin() + column * table.rows;
+    addresses.insert(addresses.end(), begin, begin + table.rows);
   }
-  for (std::size_t i = 0; i < entries.size(); ++i)
-    if (addresses[i] && homeless(entries[i], addresses[i])) return {};
-  return Located{integers(addresses), integers(sizes)};
-}
-
-bool overlap(const std::vector<std::size_t>& addresses, const std::vector<std::size_t>& lengths) {
-  if (addresses.size() != lengths.size()) throw std::invalid_argument("as many addresses as lengths are needed");
-  std::vector<std::pair<std::size_t, std::size_t>> ranges;
-  for (std::size_t i = 0; i < addresses.size(); ++i)
-    if (addresses[i] && lengths[i]) ranges.emplace_back(addresses[i], addresses[i] + lengths[i]);
-  std::sort(ranges.begin(), ranges.end());
-  // Where two of them meet, the first meets its neighbour.
-  const auto meet = [](const auto& a, const auto& b) { return b.first < a.second; };
-  return std::adjacent_find(ranges.begin(), ranges.end(), meet) != ranges.end();
+  return Located{integers(addresses), integers(table.sizes), requiring, inner, table.is_apart(written)};
 }
 
 }  // namespace implicitdiff

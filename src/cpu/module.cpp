@@ -37,10 +37,6 @@ void entry(std::string name, std::vector<double> numbers, std::string dtype, con
   run(call);
 }
 
-bool share(const py::list& addresses, const py::list& lengths) {
-  return overlap(vector<std::size_t, PyLong_AsSize_t>(addresses), vector<std::size_t, PyLong_AsSize_t>(lengths));
-}
-
 py::dict info() {
   using namespace py::literals;
 #ifdef _OPENMP
@@ -58,6 +54,5 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("pull", entry<pull>);
   module.def("use", use);
   module.def("locate", locate);
-  module.def("overlap", share);
   module.def("info", info);
 }
