@@ -115,7 +115,7 @@ def iterate(
     atol: float,
     maxiter: int | None,
     size: Callable[[Arithmetic, Tensor], Scalar] = residual_norm,
-    least: Tensor | float = 0.0,
+    least: Tensor | None = None,
 ) -> Outcome:
     """Run the method, again from where it came to as long as the true residual says that it is needed and helps.
 
@@ -127,7 +127,9 @@ def iterate(
     rtol = system.eps ** (2 / 3) if rtol is None else rtol
     limit = max(100, 10 * system.unknowns) if maxiter is None else maxiter
     residual = size(ops, b)
-    target = ops.larger(rtol * residual, ops.scalar((atol / system.scale).clamp(min=least)))
+    target = ops.larger(rtol * residual, atol / ops.scalar(system.scale))
+    if least is not None:
+        target = ops.larger(target, ops.scalar(least))
     x, r = ops.vector(system.b.new_zeros(system.b.shape[0], system.unknowns)), b
     if system.start is not None:
         # A guess that is worse than zero is none.

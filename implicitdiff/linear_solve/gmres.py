@@ -94,9 +94,13 @@ class Space(ABC):
 
     Attributes:
         residual: that norm, a scalar >= 0.
+        next: the vector of which the next direction is made.
+        length: its norm.
     """
 
     residual: Scalar
+    next: Tensor
+    length: Scalar
 
     def __init__(self, ops: Arithmetic, r: Tensor, m: int) -> None:
         self.ops = ops
@@ -155,7 +159,7 @@ class SpaceOfOneRow(Space):
         w, sizes = torch.add(w, last, alpha=-along), []
         for _ in range(2):
             overlap = torch.mv(V, w)
-            w = torch.addmv(w, V.t(), overlap, alpha=-1)
+            w.addmv_(V.t(), overlap, alpha=-1)
             found, length = overlap.tolist(), self.ops.norm(w)
             column = [a + b for a, b in zip(column, found, strict=True)]
             sizes.append(math.hypot(*found, length))
