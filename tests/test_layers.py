@@ -45,6 +45,7 @@ ORDER = [
     "_domain",
     "_linear",
     "linear_solve._outcome",
+    "linear_solve._arithmetic",
     "linear_solve._krylov",
     "linear_solve._direct",
     "linear_solve._pseudoinverse",

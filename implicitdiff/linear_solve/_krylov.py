@@ -7,11 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from implicitdiff._linear import LinearSolver
 from implicitdiff._system import System
+from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar, arithmetic
 from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, settle
 
 
@@ -27,37 +27,19 @@ class Cycle(NamedTuple):
 
     d: Tensor
     iterations: int
-    broken: Tensor
-    ended: Tensor | None = None
+    broken: Scalar
+    ended: Scalar | None = None
 
 
-Method = Callable[[System, Tensor, Tensor, int], Cycle]
-"""``method(system, r, target, limit)``: solve ``A d = r`` until ``|r - A d| <= target`` row by row, in at most
-``limit`` iterations."""
+Method = Callable[[Arithmetic, Tensor, Scalar, int], Cycle]
+"""``method(ops, r, target, limit)``: solve ``A d = r`` until ``|r - A d| <= target`` row by row, in at most ``limit``
+iterations."""
 
 
 NO_CONVERGENCE = (
     "no convergence; the operator may be singular or ill-conditioned: try solve_lu or solve_lstsq, a preconditioner, "
     "or a larger rtol"
 )
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, kept as a column."""
-    return (a * b).sum(dim=-1, keepdim=True)
-
-
-def norm(a: Tensor) -> Tensor:
-    """Euclidean, row by row, kept as a column; no square leaves the range of the dtype."""
-    largest = a.abs().amax(dim=-1, keepdim=True)
-    largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-    size: Tensor = largest * torch.linalg.vector_norm(a / largest, dim=-1, keepdim=True)
-    return size
-
-
-def safe_divide(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b``, and 0 where ``b`` is 0."""
-    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
 
 
 def iterative(
@@ -120,6 +102,11 @@ def check_tolerances(name: str, rtol: float | None, atol: float, maxiter: int | 
         raise ValueError(f"{name}: maxiter must be an integer >= 1 or None, got {maxiter!r}")
 
 
+def residual_norm(ops: Arithmetic, r: Tensor) -> Scalar:
+    """The size by which most methods judge a residual."""
+    return ops.norm(r)
+
+
 def iterate(
     system: System,
     method: Method,
@@ -127,40 +114,45 @@ def iterate(
     rtol: float | None,
     atol: float,
     maxiter: int | None,
-    size: Callable[[Tensor], Tensor] = norm,
-    least: Tensor | float = 0.0,
+    size: Callable[[Arithmetic, Tensor], Scalar] = residual_norm,
+    least: Tensor | None = None,
 ) -> Outcome:
     """Run the method, again from where it came to as long as the true residual says that it is needed and helps.
 
     A recursively updated residual drifts from the true one; a restart on the true residual is one step of iterative
     refinement. Residuals are judged by `size`, and no target is below `least`.
     """
-    b = system.b
+    ops = arithmetic(system)
+    b = ops.vector(system.b)
     rtol = system.eps ** (2 / 3) if rtol is None else rtol
     limit = max(100, 10 * system.unknowns) if maxiter is None else maxiter
-    target = torch.maximum(rtol * size(b), atol / system.scale).clamp(min=least)
-    x, r, residual = b.new_zeros(b.shape[0], system.unknowns), b, size(b)
+    residual = size(ops, b)
+    target = ops.larger(rtol * residual, atol / ops.scalar(system.scale))
+    if least is not None:
+        target = ops.larger(target, ops.scalar(least))
+    x, r = ops.vector(system.b.new_zeros(system.b.shape[0], system.unknowns)), b
     if system.start is not None:
         # A guess that is worse than zero is none.
-        guessed = b - system.matvec(system.start)
-        better = size(guessed) < residual
-        x, r = torch.where(better, system.start, x), torch.where(better, guessed, r)
-        residual = size(r)
-    failed = ~torch.isfinite(residual)
-    stalled = torch.zeros_like(failed)
+        start = ops.vector(system.start)
+        guessed = b - ops.matvec(start)
+        error = size(ops, guessed)
+        better = error < residual
+        x, r, residual = (ops.select(better, *pair) for pair in ((start, x), (guessed, r), (error, residual)))
+    failed = ops.negate(ops.finite(residual))
+    stalled = ops.none
     used = 0
-    while used < limit and bool((active := ~(residual <= target) & ~failed & ~stalled).any()):
-        cycle = method(system, torch.where(active, r, 0.0), target, limit - used)
+    while used < limit and ops.any(active := ops.negate((residual <= target) | failed | stalled)):
+        cycle = method(ops, ops.select(active, r, 0.0), target, limit - used)
         used += cycle.iterations
-        x = torch.where(active, x + cycle.d, x)
-        r = b - system.matvec(x)
-        before, residual = residual, size(r)
-        failed = failed | (active & (cycle.broken | ~torch.isfinite(residual)))
+        x = ops.select(active, x + cycle.d, x)
+        r = b - ops.matvec(x)
+        before, residual = residual, size(ops, r)
+        failed = failed | (active & (cycle.broken | ops.negate(ops.finite(residual))))
         # A method that ended at its restart, short of its target, may go on slowly; one that took itself for done may
         # not.
-        enough = 0.9 if cycle.ended is None else torch.where(cycle.ended, 0.9, 0.999)
-        stalled = stalled | (active & ~(residual <= enough * before))
-    why = broken if bool(failed.any()) else NO_CONVERGENCE
+        enough = 0.9 if cycle.ended is None else ops.select(cycle.ended, 0.9, 0.999)
+        stalled = stalled | (active & ops.negate(residual <= enough * before))
+    why = broken if ops.any(failed) else NO_CONVERGENCE
     if maxiter is None:
-        failed = failed | ~(residual <= target)
-    return Outcome(x, failed[:, 0], why, residual[:, 0], target[:, 0], used)
+        failed = failed | ops.negate(residual <= target)
+    return Outcome(ops.to_rows(x), ops.per_row(failed), why, ops.per_row(residual), ops.per_row(target), used)

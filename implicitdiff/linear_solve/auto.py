@@ -9,8 +9,9 @@ from torch import Tensor
 
 from implicitdiff._linear import LinearSolver
 from implicitdiff._system import System
+from implicitdiff.linear_solve._arithmetic import dot
 from implicitdiff.linear_solve._direct import factorised, materialised
-from implicitdiff.linear_solve._krylov import check_tolerances, dot, iterate
+from implicitdiff.linear_solve._krylov import check_tolerances, iterate
 from implicitdiff.linear_solve._outcome import OnFailure, check_on_failure, settle
 from implicitdiff.linear_solve.cg import INDEFINITE, conjugate_gradients
 from implicitdiff.linear_solve.gmres import NOT_FINITE, gmres

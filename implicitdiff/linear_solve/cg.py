@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from implicitdiff._linear import LinearSolver
-from implicitdiff._system import System
-from implicitdiff.linear_solve._krylov import Cycle, dot, iterative, norm, safe_divide
+from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar
+from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 
 INDEFINITE = (
@@ -65,24 +65,25 @@ def solve_cg(
     )
 
 
-def conjugate_gradients(system: System, r: Tensor, target: Tensor, limit: int) -> Cycle:
+def conjugate_gradients(ops: Arithmetic, r: Tensor, target: Scalar, limit: int) -> Cycle:
     """A `Method` for symmetric positive definite operators."""
-    precondition = system.precondition or (lambda v: v)
     x = torch.zeros_like(r)
-    z = p = precondition(r)
-    rz = dot(r, z)
-    broken = torch.zeros_like(rz, dtype=torch.bool)
+    z = p = ops.precondition(r)
+    rz, broken = ops.dot(r, z), ops.none
+    # Where the square of a small residual underflows, the cycle ends: `iterate` takes a norm of the true residual.
+    rr, reach = rz if z is r else ops.dot(r, r), target * target
     used = 0
-    # Negated comparisons catch nan as well.
-    while used < limit and bool((active := ~(norm(r) <= target) & ~broken).any()):
-        Ap = system.matvec(p)
-        pAp = dot(p, Ap)
-        broken = broken | (active & ~((pAp > 0) & (rz > 0)))
+    while used < limit and ops.any(active := ops.negate((rr <= reach) | broken)):
+        Ap = ops.matvec(p)
+        pAp = ops.dot(p, Ap)
+        go = active & (pAp > 0) & (rz > 0)
+        broken = broken | (active ^ go)
         # A stopped row takes steps of length zero.
-        alpha = torch.where(active & ~broken, safe_divide(rz, pAp), 0.0)
-        x, r = x + alpha * p, r - alpha * Ap
-        z = precondition(r)
-        rz, before = dot(r, z), rz
-        p = torch.where(active, z + safe_divide(rz, before) * p, p)
+        alpha = ops.ratio(go, rz, pAp)
+        x, r = ops.add(x, alpha, p), ops.add(r, -alpha, Ap)
+        z = ops.precondition(r)
+        rz, before = ops.dot(r, z), rz
+        rr = rz if z is r else ops.dot(r, r)
+        p = ops.add(z, ops.ratio(go, rz, before), p)
         used += 1
     return Cycle(x, used, broken)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,8 +12,8 @@ import torch
 from torch import Tensor
 
 from implicitdiff._linear import LinearSolver
-from implicitdiff._system import System
-from implicitdiff.linear_solve._krylov import Cycle, iterative, norm, safe_divide
+from implicitdiff.linear_solve._arithmetic import Arithmetic, OfOneRow, Scalar, norm
+from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 
 NOT_FINITE = "the iteration met values that are not finite; is the operator finite?"
@@ -44,7 +46,8 @@ def solve_gmres(
 
     Reference:
         Saad and Schultz (1986); Saad, "Iterative Methods for Sparse Linear Systems", 2nd ed., algorithm 9.5.
-        Orthogonalised twice by classical Gram-Schmidt: Giraud et al., Numerische Mathematik 101 (2005).
+        Orthogonalised by classical Gram-Schmidt, repeated as in Daniel, Gragg, Kaufman and Stewart, Mathematics of
+        Computation 30 (1976); twice is enough: Giraud et al., Numerische Mathematik 101 (2005).
 
     Example:
         >>> import torch
@@ -69,57 +72,157 @@ def solve_gmres(
     )
 
 
-def gmres(system: System, r: Tensor, target: Tensor, limit: int, *, restart: int) -> Cycle:
+def gmres(ops: Arithmetic, r: Tensor, target: Scalar, limit: int, *, restart: int) -> Cycle:
     """A `Method` for any operator: one space of at most `restart` dimensions."""
-    precondition = system.precondition or (lambda v: v)
-    rows, n = r.shape
-    m = min(restart, limit, n)
-    size = norm(r)
-    basis = r.new_zeros(m + 1, rows, n)
-    basis[0] = safe_divide(r, size)
-    # The Hessenberg matrix, made triangular as it grows by one rotation (c, s) a column; g is the rotated right-hand
-    # side, and its last entry the norm of the residual.
-    h = r.new_zeros(rows, m + 1, m)
-    c, s = r.new_zeros(rows, m), r.new_zeros(rows, m)
-    g = r.new_zeros(rows, m + 1)
-    g[:, 0] = size[:, 0]
+    m = min(restart, limit, r.shape[-1])
+    space = (SpaceOfOneRow if isinstance(ops, OfOneRow) else SpaceOfRows)(ops, r, m)
     used = 0
-    while used < m and bool((~(g[:, used].abs() <= target[:, 0])).any()):
-        k, used = used, used + 1
-        w = system.matvec(precondition(basis[k]))
-        w_size = norm(w)
-        for _ in range(2):
-            overlap = torch.einsum("krn,rn->rk", basis[: k + 1], w)
-            w = w - torch.einsum("krn,rk->rn", basis[: k + 1], overlap)
-            h[:, : k + 1, k] += overlap
+    # A row whose residual is nan stops.
+    while used < m and ops.any(active := space.residual > target):
+        v = space.direction(active)
+        space.extend(ops.matvec(ops.precondition(v)))
+        used += 1
+    return Cycle(ops.precondition(space.minimiser()), used, ops.none, space.residual <= target)
+
+
+class Space(ABC):
+    """The Krylov space of ``r``, and the smallest residual over it.
+
+    Its orthonormal basis ``V`` has ``A V = V_+ H`` with a Hessenberg matrix ``H`` of one row more than columns. ``H``
+    is made triangular as it grows, by one rotation a column. The same rotations make of ``|r| e_1`` the right-hand side
+    of the triangular system; its last entry is the norm of the residual.
+
+    Attributes:
+        residual: that norm, a scalar >= 0.
+        next: the vector of which the next direction is made.
+        length: its norm.
+    """
+
+    residual: Scalar
+    next: Tensor
+    length: Scalar
+
+    def __init__(self, ops: Arithmetic, r: Tensor, m: int) -> None:
+        self.ops = ops
+        self.next = r
+        self.length = self.residual = ops.norm(r)
+        self.dimension = 0
+        self.basis = r.new_empty(*r.shape[:-1], m, r.shape[-1])
         # What rounding leaves of a vector that lies in the space is no direction.
-        w = torch.where(norm(w) <= 10 * torch.finfo(w.dtype).eps * w_size, 0.0, w)
-        basis[used] = safe_divide(w, norm(w))
-        h[:, used, k] = norm(w)[:, 0]
-        for j in range(k):
-            h[:, j, k], h[:, j + 1, k] = _rotate(c[:, j], s[:, j], h[:, j, k], h[:, j + 1, k])
-        length = torch.hypot(h[:, k, k], h[:, used, k])
-        c[:, k] = torch.where(length == 0, 1.0, safe_divide(h[:, k, k], length))
-        s[:, k] = safe_divide(h[:, used, k], length)
-        h[:, k, k], h[:, used, k] = length, 0.0
-        g[:, k], g[:, used] = _rotate(c[:, k], s[:, k], g[:, k], g[:, used])
-        # A row that is done adds nothing more.
-        basis[used] = torch.where(g[:, used].abs() <= target[:, 0], 0.0, basis[used].mT).mT
-    return Cycle(
-        precondition(torch.einsum("krn,rk->rn", basis[:used], _back_substitute(h, g, used))),
-        used,
-        norm(r) < 0,
-        g[:, used, None].abs() <= target,
-    )
+        self.rounding = 10 * torch.finfo(r.dtype).eps
+
+    @abstractmethod
+    def direction(self, active: Scalar) -> Tensor:
+        """One more vector of the basis; zero in rows that are not active, to which it adds nothing."""
+
+    @abstractmethod
+    def extend(self, w: Tensor) -> None:
+        """Take the image of the last vector of the basis, the next column of ``H``."""
+
+    @abstractmethod
+    def minimiser(self) -> Tensor:
+        """The combination of the basis with the smallest residual."""
 
 
-def _rotate(c: Tensor, s: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return c * a + s * b, c * b - s * a
+class SpaceOfOneRow(Space):
+    """With the small matrix in lists of floats, whose arithmetic costs next to nothing."""
+
+    def __init__(self, ops: Arithmetic, r: Tensor, m: int) -> None:
+        super().__init__(ops, r, m)
+        self.columns: list[list[float]] = []
+        self.rotations: list[tuple[float, float]] = []
+        self.rhs = [self.residual]
+
+    def direction(self, active: Scalar) -> Tensor:
+        self.last = self.basis[self.dimension]
+        self.dimension += 1
+        return torch.div(self.next, self.length, out=self.last)
+
+    def extend(self, w: Tensor) -> None:
+        column = self._orthogonalise(w)
+        for i, (c, s) in enumerate(self.rotations):
+            column[i], column[i + 1] = c * column[i] + s * column[i + 1], c * column[i + 1] - s * column[i]
+        b, a = column.pop(), column.pop()
+        size = math.hypot(a, b)
+        c, s = (a / size, b / size) if size else (1.0, 0.0)
+        self.rotations.append((c, s))
+        self.columns.append([*column, size])
+        self.rhs[-1:] = c * self.rhs[-1], -s * self.rhs[-1]
+        self.residual = abs(self.rhs[-1])
+
+    def _orthogonalise(self, w: Tensor) -> list[float]:
+        """Make `w` orthogonal to the basis; returns its coefficients, and the length that is left."""
+        V, last = self.basis[: self.dimension], self.last
+        # Of an operator near a multiple of the identity, most of w lies along the last vector.
+        along = torch.dot(last, w).item()
+        column = [0.0] * (self.dimension - 1) + [along]
+        w, sizes = torch.add(w, last, alpha=-along), []
+        for _ in range(2):
+            overlap = torch.mv(V, w)
+            w.addmv_(V.t(), overlap, alpha=-1)
+            found, length = overlap.tolist(), self.ops.norm(w)
+            column = [a + b for a, b in zip(column, found, strict=True)]
+            sizes.append(math.hypot(*found, length))
+            # Where most of w lay in the space, rounding has left something there.
+            if length >= 0.7 * sizes[-1]:
+                break
+        length = 0.0 if length <= self.rounding * math.hypot(sizes[0], along) else length
+        self.next, self.length = w, length
+        return [*column, length]
+
+    def minimiser(self) -> Tensor:
+        y = self.rhs[:-1]
+        for j in reversed(range(self.dimension)):
+            column = self.columns[j]
+            y[j] = y[j] / column[j] if column[j] else 0.0
+            y[:j] = [a - y[j] * h for a, h in zip(y, column[:j], strict=False)]
+        return torch.mv(self.basis[: self.dimension].t(), self.basis.new_tensor(y))
 
 
-def _back_substitute(h: Tensor, g: Tensor, k: int) -> Tensor:
-    """``y`` with ``h y = g``; a zero on the diagonal (a row that was done earlier) gives a zero."""
-    y = torch.zeros_like(g[:, :k])
-    for j in reversed(range(k)):
-        y[:, j] = safe_divide(g[:, j] - (h[:, j, j + 1 : k] * y[:, j + 1 :]).sum(dim=-1), h[:, j, j])
-    return y
+class SpaceOfRows(Space):
+    """With tensors, the last two dimensions of which are matrices; the rotations as their product, one operation."""
+
+    def __init__(self, ops: Arithmetic, r: Tensor, m: int) -> None:
+        super().__init__(ops, r, m)
+        self.size = self.residual
+        self.product = torch.eye(m + 1, dtype=r.dtype, device=r.device).repeat(len(r), 1, 1)
+        self.triangle = r.new_zeros(len(r), m, m)
+
+    def direction(self, active: Scalar) -> Tensor:
+        v = self.next / torch.where(active, self.length, math.inf)
+        self.basis[:, self.dimension] = v
+        self.dimension += 1
+        return v
+
+    def extend(self, w: Tensor) -> None:
+        k = self.dimension
+        column = torch.bmm(self._orthogonalise(w[:, None]), self.product[:, : k + 1, : k + 1].mT)
+        a, b = column[..., -2:-1], column[..., -1:]
+        size = torch.hypot(a, b)
+        c, s = torch.where(size == 0, 1.0, a / size), torch.where(size == 0, 0.0, b / size)
+        self.triangle[:, : k - 1, k - 1] = column[:, 0, :-2]
+        self.triangle[:, k - 1, k - 1] = size[:, 0, 0]
+        rotation = torch.cat([c, s, -s, c], dim=-1).reshape(-1, 2, 2)
+        self.product[:, k - 1 : k + 1] = torch.bmm(rotation, self.product[:, k - 1 : k + 1])
+        self.residual = self.size * self.product[:, k, :1].abs()
+
+    def _orthogonalise(self, w: Tensor) -> Tensor:
+        V = self.basis[:, : self.dimension]
+        size = norm(w)
+        overlap = torch.bmm(w, V.mT)
+        w = torch.baddbmm(w, overlap, V, alpha=-1)
+        rest = torch.bmm(w, V.mT)
+        w = torch.baddbmm(w, rest, V, alpha=-1)
+        length = norm(w)
+        length = torch.where(length <= self.rounding * size, 0.0, length)
+        self.next, self.length = w[:, 0], length[:, 0]
+        return torch.cat([overlap + rest, length], dim=-1)
+
+    def minimiser(self) -> Tensor:
+        k = self.dimension
+        rhs, diagonal = self.size * self.product[:, :k, 0], self.triangle.diagonal(dim1=-2, dim2=-1)
+        # A zero on the diagonal, of a row that stopped before, gives a zero.
+        rhs = torch.where(diagonal[:, :k] == 0, 0.0, rhs)
+        diagonal.masked_fill_(diagonal == 0, 1.0)
+        y = torch.linalg.solve_triangular(self.triangle[:, :k, :k], rhs[..., None], upper=True)
+        return torch.bmm(y.mT, self.basis[:, :k])[:, 0]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from implicitdiff._linear import LinearSolver
-from implicitdiff._system import System
+from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar
 from implicitdiff.linear_solve._direct import Factors, direct, factorised
-from implicitdiff.linear_solve._krylov import Cycle, iterative, norm
+from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 from implicitdiff.linear_solve.lu import SINGULAR
 
@@ -89,14 +89,15 @@ def inverse(a: Tensor) -> Factors:
     return lambda b: inv @ b, lambda b: inv.mT @ b, info != 0
 
 
-def neumann(system: System, r: Tensor, target: Tensor, limit: int, *, alpha: float) -> Cycle:
+def neumann(ops: Arithmetic, r: Tensor, target: Scalar, limit: int, *, alpha: float) -> Cycle:
     """A `Method`: the partial sums of the series."""
-    first = norm(r)
+    first = size = ops.norm(r)
     x = torch.zeros_like(r)
     used = 0
     # The next term of the series is the residual of the sum so far.
-    while used < limit and bool((active := ~(norm(r) <= target) & torch.isfinite(norm(r))).any()):
-        x = torch.where(active, x + alpha * r, x)
-        r = torch.where(active, r - alpha * system.matvec(r), r)
+    while used < limit and ops.any(active := ops.negate(size <= target) & ops.finite(size)):
+        x = ops.select(active, x + alpha * r, x)
+        r = ops.select(active, r - alpha * ops.matvec(r), r)
+        size = ops.norm(r)
         used += 1
-    return Cycle(x, used, ~(norm(r) <= first))
+    return Cycle(x, used, ops.negate(size <= first))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from implicitdiff._linear import LinearSolver
 from implicitdiff._system import System
-from implicitdiff.linear_solve._krylov import Cycle, dot, iterate, iterative, norm, safe_divide
+from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar, norm
+from implicitdiff.linear_solve._krylov import Cycle, iterate, iterative
 from implicitdiff.linear_solve._outcome import OnFailure, settle
 from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem
 
@@ -115,8 +116,8 @@ def _solve_rectangular(
         outcome = iterate(system, craig, DEFICIENT, rtol, atol, maxiter)
         return settle("solve_normal_cg", outcome, system, on_failure)
 
-    def size(r: Tensor) -> Tensor:
-        return norm(system.rmatvec(r))
+    def size(ops: Arithmetic, r: Tensor) -> Scalar:
+        return ops.norm(ops.rmatvec(r))
 
     rounding = _rounding(system)
     least = rounding(torch.zeros_like(system.b[:, :1]))
@@ -141,62 +142,60 @@ def _rounding(system: System) -> Callable[[Tensor], Tensor]:
     return lambda x: 4 * system.eps * a * (norm(system.b) + a * norm(x))
 
 
-def normal_conjugate_gradients(system: System, r: Tensor, target: Tensor, limit: int) -> Cycle:
+def normal_conjugate_gradients(ops: Arithmetic, r: Tensor, target: Scalar, limit: int) -> Cycle:
     """A `Method` for any operator, by conjugate gradients on the normal equations.
 
     What reaches the target is ``|A^T r|`` if the operator is rectangular.
     """
-    precondition = system.precondition or (lambda v: v)
-    s = system.rmatvec(r)
+    s = ops.rmatvec(r)
     x = torch.zeros_like(s)
     # In units in which the first gradient has length one, no square leaves the range of the dtype.
-    unit = norm(s)
-    s = safe_divide(s, unit)
-    z = p = precondition(s)
-    sz = dot(s, z)
-    broken = torch.zeros_like(sz, dtype=torch.bool)
+    unit = ops.norm(s)
+    s = ops.divide(s, unit)
+    z = p = ops.precondition(s)
+    sz, broken = ops.dot(s, z), ops.none
     used = 0
 
-    def size() -> Tensor:
-        return norm(r) if system.is_square else unit * norm(s)
+    def size() -> Scalar:
+        return ops.norm(r) if ops.is_square else unit * ops.norm(s)
 
-    while used < limit and bool((active := ~(size() <= target) & ~broken).any()):
-        Ap = system.matvec(p)
-        length = norm(Ap)
-        broken = broken | (active & ~((length > 0) & (sz > 0)))
-        alpha = torch.where(active & ~broken, safe_divide(sz, length) * safe_divide(unit, length), 0.0)
-        x, r = x + alpha * p, r - alpha * Ap
-        s = safe_divide(system.rmatvec(r), unit)
-        z = precondition(s)
-        sz, before = dot(s, z), sz
-        p = torch.where(active, z + safe_divide(sz, before) * p, p)
+    while used < limit and ops.any(active := ops.negate((size() <= target) | broken)):
+        Ap = ops.matvec(p)
+        length = ops.norm(Ap)
+        go = active & (length > 0) & (sz > 0)
+        broken = broken | (active ^ go)
+        alpha = ops.ratio(go, sz, length) * ops.ratio(go, unit, length)
+        x, r = ops.add(x, alpha, p), ops.add(r, -alpha, Ap)
+        s = ops.divide(ops.rmatvec(r), unit)
+        z = ops.precondition(s)
+        sz, before = ops.dot(s, z), sz
+        p = ops.add(z, ops.ratio(go, sz, before), p)
         used += 1
     return Cycle(x, used, broken)
 
 
-def craig(system: System, r: Tensor, target: Tensor, limit: int) -> Cycle:
+def craig(ops: Arithmetic, r: Tensor, target: Scalar, limit: int) -> Cycle:
     """A `Method` for operators of full row rank, by conjugate gradients on ``A A^T z = r``, ``d = A^T z``; the
     preconditioner is one for that.
 
     Reference: Saad, "Iterative Methods for Sparse Linear Systems", 2nd ed., algorithm 8.5 (CGNE).
     """
-    precondition = system.precondition or (lambda v: v)
-    z = precondition(r)
-    p = system.rmatvec(z)
+    z = ops.precondition(r)
+    p = ops.rmatvec(z)
     # In units in which the first direction has length one, no square leaves the range of the dtype.
-    unit = norm(p)
-    p = safe_divide(p, unit)
+    unit = ops.norm(p)
+    p = ops.divide(p, unit)
     x = torch.zeros_like(p)
-    rz = dot(r, z)
-    broken = torch.zeros_like(rz, dtype=torch.bool)
+    rz, broken = ops.dot(r, z), ops.none
     used = 0
-    while used < limit and bool((active := ~(norm(r) <= target) & ~broken).any()):
-        pp = dot(p, p)
-        broken = broken | (active & ~((pp > 0) & (rz > 0)))
-        alpha = torch.where(active & ~broken, safe_divide(safe_divide(rz, pp), unit), 0.0)
-        x, r = x + alpha * p, r - alpha * system.matvec(p)
-        z = precondition(r)
-        rz, before = dot(r, z), rz
-        p = torch.where(active, safe_divide(system.rmatvec(z), unit) + safe_divide(rz, before) * p, p)
+    while used < limit and ops.any(active := ops.negate((ops.norm(r) <= target) | broken)):
+        pp = ops.dot(p, p)
+        go = active & (pp > 0) & (rz > 0) & (unit > 0)
+        broken = broken | (active ^ go)
+        alpha = ops.ratio(go, ops.ratio(go, rz, pp), unit)
+        x, r = ops.add(x, alpha, p), ops.add(r, -alpha, ops.matvec(p))
+        z = ops.precondition(r)
+        rz, before = ops.dot(r, z), rz
+        p = ops.add(ops.divide(ops.rmatvec(z), unit), ops.ratio(go, rz, before), p)
         used += 1
     return Cycle(x, used, broken)
