@@ -660,8 +660,10 @@ def only_reverse_mode() -> bool:
 
 def random_state() -> bytes:
     """The state of the generator that functions draw from on the CPU, whatever mode is on."""
-    levels = no_levels() if depth() else _UNCHANGED
-    with levels, torch._C._DisableTorchDispatch(), no_modes():
+    if depth() == 0 and not in_dispatch_mode():
+        with no_modes():
+            return torch.default_generator.get_state().numpy().tobytes()
+    with no_levels(), torch._C._DisableTorchDispatch(), no_modes():
         return torch.default_generator.get_state().numpy().tobytes()
 
 

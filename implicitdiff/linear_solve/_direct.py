@@ -64,10 +64,6 @@ def factorised(factor: Factor) -> Factorise:
 
 
 def _solve_scaled_if_need_be(factor: Factor, a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if a.shape[-1] <= _SMALL:
-        x, broken = by_inverse(a, b)
-        if not bool(broken.any()):
-            return x, broken
     x, broken = probed(factor, a, b)
     if not bool(broken.any()):
         return x, broken
@@ -77,34 +73,31 @@ def _solve_scaled_if_need_be(factor: Factor, a: Tensor, b: Tensor, eps: float) -
     return col.mT * x, broken
 
 
-# Up to here an inverse takes less time than the operations that estimate a condition number without it.
-_SMALL = 32
-
-
-def by_inverse(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Multiply by the inverse; a lane is called broken unless it is well-conditioned by far, so that this is as exact
-    as a factorisation. The condition number is that in the Frobenius norm."""
-    inverse, info = torch.linalg.inv_ex(a)
-    condition = torch.linalg.vector_norm(a, dim=(-2, -1)) * torch.linalg.vector_norm(inverse, dim=(-2, -1))
-    # Negated, it catches nan.
-    return inverse @ b, ~(condition < 0.01 / torch.finfo(a.dtype).eps ** 0.5) | (info != 0)
+# Up to so many numbers an inverse takes less time than the operations that estimate its norm.
+_SMALL = 1024
 
 
 def probed(factor: Factor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve, and estimate the condition number.
+    """Solve, and find or estimate the condition number.
 
-    A vector with a share in every direction, as one more right-hand side, grows by about the norm of the inverse. A
-    small pivot alone would not tell, and the given right-hand side may have no share in the bad direction. The vector's
-    own share there may be small too: where it does not clear the matrix by far, inverse iteration turns it there.
+    For few numbers the norm of the inverse is that of the solutions with the unit vectors, as more right-hand sides.
+    Else a vector with a share in every direction, as one more right-hand side, grows by about that norm. A small pivot
+    alone would not tell, and the given right-hand side may have no share in the bad direction. The vector's own share
+    there may be small too: where it does not clear the matrix by far, inverse iteration turns it there.
     """
-    n = a.shape[-1]
+    lanes, n, k = a.shape[0], a.shape[-1], b.shape[-1]
     solve, solve_transposed, broken = factor(a)
-    v = torch.cos(7.0 * torch.arange(1, n + 1, dtype=a.dtype, device=a.device) ** 2).reshape(1, n, 1)
-    v = (v / torch.linalg.vector_norm(v)).expand(a.shape[0], n, 1)
-    x = solve(torch.cat([b, v], dim=-1))
-    x, v = x[..., :-1], x[..., -1:]
-    size = torch.linalg.matrix_norm(a)[:, None, None]
+    size = torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True)
     limit = 0.1 / torch.finfo(a.dtype).eps
+    if a.numel() <= _SMALL:
+        unit = torch.eye(n, dtype=a.dtype, device=a.device).expand(lanes, n, n)
+        x = solve(torch.cat([b, unit], dim=-1))
+        growth = torch.linalg.vector_norm(x[..., k:], dim=(-2, -1), keepdim=True)
+        return x[..., :k], broken | ~(growth * size < limit)[:, 0, 0]
+    v = torch.cos(7.0 * torch.arange(1, n + 1, dtype=a.dtype, device=a.device) ** 2).reshape(1, n, 1)
+    v = (v / torch.linalg.vector_norm(v)).expand(lanes, n, 1)
+    x = solve(torch.cat([b, v], dim=-1))
+    x, v = x[..., :k], x[..., k:]
     growth = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
     if not bool((growth * size < 1e-5 * limit).all()):
         for step in (solve_transposed, solve):
