@@ -39,13 +39,18 @@ def solve_cholesky(*, ridge: float = 0.0, on_failure: OnFailure = "raise") -> Li
 
 def cholesky(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """A `Factorise` for symmetric positive definite matrices."""
-    size = a.abs().amax(dim=(-2, -1))
-    asymmetric = (a - a.mT).abs().amax(dim=(-2, -1)) > eps**0.5 * size
-    # Scaled to unit diagonal, the condition is about the best that a scaling gives.
-    scale = a.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    scale = torch.where(scale > 0, 1.0 / scale, 1.0)[..., None]
-    x, broken = probed(_triangular, scale * a * scale.mT, scale * b)
-    return scale * x, asymmetric | broken
+    diagonal = a.diagonal(dim1=-2, dim2=-1)
+    # The largest entry of a positive definite matrix lies on its diagonal, and a difference from the transpose has
+    # entries of both signs.
+    asymmetric = (a - a.mT).amax(dim=(-2, -1)) > eps**0.5 * diagonal.amax(dim=-1)
+    x, broken = probed(_triangular, a, b)
+    if bool(broken.any()):
+        # Scaled to unit diagonal, the condition is about the best that a scaling gives.
+        scale = diagonal.clamp(min=0).sqrt()
+        scale = torch.where(scale > 0, 1.0 / scale, 1.0)[..., None]
+        x, broken = probed(_triangular, scale * a * scale.mT, scale * b)
+        x = scale * x
+    return x, asymmetric | broken
 
 
 def _triangular(a: Tensor) -> Factors:
