@@ -46,12 +46,12 @@ def materialised(system: System, factorise: Factorise, broken: str) -> Outcome:
     b = system.b.reshape(lanes, -1, m).mT
     x, singular = factorise(a, b, system.eps)
     failed = (singular[:, None] | ~torch.isfinite(x).all(dim=-2)).reshape(-1)
-    rows = x.mT.reshape(-1, n)
-    residual = target = torch.zeros_like(failed, dtype=x.dtype)
-    if bool(failed.any()):
+
+    def figures() -> tuple[Tensor, Tensor]:
         residual = torch.linalg.vector_norm(b - a @ x, dim=-2).reshape(-1)
-        target = torch.finfo(a.dtype).eps * torch.linalg.vector_norm(system.b, dim=-1)
-    return Outcome(rows, failed, broken, residual, target, 0)
+        return residual, torch.finfo(a.dtype).eps * torch.linalg.vector_norm(system.b, dim=-1)
+
+    return Outcome(x.mT.reshape(-1, n), failed, broken, figures, 0)
 
 
 def factorised(factor: Factor) -> Factorise:

@@ -155,4 +155,5 @@ def iterate(
     why = broken if ops.any(failed) else NO_CONVERGENCE
     if maxiter is None:
         failed = failed | ops.negate(residual <= target)
-    return Outcome(ops.to_rows(x), ops.per_row(failed), why, ops.per_row(residual), ops.per_row(target), used)
+    figures = ops.per_row(residual), ops.per_row(target)
+    return Outcome(ops.to_rows(x), ops.per_row(failed), why, lambda: figures, used)

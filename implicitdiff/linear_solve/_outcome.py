@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,16 +21,14 @@ class Outcome(NamedTuple):
     x: the solution, row by row.
     failed: which rows failed.
     why: what went wrong in them, and what to do.
-    residual: residual norms, in the system's scaled rows.
-    target: what they had to reach.
+    figures: computes the residual norms, in the system's scaled rows, and what they had to reach.
     iterations: how many were used; 0 for a direct solver.
     """
 
     x: Tensor
     failed: Tensor
     why: str
-    residual: Tensor
-    target: Tensor
+    figures: Callable[[], tuple[Tensor, Tensor]]
     iterations: int
 
 
@@ -37,11 +36,11 @@ def settle(name: str, outcome: Outcome, system: System, on_failure: OnFailure) -
     """The solution, once failure has been raised, warned of, or ignored as the user asked."""
     if on_failure == "ignore" or not bool(outcome.failed.any()):
         return outcome.x
-    scale = system.scale[:, 0]
-    excess = torch.where(outcome.failed, outcome.residual / outcome.target, -torch.inf).nan_to_num(nan=torch.inf)
+    scale, (residual, target) = system.scale[:, 0], outcome.figures()
+    excess = torch.where(outcome.failed, residual / target, -torch.inf).nan_to_num(nan=torch.inf)
     worst = int(excess.argmax())
-    residual, target = float((outcome.residual * scale)[worst]), float((outcome.target * scale)[worst])
-    report(name, outcome.why, outcome.failed, residual, target, outcome.iterations, on_failure)
+    figures = float((residual * scale)[worst]), float((target * scale)[worst])
+    report(name, outcome.why, outcome.failed, *figures, outcome.iterations, on_failure)
     return outcome.x
 
 

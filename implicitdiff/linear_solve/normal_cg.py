@@ -124,7 +124,7 @@ def _solve_rectangular(
     outcome = iterate(system, normal_conjugate_gradients, NOT_FINITE, rtol, atol, maxiter, size, least)
     if bool(outcome.failed.any()):
         # A product with a large solution is rounded coarsely too.
-        coarse = outcome.residual <= rounding(outcome.x)[:, 0]
+        coarse = outcome.figures()[0] <= rounding(outcome.x)[:, 0]
         outcome = outcome._replace(failed=outcome.failed & ~coarse)
     return settle("solve_normal_cg", outcome, system, on_failure)
 
