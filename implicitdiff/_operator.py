@@ -264,17 +264,29 @@ class Operator(ABC):
 
 @dataclass(frozen=True)
 class Matvec(Operator):
-    """``A(operands) v = fn(v, operands)``."""
+    """``A(operands) v = fn(v, operands)``.
+
+    Attributes:
+        fn: that function.
+        one_by_one: see `Operator`.
+        is_hermitian: whether ``A`` is its own adjoint for the operands of the call. For others it may not be, so this
+            serves products alone that nothing differentiates.
+    """
 
     fn: Residual
     one_by_one: bool = False
+    is_hermitian: bool = False
 
     def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
-        at = pullback(self.fn, list(map(torch.zeros_like, like)), operands)
-        return Products(lambda: lambda v: self.fn(v, operands), at.pull)
+        def matvec() -> Product:
+            return lambda v: self.fn(v, operands)
+
+        if self.is_hermitian and issubclass(pullback, PlainPullback):
+            return Products(matvec, matvec)
+        return Products(matvec, pullback(self.fn, list(map(torch.zeros_like, like)), operands).pull)
 
     def batched(self, dims: Dims) -> Matvec:
-        return Matvec(vmap(self.fn, (0, list(dims))), self.one_by_one)
+        return replace(self, fn=vmap(self.fn, (0, list(dims))))
 
 
 @dataclass(frozen=True)

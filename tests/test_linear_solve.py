@@ -1691,6 +1691,40 @@ def test_a_users_own_function_whose_result_is_not_finite_is_a_failure():
     assert error.failed == 1
 
 
+# --- 8b. an operator that is its own adjoint --------------------------------------------------------------------------
+
+
+def nearly_hermitian(skew: Tensor) -> Callable[[Tensor], Tensor]:
+    """``A + skew S``, with ``S`` skew-symmetric, so small that conjugate gradients converge."""
+    a = with_singular_values(torch.linspace(1, 2, 12, dtype=F64))
+    a, s = a @ a.mT, general(12)
+    return lambda v: a @ v + skew * ((s - s.mT) @ v)
+
+
+@pytest.mark.parametrize("skew", [0.0, 1e-6])
+def test_conjugate_gradients_take_the_adjoint_where_it_is_another(skew):
+    matvec, b, u = nearly_hermitian(torch.tensor(skew, dtype=F64)), draw(1, 12), draw(2, 12)
+    matrix = torch.stack([matvec(e) for e in torch.eye(12, dtype=F64)], dim=-1)
+    _, pull = torch.func.vjp(lambda b: solve_cg(rtol=1e-13)(matvec, b), b)
+    torch.testing.assert_close(pull(u)[0], torch.linalg.solve(matrix.mT, u), rtol=1e-10, atol=0)
+
+
+def test_a_derivative_sees_that_an_operator_is_hermitian_for_these_operands_alone():
+    """The second derivative in ``skew`` at 0, where the operator is its own adjoint."""
+    b, u = draw(1, 12), draw(2, 12)
+
+    def by_cg(skew: Tensor) -> Tensor:
+        return u @ solve_cg(rtol=1e-13)(nearly_hermitian(skew), b)
+
+    def exactly(skew: Tensor) -> Tensor:
+        matrix = vmap(nearly_hermitian(skew), out_dims=1)(torch.eye(12, dtype=F64))
+        return u @ torch.linalg.solve(matrix, b)
+
+    skew = torch.tensor(0.0, dtype=F64)
+    for order in (grad, lambda f: grad(grad(f))):
+        torch.testing.assert_close(order(by_cg)(skew), order(exactly)(skew), rtol=1e-8, atol=1e-8)
+
+
 # --- 9. solve_auto --------------------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,7 @@ def solve_cg(
         preconditioner=preconditioner,
         init=init,
         on_failure=on_failure,
+        is_for_hermitian=True,
     )
 
 

@@ -1,0 +1,108 @@
+"""Where the time of one small call goes: of each stage what it takes itself, without the stages inside of it.
+
+Functions of the library are timed from outside. Timing adds some tenths of a microsecond to each call of a stage.
+
+    python benchmarks/stages.py [row ...]
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import peers
+
+CALLS = 400
+ROWS = ("root_autograd", "root_func", "run_func")
+# What is said of them, and where they are; a stage may have several functions.
+STAGES = {
+    "the solver of the user": ["_body:run_solver"],
+    "matching of arguments": ["_signature:Matcher.bind"],
+    "variables noted": ["_snapshot:Snapshot.__init__", "_snapshot:Snapshot.keep_used", "_snapshot:Snapshot.replaced"],
+    "evaluations that are watched": ["_lift:_watched", "_lift:Lifted._watched"],
+    "their operations": ["_modes:Watch.__torch_function__"],
+    "comparison of evaluations": ["_program:Program.difference", "_lift:Lifted.refuse_overwritten"],
+    "closure conversion": ["_lift:lift"],
+    "the search": ["solvers._solver:Maker._implicit"],
+    "the derivative is attached": ["_root:Posed.attached"],
+    "the derivative": ["_primitive:_pulled_back"],
+    "the linear system": ["_linear:LinearProblem.primal"],
+    "its matrix": ["_system:_materialise"],
+    "its factorisation": ["linear_solve._direct:probed"],
+    "products by autograd": ["_functorch:gradients"],
+    "one level of torch.func": ["_functorch:apply"],
+}
+
+
+class Clock:
+    """The time that each stage takes itself."""
+
+    def __init__(self) -> None:
+        self.own: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        self.within: list[float] = [0.0]
+
+    def timed(self, stage: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fn)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.within.append(0.0)
+            began = time.perf_counter()
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                taken = time.perf_counter() - began
+                self.own[stage] += taken - self.within.pop()
+                self.within[-1] += taken
+
+        return run
+
+    def install(self) -> None:
+        for stage, places in STAGES.items():
+            for place in places:
+                name, path = place.split(":")
+                owner: Any = importlib.import_module(f"implicitdiff.{name}")
+                *above, last = path.split(".")
+                for part in above:
+                    owner = getattr(owner, part)
+                fn = getattr(owner, last)
+                wrapped = self.timed(stage, fn)
+                setattr(owner, last, wrapped)
+                if not above:
+                    self._exchange(fn, wrapped)
+
+    def _exchange(self, fn: Any, wrapped: Any) -> None:
+        """In the modules that have imported it by name."""
+        for module in [m for name, m in sys.modules.items() if name.startswith("implicitdiff")]:
+            for name in [name for name, value in vars(module).items() if value is fn]:
+                setattr(module, name, wrapped)
+
+
+def main(names: list[str]) -> None:
+    clock = Clock()
+    clock.install()
+    for name in names:
+        row = peers.ROWS[name]()
+        call = row.entries["implicitdiff"]
+        for _ in range(20):
+            call()
+        clock.own = dict.fromkeys(STAGES, 0.0)
+        total = []
+        for _ in range(CALLS):
+            began = time.perf_counter()
+            call()
+            total.append(time.perf_counter() - began)
+        whole = 1e6 * statistics.mean(total)
+        print(f"\n{row.title}: {whole:.0f} microseconds\n")
+        own = {stage: 1e6 * seconds / CALLS for stage, seconds in clock.own.items()}
+        own["all else, torch.func's own transforms among it"] = whole - sum(own.values())
+        for stage, took in sorted(own.items(), key=lambda pair: -pair[1]):
+            if took > 0.5:
+                print(f"{stage:50s} {took:8.0f} {100 * took / whole:5.0f} %")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(ROWS))
