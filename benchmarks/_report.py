@@ -70,14 +70,20 @@ def kept(results: Path) -> Rows:
     return rows
 
 
-def save(results: Path, rows: Rows) -> None:
-    """Write what was measured into the file, whose other rows stay; the milliseconds there become the last run's."""
-    before = kept(results)
+def save(results: Path, rows: Rows, names: Collection[str]) -> None:
+    """Write what was measured into the file.
+
+    Its other rows stay if they begin with one of the names, by which all are sorted. The milliseconds that were there
+    become those of the last run.
+    """
+    before = {name: row for name, row in kept(results).items() if name.split(",")[0] in names}
     for name, row in rows.items():
         old = before.get(name, {})
         last = {"last": old["ms"]} if "ms" in row and "ms" in old else {}
         before[name] = old | row | last
-    results.write_text(json.dumps({"versions": versions(), "rows": before}, indent=1) + "\n")
+    order = list(names)
+    ordered = dict(sorted(before.items(), key=lambda item: order.index(item[0].split(",")[0])))
+    results.write_text(json.dumps({"versions": versions(), "rows": ordered}, indent=1) + "\n")
 
 
 def rounded(quartiles: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -579,7 +579,7 @@ def main() -> None:
             show(row.title, measured["ms"], last.get("ms", {}))
         results[name] = {"title": row.title, **measured}
     if options.save:
-        _report.save(RESULTS, results)
+        _report.save(RESULTS, results, ROWS | MEMORY)
 
 
 if __name__ == "__main__":
