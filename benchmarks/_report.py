@@ -73,17 +73,18 @@ def kept(results: Path) -> Rows:
 def save(results: Path, rows: Rows, names: Collection[str]) -> None:
     """Write what was measured into the file.
 
-    Its other rows stay if they begin with one of the names, by which all are sorted. The milliseconds that were there
-    become those of the last run.
+    The milliseconds that were there become those of the last run. The other rows of the file, and what else it has of
+    these, stay if they are of the same machine and versions, and begin with one of the names, by which all are sorted.
     """
-    before = {name: row for name, row in kept(results).items() if name.split(",")[0] in names}
+    found, before = versions(), kept(results)
+    stays = bool(before) and json.loads(results.read_text())["versions"] == found
+    merged = {name: row for name, row in before.items() if stays and name.split(",")[0] in names}
     for name, row in rows.items():
-        old = before.get(name, {})
-        last = {"last": old["ms"]} if "ms" in row and "ms" in old else {}
-        before[name] = old | row | last
+        last = before.get(name, {}).get("ms")
+        merged[name] = merged.get(name, {}) | row | ({"last": last} if "ms" in row and last else {})
     order = list(names)
-    ordered = dict(sorted(before.items(), key=lambda item: order.index(item[0].split(",")[0])))
-    results.write_text(json.dumps({"versions": versions(), "rows": ordered}, indent=1) + "\n")
+    ordered = dict(sorted(merged.items(), key=lambda item: order.index(item[0].split(",")[0])))
+    results.write_text(json.dumps({"versions": found, "rows": ordered}, indent=1) + "\n")
 
 
 def rounded(quartiles: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -111,7 +111,7 @@ def beside(row: dict[str, Any], *left: str) -> Iterator[tuple[str, ...]]:
 
 
 def time(entry: str, ms: dict[str, list[float]], missed: dict[str, float]) -> str:
-    return number(ms[entry][1]) if entry in ms else f"missed: {missed[entry]:.0e}" if entry in missed else ""
+    return number(ms[entry][1]) if entry in ms else f"missed: {missed[entry]:.1e}" if entry in missed else ""
 
 
 def count(rows: Rows, entries: list[str]) -> tuple[int, int]:
@@ -167,7 +167,7 @@ def families(rows: Rows) -> str:
             if row["batch"] == batch:
                 size = f", {row['unknowns']} unknowns" if not batch and row["unknowns"] != 1000 else ""
                 middle, most = row["iterations"]
-                label = f"`{name.split(',')[0]}`{', gradient' * ('gradient' in name)}{size}"
+                label = f"`{name.split(',')[0]}`{', gradient' * (', gradient' in name)}{size}"
                 lines += beside(row, label, f"{middle:.0f}, {most}")
         head = ("solver", "iterations", "ours, ms", "beside", "its ms", "ours / its", "last")
         parts += [f"\n### {title}\n", table(head, *lines)]
@@ -197,25 +197,24 @@ SECTIONS: dict[str, list[Callable[[Rows], str]]] = {
 TITLES = {"peers.json": DERIVATIVES, "solvers.json": FAMILIES, "growth.json": GROWTH.split("\n!")[0]}
 
 
-def machine(name: str, versions: dict[str, str]) -> str:
-    packages = ", ".join(f"{package} {version}" for package, version in versions.items() if package != "processor")
-    return f"- `{name}`: {versions['processor']}; {packages}."
+def machines(results: dict[str, dict[str, Any]]) -> str:
+    """What was measured where, and with which versions."""
+    files: dict[str, list[str]] = {}
+    for name, found in results.items():
+        versions = dict(found["versions"])
+        where = f"{versions.pop('processor')}; Python {versions.pop('python')}, "
+        files.setdefault(where + ", ".join(map(" ".join, versions.items())), []).append(f"`{name}`")
+    return "\n" + "\n".join(f"- {', '.join(names)}: {told}." for told, names in files.items()) + "\n"
 
 
 def page(folder: Path) -> str:
     """The page, from the results in the folder."""
     files = [folder / name for name in SECTIONS]
     results = {path.name: json.loads(path.read_text()) for path in files if path.exists()}
-    parts = [HEAD, "\n", "\n".join(machine(name, found["versions"]) for name, found in results.items()), "\n"]
+    parts = [HEAD, machines(results)]
     for name, sections in SECTIONS.items():
-        parts += (
-            [section(results[name]["rows"]) for section in sections]
-            if name in results
-            else [
-                TITLES[name],
-                MISSING,
-            ]
-        )
+        there = name in results
+        parts += [section(results[name]["rows"]) for section in sections] if there else [TITLES[name], MISSING]
     return "".join([*parts, LOSSES])
 
 

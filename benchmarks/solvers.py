@@ -459,7 +459,7 @@ def show(name: str, found: dict[str, Entry], target: float, before: dict[str, li
 
 
 def cell(name: str, found: dict[str, Entry], ms: dict[str, list[float]]) -> str:
-    return f"{ms[name][1]:.3g}" if name in ms else f"missed: {found[name].residual:.0e}" if name in found else ""
+    return f"{ms[name][1]:.3g}" if name in ms else f"missed: {found[name].residual:.1e}" if name in found else ""
 
 
 def ratio(name: str, ms: dict[str, list[float]]) -> str:
