@@ -27,7 +27,7 @@ PINS = {
     "furo": "2025.12.19",
     "sphinx-copybutton": "0.5.2",
 }
-# What benchmarks/solvers.py, benchmarks/rates.py and TorchOpt's tests compare with.
+# What benchmarks/peers.py, benchmarks/solvers.py, benchmarks/rates.py and TorchOpt's tests compare with.
 PEERS = {
     "jax": "0.10.2",
     "jaxlib": "0.10.2",
@@ -37,7 +37,7 @@ PEERS = {
     "lineax": "0.1.1",
     "optax": "0.2.8",
 }
-# What benchmarks/rates.py compares quadratic programs with.
+# What benchmarks/solvers.py and benchmarks/rates.py compare quadratic programs with.
 QUADRATIC = {"osqp": "1.1.3", "clarabel": "0.11.1"}
 # The libraries of tests/programs.
 PROGRAMS = {
@@ -260,23 +260,30 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/steps.py", *session.posargs)
 
 
-@nox.session(name="bench-solvers")
-def bench_solvers(session: nox.Session) -> None:
-    """Measure the solvers against those of JAXopt, Optimistix and SciPy."""
-    install(session)
-    install_peers(session)
-    session.run("python", "benchmarks/solvers.py", *session.posargs)
-
-
 @nox.session(name="bench-peers")
 def bench_peers(session: nox.Session) -> None:
-    """Measure what a derivative costs beside JAXopt, Optimistix, Lineax, TorchOpt and plain torch."""
-    install(session)
+    """Measure derivatives and solvers beside other libraries and plain torch; `-- --save` keeps that for the page."""
+    install(session, *QUADRATIC)
     install_peers(session)
     # Without its torch, which may be another.
     needs = [f"{name}=={version}" for name, version in ITS_NEEDS.items()]
     session.install("--no-deps", f"torchopt=={TORCHOPT}", *needs)
-    session.run("python", "benchmarks/peers.py", *session.posargs)
+    for script in (("peers.py",), ("peers.py", "--memory"), ("solvers.py",)):
+        session.run("python", f"benchmarks/{script[0]}", *script[1:], *session.posargs)
+    write_page(session)
+
+
+@nox.session(name="bench-growth")
+def bench_growth(session: nox.Session) -> None:
+    """Measure how times grow with unknowns, problems and parameters; `-- --save` keeps that, and draws it."""
+    install(session, "matplotlib")
+    session.run("python", "benchmarks/growth.py", *session.posargs)
+    write_page(session)
+
+
+def write_page(session: nox.Session) -> None:
+    if "--save" in session.posargs:
+        session.run("python", "benchmarks/page.py")
 
 
 @nox.session

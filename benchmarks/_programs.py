@@ -8,15 +8,15 @@ A false claim is an end that the solver calls a solution, and is none. Without O
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import _report
 import numpy as np
+from scipy import sparse
 
 from implicitdiff.solvers import Status, qp
 
@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from problem_sets import maros_meszaros
 from problem_sets.quadratic_programs import PROGRAMS, QuadraticProgram
 
+OSQP, CLARABEL = map(_report.library, ("osqp", "clarabel"))
 MAXITER = 2000
 
 
@@ -46,8 +47,7 @@ def ours(program: QuadraticProgram) -> End:
 
 def osqp(program: QuadraticProgram) -> End:
     """With polishing, and tolerances in the place of 1e-3."""
-    sparse: Any = importlib.import_module("scipy.sparse")
-    solver = importlib.import_module("osqp").OSQP()
+    solver = OSQP.OSQP()
     solver.setup(
         sparse.csc_matrix(np.triu(program.P)),
         program.q,
@@ -65,15 +65,13 @@ def osqp(program: QuadraticProgram) -> End:
 
 
 def clarabel(program: QuadraticProgram) -> End:
-    sparse: Any = importlib.import_module("scipy.sparse")
-    peer = importlib.import_module("clarabel")
     P, q, A, l, u = program.P, program.q, program.A, program.l, program.u  # noqa: E741
     equal, below, above = l == u, np.isfinite(l) & (l < u), np.isfinite(u) & (l < u)
     rows, right = np.vstack([A[equal], A[above], -A[below]]), np.concatenate([u[equal], u[above], -l[below]])
-    settings = peer.DefaultSettings()
+    settings = CLARABEL.DefaultSettings()
     settings.verbose = False
-    cones = [peer.ZeroConeT(int(equal.sum())), peer.NonnegativeConeT(int(above.sum() + below.sum()))]
-    result = peer.DefaultSolver(
+    cones = [CLARABEL.ZeroConeT(int(equal.sum())), CLARABEL.NonnegativeConeT(int(above.sum() + below.sum()))]
+    result = CLARABEL.DefaultSolver(
         sparse.csc_matrix(np.triu(P)), q, sparse.csc_matrix(rows), right, cones, settings
     ).solve()
     return End(np.array(result.x), str(result.status) == "Solved", result.iterations)
@@ -82,7 +80,7 @@ def clarabel(program: QuadraticProgram) -> End:
 def solvers() -> dict[str, Solve]:
     """Those that are installed."""
     peers: dict[str, Solve] = {"osqp": osqp, "clarabel": clarabel}
-    return {"implicitdiff": ours} | {name: fn for name, fn in peers.items() if importlib.util.find_spec(name)}
+    return {"implicitdiff": ours} | {name: fn for name, fn in peers.items() if name not in _report.MISSING}
 
 
 class Score(NamedTuple):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _report
 import numpy as np
 import scipy.optimize as so
 import torch
@@ -26,18 +26,7 @@ Of = Callable[[Any], Function]
 Given = Callable[[Any, str], dict[str, Any]]
 """``given(problem, dtype)``: the arguments of a solver that differ from problem to problem."""
 DTYPES = ("float64", "float32")
-MISSING: list[str] = []
-
-
-def peer(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        MISSING.append(name)
-        return None
-
-
-jax, jaxopt, optimistix = map(peer, ("jax", "jaxopt", "optimistix"))
+jax, jaxopt, optimistix = map(_report.library, ("jax", "jaxopt", "optimistix"))
 
 
 class Outcome(NamedTuple):

@@ -1,7 +1,7 @@
-"""What a derivative costs: implicit against unrolled, by time and by memory, and one linear solver against another.
+"""What a derivative costs: implicit against unrolled, and one linear solver against another.
 
 Times are medians of interleaved repetitions, with their quartiles; what counts is the ratio of two rows of one run,
-since machines differ and are shared. Memory is how far the peak of a fresh process rises.
+since machines differ and are shared. Memory is in `peers.py`.
 
     python benchmarks/cost.py
 """
@@ -9,9 +9,6 @@ since machines differ and are shared. Memory is how far the peak of a fresh proc
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import resource
-from collections.abc import Callable
 
 import torch
 from measure import measure
@@ -95,37 +92,6 @@ def linear_solvers(n: int = 200) -> None:
     )
 
 
-def plain(z: Tensor, x: Tensor, steps: int) -> Tensor:
-    for _ in range(steps):
-        z = torch.tanh(0.5 * z + x)
-    return z
-
-
-def peak(kind: str, steps: int) -> float:
-    """How far one gradient raises the peak memory of this process, in MiB."""
-    x = torch.ones(4096, 1024, requires_grad=True)
-    solver: Callable[[Tensor, Tensor], Tensor] = functools.partial(plain, steps=steps)
-    if kind == "implicit":
-        solver = custom_fixed_point(lambda z, x: torch.tanh(0.5 * z + x), solve=ls.solve_cg())(solver)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    solver(torch.zeros_like(x), x).sum().backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-
-
-def memory() -> None:
-    """The peak memory of a gradient by the number of the solver's iterations."""
-    counts = (10, 50, 100)
-    print("\npeak memory of a gradient in MiB, 2^22 unknowns in float32 (16 MiB), by iterations of the solver\n")
-    print(f"{'':32s}" + "".join(f"{count:>10d}" for count in counts))
-    for kind in ("implicit", "unrolled"):
-        row = []
-        for count in counts:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                row.append(pool.apply(peak, (kind, count)))
-        print(f"{kind:32s}" + "".join(f"{mib:10.1f}" for mib in row))
-
-
 if __name__ == "__main__":
     jacobians()
     linear_solvers()
-    memory()

@@ -4,55 +4,37 @@ Every entry of a row computes the same numbers: they are compared with a closed 
 entries take turns, in float64 on one thread; times are medians of process time, with their quartiles. What counts are
 the ratios of one run, since machines differ and are shared. JAX compiles beforehand.
 
-    python benchmarks/peers.py [--save] [row ...]
+    python benchmarks/peers.py [--save] [--memory] [row ...]
 
-With ``--save`` the results go to ``benchmarks/peers.json``, and what they were before is shown beside them.
-Libraries that are missing are left out, and named.
+``--memory`` measures peak memory in the place of time, where it is more than that of the libraries themselves: how far
+one call, after another, raises the peak of resident memory, each entry in a fresh process. With ``--save`` the results
+go to ``benchmarks/peers.json``; what they were before is shown beside them. Libraries that are missing are left out,
+and named.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-
-# Before the libraries read them.
-os.environ |= {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-
-import argparse
-import importlib
-import importlib.metadata
-import json
-import platform
+import re
 import statistics
-import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _report
 import numpy as np
 import torch
+from measure import timed
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 
 import implicitdiff as idf
-from implicitdiff import custom_root, solvers
+from implicitdiff import custom_fixed_point, custom_root, solvers
 from implicitdiff import linear_solve as ls
 
-MISSING = []
-
-
-def library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        MISSING.append(name)
-        return None
-
-
-jax, jaxopt, optimistix, lineax, torchopt = map(library, ("jax", "jaxopt", "optimistix", "lineax", "torchopt"))
+jax, jaxopt, optimistix, lineax, torchopt = map(_report.library, ("jax", "jaxopt", "optimistix", "lineax", "torchopt"))
 
 Array = np.ndarray
 Entry = Callable[[], Any]
@@ -60,6 +42,8 @@ RESULTS = Path(__file__).with_name("peers.json")
 # Seconds that the turns of one entry take together, about.
 BUDGET = 1.5
 TURNS = 15
+# Of which the median is the peak memory of an entry.
+CALLS = 5
 
 
 class Row(NamedTuple):
@@ -463,6 +447,35 @@ def adam_step(size: int = 10, steps: int = 100) -> Row:
     return Row(f"{steps} Adam steps in place, one leaf of {size}", entries, expected.detach().numpy())
 
 
+def iterations(count: int, shape: tuple[int, int] = (4096, 1024)) -> Row:
+    """The gradient of a fixed point of 2^22 unknowns in float32 (16 MiB), by the number of plain iterations."""
+    start = torch.ones(shape)
+
+    def step(z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(0.5 * z + x)
+
+    def plain(z: Tensor, x: Tensor) -> Tensor:
+        for _ in range(count):
+            z = step(z, x)
+        return z
+
+    def gradient(solver: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        x = start.detach().requires_grad_()
+        return torch.autograd.grad(solver(torch.zeros_like(x), x).sum(), x)[0]
+
+    z = 0.0
+    for _ in range(100):
+        z = np.tanh(0.5 * z + 1.0)
+    slope = 1 - z**2
+    exact = np.full(shape, slope / (1 - 0.5 * slope), np.float32)
+    decorated = custom_fixed_point(step, solve=ls.solve_cg())(plain)
+    entries: dict[str, Entry] = {
+        "implicitdiff": partial(gradient, decorated),
+        "unrolled by hand": partial(gradient, plain),
+    }
+    return Row(f"fixed point of tanh, 2^22 unknowns in float32, {count} iterations", entries, exact, rtol=1e-4)
+
+
 ROWS: dict[str, Callable[[], Row]] = {
     "ridge_tasks": ridge_tasks,
     "ridge_cg": ridge_cg,
@@ -482,6 +495,12 @@ ROWS: dict[str, Callable[[], Row]] = {
     "adam": adam_step,
 }
 
+# The rows whose peak memory is measured.
+MEMORY: dict[str, Callable[[], Row]] = {
+    **{name: ROWS[name] for name in ("ridge_tasks", "ridge_cg", "fixed_point_1000", "logistic")},
+    **{f"iterations_{count}": partial(iterations, count) for count in (10, 50, 100)},
+}
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -495,68 +514,72 @@ def check(row: Row) -> None:
             raise AssertionError(f"{row.title}: {name} is off by {error:.1e}, above {row.rtol:.0e}")
 
 
-def measure(row: Row) -> dict[str, list[float]]:
-    """The quartiles of the milliseconds of each entry. A turn starts with a call that is not counted, since what ran
-    before leaves the caches cold."""
-    times: dict[str, list[float]] = {name: [] for name in row.entries}
-    calls = {}
-    for name, run in row.entries.items():
-        began = time.process_time()
-        run()
-        calls[name] = max(1, min(200, int(BUDGET / TURNS / max(time.process_time() - began, 1e-6))))
-    for _ in range(TURNS):
-        for name, run in row.entries.items():
-            run()
-            began = time.process_time()
-            for _ in range(calls[name]):
-                run()
-            times[name].append(1e3 * (time.process_time() - began) / calls[name])
-    return {name: statistics.quantiles(measured, n=4) for name, measured in times.items()}
+def resident(field: str) -> float:
+    """Of this process, in MiB: "VmRSS" now, "VmHWM" at the peak."""
+    return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 1024
 
 
-def show(row: Row, measured: dict[str, list[float]], before: dict[str, list[float]]) -> None:
-    print(f"\n{row.title}\n\n{'':38s} {'ms':>9s} {'quartiles':>19s} {'ours/it':>8s} {'before':>8s}")
+def rise(run: Entry) -> float:
+    """How far one call raises the peak of resident memory, in MiB."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def peak(row: str, entry: str) -> float:
+    """The median of some calls, as the kernel's count of pages lags a little."""
+    _report.one_thread()
+    run = MEMORY[row]().entries[entry]
+    run()
+    return statistics.median(rise(run) for _ in range(CALLS))
+
+
+def memory(name: str, row: Row) -> dict[str, float]:
+    """The peak memory of each entry, in MiB."""
+    # So that the allocator of the processes gives back what is freed, and a peak is that of one call.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    peaks = {}
+    for entry in row.entries:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks[entry] = round(pool.apply(peak, (name, entry)), 2)
+    return peaks
+
+
+def show(title: str, measured: dict[str, list[float]], before: dict[str, list[float]]) -> None:
+    print(f"\n{title}\n\n{'':38s} {'ms':>9s} {'quartiles':>19s} {'ours/it':>8s} {'before':>8s}")
     ours = measured["implicitdiff"][1]
     for name, (low, middle, high) in measured.items():
         last = f"{before['implicitdiff'][1] / before[name][1]:8.2f}" if name in before else ""
         print(f"{name:38s} {middle:9.3f} {low:8.3f} .. {high:7.3f} {ours / middle:8.2f} {last}", flush=True)
 
 
-def versions() -> dict[str, str]:
-    names = ("torch", "numpy", "jax", "jaxopt", "optimistix", "lineax", "torchopt")
-    found = {"python": platform.python_version(), "processor": processor()}
-    return found | {name: importlib.metadata.version(name) for name in names if name not in MISSING}
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def show_memory(title: str, measured: dict[str, float], before: dict[str, float]) -> None:
+    print(f"\n{title}\n\n{'':38s} {'MiB':>9s} {'before':>9s}")
+    for name, mib in measured.items():
+        print(f"{name:38s} {mib:9.2f} {before.get(name, ''):>9}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; all by default")
-    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
+    parser = _report.arguments(__doc__, ROWS | MEMORY, RESULTS)
+    parser.add_argument("--memory", action="store_true", help=f"measure memory, of {', '.join(MEMORY)}")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    if jax is not None:
-        jax.config.update("jax_enable_x64", True)
-    if MISSING:
-        print(f"not installed, and left out: {', '.join(MISSING)}")
-    before = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
-    results = dict(before)
-    for name in options.rows or ROWS:
-        row = ROWS[name]()
+    rows = MEMORY if options.memory else ROWS
+    names = _report.chosen(parser, options.rows, rows)
+    _report.one_thread()
+    before, results = _report.kept(RESULTS), {}
+    for name in names:
+        row, last = rows[name](), before.get(name, {})
         check(row)
-        measured = measure(row)
-        show(row, measured, before.get(name, {}).get("ms", {}))
-        results[name] = {"title": row.title, "ms": {k: [round(t, 4) for t in v] for k, v in measured.items()}}
+        if options.memory:
+            measured = {"MiB": memory(name, row)}
+            show_memory(row.title, measured["MiB"], last.get("MiB", {}))
+        else:
+            measured = {"ms": _report.rounded(timed(row.entries, BUDGET, TURNS))}
+            show(row.title, measured["ms"], last.get("ms", {}))
+        results[name] = {"title": row.title, **measured}
     if options.save:
-        RESULTS.write_text(json.dumps({"versions": versions(), "rows": results}, indent=1) + "\n")
+        _report.save(RESULTS, results, ROWS | MEMORY)
 
 
 if __name__ == "__main__":

@@ -58,15 +58,9 @@ A set is a `Set`; what has problems of another kind brings its own solvers, init
 
 from __future__ import annotations
 
-import os
-
-# Before the libraries read them.
-os.environ |= {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
-
 import argparse
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -74,12 +68,11 @@ from typing import Any, NamedTuple
 import _programs
 import _rates_minima
 import _rates_roots
+import _report
 import numpy as np
 import scipy.optimize as so
-import torch
 from _rates_runs import (
     DTYPES,
-    MISSING,
     Array,
     Function,
     Judge,
@@ -254,7 +247,7 @@ def row(group: Set, name: str, dtype: str, found: list[Case], common: list[int])
 
 
 def show(group: Set, dtype: str, chosen: list[str], missed: bool) -> None:
-    there = [(name, run) for name, run in group.solvers if name.split(".")[0] not in MISSING]
+    there = [(name, run) for name, run in group.solvers if name.split(".")[0] not in _report.MISSING]
     there = [(name, run) for name, run in there if not chosen or name in chosen]
     if not there:
         return
@@ -290,10 +283,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.sets) - set(names):
         parser.error(f"no set {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    if MISSING:
-        print(f"not installed, and left out: {', '.join(MISSING)}")
+    _report.one_thread()
     for group in SETS:
         for dtype in options.dtype or DTYPES:
             if not options.sets or group.name in options.sets:

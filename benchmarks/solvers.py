@@ -1,66 +1,50 @@
-"""What a solver costs against those of JAXopt, Optimistix and SciPy: the time to the same residual.
+"""What a solver costs against those of JAXopt, Optimistix and SciPy, and OSQP: the time to the same residual.
 
 Each solves one problem of 1000 unknowns, and 1000 problems of 20 in one vmapped call, in float64, on one thread. The
 residual is computed here, the same for all, and whoever does not reach it is not timed. JAX compiles beforehand. All
-take turns; times are medians, and what counts are the ratios.
+take turns; times are medians of process time, and what counts are the ratios.
 
-    python benchmarks/solvers.py [name ...]
+    python benchmarks/solvers.py [--save] [row ...]
 
-Without JAX, JAXopt and Optimistix it measures what is there, and says what is missing.
+With ``--save`` the results go to ``benchmarks/solvers.json``. Libraries that are missing are left out, and named.
 """
 
 from __future__ import annotations
 
-import os
-
-# Before the libraries read them.
-os.environ |= {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-
-import importlib
-import statistics
-import sys
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import _report
 import numpy as np
 import scipy.optimize as so
 import torch
+from measure import quartiles
+from scipy import sparse as matrices
 from scipy.special import softmax
 from torch.func import grad, vmap
 
 from implicitdiff import prox, sgd, solvers
 
-MISSING = []
-
-
-def peer(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        MISSING.append(name)
-        return None
-
-
-jax, jaxopt, optimistix, lineax = map(peer, ("jax", "jaxopt", "optimistix", "lineax"))
+jax, jaxopt, optimistix, lineax, osqp = map(_report.library, ("jax", "jaxopt", "optimistix", "lineax", "osqp"))
 
 Array = np.ndarray
 Data = tuple[Array, ...]
 Solve = Callable[..., tuple[Any, Any]]
 """``solve(problem, tol, x0, *data) -> (solution, iterations)``"""
-UNKNOWNS, LANES, LANE_UNKNOWNS, TURNS = 1000, 1000, 20, 3
+RESULTS = Path(__file__).with_name("solvers.json")
+UNKNOWNS, LANES, LANE_UNKNOWNS, TURNS = 1000, 1000, 20, 5
 STRENGTH = 0.1
 GRADIENT_TARGET = 1e-5
 """The relative error of a gradient; the solution's target is that of its problem."""
 LONG = 8.0
 """What takes more seconds than this is not measured again."""
+DIRECT = ("SciPy", "OSQP")
 HEAD = (
-    "| solver | iterations, median/max | residual | ms | peer | its ms | ours/peer | SciPy ms |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| solver | iterations, median/max | residual | ms | peer | its ms | ours/peer | before | SciPy or OSQP, ms |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -80,13 +64,16 @@ class Problem(NamedTuple):
 
 
 class Row(NamedTuple):
-    """``ours(fn, **options)`` is our solver; ``gradient`` the position among the data and the derivative there."""
+    """``ours(fn, **options)`` is our solver; ``gradient`` the position among the data and the derivative there.
+
+    The peers are compiled and batched by JAX; what is called as it is, with one problem, is in ``direct``.
+    """
 
     name: str
     problem: Problem
     ours: Callable[..., Any]
     peers: list[tuple[str, Solve]]
-    scipy: Solve | None = None
+    direct: tuple[str, Solve] | None = None
     gradient: tuple[int, Callable[..., Array]] | None = None
     batched: bool = True
 
@@ -99,7 +86,8 @@ def times(a: Array, x: Array) -> Array:
 
 
 def library(x: Any) -> Any:
-    return torch if isinstance(x, torch.Tensor) else np if isinstance(x, Array) else jax.numpy
+    # It does not name JAX: what our functions name is looked through, and JAX is large.
+    return torch if isinstance(x, torch.Tensor) else x.__array_namespace__()
 
 
 def contraction(rng: np.random.Generator, n: int) -> Data:
@@ -280,7 +268,7 @@ def lbfgsb(problem: Problem, tol: Any, x0: Any, *data: Any) -> tuple[Any, Any]:
     return found, state.iter_num
 
 
-def osqp(problem: Problem, tol: Any, x0: Any, q: Any, c: Any, a: Any, b: Any, g: Any, h: Any) -> tuple[Any, Any]:
+def jaxopt_osqp(problem: Problem, tol: Any, x0: Any, q: Any, c: Any, a: Any, b: Any, g: Any, h: Any) -> tuple[Any, Any]:
     solver = jaxopt.OSQP(tol=tol, maxiter=10_000, eq_qp_solve="lu", **linear())
     found, state = solver.run(params_obj=(q, c), params_eq=(a, b), params_ineq=(g, h))
     return (found.primal, found.dual_eq, found.dual_ineq), state.iter_num
@@ -290,25 +278,41 @@ def mirror_step(x: Any, slope: Any, stepsize: Any, _: Any) -> Any:
     return jax.nn.softmax(jax.numpy.log(x) - stepsize * slope)
 
 
-def minimised(method: str, bounds: Any = None, **options: Any) -> Solve:
+def minimised(method: str, bounds: Any = None, **options: Any) -> tuple[str, Solve]:
     def solve(problem: Problem, tol: float, x0: Array, *data: Array) -> tuple[Array, int]:
         how = {"gtol": tol, **options}
         found = so.minimize(problem.fn, x0, data, method, problem.slope, bounds=bounds, options=how)
         return found.x, found.nit
 
-    return solve
+    return "SciPy", solve
 
 
-def rooted(method: Callable[..., Array]) -> Solve:
+def rooted(method: Callable[..., Array]) -> tuple[str, Solve]:
     def solve(problem: Problem, tol: float, x0: Array, *data: Array) -> tuple[Array, int]:
         return method(lambda x: problem.residual(x, *data), x0, f_tol=tol, maxiter=10**4), 0
 
-    return solve
+    return "SciPy", solve
+
+
+def iterated(problem: Problem, tol: float, x0: Array, *data: Array) -> tuple[Array, int]:
+    return so.fixed_point(problem.fn, x0, data, tol, 10**4, "iteration"), 0
 
 
 def hybrid(problem: Problem, tol: float, x0: Array, *data: Array) -> tuple[Array, int]:
     found = so.root(problem.fn, x0, data, "hybr", problem.slope, tol)
     return found.x, found.nfev
+
+
+def osqp_itself(
+    problem: Problem, tol: float, x0: Array, q: Array, c: Array, a: Array, b: Array, g: Array, h: Array
+) -> tuple[Data, int]:
+    """From dense arrays, as the others."""
+    solver, rows = osqp.OSQP(), matrices.csc_matrix(np.concatenate([a, g]))
+    lower, upper = np.concatenate([b, np.full_like(h, -np.inf)]), np.concatenate([b, h])
+    how = {"eps_abs": tol, "eps_rel": 0.0, "max_iter": 100_000, "polishing": True, "verbose": False}
+    solver.setup(matrices.csc_matrix(np.triu(q)), c, rows, lower, upper, **how)
+    found = solver.solve(raise_error=False)
+    return (found.x, found.y[: len(b)], found.y[len(b) :]), found.info.iter
 
 
 class OurQP(NamedTuple):
@@ -329,11 +333,11 @@ NO_FTOL = {"ftol": 0.0, "maxfun": 10**6, "maxiter": 10**5}
 ROWS = [
     Row("fixed_point_iteration", CONTRACTION, solvers.fixed_point_iteration,
         [from_jaxopt("FixedPointIteration"), from_optimistix("fixed_point", "FixedPointIteration")],
-        lambda problem, tol, x0, *data: (so.fixed_point(problem.fn, x0, data, tol, 10**4, "iteration"), 0)),
+        ("SciPy", iterated)),
     Row("anderson", CONTRACTION, solvers.anderson, [from_jaxopt("AndersonAcceleration", ridge=1e-12)],
         rooted(so.anderson), (1, contraction_gradient)),
     Row("broyden", CONTRACTION, solvers.broyden, [("jaxopt.Broyden", broyden_on_step)], rooted(so.broyden1)),
-    Row("newton", EQUATIONS, solvers.newton, [from_optimistix("root_find", "Newton")], hybrid),
+    Row("newton", EQUATIONS, solvers.newton, [from_optimistix("root_find", "Newton")], ("SciPy", hybrid)),
     Row("chord", MILDER, solvers.chord, [from_optimistix("root_find", "Chord")]),
     Row("broyden_root", EQUATIONS, solvers.broyden_root, [from_jaxopt("Broyden", maxiter=200)], rooted(so.broyden1)),
     Row("bisection", SCALARS, partial(solvers.bisection, **BRACKET),
@@ -363,7 +367,8 @@ ROWS = [
         [from_jaxopt("MirrorDescent", (None,), 10_000, projection_grad=mirror_step, stepsize=1.0)]),
     Row("scipy_minimize", LOGISTIC, partial(solvers.scipy_minimize, method="L-BFGS-B", scipy_options={"ftol": 0.0}), [],
         minimised("L-BFGS-B", **NO_FTOL), batched=False),
-    Row("qp", PROGRAM, our_qp, [("jaxopt.OSQP", osqp)], gradient=(1, program_gradient)),
+    Row("qp", PROGRAM, our_qp, [("jaxopt.OSQP", jaxopt_osqp)], direct=("OSQP", osqp_itself),
+        gradient=(1, program_gradient)),
 ]
 # fmt: on
 
@@ -382,9 +387,9 @@ class Entry(NamedTuple):
 
 
 def entry(run: Callable[[float], Any], tol: float, residual: Callable[[Any], Array]) -> Entry:
-    began = time.perf_counter()
+    began = time.process_time()
     solution, iterations = run(tol)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     solution = tuple(map(np.asarray, solution)) if isinstance(solution, tuple) else np.asarray(solution)
     norms = np.linalg.norm(residual(solution), axis=-1)
     worst = float(np.nan_to_num(norms, nan=np.inf).max())
@@ -430,42 +435,35 @@ def differentiated(grad: Callable[..., Any], run: Callable[..., Any], at: int) -
     return lambda tol, *operands: grad(value, has_aux=True)(operands[at], tol, *operands)
 
 
-def in_turns(entries: list[Entry | None], target: float) -> list[float | None]:
-    """Milliseconds. What ran before leaves the caches cold, so before a turn of a short call one is not counted."""
-    times: list[list[float]] = [[found.seconds] if found and found.seconds > LONG else [] for found in entries]
-    for _ in range(TURNS):
-        for found, measured in zip(entries, times, strict=True):
-            # Rounding differs a little between the residual here and the one that a solver looked at.
-            if found and found.seconds <= LONG and found.residual <= 1.01 * target:
-                measured.append(turn(found))
-    return [1e3 * statistics.median(measured) if measured else None for measured in times]
+def in_turns(entries: dict[str, Entry], target: float) -> dict[str, list[float]]:
+    """The quartiles of the milliseconds of those that reached the target."""
+    # Rounding differs a little between the residual here and the one that a solver looked at.
+    reached = {name: found for name, found in entries.items() if found.residual <= 1.01 * target}
+    short = {name: found for name, found in reached.items() if found.seconds <= LONG}
+    calls = {name: max(1, min(20, int(0.02 / found.seconds))) for name, found in short.items()}
+    times = quartiles({name: found.call for name, found in short.items()}, calls, TURNS)
+    return _report.rounded({name: times.get(name, [1e3 * found.seconds] * 3) for name, found in reached.items()})
 
 
-def turn(found: Entry) -> float:
-    calls = max(1, min(20, int(0.02 / found.seconds)))
-    if found.seconds < 0.1:
-        found.call()
-    began = time.perf_counter()
-    for _ in range(calls):
-        found.call()
-    return (time.perf_counter() - began) / calls
+def show(name: str, found: dict[str, Entry], target: float, before: dict[str, list[float]]) -> dict[str, Any]:
+    """Time the entries, print ours beside the peer, one more row for each further peer, and return the results."""
+    ms, first = in_turns(found, target), found["implicitdiff"]
+    middle, most = float(np.median(first.iterations)), int(first.iterations.max())
+    left = f"{name} | {middle:.0f}/{most} | {first.residual:.0e} | {cell('implicitdiff', found, ms)}"
+    right = next((f"{cell(direct, found, ms)} {direct}" for direct in DIRECT if direct in found), "")
+    for peer in [peer for peer in found if peer not in ("implicitdiff", *DIRECT)] or [""]:
+        print(f"| {left} | {peer} | {cell(peer, found, ms)} | {ratio(peer, ms)} | {ratio(peer, before)} | {right} |")
+        left, right = " | | | ", ""
+    missed = {peer: float(f"{e.residual:.1e}") for peer, e in found.items() if peer not in ms}
+    return {"iterations": [middle, most], "residual": float(f"{first.residual:.1e}"), "ms": ms, "missed": missed}
 
 
-def show(name: str, first: Entry, peers: dict[str, Entry], scipy: Entry | None, target: float) -> None:
-    """Print our row, and one more for each further peer."""
-    own, direct, *theirs = in_turns([first, scipy, *peers.values()], target)
-    counts = f"{np.median(first.iterations):.0f}/{first.iterations.max()}"
-    left = f"{name} | {counts} | {first.residual:.0e} | {cell(own, first)}"
-    for (peer, found), ms in zip(peers.items(), theirs, strict=True):
-        ratio = f"{own / ms:.2f}" if own and ms else ""
-        print(f"| {left} | {peer} | {cell(ms, found)} | {ratio} | {cell(direct, scipy)} |", flush=True)
-        left, scipy = " | | | ", None
-    if not peers:
-        print(f"| {left} | | | | {cell(direct, scipy)} |", flush=True)
+def cell(name: str, found: dict[str, Entry], ms: dict[str, list[float]]) -> str:
+    return f"{ms[name][1]:.3g}" if name in ms else f"missed: {found[name].residual:.1e}" if name in found else ""
 
 
-def cell(ms: float | None, found: Entry | None) -> str:
-    return "" if found is None else f"missed: {found.residual:.0e}" if ms is None else f"{ms:.3g}"
+def ratio(name: str, ms: dict[str, list[float]]) -> str:
+    return f"{ms['implicitdiff'][1] / ms[name][1]:.2f}" if {name, "implicitdiff"} <= ms.keys() else ""
 
 
 def instance(problem: Problem, batch: bool) -> Data:
@@ -476,56 +474,68 @@ def instance(problem: Problem, batch: bool) -> Data:
     return tuple(map(np.stack, zip(*lanes, strict=True))) if batch else lanes[0]
 
 
-def measure(row: Row, batch: bool) -> None:
+def measure(row: Row, batch: bool, before: _report.Rows) -> _report.Rows:
+    """Of the row, and of its gradient if it has one."""
     problem, operands = row.problem, instance(row.problem, batch)
     target = problem.target
 
     def residual(solution: Any) -> Array:
         return problem.residual(solution, *operands[1:])
 
-    first = stricter(batched(ours(row), operands, batch), target, target, residual)
-    there = {name: partial(solve, problem) for name, solve in row.peers if name.split(".")[0] not in MISSING}
-    peers = {
-        name: stricter(compiled(solve, operands, batch), target, target, residual) for name, solve in there.items()
-    }
-    alone = row.scipy and not batch
-    scipy = stricter(lambda tol: row.scipy(problem, tol, *operands), target, target, residual) if alone else None
-    small = not batch and problem.unknowns < UNKNOWNS
-    show(row.name + (f", {problem.unknowns} unknowns" if small else ""), first, peers, scipy, target)
+    found = {"implicitdiff": stricter(batched(ours(row), operands, batch), target, target, residual)}
+    there = {name: partial(solve, problem) for name, solve in row.peers if is_there(name)}
+    for name, solve in there.items():
+        found[name] = stricter(compiled(solve, operands, batch), target, target, residual)
+    if row.direct and not batch and is_there(row.direct[0]):
+        name, solve = row.direct
+        found[name] = stricter(lambda tol: solve(problem, tol, *operands), target, target, residual)
+    size = LANE_UNKNOWNS if batch else problem.unknowns
+    title = row.name if batch or size == UNKNOWNS else f"{row.name}, {size} unknowns"
+    key = f"{row.name}, batch" if batch else row.name
+    results = {key: show(title, found, target, before.get(key, {}).get("ms", {}))}
     if row.gradient is not None:
-        reached = {name: (there[name], found.tol) for name, found in peers.items() if found.residual <= target}
-        measure_gradient(row, operands, batch, first.solution, reached)
+        reached = {name: (there[name], found[name].tol) for name in there if found[name].residual <= target}
+        entries = gradients(row, operands, batch, found["implicitdiff"].solution, reached)
+        key, title = f"{row.name}, gradient{', batch' * batch}", f"{title}, gradient"
+        results[key] = show(title, entries, GRADIENT_TARGET, before.get(key, {}).get("ms", {}))
+    return {key: {"batch": batch, "unknowns": size} | result for key, result in results.items()}
 
 
-def measure_gradient(row: Row, operands: Data, batch: bool, solution: Any, peers: dict[str, Any]) -> None:
+def is_there(name: str) -> bool:
+    return name.lower().split(".")[0] not in _report.MISSING
+
+
+def gradients(row: Row, operands: Data, batch: bool, solution: Any, peers: dict[str, Any]) -> dict[str, Entry]:
     """The residual is the relative error of the gradient; a peer solves to the tolerance that it needed before."""
     at, exact = 1 + row.gradient[0], row.gradient[1](solution, *operands[1:])
 
     def error(gradient: Array) -> Array:
         return (gradient - exact) / np.linalg.norm(exact, axis=-1, keepdims=True)
 
-    first = entry(batched(differentiated(grad, ours(row), at), operands, batch), row.problem.target, error)
-    theirs = {}
+    run = batched(differentiated(grad, ours(row), at), operands, batch)
+    found = {"implicitdiff": entry(run, row.problem.target, error)}
     for name, (solve, tol) in peers.items():
         run = compiled(differentiated(jax.grad, solve, at), operands, batch)
-        theirs[name] = stricter(run, tol, GRADIENT_TARGET, error)
-    show(f"{row.name}, gradient", first, theirs, None, GRADIENT_TARGET)
+        found[name] = stricter(run, tol, GRADIENT_TARGET, error)
+    return found
 
 
-def main(names: list[str]) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    if jax is not None:
-        jax.config.update("jax_enable_x64", True)
-    if MISSING:
-        print(f"not installed, and left out: {', '.join(MISSING)}")
+def main() -> None:
+    names = [row.name for row in ROWS]
+    parser = _report.arguments(__doc__, names, RESULTS)
+    options = parser.parse_args()
+    chosen = _report.chosen(parser, options.rows, names)
+    _report.one_thread()
+    before, results = _report.kept(RESULTS), {}
     for batch in (False, True):
         size = f"{LANES} problems of {LANE_UNKNOWNS} unknowns" if batch else f"One problem of {UNKNOWNS} unknowns"
         print(f"\n{size}\n\n{HEAD}")
         for row in ROWS:
-            if (not names or row.name in names) and (row.batched if batch else row.problem.unknowns):
-                measure(row, batch)
+            if row.name in chosen and (row.batched if batch else row.problem.unknowns):
+                results |= measure(row, batch, before)
+    if options.save:
+        _report.save(RESULTS, results, names)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
