@@ -500,12 +500,11 @@ def outside_compile(fn: Fn) -> Fn:
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if _compiler() is None:
-            return fn(*args, **kwargs)
-        return disabled(*args, **kwargs)
+        # The first question is one that Dynamo can trace.
+        if torch.compiler.is_compiling() or _compiler() is not None:
+            return disabled(*args, **kwargs)
+        return fn(*args, **kwargs)
 
-    # What Dynamo looks at before it traces a function.
-    run._torchdynamo_disable = True  # type: ignore[attr-defined]
     return cast(Fn, run)
 
 
