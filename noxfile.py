@@ -268,7 +268,7 @@ def bench_peers(session: nox.Session) -> None:
     # Without its torch, which may be another.
     needs = [f"{name}=={version}" for name, version in ITS_NEEDS.items()]
     session.install("--no-deps", f"torchopt=={TORCHOPT}", *needs)
-    for script in (("peers.py",), ("peers.py", "--memory"), ("solvers.py",)):
+    for script in (("peers.py",), ("peers.py", "--memory"), ("stages.py",), ("solvers.py",)):
         session.run("python", f"benchmarks/{script[0]}", *script[1:], *session.posargs)
     write_page(session)
 

@@ -36,6 +36,13 @@ DERIVATIVES = """
 Of `benchmarks/peers.py`. "By hand" is the same mathematics in plain torch, for this one problem: without a check of
 convergence, of the arguments or of the derivative, and without further derivatives.
 """
+STAGES = """
+## A small call
+
+Of `benchmarks/stages.py`: what each stage of one call takes itself, without the stages inside of it. No stage is the
+one to blame. Each is some ten to thirty operations of torch or calls of Python. Those of checks (variables, watched
+evaluations, their comparison) are what makes a wrong gradient an error.
+"""
 MEMORY = f"""
 ## Memory
 
@@ -138,6 +145,14 @@ def derivatives(rows: Rows) -> str:
     return DERIVATIVES + losses(timed) + table(head, *lines)
 
 
+def stages(rows: Rows) -> str:
+    wholes = [sum(row["us"].values()) for row in rows.values()]
+    names = sorted(next(iter(rows.values()))["us"], key=lambda name: -sum(row["us"][name] for row in rows.values()))
+    lines = [(name, *(f"{row['us'][name]:.0f}" for row in rows.values())) for name in names]
+    titles = [row["title"].removesuffix(", n = 10") for row in rows.values()]
+    return STAGES + table(("microseconds, n = 10", *titles), *lines, ("**all**", *(f"{t:.0f}" for t in wholes)))
+
+
 def mib(value: float) -> str:
     return f"< {LEAST_MIB}" if value < LEAST_MIB else number(value)
 
@@ -191,10 +206,16 @@ def growth(rows: Rows) -> str:
 
 SECTIONS: dict[str, list[Callable[[Rows], str]]] = {
     "peers.json": [derivatives, memory],
+    "stages.json": [stages],
     "solvers.json": [families],
     "growth.json": [growth],
 }
-TITLES = {"peers.json": DERIVATIVES, "solvers.json": FAMILIES, "growth.json": GROWTH.split("\n!")[0]}
+TITLES = {
+    "peers.json": DERIVATIVES,
+    "stages.json": STAGES,
+    "solvers.json": FAMILIES,
+    "growth.json": GROWTH.split("\n!")[0],
+}
 
 
 def machines(results: dict[str, dict[str, Any]]) -> str:

@@ -1,8 +1,8 @@
 """Where the time of one small call goes: of each stage what it takes itself, without the stages inside of it.
 
-Functions of the library are timed from outside. Timing adds some tenths of a microsecond to each call of a stage.
+Functions of the library are timed from outside. That adds about a microsecond to each call of a stage.
 
-    python benchmarks/stages.py [row ...]
+    python benchmarks/stages.py [--save] [row ...]
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import _report
 import peers
 
-CALLS = 400
-ROWS = ("root_autograd", "root_func", "run_func")
+RESULTS = Path(__file__).with_name("stages.json")
+CALLS, TURNS = 200, 5
+ROWS = ("root_forward", "root_autograd", "root_func", "run_func")
+REST = "all else, torch.func's own transforms among it"
 # What is said of them, and where they are; a stage may have several functions.
 STAGES = {
     "the solver of the user": ["_body:run_solver"],
@@ -82,29 +85,38 @@ class Clock:
                 setattr(module, name, wrapped)
 
 
-def main(names: list[str]) -> None:
+def measured(clock: Clock, call: Callable[[], Any]) -> dict[str, float]:
+    """The microseconds of each stage of a call, and of all else in it."""
+    for _ in range(20):
+        call()
+    clock.own = dict.fromkeys(STAGES, 0.0)
+    began = time.process_time()
+    for _ in range(CALLS):
+        call()
+    whole = 1e6 * (time.process_time() - began) / CALLS
+    own = {stage: 1e6 * seconds / CALLS for stage, seconds in clock.own.items()}
+    return {**own, REST: whole - sum(own.values())}
+
+
+def main() -> None:
+    parser = _report.arguments(__doc__, ROWS, RESULTS)
+    options = parser.parse_args()
+    names = _report.chosen(parser, options.rows, ROWS)
     _report.one_thread()
-    clock = Clock()
+    clock, results = Clock(), {}
     clock.install()
     for name in names:
         row = peers.ROWS[name]()
-        call = row.entries["implicitdiff"]
-        for _ in range(20):
-            call()
-        clock.own = dict.fromkeys(STAGES, 0.0)
-        total = []
-        for _ in range(CALLS):
-            began = time.process_time()
-            call()
-            total.append(time.process_time() - began)
-        whole = 1e6 * statistics.mean(total)
+        turns = [measured(clock, row.entries["implicitdiff"]) for _ in range(TURNS)]
+        own = {stage: statistics.median(turn[stage] for turn in turns) for stage in turns[0]}
+        whole = sum(own.values())
         print(f"\n{row.title}: {whole:.0f} microseconds\n")
-        own = {stage: 1e6 * seconds / CALLS for stage, seconds in clock.own.items()}
-        own["all else, torch.func's own transforms among it"] = whole - sum(own.values())
         for stage, took in sorted(own.items(), key=lambda pair: -pair[1]):
-            if took > 0.5:
-                print(f"{stage:50s} {took:8.0f} {100 * took / whole:5.0f} %")
+            print(f"{stage:50s} {took:8.0f} {100 * took / whole:5.0f} %")
+        results[name] = {"title": row.title, "us": {stage: round(took, 1) for stage, took in own.items()}}
+    if options.save:
+        _report.save(RESULTS, results, ROWS)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(ROWS))
+    main()

@@ -311,14 +311,11 @@ def _watched(
     return pytree.map_tensors(torch.Tensor.detach, result), watch
 
 
-class told:
+class told(AbstractContextManager[Any]):
     """Raise `TransformError` where torch.func cannot transform a function of the user, of this name, in the body."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, RuntimeError) or isinstance(error, TransformError) or functorch.depth() == 0:
