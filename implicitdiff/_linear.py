@@ -207,6 +207,8 @@ def _check_linear(
 def _are_of_a_hermitian(one: tuple[Leaves, Leaves], other: tuple[Leaves, Leaves]) -> bool:
     """Whether ``(v, A v)`` and ``(w, A w)`` are as those of an ``A`` that is its own adjoint: ``w' A v = (A w)' v``."""
     (v, Av), (w, Aw) = one, other
+    if not all(_functorch.base(t).numel() for t in (*v, *Av)):
+        return False  # without lanes, numbers cannot be batched
 
     def inner(a: Leaves, b: Leaves) -> Tensor:
         return torch.stack([(p.conj() * q).sum().detach() for p, q in zip(a, b, strict=True)]).sum()
