@@ -442,8 +442,8 @@ def _hooks_put_aside() -> Iterator[None]:
 
 
 def over_first(fn: Callable[[Any], Any], stacked: Any) -> Any:
-    """`torch.func.vmap` of a function of a tensor, or of a list of tensors, over their first dimension, without its
-    questions."""
+    """`torch.func.vmap` over the first dimension of a tensor, or of each tensor of a list. It flattens no trees and
+    checks no arguments, which takes `torch.func.vmap` as long as a small function."""
     is_one = isinstance(stacked, torch.Tensor)
     size = len(stacked if is_one else stacked[0])
     lazy_load_decompositions()
@@ -460,7 +460,8 @@ def over_first(fn: Callable[[Any], Any], stacked: Any) -> Any:
 def gradients(
     y: Sequence[torch.Tensor], x: Sequence[torch.Tensor], u: Sequence[torch.Tensor], *, create_graph: bool = False
 ) -> tuple[torch.Tensor | None, ...]:
-    """`torch.autograd.grad` of a graph that stays, None where nothing is reached, without what it asks and tells."""
+    """The gradients of `torch.autograd.grad` with ``retain_graph=True`` and ``allow_unused=True``, from the engine
+    directly: the checks of the wrapper take as long as a small graph."""
     run = torch.autograd.Variable._execution_engine.run_backward
     return run(tuple(y), tuple(u), True, create_graph, tuple(x), allow_unreachable=True, accumulate_grad=False)
 

@@ -82,7 +82,6 @@ class Lifted:
         self._judged = {id(t) for t, _ in self.constants}
         self._is_during_call = False
         self._difference: str | None = None
-        self._same: Leaves = []
 
     # --- evaluations ------------------------------------------------------------------------------------------------
 
@@ -182,12 +181,7 @@ class Lifted:
         """Whether these are the captured tensors themselves, where nothing is recorded."""
         if not functorch.nothing_records():
             return False
-        # Products of one solve come with the same operands.
-        if self._same and all([value is known for value, known in zip(values, self._same, strict=True)]):
-            return True
-        are_same = all([functorch.is_same_memory(value, t) for value, t in zip(values, self.captured, strict=True)])
-        self._same = [*values] if are_same else []
-        return are_same
+        return all([functorch.is_same_memory(value, t) for value, t in zip(values, self.captured, strict=True)])
 
     def _run_alone(self, operands: Sequence[torch.Tensor], *more: Any) -> Any:
         """Run the function with no transform on the stack. It may call `torch.autograd.grad`, so its operands need
@@ -264,20 +258,30 @@ def _lifted(
     snapshot = Snapshot(fn, arguments.others)
     value, watch = _watched(name, fn, given, arguments, alone, differentiated)
     used = watch.program.outside.keys()
-    if state := [t for t in snapshot.replaced() if id(t) in used]:
-        raise ValueError(
-            f"{name} puts another tensor into the place of one, of shape {list(state[0].shape)}, that it uses, but it "
-            "is evaluated more than once and must do the same each time: keep what changes out of it, or pass it as an "
-            "argument"
-        )
+    if any(id(t) in used for t in snapshot.replaced()):
+        raise _replaced(name)
     snapshot.keep_used(lambda t: id(t) in used or not functorch.may_be_differentiated(t))
-    if watch.program.has_left_tensors():
+    used_again: list[weakref.ref[torch.Tensor]] = []
+    if left := watch.program.left():
         # Such as a constant, made at its first use and kept. From now on it will not be made.
         value, watch = _watched(name, fn, given, arguments, alone, differentiated)
+        used_again = [ref for ref in left if id(ref()) in watch.program.outside]
     for outer in _modes.watches():
         outer.program.nest(watch.program)
     watch.program.note_memory(given)
-    return Lifted(name, fn, given, arguments, watch, value, snapshot, alone=alone)
+    lifted = Lifted(name, fn, given, arguments, watch, value, snapshot, alone=alone)
+    if any(ref() is None for ref in used_again):
+        # A tensor of the first evaluation that the second has used is gone, so it was no constant.
+        raise _replaced(name)
+    return lifted
+
+
+def _replaced(name: str) -> ValueError:
+    """What is said of a function that goes on from a tensor of its last evaluation."""
+    return ValueError(
+        f"{name} puts another tensor into the place of one that it uses, but it is evaluated more than once and must "
+        "do the same each time: keep what changes out of it, or pass it as an argument"
+    )
 
 
 def _watched(

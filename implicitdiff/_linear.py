@@ -44,7 +44,6 @@ class LinearSolver:
         kind: makes a `LinearProblem` whose derivatives follow rules of their own from the fields of one, or None.
         rectangular: the same where a tree like ``x`` is none like ``b``; None: such operators are refused.
         ridge: what the algorithm adds to the diagonal.
-        is_for_hermitian: whether it is for Hermitian operators alone.
     """
 
     name: str
@@ -54,7 +53,6 @@ class LinearSolver:
     kind: Callable[..., LinearProblem] | None = None
     rectangular: Callable[..., LinearProblem] | None = None
     ridge: float = 0.0
-    is_for_hermitian: bool = False
 
     @_functorch.outside_compile
     @_modes.one_operation
@@ -70,15 +68,12 @@ class LinearSolver:
         lifted, x = self._lift(matvec, leaves, structure)
         image = structure.tensors_of(lifted.value)
         of = leaves if x is None else x.leaves
-        is_hermitian = False
         if _hold_numbers(of) and _hold_numbers(image):
-            other = _check_linear(self.name, lifted, of, structure, image)
-            is_hermitian = self.is_for_hermitian and _are_of_a_hermitian((of, image), other)
+            _check_linear(self.name, lifted, of, structure, image)
         with lifted.during_call():
             if x is not None:
                 return _solve_rectangular(self, lifted, x, leaves, structure)
-            operator = replace(lifted_operator(lifted, structure), is_hermitian=is_hermitian)
-            problem = LinearProblem(operator, self, structure, len(lifted.captured))
+            problem = LinearProblem(lifted_operator(lifted, structure), self, structure, len(lifted.captured))
             return structure.unflatten(solve_linear(problem, leaves, lifted.captured))
 
     def _lift(self, matvec: Callable[[Any], Any], leaves: Leaves, structure: Structure) -> tuple[Lifted, Domain | None]:
@@ -176,14 +171,12 @@ def lifted_operator(lifted: Lifted, structure: Structure) -> Matvec:
     return Matvec(lambda v, operands: structure.tensors_of(lifted([*v, *operands])), lifted.alone is not None)
 
 
-def _check_linear(
-    name: str, lifted: Lifted, leaves: Leaves, structure: Structure, image: Leaves
-) -> tuple[Leaves, Leaves]:
+def _check_linear(name: str, lifted: Lifted, leaves: Leaves, structure: Structure, image: Leaves) -> None:
     """Refuse a function that is not linear, which would give the solution of another system without an error.
 
     Looked at are ``A 0 = 0``, exactly, and ``A (b - 3 p) = A b - 3 A p`` with the given `image` ``A b`` and a pattern
     ``p`` of both signs and of the size of ``b``: 3 leaves no power and no absolute value as it was, and is real, as
-    maps that are linear over the reals alone are linear. Returns ``p`` and ``A p``.
+    maps that are linear over the reals alone are linear.
     """
 
     def product(v: Leaves) -> Leaves:
@@ -201,25 +194,6 @@ def _check_linear(
             f"{name}: matvec is not linear: A (b - 3 p) and A b - 3 A p, for a vector p of the size of b, differ by "
             f"{gap:.1e} of their size; leave out absolute values, products of the argument with itself and the like"
         )
-    return p, images[1]
-
-
-def _are_of_a_hermitian(one: tuple[Leaves, Leaves], other: tuple[Leaves, Leaves]) -> bool:
-    """Whether ``(v, A v)`` and ``(w, A w)`` are as those of an ``A`` that is its own adjoint: ``w' A v = (A w)' v``."""
-    (v, Av), (w, Aw) = one, other
-    if not all(_functorch.base(t).numel() for t in (*v, *Av)):
-        return False  # without lanes, numbers cannot be batched
-
-    def inner(a: Leaves, b: Leaves) -> Tensor:
-        return torch.stack([(p.conj() * q).sum().detach() for p, q in zip(a, b, strict=True)]).sum()
-
-    def length(a: Leaves) -> Tensor:
-        size: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t).detach() for t in a]))
-        return size
-
-    eps = max(torch.finfo(t.dtype).eps for t in Av)
-    bound = eps**0.75 * torch.minimum(length(w) * length(Av), length(v) * length(Aw))
-    return _functorch.is_all((inner(w, Av) - inner(Aw, v)).abs() <= bound)
 
 
 def size(tensor: Tensor) -> Tensor:

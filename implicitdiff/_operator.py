@@ -254,7 +254,7 @@ class Operator(ABC):
 
     @property
     def lane(self) -> Lane | None:
-        """Where the operands are there already, and those of all lanes: what it is in one of them."""
+        """The operator of one lane, where this one holds the operands of all lanes; else None."""
         return None
 
     @property
@@ -264,29 +264,17 @@ class Operator(ABC):
 
 @dataclass(frozen=True)
 class Matvec(Operator):
-    """``A(operands) v = fn(v, operands)``.
-
-    Attributes:
-        fn: that function.
-        one_by_one: see `Operator`.
-        is_hermitian: whether ``A`` is its own adjoint for the operands of the call. For others it may not be, so this
-            serves products alone that nothing differentiates.
-    """
+    """``A(operands) v = fn(v, operands)``."""
 
     fn: Residual
     one_by_one: bool = False
-    is_hermitian: bool = False
 
     def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
-        def matvec() -> Product:
-            return lambda v: self.fn(v, operands)
-
-        if self.is_hermitian and issubclass(pullback, PlainPullback):
-            return Products(matvec, matvec)
-        return Products(matvec, pullback(self.fn, list(map(torch.zeros_like, like)), operands).pull)
+        at = pullback(self.fn, list(map(torch.zeros_like, like)), operands)
+        return Products(lambda: lambda v: self.fn(v, operands), at.pull)
 
     def batched(self, dims: Dims) -> Matvec:
-        return replace(self, fn=vmap(self.fn, (0, list(dims))))
+        return Matvec(vmap(self.fn, (0, list(dims))), self.one_by_one)
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,9 @@ class Program:
         self._origins.clear()
         self._hidden.clear()
 
-    def has_left_tensors(self) -> bool:
-        """Whether a tensor that the function made has outlived it and its result: it has been kept somewhere."""
-        return any([made() is not None for made in self._made])
+    def left(self) -> list[weakref.ref[torch.Tensor]]:
+        """The tensors that the function made and that have outlived it and its result: they are kept somewhere."""
+        return [made for made in self._made if made() is not None]
 
     def see(self, tensor: torch.Tensor) -> Origin:
         """Where a tensor came from."""

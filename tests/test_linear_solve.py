@@ -1691,7 +1691,7 @@ def test_a_users_own_function_whose_result_is_not_finite_is_a_failure():
     assert error.failed == 1
 
 
-# --- 8b. an operator that is its own adjoint --------------------------------------------------------------------------
+# --- 8b. the adjoint of an operator that is nearly Hermitian ----------------------------------------------------------
 
 
 def nearly_hermitian(skew: Tensor) -> Callable[[Tensor], Tensor]:

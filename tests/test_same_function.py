@@ -216,6 +216,56 @@ def test_a_constant_made_at_the_first_use_is_one(way, make):
     torch.testing.assert_close(PASSES[way](f), FOUR / 16)
 
 
+class Slot:
+    last = None
+
+
+def from_an_attribute():
+    slot = Slot()
+
+    def exchange(new):
+        last, slot.last = slot.last, new
+        return last
+
+    return exchange
+
+
+def from_a_dictionary():
+    slot = {"last": None}
+
+    def exchange(new):
+        last, slot["last"] = slot["last"], new
+        return last
+
+    return exchange
+
+
+def from_a_history():
+    history = []
+
+    def exchange(new):
+        history.append(new)
+        return history[-2] if len(history) > 1 else None
+
+    return exchange
+
+
+@pytest.mark.parametrize("make", [from_an_attribute, from_a_dictionary, from_a_history])
+@pytest.mark.parametrize("way", PASSES)
+def test_going_on_from_a_tensor_of_the_last_evaluation_is_refused(way, make):
+    exchange = make()
+
+    def condition(x, t):
+        last = exchange((x.square() + t).detach())
+        return x**3 - t * (1.0 if last is None else last)
+
+    def f(t):
+        return custom_root(condition)(lambda init, t: (2 * t) ** (1 / 3))(None, t)
+
+    with pytest.raises((ValueError, RuntimeError), match=r"puts another tensor into|has become another function"):
+        PASSES[way](f)
+
+
 # --- memory that belongs to others ------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,6 @@ def iterative(
     preconditioner: Callable[[Any], Any] | None = None,
     init: Any = None,
     on_failure: OnFailure,
-    is_for_hermitian: bool = False,
 ) -> LinearSolver:
     """A linear solver from a method; `broken` says what its breakdown means."""
     check_on_failure(name, on_failure)
@@ -74,7 +73,7 @@ def iterative(
         ridge=ridge,
         on_failure=on_failure,
     )
-    return LinearSolver(name, algorithm, preconditioner, init, ridge=ridge, is_for_hermitian=is_for_hermitian)
+    return LinearSolver(name, algorithm, preconditioner, init, ridge=ridge)
 
 
 def _solve(

@@ -62,7 +62,6 @@ def solve_cg(
         preconditioner=preconditioner,
         init=init,
         on_failure=on_failure,
-        is_for_hermitian=True,
     )
 
 
