@@ -25,21 +25,25 @@ ROWS = ("root_forward", "root_autograd", "root_func", "run_func")
 REST = "all else, torch.func's own transforms among it"
 # What is said of them, and where they are; a stage may have several functions.
 STAGES = {
-    "the solver of the user": ["_body:run_solver"],
-    "matching of arguments": ["_signature:Matcher.bind"],
-    "variables noted": ["_snapshot:Snapshot.__init__", "_snapshot:Snapshot.keep_used", "_snapshot:Snapshot.replaced"],
-    "evaluations that are watched": ["_lift:_watched", "_lift:Lifted._watched"],
-    "their operations": ["_modes:Watch.__torch_function__"],
-    "comparison of evaluations": ["_program:Program.difference", "_lift:Lifted.refuse_overwritten"],
-    "closure conversion": ["_lift:lift"],
-    "the search": ["solvers._solver:Maker._implicit"],
-    "the derivative is attached": ["_root:Posed.attached"],
-    "the derivative": ["_primitive:_pulled_back"],
-    "the linear system": ["_linear:LinearProblem.primal"],
-    "its matrix": ["_system:_materialise"],
+    "the solver of the user": ["_implicit.solver_body:run_solver"],
+    "matching of arguments": ["_closures.signature:Matcher.bind"],
+    "variables noted": [
+        "_closures.snapshot:Snapshot.__init__",
+        "_closures.snapshot:Snapshot.keep_used",
+        "_closures.snapshot:Snapshot.replaced",
+    ],
+    "evaluations that are watched": ["_closures.lift:_watched", "_closures.lift:Lifted._watched"],
+    "their operations": ["_closures.modes:Watch.__torch_function__"],
+    "comparison of evaluations": ["_closures.program:Program.difference", "_closures.lift:Lifted.refuse_overwritten"],
+    "closure conversion": ["_closures.lift:lift"],
+    "the search": ["solvers._loop.solver:Maker._implicit"],
+    "the derivative is attached": ["_implicit.root:Posed.attached"],
+    "the derivative": ["_implicit.primitive:_pulled_back"],
+    "the linear system": ["_implicit.linear:LinearProblem.primal"],
+    "its matrix": ["_implicit.system:_materialise"],
     "its factorisation": ["linear_solve._direct:probed"],
-    "products by autograd": ["_functorch:gradients"],
-    "one level of torch.func": ["_functorch:apply"],
+    "products by autograd": ["_torch.levels:gradients"],
+    "one level of torch.func": ["_torch.levels:apply"],
 }
 
 

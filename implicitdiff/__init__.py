@@ -1,15 +1,19 @@
 """Differentiation through optimisation on torch.func: of solutions, and of an optimizer's steps."""
 
+import warnings
+from typing import Any
+
 # Spelt so, they belong to the package, but `from implicitdiff import *` leaves the user's own `nn` alone.
 from implicitdiff import linear_solve as linear_solve
 from implicitdiff import nn as nn
+from implicitdiff import objects as objects
 from implicitdiff import optim as optim
 from implicitdiff import projections as projections
 from implicitdiff import prox as prox
 from implicitdiff import pytree as pytree
 from implicitdiff import schedule as schedule
 from implicitdiff import solvers as solvers
-from implicitdiff._elementary import elementary
+from implicitdiff._torch.replacements import elementary
 from implicitdiff._unroll import unroll
 from implicitdiff._version import __version__ as __version__
 from implicitdiff.errors import (
@@ -20,7 +24,8 @@ from implicitdiff.errors import (
     NotARootError,
     TransformError,
 )
-from implicitdiff.fronts import (
+from implicitdiff.implicit import custom_fixed_point, custom_root, root_jvp, root_vjp
+from implicitdiff.objects import (
     SGD,
     AdaDelta,
     Adadelta,
@@ -55,7 +60,6 @@ from implicitdiff.fronts import (
     recover_state_dict,
     stop_gradient,
 )
-from implicitdiff.implicit import custom_fixed_point, custom_root, root_jvp, root_vjp
 from implicitdiff.optim import (
     GradientTransformation,
     accelerated_op_available,
@@ -132,3 +136,10 @@ __all__ = [
     "stop_gradient",
     "unroll",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "fronts":
+        warnings.warn("implicitdiff.fronts is now implicitdiff.objects", DeprecationWarning, stacklevel=2)
+        return objects
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

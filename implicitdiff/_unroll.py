@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-import implicitdiff._functorch as functorch
-import implicitdiff._modes as _modes
-import implicitdiff._pytree as pytree
-from implicitdiff._elementary import elementary
-from implicitdiff._lanes import over_levels
-from implicitdiff._lift import confirm, lift
-from implicitdiff._operator import Dims
-from implicitdiff._primitive import Problem, attach, solve_problem
-from implicitdiff._pytree import Leaves
-from implicitdiff._signature import name_of
+import implicitdiff._closures.modes as _modes
+import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.trees as pytree
+from implicitdiff._closures.lift import confirm, lift
+from implicitdiff._closures.signature import name_of
+from implicitdiff._implicit.operators import Dims
+from implicitdiff._implicit.primitive import Problem, attach, solve_problem
+from implicitdiff._torch.lanes import over_levels
+from implicitdiff._torch.replacements import elementary
+from implicitdiff._torch.trees import Leaves
 
 
 def unroll(step: Callable[..., Any], n: int, checkpoint_every: int | None = None) -> Callable[..., Any]:

@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-import implicitdiff._functorch as _functorch
-import implicitdiff._modes as _modes
-import implicitdiff._pytree as pytree
-from implicitdiff._body import Solver, detached, run_solver
-from implicitdiff._lift import one_derivative
-from implicitdiff._linear import Solve, check_like
-from implicitdiff._pytree import Leaves
-from implicitdiff._root import Kind, fixed_point, pose, root
-from implicitdiff._signature import Matcher, name_of
-from implicitdiff._values import refuse_valueless
+import implicitdiff._closures.modes as _modes
+import implicitdiff._torch.levels as _functorch
+import implicitdiff._torch.trees as pytree
+from implicitdiff._closures.lift import one_derivative
+from implicitdiff._closures.signature import Matcher, name_of
+from implicitdiff._implicit.linear import Solve, check_like
+from implicitdiff._implicit.root import Kind, fixed_point, pose, root
+from implicitdiff._implicit.solver_body import Solver, detached, run_solver
+from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.values import refuse_valueless
 from implicitdiff.errors import NotARootError
+from implicitdiff.linear_solve.auto import solve_auto
 
 __all__ = ["custom_fixed_point", "custom_root", "root_jvp", "root_vjp"]
 
@@ -162,7 +163,7 @@ def _decorator(
     if check is not None and not check >= 0:
         raise ValueError(f"{maker}: check must be a tolerance >= 0 or None, got {check!r}")
     chosen = _chosen(maker, argnums)
-    made = _Made(f"{maker}: {name_of(fn)}", fn, kind, chosen, has_aux, solve, check)
+    made = _Made(f"{maker}: {name_of(fn)}", fn, kind, chosen, has_aux, solve or solve_auto(), check)
 
     def decorate(solver: Solver) -> Solver:
         matcher = Matcher(solver, fn)
@@ -185,7 +186,7 @@ class _Made(NamedTuple):
     kind: Kind
     chosen: frozenset[int] | None
     has_aux: bool
-    solve: Solve | None
+    solve: Solve
     check: float | None
 
 
@@ -277,9 +278,8 @@ def root_vjp(
         (tensor(0.0833),)
     """
     refuse_valueless("root_vjp", pytree.tensors((sol, args)))
-    posed = pose(
-        f"root_vjp: {name_of(optimality_fn)}", optimality_fn, root, solve, sol, _as_tuple("root_vjp", "args", args), {}
-    )
+    args = _as_tuple("root_vjp", "args", args)
+    posed = pose(f"root_vjp: {name_of(optimality_fn)}", optimality_fn, root, solve or solve_auto(), sol, args, {})
     check_like("root_vjp: cotangent", cotangent, sol, posed.x, posed.structure, "sol")
     given, structure = pytree.flatten(args)
     wanted = [i for i, t in enumerate(given) if t.is_floating_point() or t.is_complex()]
@@ -327,7 +327,7 @@ def root_jvp(
     args = _as_tuple("root_jvp", "args", args)
     given = _tangents(args, _as_tuple("root_jvp", "tangents", tangents))
     refuse_valueless("root_jvp", pytree.tensors((sol, args)))
-    posed = pose(f"root_jvp: {name_of(optimality_fn)}", optimality_fn, root, solve, sol, args, {})
+    posed = pose(f"root_jvp: {name_of(optimality_fn)}", optimality_fn, root, solve or solve_auto(), sol, args, {})
     if not given:
         return posed.structure.unflatten([torch.zeros_like(t) for t in posed.x])
     problem = posed.problem()

@@ -26,8 +26,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from implicitdiff._point import Point
 from implicitdiff.projections._balls import l2_ball
+from implicitdiff.projections._point import Point
 
 __all__ = ["elastic_net", "group_lasso", "lasso", "non_negative_lasso", "non_negative_ridge", "ridge"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-import implicitdiff._pytree as _pytree
+import implicitdiff._torch.trees as _pytree
 
 __all__ = [
     "tree_add",

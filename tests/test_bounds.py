@@ -15,8 +15,8 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 from implicitdiff.errors import ConvergenceError
 from implicitdiff.solvers import LbfgsBMemory, Status, lbfgs_b, levenberg_marquardt
-from implicitdiff.solvers._bounds import Limits
-from implicitdiff.solvers._line_search import Segment, search
+from implicitdiff.solvers._loop.bounds import Limits
+from implicitdiff.solvers._steps.line_search import Segment, search
 from implicitdiff.solvers.lbfgs_b import _cauchy_point, _model, _subspace_step
 
 F64 = torch.float64

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 
-import implicitdiff._functorch as functorch
-import implicitdiff._primitive as _primitive
+import implicitdiff._implicit.primitive as _primitive
+import implicitdiff._torch.levels as functorch
 from implicitdiff import custom_root, linear_solve, solvers
 
 F64 = torch.float64

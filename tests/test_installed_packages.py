@@ -14,8 +14,8 @@ from torch import nn
 from torch.func import grad
 
 from implicitdiff import custom_root, solvers
-from implicitdiff._packages import is_installed
-from implicitdiff._snapshot import Snapshot
+from implicitdiff._closures.packages import is_installed
+from implicitdiff._closures.snapshot import Snapshot
 
 SOURCE = """
 import functools

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import implicitdiff
-from implicitdiff import fronts, linear_solve, nn, optim, projections, prox, pytree, schedule, solvers
+from implicitdiff import linear_solve, nn, objects, optim, projections, prox, pytree, schedule, solvers
 
-PACKAGES = [implicitdiff, fronts, linear_solve, nn, optim, projections, prox, pytree, schedule, solvers]
+PACKAGES = [implicitdiff, linear_solve, nn, objects, optim, projections, prox, pytree, schedule, solvers]
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -14,7 +14,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 from implicitdiff.errors import ConvergenceError, LinearSolveError
 from implicitdiff.solvers import Status, lbfgs, levenberg_marquardt, scipy_least_squares
-from implicitdiff.solvers._losses import loss_of
+from implicitdiff.solvers._loop.losses import loss_of
 
 F64 = torch.float64
 NAMED = ("linear", "soft_l1", "huber", "cauchy", "arctan", "tukey")

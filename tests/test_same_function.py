@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from implicitdiff import custom_fixed_point, custom_root, solvers
-from implicitdiff._snapshot import Snapshot
+from implicitdiff._closures.snapshot import Snapshot
 from implicitdiff.linear_solve import solve_lu
 
 F64 = torch.float64

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import implicitdiff as idf
-from implicitdiff.fronts.state import By
+from implicitdiff.objects.state import By
 
 F64 = torch.float64
 

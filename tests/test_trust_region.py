@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 from implicitdiff.solvers import Status, dogleg, dogleg_root, gauss_newton, levenberg_marquardt, newton, newton_cg
-from implicitdiff.solvers._trust_region import multiplier
+from implicitdiff.solvers._steps.trust_region import multiplier
 
 F64 = torch.float64
 

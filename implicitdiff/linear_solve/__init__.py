@@ -33,7 +33,7 @@ Common options:
 A user's own function ``solve(matvec, b)`` does in the place of any of these wherever one is taken.
 """
 
-from implicitdiff._linear import LinearSolver
+from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.linear_solve.bicgstab import solve_bicgstab
 from implicitdiff.linear_solve.cg import solve_cg

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff._system import Rows, System
+from implicitdiff._implicit.system import Rows, System
 
 Scalar = Any
 """A column ``(rows, 1)``, or a Python number; of floats or of booleans."""

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from implicitdiff._linear import LinearSolver
-from implicitdiff._system import System
+from implicitdiff._implicit.linear import LinearSolver
+from implicitdiff._implicit.system import System
 from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, settle
 
 Factorise = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]

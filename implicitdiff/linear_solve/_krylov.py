@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from implicitdiff._linear import LinearSolver
-from implicitdiff._system import System
+from implicitdiff._implicit.linear import LinearSolver
+from implicitdiff._implicit.system import System
 from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar, arithmetic
 from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, settle
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff._system import System
+from implicitdiff._implicit.system import System
 from implicitdiff.errors import LinearSolveError, LinearSolveWarning
 
 OnFailure = Literal["raise", "warn", "ignore"]

@@ -25,11 +25,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-import implicitdiff._functorch as functorch
-import implicitdiff._modes as _modes
-from implicitdiff._linear import LinearProblem, pattern
-from implicitdiff._pytree import Leaves
-from implicitdiff._system import Vectors, first_column
+import implicitdiff._closures.modes as _modes
+import implicitdiff._torch.levels as functorch
+from implicitdiff._implicit.linear import LinearProblem, pattern
+from implicitdiff._implicit.system import Vectors, first_column
+from implicitdiff._torch.trees import Leaves
 from implicitdiff.linear_solve._outcome import OnFailure, report
 
 RANK_CHANGES = (

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from implicitdiff._linear import LinearSolver
-from implicitdiff._system import System
+from implicitdiff._implicit.linear import LinearSolver
+from implicitdiff._implicit.system import System
 from implicitdiff.linear_solve._arithmetic import dot
 from implicitdiff.linear_solve._direct import factorised, materialised
 from implicitdiff.linear_solve._krylov import check_tolerances, iterate

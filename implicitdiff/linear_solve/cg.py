@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff._linear import LinearSolver
+from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar
 from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure

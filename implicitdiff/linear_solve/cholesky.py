@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicitdiff._linear import LinearSolver
+from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff.linear_solve._direct import Factors, direct, probed
 from implicitdiff.linear_solve._outcome import OnFailure
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff._linear import LinearSolver
+from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar
 from implicitdiff.linear_solve._direct import Factors, direct, factorised
 from implicitdiff.linear_solve._krylov import Cycle, iterative

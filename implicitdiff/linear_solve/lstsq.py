@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff._linear import LinearSolver
+from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff.linear_solve._direct import direct
 from implicitdiff.linear_solve._outcome import OnFailure
 from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff._linear import LinearSolver
-from implicitdiff._system import System
+from implicitdiff._implicit.linear import LinearSolver
+from implicitdiff._implicit.system import System
 from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar, norm
 from implicitdiff.linear_solve._krylov import Cycle, iterate, iterative
 from implicitdiff.linear_solve._outcome import OnFailure, settle

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-import implicitdiff._functorch as _functorch
-import implicitdiff._modes as _modes
-import implicitdiff._pytree as pytree
-from implicitdiff._body import run_solver
-from implicitdiff._places import Place
-from implicitdiff._root import pose, root
-from implicitdiff._signature import Matcher
+import implicitdiff._closures.modes as _modes
+import implicitdiff._torch.levels as _functorch
+import implicitdiff._torch.trees as pytree
+from implicitdiff._closures.signature import Matcher
+from implicitdiff._implicit.root import pose, root
+from implicitdiff._implicit.solver_body import run_solver
+from implicitdiff._torch.slots import Place
+from implicitdiff.linear_solve.auto import solve_auto
 
 Module = Any
 """An `ImplicitMetaGradientModule`."""
@@ -124,7 +125,8 @@ class _Problem:
         with _gradients_kept(self.module.meta_parameters()):
             solution, _, derived = run_solver(run, call, has_aux=False)
         routed = call.to_condition(call.args, call.kwargs)
-        posed = pose(f"{self.name}.optimality", residuals, root, type(self.module).linear_solve, solution, *routed)
+        solve = type(self.module).linear_solve or solve_auto()
+        posed = pose(f"{self.name}.optimality", residuals, root, solve, solution, *routed)
         posed.refuse_kept(derived)
         _forget_unused(self.twin, posed.theta)
         places = self._places()

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-import implicitdiff._functorch as _functorch
-import implicitdiff._modes as _modes
+import implicitdiff._closures.modes as _modes
+import implicitdiff._torch.levels as _functorch
 import implicitdiff.nn._solve as _solve
-from implicitdiff._lift import gradient
-from implicitdiff._linear import Solve
-from implicitdiff._places import Place
+from implicitdiff._closures.lift import gradient
+from implicitdiff._implicit.linear import Solve
+from implicitdiff._torch.slots import Place
 from implicitdiff.nn.meta_gradient_module import MetaGradientModule
 
 _INHERITED: Any = object()

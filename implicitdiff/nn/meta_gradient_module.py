@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import implicitdiff.nn._given as _given
-from implicitdiff._places import Place, parameters_of
+from implicitdiff._torch.slots import Place, parameters_of
 
 
 class _Adopting(abc.ABCMeta):

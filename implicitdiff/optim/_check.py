@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-import implicitdiff._pytree as pytree
+import implicitdiff._torch.trees as pytree
 
 
 def pair(name: str, betas: Any) -> tuple[Any, Any]:

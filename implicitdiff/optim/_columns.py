@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 import torch
 
-import implicitdiff._pytree as pytree
-from implicitdiff._pytree import Leaves, TreeSpec
+import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.trees import Leaves, TreeSpec
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-import implicitdiff._functorch as functorch
-from implicitdiff._pytree import Leaves
+import implicitdiff._torch.levels as functorch
+from implicitdiff._torch.trees import Leaves
 from implicitdiff.optim._step import Buffers, Operands, Step
 
 

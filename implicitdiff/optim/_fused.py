@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 import implicitdiff._C as _C
-import implicitdiff._functorch as functorch
-import implicitdiff._modes as _modes
+import implicitdiff._closures.modes as _modes
+import implicitdiff._torch.levels as functorch
 import implicitdiff.optim._donation as _donation
-from implicitdiff._pytree import Leaves
+from implicitdiff._torch.modes import is_any_running
+from implicitdiff._torch.trees import Leaves
 from implicitdiff.optim._rule import Rule
 from implicitdiff.optim._step import Buffers, Operands, Step, flat, split
 
@@ -120,7 +121,7 @@ def locate(columns: Sequence[Operands], overwritten: Sequence[int], count: torch
     """
     if _C.cpu is None or torch.compiler.is_compiling() or functorch.depth() or functorch.in_dispatch_mode():
         return None
-    if _modes.any_running():
+    if is_any_running():
         return None
     found = _C.cpu.locate(columns, 3, overwritten, count)
     return None if found is None else Memory._make(found)
@@ -332,7 +333,7 @@ def _note_change(tensors: Leaves) -> None:
 
 def _nothing_else() -> AbstractContextManager[Any]:
     """Run the body with no mode and no transform between it and the memory."""
-    if functorch.depth() == 0 and not _modes.any_running():
+    if functorch.depth() == 0 and not is_any_running():
         return nullcontext()
     stack = ExitStack()
     stack.enter_context(functorch.no_modes())

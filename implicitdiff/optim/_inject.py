@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import implicitdiff._pytree as pytree
+import implicitdiff._torch.trees as pytree
 from implicitdiff.optim._base import GradientTransformation
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from implicitdiff._pytree import Leaves
+from implicitdiff._torch.trees import Leaves
 from implicitdiff.optim._columns import accumulator
 
 Number = float | torch.Tensor

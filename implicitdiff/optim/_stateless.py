@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-import implicitdiff._pytree as pytree
+import implicitdiff._torch.trees as pytree
 import implicitdiff.optim._donation as _donation
-from implicitdiff._pytree import Leaves
+from implicitdiff._torch.trees import Leaves
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns, accumulator, refuse_others, spread
 from implicitdiff.optim._rule import Number

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-import implicitdiff._functorch as functorch
+import implicitdiff._torch.levels as functorch
 import implicitdiff.optim._rule as _rule
-from implicitdiff._pytree import Leaves
+from implicitdiff._torch.trees import Leaves
 
 Operands = Sequence[torch.Tensor | None]
 # What results may be written into: a column for the updates, or parameters, and one for each moment; None where not.

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-import implicitdiff._pytree as pytree
+import implicitdiff._torch.trees as pytree
 import implicitdiff.optim._donation as _donation
 import implicitdiff.optim._fused as _fused
-from implicitdiff._pytree import Leaves
+from implicitdiff._torch.trees import Leaves
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns, accumulator, refuse_misfits, refuse_others, spread
 from implicitdiff.optim._inject import inject_hyperparams

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 import implicitdiff.optim._check as _check
-from implicitdiff._pytree import Leaves
+from implicitdiff._torch.trees import Leaves
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._rule import UPHILL, Hyperparameter, Number, Rule, root
 from implicitdiff.optim._transformation import transformation

@@ -10,7 +10,7 @@ import torch
 
 import implicitdiff.optim._check as _check
 import implicitdiff.optim._donation as _donation
-from implicitdiff._pytree import Leaves
+from implicitdiff._torch.trees import Leaves
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns
 from implicitdiff.optim._rule import Number

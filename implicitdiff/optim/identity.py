@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from implicitdiff._pytree import Leaves
+from implicitdiff._torch.trees import Leaves
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns
 from implicitdiff.optim._stateless import stateless

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-import implicitdiff._pytree as pytree
+import implicitdiff._torch.trees as pytree
 import implicitdiff.optim._check as _check
-from implicitdiff._pytree import Leaves
+from implicitdiff._torch.trees import Leaves
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns, refuse_others
 from implicitdiff.optim._rule import Number

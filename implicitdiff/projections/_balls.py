@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff._point import Number, Point, holds, size_of, sum_of
+from implicitdiff.projections._point import Number, Point, holds, size_of, sum_of
 from implicitdiff.projections._simplices import nonempty, onto_simplex
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff._pytree as pytree
-from implicitdiff._point import Number, Point, holds, size_of, sum_of
+import implicitdiff._torch.trees as pytree
+from implicitdiff.projections._point import Number, Point, holds, size_of, sum_of
 
 
 def box(v: Any, lower: Any, upper: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff._point import Point
+from implicitdiff.projections._point import Point
 
 
 def isotonic(v: Any) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import implicitdiff._pytree as pytree
-from implicitdiff._linear import Solve
-from implicitdiff._point import Number, Point, broadcasts
+import implicitdiff._torch.trees as pytree
+from implicitdiff._implicit.linear import Solve
+from implicitdiff.projections._point import Number, Point, broadcasts
 from implicitdiff.solvers.qp import qp
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import implicitdiff._pytree as pytree
-from implicitdiff._point import Number, Point, sum_of
+import implicitdiff._torch.trees as pytree
+from implicitdiff.projections._point import Number, Point, sum_of
 
 
 def simplex(v: Any, total: Number = 1.0) -> Any:

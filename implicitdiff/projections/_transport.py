@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff._functorch as functorch
-import implicitdiff._modes as _modes
-import implicitdiff._pytree as pytree
-import implicitdiff._settings as _settings
-from implicitdiff._point import Number, Point, broadcasts, holds
-from implicitdiff._pytree import Leaves
-from implicitdiff._values import refuse_valueless
-from implicitdiff.solvers._status import Status, settle
+import implicitdiff._closures.modes as _modes
+import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.settings as _settings
+import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.modes import uncached
+from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.values import refuse_valueless
+from implicitdiff.projections._point import Number, Point, broadcasts, holds
+from implicitdiff.solvers._loop.status import Status, settle
 
 
 def transport(v: Tensor, row_sums: Number, column_sums: Number) -> Tensor:
@@ -133,7 +134,7 @@ def _below(function: str, search: Callable[[Tensor], Leaves], values: Tensor) ->
     refuse_valueless(function, [values])
     operands = [functorch.plain_under_vmap(functorch.alive(t)) for t in _modes.alias([values])]
     operands, layers = functorch.without_batch_layers(operands)
-    with _modes.unseen(), _modes.uncached(), functorch.nothing_running(), _settings.full_precision():
+    with _modes.without_own_modes(), uncached(), functorch.nothing_running(), _settings.full_precision():
         (plain,) = functorch.out_of_inference(operands)
         lanes = plain.shape[:-1]
         found = [t.reshape(lanes + t.shape[1:]) for t in search(plain.reshape(lanes.numel(), plain.shape[-1]))]

@@ -102,12 +102,12 @@ Options of run:
 
 from torch.serialization import add_safe_globals
 
-from implicitdiff.solvers._dogleg import DoglegMemory
-from implicitdiff.solvers._proximal_gradient import ProximalGradientMemory
+from implicitdiff.solvers._loop.solver import Solver
+from implicitdiff.solvers._loop.state import Progress, State
+from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._scipy import ScipyMemory
-from implicitdiff.solvers._solver import Solver
-from implicitdiff.solvers._state import Progress, State
-from implicitdiff.solvers._status import Status
+from implicitdiff.solvers._steps.dogleg import DoglegMemory
+from implicitdiff.solvers._steps.proximal_gradient import ProximalGradientMemory
 from implicitdiff.solvers.anderson import AndersonMemory, anderson
 from implicitdiff.solvers.bisection import BisectionMemory, bisection
 from implicitdiff.solvers.broyden import BroydenMemory, broyden

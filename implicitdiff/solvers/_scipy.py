@@ -20,15 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import implicitdiff._pytree as pytree
-from implicitdiff._operator import with_vectors
-from implicitdiff.solvers._equations import EquationOf
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._rows import Rows, any_lane, norm
-from implicitdiff.solvers._solver import Maker, Solver, make
-from implicitdiff.solvers._state import State
-from implicitdiff.solvers._status import Status
-from implicitdiff.solvers._termination import precision
+import implicitdiff._torch.trees as pytree
+from implicitdiff._implicit.operators import with_vectors
+from implicitdiff.solvers._loop.equations import EquationOf
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.problem import Rows, any_lane, norm
+from implicitdiff.solvers._loop.solver import Maker, Solver, make
+from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._loop.status import Status
+from implicitdiff.solvers._loop.termination import precision
 
 Array = NDArray[np.float64]
 T = TypeVar("T")

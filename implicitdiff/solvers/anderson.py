@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._dense as _dense
-import implicitdiff.solvers._equations as _equations
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._options import check_count, check_number
-from implicitdiff.solvers._rows import Rows, any_lane, norm, select, times
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
+import implicitdiff.solvers._loop.dense as _dense
+import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.options import check_count, check_number
+from implicitdiff.solvers._loop.problem import Rows, any_lane, norm, select, times
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import State
 
 
 class AndersonMemory(NamedTuple):

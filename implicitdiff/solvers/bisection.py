@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff._pytree as pytree
-import implicitdiff.solvers._equations as _equations
-from implicitdiff.solvers._equations import Equation
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._rows import Rows, any_lane, norm
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
-from implicitdiff.solvers._status import Status
+import implicitdiff._torch.trees as pytree
+import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff.solvers._loop.equations import Equation
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.problem import Rows, any_lane, norm
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._loop.status import Status
 
 
 class BisectionMemory(NamedTuple):

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._equations as _equations
-import implicitdiff.solvers._low_rank as _low_rank
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._options import check_count
-from implicitdiff.solvers._rows import Rows, norm
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
+import implicitdiff.solvers._loop.equations as _equations
+import implicitdiff.solvers._steps.low_rank as _low_rank
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.options import check_count
+from implicitdiff.solvers._loop.problem import Rows, norm
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import State
 
 
 class BroydenMemory(NamedTuple):

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._dense as _dense
-import implicitdiff.solvers._equations as _equations
-import implicitdiff.solvers._low_rank as _low_rank
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._newton import shorten
-from implicitdiff.solvers._options import check_count
-from implicitdiff.solvers._rows import Rows, any_lane, norm, select, times
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
-from implicitdiff.solvers._status import Status
+import implicitdiff.solvers._loop.dense as _dense
+import implicitdiff.solvers._loop.equations as _equations
+import implicitdiff.solvers._steps.low_rank as _low_rank
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.options import check_count
+from implicitdiff.solvers._loop.problem import Rows, any_lane, norm, select, times
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._loop.status import Status
+from implicitdiff.solvers._steps.newton import shorten
 
 
 class BroydenRootMemory(NamedTuple):

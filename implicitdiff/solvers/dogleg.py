@@ -8,10 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-import implicitdiff.solvers._dogleg as _dogleg
-import implicitdiff.solvers._equations as _equations
-from implicitdiff.solvers._dogleg import DoglegMemory
-from implicitdiff.solvers._least_squares import (
+import implicitdiff.solvers._loop.equations as _equations
+import implicitdiff.solvers._steps.dogleg as _dogleg
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.newton_step import NewtonStep
+from implicitdiff.solvers._loop.problem import Rows, any_lane, norm, select
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._steps.dogleg import DoglegMemory
+from implicitdiff.solvers._steps.least_squares import (
     curvature,
     gradient,
     half_squares,
@@ -19,12 +24,7 @@ from implicitdiff.solvers._least_squares import (
     normal_residual,
     normal_size,
 )
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._newton_step import NewtonStep
-from implicitdiff.solvers._rows import Rows, any_lane, norm, select
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
-from implicitdiff.solvers._trust_region import check_radius, root
+from implicitdiff.solvers._steps.trust_region import check_radius, root
 
 
 def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any) -> Solver:

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._dense as _dense
-import implicitdiff.solvers._dogleg as _dogleg
-import implicitdiff.solvers._equations as _equations
-from implicitdiff.solvers._dogleg import DoglegMemory
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._rows import Rows, any_lane, norm, select, times
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
-from implicitdiff.solvers._status import Status
-from implicitdiff.solvers._trust_region import check_radius
+import implicitdiff.solvers._loop.dense as _dense
+import implicitdiff.solvers._loop.equations as _equations
+import implicitdiff.solvers._steps.dogleg as _dogleg
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.problem import Rows, any_lane, norm, select, times
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._loop.status import Status
+from implicitdiff.solvers._steps.dogleg import DoglegMemory
+from implicitdiff.solvers._steps.trust_region import check_radius
 
 
 def dogleg_root(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any) -> Solver:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-import implicitdiff.solvers._equations as _equations
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._options import check_number
-from implicitdiff.solvers._rows import Rows, norm
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
+import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.options import check_number
+from implicitdiff.solvers._loop.problem import Rows, norm
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import State
 
 
 class FixedPointMemory(NamedTuple):

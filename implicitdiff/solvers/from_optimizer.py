@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-import implicitdiff._pytree as pytree
-import implicitdiff.solvers._equations as _equations
-from implicitdiff._lanes import vmap
-from implicitdiff._pytree import Leaves, Structure
+import implicitdiff._torch.trees as pytree
+import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.lanes import vmap
+from implicitdiff._torch.trees import Leaves, Structure
 from implicitdiff.optim import GradientTransformation
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._rows import Rows, norm
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.problem import Rows, norm
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import State
 
 
 class FromOptimizerMemory(NamedTuple):

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._dense as _dense
-import implicitdiff.solvers._equations as _equations
-import implicitdiff.solvers._newton as _newton
-from implicitdiff.solvers._least_squares import gradient, normal_residual, normal_size
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._rows import Rows, norm, select, times
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
-from implicitdiff.solvers._status import Status
+import implicitdiff.solvers._loop.dense as _dense
+import implicitdiff.solvers._loop.equations as _equations
+import implicitdiff.solvers._steps.newton as _newton
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.problem import Rows, norm, select, times
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._loop.status import Status
+from implicitdiff.solvers._steps.least_squares import gradient, normal_residual, normal_size
 
 
 class GaussNewtonMemory(NamedTuple):

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-import implicitdiff._pytree as pytree
-from implicitdiff._lift import gradient
-from implicitdiff._linear import check_like
-from implicitdiff._pytree import Leaves
-from implicitdiff._signature import name_of
+import implicitdiff._torch.trees as pytree
+from implicitdiff._closures.lift import gradient
+from implicitdiff._closures.signature import name_of
+from implicitdiff._implicit.linear import check_like
+from implicitdiff._torch.trees import Leaves
 
 
 class KKTSolution(NamedTuple):

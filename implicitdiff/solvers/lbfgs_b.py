@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._dense as _dense
-import implicitdiff.solvers._equations as _equations
-from implicitdiff.solvers._bounds import Limits, limits_of, limits_on
-from implicitdiff.solvers._line_search import Segment, arrive, search, unit_step
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._options import check_count
-from implicitdiff.solvers._rows import Rows, any_lane, dot, largest_entry, norm, safe_divide, select, times
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
-from implicitdiff.solvers._status import Status
-from implicitdiff.solvers._termination import composite_size
+import implicitdiff.solvers._loop.dense as _dense
+import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff.solvers._loop.bounds import Limits, limits_of, limits_on
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.options import check_count
+from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, largest_entry, norm, safe_divide, select, times
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._loop.status import Status
+from implicitdiff.solvers._loop.termination import composite_size
+from implicitdiff.solvers._steps.line_search import Segment, arrive, search, unit_step
 
 
 class LbfgsBMemory(NamedTuple):

@@ -9,10 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._equations as _equations
-import implicitdiff.solvers._trust_region as _trust_region
-from implicitdiff.solvers._bounds import Limits, limits_of, limits_on
-from implicitdiff.solvers._least_squares import (
+import implicitdiff.solvers._loop.equations as _equations
+import implicitdiff.solvers._steps.trust_region as _trust_region
+from implicitdiff.solvers._loop.bounds import Limits, limits_of, limits_on
+from implicitdiff.solvers._loop.losses import check_loss_scale, loss_of
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
+from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, norm, safe_divide, select, times
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import Progress, State
+from implicitdiff.solvers._loop.status import Status
+from implicitdiff.solvers._steps.least_squares import (
     Curvature,
     curvature,
     damped,
@@ -24,14 +31,7 @@ from implicitdiff.solvers._least_squares import (
     rounding_of_cost,
     units_of,
 )
-from implicitdiff.solvers._losses import check_loss_scale, loss_of
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._newton_step import NewtonStep, if_twice_differentiable
-from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select, times
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import Progress, State
-from implicitdiff.solvers._status import Status
-from implicitdiff.solvers._trust_region import length, root
+from implicitdiff.solvers._steps.trust_region import length, root
 
 
 class LevenbergMarquardtMemory(NamedTuple):

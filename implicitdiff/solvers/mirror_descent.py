@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff._pytree as pytree
-import implicitdiff.solvers._equations as _equations
-from implicitdiff.solvers._backtracking import GROWTH, Point, backtrack, lies_below
-from implicitdiff.solvers._equations import Composite, Equation, Functions
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._proximal_gradient import check_stepsize
-from implicitdiff.solvers._rows import Rows, dot, norm
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
-from implicitdiff.solvers._status import Status
-from implicitdiff.solvers._termination import composite_size
+import implicitdiff._torch.trees as pytree
+import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff.solvers._loop.equations import Composite, Equation, Functions
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.problem import Rows, dot, norm
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._loop.status import Status
+from implicitdiff.solvers._loop.termination import composite_size
+from implicitdiff.solvers._steps.backtracking import GROWTH, Point, backtrack, lies_below
+from implicitdiff.solvers._steps.proximal_gradient import check_stepsize
 
 
 class MirrorDescentMemory(NamedTuple):

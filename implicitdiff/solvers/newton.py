@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._equations as _equations
-import implicitdiff.solvers._newton as _newton
-from implicitdiff._linear import LinearSolver
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._rows import Rows, norm
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
+import implicitdiff.solvers._loop.equations as _equations
+import implicitdiff.solvers._steps.newton as _newton
+from implicitdiff._implicit.linear import LinearSolver
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.problem import Rows, norm
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import State
 
 
 class NewtonMemory(NamedTuple):

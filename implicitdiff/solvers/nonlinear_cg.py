@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._equations as _equations
-from implicitdiff.solvers._line_search import arrive, begin, fell, search, unit_step
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._newton_step import NewtonStep, few_products, newton_step
-from implicitdiff.solvers._rows import Rows, any_lane, dot, norm, safe_divide, select
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
-from implicitdiff.solvers._status import Status
+import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, newton_step
+from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, norm, safe_divide, select
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._loop.status import Status
+from implicitdiff.solvers._steps.line_search import arrive, begin, fell, search, unit_step
 
 # Without this restart Rosenbrock's function in ten dimensions takes three times as long.
 _CONJUGATE = 0.1

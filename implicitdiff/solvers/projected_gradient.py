@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-import implicitdiff.solvers._equations as _equations
-import implicitdiff.solvers._proximal_gradient as _proximal_gradient
-from implicitdiff.solvers._rows import Rows
-from implicitdiff.solvers._solver import Solver, make
+import implicitdiff.solvers._loop.equations as _equations
+import implicitdiff.solvers._steps.proximal_gradient as _proximal_gradient
+from implicitdiff.solvers._loop.problem import Rows
+from implicitdiff.solvers._loop.solver import Solver, make
 
 
 def projected_gradient(

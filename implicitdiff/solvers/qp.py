@@ -9,15 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff._pytree as pytree
-import implicitdiff.solvers._admm as _admm
-import implicitdiff.solvers._dense as _dense
-from implicitdiff.solvers._equations import Equation, Functions
-from implicitdiff.solvers._interior import interior_point
-from implicitdiff.solvers._kkt_solve import solve_kkt
-from implicitdiff.solvers._method import Method, Start
-from implicitdiff.solvers._polish import active_set, picked, polish, precision, put
-from implicitdiff.solvers._quadratic import (
+import implicitdiff._torch.trees as pytree
+import implicitdiff.solvers._loop.dense as _dense
+import implicitdiff.solvers._qp.admm as _admm
+from implicitdiff.solvers._loop.equations import Equation, Functions
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.problem import Rows, all_of, any_lane, select
+from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._loop.status import Status
+from implicitdiff.solvers._qp.interior import interior_point
+from implicitdiff.solvers._qp.kkt_solve import solve_kkt
+from implicitdiff.solvers._qp.polish import active_set, picked, polish, precision, put
+from implicitdiff.solvers._qp.program import (
     Point,
     Program,
     certificates,
@@ -33,10 +37,6 @@ from implicitdiff.solvers._quadratic import (
     violation,
     without_noise,
 )
-from implicitdiff.solvers._rows import Rows, all_of, any_lane, select
-from implicitdiff.solvers._solver import Solver, make
-from implicitdiff.solvers._state import State
-from implicitdiff.solvers._status import Status
 from implicitdiff.solvers.kkt import KKTSolution
 
 

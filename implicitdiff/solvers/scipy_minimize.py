@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import implicitdiff.solvers._equations as _equations
-from implicitdiff.solvers._bounds import limits_of
+import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff.solvers._loop.bounds import limits_of
+from implicitdiff.solvers._loop.solver import Solver
 from implicitdiff.solvers._scipy import (
     Engine,
     Lane,
@@ -17,7 +18,6 @@ from implicitdiff.solvers._scipy import (
     lookup,
     make_engine,
 )
-from implicitdiff.solvers._solver import Solver
 
 Tolerances = Callable[[float, float, bool], dict[str, Any]]
 

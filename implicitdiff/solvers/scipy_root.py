@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import implicitdiff.solvers._equations as _equations
+import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff.solvers._loop.solver import Solver
 from implicitdiff.solvers._scipy import Engine, Lane, check_scipy_options, lookup, make_engine
-from implicitdiff.solvers._solver import Solver
 
 Tolerances = Callable[[float, float], dict[str, Any]]
 

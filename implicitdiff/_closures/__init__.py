@@ -1,0 +1,1 @@
+"""Closure conversion: a user's function as a pure function of explicit operands."""

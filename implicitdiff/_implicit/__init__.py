@@ -1,0 +1,1 @@
+"""Implicit derivatives: the primitive, its linear operators, linear systems and roots."""

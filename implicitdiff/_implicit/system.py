@@ -1,0 +1,223 @@
+"""What a linear solver's algorithm sees of a problem.
+
+An algorithm never meets a pytree, a transform or a batch: it gets a `System` of real vectors, one row for each lane
+of vmap and right-hand side, on plain tensors. Complex leaves are pairs of real numbers, in which the adjoint is the
+transpose, and maps that are linear over the reals alone are linear.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial, reduce
+
+import torch
+from torch import Tensor
+
+from implicitdiff._implicit.operators import Lane, Operator, PlainPullback, Product, Products, with_vectors
+from implicitdiff._torch.lanes import over_levels, vmap
+from implicitdiff._torch.trees import Leaves
+
+Rows = Callable[[Tensor], Tensor]
+
+
+class Vectors:
+    """Lists of leaves of given shapes, batched in their leading dimensions, as rows of real numbers of one dtype, at
+    least `dtype`."""
+
+    def __init__(self, like: Leaves, batch: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
+        self.batch = tuple(batch)
+        self.shapes = [t.shape[len(self.batch) :] for t in like]
+        self.dtypes = [t.dtype for t in like]
+        self.sizes = [math.prod(s) * (2 if d.is_complex else 1) for s, d in zip(self.shapes, self.dtypes, strict=True)]
+        self.dimension = sum(self.sizes)
+        self.device = like[0].device
+        # LAPACK has no half precision.
+        self.eps = max([torch.finfo(d).eps for d in self.dtypes])
+        self.dtype = reduce(torch.promote_types, [d.to_real() for d in self.dtypes], dtype)
+
+    def ravel(self, leaves: Sequence[Tensor], lead: int | None = None) -> Tensor:
+        """Leaves ``(*batch, *shape)`` as rows ``(prod(batch), dimension)``; `lead` is one more dimension in front."""
+        rows = (math.prod(self.batch),) if lead is None else (lead, math.prod(self.batch))
+        flat = [_real(t).reshape(*rows, n).to(self.dtype) for t, n in zip(leaves, self.sizes, strict=True)]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
+
+    def unravel(self, rows: Tensor) -> Leaves:
+        """The inverse of `ravel`, except that a dimension in front of the rows stays in front of the leaves."""
+        lead = (*rows.shape[:-2], *self.batch)
+        if len(self.sizes) == 1:
+            return [_leaf(rows, (*lead, *self.shapes[0]), self.dtypes[0])]
+        parts = rows.split(self.sizes, dim=-1)
+        return [_leaf(p, (*lead, *s), d) for p, s, d in zip(parts, self.shapes, self.dtypes, strict=True)]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    # Not view_as_real, whose derivative wants strides that a part of a row may not have.
+    return torch.stack([tensor.real, tensor.imag], dim=-1) if tensor.is_complex() else tensor
+
+
+def _leaf(part: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if dtype.is_complex:
+        pairs = part.reshape(*shape, 2).to(dtype.to_real())
+        return torch.complex(pairs[..., 0], pairs[..., 1])
+    return part.reshape(shape).to(dtype)
+
+
+@dataclass(frozen=True)
+class System:
+    """``A x = b`` as an algorithm sees it: ``lanes`` matrices of shape ``(m, n)``, ``columns`` right-hand sides each.
+
+    Attributes:
+        eps: the precision of the least precise leaf, which is that of the products.
+        unknowns: ``n``.
+        is_square: whether a row of ``x`` is one of the same kind as a row of ``b``; ``m`` is ``n`` then.
+        b: the right-hand sides, ``(lanes * columns, m)``, lane by lane; each row scaled to largest entry 1, or zero.
+        scale: what the rows were divided by, ``(lanes * columns, 1)``.
+        start: an initial guess in the form of ``x``, or None for zero.
+        lanes: how many matrices.
+        matvec: ``v -> A v`` on rows.
+        rmatvec: ``u -> A^T u`` on rows.
+        precondition: ``r -> M^-1 r`` on rows, or None.
+        of_range: whether these are rows like those of ``b``; else they are like those of ``x``.
+        materialise: ``() -> A``, as ``(lanes, m, n)``.
+    """
+
+    b: Tensor
+    unknowns: int
+    is_square: bool
+    eps: float
+    scale: Tensor
+    start: Tensor | None
+    lanes: int
+    matvec: Rows
+    rmatvec: Rows
+    precondition: Rows | None
+    of_range: bool
+    materialise: Callable[[], Tensor]
+
+    def shifted(self, ridge: float) -> System:
+        """The system of ``A + ridge I``."""
+        if not ridge:
+            return self
+        if not self.is_square:
+            raise AssertionError("refused at the call")
+
+        def materialise() -> Tensor:
+            a = self.materialise()
+            return a + ridge * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+
+        return replace(
+            self,
+            matvec=lambda v: self.matvec(v) + ridge * v,
+            rmatvec=lambda u: self.rmatvec(u) + ridge * u,
+            materialise=materialise,
+        )
+
+
+def make_system(
+    operator: Operator,
+    operands: Leaves,
+    b: Leaves,
+    lanes: Sequence[int],
+    columns: Sequence[int],
+    precondition: Callable[[], Product] | None,
+    start: Leaves | None,
+    lane: Lane | None = None,
+) -> tuple[Vectors, System]:
+    """The system of ``A(operands) x = b`` from plain tensors, and the vectors that ``x`` is one of.
+
+    The leaves of ``b`` have shape ``(*lanes, *columns, *shape)``, `operator` and `precondition` act on ``(*lanes,
+    *shape)``. Of a rectangular operator, whose leaves are those of both sides, the system is that of its block. `lane`
+    is the operator of one lane, if there are lanes and it is known.
+    """
+    blocks, batch = operator.blocks, (*lanes, *columns)
+    whole = Vectors(b, batch)
+    one_column = first_column(b, len(lanes), len(columns))
+    is_square = blocks.domain == blocks.range
+    domain = whole if is_square else Vectors(b[blocks.domain], batch, whole.dtype)
+    range_ = whole if is_square else Vectors(b[blocks.range], batch, whole.dtype)
+    of_range = not is_square and blocks.smaller == blocks.range
+    smaller = range_ if of_range else domain
+    one = [domain, range_]
+    if columns:
+        one = [Vectors(one_column[block], lanes, whole.dtype) for block in blocks[:2]]
+    products = operator.block_products(operands, one_column, PlainPullback)
+
+    def rows(make: Callable[[], Product], source: Vectors, to: Vectors) -> Rows:
+        product = cache(lambda: map_columns(make(), len(lanes), len(columns)))
+        return lambda v: to.ravel(product()(source.unravel(v)))
+
+    right = range_.ravel(b[blocks.range])
+    scale = right.abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(scale > 0, scale, 1.0)
+    system = System(
+        b=right / scale,
+        unknowns=domain.dimension,
+        is_square=is_square,
+        eps=whole.eps,
+        scale=scale,
+        start=None if start is None else domain.ravel(start[blocks.domain]) / scale,
+        lanes=math.prod(lanes),
+        matvec=rows(products.matvec, domain, range_),
+        rmatvec=rows(products.rmatvec, range_, domain),
+        precondition=None if precondition is None else rows(precondition, smaller, smaller),
+        of_range=of_range,
+        materialise=partial(_materialise, operator, products, one[0], one[1])
+        if lane is None or not lanes
+        else partial(_materialise_each, lane, one_column, lanes, whole.dtype),
+    )
+    return domain, system
+
+
+def first_column(leaves: Leaves, at: int, count: int) -> Leaves:
+    """The leaves at the first index of `count` dimensions from position `at` on; zeros where there is none."""
+    for _ in range(count):
+        leaves = [t.select(at, 0) if t.shape[at] else t.new_zeros(t.shape[:at] + t.shape[at + 1 :]) for t in leaves]
+    return leaves
+
+
+def map_columns(product: Product, at: int, count: int) -> Product:
+    """A product that acts on leaves with `count` more batch dimensions from position `at` on."""
+    for _ in range(count):
+        product = vmap(product, at, at)
+    return product
+
+
+def _materialise(operator: Operator, products: Products, domain: Vectors, range_: Vectors, times: int = 1) -> Tensor:
+    """The matrices of the lanes of these vectors, where `times` as many are materialised at once."""
+    rows_first = operator.rows_first
+    product = products.rmatvec() if rows_first else products.matvec()
+    source, to = (range_, domain) if rows_first else (domain, range_)
+    lanes, n = math.prod(source.batch), source.dimension
+    basis = torch.eye(n, dtype=source.dtype, device=source.device)[:, None, :].expand(n, lanes, n)
+    if n == 1:
+        images = to.ravel(product(source.unravel(basis[0])))[None]
+    else:
+        # What is held at once is bounded.
+        at_once = max(1, _HELD_AT_ONCE // (times * lanes * max(n, to.dimension)))
+        each = with_vectors(product, operator.one_by_one, at_once if at_once < n else None)
+        images = to.ravel(each(source.unravel(basis)), lead=n)
+    return images.permute(1, 0, 2) if rows_first else images.permute(1, 2, 0)
+
+
+def _materialise_each(lane: Lane, like: Leaves, lanes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The matrices of all lanes, each with its unit vectors side by side.
+
+    With the unit vectors outside of the lanes, products with a matrix that varies over the lanes would take a copy of
+    it for each unit vector.
+    """
+    one, blocks, count = first_column(like, 0, len(lanes)), lane.operator.blocks, math.prod(lanes)
+    domain, range_ = (Vectors(one[block], (), dtype) for block in blocks[:2])
+
+    def matrix(operands: Leaves, _: Tensor) -> Tensor:
+        products = lane.operator.block_products(operands, one)
+        return _materialise(lane.operator, products, domain, range_, count)[0]
+
+    # The vmap of a level wants something batched, and the operands may be shared by its lanes.
+    batched = torch.empty(tuple(lanes), dtype=dtype, device=domain.device)
+    matrices: Tensor = over_levels(matrix, [(list(dims), 0) for dims in lane.levels])(lane.operands, batched)
+    return matrices.reshape(count, range_.dimension, domain.dimension)
+
+
+_HELD_AT_ONCE = 2**22

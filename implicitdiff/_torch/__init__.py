@@ -1,0 +1,1 @@
+"""All that is private to torch: its transforms, modes, settings and trees."""

@@ -1,0 +1,54 @@
+"""The stack of the modes that look at torch functions, and the caches that a mode would not see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext as DeviceContext
+
+
+def running() -> list[TorchFunctionMode]:
+    """The modes that run, outermost first."""
+    return list(torch.overrides._get_current_function_mode_stack())
+
+
+def is_any_running() -> bool:
+    """Whether any mode looks at torch functions."""
+    return torch.overrides._get_current_function_mode() is not None
+
+
+@contextmanager
+def in_place_of(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
+    """Run the body with these modes in the place of those that run."""
+    before = running()
+    _exchange(before, modes)
+    try:
+        yield
+    finally:
+        _exchange(modes, before)
+
+
+def _exchange(old: Sequence[TorchFunctionMode], new: Sequence[TorchFunctionMode]) -> None:
+    for _ in old:
+        torch.overrides._pop_mode()
+    for mode in new:
+        torch.overrides._push_mode(mode)
+
+
+def uncached() -> AbstractContextManager[None]:
+    """Compute parametrised weights anew: `parametrize.cached` would hand one evaluation the tensors of another, below
+    gradients or of other operands."""
+    return _uncached() if parametrize._cache_enabled else nullcontext()
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    before, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = before

@@ -1,0 +1,28 @@
+"""Activations. `hardsigmoid` has no second derivative, `glu` none in forward mode twice (no issues are known)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from implicitdiff._torch.replacements._spelling import Operation, of_aten
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    if inplace or not input.is_floating_point():
+        return functional.hardsigmoid(input, inplace)
+    return functional.relu6(input + 3) / 6
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    if not input.is_floating_point() or not -input.dim() <= dim < input.dim() or input.shape[dim] % 2:
+        return functional.glu(input, dim)
+    a, b = input.chunk(2, dim)
+    return a * b.sigmoid()
+
+
+REPLACEMENTS: dict[Operation, Operation] = {
+    functional.hardsigmoid: _hardsigmoid,
+    functional.glu: _glu,
+    **of_aten(hardsigmoid=_hardsigmoid, glu=_glu),
+}

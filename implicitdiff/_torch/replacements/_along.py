@@ -1,0 +1,41 @@
+"""Operations along one dimension.
+
+The second derivative of `select_scatter` is wrong where it is taken outside of a vmap (no issue is known), and that of
+`cumprod` in forward mode over forward mode (pytorch #196701).
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from implicitdiff._torch.replacements._spelling import Operation, of_aten
+
+
+def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    selected = input.select(dim, index)
+    if selected.shape != src.shape:
+        return torch.select_scatter(input, src, dim, index)
+    at = index % input.shape[dim]
+    before, after = input.narrow(dim, 0, at), input.narrow(dim, at + 1, input.shape[dim] - at - 1)
+    return torch.cat([before, src.unsqueeze(dim).to(input.dtype), after], dim)
+
+
+def _cumprod(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    if not input.is_floating_point() or not -input.dim() <= dim < input.dim():
+        return torch.cumprod(input, dim, dtype=dtype)
+    factors = input.to(dtype or input.dtype).unbind(dim)
+    # One after the other: products of parts may be out of range where the whole is not.
+    products = list(accumulate(factors, torch.mul))
+    return torch.stack(products, dim) if products else input.to(dtype or input.dtype, copy=True)
+
+
+REPLACEMENTS: dict[Operation, Operation] = {
+    torch.select_scatter: _select_scatter,
+    torch.Tensor.select_scatter: _select_scatter,
+    torch.cumprod: _cumprod,
+    torch.Tensor.cumprod: _cumprod,
+    **of_aten(select_scatter=_select_scatter, cumprod=_cumprod),
+}

@@ -1,0 +1,137 @@
+"""Recurrent layers and cells, time step by time step.
+
+torch has no batching rules for them (pytorch #105982, #134606, #112459), and no second derivative where a fused kernel
+computes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from implicitdiff._torch.replacements._spelling import Operation, of_aten
+
+State = tuple[Tensor, ...]
+"""The first is the output."""
+Cell = Callable[[Tensor, Tensor, State], State]
+"""``cell(a, b, state)`` for the shares ``a`` and ``b`` of the input and of the last output in what the gates see."""
+
+
+def _lstm_cell(a: Tensor, b: Tensor, state: State) -> State:
+    i, f, g, o = (a + b).chunk(4, -1)
+    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru_cell(a: Tensor, b: Tensor, state: State) -> State:
+    (r, z, n), (h_r, h_z, h_n) = a.chunk(3, -1), b.chunk(3, -1)
+    n, z = (n + (r + h_r).sigmoid() * h_n).tanh(), (z + h_z).sigmoid()
+    return (n + z * (state[0] - n),)
+
+
+def _tanh_cell(a: Tensor, b: Tensor, state: State) -> State:
+    return ((a + b).tanh(),)
+
+
+def _relu_cell(a: Tensor, b: Tensor, state: State) -> State:
+    return ((a + b).relu(),)
+
+
+def _over_time(cell: Cell, x: Tensor, state: State, params: Sequence[Tensor], biased: bool) -> tuple[Tensor, State]:
+    w_ih, w_hh = params[:2]
+    b_ih, b_hh = params[2:4] if biased else (None, None)
+    projection = params[-1] if len(params) % 2 else None
+    outputs = []
+    for a in functional.linear(x, w_ih, b_ih).unbind(0):
+        h, *rest = cell(a, functional.linear(state[0], w_hh, b_hh), state)
+        state = (h if projection is None else functional.linear(h, projection), *rest)
+        outputs.append(state[0])
+    return torch.stack(outputs), state
+
+
+def _layers(
+    cell: Cell,
+    x: Tensor,
+    states: State,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> State:
+    x = x.movedim(1, 0) if batch_first else x
+    directions = 2 if bidirectional else 1
+    each = len(params) // (num_layers * directions)
+    ends = []
+    for layer in range(num_layers):
+        outputs = []
+        for direction in range(directions):
+            at = layer * directions + direction
+            own, start = params[at * each : (at + 1) * each], tuple(s[at] for s in states)
+            y, end = _over_time(cell, x.flip(0) if direction else x, start, own, has_biases)
+            outputs.append(y.flip(0) if direction else y)
+            ends.append(end)
+        x = torch.cat(outputs, -1)
+    return (x.movedim(0, 1) if batch_first else x, *(torch.stack(parts) for parts in zip(*ends, strict=True)))
+
+
+def _layer(op: Operation, cell: Cell, packed_at: int) -> Operation:
+    """What replaces a layer; a packed sequence has a tensor at that place among the arguments."""
+
+    def run(*args: Any, **kwargs: Any) -> State:
+        if kwargs or isinstance(args[packed_at], Tensor):
+            return op(*args, **kwargs)  # type: ignore[no-any-return]
+        input, states, params, has_biases, num_layers, dropout, train, bidirectional, batch_first = args
+        if (train and dropout > 0) or input.shape[1 if batch_first else 0] == 0:
+            return op(*args)  # type: ignore[no-any-return]
+        states = (states,) if isinstance(states, Tensor) else tuple(states)
+        return _layers(cell, input, states, params, has_biases, num_layers, bidirectional, batch_first)
+
+    return run
+
+
+def _step(op: Operation, cell: Cell) -> Operation:
+    """What replaces a cell."""
+
+    def run(
+        input: Tensor,
+        hx: Any,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Any:
+        state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        if any(s.shape[:-1] != input.shape[:-1] for s in state):
+            return op(input, hx, w_ih, w_hh, b_ih, b_hh)
+        new = cell(functional.linear(input, w_ih, b_ih), functional.linear(state[0], w_hh, b_hh), state)
+        return new[0] if isinstance(hx, Tensor) else new
+
+    return run
+
+
+_lstm = _layer(torch.lstm, _lstm_cell, 1)
+_gru, _rnn_tanh, _rnn_relu = (
+    _layer(op, cell, 2)
+    for op, cell in ((torch.gru, _gru_cell), (torch.rnn_tanh, _tanh_cell), (torch.rnn_relu, _relu_cell))
+)
+_cells = {
+    "lstm_cell": _step(torch.lstm_cell, _lstm_cell),
+    "gru_cell": _step(torch.gru_cell, _gru_cell),
+    "rnn_tanh_cell": _step(torch.rnn_tanh_cell, _tanh_cell),
+    "rnn_relu_cell": _step(torch.rnn_relu_cell, _relu_cell),
+}
+
+REPLACEMENTS: dict[Operation, Operation] = {
+    torch.lstm: _lstm,
+    torch.gru: _gru,
+    torch.rnn_tanh: _rnn_tanh,
+    torch.rnn_relu: _rnn_relu,
+    **of_aten("input", lstm=_lstm, gru=_gru, rnn_tanh=_rnn_tanh, rnn_relu=_rnn_relu),
+    **{getattr(torch, name): replacement for name, replacement in _cells.items()},
+    **of_aten(**_cells),
+}

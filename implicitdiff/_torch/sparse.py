@@ -1,0 +1,133 @@
+"""Products with sparse matrices under torch's transforms, which refuse sparse layouts.
+
+torch differentiates ``S @ v`` in reverse mode alone, and batches few of its spellings. Where a transform runs, the
+product is taken as gathers and sums of dense tensors, which every transform knows::
+
+    (S v)_i = sum over the entries (i, j) of S_ij v_j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.trees as pytree
+
+_PRODUCTS = {torch.matmul, torch.mm, torch.mv, torch.sparse.mm}
+_PRODUCTS |= {Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.__matmul__}
+_REVERSED = {Tensor.__rmatmul__}
+
+
+class SparseProducts(TorchFunctionMode):
+    """Takes every operation on a sparse tensor by `call`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with functorch.no_modes():
+            is_sparse = have_sparse(args, kwargs)
+        return call(func, args, kwargs) if is_sparse else func(*args, **kwargs)
+
+
+def have_sparse(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an argument of a torch function is a sparse tensor."""
+    return any([t.layout is not torch.strided for t in _tensors(args, kwargs)])
+
+
+def call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The result of a torch function of sparse tensors."""
+    tensors = list(_tensors(args, kwargs))
+    is_reversed = func in _REVERSED
+    if (is_reversed or func in _PRODUCTS) and len(args) == 2 and not kwargs:
+        if _runs_natively(tensors) and not _have_blocks(tensors):
+            return func(*args, **kwargs)
+        if not (all(map(_is_constant, tensors)) and all(map(_is_sparse, tensors))):
+            return _product(*(reversed(args) if is_reversed else args))
+    if _runs_natively(tensors):
+        return func(*args, **kwargs)
+    if all(map(_is_constant, tensors)):
+        # As a transpose is: no transform has to know.
+        with functorch.no_levels():
+            return func(*args, **kwargs)
+    try:
+        return func(*args, **kwargs)
+    except (RuntimeError, NotImplementedError, IndexError) as error:
+        layouts = sorted({_layout(t) for t in _tensors(args, kwargs)} - {"strided"})
+        raise NotImplementedError(
+            f"torch cannot transform {getattr(func, '__name__', func)} of a tensor in the layout "
+            f"{' or '.join(layouts)} ({str(error).splitlines()[0]}); write it as a product S @ v with a matrix S, or "
+            "take S.to_dense()"
+        ) from error
+
+
+def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif type(value) in (tuple, list):
+            yield from pytree.tensors(value)
+
+
+def _layout(tensor: Tensor) -> str:
+    with functorch.no_modes():
+        return str(tensor.layout).removeprefix("torch.")
+
+
+def _is_sparse(tensor: Tensor) -> bool:
+    with functorch.no_modes():
+        return tensor.layout is not torch.strided
+
+
+def _runs_natively(tensors: Sequence[Tensor]) -> bool:
+    """Whether no transform runs and nothing is recorded, which a vmap might differentiate later."""
+    return functorch.only_autograd() and not any(map(functorch.is_tracked, tensors))
+
+
+def _have_blocks(tensors: Sequence[Tensor]) -> bool:
+    """Whether a tensor has a layout whose products torch has not, or not in both orders."""
+    with functorch.no_modes():
+        return any(t.layout in (torch.sparse_bsr, torch.sparse_bsc) for t in tensors)
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    return functorch.are_constant([tensor]) and not tensor.requires_grad
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, one of which is a sparse matrix."""
+    if _is_sparse(a) and _is_sparse(b):
+        raise NotImplementedError(
+            f"torch cannot transform the product of two sparse matrices, in the layouts {_layout(a)} and {_layout(b)}; "
+            "multiply one after the other with the vector, or take to_dense() of one"
+        )
+    inner = a.shape[-1], b.shape[-2 if b.dim() > 1 else -1]
+    if inner[0] != inner[1]:
+        raise RuntimeError(f"sizes do not match in the product of {list(a.shape)} and {list(b.shape)}")
+    if not _is_sparse(a):
+        # a S = (S' a')'
+        values, rows, columns = _entries(b)
+        product = _summed(values, columns, rows, b.shape[1], a.mT if a.dim() > 1 else a)
+        return product.mT if a.dim() > 1 else product
+    return _summed(*_entries(a), a.shape[0], b)
+
+
+def _entries(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The values of a sparse matrix, their rows and their columns."""
+    with functorch.no_levels() if _is_constant(matrix) else nullcontext():
+        coordinates = matrix.to_sparse_coo().coalesce()
+        rows, columns = coordinates.indices()
+        return coordinates.values(), rows, columns
+
+
+def _summed(values: Tensor, rows: Tensor, columns: Tensor, size: int, v: Tensor) -> Tensor:
+    if v.dim() == 1:
+        return _summed(values, rows, columns, size, v[:, None])[:, 0]
+    terms = values[:, None] * v.index_select(-2, columns)
+    shape = (*v.shape[:-2], size, v.shape[-1])
+    sums: Tensor = torch.zeros(shape, dtype=terms.dtype, device=v.device).index_add(-2, rows, terms)
+    return sums

@@ -1,0 +1,56 @@
+"""Optimizers of torch.optim as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from implicitdiff.objects.optimizer import Optimizer
+from implicitdiff.objects.optimizers import SGD, AdaDelta, AdaGrad, Adam, AdaMax, AdamW, RAdam, RMSProp
+
+_OURS: dict[type[torch.optim.Optimizer], Callable[..., Optimizer]] = {
+    torch.optim.SGD: SGD,
+    torch.optim.Adam: Adam,
+    torch.optim.AdamW: AdamW,
+    torch.optim.RMSprop: RMSProp,
+    torch.optim.Adagrad: AdaGrad,
+    torch.optim.Adadelta: AdaDelta,
+    torch.optim.Adamax: AdaMax,
+    torch.optim.RAdam: RAdam,
+}
+
+
+def from_torch(optimizer: torch.optim.Optimizer) -> Optimizer:
+    """Convert an optimizer of torch.optim, with its parameter groups and a copy of its state.
+
+    The result goes on where it was, on the same parameters; its `Optimizer.pure` gives the pairs, parameters and
+    states to go on with in pure functions.
+
+    Args:
+        optimizer: an ``SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax`` or ``RAdam`` of torch.optim.
+
+    Raises:
+        TypeError: it is another one.
+
+    Example:
+        >>> import torch
+        >>> import implicitdiff
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> optimizer = torch.optim.Adam([w], lr=0.1)
+        >>> (w**2).sum().backward()
+        >>> optimizer.step()
+        >>> (update, params, state), = implicitdiff.from_torch(optimizer).pure()
+        >>> state.count, state.mu
+        (tensor([1]), [tensor([0.2000, 0.4000])])
+    """
+    front = _OURS.get(type(optimizer))
+    if front is None:
+        raise TypeError(
+            f"from_torch: {type(optimizer).__name__} has no counterpart here; there are "
+            f"{', '.join(theirs.__name__ for theirs in _OURS)}"
+        )
+    decoupled = any(group.get("decoupled_weight_decay") for group in optimizer.param_groups)
+    made = (AdamW if front is Adam and decoupled else front)([dict(group) for group in optimizer.param_groups])
+    made.load_state_dict(optimizer.state_dict())
+    return made

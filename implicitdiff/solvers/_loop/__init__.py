@@ -1,0 +1,1 @@
+"""The loop that all solvers share: the problem, the equation, the stopping rule and the state."""

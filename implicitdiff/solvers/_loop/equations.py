@@ -1,0 +1,236 @@
+"""The equations that the families of solvers solve, each named once: on trees, and on rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.trees as pytree
+from implicitdiff._closures.lift import gradient, pullback
+from implicitdiff._closures.signature import name_of
+from implicitdiff._implicit.linear import check_leaves, check_like
+from implicitdiff.projections._boxes import box
+from implicitdiff.solvers._loop.losses import Loss, relative_squares
+from implicitdiff.solvers._loop.problem import Rows
+
+Functions = Mapping[str, Callable[..., Any]]
+Residual = Callable[[Rows, Tensor], Tensor]
+"""``residual(rows, x)``, ``(lanes, n)``."""
+ProxResidual = Callable[[Rows, Tensor, Tensor], Tensor]
+"""``prox_residual(rows, x, gradient)``, zero at a solution under constraints or with a penalty."""
+
+
+class Equation(NamedTuple):
+    """``residual(x) = 0``, which a solution satisfies.
+
+    Attributes:
+        functions: the user's functions by name, each as ``function(x, args, *more)``; their results are checked.
+        on_trees: ``on_trees(functions, x, args)``, the residual as a tree like ``x``.
+        on_rows: the residual as a method sees it, ``on_rows(rows, x)``.
+    """
+
+    functions: Functions
+    on_trees: Callable[[Functions, Any, tuple[Any, ...]], Any]
+    on_rows: Residual
+
+
+EquationOf = Callable[..., Equation]
+"""``equation_of(*functions)`` makes the equation of the user's functions."""
+
+
+@dataclass(frozen=True)
+class Composite:
+    """The residual ``away(rows, x, gradient(rows, x))`` on rows."""
+
+    gradient: Residual
+    away: ProxResidual
+
+    def __call__(self, rows: Rows, x: Tensor) -> Tensor:
+        return self.away(rows, x, self.gradient(rows, x))
+
+
+def fixed_point(fn: Callable[..., Any]) -> Equation:
+    """``x - fn(x, *args) = 0``."""
+    # In this order the Jacobian is I - J, positive definite for a symmetric contraction.
+    return Equation(
+        {"fn": like_x(fn)},
+        lambda functions, x, args: subtract(x, functions["fn"](x, args)),
+        lambda rows, x: x - rows.fn(x),
+    )
+
+
+def root(fn: Callable[..., Any]) -> Equation:
+    """``fn(x, *args) = 0`` of as many equations as unknowns."""
+    return Equation({"fn": like_x(fn)}, lambda functions, x, args: functions["fn"](x, args), lambda rows, x: rows.fn(x))
+
+
+def stationary(fn: Callable[..., Any]) -> Equation:
+    """``grad fn(x, *args) = 0``."""
+    return Equation(
+        {"fn": scalar(fn)},
+        lambda functions, x, args: gradient(functions["fn"], x, args),
+        _gradient_on_rows,
+    )
+
+
+def _gradient_on_rows(rows: Rows, x: Tensor) -> Tensor:
+    value, grad = rows.fn.value_and_grad(x)
+    return _where_finite(value[:, None], grad)
+
+
+def _where_finite(value: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient, not a number where the value is not finite: there it may be finite all the same."""
+    return torch.where(torch.isfinite(value).all(dim=-1, keepdim=True), gradient, torch.nan)
+
+
+def least_squares(fn: Callable[..., Any]) -> Equation:
+    """``J' r = 0`` for ``r = fn(x, *args)``, the gradient of ``|r|^2 / 2``."""
+
+    def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
+        residuals, pull = pullback(functions["fn"], x, args)
+        return pull(residuals)
+
+    def on_rows(rows: Rows, x: Tensor) -> Tensor:
+        residuals, pull = rows.fn.pull(x)
+        return _where_finite(residuals, pull(residuals))
+
+    return Equation({"fn": tensors(fn)}, on_trees, on_rows)
+
+
+def robust(fn: Callable[..., Any], loss: Loss, scale: Any) -> Equation:
+    """``J' (rho'(z) r) = 0`` for ``r = fn(x, *args)`` and ``z = (r / scale)^2``, the gradient of the sum of
+    ``scale^2 rho(z) / 2``.
+
+    A function "loss" has the terms of that sum, ``rho'`` and ``rho' + 2 z rho''``, each for every residual.
+    """
+    checked = tensors(fn)
+
+    def weighted(r: torch.Tensor) -> torch.Tensor:
+        return loss.first(relative_squares(r, scale)[0]) * r
+
+    def losses(x: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
+        residuals = pytree.tensors(checked(x, args))
+        squares, units = zip(*(relative_squares(r, scale) for r in residuals), strict=True)
+        first = [loss.first(z) for z in squares]
+        return [
+            *(0.5 * unit**2 * loss.rho(z) for z, unit in zip(squares, units, strict=True)),
+            *first,
+            *(slope + 2 * z * loss.second(z) for z, slope in zip(squares, first, strict=True)),
+        ]
+
+    def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
+        residuals, pull = pullback(functions["fn"], x, args)
+        return pull([weighted(r) for r in residuals])
+
+    def on_rows(rows: Rows, x: Tensor) -> Tensor:
+        residuals, pull = rows.fn.pull(x)
+        _, first, _ = rows.function("loss")(x).chunk(3, dim=-1)
+        return _where_finite(residuals, pull(first * residuals))
+
+    return Equation({"fn": checked, "loss": losses}, on_trees, on_rows)
+
+
+def proximal(fn: Callable[..., Any], prox: Callable[..., Any]) -> Equation:
+    """``x - prox(x - grad fn(x, *args), 1) = 0``."""
+    checked = like_x(prox)
+    smooth = stationary(fn)
+
+    def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
+        ahead = subtract(x, smooth.on_trees(functions, x, args))
+        return subtract(x, functions["prox"](ahead, args, 1.0))
+
+    def away(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
+        return x - rows.function("prox")(x - grad, x.new_ones(x.shape[:1]))
+
+    functions = {**smooth.functions, "prox": lambda v, args, stepsize=1.0: checked(v, (stepsize,))}
+    return Equation(functions, on_trees, Composite(smooth.on_rows, away))
+
+
+def projected(fn: Callable[..., Any], projection: Callable[..., Any]) -> Equation:
+    """``x - projection(x - grad fn(x, *args)) = 0``."""
+    checked = like_x(projection)
+    smooth = proximal(fn, projection)
+    return smooth._replace(functions={**smooth.functions, "prox": lambda v, args, stepsize=1.0: checked(v, ())})
+
+
+def boxed(smooth: Equation, lower: Any, upper: Any) -> Equation:
+    """``x - clip(x - g(x), lower, upper) = 0``, for an equation ``g(x) = 0`` of a gradient."""
+
+    def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
+        return subtract(x, functions["box"](subtract(x, smooth.on_trees(functions, x, args)), args))
+
+    def away(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
+        ahead = x - grad
+        clipped = rows.function("box")(ahead)
+        # Without the rounding of x, in which a small gradient would be lost.
+        return torch.where(clipped == ahead, grad, x - clipped)
+
+    functions = {**smooth.functions, "box": lambda v, args: _into_box(v, lower, upper)}
+    return Equation(functions, on_trees, Composite(smooth.on_rows, away))
+
+
+def _into_box(v: Any, lower: Any, upper: Any) -> Any:
+    """The projection of the tensors in a tree, in which there may be other things."""
+    _, structure = pytree.flatten(v)
+    tensors_alone = pytree.map_leaves(lambda leaf: leaf if isinstance(leaf, torch.Tensor) else None, v)
+    return structure.unflatten(pytree.tensors(box(tensors_alone, lower, upper)))
+
+
+def subtract(a: Any, b: Any) -> Any:
+    """``a - b``, tensor by tensor."""
+    leaves, structure = pytree.flatten(a)
+    return structure.unflatten([p - q for p, q in zip(leaves, structure.tensors_of(b), strict=True)])
+
+
+def like_x(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn(x, *args)`` as ``checked(x, args)``, whose result must be a tree like ``x``."""
+
+    def checked(x: Any, args: tuple[Any, ...]) -> Any:
+        result = fn(x, *args)
+        if not (isinstance(result, torch.Tensor) and isinstance(x, torch.Tensor) and _are_alike(result, x)):
+            leaves, structure = pytree.flatten(x)
+            check_like(f"{name_of(fn)}'s result", result, x, leaves, structure, "its first argument")
+        return result
+
+    return checked
+
+
+def _are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    with functorch.no_modes():
+        return a.shape == b.shape and a.dtype == b.dtype
+
+
+def _is_real_number(value: torch.Tensor) -> bool:
+    with functorch.no_modes():
+        return value.shape == () and value.is_floating_point()
+
+
+def scalar(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn(x, *args)`` as ``checked(x, args)``, whose result must be one real number."""
+
+    def checked(x: Any, args: tuple[Any, ...]) -> Any:
+        value = fn(x, *args)
+        if not (isinstance(value, torch.Tensor) and _is_real_number(value)):
+            raise ValueError(
+                f"{name_of(fn)} must return one real number, a floating-point tensor of shape (), got "
+                f"{pytree.describe(value)}"
+            )
+        return value
+
+    return checked
+
+
+def tensors(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn(x, *args)`` as ``checked(x, args)``, whose result must be a tree of tensors."""
+
+    def checked(x: Any, args: tuple[Any, ...]) -> Any:
+        result = fn(x, *args)
+        check_leaves(f"{name_of(fn)}'s result", pytree.tensors(result))
+        return result
+
+    return checked

@@ -1,0 +1,162 @@
+"""The functions of a solver as users call them: by public names, with arguments by keyword, and fit to be pickled."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from inspect import Parameter, Signature
+from typing import Any, NamedTuple
+
+import implicitdiff._torch.levels as functorch
+from implicitdiff._closures.signature import name_of, show
+from implicitdiff.solvers._loop.state import State
+
+
+class SolverFunction:
+    """``function(params, *args, **kwargs)``, one of the four of a solver; of `update` the state is the second argument.
+
+    An argument by keyword goes to the parameter of that name of the user's first function, unless it is an option of
+    `run`.
+
+    Attributes:
+        maker: has a method for each of the four, see `_solver.Maker`.
+        field: which field of `Solver` this is.
+    """
+
+    def __init__(self, maker: Any, field: str) -> None:
+        self.maker, self.field = maker, field
+        self.__name__, self.__qualname__, self.__module__ = field, f"{maker.factory}.{field}", "implicitdiff.solvers"
+        self.__doc__ = f"{self._shown}\n\n{getattr(maker, field).__doc__} See `implicitdiff.solvers`."
+
+    @functorch.outside_compile
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        maker, own = self.maker, self._own
+        options = {name: kwargs.pop(name) for name in own.options if name in kwargs}
+        for name in own.first[len(args) :]:
+            if name not in kwargs:
+                raise TypeError(f"{self.__qualname__}: {name} is missing, in a call of {self._shown}")
+            args = (*args, kwargs.pop(name))
+        (params, *state), args = args[: len(own.first)], args[len(own.first) :]
+        if state:
+            self._check_state(params, *state)
+        if kwargs or maker.guess is not None or (options and self._hidden(options)):
+            args, kwargs = self._bound(args, kwargs)
+        if maker.guess is not None:
+            params = maker.guess(params, *args, **kwargs)
+        if kwargs:
+            args, maker = (*args, *kwargs.values()), maker.with_last_by_keyword(tuple(kwargs))
+        return getattr(maker, self.field)(params, *state, args, **options)
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the user's function: by position as far as its signature allows, the others by keyword."""
+        fn = self.maker.functions[0]
+        try:
+            signature = inspect.signature(fn)
+        except (TypeError, ValueError):  # some builtins have none
+            raise TypeError(
+                f"{self.__qualname__}: {name_of(fn)} has no signature in which to look up {', '.join(kwargs)}; give "
+                "its arguments by position"
+            ) from None
+        try:
+            bound = signature.bind(None, *args, **kwargs)
+        except TypeError as error:
+            unknown = [name for name in kwargs if name not in signature.parameters]
+            takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in signature.parameters.values())
+            cause = f"got an unexpected keyword argument {unknown[0]!r}" if unknown and not takes_any else str(error)
+            raise TypeError(
+                f"{self.__qualname__}: {cause}, in a call of {name_of(fn)}{show(fn)}{self._advice()}"
+            ) from None
+        return bound.args[1:], bound.kwargs
+
+    def _advice(self) -> str:
+        options = self._own.options
+        if hidden := self._hidden(options):
+            return (
+                f"; {hidden[0]}= is an option of {self.field}: give this argument by position, or rename the parameter"
+            )
+        return f"; the options of {self.field} are {', '.join(options)}" if options else ""
+
+    def _hidden(self, options: Iterable[str]) -> list[str]:
+        """Which of these options are parameters of the user's function as well."""
+        try:
+            return [name for name in inspect.signature(self.maker.functions[0]).parameters if name in options]
+        except (TypeError, ValueError):  # some builtins have none
+            return []
+
+    def _check_state(self, params: Any, state: Any) -> None:
+        factory, kind = self.maker.factory, self.maker.method.memory
+        if not (isinstance(state, State) and isinstance(state.memory, kind)):
+            got = type(state).__name__
+            if isinstance(state, State):
+                got = f"one with a memory of type {type(state.memory).__name__}"
+            raise TypeError(
+                f"{self.__qualname__}: state must be a State with a memory of type {kind.__name__}, as {factory}.init "
+                f"and {factory}.run return it, got {got}"
+            )
+        if params is None:
+            raise TypeError(f"{self.__qualname__}: params must be the unknowns that belong to the state, got None")
+
+    @property
+    def _own(self) -> _Parameters:
+        shown = self.maker.functions[0] if self.maker.is_named else None
+        return _parameters(getattr(type(self.maker), self.field), shown)
+
+    @property
+    def _shown(self) -> str:
+        return f"{self.__qualname__}{self._own.shown}"
+
+    @property
+    def __signature__(self) -> Signature:
+        return self._own.signature
+
+    def __repr__(self) -> str:
+        return f"<implicitdiff.solvers.{self.maker.name}.{self.field}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SolverFunction, (self.maker, self.field)
+
+
+class _Parameters(NamedTuple):
+    """The parameters of a solver's function.
+
+    Attributes:
+        first: the names of those before the arguments of the user's function.
+        options: the names of those that are options.
+        signature: all, with those of the function that is solved for.
+        shown: the signature, for a message.
+    """
+
+    first: tuple[str, ...]
+    options: tuple[str, ...]
+    signature: Signature
+    shown: str
+
+
+@functools.cache
+def _parameters(method: Callable[..., Any], fn: Callable[..., Any] | None) -> _Parameters:
+    """The parameters that a method ``method(self, *first, args, **options)`` of a maker stands for, with those of `fn`
+    after its first in the place of `args`; None: any."""
+    _, *first, _ = [p for p in _bare(method) if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    options = [p for p in _bare(method) if p.kind is Parameter.KEYWORD_ONLY]
+    args, kwargs = [Parameter("args", Parameter.VAR_POSITIONAL)], [Parameter("kwargs", Parameter.VAR_KEYWORD)]
+    if fn is not None:
+        args, kwargs = _bare(fn)[1:], []
+    signature = Signature([*first, *args, *options, *kwargs])
+    return _Parameters(tuple(p.name for p in first), tuple(p.name for p in options), signature, str(signature))
+
+
+def _bare(method: Callable[..., Any]) -> list[Parameter]:
+    return [p.replace(annotation=Parameter.empty) for p in inspect.signature(method).parameters.values()]
+
+
+class LastByKeyword:
+    """``fn(x, *args, **kwargs)`` as a function of positional arguments, the last of which are the keywords' values."""
+
+    def __init__(self, fn: Callable[..., Any], names: tuple[str, ...]) -> None:
+        self.fn, self.names = fn, names
+        self.__qualname__ = name_of(fn)
+
+    def __call__(self, x: Any, *args: Any) -> Any:
+        first = len(args) - len(self.names)
+        return self.fn(x, *args[:first], **dict(zip(self.names, args[first:], strict=True)))

@@ -1,0 +1,132 @@
+"""The user's functions below the transforms, where a solver runs on plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import implicitdiff._closures.modes as _modes
+import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.settings as _settings
+import implicitdiff._torch.trees as pytree
+from implicitdiff._closures.lift import lift
+from implicitdiff._implicit.linear import check_unknowns
+from implicitdiff._implicit.operators import Dims
+from implicitdiff._implicit.system import Vectors
+from implicitdiff._torch.lanes import over_levels
+from implicitdiff._torch.modes import uncached
+from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.values import refuse_valueless
+from implicitdiff.errors import TransformError
+from implicitdiff.solvers._loop.equations import Equation
+from implicitdiff.solvers._loop.problem import Part, RowFunction, Rows
+
+Search = Callable[[Rows, Tensor], tuple[Tensor, Any]]
+"""``search(rows, x) -> (x, state)``."""
+
+
+class Closed:
+    """The user's functions with all that they capture as operands, so that the vmaps can be taken off.
+
+    What they capture is what they are seen to use at the initial guess. That serves the search, and not derivatives: at
+    the solution they may take another branch.
+    """
+
+    def __init__(self, name: str, equation: Equation, params: Any, args: tuple[Any, ...]) -> None:
+        self.x0, self.structure = pytree.flatten(params)
+        check_unknowns(f"{name}: the initial guess", self.x0, self.structure)
+        refuse_valueless(name, [*self.x0, *pytree.tensors(args)])
+
+        def dispatch(params: Any, args: tuple[Any, ...], name: str | None = None, *more: Any) -> Any:
+            if name is None:
+                return [function(params, args) for function in equation.functions.values()]
+            return equation.functions[name](params, args, *more)
+
+        self.equation = equation
+        self.lifted = lift(name, dispatch, params, args)
+
+    def search(self, solve: Search) -> tuple[Leaves, Any]:
+        """The solution and the state, which only the vmaps see; `solve` finds them below all transforms."""
+        try:
+            return self._search(solve)
+        except TransformError as error:
+            # That torch.func cannot transform a function may show only where its derivative is taken.
+            if self.lifted.alone or not functorch.only_autograd():
+                raise
+            why = str(error)
+        self.lifted = self.lifted.by_autograd(why)
+        return self._search(solve)
+
+    def _search(self, solve: Search) -> tuple[Leaves, Any]:
+        theta = self.lifted.operands[len(self.x0) :]
+        operands = [functorch.plain_under_vmap(functorch.alive(t)) for t in _modes.alias([*self.x0, *theta])]
+        operands, layers = functorch.without_batch_layers(operands)
+        levels: list[Dims] = [tuple(None if d is None else 0 for d in layer.dims) for layer in layers]
+        lanes = tuple(layer.size for layer in reversed(layers))
+        n = len(self.x0)
+        with _modes.without_own_modes(), uncached(), functorch.nothing_running(), _settings.full_precision():
+            operands = functorch.out_of_inference(operands)
+            x = [_everywhere(t, [dims[i] for dims in levels], lanes) for i, t in enumerate(operands[:n])]
+            rows = self._rows(x, operands[n:], [dims[n:] for dims in levels], lanes)
+            found, state = solve(rows, rows.inputs.ravel(x))
+            solution = rows.inputs.unravel(found)
+            state = pytree.map_tensors(lambda t: t.reshape((*lanes, *t.shape[1:])), state)
+        # The lanes of the outermost vmap lie in front.
+        for layer in reversed(layers):
+            solution = [functorch.add_layer(t, 0, layer) for t in solution]
+            state = pytree.map_tensors(partial(functorch.add_layer, dim=0, of=layer), state)
+        return solution, state
+
+    def _rows(self, x: Leaves, theta: Leaves, levels: list[Dims], lanes: tuple[int, ...]) -> Rows:
+        def lane(i: int) -> Rows:
+            at = tuple(int(k) for k in torch.unravel_index(torch.tensor(i), lanes))
+            outermost_first = zip(theta, *levels[::-1], strict=True)
+            own = [t[tuple(k for k, d in zip(at, dims, strict=True) if d is not None)] for t, *dims in outermost_first]
+            return self._rows([t[at] for t in x], own, [], ())
+
+        inputs = Vectors(x, lanes)
+        functions = {name: self._over_lanes(name, theta, levels) for name in self.equation.functions}
+        if not lanes:
+            one_by_one = self.lifted.alone is not None
+            return Rows(functions, inputs, self.structure, True, self.equation.on_rows, one_by_one=one_by_one)
+        jacobians = {name: self._jacobian_over_lanes(name, theta, levels) for name in functions}
+        return Rows(functions, inputs, self.structure, True, self.equation.on_rows, lane, jacobians)
+
+    def _over_lanes(self, name: str, theta: Leaves, levels: list[Dims]) -> Part:
+        fn = over_levels(self._one_lane(name), [(0, list(dims), 0) for dims in levels])
+        return lambda x, more: fn(x, theta, more)
+
+    def _jacobian_over_lanes(
+        self, name: str, theta: Leaves, levels: list[Dims]
+    ) -> Callable[[Leaves], tuple[Tensor, Tensor]]:
+        """The vmap over unit vectors inside of those over lanes: outside, it would copy what the lanes hold, once for
+        each vector."""
+        part = self._one_lane(name)
+
+        def one_lane(x: Leaves, theta: Leaves) -> tuple[Tensor, Tensor]:
+            inputs = Vectors(x, ())
+            y, matrix = RowFunction(lambda x, more: part(x, theta, more), inputs, False).jacobian(inputs.ravel(x))
+            return y[0], matrix[0]
+
+        fn = over_levels(one_lane, [(0, list(dims)) for dims in levels])
+        return lambda x: fn(x, theta)
+
+    def _one_lane(self, name: str) -> Callable[[Leaves, Leaves, Leaves], Leaves]:
+        def fn(x: Leaves, theta: Leaves, more: Leaves) -> Leaves:
+            return pytree.tensors(self.lifted.within_call([*x, *theta], name, *more))
+
+        return fn
+
+
+def _everywhere(tensor: Tensor, dims: list[int | None], lanes: tuple[int, ...]) -> Tensor:
+    """A tensor with a batch dimension in front for every lane; it has those where `dims`, from the innermost vmap
+    outwards, is not None."""
+    has = [d is not None for d in reversed(dims)]
+    for at, there in enumerate(has):
+        if not there:
+            tensor = tensor.unsqueeze(at)
+    return tensor.expand((*lanes, *tensor.shape[len(lanes) :]))

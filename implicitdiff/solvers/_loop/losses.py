@@ -1,0 +1,113 @@
+"""Robust losses of residuals: ``rho(z)`` of ``z = (r / scale)^2``, with ``rho(z) = z`` near zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import implicitdiff._torch.trees as pytree
+from implicitdiff._closures.lift import gradient
+from implicitdiff._closures.signature import name_of
+from implicitdiff.projections._point import broadcasts, holds
+
+Elementwise = Callable[[Tensor], Tensor]
+
+
+class Loss(NamedTuple):
+    """A loss, entry by entry, and its derivatives.
+
+    Attributes:
+        rho: ``rho(z)``.
+        first: ``rho'(z)``.
+        second: ``rho''(z)``.
+    """
+
+    rho: Elementwise
+    first: Elementwise
+    second: Elementwise
+
+
+def _inside(z: Tensor, value: Elementwise, outside: float | Elementwise) -> Tensor:
+    """``value(z)`` up to 1, else another; neither is evaluated where it does not hold. NaN stays NaN."""
+    beyond = z > 1
+    other = outside if isinstance(outside, float) else outside(torch.where(beyond, z, 1.0))
+    return torch.where(beyond, other, value(torch.where(beyond, 0.0, z)))
+
+
+_LOSSES = {
+    "linear": Loss(lambda z: z, torch.ones_like, torch.zeros_like),
+    "soft_l1": Loss(
+        lambda z: 2 * z / (1 + torch.sqrt(1 + z)), lambda z: (1 + z) ** -0.5, lambda z: -0.5 * (1 + z) ** -1.5
+    ),
+    "huber": Loss(
+        lambda z: _inside(z, lambda z: z, lambda z: 2 * torch.sqrt(z) - 1),
+        lambda z: _inside(z, torch.ones_like, lambda z: z**-0.5),
+        lambda z: _inside(z, torch.zeros_like, lambda z: -0.5 * z**-1.5),
+    ),
+    "cauchy": Loss(torch.log1p, lambda z: 1 / (1 + z), lambda z: -((1 + z) ** -2)),
+    "arctan": Loss(torch.atan, lambda z: 1 / (1 + z**2), lambda z: -2 * z / (1 + z**2) ** 2),
+    "tukey": Loss(
+        lambda z: _inside(z, lambda z: z * (1 - z + z**2 / 3), 1 / 3),
+        lambda z: _inside(z, lambda z: (1 - z) ** 2, 0.0),
+        lambda z: _inside(z, lambda z: -2 * (1 - z), 0.0),
+    ),
+}
+
+
+def loss_of(name: str, loss: Any) -> Loss:
+    """The loss that a user named, or that of a function ``rho(z)``."""
+    if isinstance(loss, str) and loss in _LOSSES:
+        return _LOSSES[loss]
+    if not callable(loss):
+        raise ValueError(f"{name}: loss must be one of {', '.join(_LOSSES)}, or a function rho(z), got {loss!r}")
+    first = partial(_derivative, partial(_checked, loss))
+    return Loss(partial(_checked, loss), first, partial(_derivative, first))
+
+
+def _checked(loss: Elementwise, z: Tensor) -> Tensor:
+    value = loss(z)
+    if not (isinstance(value, Tensor) and value.shape == z.shape and value.is_floating_point()):
+        raise ValueError(
+            f"{name_of(loss)} must return a floating-point tensor of the shape of its argument, {list(z.shape)}, got "
+            f"{pytree.describe(value)}"
+        )
+    return value
+
+
+def _derivative(fn: Elementwise, z: Tensor) -> Tensor:
+    """Of a function that acts entry by entry."""
+    slope: Tensor = gradient(lambda z: fn(z).sum(), z)
+    return slope
+
+
+def check_loss_scale(name: str, scale: Any) -> None:
+    """Refuse what is no number > 0, and no tensor; tensors may have values later only."""
+    good = isinstance(scale, (int, float)) and not isinstance(scale, bool) and 0 < scale < math.inf
+    if not (good or isinstance(scale, Tensor)):
+        raise ValueError(f"{name}: loss_scale must be a finite number > 0 or a tensor of these, got {scale!r}")
+
+
+def relative_squares(residual: Tensor, scale: Any) -> tuple[Tensor, Tensor]:
+    """``(r / scale)^2``, and the scale as a tensor like ``r``."""
+    if residual.is_complex():
+        raise ValueError(f"a loss is one of real residuals, got {pytree.describe(residual)}; stack their two parts")
+    if isinstance(scale, Tensor):
+        if not broadcasts(scale.shape, residual.shape):
+            raise ValueError(
+                f"loss_scale must be a number or a tensor that broadcasts to the residuals, but these have the shape "
+                f"{list(residual.shape)}, and it has {list(scale.shape)}"
+            )
+        if not holds(scale > 0):
+            raise ValueError(f"loss_scale must be positive in every entry, got {pytree.describe(scale)}")
+        # One entry, not none: torch does not divide a vector by a number of each lane where there is no lane.
+        like = (scale.reshape(1) if residual.dim() and not scale.dim() else scale).to(residual.dtype)
+    else:
+        like = torch.full((), scale, dtype=residual.dtype, device=residual.device)
+    squares = (residual / like).square()
+    # An infinite residual is no outlier.
+    return torch.where(torch.isfinite(squares), squares, torch.nan), like

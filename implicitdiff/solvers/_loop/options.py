@@ -1,0 +1,82 @@
+"""What every solver is made with, and the checks of options."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from implicitdiff._closures.signature import name_of
+from implicitdiff._implicit.linear import Solve
+from implicitdiff.solvers._loop.status import OnFailure
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every solver is made with; see `implicitdiff.solvers`."""
+
+    rtol: float | None = None
+    atol: float | None = None
+    maxiter: int | None = None
+    check_every: int = 1
+    solve: Solve | None = None
+    on_failure: OnFailure = "raise"
+
+    def check(self, name: str) -> None:
+        """Refuse what makes no sense."""
+        for option, value in (("rtol", self.rtol), ("atol", self.atol)):
+            if value is not None and not (_is_number(value) and 0 <= value < math.inf):
+                raise ValueError(f"{name}: {option} must be a finite number >= 0 or None, got {value!r}")
+        if self.maxiter is not None and not (_is_integer(self.maxiter) and self.maxiter >= 1):
+            raise ValueError(f"{name}: maxiter must be an integer >= 1 or None, got {self.maxiter!r}")
+        if not (_is_integer(self.check_every) and self.check_every >= 1):
+            raise ValueError(f"{name}: check_every must be an integer >= 1, got {self.check_every!r}")
+        if self.solve is not None and not _takes_two(self.solve):
+            raise TypeError(
+                f"{name}: solve must be a function solve(matvec, b), such as linear_solve.solve_gmres(), with its "
+                f"parentheses, got {name_of(self.solve)}"
+            )
+        if self.on_failure not in ("raise", "warn", "ignore"):
+            raise ValueError(f'{name}: on_failure must be "raise", "warn" or "ignore", got {self.on_failure!r}')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _takes_two(fn: Any) -> bool:
+    try:
+        inspect.signature(fn).bind(None, None)
+    except ValueError:  # some builtins have no signature
+        return True
+    except TypeError:
+        return False
+    return True
+
+
+def check_count(name: str, option: str, value: Any) -> None:
+    """Refuse what is no integer >= 1."""
+    if not (_is_integer(value) and value >= 1):
+        raise ValueError(f"{name}: {option} must be an integer >= 1, got {value!r}")
+
+
+def check_number(name: str, option: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
+    """Refuse what is no number, or not one that is wanted."""
+    if not (_is_number(value) and holds(value)):
+        raise ValueError(f"{name}: {option} must be {wanted}, got {value!r}")
+
+
+def options_of(name: str, given: Any) -> Options:
+    """The options that were given by keyword, checked."""
+    known = [option.name for option in fields(Options)]
+    if unknown := [option for option in given if option not in known]:
+        raise TypeError(f"{name}: there is no option {unknown[0]!r}; those of every solver are {', '.join(known)}")
+    options = Options(**given)
+    options.check(name)
+    return options

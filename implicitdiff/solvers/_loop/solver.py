@@ -1,0 +1,351 @@
+"""What a solver is, and the loop round every method.
+
+`Solver.init` and `Solver.update` run a method's own lines in the caller's frame, one lane at a time as torch.func has
+it, so that transforms see every operation. `Solver.run` takes the vmaps off, runs the same lines once on plain tensors
+with one row for each lane, and gives the solution the derivatives of the condition that it satisfies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+import implicitdiff._closures.modes as _modes
+import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.settings as _settings
+import implicitdiff._torch.trees as pytree
+from implicitdiff._closures.signature import name_of
+from implicitdiff._implicit.linear import check_unknowns
+from implicitdiff._implicit.root import pose, root
+from implicitdiff._implicit.system import Vectors
+from implicitdiff._torch.replacements import elementary
+from implicitdiff._torch.trees import Leaves, Structure
+from implicitdiff._torch.values import refuse_missing
+from implicitdiff._unroll import unroll
+from implicitdiff.linear_solve.auto import solve_auto
+from implicitdiff.solvers._loop.equations import EquationOf
+from implicitdiff.solvers._loop.function import LastByKeyword, SolverFunction
+from implicitdiff.solvers._loop.lifted import Closed
+from implicitdiff.solvers._loop.method import Method
+from implicitdiff.solvers._loop.options import Options, check_count, options_of
+from implicitdiff.solvers._loop.problem import Part, Rows, any_lane, select
+from implicitdiff.solvers._loop.report import Callback, Report
+from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._loop.status import Status, settle
+from implicitdiff.solvers._loop.termination import PATIENCE, Termination, Told
+
+
+class Solver(NamedTuple):
+    """A solver as pure functions; made by the factories of `implicitdiff.solvers`, where all is said.
+
+    Attributes:
+        init: ``init(params, *args, **kwargs) -> state``.
+        update: ``update(params, state, *args, **kwargs) -> (params, state)``, one iteration.
+        run: ``run(params, *args, implicit_diff=True, checkpoint_every=None, keep_history=False, verbose=False,
+            callback=None, **kwargs) -> (params, state)``, iterations until every lane has stopped.
+        optimality_fn: ``optimality_fn(params, *args, **kwargs)``, a tree like ``params``, zero at a solution; its
+            derivatives are what ``run`` is differentiated by.
+    """
+
+    init: Callable[..., Any]
+    update: Callable[..., tuple[Any, Any]]
+    run: Callable[..., tuple[Any, Any]]
+    optimality_fn: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What a factory has made: computes the four functions of a `Solver`, with the arguments of the user's as a tuple.
+
+    Attributes:
+        factory: the name of the factory.
+        name: that with the user's function, as messages show it.
+        equation_of: makes the equation of the user's functions.
+        functions: those.
+        method: the iteration.
+        options: of every solver.
+        guess: ``guess(params, *args, **kwargs)``, the unknowns that a user's `params` stand for; None: these.
+        is_named: whether the first function is the library's own, so that its parameters are to be shown.
+        termination: the stopping rule.
+    """
+
+    factory: str
+    name: str
+    equation_of: EquationOf
+    functions: tuple[Callable[..., Any], ...]
+    method: Method
+    options: Options
+    guess: Callable[..., Any] | None = None
+    is_named: bool = False
+    termination: Termination = field(init=False)
+
+    def __post_init__(self) -> None:
+        rtol, atol, maxiter = self.options.rtol, self.options.atol, self.options.maxiter
+        limit = self.method.default_maxiter if maxiter is None else maxiter
+        object.__setattr__(self, "termination", Termination(rtol, atol, limit, is_budget=maxiter is not None))
+
+    def with_last_by_keyword(self, names: tuple[str, ...]) -> Maker:
+        """The same, where the last arguments are those that the user's function takes by these keywords."""
+        fn, *others = self.functions
+        return replace(self, functions=(LastByKeyword(fn, names), *others))
+
+    def optimality_fn(self, params: Any, args: tuple[Any, ...]) -> Any:
+        """What is zero at a solution, a tree like `params`."""
+        equation = self.equation_of(*self.functions)
+        return equation.on_trees(equation.functions, params, args)
+
+    @_modes.one_operation
+    @_settings.outside_autocast
+    def init(self, params: Any, args: tuple[Any, ...]) -> Any:
+        """The state at an initial guess."""
+        x, rows, _ = self._frame(params, args)
+        with _settings.full_precision():
+            return _unbatched(self._start(rows, x))
+
+    @_modes.one_operation
+    @_settings.outside_autocast
+    def update(self, params: Any, state: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
+        """One iteration, ``(params, state)``."""
+        x, rows, structure = self._frame(params, args)
+        with _settings.full_precision():
+            old = pytree.map_tensors(lambda t: t[None], state)
+            x, state = self._step(rows, x, old, mask=True)
+            state = self._looked(rows, x, state)
+        return structure.unflatten(rows.inputs.unravel(x)), _unbatched(state)
+
+    @_modes.one_operation
+    @_settings.outside_autocast
+    def run(
+        self,
+        params: Any,
+        args: tuple[Any, ...],
+        *,
+        implicit_diff: bool = True,
+        checkpoint_every: int | None = None,
+        keep_history: bool = False,
+        verbose: bool = False,
+        callback: Callback | None = None,
+    ) -> tuple[Any, Any]:
+        """Iterations from an initial guess until every lane has stopped, ``(params, state)``."""
+        report = Report(self.name, self.termination.limit, keep_history, verbose, callback)
+        if not implicit_diff:
+            if self.method.only_implicit is not None:
+                raise ValueError(f"{self.name}: {self.method.only_implicit}; leave implicit_diff at True")
+            return self._unrolled(params, args, checkpoint_every, report)
+        if checkpoint_every is not None:
+            raise ValueError(
+                f"{self.name}: checkpoint_every is for implicit_diff=False: the implicit derivative keeps no iteration"
+            )
+        return self._implicit(params, args, report)
+
+    # --- the iteration ----------------------------------------------------------------------------------------------
+
+    def _start(self, rows: Rows, x: Tensor) -> State[Any]:
+        return self.termination.begin(self.method, rows, x, self.method.start(rows, x))
+
+    def _step(self, rows: Rows, x: Tensor, state: State[Any], *, mask: bool) -> tuple[Tensor, State[Any]]:
+        """One iteration; with `mask` it leaves the lanes alone that have stopped."""
+        new_x, new = self.method.step(rows, x, state)
+        new = self.termination.advance(self.method, rows, x, new_x, new)
+        if not mask:
+            return new_x, new
+        active = state.status == Status.RUNNING
+        return select(active, new_x, x), _select_all(active, new, state)
+
+    def _looked(self, rows: Rows, x: Tensor, state: State[Any]) -> State[Any]:
+        """The state with the rounding floor measured where it is due."""
+        return self.termination.look(self.method, rows, x, state, self.termination.idle(state))
+
+    # --- in the caller's frame --------------------------------------------------------------------------------------
+
+    def _frame(self, params: Any, args: tuple[Any, ...]) -> tuple[Tensor, Rows, Structure]:
+        leaves, structure = pytree.flatten(params)
+        check_unknowns(f"{self.name}: the initial guess", leaves, structure)
+        refuse_missing(self.name, [*leaves, *pytree.tensors(args)])
+        equation = self.equation_of(*self.functions)
+        inputs = Vectors(leaves, ())
+
+        def on_leaves(function: Callable[..., Any]) -> Part:
+            def fn(x: Leaves, more: Leaves) -> Leaves:
+                before = [_modes.version(t) for t in x]
+                with _modes.heard():
+                    result = pytree.tensors(function(structure.unflatten(x), args, *more))
+                if before != [_modes.version(t) for t in x]:
+                    raise ValueError(f"{self.name} changes its first argument in place; work on a clone of it")
+                return result
+
+            return fn
+
+        on = {name: on_leaves(elementary()(function)) for name, function in equation.functions.items()}
+        rows = Rows(on, inputs, structure, functorch.nothing_records(), equation.on_rows)
+        return inputs.ravel(leaves), rows, structure
+
+    def _unrolled(
+        self, params: Any, args: tuple[Any, ...], checkpoint_every: int | None, report: Report
+    ) -> tuple[Any, Any]:
+        def step(carry: tuple[Any, Any], *args: Any) -> tuple[Any, Any]:
+            return self.update(*carry, args)
+
+        if checkpoint_every is not None:
+            check_count(self.name, "checkpoint_every", checkpoint_every)
+        at_once = checkpoint_every or (1 if report.keeps else self.options.check_every)
+        advance = unroll(step, at_once, checkpoint_every)
+        random_state = functorch.random_state()
+        state = self.init(params, args)
+        if functorch.random_state() != random_state:
+            raise ValueError(
+                f"{self.name} draws random numbers, with which no iteration converges; draw them outside and pass them "
+                "as arguments (dropout: use eval mode)"
+            )
+        first_x, _, _ = self._frame(params, args)
+
+        def judge(params: Any, state: State[Any], told: Told) -> tuple[State[Any], Told]:
+            x, rows, _ = self._frame(params, args)
+            with _settings.full_precision():
+                one = pytree.map_tensors(lambda t: t[None], (state, told))
+                judged: tuple[State[Any], Told] = _unbatched(
+                    self.termination.judge(self.method, rows, first_x, x, *one)
+                )
+            return judged
+
+        frame = _Frame(
+            see=lambda params, state: report.see(_plain(state), partial(_plain, params), state.error),
+            advance=lambda params, state, _: advance((params, state), *args),
+            judge=judge,
+        )
+        with contextlib.closing(report):
+            params, state = _until_stopped(params, state, frame)
+        state = pytree.map_tensors(Tensor.detach, state)
+        self._settle(_plain(state))
+        return params, report.into(state)
+
+    # --- below the transforms ---------------------------------------------------------------------------------------
+
+    def _implicit(self, params: Any, args: tuple[Any, ...], report: Report) -> tuple[Any, Any]:
+        options = self.options
+        closed = Closed(self.name, self.equation_of(*self.functions), params, args)
+
+        def search(rows: Rows, x: Tensor) -> tuple[Tensor, Any]:
+            return self._loop(rows, x, closed.structure, report)
+
+        x, state = closed.search(search)
+        solution = closed.structure.unflatten(x)
+        if functorch.nothing_records():
+            return solution, state
+        solve = options.solve or solve_auto(on_failure=options.on_failure)
+        return pose(self.name, self._residual, root, solve, solution, args, {}).attached(), state
+
+    def _residual(self, params: Any, *args: Any) -> Any:
+        return self.optimality_fn(params, args)
+
+    def _loop(self, rows: Rows, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
+        lanes, every = rows.inputs.batch, 1 if report.keeps else self.options.check_every
+        first_x, count, resumed = x, 0, False
+
+        def see(x: Tensor, state: State[Any]) -> int:
+            return report.see(state, lambda: structure.unflatten(rows.inputs.unravel(x)), state.error)
+
+        def advance(x: Tensor, state: State[Any], running: int) -> tuple[Tensor, State[Any]]:
+            nonlocal count
+            mask = every > 1 or running < state.status.numel()
+            for _ in range(every):
+                x, state = self._step(rows, x, state, mask=mask)
+                count += 1
+                # Lanes that were told to run on count by themselves. The others do not, which saves a look.
+                if resumed or count % PATIENCE == 0:
+                    state = self._looked(rows, x, state)
+            return x, state
+
+        def judge(x: Tensor, state: State[Any], told: Told) -> tuple[State[Any], Told]:
+            nonlocal resumed
+            resumed = True
+            return self.termination.judge(self.method, rows, first_x, x, state, told)
+
+        with contextlib.closing(report.over(lanes)):
+            x, state = _until_stopped(x, self._start(rows, x), _Frame(see, advance, judge))
+        self._settle(state if lanes else _unbatched(state))
+        return x, report.into(state)
+
+    def _settle(self, state: Any) -> None:
+        settle(self.name, state, self.options.on_failure, budget=self.options.maxiter is not None)
+
+
+class _Frame(NamedTuple):
+    """Where the loop runs: in the caller's frame on trees, or below the transforms on rows.
+
+    Attributes:
+        see: ``see(x, state)``, how many lanes are still running.
+        advance: ``advance(x, state, running) -> (x, state)``, some iterations.
+        judge: ``judge(x, state, told) -> (state, told)``, where every lane has stopped.
+    """
+
+    see: Callable[[Any, State[Any]], int]
+    advance: Callable[[Any, State[Any], int], tuple[Any, State[Any]]]
+    judge: Callable[[Any, State[Any], Told], tuple[State[Any], Told]]
+
+
+def _until_stopped(x: Any, state: State[Any], frame: _Frame) -> tuple[Any, State[Any]]:
+    """The loop of every search."""
+    told = Told.nobody(state)
+    while running := frame.see(x, state):
+        x, state = frame.advance(x, state, running)
+        if not any_lane(state.status == Status.RUNNING):
+            state, told = frame.judge(x, state, told)
+    return x, state
+
+
+def make(
+    name: str,
+    equation_of: EquationOf,
+    functions: tuple[Callable[..., Any], ...],
+    method: Method,
+    options: Any,
+    guess: Callable[..., Any] | None = None,
+    is_named: bool = False,
+    kind: type[Maker] = Maker,
+) -> Solver:
+    """A solver from a method and the equation that its solutions satisfy.
+
+    All of it has to pickle, but for what the user gives: functions of modules, bound to options by functools.partial.
+
+    Args:
+        name: of the factory.
+        equation_of: makes the equation of the user's functions.
+        functions: those.
+        method: the iteration.
+        options: of `Options`.
+        guess, is_named: see `Maker`.
+        kind: the class of the maker.
+    """
+    for fn in functions:
+        if not callable(fn):
+            raise TypeError(f"{name}: a function was expected, got {type(fn).__name__}")
+    checked = options_of(name, options)
+    called = ", ".join(map(name_of, functions[:1]))
+    maker = kind(name, f"{name}({called})", equation_of, functions, method, checked, guess, is_named)
+    return Solver(*(SolverFunction(maker, field) for field in Solver._fields))
+
+
+def _unbatched(state: Any) -> Any:
+    return pytree.map_tensors(lambda t: t[0], state)
+
+
+def _select_all(active: Tensor, new: Any, old: Any) -> Any:
+    """`select`, tensor by tensor; what no step changes is not copied."""
+    leaves, structure = pytree.flatten(new)
+    pairs = zip(leaves, structure.tensors_of(old), strict=True)
+    return structure.unflatten([a if a is b else select(active, a, b) for a, b in pairs])
+
+
+def _plain(tree: Any) -> Any:
+    """The values of a tree in the caller's frame, the lanes of its vmaps in front."""
+    return pytree.map_tensors(_value, tree)
+
+
+def _value(tensor: Tensor) -> Tensor:
+    return functorch.without_batch_layers([functorch.plain_under_vmap(functorch.alive(tensor))])[0][0]

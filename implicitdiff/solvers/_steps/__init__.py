@@ -1,0 +1,1 @@
+"""Steps that several solvers take: line searches, trust regions, quasi-Newton updates."""

@@ -1,0 +1,105 @@
+"""Steps of Newton's kind: the linear system of a root, and a step that makes the residual smaller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import implicitdiff.solvers._loop.dense as _dense
+from implicitdiff._implicit.linear import LinearProblem, LinearSolver, solve_linear
+from implicitdiff._implicit.operators import Linearised, Product
+from implicitdiff._torch.trees import Leaves
+from implicitdiff.solvers._loop.problem import Rows, norm, safe_divide, select
+from implicitdiff.solvers._loop.status import Status
+from implicitdiff.solvers._steps.backtracking import HALVINGS, Point, backtrack
+
+
+def check_linear_solve(name: str, linear_solve: Any) -> None:
+    """Refuse what is no linear solver of the library: a user's own knows nothing of lanes."""
+    if linear_solve is not None and not isinstance(linear_solve, LinearSolver):
+        raise TypeError(
+            f"{name}: linear_solve must be made by a factory of implicitdiff.linear_solve, or be None for a dense "
+            f"factorisation, got {type(linear_solve).__name__}"
+        )
+
+
+def solve(rows: Rows, at: Tensor, r: Tensor, linear_solve: LinearSolver | None) -> Tensor:
+    """The ``d`` with ``J(at) d = r``."""
+    if linear_solve is None:
+        return _dense.solve(rows.fn.jacobian(at)[1], r)
+    inputs, structure = rows.inputs, rows.structure
+    b = inputs.unravel(r)
+    if rows.plain:
+        _, push, pull = rows.fn.linearise(at)
+        operator = Linearised(_Products(_on_leaves(rows, push), _on_leaves(rows, pull)))
+        problem = LinearProblem(operator, linear_solve, structure, count=0, lanes=inputs.batch)
+        return inputs.ravel(solve_linear(problem, b, []))
+
+    def matvec(v: Any) -> Any:
+        # Linearised here, where the linear solver sees on what its matrix depends.
+        push = _on_leaves(rows, rows.fn.linearise(at)[1])
+        return structure.unflatten(push(structure.tensors_of(v)))
+
+    return inputs.ravel(structure.tensors_of(linear_solve(matvec, structure.unflatten(b))))
+
+
+class _Products:
+    """Products that are there already, as an operator wants them."""
+
+    def __init__(self, push: Product, pull: Product) -> None:
+        self._push, self._pull = push, pull
+
+    def push(self, like: Leaves) -> Product:
+        return self._push
+
+    def pull(self) -> Product:
+        return self._pull
+
+
+def _on_leaves(rows: Rows, product: Any) -> Product:
+    return lambda v: rows.inputs.unravel(product(rows.inputs.ravel(v)))
+
+
+def move(rows: Rows, x: Tensor, state: Any, step: Tensor, backtracking: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``x + step``, its residual and the status; with backtracking the step is halved in the lanes where the residual
+    does not get smaller by enough (Armijo's condition on its norm)."""
+    if not backtracking:
+        new_x = x + step
+        return new_x, rows.fn(new_x), state.status
+    new_x, new_r, refused = shorten(rows, x, state, step, state.status == Status.RUNNING)
+    return new_x, new_r, torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status)
+
+
+def shorten(
+    rows: Rows, x: Tensor, state: Any, step: Tensor, active: Tensor, halvings: int = HALVINGS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first of the points ``x + step, x + step / 2, ...`` with a smaller residual, that residual, and the `active`
+    lanes that have none, which stay at x."""
+
+    def at(length: Tensor) -> Point:
+        new_x = x + length[:, None] * step
+        return new_x, rows.fn(new_x)
+
+    def enough(new: Point, length: Tensor) -> Tensor:
+        # A step of length zero is no progress.
+        smaller: Tensor = norm(new[1]) <= (1.0 - 1e-4 * length) * state.error
+        return smaller & (new[0] != x).any(dim=-1)
+
+    whole = torch.ones_like(state.error)
+    (new_x, new_r), _, refused = backtrack(at, enough, whole, active, halvings)
+    return select(refused, x, new_x), select(refused, state.memory.residual, new_r), refused
+
+
+def watch(state: Any, x: Tensor, new_x: Tensor, r: Tensor, new_r: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The new ``growth``, by which ``|r|`` has grown in a row of steps that all made it and ``|x|`` larger, and the
+    status: ``DIVERGED`` where the iterates run off, that is where ``growth`` is more than ``1 / eps``.
+
+    A step counts for at most the eighth root of that. One huge step is no sign: from near the minimum of ``x^3 - 1``,
+    say, Newton's method jumps far away and comes back.
+    """
+    rate = safe_divide(norm(new_r), norm(r)).clamp(max=eps ** (-1 / 8))
+    growth = torch.where((rate > 1) & (norm(new_x) > norm(x)), state.memory.growth * rate, 1.0)
+    gone = (growth > 1 / eps) | ~torch.isfinite(new_x).all(dim=-1)
+    return growth, torch.where(gone & (state.status == Status.RUNNING), int(Status.DIVERGED), state.status)

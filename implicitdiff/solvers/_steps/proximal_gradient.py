@@ -1,0 +1,138 @@
+"""The proximal gradient iteration, of which gradient descent and projected gradient are special cases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitdiff.solvers._loop.equations import Composite
+from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.options import check_number
+from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, norm, select
+from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._loop.status import Status
+from implicitdiff.solvers._loop.termination import change, composite_size
+from implicitdiff.solvers._steps.backtracking import GROWTH, Point, backtrack, lies_below
+
+Prox = Callable[[Rows, Tensor, Tensor], Tensor]
+"""``prox(rows, v, stepsize) -> x``, with stepsizes of shape ``(lanes,)``."""
+
+
+class ProximalGradientMemory(NamedTuple):
+    """The memory of `gradient_descent`, `projected_gradient` and `proximal_gradient`.
+
+    Attributes:
+        residual: ``grad f(x)``, or ``x - prox(x - grad f(x), 1)``, as one vector.
+        stepsize: the length of the last step along the negative gradient.
+        point: where the next step starts from, ``x`` itself without acceleration; one vector of length ``n``.
+        value: ``f(point)``.
+        grad: its gradient.
+        momentum: the sequence ``t`` of Nesterov's acceleration; 1 where it has just begun.
+    """
+
+    residual: Tensor
+    stepsize: Tensor
+    point: Tensor
+    value: Tensor
+    grad: Tensor
+    momentum: Tensor
+
+
+def check_stepsize(name: str, stepsize: float | None) -> None:
+    """Refuse what is no size of a step."""
+    if stepsize is not None:
+        check_number(
+            name, "stepsize", stepsize, "a finite number > 0, or None for a line search", lambda s: 0 < s < math.inf
+        )
+
+
+def method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) -> Method:
+    """Proximal gradient with a backtracking line search, or a given step size, and Nesterov's acceleration.
+
+    Beck and Teboulle, SIAM J. Imaging Sciences 2 (2009); the momentum starts again where it points uphill, after
+    O'Donoghue and Candes, Found. Comput. Math. 15 (2015), gradient scheme.
+    """
+    check_stepsize(name, stepsize)
+    start = partial(_start, stepsize=stepsize or 1.0)
+    step = partial(_step, prox=prox, search=stepsize is None, acceleration=acceleration)
+    held, off = attrgetter("residual"), Status.UNBOUNDED
+    return Method(start, step, ProximalGradientMemory, 100_000, residual=held, size=_size, runs_off=off)
+
+
+def _start(rows: Rows, x: Tensor, *, stepsize: float) -> Start:
+    value, grad = rows.fn.value_and_grad(x)
+    one = torch.ones_like(value)
+    residual = _residual(rows, x, grad)
+    return Start(norm(residual), ProximalGradientMemory(residual, one * stepsize, x, value, grad, momentum=one))
+
+
+def _residual(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
+    return rows.residual.away(rows, x, grad) if isinstance(rows.residual, Composite) else grad
+
+
+def _size(rows: Rows, x: Tensor, memory: ProximalGradientMemory) -> Tensor:
+    """At the initial guess, where ``point`` is ``x``."""
+    if isinstance(rows.residual, Composite):
+        return composite_size(rows, x, memory.grad)
+    return norm(change(rows.residual, rows, x, memory.grad, is_guess=True))
+
+
+def _step(
+    rows: Rows, x: Tensor, state: State[ProximalGradientMemory], *, prox: Prox, search: bool, acceleration: bool
+) -> tuple[Tensor, State[ProximalGradientMemory]]:
+    (new_x, value, grad), size, failed = _descend(rows, prox, state, search)
+    residual = _residual(rows, new_x, grad)
+    memory = ProximalGradientMemory(residual, size, new_x, value, grad, state.memory.momentum)
+    if acceleration:
+        memory = _accelerate(rows, x, state.memory, memory)
+    status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status)
+    return new_x, state._replace(error=norm(residual), status=status, memory=memory)
+
+
+def _descend(
+    rows: Rows, prox: Prox, state: State[ProximalGradientMemory], search: bool
+) -> tuple[Point, Tensor, Tensor]:
+    """A step from ``point``, its size, and the lanes in which no size will do."""
+    memory = state.memory
+
+    def at(size: Tensor) -> Point:
+        x = prox(rows, memory.point - size[:, None] * memory.grad, size)
+        return (x, *rows.fn.value_and_grad(x))
+
+    def enough(new: Point, size: Tensor) -> Tensor:
+        d = new[0] - memory.point
+        return lies_below(rows, (memory.point, memory.value, memory.grad), new, dot(d, d) / (2.0 * size))
+
+    if not search:
+        return at(memory.stepsize), memory.stepsize, torch.zeros_like(state.status, dtype=torch.bool)
+    size = torch.where(state.iter_num > 0, GROWTH * memory.stepsize, memory.stepsize)
+    return backtrack(at, enough, size, state.status == Status.RUNNING)
+
+
+def _accelerate(
+    rows: Rows, x: Tensor, old: ProximalGradientMemory, new: ProximalGradientMemory
+) -> ProximalGradientMemory:
+    """The memory with its point ahead of the new one, which it is given with."""
+    new_x = new.point
+    uphill = dot(old.point - new_x, new_x - x) > 0
+    t = torch.where(uphill, 1.0, old.momentum)
+    next_t = (1.0 + torch.sqrt(1.0 + 4.0 * t**2)) / 2.0
+    ahead = new_x + ((t - 1.0) / next_t)[:, None] * (new_x - x)
+    value, grad = rows.fn.value_and_grad(ahead)
+    outside = ~(torch.isfinite(value) & torch.isfinite(grad).all(dim=-1))
+    if any_lane(outside):
+        # Momentum leaves the domain where the iterates stay inside: it begins again.
+        if not rows.plain:
+            # No derivative may pass through such a point, not even one that is multiplied by zero.
+            ahead = select(outside, new_x, ahead)
+            value, grad = rows.fn.value_and_grad(ahead)
+        pairs = ((new_x, ahead), (new.value, value), (new.grad, grad))
+        ahead, value, grad = (select(outside, inside, out) for inside, out in pairs)
+        next_t = torch.where(outside, 1.0, next_t)
+    return new._replace(point=ahead, value=value, grad=grad, momentum=next_t)
