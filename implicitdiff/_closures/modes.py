@@ -20,7 +20,7 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.program import Program
 from implicitdiff._closures.program import version as version
 from implicitdiff._torch.modes import DeviceContext, in_place_of, running, uncached
-from implicitdiff._torch.replacements import Exchange, exchanged, is_exchanged
+from implicitdiff._torch.replacements import EXCHANGED, Exchange, exchanged
 from implicitdiff._torch.sparse import call as sparse_call
 from implicitdiff._torch.sparse import have_sparse
 from implicitdiff._torch.trees import Leaves
@@ -116,22 +116,23 @@ class Watch(TorchFunctionMode):
         self.exchanges = self.is_sparse = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        program, kwargs = self.program, kwargs or {}
         # What is asked of tensors to write the program down is nobody's operation.
         with functorch.no_modes():
-            arguments = self.program.receive(args, kwargs)
-            is_sparse = have_sparse(args, kwargs)
-        self.exchanges = self.exchanges or is_exchanged(func)
+            arguments = program.receive(args, kwargs)
+            is_sparse = program.has_sparse and have_sparse(args, kwargs)
+        is_exchanged = func in EXCHANGED
+        self.exchanges = self.exchanges or is_exchanged
         if is_sparse:
             self.is_sparse = True
             with Exchange() if self.exchanges_here else nullcontext():
                 result = sparse_call(func, args, kwargs)
-        elif self.exchanges_here:
+        elif is_exchanged and self.exchanges_here:
             result = functorch.call_inert(*exchanged(func, args, kwargs), self.inert)
         else:
             result = functorch.call_inert(func, args, kwargs, self.inert)
         with functorch.no_modes():
-            self.program.add(func, arguments, result)
+            program.add(func, arguments, result)
         return result
 
     def changed(self) -> Leaves:

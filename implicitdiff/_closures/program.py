@@ -36,6 +36,7 @@ class Program:
         operations: ``(function, arguments, keyword arguments)``, with an `Origin` in the place of each tensor.
         recorded: whether gradients were on, for each operation.
         silent: how many library calls, each of which counts as one operation, are under way.
+        has_sparse: whether it has met a sparse tensor.
     """
 
     def __init__(self, operands: Sequence[torch.Tensor]) -> None:
@@ -46,6 +47,7 @@ class Program:
         # Where gradients are off all along, it does not show which operations a function records.
         self.is_recording = torch.is_grad_enabled()
         self.silent = 0
+        self.has_sparse = False
         self.aliases: dict[Origin, Origin] = {}
         self.borrowed: dict[int, tuple[Any, Any]] = {}
         self._origins: dict[int, Origin] = {}
@@ -63,12 +65,21 @@ class Program:
             for tensor in _tensors_in([*args, *kwargs.values()]):
                 self.see(tensor)
             return (), {}
-        return [self._shown(a) for a in args], {k: self._shown(v) for k, v in kwargs.items() if k not in _RECORDING}
+        # Once for each operation, so without the calls of Python that can be had without.
+        shown, origins = [], self._origins
+        for value in args:
+            # An id that has an origin is that of a tensor which is kept alive.
+            known = origins.get(id(value))
+            shown.append(known or (value if type(value) in _PLAIN else self._shown(value)))
+        if not kwargs:
+            return shown, kwargs
+        return shown, {k: self._shown(v) for k, v in kwargs.items() if k not in _RECORDING}
 
     def add(self, function: Any, arguments: tuple[Any, Any], result: Any) -> None:
         """Note an operation that has run."""
         if isinstance(result, torch.Tensor) and not self.silent:
-            self._note(function, arguments)
+            self.operations.append((function, *arguments))
+            self.recorded.append(torch.is_grad_enabled())
             self._add_result(result, ("result", len(self.operations), 0))
             return
         made = [result] if isinstance(result, torch.Tensor) else _tensors_in(result)
@@ -100,6 +111,8 @@ class Program:
         """Where a tensor came from."""
         if (origin := self._origins.get(id(tensor))) is not None:
             return origin
+        if id(tensor) in self.outside:
+            return ("constant", id(tensor))
         # Transforms that the function itself starts wrap what they are given without a torch function that could be
         # seen.
         while not self._knows(tensor) and functorch.level(tensor) > self.depth:
@@ -108,6 +121,7 @@ class Program:
             return self._origins.get(id(tensor), _HIDDEN)
         if id(tensor) not in self.outside:
             self.outside[id(tensor)] = (tensor, version(tensor))
+            self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
             self._note_borrowed(functorch.base(tensor))
         return ("constant", id(tensor))
 
@@ -130,6 +144,7 @@ class Program:
         """Note the origin of a tensor and of what it wraps, which a transform returns when it ends."""
         self._origins[id(tensor)] = origin
         self._alive.append(tensor)
+        self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
         while functorch.level(tensor) > self.depth:
             tensor = functorch.unwrap(tensor)
             if id(tensor) not in self.outside:
@@ -140,6 +155,7 @@ class Program:
         """Note a tensor that a library call has made, for as long as it lives: there may be any number of them."""
         key = id(tensor)
         if key not in self._origins:
+            self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
             self._hidden[key] = weakref.ref(tensor, lambda _: self._hidden.pop(key, None))
 
     def _shown(self, value: Any) -> Any:

@@ -52,17 +52,15 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return level(tensor) == _PLAIN
 
 
-def level(tensor: torch.Tensor) -> int:
-    """The level of the transform a wrapper belongs to; negative for plain tensors and wrappers of a finished transform.
+level: Callable[[torch.Tensor], int] = functorch.maybe_get_level
+"""The level of the transform that a wrapper belongs to; negative for plain tensors and wrappers of a finished
+transform.
 
-    The latter act as plain numbers, except that a pullback still finds its graph through them.
-    """
-    return int(functorch.maybe_get_level(tensor))
+The latter act as plain numbers, except that a pullback still finds its graph through them.
+"""
 
-
-def unwrap(tensor: torch.Tensor) -> torch.Tensor:
-    """A wrapper without its outermost layer."""
-    return functorch.get_unwrapped(tensor)
+unwrap: Callable[[torch.Tensor], torch.Tensor] = functorch.get_unwrapped
+"""A wrapper without its outermost layer."""
 
 
 def rewrap(inner: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -382,9 +380,8 @@ def call_inert(func: Any, args: Sequence[Any], kwargs: dict[str, Any], depth: in
         return func(*args, **kwargs)
 
 
-def no_modes() -> AbstractContextManager[None]:
-    """Run the body with no mode looking at torch functions."""
-    return torch._C.DisableTorchFunction()
+no_modes: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
+"""Run the body with no mode looking at torch functions."""
 
 
 def no_levels() -> AbstractContextManager[object]:

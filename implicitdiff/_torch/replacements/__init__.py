@@ -26,7 +26,7 @@ from implicitdiff._torch.replacements import (
 from implicitdiff._torch.replacements._spelling import Operation
 from implicitdiff._torch.settings import in_single
 
-_ELEMENTARY: dict[Operation, Operation] = {
+EXCHANGED: dict[Operation, Operation] = {
     **_normalisation.REPLACEMENTS,
     **_losses.REPLACEMENTS,
     **_attention.REPLACEMENTS,
@@ -88,12 +88,7 @@ class Exchange(TorchFunctionMode):
 def exchanged(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     """The operation that is computed in the place of one, with its arguments."""
     # What writes to a given tensor has no derivative.
-    fn = func if kwargs.get("out") is not None else _ELEMENTARY.get(func, func)
+    fn = func if kwargs.get("out") is not None else EXCHANGED.get(func, func)
     if func in _IN_SINGLE:
         args, kwargs = in_single((args, kwargs))
     return fn, args, kwargs
-
-
-def is_exchanged(func: Any) -> bool:
-    """Whether a torch function is one of those."""
-    return func in _ELEMENTARY
