@@ -13,7 +13,8 @@ import implicitdiff._torch.levels as _functorch
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.lift import one_derivative
 from implicitdiff._closures.signature import Matcher, name_of
-from implicitdiff._implicit.linear import Solve, check_like
+from implicitdiff._implicit.checks import check_like
+from implicitdiff._implicit.linear_problem import Solve
 from implicitdiff._implicit.root import Kind, fixed_point, pose, root
 from implicitdiff._implicit.solver_body import Solver, detached, run_solver
 from implicitdiff._torch.trees import Leaves

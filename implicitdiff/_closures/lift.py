@@ -18,7 +18,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,13 +26,11 @@ import torch
 import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.trees as pytree
+from implicitdiff._closures.evaluation import as_evaluated, by_autograd_alone, exchanged, named_in_errors
 from implicitdiff._closures.modes import Substitute, Watch
 from implicitdiff._closures.program import Program, checksum, version
 from implicitdiff._closures.snapshot import Snapshot
-from implicitdiff._torch.modes import uncached
-from implicitdiff._torch.replacements import Exchange
 from implicitdiff._torch.settings import applied, autocast, settings
-from implicitdiff._torch.sparse import SparseProducts
 from implicitdiff._torch.trees import Leaves, Structure
 from implicitdiff.errors import TransformError
 
@@ -92,7 +90,7 @@ class Lifted:
             return self.within_call(operands, *more)
         compared: Counter[int] | None = getattr(_derivative, "compared", None)
         if compared is not None and compared[id(self)] == _COMPARED:
-            with applied(self.settings), self.snapshot.put_back(), _as_evaluated():
+            with applied(self.settings), self.snapshot.put_back(), as_evaluated():
                 return self.within_call(operands, *more)
         self.refuse_overwritten()
         with applied(self.settings), self.snapshot.put_back():
@@ -120,7 +118,7 @@ class Lifted:
     def refuse_another(self) -> None:
         """Raise if the second evaluation at the call was that of another function."""
         if self._difference is not None:
-            raise ValueError(
+            raise AnotherFunctionError(
                 f"{self.name} has become another function when it was evaluated a second time: {self._difference}; it "
                 "is evaluated more than once and must do the same each time: draw random numbers outside and pass them "
                 "as arguments, and keep counters, iterators and caches out of it"
@@ -130,10 +128,10 @@ class Lifted:
         """The result with these operands, at any point, for as long as the call lasts."""
         is_direct = not self.captured or self._are_captured(operands[self.given :])
         levels = 0 if is_direct else self.levels
-        with functorch.levels_up_to(levels) as inert, _exchanged(*self.exchanges), autocast(self.settings[0]):
+        with functorch.levels_up_to(levels) as inert, exchanged(*self.exchanges), autocast(self.settings[0]):
             if self.alone:
                 return self._run_alone(operands, *more)
-            with told(self.name):
+            with named_in_errors(self.name):
                 if is_direct:
                     result = self.fn(*self.arguments.unflatten(operands[: self.given]), *more)
                     return pytree.map_tensors(_unless_it_records, result) if self.captured else result
@@ -160,9 +158,9 @@ class Lifted:
             )
 
     def _watched(self, operands: Sequence[torch.Tensor]) -> tuple[Any, Watch]:
-        with functorch.levels_up_to(self.levels) as inert, _as_evaluated(), _exchanged(*self.exchanges):
+        with functorch.levels_up_to(self.levels) as inert, as_evaluated(), exchanged(*self.exchanges):
             watch = Watch([*operands], inert)
-            with watch, told(self.name):
+            with watch, named_in_errors(self.name):
                 result = self._run_alone(operands) if self.alone else self._run(-1, operands)
         watch.program.finish()
         return result, watch
@@ -188,7 +186,7 @@ class Lifted:
         """Run the function with no transform on the stack. It may call `torch.autograd.grad`, so its operands need
         gradients even if the caller has switched them off."""
         try:
-            with _alone(True):
+            with by_autograd_alone(True):
                 if torch.is_grad_enabled():
                     return self._run(-1, operands, *more)
                 with torch.enable_grad():
@@ -206,7 +204,6 @@ def _unless_it_records(tensor: torch.Tensor) -> torch.Tensor:
 
 
 _derivative = threading.local()
-_evaluation = threading.local()
 # What changes from one evaluation to the next shows in the second.
 _COMPARED = 2
 
@@ -295,7 +292,7 @@ def _watched(
 ) -> tuple[Any, Watch]:
     """The result, detached, and what was seen."""
     random_state = functorch.random_state()
-    with functorch.levels_up_to(0 if alone else 1) as inert, _as_evaluated(), torch.enable_grad():
+    with functorch.levels_up_to(0 if alone else 1) as inert, as_evaluated(), torch.enable_grad():
         aliases = [t.detach() for t in given]
         if alone:
             # The function may differentiate with respect to its arguments.
@@ -303,7 +300,11 @@ def _watched(
         elif differentiated:
             with functorch.requires_grad_allowed():
                 aliases = [t.requires_grad_(flag) for t, flag in zip(aliases, differentiated, strict=True)]
-        with Watch(aliases, inert, exchanges=True) as watch, told(name), _alone(alone is not None):
+        with (
+            Watch(aliases, inert, exchanges=True) as watch,
+            named_in_errors(name),
+            by_autograd_alone(alone is not None),
+        ):
             result = fn(*arguments.unflatten(aliases))
     for tensor in pytree.tensors(result):
         watch.program.see(tensor)
@@ -322,32 +323,23 @@ def _watched(
     return pytree.map_tensors(torch.Tensor.detach, result), watch
 
 
-class told(AbstractContextManager[Any]):
-    """Raise `TransformError` where torch.func cannot transform a function of the user, of this name, in the body."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, RuntimeError) or isinstance(error, TransformError) or functorch.depth() == 0:
-            return
-        if (what := functorch.untransformable(error)) is not None:
-            raise TransformError(
-                f"{self.name} applies {what}; or take a first derivative by backward() outside of torch.func, which "
-                "autograd alone can do"
-            ) from error
-
-
 def _differentiable(tensors: Leaves) -> Leaves:
     return [t.requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors]
 
 
 def confirm(lifted: Lifted) -> None:
-    """Evaluate the function a second time, and raise if its result still hangs on something when nothing that is known
-    of does: the derivative would be lost."""
-    if functorch.nothing_records() or not (lifted.captured or lifted.is_unsure):
+    """Raise if a captured tensor was missed, whose gradient would silently be zero; evaluates the function a second
+    time, if there is anything to confirm."""
+    if lifted.captured or lifted.is_unsure:
+        confirm_at(lifted, lifted.operands)
+
+
+def confirm_at(lifted: Lifted, operands: Leaves) -> None:
+    """Evaluate the function a second time, with these operands. Raise if its result has autograd history though all
+    operands are detached, or if it has become another function."""
+    if functorch.nothing_records():
         return
-    operands = [t.detach() for t in lifted.operands]
+    operands = [t.detach() for t in operands]
     with torch.enable_grad():
         if lifted.alone:
             operands = _differentiable(operands)
@@ -360,88 +352,17 @@ def confirm(lifted: Lifted) -> None:
     lifted.refuse_another()
 
 
-def unseen(name: str) -> ValueError:
-    """What is said of a captured tensor that no mode has seen."""
-    return ValueError(
+class AnotherFunctionError(ValueError):
+    """A second evaluation has applied other operations, or used other tensors, than the first."""
+
+
+def unseen(name: str) -> AnotherFunctionError:
+    """The error for a captured tensor that no mode has seen."""
+    return AnotherFunctionError(
         f"{name} depends on a tensor that it captures where this cannot be seen, as in TorchScript, in an "
         "autograd.Function that torch.func cannot transform, or where a captured tensor passes through an inner vmap "
         "untouched: pass the tensor as an argument"
     )
-
-
-class _alone:
-    """Say how the function is evaluated that runs in the body."""
-
-    def __init__(self, is_alone: bool) -> None:
-        self.is_alone = is_alone
-
-    def __enter__(self) -> None:
-        self.before = getattr(_evaluation, "is_alone", False)
-        _evaluation.is_alone = self.is_alone
-
-    def __exit__(self, *error: object) -> None:
-        _evaluation.is_alone = self.before
-
-
-def _is_alone() -> bool:
-    """Whether autograd alone evaluates the function that is running."""
-    return getattr(_evaluation, "is_alone", False) and functorch.depth() == 0
-
-
-def gradient(fn: Callable[..., torch.Tensor], x: Any, *args: Any) -> Any:
-    """The gradient of ``fn(x, *args)``, a real number, as a tree like ``x``; in functions that are evaluated here."""
-    (value,), pull = pullback(fn, x, *args)
-    return pull([torch.ones_like(value)])
-
-
-def pullback(fn: Callable[..., Any], x: Any, *args: Any) -> tuple[Leaves, Callable[[Leaves], Any]]:
-    """The leaves of ``fn(x, *args)``, and ``u -> J' u`` as a tree like ``x``; in functions that are evaluated here."""
-    leaves, structure = pytree.flatten(x)
-
-    def of_leaves(leaves: Leaves) -> Leaves:
-        return pytree.tensors(fn(structure.unflatten(leaves), *args))
-
-    if not _is_alone():
-        found: Any = torch.func.vjp(of_leaves, leaves)
-        return found[0], lambda u: structure.unflatten(found[1](u)[0])
-    with torch.enable_grad():
-        leaves = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in leaves]
-        values = of_leaves(leaves)
-
-    def pull(u: Leaves) -> Any:
-        pairs = [(value, v) for value, v in zip(values, u, strict=True) if value.requires_grad]
-        if not pairs:
-            return structure.unflatten([torch.zeros_like(t) for t in leaves])
-        ys, us = zip(*pairs, strict=True)
-        return structure.unflatten(torch.autograd.grad(ys, leaves, us, create_graph=True, materialize_grads=True))
-
-    return values, pull
-
-
-class _as_evaluated:
-    """Run the body without what the caller's frame has round it: caches of weights, hooks of saved tensors."""
-
-    def __enter__(self) -> None:
-        self.contexts = uncached(), functorch.without_saved_tensor_hooks()
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
-
-
-def _exchanged(needed: bool, is_sparse: bool) -> AbstractContextManager[object]:
-    # Entered before the mode that compares operations, which then sees the operations that the user wrote.
-    if not is_sparse:
-        return Exchange() if needed else nullcontext()
-    return _sparse_and_exchanged(needed)
-
-
-@contextmanager
-def _sparse_and_exchanged(needed: bool) -> Iterator[None]:
-    with SparseProducts(), Exchange() if needed else nullcontext():
-        yield
 
 
 def _divided(program: Program) -> tuple[Leaves, list[tuple[torch.Tensor, int]], bool]:

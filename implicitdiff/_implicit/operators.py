@@ -1,28 +1,26 @@
 """Linear operators as pure functions of explicit operands.
 
-An operator ``A(operands)`` maps a list of leaves to a list of leaves of the same shapes and dtypes; a rectangular one
-is embedded in a square one (`Rectangular`). Its products are linearised once and reused, in one of two ways: `Pullback`
-by torch.func, which every transform can differentiate and batch; `PlainPullback` by ordinary autograd, faster, for
-plain tensors outside of every transform.
+An operator ``A(operands)`` maps a list of leaves to a list of leaves of the same shapes and dtypes. A rectangular one
+is embedded in a square one (`Rectangular`). Its products are linearised once and reused, by one of the two classes of
+`linearisation`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.trees as pytree
+from implicitdiff._implicit.linearisation import ByFunctorch, Linearisation, Product, Residual
 from implicitdiff._torch.lanes import vmap
 from implicitdiff._torch.trees import Leaves
 
-Product = Callable[[Leaves], Leaves]
-Residual = Callable[[Leaves, Leaves], Leaves]
 Dims = tuple[int | None, ...]
 
 
@@ -47,145 +45,6 @@ class Products(NamedTuple):
 
     matvec: Callable[[], Product]
     rmatvec: Callable[[], Product]
-
-
-class Pullback:
-    """Makes ``u -> (d fn(x, theta) / dx)^H u``, and its transpose ``v -> (d fn / dx) v``.
-
-    In terms of real and imaginary parts the adjoint is the transpose, also where ``fn`` is differentiable over the
-    reals only.
-    """
-
-    def __init__(self, fn: Residual, x: Leaves, theta: Leaves) -> None:
-        self.fn, self.x, self.theta = fn, x, theta
-
-    def pull(self) -> Product:
-        pull = self._pull
-        return lambda u: list(pull(*u))
-
-    def push(self, like: Leaves) -> Product:
-        """The transpose; `like` shows what ``fn`` returns."""
-        # The pullback is linear in its cotangent; pulled back in turn, it gives the product with the Jacobian. Forward
-        # mode, the other way to it, does not nest everywhere.
-        push: Callable[..., tuple[torch.Tensor, ...]] = torch.func.vjp(self._pull, *map(torch.zeros_like, like))[1]
-        return lambda v: list(push(tuple(v)))
-
-    @cached_property
-    def _pull(self) -> Callable[..., tuple[torch.Tensor, ...]]:
-        pull: Any = torch.func.vjp(lambda *x: tuple(self.fn(list(x), self.theta)), *self.x)[1]
-        return lambda *u: pull(u)
-
-
-class PlainPullback(Pullback):
-    """The same by one autograd graph, kept for as long as the object lives; ``x`` and ``theta`` are plain tensors."""
-
-    def push(self, like: Leaves) -> Product:
-        with functorch.recording():
-            u = tuple(torch.zeros_like(t).requires_grad_() for t in self._graph[1])
-            g = _vjp(self._graph[1], self._graph[0], u, create_graph=True)
-        return lambda v: list(_vjp(g, u, tuple(v)))
-
-    @cached_property
-    def _pull(self) -> Callable[..., tuple[torch.Tensor, ...]]:
-        x, y = self._graph
-        return lambda *u: _vjp(y, x, u)
-
-    @cached_property
-    def _graph(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        with functorch.recording():
-            x = tuple(t.requires_grad_() for t in functorch.recordable(self.x))
-            y = tuple(self.fn(list(x), functorch.recordable(self.theta)))
-        _refuse_strangers(x, y)
-        return x, y
-
-
-class SharedPullback(PlainPullback):
-    """The same graph for products with ``d fn / dx`` and, by `pull_theta`, with the derivative in some of ``theta``."""
-
-    def __init__(self, fn: Residual, x: Leaves, theta: Leaves, wanted: Sequence[int]) -> None:
-        super().__init__(fn, x, functorch.recordable(theta))
-        self.wanted = tuple(self.theta[i] for i in wanted)
-
-    def pull_theta(self, u: Leaves) -> Leaves:
-        _, y = self._graph
-        return list(_vjp(y, self.wanted, tuple(u)))
-
-    @cached_property
-    def _graph(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        with functorch.recording():
-            x = tuple(t.requires_grad_() for t in functorch.recordable(self.x))
-            for t in self.wanted:
-                t.requires_grad_()
-            y = tuple(self.fn(list(x), self.theta))
-        self._look_for_strangers(x, y)
-        return x, y
-
-    def _look_for_strangers(self, x: tuple[torch.Tensor, ...], y: tuple[torch.Tensor, ...]) -> None:
-        _refuse_strangers((*x, *self.wanted), y)
-
-
-class Retained(SharedPullback):
-    """The same graph, made at the call and kept for a first derivative in reverse mode.
-
-    Its results are handed to autograd to save (`release`) and come back with a derivative (`resume`): autograd frees
-    them as it frees all that it saves.
-
-    Attributes:
-        positions: the indices in ``theta`` of the tensors that are differentiated.
-        adopted: parameters that ``fn`` reaches without a substitute, as in a custom autograd.Function that runs with no
-            transform on the stack. They are appended to ``theta``.
-    """
-
-    def __init__(
-        self, fn: Residual, x: Leaves, theta: Leaves, positions: Sequence[int], *, adopts: bool = False
-    ) -> None:
-        super().__init__(fn, x, theta, positions)
-        self.adopts = adopts
-        self.adopted: Leaves = []
-        self._begin, self.end = self._graph
-        self.wanted = (*self.wanted, *self.adopted)
-        self.positions = [*positions, *range(len(theta), len(theta) + len(self.adopted))]
-        del self._graph, self.fn, self.x, self.theta
-
-    def release(self) -> Leaves:
-        end, self.end = self.end, ()
-        return list(end)
-
-    def resume(self, end: Leaves) -> SharedPullback:
-        pullback = object.__new__(SharedPullback)
-        pullback.__dict__.update(wanted=self.wanted, _graph=(self._begin, tuple(end)))
-        return pullback
-
-    def _look_for_strangers(self, x: tuple[torch.Tensor, ...], y: tuple[torch.Tensor, ...]) -> None:
-        if not self.adopts:
-            return super()._look_for_strangers(x, y)
-        found = [leaf for t in y for leaf in functorch.leaves_beside(t, (*x, *self.wanted))]
-        self.adopted = list({id(leaf): leaf for leaf in found}.values())
-        return None
-
-
-def _vjp(
-    y: tuple[torch.Tensor, ...], x: tuple[torch.Tensor, ...], u: tuple[torch.Tensor, ...], *, create_graph: bool = False
-) -> tuple[torch.Tensor, ...]:
-    pairs = [(a, b) for a, b in zip(y, u, strict=True) if a.requires_grad]
-    if not pairs:
-        return tuple(map(torch.zeros_like, x))
-    ys, us = zip(*pairs, strict=True)
-    grads = functorch.gradients(ys, x, us, create_graph=create_graph)
-    return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(x, grads, strict=True))
-
-
-class StrangerError(RuntimeError):
-    """A result depends on a tensor that is no operand."""
-
-
-def _refuse_strangers(x: tuple[torch.Tensor, ...], y: tuple[torch.Tensor, ...]) -> None:
-    """Raise if a result hangs on a tensor that is no operand, since its derivative would be lost, silently."""
-    if not all(map(functorch.is_plain, y)) or any(functorch.leaves_beside(t, x) for t in y):
-        raise StrangerError(
-            "the function to be differentiated depends on a tensor that it did not depend on when the solver was "
-            "called: a parameter was replaced since then, or given its gradient flag; take the derivative first"
-        )
 
 
 class Blocks(NamedTuple):
@@ -221,7 +80,7 @@ class Operator(ABC):
     """``A(operands)``, square."""
 
     @abstractmethod
-    def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
+    def products(self, operands: Leaves, like: Leaves, by: type[Linearisation] = ByFunctorch) -> Products:
         """The products for these operands; `like` shows what ``A`` acts on."""
 
     @property
@@ -229,9 +88,9 @@ class Operator(ABC):
         """Outside of which ``A`` is zero."""
         return _ALL
 
-    def block_products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
+    def block_products(self, operands: Leaves, like: Leaves, by: type[Linearisation] = ByFunctorch) -> Products:
         """The products with that block of ``A``; `like` is the same as of `products`."""
-        return self.products(operands, like, pullback)
+        return self.products(operands, like, by)
 
     @abstractmethod
     def batched(self, dims: Dims) -> Operator:
@@ -269,8 +128,8 @@ class Matvec(Operator):
     fn: Residual
     one_by_one: bool = False
 
-    def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
-        at = pullback(self.fn, list(map(torch.zeros_like, like)), operands)
+    def products(self, operands: Leaves, like: Leaves, by: type[Linearisation] = ByFunctorch) -> Products:
+        at = by(self.fn, list(map(torch.zeros_like, like)), operands)
         return Products(lambda: lambda v: self.fn(v, operands), at.pull)
 
     def batched(self, dims: Dims) -> Matvec:
@@ -294,8 +153,8 @@ class Rectangular(Operator):
     is_wide: bool
     one_by_one: bool = False
 
-    def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
-        block, k = self.block_products(operands, like, pullback), self.unknowns
+    def products(self, operands: Leaves, like: Leaves, by: type[Linearisation] = ByFunctorch) -> Products:
+        block, k = self.block_products(operands, like, by), self.unknowns
 
         def matvec() -> Product:
             product = block.matvec()
@@ -312,8 +171,8 @@ class Rectangular(Operator):
         x, y = slice(self.unknowns), slice(self.unknowns, None)
         return Blocks(x, y, y if self.is_wide else x)
 
-    def block_products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
-        return Matvec(self.fn, self.one_by_one).products(operands, like[: self.unknowns], pullback)
+    def block_products(self, operands: Leaves, like: Leaves, by: type[Linearisation] = ByFunctorch) -> Products:
+        return Matvec(self.fn, self.one_by_one).products(operands, like[: self.unknowns], by)
 
     def batched(self, dims: Dims) -> Rectangular:
         return replace(self, fn=vmap(self.fn, (0, list(dims))))
@@ -334,9 +193,9 @@ class Jacobian(Operator):
     def rows_first(self) -> bool:
         return True
 
-    def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
-        at = pullback(self.residual, operands[: self.unknowns], operands[self.unknowns :])
-        return Products(lambda: at.push(like), at.pull)
+    def products(self, operands: Leaves, like: Leaves, by: type[Linearisation] = ByFunctorch) -> Products:
+        at = by(self.residual, operands[: self.unknowns], operands[self.unknowns :])
+        return Products(at.push, at.pull)
 
     def batched(self, dims: Dims) -> Jacobian:
         return Jacobian(vmap(self.residual, (0, list(dims[self.unknowns :]))), self.unknowns)
@@ -347,24 +206,16 @@ class Jacobian(Operator):
         return self.unknowns
 
 
-class Linearisation(Protocol):
-    """What makes the products with a Jacobian, as a `Pullback` does."""
-
-    def pull(self) -> Product: ...
-
-    def push(self, like: Leaves) -> Product: ...
-
-
 @dataclass(frozen=True)
 class Linearised(Operator):
-    """A Jacobian whose graph is there already; without operands, it is never batched."""
+    """An operator whose products exist already. It has no operands, so nothing batches it."""
 
-    at: Linearisation
+    made: Products
     one_by_one: bool = False
     lane: Lane | None = None
 
-    def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
-        return Products(lambda: self.at.push(like), self.at.pull)
+    def products(self, operands: Leaves, like: Leaves, by: type[Linearisation] = ByFunctorch) -> Products:
+        return self.made
 
     def batched(self, dims: Dims) -> Operator:
         raise AssertionError("nothing that varies over lanes is an operand")
@@ -380,8 +231,8 @@ class Adjoint(Operator):
 
     of: Operator
 
-    def products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
-        matvec, rmatvec = self.of.products(operands, like, pullback)
+    def products(self, operands: Leaves, like: Leaves, by: type[Linearisation] = ByFunctorch) -> Products:
+        matvec, rmatvec = self.of.products(operands, like, by)
         return Products(rmatvec, matvec)
 
     @property
@@ -393,8 +244,8 @@ class Adjoint(Operator):
         domain, range_, smaller = self.of.blocks
         return Blocks(range_, domain, smaller)
 
-    def block_products(self, operands: Leaves, like: Leaves, pullback: type[Pullback] = Pullback) -> Products:
-        matvec, rmatvec = self.of.block_products(operands, like, pullback)
+    def block_products(self, operands: Leaves, like: Leaves, by: type[Linearisation] = ByFunctorch) -> Products:
+        matvec, rmatvec = self.of.block_products(operands, like, by)
         return Products(rmatvec, matvec)
 
     def batched(self, dims: Dims) -> Adjoint:

@@ -12,28 +12,18 @@ import torch
 import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.trees as pytree
-from implicitdiff._closures.lift import Lifted, confirm, lift, unseen
-from implicitdiff._closures.modes import Derived
-from implicitdiff._implicit.linear import (
-    LinearProblem,
-    LinearSolver,
-    Solve,
-    check_like,
-    check_unknowns,
-    pattern,
-    size,
-    solve_linear,
-    solve_linear_quietly,
-)
+from implicitdiff._closures.below import Derived
+from implicitdiff._closures.lift import Lifted, confirm, confirm_at, lift, unseen
+from implicitdiff._implicit.checks import check_like, check_unknowns, pattern, size
+from implicitdiff._implicit.linear import LinearSolver
+from implicitdiff._implicit.linear_problem import LinearProblem, Solve, solve_linear, solve_linear_quietly
+from implicitdiff._implicit.linearisation import Residual, Retained, StrangerError, WithOperands
 from implicitdiff._implicit.operators import (
     Dims,
     Jacobian,
     Lane,
     Linearised,
-    Residual,
-    Retained,
-    SharedPullback,
-    StrangerError,
+    Products,
 )
 from implicitdiff._implicit.primitive import Problem, attach
 from implicitdiff._torch.lanes import over_levels
@@ -114,9 +104,9 @@ class RootProblem(Problem):
             self.kept.of.refuse_overwritten()
             at, positions = self.kept.graph.resume(released), self.kept.graph.positions
         else:
-            at, positions = SharedPullback(self.residual, x, theta, wanted), list(wanted)
+            at, positions = WithOperands(self.residual, x, theta, wanted), list(wanted)
         lane = Lane(Jacobian(self.residual_fn, len(x)), [*x, *theta], self._levels(len(x)))
-        operator = Linearised(at, one_by_one=self.alone is not None, lane=lane).adjoint
+        operator = Linearised(Products(at.push, at.pull), one_by_one=self.alone is not None, lane=lane).adjoint
         problem = LinearProblem(operator, solver, self.structure, count=0, lanes=self.lanes)
         u = solve_linear_quietly(problem, solver, x_bar)
         pulled = dict(zip(positions, at.pull_theta([-t for t in u]), strict=True))
@@ -146,6 +136,7 @@ class Posed:
         solver: for the linear systems of the derivatives.
         x: the leaves of the solution.
         structure: its tree.
+        is_lifted_here: whether the function was lifted at the solution, not at an initial guess.
     """
 
     lifted: Lifted
@@ -153,6 +144,7 @@ class Posed:
     solver: Solve
     x: Leaves
     structure: Structure
+    is_lifted_here: bool = True
 
     @property
     def theta(self) -> Leaves:
@@ -207,7 +199,10 @@ class Posed:
         return self.structure.unflatten(attach(problem, self.x, theta))
 
     def _confirmed(self, wanted: Sequence[int]) -> RootProblem:
-        confirm(self.lifted)
+        if self.is_lifted_here:
+            confirm(self.lifted)
+        else:
+            confirm_at(self.lifted, [*self.x, *self.theta])
         if self.lifted.alone and self.lifted.takes_gradients:
             # Only for the checks: this graph is not kept.
             self._graph(wanted)

@@ -14,15 +14,16 @@ import torch
 import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.trees as pytree
+from implicitdiff._closures.below import Derived, below_autodiff
 from implicitdiff._closures.signature import Call, name_of
-from implicitdiff._closures.snapshot import tensors_within
+from implicitdiff._closures.walk import tensors_within
 from implicitdiff._torch.trees import Leaves, Structure
 from implicitdiff.errors import TransformError
 
 Solver = Callable[..., Any]
 
 
-def run_solver(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any, _modes.Derived]:
+def run_solver(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any, Derived]:
     """The solver's result, detached, and the tensors that it computed from what is differentiated. It sees values
     that are out of every derivative's sight, and its own copy of the initial guess."""
     tensors, structure = pytree.flatten((call.init, call.args, call.kwargs))
@@ -30,8 +31,8 @@ def run_solver(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any, _mo
     values = [functorch.plain_under_vmap(t) for t in tensors]
     flags = [functorch.is_plain(v) and functorch.base(t).requires_grad for v, t in zip(values, tensors, strict=True)]
 
-    def run(outside: bool) -> tuple[Any, _modes.Derived]:
-        with _modes.below_gradients(outside) as derived:
+    def run(outside: bool) -> tuple[Any, Derived]:
+        with below_autodiff(outside) as derived:
             entering = [v.clone() for v in values[:own]] + values[own:]
             before = [_modes.version(v) for v in entering]
             entered = [v.requires_grad_() if flag else v for v, flag in zip(entering, flags, strict=True)]

@@ -25,9 +25,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.levels as functorch
-from implicitdiff._implicit.linear import LinearProblem, pattern
+from implicitdiff._closures.below import below_autodiff
+from implicitdiff._implicit.checks import pattern
+from implicitdiff._implicit.linear_problem import LinearProblem
 from implicitdiff._implicit.system import Vectors, first_column
 from implicitdiff._torch.trees import Leaves
 from implicitdiff.linear_solve._outcome import OnFailure, report
@@ -81,7 +82,7 @@ class PseudoinverseProblem(LinearProblem):
         if self.on_failure == "ignore":
             return
         value = functorch.plain_under_vmap
-        with _modes.below_gradients():
+        with below_autodiff():
             theta, along = [value(t) for t in theta], {i: value(t) for i, t in tangents.items()}
             gap, bound = self._rank_gap([value(t) for t in x], theta, along)
             if x_bar is not None:

@@ -14,8 +14,8 @@ from torch import nn
 import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.levels as _functorch
 import implicitdiff.nn._solve as _solve
-from implicitdiff._closures.lift import gradient
-from implicitdiff._implicit.linear import Solve
+from implicitdiff._closures.evaluation import gradient
+from implicitdiff._implicit.linear_problem import Solve
 from implicitdiff._torch.slots import Place
 from implicitdiff.nn.meta_gradient_module import MetaGradientModule
 

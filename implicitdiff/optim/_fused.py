@@ -140,7 +140,7 @@ def serves(step: Step, name: str, *, insists: bool) -> bool:
         name: the optimizer, for error messages.
         insists: do not weigh costs, and raise where it is a hyper-parameter that is in the way.
     """
-    if torch.compiler.is_compiling() or functorch.in_dispatch_mode() or not _modes.lets_addresses_through():
+    if torch.compiler.is_compiling() or functorch.in_dispatch_mode() or not _modes.let_addresses_through():
         return False
     if learned := [k for k in step.rule.numbers if not is_number(getattr(step.rule, k))]:
         if insists:

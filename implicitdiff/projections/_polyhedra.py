@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff._implicit.linear import Solve
+from implicitdiff._implicit.linear_problem import Solve
 from implicitdiff.projections._point import Number, Point, broadcasts
 from implicitdiff.solvers.qp import qp
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff._closures.lift import gradient
+from implicitdiff._closures.evaluation import gradient
 from implicitdiff._closures.signature import name_of
-from implicitdiff._implicit.linear import check_like
+from implicitdiff._implicit.checks import check_like
 from implicitdiff._torch.trees import Leaves
 
 

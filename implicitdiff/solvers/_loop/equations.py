@@ -11,9 +11,9 @@ from torch import Tensor
 
 import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.trees as pytree
-from implicitdiff._closures.lift import gradient, pullback
+from implicitdiff._closures.evaluation import gradient, pullback
 from implicitdiff._closures.signature import name_of
-from implicitdiff._implicit.linear import check_leaves, check_like
+from implicitdiff._implicit.checks import check_leaves, check_like
 from implicitdiff.projections._boxes import box
 from implicitdiff.solvers._loop.losses import Loss, relative_squares
 from implicitdiff.solvers._loop.problem import Rows

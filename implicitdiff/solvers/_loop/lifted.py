@@ -13,15 +13,17 @@ import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.settings as _settings
 import implicitdiff._torch.trees as pytree
-from implicitdiff._closures.lift import lift
-from implicitdiff._implicit.linear import check_unknowns
+from implicitdiff._closures.evaluation import transform_error
+from implicitdiff._closures.lift import AnotherFunctionError, lift
+from implicitdiff._implicit.checks import check_unknowns
+from implicitdiff._implicit.linear_problem import Solve
 from implicitdiff._implicit.operators import Dims
+from implicitdiff._implicit.root import Posed, pose, root
 from implicitdiff._implicit.system import Vectors
 from implicitdiff._torch.lanes import over_levels
 from implicitdiff._torch.modes import uncached
 from implicitdiff._torch.trees import Leaves
 from implicitdiff._torch.values import refuse_valueless
-from implicitdiff.errors import TransformError
 from implicitdiff.solvers._loop.equations import Equation
 from implicitdiff.solvers._loop.problem import Part, RowFunction, Rows
 
@@ -30,34 +32,56 @@ Search = Callable[[Rows, Tensor], tuple[Tensor, Any]]
 
 
 class Closed:
-    """The user's functions with all that they capture as operands, so that the vmaps can be taken off.
+    """The equation of a search, and the user's functions in it, as pure functions of explicit operands.
 
-    What they capture is what they are seen to use at the initial guess. That serves the search, and not derivatives: at
-    the solution they may take another branch.
+    The functions are lifted once, at the initial guess: the search takes the vmaps off their operands, and the
+    derivative of the solution uses the residual of the equation. Where the residual applies other operations at the
+    solution than at the initial guess, as after a branch on values, it is lifted there once more.
     """
 
     def __init__(self, name: str, equation: Equation, params: Any, args: tuple[Any, ...]) -> None:
         self.x0, self.structure = pytree.flatten(params)
         check_unknowns(f"{name}: the initial guess", self.x0, self.structure)
         refuse_valueless(name, [*self.x0, *pytree.tensors(args)])
+        needs_derivatives = not functorch.nothing_records()
 
         def dispatch(params: Any, args: tuple[Any, ...], name: str | None = None, *more: Any) -> Any:
-            if name is None:
-                return [function(params, args) for function in equation.functions.values()]
-            return equation.functions[name](params, args, *more)
+            if name is not None:
+                return equation.functions[name](params, args, *more)
+            if needs_derivatives:
+                return equation.on_trees(equation.functions, params, args)
+            return [function(params, args) for function in equation.functions.values()]
 
-        self.equation = equation
+        self.name, self.equation, self.args = name, equation, args
         self.lifted = lift(name, dispatch, params, args)
+
+    def attached(self, x: Leaves, solve: Solve) -> Any:
+        """The solution with its derivatives, `solve` for the linear systems."""
+        posed = Posed(self.lifted, root, solve, x, self.structure, is_lifted_here=False)
+        try:
+            return posed.attached()
+        except AnotherFunctionError:
+            return self._posed_anew(x, solve).attached()
+
+    def _posed_anew(self, x: Leaves, solve: Solve) -> Posed:
+        equation = self.equation
+
+        def residual(params: Any, *args: Any) -> Any:
+            return equation.on_trees(equation.functions, params, args)
+
+        return pose(self.name, residual, root, solve, self.structure.unflatten(x), self.args, {})
 
     def search(self, solve: Search) -> tuple[Leaves, Any]:
         """The solution and the state, which only the vmaps see; `solve` finds them below all transforms."""
         try:
             return self._search(solve)
-        except TransformError as error:
-            # That torch.func cannot transform a function may show only where its derivative is taken.
-            if self.lifted.alone or not functorch.only_autograd():
+        except RuntimeError as error:
+            # A function may fail only here, where its value or its derivative is taken by itself.
+            if (refusal := transform_error(self.name, error)) is None:
                 raise
-            why = str(error)
+            if self.lifted.alone or not functorch.only_autograd():
+                raise refusal from (None if refusal is error else error)
+            why = str(refusal)
         self.lifted = self.lifted.by_autograd(why)
         return self._search(solve)
 
@@ -74,7 +98,8 @@ class Closed:
             rows = self._rows(x, operands[n:], [dims[n:] for dims in levels], lanes)
             found, state = solve(rows, rows.inputs.ravel(x))
             solution = rows.inputs.unravel(found)
-            state = pytree.map_tensors(lambda t: t.reshape((*lanes, *t.shape[1:])), state)
+            leaves, nesting = pytree.flatten(state)
+            state = nesting.unflatten([t.reshape((*lanes, *t.shape[1:])) for t in leaves])
         # The lanes of the outermost vmap lie in front.
         for layer in reversed(layers):
             solution = [functorch.add_layer(t, 0, layer) for t in solution]

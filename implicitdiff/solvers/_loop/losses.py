@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff._closures.lift import gradient
+from implicitdiff._closures.evaluation import gradient
 from implicitdiff._closures.signature import name_of
 from implicitdiff.projections._point import broadcasts, holds
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from implicitdiff._closures.signature import name_of
-from implicitdiff._implicit.linear import Solve
+from implicitdiff._implicit.linear_problem import Solve
 from implicitdiff.solvers._loop.status import OnFailure
 
 

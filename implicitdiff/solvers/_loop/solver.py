@@ -20,8 +20,7 @@ import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.settings as _settings
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.signature import name_of
-from implicitdiff._implicit.linear import check_unknowns
-from implicitdiff._implicit.root import pose, root
+from implicitdiff._implicit.checks import check_unknowns
 from implicitdiff._implicit.system import Vectors
 from implicitdiff._torch.replacements import elementary
 from implicitdiff._torch.trees import Leaves, Structure
@@ -234,14 +233,9 @@ class Maker:
             return self._loop(rows, x, closed.structure, report)
 
         x, state = closed.search(search)
-        solution = closed.structure.unflatten(x)
         if functorch.nothing_records():
-            return solution, state
-        solve = options.solve or solve_auto(on_failure=options.on_failure)
-        return pose(self.name, self._residual, root, solve, solution, args, {}).attached(), state
-
-    def _residual(self, params: Any, *args: Any) -> Any:
-        return self.optimality_fn(params, args)
+            return closed.structure.unflatten(x), state
+        return closed.attached(x, options.solve or solve_auto(on_failure=options.on_failure)), state
 
     def _loop(self, rows: Rows, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
         lanes, every = rows.inputs.batch, 1 if report.keeps else self.options.check_every
@@ -268,7 +262,7 @@ class Maker:
 
         with contextlib.closing(report.over(lanes)):
             x, state = _until_stopped(x, self._start(rows, x), _Frame(see, advance, judge))
-        self._settle(state if lanes else _unbatched(state))
+        self._settle(state if lanes else state._replace(status=state.status[0]))
         return x, report.into(state)
 
     def _settle(self, state: Any) -> None:

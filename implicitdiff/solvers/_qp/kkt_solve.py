@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff._implicit.linear import LinearProblem, LinearSolver
+from implicitdiff._implicit.linear import LinearSolver
+from implicitdiff._implicit.linear_problem import LinearProblem
 from implicitdiff._implicit.system import System
 from implicitdiff._torch.trees import Leaves
 from implicitdiff.linear_solve._direct import factorised, materialised

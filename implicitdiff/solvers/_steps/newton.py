@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._loop.dense as _dense
-from implicitdiff._implicit.linear import LinearProblem, LinearSolver, solve_linear
-from implicitdiff._implicit.operators import Linearised, Product
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._implicit.linear import LinearSolver
+from implicitdiff._implicit.linear_problem import LinearProblem, solve_linear
+from implicitdiff._implicit.linearisation import Product
+from implicitdiff._implicit.operators import Linearised, Products
 from implicitdiff.solvers._loop.problem import Rows, norm, safe_divide, select
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.backtracking import HALVINGS, Point, backtrack
@@ -33,7 +34,7 @@ def solve(rows: Rows, at: Tensor, r: Tensor, linear_solve: LinearSolver | None) 
     b = inputs.unravel(r)
     if rows.plain:
         _, push, pull = rows.fn.linearise(at)
-        operator = Linearised(_Products(_on_leaves(rows, push), _on_leaves(rows, pull)))
+        operator = Linearised(Products(lambda: _on_leaves(rows, push), lambda: _on_leaves(rows, pull)))
         problem = LinearProblem(operator, linear_solve, structure, count=0, lanes=inputs.batch)
         return inputs.ravel(solve_linear(problem, b, []))
 
@@ -43,19 +44,6 @@ def solve(rows: Rows, at: Tensor, r: Tensor, linear_solve: LinearSolver | None) 
         return structure.unflatten(push(structure.tensors_of(v)))
 
     return inputs.ravel(structure.tensors_of(linear_solve(matvec, structure.unflatten(b))))
-
-
-class _Products:
-    """Products that are there already, as an operator wants them."""
-
-    def __init__(self, push: Product, pull: Product) -> None:
-        self._push, self._pull = push, pull
-
-    def push(self, like: Leaves) -> Product:
-        return self._push
-
-    def pull(self) -> Product:
-        return self._pull
 
 
 def _on_leaves(rows: Rows, product: Any) -> Product:

@@ -1,0 +1,301 @@
+"""Linear systems as problems of the primitive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import implicitdiff._closures.modes as _modes
+import implicitdiff._torch.levels as _functorch
+from implicitdiff._closures.below import below_autodiff
+from implicitdiff._closures.lift import Lifted, confirm, lift
+from implicitdiff._implicit.checks import check_like
+from implicitdiff._implicit.linearisation import ByAutograd, ByFunctorch, Linearisation, Product
+from implicitdiff._implicit.operators import Adjoint, Dims, Lane, Matvec, Operator
+from implicitdiff._implicit.primitive import Problem, attach, solve_problem, solve_quietly
+from implicitdiff._implicit.system import System, first_column, make_system, map_columns
+from implicitdiff._torch.lanes import over_levels
+from implicitdiff._torch.trees import Leaves, Structure
+from implicitdiff._torch.values import refuse_valueless
+from implicitdiff.errors import LinearSolveError
+
+Solve = Callable[[Callable[[Any], Any], Any], Any]
+"""``solve(matvec, b) -> x`` over pytrees."""
+
+
+@dataclass(frozen=True)
+class LinearMethod:
+    """The method of a linear solver.
+
+    Attributes:
+        name: the name of its factory.
+        algorithm: gives the rows ``x`` of a `System`, and reports failure itself.
+        preconditioner: ``r -> M^-1 r`` over trees like ``b``, or None.
+        init: an initial guess, a tree like ``x``, or None for zero.
+        kind: makes a `LinearProblem` whose derivatives follow rules of their own from the fields of one, or None.
+        rectangular: the same where a tree like ``x`` is none like ``b``; None: such operators are refused.
+        ridge: what the algorithm adds to the diagonal.
+    """
+
+    name: str
+    algorithm: Callable[[System], Tensor]
+    preconditioner: Callable[[Any], Any] | None = None
+    init: Any = None
+    kind: Callable[..., LinearProblem] | None = None
+    rectangular: Callable[..., LinearProblem] | None = None
+    ridge: float = 0.0
+
+
+def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leaves | None = None) -> Leaves:
+    """The solution of ``A(operands) x = b``, differentiable in both; `b` has the lanes and columns of the problem.
+
+    `aids` are the operands of the preconditioner, if the problem knows it already.
+    """
+    refuse_valueless(_name_of(problem.solver), [*b, *operands])
+    if isinstance(solver := problem.solver, LinearMethod):
+        problem = _of_its_kind(problem, solver)
+        if aids is None:
+            return solve_problem(*_with_aids(problem, solver, b, operands))
+        return solve_problem(problem, [*b, *operands, *aids])
+    values = [_functorch.plain_under_vmap(t) for t in [*b, *operands]]
+    sides, operands_below = values[: len(b)], values[len(b) :]
+    with below_autodiff():
+        if any(_functorch.base(t).numel() for t in sides):
+            x = problem.solve_by_user(sides, operands_below)
+        else:
+            x = [torch.zeros_like(t) for t in sides]
+    x = [t.detach() for t in x]
+    if broken := sum(not bool(torch.isfinite(_functorch.base(t)).all()) for t in x):
+        raise LinearSolveError(
+            f"{problem.solver!r} returned values that are not finite in {broken} of {len(x)} leaves; the operator may "
+            "be singular, or not of the kind that this solver is for",
+            solver=repr(problem.solver),
+            residual=math.nan,
+            target=math.nan,
+            failed=broken,
+            total=len(x),
+            iterations=0,
+        )
+    return attach(problem, x, [*b, *operands])
+
+
+def solve_linear_quietly(problem: LinearProblem, solver: LinearMethod, b: Leaves) -> Leaves:
+    """The same by a linear solver, for an operator without operands, where nothing can be differentiated in `b`."""
+    return solve_quietly(*_with_aids(_of_its_kind(problem, solver), solver, b, []))
+
+
+def _of_its_kind(problem: LinearProblem, solver: LinearMethod) -> LinearProblem:
+    return problem if solver.kind is None else solver.kind(**vars(problem))
+
+
+def _name_of(solve: Solve) -> str:
+    return solve.name if isinstance(solve, LinearMethod) else repr(solve)
+
+
+def _with_aids(
+    problem: LinearProblem, solver: LinearMethod, b: Leaves, operands: Leaves
+) -> tuple[LinearProblem, Leaves]:
+    """The problem with the preconditioner and the initial guess of its solver, and all its operands.
+
+    Neither moves the solution, so their tensors are operands only to be batched, and are detached.
+    """
+    if solver.preconditioner is None and solver.init is None:
+        return problem, [*b, *operands]
+    aids: Leaves = []
+    precondition: Operator
+    one = problem.one(b)
+    if solver.preconditioner is not None:
+        lifted = capture(f"{solver.name}: preconditioner", solver.preconditioner, one, problem.structure)
+        precondition, aids = lifted_operator(lifted, problem.structure), lifted.captured
+        if isinstance(problem.operator, Adjoint):
+            precondition = precondition.adjoint
+        levels = tuple(d + (None,) * len(aids) for d in problem.levels)
+        problem = replace(problem, precondition=precondition, aids=len(aids), levels=levels)
+    if solver.init is not None:
+        check_like(
+            f"{solver.name}: init",
+            solver.init,
+            problem.structure.unflatten(one),
+            one,
+            problem.structure,
+            "the right-hand side",
+        )
+        problem = replace(problem, has_start=True)
+        aids = aids + [t.expand_as(like) for t, like in zip(problem.structure.tensors_of(solver.init), b, strict=True)]
+    return problem, [*b, *operands, *(t.detach() for t in aids)]
+
+
+@dataclass(frozen=True)
+class LinearProblem(Problem):
+    """``A(operands) x - b = 0``; ``theta`` is ``b``, the operands, those of the preconditioner, the initial guess.
+
+    Batch dimensions come in two kinds. A vmap that batches the matrix adds a lane, in front of all others. One that
+    leaves the matrix alone adds a column, behind the lanes: one more right-hand side of the same matrix, which is
+    factorised once.
+
+    Attributes:
+        operator: the operator of one lane.
+        solver: what solves, over trees of `structure`.
+        structure: the tree of one right-hand side.
+        count: how many operands the operator has.
+        precondition: the preconditioner of one lane, with as many operands as `aids` says.
+        has_start: whether there is an initial guess.
+        levels: for each vmap that added a lane, where the operands and those of the preconditioner are batched (0,
+            else None).
+        lanes: the sizes of the lanes.
+        columns: the sizes of the columns.
+    """
+
+    operator: Operator
+    solver: Solve
+    structure: Structure
+    count: int
+    precondition: Operator | None = None
+    aids: int = 0
+    has_start: bool = False
+    levels: tuple[Dims, ...] = ()
+    lanes: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
+
+    @property
+    def is_lazy(self) -> bool:
+        return isinstance(self.solver, LinearMethod)
+
+    def residual(self, x: Leaves, theta: Leaves) -> Leaves:
+        b, operands, *_ = self._split(theta)
+        return [y - t for y, t in zip(self.product(x, operands), b, strict=True)]
+
+    def product(self, v: Leaves, operands: Leaves) -> Leaves:
+        """``A(operands) v``."""
+        matvec = self._over_lanes(self.operator, 0).products(operands, self._column(v)).matvec()
+        return map_columns(matvec, len(self.lanes), len(self.columns))(v)
+
+    def primal(self, theta: Leaves) -> Leaves:
+        if not isinstance(self.solver, LinearMethod):
+            raise AssertionError("a user's function solves in its caller's frame, never here")
+        b, operands, aids, start = self._split(theta)
+        operator = self._over_lanes(self.operator, 0)
+        blocks = operator.blocks
+        if not (any(t.numel() for t in b[blocks.domain]) and any(t.numel() for t in b[blocks.range])):
+            return [torch.zeros_like(t) for t in b]
+        precondition = None
+        if self.precondition is not None:
+            like = self._column(b)[blocks.smaller]
+            precondition = self._over_lanes(self.precondition, self.count).products(aids, like).matvec
+        lane = operator.lane or Lane(self.operator, operands, tuple(dims[: self.count] for dims in self.levels))
+        vectors, system = make_system(
+            operator, operands, b, self.lanes, self.columns, precondition, start or None, lane
+        )
+        x = vectors.unravel(self.solver.algorithm(system) * system.scale)
+        if system.is_square:
+            return x
+        whole = [torch.zeros_like(t) for t in b]
+        whole[blocks.domain] = x
+        return whole
+
+    def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
+        _, operands, aids, _ = self._split(theta)
+        problem = replace(self, has_start=False)
+        if adjoint:
+            problem = replace(
+                problem,
+                operator=self.operator.adjoint,
+                precondition=None if self.precondition is None else self.precondition.adjoint,
+            )
+        return solve_linear(problem, b, operands, aids)
+
+    def solve_by_user(self, b: Leaves, operands: Leaves) -> Leaves:
+        """The solution by a user's function, which runs in the caller's frame since it may hold tensors of the
+        running vmaps."""
+
+        def one_lane(b: Leaves, operands: Leaves) -> Leaves:
+            tree = self.structure.unflatten(b)
+            x = self.solver(BoundMatvec(self.operator, operands, self.structure), tree)
+            check_like(f"the result of solve={self.solver!r}", x, tree, b, self.structure, "its right-hand side")
+            return self.structure.tensors_of(x)
+
+        levels = [(0, None) for _ in self.columns] + [(0, list(dims)) for dims in self.levels]
+        return over_levels(one_lane, levels)(b, operands)  # type: ignore[no-any-return]
+
+    def batched(self, dims: Dims, size: int) -> tuple[LinearProblem, Dims, int]:
+        b, operands, aids, start = self._split(dims)
+        free = (-1,) * len(b), (-1,) * len(start)
+        if all(d is None for d in (*operands, *aids)):
+            wanted = (*free[0], *(None for _ in (*operands, *aids)), *free[1])
+            return replace(self, columns=(size, *self.columns)), wanted, len(self.lanes)
+        point = self.operator.point
+        level = (0,) * point + tuple(None if d is None else 0 for d in (*operands, *aids)[point:])
+        wanted = (*free[0], *((-1,) * point + level[point:]), *free[1])
+        return replace(self, levels=(*self.levels, level), lanes=(size, *self.lanes)), wanted, 0
+
+    def one(self, b: Leaves) -> Leaves:
+        """The right-hand side of the first lane and column."""
+        return first_column(b, 0, len(self.lanes) + len(self.columns))
+
+    def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, Tensor]:
+        # d residual / d b = -1, and most solves are differentiated in b alone.
+        sides = len(self.structure.slots)
+        grads = {i: -u[i] for i in wanted if i < sides}
+        if rest := [i for i in wanted if i >= sides]:
+            grads |= super().pullback(x, theta, u, rest)
+        return grads
+
+    def pushforward(self, x: Leaves, theta: Leaves, tangents: dict[int, Tensor]) -> Leaves:
+        sides = len(self.structure.slots)
+        rest = {i: t for i, t in tangents.items() if i >= sides}
+        out = super().pushforward(x, theta, rest) if rest else [torch.zeros_like(t) for t in x]
+        return [t - tangents[i] if i in tangents else t for i, t in enumerate(out)]
+
+    def _over_lanes(self, operator: Operator, first: int) -> Operator:
+        count = self.count if first == 0 else self.aids
+        for dims in self.levels:
+            operator = operator.batched(dims[first : first + count])
+        return operator
+
+    def _column(self, leaves: Leaves) -> Leaves:
+        return first_column(leaves, len(self.lanes), len(self.columns))
+
+    def _split(self, theta: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+        ends = [len(self.structure.slots), self.count, self.aids]
+        parts, at = [], 0
+        for n in ends:
+            parts.append(list(theta[at : at + n]))
+            at += n
+        return parts[0], parts[1], parts[2], list(theta[at:])
+
+
+class BoundMatvec:
+    """The matvec that a user's own ``solve(matvec, b)`` receives: an operator bound to its operands, over trees."""
+
+    def __init__(self, operator: Operator, operands: Leaves, structure: Structure) -> None:
+        self.operator, self.operands, self.structure = operator, operands, structure
+        self.product: Product | None = None
+
+    def __call__(self, v: Any) -> Any:
+        leaves = self.structure.tensors_of(v)
+        if _modes.is_traced():
+            # A wrapped matvec meets a linear solver again, which must see the operands.
+            product = self.operator.products(_modes.alias(self.operands), leaves).matvec()
+            return self.structure.unflatten(product(leaves))
+        if self.product is None:
+            by: type[Linearisation] = ByAutograd if _functorch.depth() == 0 else ByFunctorch
+            self.product = self.operator.products(self.operands, leaves, by).matvec()
+        return self.structure.unflatten(self.product(leaves))
+
+
+def capture(name: str, linear: Callable[[Any], Any], leaves: Leaves, structure: Structure) -> Lifted:
+    """A linear function over trees, with the tensors that it captures as operands after its argument."""
+    lifted = lift(name, linear, structure.unflatten(leaves))
+    check_like(f"{name}'s result", lifted.value, structure.unflatten(leaves), leaves, structure, "its argument")
+    confirm(lifted)
+    return lifted
+
+
+def lifted_operator(lifted: Lifted, structure: Structure) -> Matvec:
+    """The operator that such a function is."""
+    return Matvec(lambda v, operands: structure.tensors_of(lifted([*v, *operands])), lifted.alone is not None)
