@@ -10,7 +10,7 @@ from torch import Tensor
 
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import System
-from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, settle
+from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, report_failed_solves
 
 Factorise = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 """``factorise(A, B, eps) -> (X, broken)`` for ``A`` of shape ``(lanes, n, n)`` and ``B`` of shape ``(lanes, n, k)``;
@@ -36,7 +36,7 @@ def _solve(
     system: System, *, name: str, factorise: Factorise, broken: str, ridge: float, on_failure: OnFailure
 ) -> Tensor:
     system = system.shifted(ridge)
-    return settle(name, materialised(system, factorise, broken), system, on_failure)
+    return report_failed_solves(name, materialised(system, factorise, broken), system, on_failure)
 
 
 def materialised(system: System, factorise: Factorise, broken: str) -> Outcome:

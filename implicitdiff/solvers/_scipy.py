@@ -24,8 +24,8 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.operators import with_vectors
 from implicitdiff.solvers._loop.equations import EquationOf
 from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, any_lane, norm
-from implicitdiff.solvers._loop.solver import Maker, Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, norm
+from implicitdiff.solvers._loop.solver import Solver, SolverImpl, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._loop.termination import precision
@@ -64,8 +64,8 @@ class Lane:
         failure: the last exception of the user's function.
     """
 
-    def __init__(self, rows: Rows, x: Tensor) -> None:
-        self.fn, self.function, self.eps = rows.fn, rows.function, rows.eps
+    def __init__(self, problem: BatchedProblem, x: Tensor) -> None:
+        self.fn, self.function, self.eps = problem.fn, problem.function, problem.eps
         self.like, self.x0 = x, _array(x)
         self.nfev, self.last = 0, self.x0
         self.failure: Exception | None = None
@@ -175,10 +175,10 @@ def make_engine(
     """
     rtol, atol, maxiter = (options.get(option) for option in ("rtol", "atol", "maxiter"))
     step = partial(_step, engine=engine, rtol=rtol, atol=atol, budget=maxiter)
-    return make(name, equation_of, (fn,), Method(_start, step, ScipyMemory, 10_000), options, kind=_EngineMaker)
+    return make_solver(name, equation_of, (fn,), Method(_start, step, ScipyMemory, 10_000), options, kind=_EngineImpl)
 
 
-class _EngineMaker(Maker):
+class _EngineImpl(SolverImpl):
     def update(self, params: Any, state: State[ScipyMemory], args: tuple[Any, ...]) -> tuple[Any, State[ScipyMemory]]:
         """The whole search, ``(params, state)``."""
         # SciPy needs plain numbers, which the caller's frame may not have, but `run` gets.
@@ -200,15 +200,15 @@ class _EngineMaker(Maker):
         )
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    error = norm(rows.residual(rows, x))
+def _start(problem: BatchedProblem, x: Tensor) -> Start:
+    error = norm(problem.residual(problem, x))
     none = torch.zeros_like(error, dtype=torch.int64)
     message = torch.zeros((len(x), _LONGEST), dtype=torch.uint8, device=x.device)
     return Start(error, ScipyMemory(nfev=none, code=none, message=message))
 
 
 def _step(
-    rows: Rows,
+    problem: BatchedProblem,
     x: Tensor,
     state: State[ScipyMemory],
     *,
@@ -221,14 +221,14 @@ def _step(
     nfev, code, message = (t.clone() for t in state.memory)
     limit = budget or max(1000, 200 * x.shape[1])
     for i in (state.status == Status.RUNNING).nonzero()[:, 0].tolist():
-        lane = Lane(rows.lane(i), x[i : i + 1])
+        lane = Lane(problem.lane(i), x[i : i + 1])
         end = _solve(engine, lane, float(state.target[i]), limit)
         new_x[i] = torch.from_numpy(end.x)
         spent[i], nfev[i], status[i], code[i] = end.spent, lane.nfev, end.why, end.code
         message[i] = _as_bytes(end.message)
-    error = norm(rows.residual(rows, new_x))
+    error = norm(problem.residual(problem, new_x))
     # Where it has got there, or is not finite, the loop says so.
-    accepted = _accepted(state, rtol, atol, rows.eps, engine.digits)
+    accepted = _accepted(state, rtol, atol, problem.eps, engine.digits)
     target = torch.where(error > state.target, accepted, state.target)
     missed = torch.isfinite(error) & (error > target)
     # The loop adds one.

@@ -15,8 +15,8 @@ import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.method import Method, Start
 from implicitdiff.solvers._loop.options import check_count, check_number
-from implicitdiff.solvers._loop.problem import Rows, any_lane, norm, select, times
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, norm, select, times
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
 
@@ -85,11 +85,11 @@ def anderson(
     step = partial(_step, ridge=ridge, mixing=mixing, safeguard=safeguard)
     start, held = partial(_start, history=history), attrgetter("residual")
     method = Method(start, step, AndersonMemory, 1_000, residual=held, size=_size)
-    return make("anderson", _equations.fixed_point, (fixed_point_fn,), method, options)
+    return make_solver("anderson", _equations.fixed_point, (fixed_point_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
-    residual = x - rows.fn(x)
+def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
+    residual = x - problem.fn(x)
     # As many changes as unknowns determine c. With more, it would be the ridge that chooses among the many c with
     # Y c = r, and it is so small that rounding would choose for it.
     kept = max(1, min(history, x.shape[-1]))
@@ -97,24 +97,30 @@ def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
     return Start(norm(residual), AndersonMemory(residual=residual, steps=none, changes=none))
 
 
-def _size(rows: Rows, x: Tensor, memory: AndersonMemory) -> Tensor:
+def _size(problem: BatchedProblem, x: Tensor, memory: AndersonMemory) -> Tensor:
     """``|f(x)|``: the residual is the difference of ``x`` and this."""
     return norm(x - memory.residual)
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[AndersonMemory], *, ridge: float, mixing: float, safeguard: float | None
+    problem: BatchedProblem,
+    x: Tensor,
+    state: State[AndersonMemory],
+    *,
+    ridge: float,
+    mixing: float,
+    safeguard: float | None,
 ) -> tuple[Tensor, State[AndersonMemory]]:
     r, steps, changes = state.memory
     c = _coefficients(changes, r, max(ridge, torch.finfo(x.dtype).eps))
     new_x = x - mixing * r - times(c, steps - mixing * changes)
-    new_r = new_x - rows.fn(new_x)
+    new_r = new_x - problem.fn(new_x)
     if safeguard is not None:
         refused = ~(norm(new_r) <= safeguard * state.error)
         if any_lane(refused):
             plain_x = x - mixing * r
             new_x = select(refused, plain_x, new_x)
-            new_r = select(refused, plain_x - rows.fn(plain_x), new_r)
+            new_r = select(refused, plain_x - problem.fn(plain_x), new_r)
             steps, changes = (select(refused, torch.zeros_like(t), t) for t in (steps, changes))
     steps = torch.cat([steps[:, 1:], (new_x - x)[:, None]], dim=1)
     changes = torch.cat([changes[:, 1:], (new_r - r)[:, None]], dim=1)

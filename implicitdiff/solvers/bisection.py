@@ -13,8 +13,8 @@ import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.equations import Equation
 from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, any_lane, norm
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, norm
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 
@@ -73,7 +73,7 @@ def bisection(fn: Callable[..., Any], lower: Any, upper: Any, **options: Any) ->
     why = "bisection has no derivative of its own"
     method = Method(_start, _step, BisectionMemory, 10_000, is_judged=False, only_implicit=why)
     pose, guess = partial(_bracketed, lower=lower, upper=upper), partial(_guess, lower, upper)
-    return make("bisection", pose, (fn,), method, options, guess)
+    return make_solver("bisection", pose, (fn,), method, options, guess)
 
 
 def _bracketed(fn: Callable[..., Any], *, lower: Any, upper: Any) -> Equation:
@@ -86,9 +86,9 @@ def _guess(lower: Any, upper: Any, params: Any, /, *args: Any, **kwargs: Any) ->
     return _middle(lower, upper) if params is None else params
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    lower, upper = rows.function("lower")(x), rows.function("upper")(x)
-    low, high = rows.fn(lower), rows.fn(upper)
+def _start(problem: BatchedProblem, x: Tensor) -> Start:
+    lower, upper = problem.function("lower")(x), problem.function("upper")(x)
+    low, high = problem.fn(lower), problem.fn(upper)
     # Negated, so that nan is refused as well.
     if any_lane(~(lower <= upper)) or any_lane(~(low * high.sign() <= 0)):
         raise ValueError(
@@ -96,7 +96,7 @@ def _start(rows: Rows, x: Tensor) -> Start:
             "must not exceed upper; widen the brackets, or look for them lane by lane"
         )
     inside = _clip(x, lower, upper)
-    residual = rows.fn(inside)
+    residual = problem.fn(inside)
     size = norm(residual)
     # A guess outside of its bracket is no solution, whatever the residual inside.
     error = torch.where((inside == x).all(dim=-1), size, torch.finfo(x.dtype).max)
@@ -104,14 +104,14 @@ def _start(rows: Rows, x: Tensor) -> Start:
     return Start(error, BisectionMemory(residual, lower, upper, (high - low).sign(), largest), reference=size)
 
 
-def _step(rows: Rows, x: Tensor, state: State[BisectionMemory]) -> tuple[Tensor, State[BisectionMemory]]:
+def _step(problem: BatchedProblem, x: Tensor, state: State[BisectionMemory]) -> tuple[Tensor, State[BisectionMemory]]:
     residual, lower, upper, rising, largest = state.memory
     side = rising * residual
     x = _clip(x, lower, upper)
     lower, upper = torch.where(side <= 0, x, lower), torch.where(side >= 0, x, upper)
     # Not their sum, which may overflow.
     x = lower + (upper - lower) / 2
-    residual = rows.fn(x)
+    residual = problem.fn(x)
     collapsed = ((x <= lower) | (x >= upper)).all(dim=-1)
     sound = (residual.abs() <= largest).all(dim=-1)
     ended = torch.where(sound, int(Status.CONVERGED), int(Status.DIVERGED))

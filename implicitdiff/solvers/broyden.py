@@ -14,8 +14,8 @@ import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.low_rank as _low_rank
 from implicitdiff.solvers._loop.method import Method, Start
 from implicitdiff.solvers._loop.options import check_count
-from implicitdiff.solvers._loop.problem import Rows, norm
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, norm
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
 
@@ -67,25 +67,25 @@ def broyden(fixed_point_fn: Callable[..., Any], history: int = 20, **options: An
 
     start, held = partial(_start, history=history), attrgetter("residual")
     method = Method(start, _step, BroydenMemory, 1_000, residual=held, size=_size)
-    return make("broyden", _equations.fixed_point, (fixed_point_fn,), method, options)
+    return make_solver("broyden", _equations.fixed_point, (fixed_point_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
-    residual = x - rows.fn(x)
+def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
+    residual = x - problem.fn(x)
     none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
     rank = torch.zeros_like(x[:, :1].sum(dim=-1), dtype=torch.int64)
     return Start(norm(residual), BroydenMemory(residual=residual, u=none, v=none, rank=rank))
 
 
-def _size(rows: Rows, x: Tensor, memory: BroydenMemory) -> Tensor:
+def _size(problem: BatchedProblem, x: Tensor, memory: BroydenMemory) -> Tensor:
     """``|f(x)|``: the residual is the difference of ``x`` and this."""
     return norm(x - memory.residual)
 
 
-def _step(rows: Rows, x: Tensor, state: State[BroydenMemory]) -> tuple[Tensor, State[BroydenMemory]]:
+def _step(problem: BatchedProblem, x: Tensor, state: State[BroydenMemory]) -> tuple[Tensor, State[BroydenMemory]]:
     r, u, v, rank = state.memory
     new_x = x - _low_rank.product(_identity, u, v, r)
-    new_r = new_x - rows.fn(new_x)
+    new_r = new_x - problem.fn(new_x)
     u, v, rank = _low_rank.updated(_identity, _identity, u, v, rank, new_x - x, new_r - r)
     return new_x, state._replace(error=norm(new_r), memory=BroydenMemory(new_r, u, v, rank))
 

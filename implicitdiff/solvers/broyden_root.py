@@ -15,8 +15,8 @@ import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.low_rank as _low_rank
 from implicitdiff.solvers._loop.method import Method, Start
 from implicitdiff.solvers._loop.options import check_count
-from implicitdiff.solvers._loop.problem import Rows, any_lane, norm, select, times
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, norm, select, times
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.newton import shorten
@@ -77,29 +77,29 @@ def broyden_root(
 
     start, step = partial(_start, history=history), partial(_step, backtracking=backtracking)
     method = Method(start, step, BroydenRootMemory, 1_000, residual=attrgetter("residual"))
-    return make("broyden_root", _equations.root, (residual_fn,), method, options)
+    return make_solver("broyden_root", _equations.root, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
-    residual = rows.fn(x)
+def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
+    residual = problem.fn(x)
     none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
-    inverse = _dense.inverse(rows.fn.jacobian(x)[1])
+    inverse = _dense.inverse(problem.fn.jacobian(x)[1])
     error = norm(residual)
     zero = torch.zeros_like(error, dtype=torch.int64)
     return Start(error, BroydenRootMemory(residual, inverse, none, none, rank=zero, slow=zero, age=zero))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[BroydenRootMemory], *, backtracking: bool
+    problem: BatchedProblem, x: Tensor, state: State[BroydenRootMemory], *, backtracking: bool
 ) -> tuple[Tensor, State[BroydenRootMemory]]:
     old, running = state.memory, state.status == Status.RUNNING
-    state = _renewed(rows, x, state, running & ((old.rank >= old.u.shape[1]) | (old.slow >= _SLOW)))
+    state = _renewed(problem, x, state, running & ((old.rank >= old.u.shape[1]) | (old.slow >= _SLOW)))
     direction = _direction(state.memory)
     if backtracking:
-        new_x, new_r, state = _shortened(rows, x, direction, state)
+        new_x, new_r, state = _shortened(problem, x, direction, state)
     else:
         new_x = x + direction
-        new_r = rows.fn(new_x)
+        new_r = problem.fn(new_x)
     memory, error = state.memory, norm(new_r)
     first, adjoint = _times(memory.inverse), _times(memory.inverse.mT)
     s, y = new_x - x, new_r - memory.residual
@@ -110,28 +110,30 @@ def _step(
 
 
 def _shortened(
-    rows: Rows, x: Tensor, direction: Tensor, state: State[BroydenRootMemory]
+    problem: BatchedProblem, x: Tensor, direction: Tensor, state: State[BroydenRootMemory]
 ) -> tuple[Tensor, Tensor, State[BroydenRootMemory]]:
     """The next point, its residual, and the state before it: a step that a few halvings do not save may point uphill,
     so the Jacobian is computed again, whose step points downhill."""
-    new_x, new_r, refused = shorten(rows, x, state, direction, state.status == Status.RUNNING, _HALVINGS)
+    new_x, new_r, refused = shorten(problem, x, state, direction, state.status == Status.RUNNING, _HALVINGS)
     if any_lane(refused):
-        state = _renewed(rows, x, state, refused)
-        again_x, again_r, still = shorten(rows, x, state, _direction(state.memory), refused)
+        state = _renewed(problem, x, state, refused)
+        again_x, again_r, still = shorten(problem, x, state, _direction(state.memory), refused)
         new_x, new_r = select(refused, again_x, new_x), select(refused, again_r, new_r)
         status = torch.where(refused & still, int(Status.LINE_SEARCH_FAILED), state.status)
         state = state._replace(status=status)
     return new_x, new_r, state
 
 
-def _renewed(rows: Rows, x: Tensor, state: State[BroydenRootMemory], where: Tensor) -> State[BroydenRootMemory]:
+def _renewed(
+    problem: BatchedProblem, x: Tensor, state: State[BroydenRootMemory], where: Tensor
+) -> State[BroydenRootMemory]:
     """The state with the Jacobian at x and no corrections, in some lanes, unless it is that already."""
     old = state.memory
     where = where & (old.age > 0)
     if not any_lane(where):
         return state
     memory = old._replace(
-        inverse=select(where, _dense.inverse(rows.fn.jacobian(x)[1]), old.inverse),
+        inverse=select(where, _dense.inverse(problem.fn.jacobian(x)[1]), old.inverse),
         u=select(where, torch.zeros_like(old.u), old.u),
         v=select(where, torch.zeros_like(old.v), old.v),
         rank=torch.where(where, 0, old.rank),

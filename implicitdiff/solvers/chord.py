@@ -14,8 +14,8 @@ import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, norm, times
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, norm, times
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
 
@@ -68,23 +68,28 @@ def chord(
     start = partial(_start, linear_solve=linear_solve)
     step = partial(_step, linear_solve=linear_solve, backtracking=backtracking)
     method = Method(start, step, ChordMemory, 1_000, residual=attrgetter("residual"))
-    return make("chord", _equations.root, (residual_fn,), method, options)
+    return make_solver("chord", _equations.root, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, linear_solve: LinearSolver | None) -> Start:
-    residual = rows.fn(x)
+def _start(problem: BatchedProblem, x: Tensor, *, linear_solve: LinearSolver | None) -> Start:
+    residual = problem.fn(x)
     empty = x.new_zeros((x.shape[0], 0, 0))
-    inverse = _dense.inverse(rows.fn.jacobian(x)[1]) if linear_solve is None else empty
+    inverse = _dense.inverse(problem.fn.jacobian(x)[1]) if linear_solve is None else empty
     return Start(norm(residual), ChordMemory(residual=residual, point=x, inverse=inverse))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[ChordMemory], *, linear_solve: LinearSolver | None, backtracking: bool
+    problem: BatchedProblem,
+    x: Tensor,
+    state: State[ChordMemory],
+    *,
+    linear_solve: LinearSolver | None,
+    backtracking: bool,
 ) -> tuple[Tensor, State[ChordMemory]]:
     memory = state.memory
     if linear_solve is None:
         direction = -times(memory.residual, memory.inverse.mT)
     else:
-        direction = -_newton.solve(rows, memory.point, memory.residual, linear_solve)
-    x, residual, status = _newton.move(rows, x, state, direction, backtracking)
+        direction = -_newton.solve(problem, memory.point, memory.residual, linear_solve)
+    x, residual, status = _newton.move(problem, x, state, direction, backtracking)
     return x, state._replace(error=norm(residual), status=status, memory=memory._replace(residual=residual))

@@ -12,8 +12,8 @@ import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.dogleg as _dogleg
 from implicitdiff.solvers._loop.method import Method, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep
-from implicitdiff.solvers._loop.problem import Rows, any_lane, norm, select
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, norm, select
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._steps.dogleg import DoglegMemory
 from implicitdiff.solvers._steps.least_squares import (
@@ -76,21 +76,21 @@ def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any)
         steps_tell=True,
         newton_step=_newton_step,
     )
-    return make("dogleg", _equations.least_squares, (residual_fn,), method, options)
+    return make_solver("dogleg", _equations.least_squares, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, radius: float) -> Start:
-    memory = _dogleg.begin(rows, x, radius)
+def _start(problem: BatchedProblem, x: Tensor, *, radius: float) -> Start:
+    memory = _dogleg.begin(problem, x, radius)
     return Start(norm(normal_residual(memory)), memory)
 
 
-def _step(rows: Rows, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
+def _step(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
     old = state.memory
-    trial, radius = _dogleg.attempt(rows, x, state, partial(_dogleg.least, eps=rows.eps))
+    trial, radius = _dogleg.attempt(problem, x, state, partial(_dogleg.least, eps=problem.eps))
     asked, at_trial = trial.good | trial.hidden, (old.residual, old.jacobian)
     accepted = asked
     if any_lane(asked):
-        at_trial = rows.fn.jacobian(select(asked, trial.x, x))
+        at_trial = problem.fn.jacobian(select(asked, trial.x, x))
         # Where rounding hides the gain, the gradient tells.
         flatter = _steepness(*at_trial, old.scale) < _steepness(old.residual, old.jacobian, old.scale)
         accepted = asked & (flatter | ~trial.drowned)
@@ -98,9 +98,9 @@ def _step(rows: Rows, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, St
     return x, state._replace(error=norm(normal_residual(state.memory)))
 
 
-def _newton_step(rows: Rows, x: Tensor, memory: DoglegMemory) -> NewtonStep:
+def _newton_step(problem: BatchedProblem, x: Tensor, memory: DoglegMemory) -> NewtonStep:
     r, J = memory.residual, memory.jacobian
-    return newton_step(rows, x, r, J, half_squares(r), curvature(x, rows.fn.summed(half_squares)))
+    return newton_step(problem, x, r, J, half_squares(r), curvature(x, problem.fn.summed(half_squares)))
 
 
 def _steepness(r: Tensor, J: Tensor, scale: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.dogleg as _dogleg
 from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, any_lane, norm, select, times
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, norm, select, times
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.dogleg import DoglegMemory
@@ -59,27 +59,27 @@ def dogleg_root(residual_fn: Callable[..., Any], radius: float = 1.0, **options:
 
     start = partial(_start, radius=radius)
     method = Method(start, _step, DoglegMemory, 1_000, residual=attrgetter("residual"), size=_size, steps_tell=True)
-    return make("dogleg_root", _equations.root, (residual_fn,), method, options)
+    return make_solver("dogleg_root", _equations.root, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, radius: float) -> Start:
-    memory = _dogleg.begin(rows, x, radius)
+def _start(problem: BatchedProblem, x: Tensor, *, radius: float) -> Start:
+    memory = _dogleg.begin(problem, x, radius)
     error = norm(memory.residual)
     # From a Jacobian that is not finite there is nowhere to go.
     known = torch.isfinite(memory.jacobian).flatten(1).all(dim=-1) | (error == 0)
     return Start(torch.where(known, error, torch.nan), memory)
 
 
-def _size(rows: Rows, x: Tensor, memory: DoglegMemory) -> Tensor:
+def _size(problem: BatchedProblem, x: Tensor, memory: DoglegMemory) -> Tensor:
     return norm(times(x, memory.jacobian.mT))
 
 
-def _step(rows: Rows, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
-    trial, radius = _dogleg.attempt(rows, x, state, partial(_newton, eps=rows.eps))
+def _step(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
+    trial, radius = _dogleg.attempt(problem, x, state, partial(_newton, eps=problem.eps))
     accepted = trial.known & torch.where(trial.drowned, norm(trial.residual) < state.error, trial.good)
     at_trial = state.memory.residual, state.memory.jacobian
     if any_lane(accepted):
-        at_trial = rows.fn.jacobian(select(accepted, trial.x, x))
+        at_trial = problem.fn.jacobian(select(accepted, trial.x, x))
     x, state = _dogleg.conclude(x, state, trial, radius, accepted, at_trial)
     memory = state.memory
     status = torch.where(memory.slow >= _PATIENCE, int(Status.LINE_SEARCH_FAILED), state.status)

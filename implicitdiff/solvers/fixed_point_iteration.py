@@ -11,8 +11,8 @@ from torch import Tensor
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.method import Method, Start
 from implicitdiff.solvers._loop.options import check_number
-from implicitdiff.solvers._loop.problem import Rows, norm
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, norm
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
 
@@ -58,23 +58,23 @@ def fixed_point_iteration(fixed_point_fn: Callable[..., Any], damping: float = 0
     check_number("fixed_point_iteration", "damping", damping, "a number in [0, 1)", lambda d: 0 <= d < 1)
 
     method = Method(_start, partial(_step, damping=damping), FixedPointMemory, 100_000, size=_size)
-    return make("fixed_point_iteration", _equations.fixed_point, (fixed_point_fn,), method, options)
+    return make_solver("fixed_point_iteration", _equations.fixed_point, (fixed_point_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    image = rows.fn(x)
+def _start(problem: BatchedProblem, x: Tensor) -> Start:
+    image = problem.fn(x)
     return Start(norm(x - image), FixedPointMemory(image))
 
 
-def _size(rows: Rows, x: Tensor, memory: FixedPointMemory) -> Tensor:
+def _size(problem: BatchedProblem, x: Tensor, memory: FixedPointMemory) -> Tensor:
     """``|f(x)|``: the residual is the difference of ``x`` and this."""
     return norm(memory.image)
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[FixedPointMemory], *, damping: float
+    problem: BatchedProblem, x: Tensor, state: State[FixedPointMemory], *, damping: float
 ) -> tuple[Tensor, State[FixedPointMemory]]:
     image = state.memory.image
     x = damping * x + (1.0 - damping) * image if damping else image
-    image = rows.fn(x)
+    image = problem.fn(x)
     return x, state._replace(error=norm(x - image), memory=FixedPointMemory(image))

@@ -15,8 +15,8 @@ from implicitdiff._torch.lanes import vmap
 from implicitdiff._torch.trees import Leaves, Structure
 from implicitdiff.optim import GradientTransformation
 from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, norm
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, norm
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
 
@@ -63,36 +63,36 @@ def from_optimizer(objective_fn: Callable[..., Any], transformation: GradientTra
 
     start, step = partial(_start, transformation=transformation), partial(_step, transformation=transformation)
     method = Method(start, step, FromOptimizerMemory, 100_000, residual=attrgetter("grad"))
-    return make("from_optimizer", _equations.stationary, (objective_fn,), method, options)
+    return make_solver("from_optimizer", _equations.stationary, (objective_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, transformation: GradientTransformation) -> Start:
-    _, grad = rows.fn.value_and_grad(x)
-    inner = _over_lanes(transformation.init, _tree(rows, x))
+def _start(problem: BatchedProblem, x: Tensor, *, transformation: GradientTransformation) -> Start:
+    _, grad = problem.fn.value_and_grad(x)
+    inner = _over_lanes(transformation.init, _tree(problem, x))
     return Start(norm(grad), FromOptimizerMemory(grad=grad, inner=inner))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[FromOptimizerMemory], *, transformation: GradientTransformation
+    problem: BatchedProblem, x: Tensor, state: State[FromOptimizerMemory], *, transformation: GradientTransformation
 ) -> tuple[Tensor, State[FromOptimizerMemory]]:
     old = state.memory
-    params, inner = _over_lanes(transformation.step, _tree(rows, old.grad), old.inner, _tree(rows, x))
-    x = _rows(rows, params)
-    _, grad = rows.fn.value_and_grad(x)
+    params, inner = _over_lanes(transformation.step, _tree(problem, old.grad), old.inner, _tree(problem, x))
+    x = _rows(problem, params)
+    _, grad = problem.fn.value_and_grad(x)
     return x, state._replace(error=norm(grad), memory=FromOptimizerMemory(grad=grad, inner=inner))
 
 
-def _tree(rows: Rows, x: Tensor) -> Any:
+def _tree(problem: BatchedProblem, x: Tensor) -> Any:
     """The tree of some rows, with one dimension of lanes in front, whatever the vmaps, and with None for a string: an
     optimizer takes None alone."""
-    leaves = rows.inputs.unravel(x)
-    batch = len(rows.inputs.batch)
-    return rows.structure.fill({i: t.reshape(x.shape[0], *t.shape[batch:]) for i, t in enumerate(leaves)})
+    leaves = problem.inputs.unravel(x)
+    batch = len(problem.inputs.batch)
+    return problem.structure.fill({i: t.reshape(x.shape[0], *t.shape[batch:]) for i, t in enumerate(leaves)})
 
 
-def _rows(rows: Rows, tree: Any) -> Tensor:
-    leaves = rows.structure.tensors_of(tree)
-    return rows.inputs.ravel([t.reshape((*rows.inputs.batch, *t.shape[1:])) for t in leaves])
+def _rows(problem: BatchedProblem, tree: Any) -> Tensor:
+    leaves = problem.structure.tensors_of(tree)
+    return problem.inputs.ravel([t.reshape((*problem.inputs.batch, *t.shape[1:])) for t in leaves])
 
 
 def _over_lanes(fn: Callable[..., Any], *trees: Any) -> Any:

@@ -12,8 +12,8 @@ import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
 from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, norm, select, times
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, norm, select, times
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.least_squares import gradient, normal_residual, normal_size
@@ -64,11 +64,11 @@ def gauss_newton(residual_fn: Callable[..., Any], **options: Any) -> Solver:
     method = Method(
         _start, _step, GaussNewtonMemory, 1_000, residual=normal_residual, size=normal_size, steps_tell=True
     )
-    return make("gauss_newton", _equations.least_squares, (residual_fn,), method, options)
+    return make_solver("gauss_newton", _equations.least_squares, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    residual, jacobian = rows.fn.jacobian(x)
+def _start(problem: BatchedProblem, x: Tensor) -> Start:
+    residual, jacobian = problem.fn.jacobian(x)
     if residual.shape[-1] < x.shape[-1]:
         raise ValueError(
             f"gauss_newton: {residual.shape[-1]} residuals do not determine {x.shape[-1]} unknowns; use "
@@ -78,14 +78,16 @@ def _start(rows: Rows, x: Tensor) -> Start:
     return Start(error, GaussNewtonMemory(residual, jacobian, growth=torch.ones_like(error)))
 
 
-def _step(rows: Rows, x: Tensor, state: State[GaussNewtonMemory]) -> tuple[Tensor, State[GaussNewtonMemory]]:
+def _step(
+    problem: BatchedProblem, x: Tensor, state: State[GaussNewtonMemory]
+) -> tuple[Tensor, State[GaussNewtonMemory]]:
     r, J, _ = state.memory
     d = -_dense.lstsq(J, r)
     # A least-squares solution cannot be worse than d = 0.
     solved = norm(r + times(d, J.mT)) <= 2.0 * norm(r)
     new_x = select(solved, x + d, x)
-    new_r, J = rows.fn.jacobian(new_x)
-    growth, status = _newton.watch(state, x, new_x, r, new_r, rows.eps)
+    new_r, J = problem.fn.jacobian(new_x)
+    growth, status = _newton.watch(state, x, new_x, r, new_r, problem.eps)
     status = torch.where(solved, status, int(Status.DIVERGED))
     return new_x, state._replace(
         error=norm(gradient(J, new_r)),

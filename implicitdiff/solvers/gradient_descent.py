@@ -9,8 +9,8 @@ from torch import Tensor
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.proximal_gradient as _proximal_gradient
-from implicitdiff.solvers._loop.problem import Rows
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 
 
 def gradient_descent(
@@ -45,8 +45,8 @@ def gradient_descent(
         tensor([-0.3333,  1.6667])
     """
     method = _proximal_gradient.method("gradient_descent", _identity, stepsize, acceleration)
-    return make("gradient_descent", _equations.stationary, (objective_fn,), method, options)
+    return make_solver("gradient_descent", _equations.stationary, (objective_fn,), method, options)
 
 
-def _identity(rows: Rows, v: Tensor, stepsize: Tensor) -> Tensor:
+def _identity(problem: BatchedProblem, v: Tensor, stepsize: Tensor) -> Tensor:
     return v

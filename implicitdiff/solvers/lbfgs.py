@@ -14,8 +14,8 @@ import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.method import Method, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, newton_step
 from implicitdiff.solvers._loop.options import check_count
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, norm, safe_divide, select
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, dot, norm, safe_divide, select
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.line_search import arrive, begin, fell, search, unit_step
@@ -85,11 +85,11 @@ def lbfgs(objective_fn: Callable[..., Any], history: int = 10, **options: Any) -
     start = partial(_start, history=history)
     held, off = attrgetter("grad"), Status.UNBOUNDED
     method = Method(start, _step, LbfgsMemory, 10_000, residual=held, newton_step=_newton_step, runs_off=off)
-    return make("lbfgs", _equations.stationary, (objective_fn,), method, options)
+    return make_solver("lbfgs", _equations.stationary, (objective_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
-    error, fields = begin(rows, x)
+def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
+    error, fields = begin(problem, x)
     none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
     eye = torch.eye(history, dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
     mark = torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2)
@@ -102,22 +102,22 @@ def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
     )
 
 
-def _step(rows: Rows, x: Tensor, state: State[LbfgsMemory]) -> tuple[Tensor, State[LbfgsMemory]]:
+def _step(problem: BatchedProblem, x: Tensor, state: State[LbfgsMemory]) -> tuple[Tensor, State[LbfgsMemory]]:
     old = state.memory
     direction = _direction(old, old.grad)
     told = (old.ahead != 0).any(dim=-1)
     if any_lane(told):
         direction = select(told, old.ahead, direction)
-    point, failed, status = search(rows, x, state, direction, torch.ones_like(old.value))
-    new = _remember(old, point.x - x, point.grad - old.grad, rows.eps)
+    point, failed, status = search(problem, x, state, direction, torch.ones_like(old.value))
+    new = _remember(old, point.x - x, point.grad - old.grad, problem.eps)
     new = new._replace(**arrive(old, point), ahead=torch.zeros_like(old.ahead))
-    progress = state.progress.fallen(fell(rows, old, point))
+    progress = state.progress.fallen(fell(problem, old, point))
     state = state._replace(error=norm(point.grad), status=status, progress=progress, memory=new)
-    return point.x, _restarted(failed, state, rows.eps) if any_lane(failed) else state
+    return point.x, _restarted(failed, state, problem.eps) if any_lane(failed) else state
 
 
-def _newton_step(rows: Rows, x: Tensor, memory: LbfgsMemory) -> NewtonStep:
-    step = newton_step(rows, x, memory, lambda v: -_direction(memory, v), few_products(rows, x))
+def _newton_step(problem: BatchedProblem, x: Tensor, memory: LbfgsMemory) -> NewtonStep:
+    step = newton_step(problem, x, memory, lambda v: -_direction(memory, v), few_products(problem, x))
     return step._replace(memory=memory._replace(ahead=step.d))
 
 

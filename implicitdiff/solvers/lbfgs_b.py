@@ -15,8 +15,17 @@ import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.bounds import Limits, limits_of, limits_on
 from implicitdiff.solvers._loop.method import Method, Start
 from implicitdiff.solvers._loop.options import check_count
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, largest_entry, norm, safe_divide, select, times
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import (
+    BatchedProblem,
+    any_lane,
+    dot,
+    largest_entry,
+    norm,
+    safe_divide,
+    select,
+    times,
+)
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._loop.termination import composite_size
@@ -103,16 +112,16 @@ def lbfgs_b(objective_fn: Callable[..., Any], bounds: Any, history: int = 10, **
     equation_of = partial(_boxed, limits=limits_of("lbfgs_b", bounds))
     held, off = attrgetter("residual"), Status.UNBOUNDED
     method = Method(start, _step, LbfgsBMemory, 10_000, residual=held, size=_size, runs_off=off)
-    return make("lbfgs_b", equation_of, (objective_fn,), method, options)
+    return make_solver("lbfgs_b", equation_of, (objective_fn,), method, options)
 
 
 def _boxed(fn: Callable[..., Any], limits: tuple[Any, Any]) -> _equations.Equation:
     return _equations.boxed(_equations.stationary(fn), *limits)
 
 
-def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
-    limits = limits_on(rows)
-    value, grad = rows.fn.value_and_grad(limits.clip(x))
+def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
+    limits = limits_on(problem)
+    value, grad = problem.fn.value_and_grad(limits.clip(x))
     # Of the guess itself, which is no solution outside of the box.
     residual = limits.residual(x, grad)
     none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
@@ -121,7 +130,7 @@ def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
         value=value,
         grad=grad,
         magnitude=value.detach().abs(),
-        curvature=_first_curvature(limits, limits.clip(x), grad, rows.eps),
+        curvature=_first_curvature(limits, limits.clip(x), grad, problem.eps),
         steps=none,
         changes=none,
         mark=torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2),
@@ -130,8 +139,8 @@ def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
     return Start(torch.where(torch.isfinite(value), norm(residual), torch.nan), memory)
 
 
-def _size(rows: Rows, x: Tensor, memory: LbfgsBMemory) -> Tensor:
-    return composite_size(rows, limits_on(rows).clip(x), memory.grad)
+def _size(problem: BatchedProblem, x: Tensor, memory: LbfgsBMemory) -> Tensor:
+    return composite_size(problem, limits_on(problem).clip(x), memory.grad)
 
 
 def _pull(limits: Limits, x: Tensor, grad: Tensor) -> Tensor:
@@ -149,17 +158,17 @@ def _first_curvature(limits: Limits, x: Tensor, grad: Tensor, eps: float) -> Ten
     return torch.where((step > 0) & (step < shortest * usual), safe_divide(step, shortest), usual)
 
 
-def _step(rows: Rows, x: Tensor, state: State[LbfgsBMemory]) -> tuple[Tensor, State[LbfgsBMemory]]:
-    old, limits = state.memory, limits_on(rows)
+def _step(problem: BatchedProblem, x: Tensor, state: State[LbfgsBMemory]) -> tuple[Tensor, State[LbfgsBMemory]]:
+    old, limits = state.memory, limits_on(problem)
     x = limits.clip(x)
-    direction = _target(old, limits, x, rows.eps) - x
+    direction = _target(old, limits, x, problem.eps) - x
     one = torch.ones_like(old.value)
-    point, failed, status = search(rows, x, state, direction, one, segment=_segment(limits, x, direction))
+    point, failed, status = search(problem, x, state, direction, one, segment=_segment(limits, x, direction))
     residual = limits.residual(point.x, point.grad)
-    new = _remember(old, point.x - x, point.grad - old.grad, rows.eps)
+    new = _remember(old, point.x - x, point.grad - old.grad, problem.eps)
     new = new._replace(**arrive(old, point), residual=residual)
     state = state._replace(error=norm(residual), status=status, memory=new)
-    return point.x, _restarted(failed, limits, point.x, state, rows.eps) if any_lane(failed) else state
+    return point.x, _restarted(failed, limits, point.x, state, problem.eps) if any_lane(failed) else state
 
 
 def _segment(limits: Limits, x: Tensor, direction: Tensor) -> Segment:

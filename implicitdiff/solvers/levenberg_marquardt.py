@@ -15,8 +15,8 @@ from implicitdiff.solvers._loop.bounds import Limits, limits_of, limits_on
 from implicitdiff.solvers._loop.losses import check_loss_scale, loss_of
 from implicitdiff.solvers._loop.method import Method, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, norm, safe_divide, select, times
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, dot, norm, safe_divide, select, times
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import Progress, State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.least_squares import (
@@ -160,7 +160,7 @@ def levenberg_marquardt(
         steps_tell=True,
         newton_step=partial(_newton_step, robust=robust, bounded=bounded),
     )
-    return make(name, equation_of, (residual_fn,), method, options)
+    return make_solver(name, equation_of, (residual_fn,), method, options)
 
 
 def _robust(fn: Callable[..., Any], loss: Any, scale: Any) -> _equations.Equation:
@@ -171,10 +171,10 @@ def _boxed(fn: Callable[..., Any], smooth_of: _equations.EquationOf, limits: tup
     return _equations.boxed(smooth_of(fn), *limits)
 
 
-def _start(rows: Rows, x: Tensor, *, radius: float, robust: bool, bounded: bool) -> Start:
-    inside = limits_on(rows).clip(x) if bounded else x
-    raw, raw_jacobian = rows.fn.jacobian(inside)
-    measured = rows.function("loss")(inside) if robust else raw
+def _start(problem: BatchedProblem, x: Tensor, *, radius: float, robust: bool, bounded: bool) -> Start:
+    inside = limits_on(problem).clip(x) if bounded else x
+    raw, raw_jacobian = problem.fn.jacobian(inside)
+    measured = problem.function("loss")(inside) if robust else raw
     residual, jacobian, losses, squares = _weighted(raw, raw_jacobian, measured, robust)
     memory = LevenbergMarquardtMemory(
         residual=residual,
@@ -186,7 +186,7 @@ def _start(rows: Rows, x: Tensor, *, radius: float, robust: bool, bounded: bool)
         slow=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device),
     )
     # Of the guess itself, which is no solution outside of the box.
-    error = _error(rows, x, gradient(jacobian, residual), bounded)
+    error = _error(problem, x, gradient(jacobian, residual), bounded)
     return Start(error, memory, _flat(measured, error) if robust else None)
 
 
@@ -197,13 +197,13 @@ def _flat(measured: Tensor, error: Tensor) -> Tensor:
     return torch.where(flat & torch.isfinite(error), int(Status.DIVERGED), int(Status.RUNNING))
 
 
-def _error(rows: Rows, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
-    return norm(limits_on(rows).residual(x, g) if bounded else g)
+def _error(problem: BatchedProblem, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
+    return norm(limits_on(problem).residual(x, g) if bounded else g)
 
 
-def _size_in_box(rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory) -> Tensor:
+def _size_in_box(problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory) -> Tensor:
     """What the bounds leave of `normal_size`."""
-    limits, J = limits_on(rows), memory.jacobian
+    limits, J = limits_on(problem), memory.jacobian
     x, g = limits.clip(x), gradient(J, memory.residual)
     return norm(limits.residual(x, g - gradient(J, times(x, J.mT))) - limits.residual(x, g))
 
@@ -226,15 +226,15 @@ def _weighted(r: Tensor, J: Tensor, measured: Tensor, robust: bool) -> tuple[Ten
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[LevenbergMarquardtMemory], *, robust: bool, bounded: bool
+    problem: BatchedProblem, x: Tensor, state: State[LevenbergMarquardtMemory], *, robust: bool, bounded: bool
 ) -> tuple[Tensor, State[LevenbergMarquardtMemory]]:
     r, J, losses, scale, radius, refusals, slow = state.memory
-    x = limits_on(rows).clip(x) if bounded else x
-    g, D, noise = gradient(J, r), root(scale), rounding_of_cost(rows, x, r, J, losses)
-    ahead = _ahead(rows, x, state.memory, noise, robust, bounded)
+    x = limits_on(problem).clip(x) if bounded else x
+    g, D, noise = gradient(J, r), root(scale), rounding_of_cost(problem, x, r, J, losses)
+    ahead = _ahead(problem, x, state.memory, noise, robust, bounded)
     trial, foretold = ahead.x, ahead.foretold
     d = trial - x
-    measured = rows.function("loss")(trial) if robust else rows.fn(trial)
+    measured = problem.function("loss")(trial) if robust else problem.fn(trial)
     gain = _gain(losses, measured) if robust else 0.5 * dot(r - measured, r + measured)
     known = torch.isfinite(measured).all(dim=-1)
     # Below the rounding of the cost the gain says nothing; there the gradient judges.
@@ -242,9 +242,9 @@ def _step(
     accepted, ratio = (gain > _trust_region.ENOUGH * foretold.clamp(min=0.0)) & known, torch.ones_like(gain)
     if any_lane(known & (accepted | drowned)):
         there = select(known, trial, x)
-        new = _weighted(*rows.fn.jacobian(there), select(known, measured, torch.ones_like(measured)), robust)
+        new = _weighted(*problem.fn.jacobian(there), select(known, measured, torch.ones_like(measured)), robust)
         new_r, new_J, new_losses, new_squares = new
-        pulls = _pull(rows, there, gradient(new_J, new_r), bounded), _pull(rows, x, g, bounded)
+        pulls = _pull(problem, there, gradient(new_J, new_r), bounded), _pull(problem, x, g, bounded)
         ratio = safe_divide(*(norm(pull / D) for pull in pulls))
         accepted = torch.where(drowned, known & (ratio < 1.0), accepted)
     moves = (trial != x).any(dim=-1)
@@ -265,8 +265,8 @@ def _step(
         scale = torch.maximum(scale, select(accepted, new_squares, scale))
         memory = memory._replace(residual=r, jacobian=J, losses=losses, scale=scale)
     progress = state.progress.fallen(accepted & ~drowned).stepped(ahead.whole, x, units_of(memory.jacobian))
-    error = _error(rows, x, gradient(J, r), bounded)
-    progress = _looked(rows, x, memory, progress, ahead, ~accepted | drowned, error <= state.target, robust, bounded)
+    error = _error(problem, x, gradient(J, r), bounded)
+    progress = _looked(problem, x, memory, progress, ahead, ~accepted | drowned, error <= state.target, robust, bounded)
     return x, state._replace(
         error=error,
         progress=progress,
@@ -292,34 +292,34 @@ class _Trial(NamedTuple):
 
 
 def _ahead(
-    rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, noise: Tensor, robust: bool, bounded: bool
+    problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, noise: Tensor, robust: bool, bounded: bool
 ) -> _Trial:
     """The trial of Gauss and Newton, or where it is slow or rounding hides its gain, that of Newton."""
-    trial, slow = _trial(rows, x, memory, bounded), memory.slow
+    trial, slow = _trial(problem, x, memory, bounded), memory.slow
     asked = (slow >= _SLOW) | ((slow > 0) & (trial.foretold.abs() <= noise))
     if not any_lane(asked):
         return trial
     g = gradient(memory.jacobian, memory.residual)
-    at = if_twice_differentiable(lambda: _curvature(rows, x, g, robust, bounded))
-    return trial if at is None else _with_hessian(rows, x, memory, at, trial, asked, noise, bounded)
+    at = if_twice_differentiable(lambda: _curvature(problem, x, g, robust, bounded))
+    return trial if at is None else _with_hessian(problem, x, memory, at, trial, asked, noise, bounded)
 
 
-def _trial(rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, bounded: bool) -> _Trial:
+def _trial(problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, bounded: bool) -> _Trial:
     r, J, D, radius = memory.residual, memory.jacobian, root(memory.scale), memory.radius
     g = gradient(J, r)
-    free = torch.where(limits_on(rows).held(x, g)[:, None], 0.0, J) if bounded else J
-    d, weights, whole = _within(free, r, D, radius, rows.eps)
+    free = torch.where(limits_on(problem).held(x, g)[:, None], 0.0, J) if bounded else J
+    d, weights, whole = _within(free, r, D, radius, problem.eps)
     by_hessian = torch.zeros_like(radius, dtype=torch.bool)
     if not bounded:
         # (|r|^2 - |r + J d|^2) / 2, in a form that does not cancel.
         return _Trial(x + d, 0.5 * (dot(d, weights * d) - dot(d, g)), whole, by_hessian)
-    trial = _trial_in_box(limits_on(rows), x, r, J, g, weights)
+    trial = _trial_in_box(limits_on(problem), x, r, J, g, weights)
     d = trial - x
     return _Trial(trial, -dot(d, g) - 0.5 * times(d, J.mT).square().sum(dim=-1), whole, by_hessian)
 
 
 def _with_hessian(
-    rows: Rows,
+    problem: BatchedProblem,
     x: Tensor,
     memory: LevenbergMarquardtMemory,
     at: Curvature,
@@ -337,7 +337,7 @@ def _with_hessian(
     limited = (size > radius) & (promised > noise)
     part = torch.where(limited, radius / torch.where(limited, size, 1.0), 1.0)
     ahead, foretold = x + part[:, None] * step, promised * part * (2.0 - part)
-    inside = (limits_on(rows).clip(ahead) == ahead).all(dim=-1) if bounded else True
+    inside = (limits_on(problem).clip(ahead) == ahead).all(dim=-1) if bounded else True
     good = asked & convex & torch.isfinite(ahead).all(dim=-1) & inside
     return _Trial(
         select(good, ahead, other.x), select(good, foretold, other.foretold), select(good, step, other.whole), good
@@ -345,7 +345,7 @@ def _with_hessian(
 
 
 def _looked(
-    rows: Rows,
+    problem: BatchedProblem,
     x: Tensor,
     memory: LevenbergMarquardtMemory,
     progress: Progress,
@@ -359,17 +359,22 @@ def _looked(
     region."""
     looks = (ends | arrived) & ~ahead.by_hessian
     if any_lane(looks):
-        step = _distance(rows, x, memory, progress, ends, bounded)
+        step = _distance(problem, x, memory, progress, ends, bounded)
         progress = progress._replace(step=torch.where(looks, step, progress.step))
     looks = arrived & ahead.by_hessian
     if any_lane(looks):
-        step = _whole_distance(rows, x, memory, progress, robust, bounded)
+        step = _whole_distance(problem, x, memory, progress, robust, bounded)
         progress = progress._replace(step=torch.where(looks, torch.maximum(step, progress.step), progress.step))
     return progress
 
 
 def _distance(
-    rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, progress: Progress, ends: Tensor, bounded: bool
+    problem: BatchedProblem,
+    x: Tensor,
+    memory: LevenbergMarquardtMemory,
+    progress: Progress,
+    ends: Tensor,
+    bounded: bool,
 ) -> Tensor:
     """How far x is from the solution: the length of the step without damping, as `Progress.stepped` has it.
 
@@ -378,32 +383,39 @@ def _distance(
     """
     x, r, J, losses = (t.detach() for t in (x, memory.residual, memory.jacobian, memory.losses))
     if bounded:
-        J = torch.where(limits_on(rows).held(x, gradient(J, r))[:, None], 0.0, J)
+        J = torch.where(limits_on(problem).held(x, gradient(J, r))[:, None], 0.0, J)
     # Singular values that rounding makes of zero promise no more than a square root of eps.
-    d = damped(J, r, _least_weights(J, memory.scale.detach(), rows.eps))
+    d = damped(J, r, _least_weights(J, memory.scale.detach(), problem.eps))
     step = progress.stepped(d, x, units_of(J)).step
     value, promised = losses.sum(dim=-1), -0.5 * dot(d, gradient(J, r))
-    in_vain = ends & (value > 16.0 * rounding_of_cost(rows, x, r, J, losses))
+    in_vain = ends & (value > 16.0 * rounding_of_cost(problem, x, r, J, losses))
     step = torch.where(in_vain, step.clamp(min=1.0), step)
-    return torch.where(promised <= rows.eps**0.5 * value.abs(), 0.0, step)
+    return torch.where(promised <= problem.eps**0.5 * value.abs(), 0.0, step)
 
 
 def _whole_distance(
-    rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, progress: Progress, robust: bool, bounded: bool
+    problem: BatchedProblem,
+    x: Tensor,
+    memory: LevenbergMarquardtMemory,
+    progress: Progress,
+    robust: bool,
+    bounded: bool,
 ) -> Tensor:
     """The same with the whole Hessian; 0 if that step promises next to no gain."""
-    step = _newton_step(rows, x, memory, robust=robust, bounded=bounded)
+    step = _newton_step(problem, x, memory, robust=robust, bounded=bounded)
     return torch.where(step.counts, progress.stepped(step.d, step.x, step.units).step, 0.0)
 
 
-def _newton_step(rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, *, robust: bool, bounded: bool) -> NewtonStep:
+def _newton_step(
+    problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, *, robust: bool, bounded: bool
+) -> NewtonStep:
     r, J = memory.residual, memory.jacobian
-    return newton_step(rows, x, r, J, memory.losses, _curvature(rows, x, gradient(J, r), robust, bounded))
+    return newton_step(problem, x, r, J, memory.losses, _curvature(problem, x, gradient(J, r), robust, bounded))
 
 
-def _curvature(rows: Rows, x: Tensor, g: Tensor, robust: bool, bounded: bool) -> Curvature:
-    cost = rows.function("loss").summed(_losses_of) if robust else rows.fn.summed(half_squares)
-    return curvature(x, cost, ~limits_on(rows).held(x, g) if bounded else None)
+def _curvature(problem: BatchedProblem, x: Tensor, g: Tensor, robust: bool, bounded: bool) -> Curvature:
+    cost = problem.function("loss").summed(_losses_of) if robust else problem.fn.summed(half_squares)
+    return curvature(x, cost, ~limits_on(problem).held(x, g) if bounded else None)
 
 
 def _gain(losses: Tensor, measured: Tensor) -> Tensor:
@@ -415,9 +427,9 @@ def _losses_of(measured: Tensor) -> Tensor:
     return measured.chunk(3, dim=-1)[0]
 
 
-def _pull(rows: Rows, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
+def _pull(problem: BatchedProblem, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
     """The gradient with zeros where a bound holds against it."""
-    return torch.where(limits_on(rows).held(x, g), 0.0, g) if bounded else g
+    return torch.where(limits_on(problem).held(x, g), 0.0, g) if bounded else g
 
 
 def _trial_in_box(limits: Limits, x: Tensor, r: Tensor, J: Tensor, g: Tensor, weights: Tensor) -> Tensor:

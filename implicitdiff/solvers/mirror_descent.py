@@ -14,8 +14,8 @@ import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.equations import Composite, Equation, Functions
 from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, dot, norm
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, dot, norm
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._loop.termination import composite_size
@@ -91,7 +91,7 @@ def mirror_descent(
 
     start, step = partial(_start, stepsize=stepsize or 1.0), partial(_step, search=stepsize is None)
     method = Method(start, step, MirrorDescentMemory, 100_000, residual=attrgetter("residual"), size=_size)
-    return make("mirror_descent", _mirror, (objective_fn, projection, mapping), method, options)
+    return make_solver("mirror_descent", _mirror, (objective_fn, projection, mapping), method, options)
 
 
 def _mirror(fn: Callable[..., Any], projection: Callable[[Any], Any], mapping: Callable[[Any], Any]) -> Equation:
@@ -107,34 +107,34 @@ def _mirror(fn: Callable[..., Any], projection: Callable[[Any], Any], mapping: C
     return Equation({**smooth.functions, **own}, on_trees, Composite(smooth.on_rows, _away))
 
 
-def _away(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
-    return x - rows.function("projection")(rows.function("mapping")(x) - grad)
+def _away(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
+    return x - problem.function("projection")(problem.function("mapping")(x) - grad)
 
 
-def _start(rows: Rows, x: Tensor, *, stepsize: float) -> Start:
-    value, grad = rows.fn.value_and_grad(x)
-    residual = _away(rows, x, grad)
+def _start(problem: BatchedProblem, x: Tensor, *, stepsize: float) -> Start:
+    value, grad = problem.fn.value_and_grad(x)
+    residual = _away(problem, x, grad)
     memory = MirrorDescentMemory(residual, torch.ones_like(value) * stepsize, value, grad)
     return Start(norm(residual), memory)
 
 
-def _size(rows: Rows, x: Tensor, memory: MirrorDescentMemory) -> Tensor:
-    return composite_size(rows, x, memory.grad)
+def _size(problem: BatchedProblem, x: Tensor, memory: MirrorDescentMemory) -> Tensor:
+    return composite_size(problem, x, memory.grad)
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[MirrorDescentMemory], *, search: bool
+    problem: BatchedProblem, x: Tensor, state: State[MirrorDescentMemory], *, search: bool
 ) -> tuple[Tensor, State[MirrorDescentMemory]]:
-    mapping, projection = rows.function("mapping"), rows.function("projection")
+    mapping, projection = problem.function("mapping"), problem.function("projection")
     dual, memory = mapping(x), state.memory
 
     def at(size: Tensor) -> Point:
         new = projection(dual - size[:, None] * memory.grad)
-        return (new, *rows.fn.value_and_grad(new))
+        return (new, *problem.fn.value_and_grad(new))
 
     def enough(new: Point, size: Tensor) -> Tensor:
         bound = dot(mapping(new[0]) - dual, new[0] - x) / (2.0 * size)
-        return lies_below(rows, (x, memory.value, memory.grad), new, bound)
+        return lies_below(problem, (x, memory.value, memory.grad), new, bound)
 
     if search:
         size = torch.where(state.iter_num > 0, GROWTH * memory.stepsize, memory.stepsize)
@@ -142,7 +142,7 @@ def _step(
     else:
         new, size, failed = at(memory.stepsize), memory.stepsize, torch.zeros_like(state.status, dtype=torch.bool)
     x, value, grad = new
-    residual = _away(rows, x, grad)
+    residual = _away(problem, x, grad)
     return x, state._replace(
         error=norm(residual),
         status=torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status),

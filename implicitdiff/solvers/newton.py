@@ -14,8 +14,8 @@ import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, norm
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, norm
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
 
@@ -71,20 +71,27 @@ def newton(
 
     step = partial(_step, linear_solve=linear_solve, backtracking=backtracking)
     method = Method(_start, step, NewtonMemory, 1_000, residual=attrgetter("residual"), steps_tell=True)
-    return make("newton", _equations.root, (residual_fn,), method, options)
+    return make_solver("newton", _equations.root, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    residual = rows.fn(x)
+def _start(problem: BatchedProblem, x: Tensor) -> Start:
+    residual = problem.fn(x)
     error = norm(residual)
     return Start(error, NewtonMemory(residual, growth=torch.ones_like(error)))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[NewtonMemory], *, linear_solve: LinearSolver | None, backtracking: bool
+    problem: BatchedProblem,
+    x: Tensor,
+    state: State[NewtonMemory],
+    *,
+    linear_solve: LinearSolver | None,
+    backtracking: bool,
 ) -> tuple[Tensor, State[NewtonMemory]]:
-    direction = -_newton.solve(rows, x, state.memory.residual, linear_solve)
-    new_x, residual, status = _newton.move(rows, x, state, direction, backtracking)
-    growth, status = _newton.watch(state._replace(status=status), x, new_x, state.memory.residual, residual, rows.eps)
+    direction = -_newton.solve(problem, x, state.memory.residual, linear_solve)
+    new_x, residual, status = _newton.move(problem, x, state, direction, backtracking)
+    growth, status = _newton.watch(
+        state._replace(status=status), x, new_x, state.memory.residual, residual, problem.eps
+    )
     progress, memory = state.progress.stepped(direction, new_x), NewtonMemory(residual, growth)
     return new_x, state._replace(error=norm(residual), status=status, progress=progress, memory=memory)

@@ -14,8 +14,8 @@ import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.method import Method, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, newton_step
 from implicitdiff.solvers._loop.options import check_count
-from implicitdiff.solvers._loop.problem import Product, Rows, any_lane, dot, norm, safe_divide
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, Product, any_lane, dot, norm, safe_divide
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.line_search import arrive, begin, fell, search, unit_step
@@ -80,31 +80,31 @@ def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None
     step = partial(_step, inner_maxiter=inner_maxiter)
     held, off = attrgetter("grad"), Status.UNBOUNDED
     method = Method(_start, step, NewtonCgMemory, 1_000, residual=held, newton_step=_newton_step, runs_off=off)
-    return make("newton_cg", _equations.stationary, (objective_fn,), method, options)
+    return make_solver("newton_cg", _equations.stationary, (objective_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    error, fields = begin(rows, x)
+def _start(problem: BatchedProblem, x: Tensor) -> Start:
+    error, fields = begin(problem, x)
     return Start(error, NewtonCgMemory(**fields, first_error=error))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[NewtonCgMemory], *, inner_maxiter: int | None
+    problem: BatchedProblem, x: Tensor, state: State[NewtonCgMemory], *, inner_maxiter: int | None
 ) -> tuple[Tensor, State[NewtonCgMemory]]:
     active, memory = state.status == Status.RUNNING, state.memory
     forcing = torch.sqrt(safe_divide(state.error, memory.first_error)).clamp(max=0.5)
-    _, grad, product = rows.fn.hessian(x)
-    d = _direction(product, grad, forcing * state.error, active, inner_maxiter or 2 * x.shape[1], rows.eps)
-    point, failed, status = search(rows, x, state, d, torch.ones_like(memory.value))
+    _, grad, product = problem.fn.hessian(x)
+    d = _direction(product, grad, forcing * state.error, active, inner_maxiter or 2 * x.shape[1], problem.eps)
+    point, failed, status = search(problem, x, state, d, torch.ones_like(memory.value))
     status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), status)
     memory = memory._replace(**arrive(memory, point))
-    progress = state.progress.fallen(fell(rows, state.memory, point))
+    progress = state.progress.fallen(fell(problem, state.memory, point))
     return point.x, state._replace(error=norm(point.grad), status=status, progress=progress, memory=memory)
 
 
-def _newton_step(rows: Rows, x: Tensor, memory: NewtonCgMemory) -> NewtonStep:
+def _newton_step(problem: BatchedProblem, x: Tensor, memory: NewtonCgMemory) -> NewtonStep:
     """The step that the forcing term cut short; where it is long, the term is zero from then on."""
-    step = newton_step(rows, x, memory, lambda v: v, min(2 * x.shape[-1], _PRODUCTS))
+    step = newton_step(problem, x, memory, lambda v: v, min(2 * x.shape[-1], _PRODUCTS))
     return step._replace(memory=memory._replace(first_error=torch.full_like(memory.first_error, torch.inf)))
 
 

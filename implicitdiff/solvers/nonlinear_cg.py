@@ -13,8 +13,8 @@ from torch import Tensor
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.method import Method, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, newton_step
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, norm, safe_divide, select
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, dot, norm, safe_divide, select
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.line_search import arrive, begin, fell, search, unit_step
@@ -100,26 +100,26 @@ def nonlinear_cg(objective_fn: Callable[..., Any], formula: Formula = polak_ribi
     step = partial(_step, formula=formula)
     held, off = attrgetter("grad"), Status.UNBOUNDED
     method = Method(_start, step, NonlinearCgMemory, 10_000, residual=held, newton_step=_newton_step, runs_off=off)
-    return make("nonlinear_cg", _equations.stationary, (objective_fn,), method, options)
+    return make_solver("nonlinear_cg", _equations.stationary, (objective_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    error, fields = begin(rows, x)
+def _start(problem: BatchedProblem, x: Tensor) -> Start:
+    error, fields = begin(problem, x)
     grad = fields["grad"]
     return Start(error, NonlinearCgMemory(**fields, direction=-grad, first_step=unit_step(grad)))
 
 
-def _newton_step(rows: Rows, x: Tensor, memory: NonlinearCgMemory) -> NewtonStep:
-    step = newton_step(rows, x, memory, lambda v: v, few_products(rows, x))
+def _newton_step(problem: BatchedProblem, x: Tensor, memory: NonlinearCgMemory) -> NewtonStep:
+    step = newton_step(problem, x, memory, lambda v: v, few_products(problem, x))
     return step._replace(memory=memory._replace(direction=step.d, first_step=torch.ones_like(memory.first_step)))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[NonlinearCgMemory], *, formula: Formula
+    problem: BatchedProblem, x: Tensor, state: State[NonlinearCgMemory], *, formula: Formula
 ) -> tuple[Tensor, State[NonlinearCgMemory]]:
     memory = state.memory
     g, d = memory.grad, memory.direction
-    point, failed, status = search(rows, x, state, d, memory.first_step, c2=0.1)
+    point, failed, status = search(problem, x, state, d, memory.first_step, c2=0.1)
     ahead = formula(point.grad, g, d)[:, None] * d - point.grad
     conjugate = dot(point.grad, g).abs() < _CONJUGATE * dot(point.grad, point.grad)
     ahead = select(conjugate & (dot(ahead, point.grad) < 0) & ~failed, ahead, -point.grad)
@@ -129,5 +129,5 @@ def _step(
         status = torch.where(failed & steepest, int(Status.LINE_SEARCH_FAILED), status)
         first_step = torch.where(failed, unit_step(g), first_step)
     new = NonlinearCgMemory(**arrive(memory, point), direction=ahead, first_step=first_step)
-    progress = state.progress.fallen(fell(rows, memory, point))
+    progress = state.progress.fallen(fell(problem, memory, point))
     return point.x, state._replace(error=norm(point.grad), status=status, progress=progress, memory=new)

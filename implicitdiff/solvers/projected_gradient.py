@@ -9,8 +9,8 @@ from torch import Tensor
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.proximal_gradient as _proximal_gradient
-from implicitdiff.solvers._loop.problem import Rows
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 
 
 def projected_gradient(
@@ -49,8 +49,8 @@ def projected_gradient(
         tensor([0.7500, 0.2500, 0.0000])
     """
     method = _proximal_gradient.method("projected_gradient", _project, stepsize, acceleration)
-    return make("projected_gradient", _equations.projected, (objective_fn, projection), method, options)
+    return make_solver("projected_gradient", _equations.projected, (objective_fn, projection), method, options)
 
 
-def _project(rows: Rows, v: Tensor, stepsize: Tensor) -> Tensor:
-    return rows.function("prox")(v)
+def _project(problem: BatchedProblem, v: Tensor, stepsize: Tensor) -> Tensor:
+    return problem.function("prox")(v)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.proximal_gradient as _proximal_gradient
-from implicitdiff.solvers._loop.problem import Rows
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 
 
 def proximal_gradient(
@@ -55,8 +55,8 @@ def proximal_gradient(
         tensor([-1.,  0.,  1.])
     """
     method = _proximal_gradient.method("proximal_gradient", _prox, stepsize, acceleration)
-    return make("proximal_gradient", _equations.proximal, (objective_fn, prox), method, options)
+    return make_solver("proximal_gradient", _equations.proximal, (objective_fn, prox), method, options)
 
 
-def _prox(rows: Rows, v: Tensor, stepsize: Tensor) -> Tensor:
-    return rows.function("prox")(v, stepsize)
+def _prox(problem: BatchedProblem, v: Tensor, stepsize: Tensor) -> Tensor:
+    return problem.function("prox")(v, stepsize)

@@ -14,8 +14,8 @@ import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._qp.admm as _admm
 from implicitdiff.solvers._loop.equations import Equation, Functions
 from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, all_of, any_lane, select
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.problem import BatchedProblem, all_of, any_lane, select
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._qp.interior import interior_point
@@ -149,7 +149,7 @@ def qp(**options: Any) -> Solver:
     """
     method = Method(_start, _step, QPMemory, 10_000, is_judged=False)
     solve = options.get("solve") or solve_kkt(options.get("on_failure", "raise"))
-    return make("qp", _kkt, (data,), method, {**options, "solve": solve}, _guess, is_named=True)
+    return make_solver("qp", _kkt, (data,), method, {**options, "solve": solve}, _guess, is_named=True)
 
 
 # --- what the user gives ----------------------------------------------------------------------------------------------
@@ -228,8 +228,8 @@ def _kkt(fn: Callable[..., _Data]) -> Equation:
             _complementarity(x.primal, x.dual_ineq, G, h, lower),
         )
 
-    def on_rows(rows: Rows, x: Tensor) -> Tensor:
-        of, n = rows.once(_program), rows.inputs.sizes[0]
+    def on_rows(problem: BatchedProblem, x: Tensor) -> Tensor:
+        of, n = problem.once(_program), problem.inputs.sizes[0]
         return torch.cat(violation(of, point(of, x[:, :n], x[:, n:])), dim=-1)
 
     return Equation({"fn": lambda x, args: fn(x, *args)}, on_trees, on_rows)
@@ -250,10 +250,12 @@ def _complementarity(x: Tensor, y: Tensor, G: Tensor, h: Tensor, l: Tensor) -> T
     return torch.where(at_upper, up, torch.where(y < 0, down, inactive))
 
 
-def _program(rows: Rows) -> Program:
-    n, p, m = rows.inputs.sizes
-    unused = torch.zeros(math.prod(rows.inputs.batch), n + p + m, dtype=rows.inputs.dtype, device=rows.inputs.device)
-    values = rows.fn(unused)
+def _program(problem: BatchedProblem) -> Program:
+    n, p, m = problem.inputs.sizes
+    unused = torch.zeros(
+        math.prod(problem.inputs.batch), n + p + m, dtype=problem.inputs.dtype, device=problem.inputs.device
+    )
+    values = problem.fn(unused)
     sizes = [n * n, n, p * n, p, m * n, m]
     Q, c, A, b, G, h, lower = values.split([*sizes, values.shape[-1] - sum(sizes)], dim=-1)
     Q, A, G = (t.unflatten(-1, (k, n)) for t, k in ((Q, n), (A, p), (G, m)))
@@ -266,23 +268,23 @@ _GUESSES = 3
 """How many active sets to try in a review."""
 
 
-def _first_review(rows: Rows) -> int:
+def _first_review(problem: BatchedProblem) -> int:
     """The more unknowns there are, the more iterations a guess costs."""
-    return min(max(rows.inputs.sizes[0] // 10, 10), 100)
+    return min(max(problem.inputs.sizes[0] // 10, 10), 100)
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    of = rows.once(_program)
-    n, _, inequalities = rows.inputs.sizes
+def _start(problem: BatchedProblem, x: Tensor) -> Start:
+    of = problem.once(_program)
+    n, _, inequalities = problem.inputs.sizes
     at = point(of, x[:, :n], x[:, n:])
     error, zero = residual(of, at), torch.zeros_like
     # Of the two parts of the first error, at zero, the smaller that is not zero: a target for the units of the larger
     # would hide the other.
     parts = torch.stack(error_parts(of, point(of, zero(at.x), zero(at.y))))
     first = torch.where(parts > 0, parts, torch.inf).amin(dim=0)
-    delta, shift = precision(rows.eps)
+    delta, shift = precision(problem.eps)
     # Q is positive on the null space of A if it is so with A'A added often enough.
-    _, curved = factor(of, torch.where(of.equal, of.rows / delta, 0.0), shift, rows.plain)
+    _, curved = factor(of, torch.where(of.equal, of.rows / delta, 0.0), shift, problem.plain)
     why = int(Status.DIVERGED if inequalities else Status.UNBOUNDED)
     status = torch.where(curved & torch.isfinite(error), why, int(Status.RUNNING))
     crossed = torch.isposinf(of.l) | torch.isneginf(of.u) | (of.below & of.above & (of.l > of.u))
@@ -294,28 +296,28 @@ def _start(rows: Rows, x: Tensor) -> Start:
         slope=at.slope,
         values=clamp(of, at.image),
         rho=rho,
-        factor=_admm.factorise(of, rho) if inequalities else _kkt_inverse(of, rows.eps),
-        review=torch.where(warm, 1, _first_review(rows)),
+        factor=_admm.factorise(of, rho) if inequalities else _kkt_inverse(of, problem.eps),
+        review=torch.where(warm, 1, _first_review(problem)),
         record=torch.full_like(error, torch.inf),
     )
     return Start(error, memory, status, reference=torch.where(torch.isinf(first), error, first))
 
 
-def _step(rows: Rows, x: Tensor, state: State[QPMemory]) -> tuple[Tensor, State[QPMemory]]:
-    of = rows.once(_program)
-    n, _, inequalities = rows.inputs.sizes
+def _step(problem: BatchedProblem, x: Tensor, state: State[QPMemory]) -> tuple[Tensor, State[QPMemory]]:
+    of = problem.once(_program)
+    n, _, inequalities = problem.inputs.sizes
     at = Point(x[:, :n], x[:, n:], state.memory.image, state.memory.slope)
-    new, after = (_alternate if inequalities else _correct)(rows, of, at, state)
+    new, after = (_alternate if inequalities else _correct)(problem, of, at, state)
     running = after.status == Status.RUNNING
     there = running & (after.error <= after.target)
     # ADMM alone does not come down to rounding.
     if not inequalities or any_lane(after.memory.review != state.memory.review):
-        there = there | (running & _is_there(rows, of, new, after))
+        there = there | (running & _is_there(problem, of, new, after))
     if inequalities and any_lane(there):
         # The derivative takes a row with a multiplier for an active one.
         new = _chosen(there, point(of, new.x, of_active_rows(of, new)), new)
-        clear = point(of, new.x, without_noise(of, new, rows.eps))
-        new = _chosen(there & _is_there(rows, of, clear, after), clear, new)
+        clear = point(of, new.x, without_noise(of, new, problem.eps))
+        new = _chosen(there & _is_there(problem, of, clear, after), clear, new)
     status = torch.where(there, int(Status.CONVERGED), after.status)
     memory = after.memory._replace(image=new.image, slope=new.slope)
     return torch.cat([new.x, new.y], dim=-1), after._replace(status=status, memory=memory)
@@ -325,9 +327,9 @@ def _chosen(where: Tensor, new: Point, old: Point) -> Point:
     return Point(*(select(where, a, b) for a, b in zip(new, old, strict=True)))
 
 
-def _is_there(rows: Rows, of: Program, at: Point, state: State[QPMemory]) -> Tensor:
+def _is_there(problem: BatchedProblem, of: Program, at: Point, state: State[QPMemory]) -> Tensor:
     # No part of the error can be made smaller than rounding makes it.
-    pairs = zip(error_parts(of, at), rounding(of, at, rows.eps), strict=True)
+    pairs = zip(error_parts(of, at), rounding(of, at, problem.eps), strict=True)
     return all_of([part <= torch.maximum(state.target, floor) for part, floor in pairs])
 
 
@@ -340,25 +342,27 @@ def _kkt_inverse(of: Program, eps: float) -> Tensor:
     return _dense.inverse(torch.cat([upper, lower], dim=-2) + torch.diag_embed(shift))
 
 
-def _correct(rows: Rows, of: Program, at: Point, state: State[QPMemory]) -> tuple[Point, State[QPMemory]]:
+def _correct(problem: BatchedProblem, of: Program, at: Point, state: State[QPMemory]) -> tuple[Point, State[QPMemory]]:
     """Newton's method on the linear KKT conditions; once is enough but for rounding."""
     d = -times(torch.cat([at.slope, at.image - of.u], dim=-1), state.memory.factor.mT)
     dx, dy = d.split([at.x.shape[-1], at.y.shape[-1]], dim=-1)
     new = point(of, at.x + dx, at.y + dy)
     error = residual(of, new)
     stuck = (error > state.target) & ~(error < 0.5 * state.error)
-    status = _proved(of, dx, dy, rows.eps, stuck, state.status) if any_lane(stuck) else state.status
+    status = _proved(of, dx, dy, problem.eps, stuck, state.status) if any_lane(stuck) else state.status
     return new, state._replace(error=error, status=status)
 
 
-def _alternate(rows: Rows, of: Program, at: Point, state: State[QPMemory]) -> tuple[Point, State[QPMemory]]:
+def _alternate(
+    problem: BatchedProblem, of: Program, at: Point, state: State[QPMemory]
+) -> tuple[Point, State[QPMemory]]:
     new, values = _admm.iterate(of, at, state.memory.values, state.memory.rho, state.memory.factor)
     state = state._replace(error=residual(of, new), memory=state.memory._replace(values=values))
     due = (state.status == Status.RUNNING) & (state.iter_num + 1 >= state.memory.review) & (state.error > state.target)
     if any_lane(due):
-        status = _proved(of, new.x - at.x, new.y - at.y, rows.eps, due, state.status)
-        new, state = _polished(rows, of, new, state._replace(status=status), due)
-        state = _adapted(rows, of, new, state, due & (state.error > state.target))
+        status = _proved(of, new.x - at.x, new.y - at.y, problem.eps, due, state.status)
+        new, state = _polished(problem, of, new, state._replace(status=status), due)
+        state = _adapted(problem, of, new, state, due & (state.error > state.target))
     return new, state
 
 
@@ -368,31 +372,33 @@ def _proved(of: Program, dx: Tensor, dy: Tensor, eps: float, asked: Tensor, stat
     return torch.where(asked & infeasible, int(Status.INFEASIBLE), status)
 
 
-def _polished(rows: Rows, of: Program, at: Point, state: State[QPMemory], due: Tensor) -> tuple[Point, State[QPMemory]]:
+def _polished(
+    problem: BatchedProblem, of: Program, at: Point, state: State[QPMemory], due: Tensor
+) -> tuple[Point, State[QPMemory]]:
     """The best of the points that some guesses of the active set lead to, where it is better."""
-    again = torch.clamp(2 * (state.iter_num + 1), min=_first_review(rows))
+    again = torch.clamp(2 * (state.iter_num + 1), min=_first_review(problem))
     memory = state.memory._replace(review=torch.where(due, again, state.memory.review))
     state = state._replace(memory=memory)
     x, y, asked, first = at.x, at.y, due, due & torch.isinf(state.memory.record)
     for guess in range(_GUESSES):
         if not any_lane(asked):
             break
-        lanes = picked(asked, rows.plain)
+        lanes = picked(asked, problem.plain)
         part, near = of.of(lanes), (x[lanes], y[lanes])
         if guess == 1:
             if not any_lane(asked & first):
                 continue
-            inner_x, inner_y = interior_point(part, rows.eps)
+            inner_x, inner_y = interior_point(part, problem.eps)
             near = select(first[lanes], inner_x, near[0]), select(first[lanes], inner_y, near[1])
             x, y = put(x, asked, lanes, near[0]), put(y, asked, lanes, near[1])
-        ahead = active_set(part, *near, rows.eps, rows.plain, patient=guess > 1)
-        at, state = _taken(rows, part, at, state, ahead, asked, lanes)
+        ahead = active_set(part, *near, problem.eps, problem.plain, patient=guess > 1)
+        at, state = _taken(problem, part, at, state, ahead, asked, lanes)
         asked = asked & (state.error > state.target) & (state.status == Status.RUNNING)
     return at, state
 
 
 def _taken(
-    rows: Rows,
+    problem: BatchedProblem,
     part: Program,
     at: Point,
     state: State[QPMemory],
@@ -403,7 +409,7 @@ def _taken(
     """The point that a guess of the active set leads to, in the `asked` lanes, whose program is `part`; `ahead` is what
     `active_set` gives."""
     x, y, side = ahead
-    found, dx, dy, broken = polish(part, x, y, side, rows.eps, rows.plain)
+    found, dx, dy, broken = polish(part, x, y, side, problem.eps, problem.plain)
     error, before, target, record = (
         residual(part, found),
         state.error[lanes],
@@ -413,7 +419,7 @@ def _taken(
     # Every guess that is taken, but for the last, has a tenth of the error of the one before, lest they take turns.
     better = ~broken & (error < before) & ((error <= target) | (error < 0.1 * record))
     values = clamp(part, torch.where(side > 0, part.u, torch.where(side < 0, part.l, found.image)))
-    status = _proved(part, dx, dy, rows.eps, ~broken & (error > target), state.status[lanes])
+    status = _proved(part, dx, dy, problem.eps, ~broken & (error > target), state.status[lanes])
 
     def merged(old: Tensor, new: Tensor) -> Tensor:
         return put(old, asked, lanes, select(better, new, old[lanes]))
@@ -425,11 +431,11 @@ def _taken(
     )
 
 
-def _adapted(rows: Rows, of: Program, at: Point, state: State[QPMemory], due: Tensor) -> State[QPMemory]:
+def _adapted(problem: BatchedProblem, of: Program, at: Point, state: State[QPMemory], due: Tensor) -> State[QPMemory]:
     rho = torch.where(due, _admm.balanced(of, at, state.memory.values, state.memory.rho), state.memory.rho)
     changed = rho != state.memory.rho
     if not any_lane(changed):
         return state
-    lanes = picked(changed, rows.plain)
+    lanes = picked(changed, problem.plain)
     lower = put(state.memory.factor, changed, lanes, _admm.factorise(of.of(lanes), rho[lanes]))
     return state._replace(memory=state.memory._replace(rho=rho, factor=lower))

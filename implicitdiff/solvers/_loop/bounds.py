@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff.solvers._loop.problem import Rows
+from implicitdiff.solvers._loop.problem import BatchedProblem
 
 
 class Limits(NamedTuple):
@@ -55,13 +55,13 @@ def _filled(bound: Any, absent: float) -> Any:
     return pytree.map_leaves(lambda leaf: absent if leaf is None else leaf, bound)
 
 
-def limits_on(rows: Rows) -> Limits:
+def limits_on(problem: BatchedProblem) -> Limits:
     """The bounds of a problem whose equation is `_equations.boxed`."""
-    return rows.once(_limits)  # type: ignore[no-any-return]
+    return problem.once(_limits)  # type: ignore[no-any-return]
 
 
-def _limits(rows: Rows) -> Limits:
+def _limits(problem: BatchedProblem) -> Limits:
     """By projecting from beyond."""
-    inputs, clip = rows.inputs, rows.function("box")
+    inputs, clip = problem.inputs, problem.function("box")
     far = torch.full((math.prod(inputs.batch), inputs.dimension), math.inf, dtype=inputs.dtype, device=inputs.device)
     return Limits(clip(-far), clip(far))

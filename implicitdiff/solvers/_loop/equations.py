@@ -16,13 +16,13 @@ from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.linear import check_leaves, check_like
 from implicitdiff.projections._boxes import box
 from implicitdiff.solvers._loop.losses import Loss, relative_squares
-from implicitdiff.solvers._loop.problem import Rows
+from implicitdiff.solvers._loop.problem import BatchedProblem
 
 Functions = Mapping[str, Callable[..., Any]]
-Residual = Callable[[Rows, Tensor], Tensor]
-"""``residual(rows, x)``, ``(lanes, n)``."""
-ProxResidual = Callable[[Rows, Tensor, Tensor], Tensor]
-"""``prox_residual(rows, x, gradient)``, zero at a solution under constraints or with a penalty."""
+Residual = Callable[[BatchedProblem, Tensor], Tensor]
+"""``residual(problem, x)``, ``(lanes, n)``."""
+ProxResidual = Callable[[BatchedProblem, Tensor, Tensor], Tensor]
+"""``prox_residual(problem, x, gradient)``, zero at a solution under constraints or with a penalty."""
 
 
 class Equation(NamedTuple):
@@ -31,7 +31,7 @@ class Equation(NamedTuple):
     Attributes:
         functions: the user's functions by name, each as ``function(x, args, *more)``; their results are checked.
         on_trees: ``on_trees(functions, x, args)``, the residual as a tree like ``x``.
-        on_rows: the residual as a method sees it, ``on_rows(rows, x)``.
+        on_rows: the residual as a method sees it, ``on_rows(problem, x)``.
     """
 
     functions: Functions
@@ -45,13 +45,13 @@ EquationOf = Callable[..., Equation]
 
 @dataclass(frozen=True)
 class Composite:
-    """The residual ``away(rows, x, gradient(rows, x))`` on rows."""
+    """The residual ``prox_residual(problem, x, gradient(problem, x))`` on rows."""
 
     gradient: Residual
-    away: ProxResidual
+    prox_residual: ProxResidual
 
-    def __call__(self, rows: Rows, x: Tensor) -> Tensor:
-        return self.away(rows, x, self.gradient(rows, x))
+    def __call__(self, problem: BatchedProblem, x: Tensor) -> Tensor:
+        return self.prox_residual(problem, x, self.gradient(problem, x))
 
 
 def fixed_point(fn: Callable[..., Any]) -> Equation:
@@ -60,13 +60,15 @@ def fixed_point(fn: Callable[..., Any]) -> Equation:
     return Equation(
         {"fn": like_x(fn)},
         lambda functions, x, args: subtract(x, functions["fn"](x, args)),
-        lambda rows, x: x - rows.fn(x),
+        lambda problem, x: x - problem.fn(x),
     )
 
 
 def root(fn: Callable[..., Any]) -> Equation:
     """``fn(x, *args) = 0`` of as many equations as unknowns."""
-    return Equation({"fn": like_x(fn)}, lambda functions, x, args: functions["fn"](x, args), lambda rows, x: rows.fn(x))
+    return Equation(
+        {"fn": like_x(fn)}, lambda functions, x, args: functions["fn"](x, args), lambda problem, x: problem.fn(x)
+    )
 
 
 def stationary(fn: Callable[..., Any]) -> Equation:
@@ -78,8 +80,8 @@ def stationary(fn: Callable[..., Any]) -> Equation:
     )
 
 
-def _gradient_on_rows(rows: Rows, x: Tensor) -> Tensor:
-    value, grad = rows.fn.value_and_grad(x)
+def _gradient_on_rows(problem: BatchedProblem, x: Tensor) -> Tensor:
+    value, grad = problem.fn.value_and_grad(x)
     return _where_finite(value[:, None], grad)
 
 
@@ -95,8 +97,8 @@ def least_squares(fn: Callable[..., Any]) -> Equation:
         residuals, pull = pullback(functions["fn"], x, args)
         return pull(residuals)
 
-    def on_rows(rows: Rows, x: Tensor) -> Tensor:
-        residuals, pull = rows.fn.pull(x)
+    def on_rows(problem: BatchedProblem, x: Tensor) -> Tensor:
+        residuals, pull = problem.fn.pull(x)
         return _where_finite(residuals, pull(residuals))
 
     return Equation({"fn": tensors(fn)}, on_trees, on_rows)
@@ -127,9 +129,9 @@ def robust(fn: Callable[..., Any], loss: Loss, scale: Any) -> Equation:
         residuals, pull = pullback(functions["fn"], x, args)
         return pull([weighted(r) for r in residuals])
 
-    def on_rows(rows: Rows, x: Tensor) -> Tensor:
-        residuals, pull = rows.fn.pull(x)
-        _, first, _ = rows.function("loss")(x).chunk(3, dim=-1)
+    def on_rows(problem: BatchedProblem, x: Tensor) -> Tensor:
+        residuals, pull = problem.fn.pull(x)
+        _, first, _ = problem.function("loss")(x).chunk(3, dim=-1)
         return _where_finite(residuals, pull(first * residuals))
 
     return Equation({"fn": checked, "loss": losses}, on_trees, on_rows)
@@ -144,11 +146,11 @@ def proximal(fn: Callable[..., Any], prox: Callable[..., Any]) -> Equation:
         ahead = subtract(x, smooth.on_trees(functions, x, args))
         return subtract(x, functions["prox"](ahead, args, 1.0))
 
-    def away(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
-        return x - rows.function("prox")(x - grad, x.new_ones(x.shape[:1]))
+    def prox_residual(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
+        return x - problem.function("prox")(x - grad, x.new_ones(x.shape[:1]))
 
     functions = {**smooth.functions, "prox": lambda v, args, stepsize=1.0: checked(v, (stepsize,))}
-    return Equation(functions, on_trees, Composite(smooth.on_rows, away))
+    return Equation(functions, on_trees, Composite(smooth.on_rows, prox_residual))
 
 
 def projected(fn: Callable[..., Any], projection: Callable[..., Any]) -> Equation:
@@ -164,14 +166,14 @@ def boxed(smooth: Equation, lower: Any, upper: Any) -> Equation:
     def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
         return subtract(x, functions["box"](subtract(x, smooth.on_trees(functions, x, args)), args))
 
-    def away(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
+    def prox_residual(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
         ahead = x - grad
-        clipped = rows.function("box")(ahead)
+        clipped = problem.function("box")(ahead)
         # Without the rounding of x, in which a small gradient would be lost.
         return torch.where(clipped == ahead, grad, x - clipped)
 
     functions = {**smooth.functions, "box": lambda v, args: _into_box(v, lower, upper)}
-    return Equation(functions, on_trees, Composite(smooth.on_rows, away))
+    return Equation(functions, on_trees, Composite(smooth.on_rows, prox_residual))
 
 
 def _into_box(v: Any, lower: Any, upper: Any) -> Any:

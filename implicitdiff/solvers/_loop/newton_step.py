@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import Product, Rows, any_lane, dot, norm, safe_divide, scattered
+from implicitdiff.solvers._loop.problem import BatchedProblem, Product, any_lane, dot, norm, safe_divide, scattered
 
 
 class NewtonStep(NamedTuple):
@@ -46,22 +46,22 @@ def if_twice_differentiable(make: Callable[[], Made]) -> Made | None:
         return None
 
 
-def few_products(rows: Rows, x: Tensor) -> int:
+def few_products(problem: BatchedProblem, x: Tensor) -> int:
     """How many products a method makes that makes none otherwise: more in float32, which determines less."""
-    return min(2 * x.shape[-1], 8 if rows.eps < 1e-10 else 16)
+    return min(2 * x.shape[-1], 8 if problem.eps < 1e-10 else 16)
 
 
-def newton_step(rows: Rows, x: Tensor, memory: Any, precondition: Product, products: int) -> NewtonStep:
+def newton_step(problem: BatchedProblem, x: Tensor, memory: Any, precondition: Product, products: int) -> NewtonStep:
     """`conjugate_gradients` for an objective, by one evaluation."""
-    _, grad, product = rows.fn.hessian(x)
-    step, gain = conjugate_gradients(x, grad, product, precondition, products, eps=rows.eps)
+    _, grad, product = problem.fn.hessian(x)
+    step, gain = conjugate_gradients(x, grad, product, precondition, products, eps=problem.eps)
     value = memory.value.detach()
-    counts = promises = gain > rows.eps**0.5 * value.abs()
+    counts = promises = gain > problem.eps**0.5 * value.abs()
     # The terms that cancel in a value are about as large as |x||H x|, and no larger than the largest value so far.
     terms = torch.minimum(norm(x) * step.size, memory.magnitude)
-    doubtful = counts & (norm(step.d) > rows.eps ** (2 / 5) * norm(x)) & (gain <= rows.eps**0.5 * terms)
+    doubtful = counts & (norm(step.d) > problem.eps ** (2 / 5) * norm(x)) & (gain <= problem.eps**0.5 * terms)
     if any_lane(doubtful):
-        moved = rows.fn(x.detach() + 4 * rows.eps * scattered(x) * x.detach())[:, 0].detach()
+        moved = problem.fn(x.detach() + 4 * problem.eps * scattered(x) * x.detach())[:, 0].detach()
         counts = counts & ~(doubtful & (gain <= 16.0 * (moved - value).abs()))
     return step._replace(promises=promises, counts=counts)
 

@@ -20,7 +20,7 @@ from implicitdiff._implicit.system import Vectors
 from implicitdiff._torch.trees import Leaves, Structure
 
 Product = Callable[[Tensor], Tensor]
-Part = Callable[[Leaves, Leaves], Leaves]
+UserFunction = Callable[[Leaves, Leaves], Leaves]
 """``part(x, more) -> leaves`` on leaves with the lanes in front; `more` holds numbers, one for each lane."""
 
 
@@ -37,7 +37,7 @@ class RowFunction:
 
     def __init__(
         self,
-        part: Part,
+        part: UserFunction,
         inputs: Vectors,
         plain: bool,
         jacobian_over_lanes: Callable[[Leaves], tuple[Tensor, Tensor]] | None = None,
@@ -170,7 +170,7 @@ def _grad(y: Tensor, x: Tensor, u: Tensor, *, create_graph: bool = False) -> Ten
 _HELD_AT_ONCE = 2**22
 
 
-class Rows:
+class BatchedProblem:
     """A problem as a method sees it.
 
     Attributes:
@@ -179,17 +179,17 @@ class Rows:
         structure: the tree of these leaves.
         plain: whether the rows are plain tensors below every transform, where nothing is differentiated.
         eps: the precision of the least precise leaf.
-        residual: the residual of the equation, ``residual(rows, x)``.
+        residual: the residual of the equation, ``residual(problem, x)``.
     """
 
     def __init__(
         self,
-        functions: dict[str, Part],
+        functions: dict[str, UserFunction],
         inputs: Vectors,
         structure: Structure,
         plain: bool,
-        residual: Callable[[Rows, Tensor], Tensor],
-        lane: Callable[[int], Rows] | None = None,
+        residual: Callable[[BatchedProblem, Tensor], Tensor],
+        lane: Callable[[int], BatchedProblem] | None = None,
         jacobians: dict[str, Callable[[Leaves], tuple[Tensor, Tensor]]] | None = None,
         one_by_one: bool = False,
     ) -> None:
@@ -208,12 +208,12 @@ class Rows:
         """Another of the user's functions."""
         return self._functions[name]
 
-    def lane(self, i: int) -> Rows:
+    def lane(self, i: int) -> BatchedProblem:
         """The problem of one lane, alone; below the transforms only."""
         return self if self._lane is None else self._lane(i)
 
-    def once(self, make: Callable[[Rows], Any]) -> Any:
-        """``make(rows)``, which depends on the problem alone and is computed when it is first asked for."""
+    def once(self, make: Callable[[BatchedProblem], Any]) -> Any:
+        """``make(problem)``, which depends on the problem alone and is computed when it is first asked for."""
         if make not in self._once:
             self._once[make] = make(self)
         return self._once[make]

@@ -30,13 +30,13 @@ from implicitdiff._unroll import unroll
 from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.solvers._loop.equations import EquationOf
 from implicitdiff.solvers._loop.function import LastByKeyword, SolverFunction
-from implicitdiff.solvers._loop.lifted import Closed
+from implicitdiff.solvers._loop.lifted import LiftedProblem
 from implicitdiff.solvers._loop.method import Method
 from implicitdiff.solvers._loop.options import Options, check_count, options_of
-from implicitdiff.solvers._loop.problem import Part, Rows, any_lane, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, UserFunction, any_lane, select
 from implicitdiff.solvers._loop.report import Callback, Report
 from implicitdiff.solvers._loop.state import State
-from implicitdiff.solvers._loop.status import Status, settle
+from implicitdiff.solvers._loop.status import Status, report_failures
 from implicitdiff.solvers._loop.termination import PATIENCE, Termination, Told
 
 
@@ -59,7 +59,7 @@ class Solver(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Maker:
+class SolverImpl:
     """What a factory has made: computes the four functions of a `Solver`, with the arguments of the user's as a tuple.
 
     Attributes:
@@ -89,7 +89,7 @@ class Maker:
         limit = self.method.default_maxiter if maxiter is None else maxiter
         object.__setattr__(self, "termination", Termination(rtol, atol, limit, is_budget=maxiter is not None))
 
-    def with_last_by_keyword(self, names: tuple[str, ...]) -> Maker:
+    def with_last_by_keyword(self, names: tuple[str, ...]) -> SolverImpl:
         """The same, where the last arguments are those that the user's function takes by these keywords."""
         fn, *others = self.functions
         return replace(self, functions=(LastByKeyword(fn, names), *others))
@@ -103,20 +103,20 @@ class Maker:
     @_settings.outside_autocast
     def init(self, params: Any, args: tuple[Any, ...]) -> Any:
         """The state at an initial guess."""
-        x, rows, _ = self._frame(params, args)
+        x, problem, _ = self._frame(params, args)
         with _settings.full_precision():
-            return _unbatched(self._start(rows, x))
+            return _unbatched(self._start(problem, x))
 
     @_modes.one_operation
     @_settings.outside_autocast
     def update(self, params: Any, state: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
         """One iteration, ``(params, state)``."""
-        x, rows, structure = self._frame(params, args)
+        x, problem, structure = self._frame(params, args)
         with _settings.full_precision():
             old = pytree.map_tensors(lambda t: t[None], state)
-            x, state = self._step(rows, x, old, mask=True)
-            state = self._looked(rows, x, state)
-        return structure.unflatten(rows.inputs.unravel(x)), _unbatched(state)
+            x, state = self._step(problem, x, old, mask=True)
+            state = self._looked(problem, x, state)
+        return structure.unflatten(problem.inputs.unravel(x)), _unbatched(state)
 
     @_modes.one_operation
     @_settings.outside_autocast
@@ -145,32 +145,32 @@ class Maker:
 
     # --- the iteration ----------------------------------------------------------------------------------------------
 
-    def _start(self, rows: Rows, x: Tensor) -> State[Any]:
-        return self.termination.begin(self.method, rows, x, self.method.start(rows, x))
+    def _start(self, problem: BatchedProblem, x: Tensor) -> State[Any]:
+        return self.termination.begin(self.method, problem, x, self.method.start(problem, x))
 
-    def _step(self, rows: Rows, x: Tensor, state: State[Any], *, mask: bool) -> tuple[Tensor, State[Any]]:
+    def _step(self, problem: BatchedProblem, x: Tensor, state: State[Any], *, mask: bool) -> tuple[Tensor, State[Any]]:
         """One iteration; with `mask` it leaves the lanes alone that have stopped."""
-        new_x, new = self.method.step(rows, x, state)
-        new = self.termination.advance(self.method, rows, x, new_x, new)
+        new_x, new = self.method.step(problem, x, state)
+        new = self.termination.advance(self.method, problem, x, new_x, new)
         if not mask:
             return new_x, new
         active = state.status == Status.RUNNING
         return select(active, new_x, x), _select_all(active, new, state)
 
-    def _looked(self, rows: Rows, x: Tensor, state: State[Any]) -> State[Any]:
+    def _looked(self, problem: BatchedProblem, x: Tensor, state: State[Any]) -> State[Any]:
         """The state with the rounding floor measured where it is due."""
-        return self.termination.look(self.method, rows, x, state, self.termination.idle(state))
+        return self.termination.look(self.method, problem, x, state, self.termination.idle(state))
 
     # --- in the caller's frame --------------------------------------------------------------------------------------
 
-    def _frame(self, params: Any, args: tuple[Any, ...]) -> tuple[Tensor, Rows, Structure]:
+    def _frame(self, params: Any, args: tuple[Any, ...]) -> tuple[Tensor, BatchedProblem, Structure]:
         leaves, structure = pytree.flatten(params)
         check_unknowns(f"{self.name}: the initial guess", leaves, structure)
         refuse_missing(self.name, [*leaves, *pytree.tensors(args)])
         equation = self.equation_of(*self.functions)
         inputs = Vectors(leaves, ())
 
-        def on_leaves(function: Callable[..., Any]) -> Part:
+        def on_leaves(function: Callable[..., Any]) -> UserFunction:
             def fn(x: Leaves, more: Leaves) -> Leaves:
                 before = [_modes.version(t) for t in x]
                 with _modes.heard():
@@ -182,8 +182,8 @@ class Maker:
             return fn
 
         on = {name: on_leaves(elementary()(function)) for name, function in equation.functions.items()}
-        rows = Rows(on, inputs, structure, functorch.nothing_records(), equation.on_rows)
-        return inputs.ravel(leaves), rows, structure
+        problem = BatchedProblem(on, inputs, structure, functorch.nothing_records(), equation.on_rows)
+        return inputs.ravel(leaves), problem, structure
 
     def _unrolled(
         self, params: Any, args: tuple[Any, ...], checkpoint_every: int | None, report: Report
@@ -205,11 +205,11 @@ class Maker:
         first_x, _, _ = self._frame(params, args)
 
         def judge(params: Any, state: State[Any], told: Told) -> tuple[State[Any], Told]:
-            x, rows, _ = self._frame(params, args)
+            x, problem, _ = self._frame(params, args)
             with _settings.full_precision():
                 one = pytree.map_tensors(lambda t: t[None], (state, told))
                 judged: tuple[State[Any], Told] = _unbatched(
-                    self.termination.judge(self.method, rows, first_x, x, *one)
+                    self.termination.judge(self.method, problem, first_x, x, *one)
                 )
             return judged
 
@@ -228,10 +228,10 @@ class Maker:
 
     def _implicit(self, params: Any, args: tuple[Any, ...], report: Report) -> tuple[Any, Any]:
         options = self.options
-        closed = Closed(self.name, self.equation_of(*self.functions), params, args)
+        closed = LiftedProblem(self.name, self.equation_of(*self.functions), params, args)
 
-        def search(rows: Rows, x: Tensor) -> tuple[Tensor, Any]:
-            return self._loop(rows, x, closed.structure, report)
+        def search(problem: BatchedProblem, x: Tensor) -> tuple[Tensor, Any]:
+            return self._loop(problem, x, closed.structure, report)
 
         x, state = closed.search(search)
         solution = closed.structure.unflatten(x)
@@ -243,36 +243,36 @@ class Maker:
     def _residual(self, params: Any, *args: Any) -> Any:
         return self.optimality_fn(params, args)
 
-    def _loop(self, rows: Rows, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
-        lanes, every = rows.inputs.batch, 1 if report.keeps else self.options.check_every
+    def _loop(self, problem: BatchedProblem, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
+        lanes, every = problem.inputs.batch, 1 if report.keeps else self.options.check_every
         first_x, count, resumed = x, 0, False
 
         def see(x: Tensor, state: State[Any]) -> int:
-            return report.see(state, lambda: structure.unflatten(rows.inputs.unravel(x)), state.error)
+            return report.see(state, lambda: structure.unflatten(problem.inputs.unravel(x)), state.error)
 
         def advance(x: Tensor, state: State[Any], running: int) -> tuple[Tensor, State[Any]]:
             nonlocal count
             mask = every > 1 or running < state.status.numel()
             for _ in range(every):
-                x, state = self._step(rows, x, state, mask=mask)
+                x, state = self._step(problem, x, state, mask=mask)
                 count += 1
                 # Lanes that were told to run on count by themselves. The others do not, which saves a look.
                 if resumed or count % PATIENCE == 0:
-                    state = self._looked(rows, x, state)
+                    state = self._looked(problem, x, state)
             return x, state
 
         def judge(x: Tensor, state: State[Any], told: Told) -> tuple[State[Any], Told]:
             nonlocal resumed
             resumed = True
-            return self.termination.judge(self.method, rows, first_x, x, state, told)
+            return self.termination.judge(self.method, problem, first_x, x, state, told)
 
         with contextlib.closing(report.over(lanes)):
-            x, state = _until_stopped(x, self._start(rows, x), _Frame(see, advance, judge))
+            x, state = _until_stopped(x, self._start(problem, x), _Frame(see, advance, judge))
         self._settle(state if lanes else _unbatched(state))
         return x, report.into(state)
 
     def _settle(self, state: Any) -> None:
-        settle(self.name, state, self.options.on_failure, budget=self.options.maxiter is not None)
+        report_failures(self.name, state, self.options.on_failure, budget=self.options.maxiter is not None)
 
 
 class _Frame(NamedTuple):
@@ -299,7 +299,7 @@ def _until_stopped(x: Any, state: State[Any], frame: _Frame) -> tuple[Any, State
     return x, state
 
 
-def make(
+def make_solver(
     name: str,
     equation_of: EquationOf,
     functions: tuple[Callable[..., Any], ...],
@@ -307,7 +307,7 @@ def make(
     options: Any,
     guess: Callable[..., Any] | None = None,
     is_named: bool = False,
-    kind: type[Maker] = Maker,
+    kind: type[SolverImpl] = SolverImpl,
 ) -> Solver:
     """A solver from a method and the equation that its solutions satisfy.
 
@@ -319,7 +319,7 @@ def make(
         functions: those.
         method: the iteration.
         options: of `Options`.
-        guess, is_named: see `Maker`.
+        guess, is_named: see `SolverImpl`.
         kind: the class of the maker.
     """
     for fn in functions:

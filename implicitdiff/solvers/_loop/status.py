@@ -60,7 +60,7 @@ def is_any_of(status: Tensor, *which: Status) -> Tensor:
     return torch.stack([status == int(s) for s in which]).any(dim=0)
 
 
-def settle(name: str, state: Any, on_failure: OnFailure, *, budget: bool) -> None:
+def report_failures(name: str, state: Any, on_failure: OnFailure, *, budget: bool) -> None:
     """Say so if a lane failed. With an integer budget, not to have converged within it is no failure.
 
     Args:

@@ -22,7 +22,7 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff.solvers._loop.equations import Composite, Residual
 from implicitdiff.solvers._loop.method import Method, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
-from implicitdiff.solvers._loop.problem import Rows, any_lane, norm, scattered, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, norm, scattered, select
 from implicitdiff.solvers._loop.state import Progress, State
 from implicitdiff.solvers._loop.status import Status, is_any_of
 
@@ -107,7 +107,7 @@ class Termination:
 
     # --- without an evaluation ----------------------------------------------------------------------------------------
 
-    def begin(self, method: Method, rows: Rows, x: Tensor, start: Start) -> State[Any]:
+    def begin(self, method: Method, problem: BatchedProblem, x: Tensor, start: Start) -> State[Any]:
         """The state at an initial guess; with default tolerances this takes an evaluation to measure ``|J x|``."""
         error = start.error.detach()
         zero, none = torch.zeros_like(error, dtype=torch.int64), torch.zeros_like(error)
@@ -115,7 +115,7 @@ class Termination:
         state = State(
             iter_num=zero,
             error=error,
-            target=self._first_target(method, rows, x, start),
+            target=self._first_target(method, problem, x, start),
             status=zero if start.status is None else start.status,
             history=error.new_zeros((error.shape[0], 0)),
             progress=Progress(
@@ -131,7 +131,7 @@ class Termination:
         )
         return self._advanced(state, error <= state.target)
 
-    def advance(self, method: Method, rows: Rows, x: Tensor, new_x: Tensor, new: State[Any]) -> State[Any]:
+    def advance(self, method: Method, problem: BatchedProblem, x: Tensor, new_x: Tensor, new: State[Any]) -> State[Any]:
         """The state after a step from ``x`` to ``new_x``, from that which the method gave."""
         error = new.error.detach()
         new = new._replace(iter_num=new.iter_num + 1, error=error)
@@ -140,7 +140,7 @@ class Termination:
             return self._advanced(new, reached)
         new = new._replace(progress=_progress(x.detach(), new_x.detach(), error, new.progress))
         if method.steps_tell and self.is_default:
-            reached = reached & _is_settled(method, rows, new, "near")
+            reached = reached & _is_settled(method, problem, new, "near")
         new = self._advanced(new, reached)
         stands = (new.status == Status.RUNNING) & (new.progress.still >= _STILL) & self._may_stall(new)
         return new._replace(status=torch.where(stands, int(Status.STALLED), new.status))
@@ -162,26 +162,26 @@ class Termination:
         """Where the search has a target: with zero tolerances and a budget it makes so many iterations."""
         return (state.target > 0) | (not self.is_budget)
 
-    def _first_target(self, method: Method, rows: Rows, x: Tensor, start: Start) -> Tensor:
+    def _first_target(self, method: Method, problem: BatchedProblem, x: Tensor, start: Start) -> Tensor:
         error = start.error.detach() if start.reference is None else start.reference.detach()
         if self.atol is not None:
             return torch.clamp((self.rtol or 0.0) * error, min=self.atol)
-        p = precision(rows.eps)
+        p = precision(problem.eps)
         target = (p if self.rtol is None else self.rtol) * error
         if not method.is_judged:
             return target
-        size = _first_size(method, rows, x, start.memory)
+        size = _first_size(method, problem, x, start.memory)
         return torch.maximum(target, torch.where(torch.isfinite(size), p * size, 0.0))
 
     # --- with evaluations ---------------------------------------------------------------------------------------------
 
-    def look(self, method: Method, rows: Rows, x: Tensor, state: State[Any], asked: Tensor) -> State[Any]:
+    def look(self, method: Method, problem: BatchedProblem, x: Tensor, state: State[Any], asked: Tensor) -> State[Any]:
         """The state with the rounding floor measured in the lanes that are asked for; they end where their error is no
         more than that. Takes two evaluations."""
         asked = asked & self._may_stall(state)
         if not (method.is_judged and any_lane(asked)):
             return state
-        floor = rounding(rows.residual, rows, x, _residual(method, rows, x, state))
+        floor = rounding(problem.residual, problem, x, _residual(method, problem, x, state))
         old = state.progress
         progress = old._replace(
             floor=torch.where(asked, floor, old.floor), patience=torch.where(asked, 2 * old.idle, old.patience)
@@ -190,8 +190,8 @@ class Termination:
         there = asked & (state.error <= floor)
         good = there & self.is_default
         if any_lane(good):
-            state = _with_step(state, _newton_step(method, rows, x, state), good, good)
-            good = good & _is_settled(method, rows, state, "failed")
+            state = _with_step(state, _newton_step(method, problem, x, state), good, good)
+            good = good & _is_settled(method, problem, state, "failed")
         status = torch.where(there, int(Status.STALLED), state.status)
         return state._replace(
             status=torch.where(good, int(Status.CONVERGED), status),
@@ -200,7 +200,7 @@ class Termination:
         )
 
     def judge(
-        self, method: Method, rows: Rows, first_x: Tensor, x: Tensor, state: State[Any], told: Told
+        self, method: Method, problem: BatchedProblem, first_x: Tensor, x: Tensor, state: State[Any], told: Told
     ) -> tuple[State[Any], Told]:
         """The state where every lane has stopped, some of which may have to run on.
 
@@ -211,7 +211,7 @@ class Termination:
 
         Args:
             method: the method.
-            rows: the problem.
+            problem: the problem.
             first_x: the initial guess.
             x: the unknowns.
             state: the state there.
@@ -223,22 +223,22 @@ class Termination:
         failed = failed & self._may_stall(state)
         reached = (state.status == Status.CONVERGED) & (state.iter_num > 0) & (state.target != state.progress.floor)
         # A lane that came near the solution on its way to its last target is there now.
-        reached = reached & ~((told.error == 0) & _is_settled(method, rows, state, "sure"))
+        reached = reached & ~((told.error == 0) & _is_settled(method, problem, state, "sure"))
         if self.is_default and any_lane(failed | reached):
             coarse = reached & (told.error > 0)
             # A method of Newton's kind that came to its target has made a step.
             asked = failed if method.steps_tell else failed | reached
-            step = _newton_step(method, rows, x, state) if any_lane(asked) else None
+            step = _newton_step(method, problem, x, state) if any_lane(asked) else None
             state = _with_step(state, step, asked, failed)
-            state, told = self._measured_again(method, rows, first_x, x, state, step, failed, coarse, told)
-            state, told = self._stepped(method, rows, state, step, failed, reached, told)
+            state, told = self._measured_again(method, problem, first_x, x, state, step, failed, coarse, told)
+            state, told = self._stepped(method, problem, state, step, failed, reached, told)
             failed = failed & (state.status != Status.CONVERGED)
-        return self.look(method, rows, x, state, failed), told
+        return self.look(method, problem, x, state, failed), told
 
     def _measured_again(
         self,
         method: Method,
-        rows: Rows,
+        problem: BatchedProblem,
         first_x: Tensor,
         x: Tensor,
         state: State[Any],
@@ -254,16 +254,16 @@ class Termination:
         """
         if not any_lane(failed | reached):
             return state, told
-        error, here = state.error, _residual(method, rows, x, state)
-        size, known = scale(rows, x, here, first_x, error, None if step is None else step.size)
-        fine, rough = precision(rows.eps) * size, rows.eps ** (2 / 3) * size
+        error, here = state.error, _residual(method, problem, x, state)
+        size, known = scale(problem, x, here, first_x, error, None if step is None else step.size)
+        fine, rough = precision(problem.eps) * size, problem.eps ** (2 / 3) * size
         again = reached & (error > fine) & (2 * error < told.error) & (size > 0)
         ratio, length = error / size, norm(x)
         off = again & (told.ratio > 0) & (ratio > 0.1 * told.ratio) & (length > 1.2 * told.length)
         again = again & ~off
         # Rounding is hardly ever more than this.
-        if any_lane(again & (error <= 256.0 * rows.eps * size)):
-            again = again & (error > rounding(rows.residual, rows, x, here))
+        if any_lane(again & (error <= 256.0 * problem.eps * size)):
+            again = again & (error > rounding(problem.residual, problem, x, here))
         good = failed & (error <= rough)
         state = self._running_on(state, again)
         state = state._replace(
@@ -280,7 +280,7 @@ class Termination:
     def _stepped(
         self,
         method: Method,
-        rows: Rows,
+        problem: BatchedProblem,
         state: State[Any],
         step: NewtonStep | None,
         failed: Tensor,
@@ -292,11 +292,11 @@ class Termination:
         good, reached = failed & (state.error <= state.target), reached & (state.status == Status.CONVERGED)
         if not any_lane(good | reached):
             return state, told
-        good = good & _is_settled(method, rows, state, "failed")
+        good = good & _is_settled(method, problem, state, "failed")
         state = state._replace(status=torch.where(good, int(Status.CONVERGED), state.status))
         if step is None or method.steps_tell:
             return state, told
-        far = reached & ~_is_settled(method, rows, state, "near")
+        far = reached & ~_is_settled(method, problem, state, "near")
         state = self._running_on(state, far)._replace(
             target=torch.where(far, _FARTHER * state.error, state.target),
             memory=_select_all(far, step.memory, state.memory),
@@ -318,22 +318,22 @@ def _progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Progres
     )
 
 
-def _is_settled(method: Method, rows: Rows, state: State[Any], when: str) -> Tensor:
+def _is_settled(method: Method, problem: BatchedProblem, state: State[Any], when: str) -> Tensor:
     """Whether the last step of Newton's kind was so short that ``x`` is near the solution."""
     powers = _OWN_STEPS if method.newton_step is None else _TRIALS
-    settled: Tensor = state.progress.step <= rows.eps ** getattr(powers, when)
+    settled: Tensor = state.progress.step <= problem.eps ** getattr(powers, when)
     return settled
 
 
-def _residual(method: Method, rows: Rows, x: Tensor, state: State[Any]) -> Tensor:
+def _residual(method: Method, problem: BatchedProblem, x: Tensor, state: State[Any]) -> Tensor:
     """The residual at ``x``, which many memories hold."""
-    return (rows.residual(rows, x) if method.residual is None else method.residual(state.memory)).detach()
+    return (problem.residual(problem, x) if method.residual is None else method.residual(state.memory)).detach()
 
 
-def _newton_step(method: Method, rows: Rows, x: Tensor, state: State[Any]) -> NewtonStep | None:
+def _newton_step(method: Method, problem: BatchedProblem, x: Tensor, state: State[Any]) -> NewtonStep | None:
     """A step of Newton's kind, if the method can make one."""
     make = method.newton_step
-    return None if make is None else if_twice_differentiable(lambda: make(rows, x, state.memory))
+    return None if make is None else if_twice_differentiable(lambda: make(problem, x, state.memory))
 
 
 def _with_step(state: State[Any], step: NewtonStep | None, where: Tensor, failed: Tensor) -> State[Any]:
@@ -357,21 +357,21 @@ def _select_all(where: Tensor, new: Any, old: Any) -> Any:
     return structure.unflatten([a if a is b else select(where, a, b) for a, b in pairs])
 
 
-def _first_size(method: Method, rows: Rows, x: Tensor, memory: Any) -> Tensor:
+def _first_size(method: Method, problem: BatchedProblem, x: Tensor, memory: Any) -> Tensor:
     if method.size is not None:
-        size = method.size(rows, x, memory).detach()
-        if not isinstance(rows.residual, Composite):
+        size = method.size(problem, x, memory).detach()
+        if not isinstance(problem.residual, Composite):
             return size
         # A residual under constraints is no longer than the way to their boundary, whatever its gradient is.
-        return torch.minimum(size, norm(x) / precision(rows.eps) ** 0.5)
-    here = rows.residual(rows, x) if method.residual is None else method.residual(memory)
-    return norm(change(rows.residual, rows, x, here.detach(), is_guess=True))
+        return torch.minimum(size, norm(x) / precision(problem.eps) ** 0.5)
+    here = problem.residual(problem, x) if method.residual is None else method.residual(memory)
+    return norm(change(problem.residual, problem, x, here.detach(), is_guess=True))
 
 
 # --- what a residual is small against ---------------------------------------------------------------------------------
 
 
-def change(residual: Residual, rows: Rows, x: Tensor, here: Tensor, *, is_guess: bool = False) -> Tensor:
+def change(residual: Residual, problem: BatchedProblem, x: Tensor, here: Tensor, *, is_guess: bool = False) -> Tensor:
     """``J x`` to a few digits, for the Jacobian ``J`` of a residual whose value ``here`` is given.
 
     By a difference, as the derivative of a gradient is more than the user's function may have; where the domain ends
@@ -382,31 +382,31 @@ def change(residual: Residual, rows: Rows, x: Tensor, here: Tensor, *, is_guess:
     x = x.detach()
 
     def slope(step: float) -> Tensor:
-        return (residual(rows, x + step * x) - here).detach() / step
+        return (residual(problem, x + step * x) - here).detach() / step
 
-    long, far, near = (rows.eps**power for power in (1 / 3, 1 / 2, 2 / 3))
+    long, far, near = (problem.eps**power for power in (1 / 3, 1 / 2, 2 / 3))
     difference = slope(far)
     for step in (-far, near, -near):
         outside = ~torch.isfinite(difference).all(dim=-1)
         if not any_lane(outside):
             break
         difference = select(outside, slope(step), difference)
-    if not (is_guess and any_lane(norm(here) <= precision(rows.eps) * norm(difference))):
+    if not (is_guess and any_lane(norm(here) <= precision(problem.eps) * norm(difference))):
         return difference
     other = slope(long)
     return select(norm(other) < norm(difference), other, difference)
 
 
-def composite_size(rows: Rows, x: Tensor, gradient: Tensor) -> Tensor:
+def composite_size(problem: BatchedProblem, x: Tensor, gradient: Tensor) -> Tensor:
     """How much a `Composite` residual changes where its gradient changes by ``H x``."""
-    composite = rows.residual
+    composite = problem.residual
     assert isinstance(composite, Composite)
-    unbalanced = gradient - change(composite.gradient, rows, x, gradient, is_guess=True)
-    return norm(composite.away(rows, x, unbalanced) - composite.away(rows, x, gradient))
+    unbalanced = gradient - change(composite.gradient, problem, x, gradient, is_guess=True)
+    return norm(composite.prox_residual(problem, x, unbalanced) - composite.prox_residual(problem, x, gradient))
 
 
 def scale(
-    rows: Rows, x: Tensor, here: Tensor, first_x: Tensor, error: Tensor, size: Tensor | None
+    problem: BatchedProblem, x: Tensor, here: Tensor, first_x: Tensor, error: Tensor, size: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``|J x|``, unless it is given, at a point that may be a solution, after a search from ``first_x``; and whether it
     is that.
@@ -414,37 +414,37 @@ def scale(
     Where that is hardly more than the error, the solution may be zero. There ``|J (first_x - x)|`` counts, with more
     digits, as it may be large.
     """
-    x, back, step = x.detach(), (first_x - x).detach(), rows.eps ** (1 / 2)
-    size = norm(change(rows.residual, rows, x, here)) if size is None else size
+    x, back, step = x.detach(), (first_x - x).detach(), problem.eps ** (1 / 2)
+    size = norm(change(problem.residual, problem, x, here)) if size is None else size
     small = ~(size > 100 * error)
     if not any_lane(small):
         return size, ~small
     # No further than `change` goes, where that is anywhere.
     ratio = (norm(x) / norm(back)).nan_to_num(nan=1.0).clamp(max=1.0)
-    step = step * torch.where(ratio < rows.eps ** (1 / 4), 1.0, ratio)
-    way = norm(rows.residual(rows, x + step[:, None] * back) - here) / step
-    return torch.where(small, torch.fmax(size, rows.eps ** (1 / 6) * way), size), ~small
+    step = step * torch.where(ratio < problem.eps ** (1 / 4), 1.0, ratio)
+    way = norm(problem.residual(problem, x + step[:, None] * back) - here) / step
+    return torch.where(small, torch.fmax(size, problem.eps ** (1 / 6) * way), size), ~small
 
 
-def rounding(residual: Residual, rows: Rows, x: Tensor, here: Tensor) -> Tensor:
+def rounding(residual: Residual, problem: BatchedProblem, x: Tensor, here: Tensor) -> Tensor:
     """The rounding floor: the change of the residual when every unknown moves by 4 units in the last place.
 
     Constraints may keep a residual small whatever its gradient is, so there the gradient is what moves.
     """
     x = x.detach()
-    own = norm(_noise(residual, rows, x, here))
+    own = norm(_noise(residual, problem, x, here))
     if not isinstance(residual, Composite):
         return own
-    gradient = residual.gradient(rows, x).detach()
-    moved = residual.away(rows, x, gradient + _noise(residual.gradient, rows, x, gradient))
+    gradient = residual.gradient(problem, x).detach()
+    moved = residual.prox_residual(problem, x, gradient + _noise(residual.gradient, problem, x, gradient))
     return torch.maximum(own, norm(moved - here))
 
 
-def _noise(residual: Residual, rows: Rows, x: Tensor, here: Tensor) -> Tensor:
+def _noise(residual: Residual, problem: BatchedProblem, x: Tensor, here: Tensor) -> Tensor:
     """Where a longer move changes the residual by less than in proportion, there is a kink, and the jump there is no
     rounding."""
-    way = rows.eps * scattered(x) * x
-    short, long = ((residual(rows, x + units * way) - here).detach() for units in (4, 1024))
+    way = problem.eps * scattered(x) * x
+    short, long = ((residual(problem, x + units * way) - here).detach() for units in (4, 1024))
     part = norm(long) / 256 / norm(short)
     # Not so if the domain ends in between.
     return short * torch.where(part < 1, part, 1.0)[:, None]

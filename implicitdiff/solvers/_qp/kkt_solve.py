@@ -14,7 +14,7 @@ from implicitdiff._implicit.linear import LinearProblem, LinearSolver
 from implicitdiff._implicit.system import System
 from implicitdiff._torch.trees import Leaves
 from implicitdiff.linear_solve._direct import factorised, materialised
-from implicitdiff.linear_solve._outcome import OnFailure, settle
+from implicitdiff.linear_solve._outcome import OnFailure, report_failed_solves
 from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.linear_solve.lu import lu
 
@@ -56,7 +56,7 @@ def _solve(system: System, *, unknowns: int, on_failure: OnFailure) -> Tensor:
     if n > _DENSE or system.lanes * n * n > 2**27:
         return solve_auto(dense_up_to=0, on_failure=on_failure).algorithm(system)
     outcome = materialised(system, partial(_lu_or_least_norm, unknowns), _NO_DERIVATIVE)
-    return settle("solve_auto (LU)", outcome, system, on_failure)
+    return report_failed_solves("solve_auto (LU)", outcome, system, on_failure)
 
 
 def _lu_or_least_norm(unknowns: int, a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:

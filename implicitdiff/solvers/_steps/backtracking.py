@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, dot, select
 
 Point = tuple[Tensor, ...]
 """Where a step leads, and what is known there; all with the lanes in front."""
@@ -47,11 +47,11 @@ def backtrack(
     return new, size, refused
 
 
-def lies_below(rows: Rows, old: Point, new: Point, bound: Tensor) -> Tensor:
+def lies_below(problem: BatchedProblem, old: Point, new: Point, bound: Tensor) -> Tensor:
     """Whether the objective at a new point lies below its linearisation at the old one plus `bound`; the points are
     ``(x, value, grad)``."""
     d = new[0] - old[0]
     below = new[1] <= old[1] + dot(old[2], d) + bound
     # Where rounding drowns the values, the gradients tell.
-    drowned = bound <= 100.0 * rows.eps * torch.maximum(old[1].abs(), new[1].abs())
+    drowned = bound <= 100.0 * problem.eps * torch.maximum(old[1].abs(), new[1].abs())
     return torch.where(drowned, dot(d, new[2] - old[2]) <= 2.0 * bound, below)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, safe_divide, select, times
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, dot, safe_divide, select, times
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.backtracking import Point, backtrack
@@ -90,31 +90,31 @@ class Trial(NamedTuple):
         return self.gain > ENOUGH * self.foretold
 
 
-def begin(rows: Rows, x: Tensor, radius: float) -> DoglegMemory:
+def begin(problem: BatchedProblem, x: Tensor, radius: float) -> DoglegMemory:
     """The memory at an initial guess."""
-    residual, jacobian = rows.fn.jacobian(x)
+    residual, jacobian = problem.fn.jacobian(x)
     scale = jacobian.square().sum(dim=1)
     none = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     first = radius * first_radius(x, residual, scale)
     return DoglegMemory(residual, jacobian, scale, first, refusals=none, slow=none)
 
 
-def attempt(rows: Rows, x: Tensor, state: State[DoglegMemory], whole: WholeStep) -> tuple[Trial, Tensor]:
+def attempt(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory], whole: WholeStep) -> tuple[Trial, Tensor]:
     """A dogleg step from ``x`` that gains enough, or so little that rounding hides it, and its radius, which is halved
     until there is one. Each radius takes an evaluation."""
     r, J, scale, radius, *_ = state.memory
-    D, noise = root(scale), rounding_of_cost(rows, x, r, J, 0.5 * r.square())
+    D, noise = root(scale), rounding_of_cost(problem, x, r, J, 0.5 * r.square())
     path = _path(J / D[:, None], r, whole)
 
     def at(radius: Tensor) -> Trial:
         s, foretold = path.step(radius)
         new_x = x + s / D
-        new_r = rows.fn(new_x)
+        new_r = problem.fn(new_x)
         known = torch.isfinite(new_r).all(dim=-1)
         if any_lane(~known):
             # No derivative may pass through what is not finite, not even one that is multiplied by zero.
             new_x = select(known, new_x, x)
-            new_r = select(known, new_r, r) if rows.plain else rows.fn(new_x)
+            new_r = select(known, new_r, r) if problem.plain else problem.fn(new_x)
         gain = torch.where(known, 0.5 * dot(r - new_r, r + new_r), -torch.inf)
         promised = safe_divide(path.gain(path.full), 0.5 * dot(r, r))
         drowned = foretold <= _DROWNED * noise

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import implicitdiff.solvers._loop.dense as _dense
 from implicitdiff.solvers._loop.newton_step import NewtonStep, conjugate_gradients
-from implicitdiff.solvers._loop.problem import RowFunction, Rows, dot, norm, select, times
+from implicitdiff.solvers._loop.problem import BatchedProblem, RowFunction, dot, norm, select, times
 
 
 def normal_residual(memory: Any) -> Tensor:
@@ -17,7 +17,7 @@ def normal_residual(memory: Any) -> Tensor:
     return gradient(memory.jacobian, memory.residual)
 
 
-def normal_size(rows: Rows, x: Tensor, memory: Any) -> Tensor:
+def normal_size(problem: BatchedProblem, x: Tensor, memory: Any) -> Tensor:
     """``|J'J x|``: how much ``J' r`` changes from zero to here, if the residual is linear."""
     return norm(gradient(memory.jacobian, times(x, memory.jacobian.mT)))
 
@@ -73,14 +73,16 @@ def curvature(x: Tensor, cost: RowFunction, free: Tensor | None = None) -> Curva
     return Curvature(mask * grad, mask[:, None] * H * mask[..., None] + torch.diag_embed(1.0 - mask), free)
 
 
-def newton_step(rows: Rows, x: Tensor, residual: Tensor, jacobian: Tensor, losses: Tensor, at: Curvature) -> NewtonStep:
+def newton_step(
+    problem: BatchedProblem, x: Tensor, residual: Tensor, jacobian: Tensor, losses: Tensor, at: Curvature
+) -> NewtonStep:
     """A step with the whole Hessian of the cost, where that of Gauss and Newton tells nothing, as the curvature comes
     from ``r`` itself."""
     x, grad, H = x.detach(), at.gradient.detach(), at.hessian.detach()
     J = torch.where(at.free[:, None], jacobian.detach(), 0.0)
     # That of Gauss and Newton has more digits in its factor than in itself.
     squares = J.square().sum(dim=1)
-    least = torch.diag_embed((rows.eps * torch.where(squares > 0, squares, 1.0)).sqrt())
+    least = torch.diag_embed((problem.eps * torch.where(squares > 0, squares, 1.0)).sqrt())
     factor = torch.linalg.qr(torch.cat([J, least], dim=-2), mode="r")[1]
 
     def precondition(v: Tensor) -> Tensor:
@@ -89,10 +91,10 @@ def newton_step(rows: Rows, x: Tensor, residual: Tensor, jacobian: Tensor, losse
         return torch.where(at.free, whole[..., 0], 0.0)
 
     products = min(2 * x.shape[-1], _PRODUCTS)
-    step, gain = conjugate_gradients(x, grad, lambda v: times(v, H), precondition, products, eps=rows.eps)
-    value, noise = losses.detach().sum(dim=-1), rounding_of_cost(rows, x, residual, jacobian, losses)
-    counts = gain > rows.eps ** (2 / 3) * value + rows.eps ** (1 / 6) * noise
-    return step._replace(promises=gain > 8.0 * rows.eps * value, counts=counts, units=units_of(J))
+    step, gain = conjugate_gradients(x, grad, lambda v: times(v, H), precondition, products, eps=problem.eps)
+    value, noise = losses.detach().sum(dim=-1), rounding_of_cost(problem, x, residual, jacobian, losses)
+    counts = gain > problem.eps ** (2 / 3) * value + problem.eps ** (1 / 6) * noise
+    return step._replace(promises=gain > 8.0 * problem.eps * value, counts=counts, units=units_of(J))
 
 
 _PRODUCTS = 60
@@ -104,11 +106,13 @@ def half_squares(r: Tensor) -> Tensor:
     return 0.5 * r.square()
 
 
-def rounding_of_cost(rows: Rows, x: Tensor, r: Tensor, J: Tensor, losses: Tensor) -> Tensor:
+def rounding_of_cost(problem: BatchedProblem, x: Tensor, r: Tensor, J: Tensor, losses: Tensor) -> Tensor:
     """The rounding of the cost: a residual is a difference of terms as large as ``|J| |x|``."""
     r, J = r.detach().abs(), J.detach().abs()
     terms = times(x.detach().abs(), J.mT)
-    return rows.eps * (2 * losses.detach().sum(dim=-1) + dot(r, terms) + rows.eps * (r + terms).square().sum(dim=-1))
+    return problem.eps * (
+        2 * losses.detach().sum(dim=-1) + dot(r, terms) + problem.eps * (r + terms).square().sum(dim=-1)
+    )
 
 
 def units_of(jacobian: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, largest_entry, norm, safe_divide, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, dot, largest_entry, norm, safe_divide, select
 from implicitdiff.solvers._loop.status import Status
 
 _TRIALS = 30
@@ -56,7 +56,7 @@ class Point(NamedTuple):
 
 
 def search(
-    rows: Rows,
+    problem: BatchedProblem,
     x: Tensor,
     state: Any,
     direction: Tensor,
@@ -73,7 +73,7 @@ def search(
     digits that values have. A lane that has made 30 trials in vain takes the best point that it has seen.
 
     Args:
-        rows: the problem.
+        problem: the problem.
         x: where to start.
         state: with a `Memory` of x; lanes that are not running stay where they are. Its ``magnitude`` is the largest
             ``|f|`` so far: values that are small as differences of large terms, say at a
@@ -92,7 +92,7 @@ def search(
         Nocedal and Wright, "Numerical Optimization", 2006, section 3.5; Hager and Zhang, "A new conjugate gradient
         method with guaranteed descent and an efficient line search", SIAM J. Optim. 16 (2005), section 4.
     """
-    line = _Line(rows, x, state.memory, direction, c1, c2, segment)
+    line = _Line(problem, x, state.memory, direction, c1, c2, segment)
     active = state.status == Status.RUNNING
     # A lane that has stopped must not leave the domain: zero times the derivative there need not be zero.
     trial = line.at(torch.where(active, first_step, 0.0))
@@ -112,9 +112,9 @@ def unit_step(grad: Tensor) -> Tensor:
     return torch.where(length > 1, 1 / length, 1.0)
 
 
-def begin(rows: Rows, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def begin(problem: BatchedProblem, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The error at an initial guess, and the fields of a memory that `search` asks for."""
-    value, grad = rows.fn.value_and_grad(x)
+    value, grad = problem.fn.value_and_grad(x)
     # The gradient of a value that is not a number may be finite.
     error = torch.where(torch.isfinite(value), norm(grad), torch.nan)
     return error, {"value": value, "grad": grad, "magnitude": value.detach().abs()}
@@ -126,9 +126,9 @@ def arrive(memory: Any, point: Point) -> dict[str, Tensor]:
     return {"value": point.value, "grad": point.grad, "magnitude": magnitude}
 
 
-def fell(rows: Rows, memory: Any, point: Point) -> Tensor:
+def fell(problem: BatchedProblem, memory: Any, point: Point) -> Tensor:
     """Whether the value is lower at a new point, by more than its rounding."""
-    lower: Tensor = point.value.detach() < memory.value.detach() - _NOISE * rows.eps * memory.magnitude
+    lower: Tensor = point.value.detach() < memory.value.detach() - _NOISE * problem.eps * memory.magnitude
     return lower
 
 
@@ -136,12 +136,19 @@ class _Line:
     """The objective along a line, and the conditions."""
 
     def __init__(
-        self, rows: Rows, x: Tensor, memory: Any, direction: Tensor, c1: float, c2: float, segment: Segment | None
+        self,
+        problem: BatchedProblem,
+        x: Tensor,
+        memory: Any,
+        direction: Tensor,
+        c1: float,
+        c2: float,
+        segment: Segment | None,
     ) -> None:
         value = memory.value
-        self.rows, self.direction, self.c1, self.c2, self.segment = rows, direction, c1, c2, segment
+        self.rows, self.direction, self.c1, self.c2, self.segment = problem, direction, c1, c2, segment
         self.start = Point(torch.zeros_like(value), x, value, dot(memory.grad, direction), memory.grad)
-        self.noise = _NOISE * rows.eps * memory.magnitude
+        self.noise = _NOISE * problem.eps * memory.magnitude
 
     def at(self, step: Tensor) -> Point:
         x = self.start.x + step[:, None] * self.direction if self.segment is None else self.segment.at(step)

@@ -11,7 +11,7 @@ import implicitdiff.solvers._loop.dense as _dense
 from implicitdiff._implicit.linear import LinearProblem, LinearSolver, solve_linear
 from implicitdiff._implicit.operators import Linearised, Product
 from implicitdiff._torch.trees import Leaves
-from implicitdiff.solvers._loop.problem import Rows, norm, safe_divide, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, norm, safe_divide, select
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.backtracking import HALVINGS, Point, backtrack
 
@@ -25,21 +25,21 @@ def check_linear_solve(name: str, linear_solve: Any) -> None:
         )
 
 
-def solve(rows: Rows, at: Tensor, r: Tensor, linear_solve: LinearSolver | None) -> Tensor:
+def solve(problem: BatchedProblem, at: Tensor, r: Tensor, linear_solve: LinearSolver | None) -> Tensor:
     """The ``d`` with ``J(at) d = r``."""
     if linear_solve is None:
-        return _dense.solve(rows.fn.jacobian(at)[1], r)
-    inputs, structure = rows.inputs, rows.structure
+        return _dense.solve(problem.fn.jacobian(at)[1], r)
+    inputs, structure = problem.inputs, problem.structure
     b = inputs.unravel(r)
-    if rows.plain:
-        _, push, pull = rows.fn.linearise(at)
-        operator = Linearised(_Products(_on_leaves(rows, push), _on_leaves(rows, pull)))
+    if problem.plain:
+        _, push, pull = problem.fn.linearise(at)
+        operator = Linearised(_Products(_on_leaves(problem, push), _on_leaves(problem, pull)))
         problem = LinearProblem(operator, linear_solve, structure, count=0, lanes=inputs.batch)
         return inputs.ravel(solve_linear(problem, b, []))
 
     def matvec(v: Any) -> Any:
         # Linearised here, where the linear solver sees on what its matrix depends.
-        push = _on_leaves(rows, rows.fn.linearise(at)[1])
+        push = _on_leaves(problem, problem.fn.linearise(at)[1])
         return structure.unflatten(push(structure.tensors_of(v)))
 
     return inputs.ravel(structure.tensors_of(linear_solve(matvec, structure.unflatten(b))))
@@ -58,29 +58,31 @@ class _Products:
         return self._pull
 
 
-def _on_leaves(rows: Rows, product: Any) -> Product:
-    return lambda v: rows.inputs.unravel(product(rows.inputs.ravel(v)))
+def _on_leaves(problem: BatchedProblem, product: Any) -> Product:
+    return lambda v: problem.inputs.unravel(product(problem.inputs.ravel(v)))
 
 
-def move(rows: Rows, x: Tensor, state: Any, step: Tensor, backtracking: bool) -> tuple[Tensor, Tensor, Tensor]:
+def move(
+    problem: BatchedProblem, x: Tensor, state: Any, step: Tensor, backtracking: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """``x + step``, its residual and the status; with backtracking the step is halved in the lanes where the residual
     does not get smaller by enough (Armijo's condition on its norm)."""
     if not backtracking:
         new_x = x + step
-        return new_x, rows.fn(new_x), state.status
-    new_x, new_r, refused = shorten(rows, x, state, step, state.status == Status.RUNNING)
+        return new_x, problem.fn(new_x), state.status
+    new_x, new_r, refused = shorten(problem, x, state, step, state.status == Status.RUNNING)
     return new_x, new_r, torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status)
 
 
 def shorten(
-    rows: Rows, x: Tensor, state: Any, step: Tensor, active: Tensor, halvings: int = HALVINGS
+    problem: BatchedProblem, x: Tensor, state: Any, step: Tensor, active: Tensor, halvings: int = HALVINGS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first of the points ``x + step, x + step / 2, ...`` with a smaller residual, that residual, and the `active`
     lanes that have none, which stay at x."""
 
     def at(length: Tensor) -> Point:
         new_x = x + length[:, None] * step
-        return new_x, rows.fn(new_x)
+        return new_x, problem.fn(new_x)
 
     def enough(new: Point, length: Tensor) -> Tensor:
         # A step of length zero is no progress.

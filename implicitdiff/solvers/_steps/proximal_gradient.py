@@ -14,14 +14,14 @@ from torch import Tensor
 from implicitdiff.solvers._loop.equations import Composite
 from implicitdiff.solvers._loop.method import Method, Start
 from implicitdiff.solvers._loop.options import check_number
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, norm, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, dot, norm, select
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._loop.termination import change, composite_size
 from implicitdiff.solvers._steps.backtracking import GROWTH, Point, backtrack, lies_below
 
-Prox = Callable[[Rows, Tensor, Tensor], Tensor]
-"""``prox(rows, v, stepsize) -> x``, with stepsizes of shape ``(lanes,)``."""
+Prox = Callable[[BatchedProblem, Tensor, Tensor], Tensor]
+"""``prox(problem, v, stepsize) -> x``, with stepsizes of shape ``(lanes,)``."""
 
 
 class ProximalGradientMemory(NamedTuple):
@@ -65,49 +65,55 @@ def method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) ->
     return Method(start, step, ProximalGradientMemory, 100_000, residual=held, size=_size, runs_off=off)
 
 
-def _start(rows: Rows, x: Tensor, *, stepsize: float) -> Start:
-    value, grad = rows.fn.value_and_grad(x)
+def _start(problem: BatchedProblem, x: Tensor, *, stepsize: float) -> Start:
+    value, grad = problem.fn.value_and_grad(x)
     one = torch.ones_like(value)
-    residual = _residual(rows, x, grad)
+    residual = _residual(problem, x, grad)
     return Start(norm(residual), ProximalGradientMemory(residual, one * stepsize, x, value, grad, momentum=one))
 
 
-def _residual(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
-    return rows.residual.away(rows, x, grad) if isinstance(rows.residual, Composite) else grad
+def _residual(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
+    return problem.residual.prox_residual(problem, x, grad) if isinstance(problem.residual, Composite) else grad
 
 
-def _size(rows: Rows, x: Tensor, memory: ProximalGradientMemory) -> Tensor:
+def _size(problem: BatchedProblem, x: Tensor, memory: ProximalGradientMemory) -> Tensor:
     """At the initial guess, where ``point`` is ``x``."""
-    if isinstance(rows.residual, Composite):
-        return composite_size(rows, x, memory.grad)
-    return norm(change(rows.residual, rows, x, memory.grad, is_guess=True))
+    if isinstance(problem.residual, Composite):
+        return composite_size(problem, x, memory.grad)
+    return norm(change(problem.residual, problem, x, memory.grad, is_guess=True))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[ProximalGradientMemory], *, prox: Prox, search: bool, acceleration: bool
+    problem: BatchedProblem,
+    x: Tensor,
+    state: State[ProximalGradientMemory],
+    *,
+    prox: Prox,
+    search: bool,
+    acceleration: bool,
 ) -> tuple[Tensor, State[ProximalGradientMemory]]:
-    (new_x, value, grad), size, failed = _descend(rows, prox, state, search)
-    residual = _residual(rows, new_x, grad)
+    (new_x, value, grad), size, failed = _descend(problem, prox, state, search)
+    residual = _residual(problem, new_x, grad)
     memory = ProximalGradientMemory(residual, size, new_x, value, grad, state.memory.momentum)
     if acceleration:
-        memory = _accelerate(rows, x, state.memory, memory)
+        memory = _accelerate(problem, x, state.memory, memory)
     status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status)
     return new_x, state._replace(error=norm(residual), status=status, memory=memory)
 
 
 def _descend(
-    rows: Rows, prox: Prox, state: State[ProximalGradientMemory], search: bool
+    problem: BatchedProblem, prox: Prox, state: State[ProximalGradientMemory], search: bool
 ) -> tuple[Point, Tensor, Tensor]:
     """A step from ``point``, its size, and the lanes in which no size will do."""
     memory = state.memory
 
     def at(size: Tensor) -> Point:
-        x = prox(rows, memory.point - size[:, None] * memory.grad, size)
-        return (x, *rows.fn.value_and_grad(x))
+        x = prox(problem, memory.point - size[:, None] * memory.grad, size)
+        return (x, *problem.fn.value_and_grad(x))
 
     def enough(new: Point, size: Tensor) -> Tensor:
         d = new[0] - memory.point
-        return lies_below(rows, (memory.point, memory.value, memory.grad), new, dot(d, d) / (2.0 * size))
+        return lies_below(problem, (memory.point, memory.value, memory.grad), new, dot(d, d) / (2.0 * size))
 
     if not search:
         return at(memory.stepsize), memory.stepsize, torch.zeros_like(state.status, dtype=torch.bool)
@@ -116,7 +122,7 @@ def _descend(
 
 
 def _accelerate(
-    rows: Rows, x: Tensor, old: ProximalGradientMemory, new: ProximalGradientMemory
+    problem: BatchedProblem, x: Tensor, old: ProximalGradientMemory, new: ProximalGradientMemory
 ) -> ProximalGradientMemory:
     """The memory with its point ahead of the new one, which it is given with."""
     new_x = new.point
@@ -124,14 +130,14 @@ def _accelerate(
     t = torch.where(uphill, 1.0, old.momentum)
     next_t = (1.0 + torch.sqrt(1.0 + 4.0 * t**2)) / 2.0
     ahead = new_x + ((t - 1.0) / next_t)[:, None] * (new_x - x)
-    value, grad = rows.fn.value_and_grad(ahead)
+    value, grad = problem.fn.value_and_grad(ahead)
     outside = ~(torch.isfinite(value) & torch.isfinite(grad).all(dim=-1))
     if any_lane(outside):
         # Momentum leaves the domain where the iterates stay inside: it begins again.
-        if not rows.plain:
+        if not problem.plain:
             # No derivative may pass through such a point, not even one that is multiplied by zero.
             ahead = select(outside, new_x, ahead)
-            value, grad = rows.fn.value_and_grad(ahead)
+            value, grad = problem.fn.value_and_grad(ahead)
         pairs = ((new_x, ahead), (new.value, value), (new.grad, grad))
         ahead, value, grad = (select(outside, inside, out) for inside, out in pairs)
         next_t = torch.where(outside, 1.0, next_t)
