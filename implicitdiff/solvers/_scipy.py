@@ -23,8 +23,8 @@ from torch import Tensor
 import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.operators import with_vectors
 from implicitdiff.solvers._loop.equations import EquationOf
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, norm
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm
 from implicitdiff.solvers._loop.solver import Solver, SolverImpl, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
@@ -53,7 +53,7 @@ class ScipyMemory(NamedTuple):
         return bytes(self.message.tolist()).rstrip(b"\0").decode(errors="replace")
 
 
-class Lane:
+class LaneFunctions:
     """The functions of one lane as SciPy calls them, from and to arrays of float64.
 
     Attributes:
@@ -66,7 +66,7 @@ class Lane:
 
     def __init__(self, problem: BatchedProblem, x: Tensor) -> None:
         self.fn, self.function, self.eps = problem.fn, problem.function, problem.eps
-        self.like, self.x0 = x, _array(x)
+        self.like, self.x0 = x, _to_array(x)
         self.nfev, self.last = 0, self.x0
         self.failure: Exception | None = None
         self._at: tuple[Array, Callable[[Tensor], Tensor]] | None = None
@@ -77,7 +77,7 @@ class Lane:
 
     def jacobian(self, x: Array) -> Array:
         """Its matrix of derivatives."""
-        return _array(self._call(self.fn.jacobian, x)[1])
+        return _to_array(self._call(self.fn.jacobian, x)[1])
 
     def objective(self, x: Array) -> float:
         """The value of a function to numbers."""
@@ -86,22 +86,24 @@ class Lane:
     def objective_and_gradient(self, x: Array) -> tuple[float, Array]:
         """The same with its gradient."""
         value, gradient = self._call(self.fn.value_and_grad, x)
-        return float(self._value(x, value[:, None])[0]), _array(gradient)
+        return float(self._value(x, value[:, None])[0]), _to_array(gradient)
 
     def hessian_product(self, x: Array, v: Array) -> Array:
         """The Hessian times a vector."""
-        return _array(self._call(self._hessian_at(x), v))
+        return _to_array(self._call(self._hessian_at(x), v))
 
     def hessian(self, x: Array) -> Array:
         """The Hessian as a matrix."""
         products = with_vectors(self._hessian_at(x), self.fn.one_by_one)
         basis = torch.eye(len(x), dtype=self.like.dtype, device=self.like.device)
-        return _array(products(basis[:, None])[None, :, 0])
+        return _to_array(products(basis[:, None])[None, :, 0])
 
     def bounds(self) -> tuple[Array, Array]:
         """The least and the greatest values of the unknowns, by projecting from beyond."""
         clip = self.function("box")
-        return _array(clip(torch.full_like(self.like, -math.inf))), _array(clip(torch.full_like(self.like, math.inf)))
+        return _to_array(clip(torch.full_like(self.like, -math.inf))), _to_array(
+            clip(torch.full_like(self.like, math.inf))
+        )
 
     def _hessian_at(self, x: Array) -> Callable[[Tensor], Tensor]:
         # SciPy asks for many products at one point.
@@ -121,15 +123,15 @@ class Lane:
 
     def _value(self, x: Array, value: Tensor) -> Array:
         self.nfev, self.last = self.nfev + 1, x.copy()
-        return _array(value)
+        return _to_array(value)
 
 
-def _array(row: Tensor) -> Array:
+def _to_array(row: Tensor) -> Array:
     """The one row of a tensor."""
     return row[0].detach().to("cpu", torch.float64).numpy().copy()
 
 
-class End(NamedTuple):
+class SearchEnd(NamedTuple):
     """Where SciPy stopped, after how much of its budget, with which status of its own, and why that was.
 
     Attributes:
@@ -147,7 +149,7 @@ class End(NamedTuple):
     message: str
 
 
-class Engine(NamedTuple):
+class ScipyEngine(NamedTuple):
     """A solver of SciPy's.
 
     Attributes:
@@ -156,13 +158,13 @@ class Engine(NamedTuple):
         digits: default tolerances accept the precision to this power, where SciPy can do no more.
     """
 
-    solve: Callable[[Lane, float, int], Any]
+    solve: Callable[[LaneFunctions, float, int], Any]
     counts: str
     digits: float = 2 / 3
 
 
-def make_engine(
-    name: str, equation_of: EquationOf, fn: Callable[..., Any], engine: Engine, options: dict[str, Any]
+def make_scipy_solver(
+    name: str, equation_of: EquationOf, fn: Callable[..., Any], engine: ScipyEngine, options: dict[str, Any]
 ) -> Solver:
     """A solver whose one iteration is all of SciPy's.
 
@@ -175,10 +177,12 @@ def make_engine(
     """
     rtol, atol, maxiter = (options.get(option) for option in ("rtol", "atol", "maxiter"))
     step = partial(_step, engine=engine, rtol=rtol, atol=atol, budget=maxiter)
-    return make_solver(name, equation_of, (fn,), Method(_start, step, ScipyMemory, 10_000), options, kind=_EngineImpl)
+    return make_solver(
+        name, equation_of, (fn,), IterativeMethod(_start, step, ScipyMemory, 10_000), options, kind=_ScipyImpl
+    )
 
 
-class _EngineImpl(SolverImpl):
+class _ScipyImpl(SolverImpl):
     def update(self, params: Any, state: State[ScipyMemory], args: tuple[Any, ...]) -> tuple[Any, State[ScipyMemory]]:
         """The whole search, ``(params, state)``."""
         # SciPy needs plain numbers, which the caller's frame may not have, but `run` gets.
@@ -201,7 +205,7 @@ class _EngineImpl(SolverImpl):
 
 
 def _start(problem: BatchedProblem, x: Tensor) -> Start:
-    error = norm(problem.residual(problem, x))
+    error = row_norm(problem.residual(problem, x))
     none = torch.zeros_like(error, dtype=torch.int64)
     message = torch.zeros((len(x), _LONGEST), dtype=torch.uint8, device=x.device)
     return Start(error, ScipyMemory(nfev=none, code=none, message=message))
@@ -212,7 +216,7 @@ def _step(
     x: Tensor,
     state: State[ScipyMemory],
     *,
-    engine: Engine,
+    engine: ScipyEngine,
     rtol: float | None,
     atol: float | None,
     budget: int | None,
@@ -221,12 +225,12 @@ def _step(
     nfev, code, message = (t.clone() for t in state.memory)
     limit = budget or max(1000, 200 * x.shape[1])
     for i in (state.status == Status.RUNNING).nonzero()[:, 0].tolist():
-        lane = Lane(problem.lane(i), x[i : i + 1])
-        end = _solve(engine, lane, float(state.target[i]), limit)
+        lane = LaneFunctions(problem.lane(i), x[i : i + 1])
+        end = _run_scipy(engine, lane, float(state.target[i]), limit)
         new_x[i] = torch.from_numpy(end.x)
         spent[i], nfev[i], status[i], code[i] = end.spent, lane.nfev, end.why, end.code
         message[i] = _as_bytes(end.message)
-    error = norm(problem.residual(problem, new_x))
+    error = row_norm(problem.residual(problem, new_x))
     # Where it has got there, or is not finite, the loop says so.
     accepted = _accepted(state, rtol, atol, problem.eps, engine.digits)
     target = torch.where(error > state.target, accepted, state.target)
@@ -263,7 +267,7 @@ _BUDGET = re.compile("max|limit", re.IGNORECASE)
 _BREAKDOWNS = (ValueError, ArithmeticError, RuntimeError)
 
 
-def _solve(engine: Engine, lane: Lane, aim: float, limit: int) -> End:
+def _run_scipy(engine: ScipyEngine, lane: LaneFunctions, aim: float, limit: int) -> SearchEnd:
     try:
         with _without_warnings():
             result = engine.solve(lane, aim, limit)
@@ -271,7 +275,7 @@ def _solve(engine: Engine, lane: Lane, aim: float, limit: int) -> End:
         # Beyond the initial guess SciPy no longer refuses its arguments: some methods raise where numbers are not
         # finite, or a matrix is singular.
         if lane.failure is None and isinstance(error, _BREAKDOWNS) and lane.nfev > 1:
-            return End(lane.last, lane.nfev, Status.DIVERGED, code=-1, message=str(error))
+            return SearchEnd(lane.last, lane.nfev, Status.DIVERGED, code=-1, message=str(error))
         if lane.failure is None or lane.failure is error:
             raise
     if lane.failure is not None:
@@ -281,7 +285,7 @@ def _solve(engine: Engine, lane: Lane, aim: float, limit: int) -> End:
     point, message = np.array(result.x, dtype=np.float64), str(result.get("message", ""))
     is_spent = spent >= limit or _BUDGET.search(message)
     why = Status.BUDGET_SPENT if is_spent else Status.LINE_SEARCH_FAILED
-    return End(point, spent, why, int(result.get("status", 0)), message)
+    return SearchEnd(point, spent, why, int(result.get("status", 0)), message)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import check_count, check_number
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, norm, select, times
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
@@ -84,8 +84,8 @@ def anderson(
 
     step = partial(_step, ridge=ridge, mixing=mixing, safeguard=safeguard)
     start, held = partial(_start, history=history), attrgetter("residual")
-    method = Method(start, step, AndersonMemory, 1_000, residual=held, size=_size)
-    return make_solver("anderson", _equations.fixed_point, (fixed_point_fn,), method, options)
+    method = IterativeMethod(start, step, AndersonMemory, 1_000, residual=held, size=_size)
+    return make_solver("anderson", _equations.fixed_point_equation, (fixed_point_fn,), method, options)
 
 
 def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
@@ -94,12 +94,12 @@ def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
     # Y c = r, and it is so small that rounding would choose for it.
     kept = max(1, min(history, x.shape[-1]))
     none = torch.zeros_like(x)[:, None].repeat(1, kept, 1)
-    return Start(norm(residual), AndersonMemory(residual=residual, steps=none, changes=none))
+    return Start(row_norm(residual), AndersonMemory(residual=residual, steps=none, changes=none))
 
 
 def _size(problem: BatchedProblem, x: Tensor, memory: AndersonMemory) -> Tensor:
     """``|f(x)|``: the residual is the difference of ``x`` and this."""
-    return norm(x - memory.residual)
+    return row_norm(x - memory.residual)
 
 
 def _step(
@@ -113,10 +113,10 @@ def _step(
 ) -> tuple[Tensor, State[AndersonMemory]]:
     r, steps, changes = state.memory
     c = _coefficients(changes, r, max(ridge, torch.finfo(x.dtype).eps))
-    new_x = x - mixing * r - times(c, steps - mixing * changes)
+    new_x = x - mixing * r - vecmat(c, steps - mixing * changes)
     new_r = new_x - problem.fn(new_x)
     if safeguard is not None:
-        refused = ~(norm(new_r) <= safeguard * state.error)
+        refused = ~(row_norm(new_r) <= safeguard * state.error)
         if any_lane(refused):
             plain_x = x - mixing * r
             new_x = select(refused, plain_x, new_x)
@@ -124,15 +124,15 @@ def _step(
             steps, changes = (select(refused, torch.zeros_like(t), t) for t in (steps, changes))
     steps = torch.cat([steps[:, 1:], (new_x - x)[:, None]], dim=1)
     changes = torch.cat([changes[:, 1:], (new_r - r)[:, None]], dim=1)
-    return new_x, state._replace(error=norm(new_r), memory=AndersonMemory(new_r, steps, changes))
+    return new_x, state._replace(error=row_norm(new_r), memory=AndersonMemory(new_r, steps, changes))
 
 
 def _coefficients(changes: Tensor, residual: Tensor, ridge: float) -> Tensor:
     """``c`` by the normal equations; columns that are zero get none."""
-    size = norm(changes)[..., None]
+    size = row_norm(changes)[..., None]
     scale = torch.where(size > 0, 1.0 / torch.where(size > 0, size, 1.0), 0.0)
     unit = scale * changes
     gram = unit @ unit.mT
     shift = ridge + (size[..., 0] == 0).to(gram.dtype)
-    rhs = times(residual, unit.mT)
-    return _dense.solve(gram + torch.diag_embed(shift), rhs) * scale[..., 0]
+    rhs = vecmat(residual, unit.mT)
+    return _dense.solve_dense(gram + torch.diag_embed(shift), rhs) * scale[..., 0]

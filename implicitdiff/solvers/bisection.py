@@ -12,8 +12,8 @@ from torch import Tensor
 import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.equations import Equation
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, norm
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
@@ -71,18 +71,21 @@ def bisection(fn: Callable[..., Any], lower: Any, upper: Any, **options: Any) ->
         tensor(0.0833)
     """
     why = "bisection has no derivative of its own"
-    method = Method(_start, _step, BisectionMemory, 10_000, is_judged=False, only_implicit=why)
-    pose, guess = partial(_bracketed, lower=lower, upper=upper), partial(_guess, lower, upper)
+    method = IterativeMethod(_start, _step, BisectionMemory, 10_000, is_judged=False, only_implicit=why)
+    pose, guess = partial(_bracketed_equation, lower=lower, upper=upper), partial(_guess_or_middle, lower, upper)
     return make_solver("bisection", pose, (fn,), method, options, guess)
 
 
-def _bracketed(fn: Callable[..., Any], *, lower: Any, upper: Any) -> Equation:
-    root = _equations.root(fn)
-    ends = {"lower": lambda x, args: _spread("lower", lower, x), "upper": lambda x, args: _spread("upper", upper, x)}
+def _bracketed_equation(fn: Callable[..., Any], *, lower: Any, upper: Any) -> Equation:
+    root = _equations.root_equation(fn)
+    ends = {
+        "lower": lambda x, args: _expand_bound("lower", lower, x),
+        "upper": lambda x, args: _expand_bound("upper", upper, x),
+    }
     return root._replace(functions={**root.functions, **ends})
 
 
-def _guess(lower: Any, upper: Any, params: Any, /, *args: Any, **kwargs: Any) -> Any:
+def _guess_or_middle(lower: Any, upper: Any, params: Any, /, *args: Any, **kwargs: Any) -> Any:
     return _middle(lower, upper) if params is None else params
 
 
@@ -97,7 +100,7 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start:
         )
     inside = _clip(x, lower, upper)
     residual = problem.fn(inside)
-    size = norm(residual)
+    size = row_norm(residual)
     # A guess outside of its bracket is no solution, whatever the residual inside.
     error = torch.where((inside == x).all(dim=-1), size, torch.finfo(x.dtype).max)
     largest = torch.maximum(low.abs(), high.abs())
@@ -117,14 +120,14 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[BisectionMemory]) -> 
     ended = torch.where(sound, int(Status.CONVERGED), int(Status.DIVERGED))
     status = torch.where(collapsed, ended, state.status)
     memory = BisectionMemory(residual, lower, upper, rising, largest)
-    return x, state._replace(error=norm(residual), status=status, memory=memory)
+    return x, state._replace(error=row_norm(residual), status=status, memory=memory)
 
 
 def _clip(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(x, lower), upper)
 
 
-def _spread(name: str, value: Any, x: Any) -> Any:
+def _expand_bound(name: str, value: Any, x: Any) -> Any:
     """A bound as a tree like `x`."""
     leaves, structure = pytree.flatten(x)
     try:

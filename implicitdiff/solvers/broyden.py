@@ -12,9 +12,9 @@ from torch import Tensor
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.low_rank as _low_rank
-from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import check_count
-from implicitdiff.solvers._loop.problem import BatchedProblem, norm
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
@@ -66,29 +66,29 @@ def broyden(fixed_point_fn: Callable[..., Any], history: int = 20, **options: An
     check_count("broyden", "history", history)
 
     start, held = partial(_start, history=history), attrgetter("residual")
-    method = Method(start, _step, BroydenMemory, 1_000, residual=held, size=_size)
-    return make_solver("broyden", _equations.fixed_point, (fixed_point_fn,), method, options)
+    method = IterativeMethod(start, _step, BroydenMemory, 1_000, residual=held, size=_size)
+    return make_solver("broyden", _equations.fixed_point_equation, (fixed_point_fn,), method, options)
 
 
 def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
     residual = x - problem.fn(x)
     none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
     rank = torch.zeros_like(x[:, :1].sum(dim=-1), dtype=torch.int64)
-    return Start(norm(residual), BroydenMemory(residual=residual, u=none, v=none, rank=rank))
+    return Start(row_norm(residual), BroydenMemory(residual=residual, u=none, v=none, rank=rank))
 
 
 def _size(problem: BatchedProblem, x: Tensor, memory: BroydenMemory) -> Tensor:
     """``|f(x)|``: the residual is the difference of ``x`` and this."""
-    return norm(x - memory.residual)
+    return row_norm(x - memory.residual)
 
 
 def _step(problem: BatchedProblem, x: Tensor, state: State[BroydenMemory]) -> tuple[Tensor, State[BroydenMemory]]:
     r, u, v, rank = state.memory
-    new_x = x - _low_rank.product(_identity, u, v, r)
+    new_x = x - _low_rank.apply_inverse(_initial_inverse, u, v, r)
     new_r = new_x - problem.fn(new_x)
-    u, v, rank = _low_rank.updated(_identity, _identity, u, v, rank, new_x - x, new_r - r)
-    return new_x, state._replace(error=norm(new_r), memory=BroydenMemory(new_r, u, v, rank))
+    u, v, rank = _low_rank.broyden_update(_initial_inverse, _initial_inverse, u, v, rank, new_x - x, new_r - r)
+    return new_x, state._replace(error=row_norm(new_r), memory=BroydenMemory(new_r, u, v, rank))
 
 
-def _identity(x: Tensor) -> Tensor:
+def _initial_inverse(x: Tensor) -> Tensor:
     return x

@@ -13,13 +13,13 @@ from torch import Tensor
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.low_rank as _low_rank
-from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import check_count
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, norm, select, times
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._steps.newton import shorten
+from implicitdiff.solvers._steps.newton import shorten_step
 
 
 class BroydenRootMemory(NamedTuple):
@@ -76,15 +76,15 @@ def broyden_root(
     check_count("broyden_root", "history", history)
 
     start, step = partial(_start, history=history), partial(_step, backtracking=backtracking)
-    method = Method(start, step, BroydenRootMemory, 1_000, residual=attrgetter("residual"))
-    return make_solver("broyden_root", _equations.root, (residual_fn,), method, options)
+    method = IterativeMethod(start, step, BroydenRootMemory, 1_000, residual=attrgetter("residual"))
+    return make_solver("broyden_root", _equations.root_equation, (residual_fn,), method, options)
 
 
 def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
     residual = problem.fn(x)
     none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
-    inverse = _dense.inverse(problem.fn.jacobian(x)[1])
-    error = norm(residual)
+    inverse = _dense.invert_dense(problem.fn.jacobian(x)[1])
+    error = row_norm(residual)
     zero = torch.zeros_like(error, dtype=torch.int64)
     return Start(error, BroydenRootMemory(residual, inverse, none, none, rank=zero, slow=zero, age=zero))
 
@@ -93,38 +93,38 @@ def _step(
     problem: BatchedProblem, x: Tensor, state: State[BroydenRootMemory], *, backtracking: bool
 ) -> tuple[Tensor, State[BroydenRootMemory]]:
     old, running = state.memory, state.status == Status.RUNNING
-    state = _renewed(problem, x, state, running & ((old.rank >= old.u.shape[1]) | (old.slow >= _SLOW)))
-    direction = _direction(state.memory)
+    state = _renew_jacobian(problem, x, state, running & ((old.rank >= old.u.shape[1]) | (old.slow >= _SLOW_STEPS)))
+    direction = _broyden_direction(state.memory)
     if backtracking:
-        new_x, new_r, state = _shortened(problem, x, direction, state)
+        new_x, new_r, state = _shorten_or_renew(problem, x, direction, state)
     else:
         new_x = x + direction
         new_r = problem.fn(new_x)
-    memory, error = state.memory, norm(new_r)
-    first, adjoint = _times(memory.inverse), _times(memory.inverse.mT)
+    memory, error = state.memory, row_norm(new_r)
+    first, adjoint = _product_with(memory.inverse), _product_with(memory.inverse.mT)
     s, y = new_x - x, new_r - memory.residual
-    u, v, rank = _low_rank.updated(first, adjoint, memory.u, memory.v, memory.rank, s, y)
+    u, v, rank = _low_rank.broyden_update(first, adjoint, memory.u, memory.v, memory.rank, s, y)
     slow = torch.where(error > 0.5 * state.error, memory.slow + 1, 0)
     memory = BroydenRootMemory(new_r, memory.inverse, u, v, rank, slow, memory.age + 1)
     return new_x, state._replace(error=error, memory=memory)
 
 
-def _shortened(
+def _shorten_or_renew(
     problem: BatchedProblem, x: Tensor, direction: Tensor, state: State[BroydenRootMemory]
 ) -> tuple[Tensor, Tensor, State[BroydenRootMemory]]:
     """The next point, its residual, and the state before it: a step that a few halvings do not save may point uphill,
     so the Jacobian is computed again, whose step points downhill."""
-    new_x, new_r, refused = shorten(problem, x, state, direction, state.status == Status.RUNNING, _HALVINGS)
+    new_x, new_r, refused = shorten_step(problem, x, state, direction, state.status == Status.RUNNING, _HALVINGS)
     if any_lane(refused):
-        state = _renewed(problem, x, state, refused)
-        again_x, again_r, still = shorten(problem, x, state, _direction(state.memory), refused)
+        state = _renew_jacobian(problem, x, state, refused)
+        again_x, again_r, still = shorten_step(problem, x, state, _broyden_direction(state.memory), refused)
         new_x, new_r = select(refused, again_x, new_x), select(refused, again_r, new_r)
         status = torch.where(refused & still, int(Status.LINE_SEARCH_FAILED), state.status)
         state = state._replace(status=status)
     return new_x, new_r, state
 
 
-def _renewed(
+def _renew_jacobian(
     problem: BatchedProblem, x: Tensor, state: State[BroydenRootMemory], where: Tensor
 ) -> State[BroydenRootMemory]:
     """The state with the Jacobian at x and no corrections, in some lanes, unless it is that already."""
@@ -133,7 +133,7 @@ def _renewed(
     if not any_lane(where):
         return state
     memory = old._replace(
-        inverse=select(where, _dense.inverse(problem.fn.jacobian(x)[1]), old.inverse),
+        inverse=select(where, _dense.invert_dense(problem.fn.jacobian(x)[1]), old.inverse),
         u=select(where, torch.zeros_like(old.u), old.u),
         v=select(where, torch.zeros_like(old.v), old.v),
         rank=torch.where(where, 0, old.rank),
@@ -143,15 +143,15 @@ def _renewed(
     return state._replace(memory=memory)
 
 
-def _direction(memory: BroydenRootMemory) -> Tensor:
-    return -_low_rank.product(_times(memory.inverse), memory.u, memory.v, memory.residual)
+def _broyden_direction(memory: BroydenRootMemory) -> Tensor:
+    return -_low_rank.apply_inverse(_product_with(memory.inverse), memory.u, memory.v, memory.residual)
 
 
-def _times(matrix: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: times(x, matrix.mT)
+def _product_with(matrix: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: vecmat(x, matrix.mT)
 
 
-_SLOW = 3
+_SLOW_STEPS = 3
 """After how many steps in a row that have not halved the error the Jacobian is computed again."""
 _HALVINGS = 3
 """How often a step is halved before the Jacobian is computed again."""

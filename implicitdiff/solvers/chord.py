@@ -13,8 +13,8 @@ import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
 from implicitdiff._implicit.linear import LinearSolver
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import BatchedProblem, norm, times
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
@@ -67,15 +67,15 @@ def chord(
 
     start = partial(_start, linear_solve=linear_solve)
     step = partial(_step, linear_solve=linear_solve, backtracking=backtracking)
-    method = Method(start, step, ChordMemory, 1_000, residual=attrgetter("residual"))
-    return make_solver("chord", _equations.root, (residual_fn,), method, options)
+    method = IterativeMethod(start, step, ChordMemory, 1_000, residual=attrgetter("residual"))
+    return make_solver("chord", _equations.root_equation, (residual_fn,), method, options)
 
 
 def _start(problem: BatchedProblem, x: Tensor, *, linear_solve: LinearSolver | None) -> Start:
     residual = problem.fn(x)
     empty = x.new_zeros((x.shape[0], 0, 0))
-    inverse = _dense.inverse(problem.fn.jacobian(x)[1]) if linear_solve is None else empty
-    return Start(norm(residual), ChordMemory(residual=residual, point=x, inverse=inverse))
+    inverse = _dense.invert_dense(problem.fn.jacobian(x)[1]) if linear_solve is None else empty
+    return Start(row_norm(residual), ChordMemory(residual=residual, point=x, inverse=inverse))
 
 
 def _step(
@@ -88,8 +88,8 @@ def _step(
 ) -> tuple[Tensor, State[ChordMemory]]:
     memory = state.memory
     if linear_solve is None:
-        direction = -times(memory.residual, memory.inverse.mT)
+        direction = -vecmat(memory.residual, memory.inverse.mT)
     else:
-        direction = -_newton.solve(problem, memory.point, memory.residual, linear_solve)
-    x, residual, status = _newton.move(problem, x, state, direction, backtracking)
-    return x, state._replace(error=norm(residual), status=status, memory=memory._replace(residual=residual))
+        direction = -_newton.newton_direction(problem, memory.point, memory.residual, linear_solve)
+    x, residual, status = _newton.take_step(problem, x, state, direction, backtracking)
+    return x, state._replace(error=row_norm(residual), status=status, memory=memory._replace(residual=residual))

@@ -10,21 +10,21 @@ from torch import Tensor
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.dogleg as _dogleg
-from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, norm, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._steps.dogleg import DoglegMemory
 from implicitdiff.solvers._steps.least_squares import (
     curvature,
-    gradient,
     half_squares,
-    newton_step,
+    least_squares_newton_step,
+    normal_gradient,
     normal_residual,
     normal_size,
 )
-from implicitdiff.solvers._steps.trust_region import check_radius, root
+from implicitdiff.solvers._steps.trust_region import check_radius, scaling_of
 
 
 def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any) -> Solver:
@@ -66,7 +66,7 @@ def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any)
     check_radius("dogleg", radius)
 
     start = partial(_start, radius=radius)
-    method = Method(
+    method = IterativeMethod(
         start,
         _step,
         DoglegMemory,
@@ -76,33 +76,33 @@ def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any)
         steps_tell=True,
         newton_step=_newton_step,
     )
-    return make_solver("dogleg", _equations.least_squares, (residual_fn,), method, options)
+    return make_solver("dogleg", _equations.least_squares_equation, (residual_fn,), method, options)
 
 
 def _start(problem: BatchedProblem, x: Tensor, *, radius: float) -> Start:
-    memory = _dogleg.begin(problem, x, radius)
-    return Start(norm(normal_residual(memory)), memory)
+    memory = _dogleg.initial_memory(problem, x, radius)
+    return Start(row_norm(normal_residual(memory)), memory)
 
 
 def _step(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
     old = state.memory
-    trial, radius = _dogleg.attempt(problem, x, state, partial(_dogleg.least, eps=problem.eps))
-    asked, at_trial = trial.good | trial.hidden, (old.residual, old.jacobian)
+    trial, radius = _dogleg.try_dogleg(problem, x, state, partial(_dogleg.regularised_step, eps=problem.eps))
+    asked, at_trial = trial.good | trial.by_gradient, (old.residual, old.jacobian)
     accepted = asked
     if any_lane(asked):
         at_trial = problem.fn.jacobian(select(asked, trial.x, x))
         # Where rounding hides the gain, the gradient tells.
         flatter = _steepness(*at_trial, old.scale) < _steepness(old.residual, old.jacobian, old.scale)
-        accepted = asked & (flatter | ~trial.drowned)
-    x, state = _dogleg.conclude(x, state, trial, radius, accepted, at_trial)
-    return x, state._replace(error=norm(normal_residual(state.memory)))
+        accepted = asked & (flatter | ~trial.unresolved)
+    x, state = _dogleg.finish_step(x, state, trial, radius, accepted, at_trial)
+    return x, state._replace(error=row_norm(normal_residual(state.memory)))
 
 
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: DoglegMemory) -> NewtonStep:
     r, J = memory.residual, memory.jacobian
-    return newton_step(problem, x, r, J, half_squares(r), curvature(x, problem.fn.summed(half_squares)))
+    return least_squares_newton_step(problem, x, r, J, half_squares(r), curvature(x, problem.fn.summed(half_squares)))
 
 
 def _steepness(r: Tensor, J: Tensor, scale: Tensor) -> Tensor:
     """``|D^-1 J' r|``."""
-    return norm(gradient(J, r) / root(scale))
+    return row_norm(normal_gradient(J, r) / scaling_of(scale))

@@ -13,8 +13,8 @@ from torch import Tensor
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.dogleg as _dogleg
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, norm, select, times
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
@@ -58,48 +58,50 @@ def dogleg_root(residual_fn: Callable[..., Any], radius: float = 1.0, **options:
     check_radius("dogleg_root", radius)
 
     start = partial(_start, radius=radius)
-    method = Method(start, _step, DoglegMemory, 1_000, residual=attrgetter("residual"), size=_size, steps_tell=True)
-    return make_solver("dogleg_root", _equations.root, (residual_fn,), method, options)
+    method = IterativeMethod(
+        start, _step, DoglegMemory, 1_000, residual=attrgetter("residual"), size=_size, steps_tell=True
+    )
+    return make_solver("dogleg_root", _equations.root_equation, (residual_fn,), method, options)
 
 
 def _start(problem: BatchedProblem, x: Tensor, *, radius: float) -> Start:
-    memory = _dogleg.begin(problem, x, radius)
-    error = norm(memory.residual)
+    memory = _dogleg.initial_memory(problem, x, radius)
+    error = row_norm(memory.residual)
     # From a Jacobian that is not finite there is nowhere to go.
     known = torch.isfinite(memory.jacobian).flatten(1).all(dim=-1) | (error == 0)
     return Start(torch.where(known, error, torch.nan), memory)
 
 
 def _size(problem: BatchedProblem, x: Tensor, memory: DoglegMemory) -> Tensor:
-    return norm(times(x, memory.jacobian.mT))
+    return row_norm(vecmat(x, memory.jacobian.mT))
 
 
 def _step(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
-    trial, radius = _dogleg.attempt(problem, x, state, partial(_newton, eps=problem.eps))
-    accepted = trial.known & torch.where(trial.drowned, norm(trial.residual) < state.error, trial.good)
+    trial, radius = _dogleg.try_dogleg(problem, x, state, partial(_newton_or_least_squares, eps=problem.eps))
+    accepted = trial.known & torch.where(trial.unresolved, row_norm(trial.residual) < state.error, trial.good)
     at_trial = state.memory.residual, state.memory.jacobian
     if any_lane(accepted):
         at_trial = problem.fn.jacobian(select(accepted, trial.x, x))
-    x, state = _dogleg.conclude(x, state, trial, radius, accepted, at_trial)
+    x, state = _dogleg.finish_step(x, state, trial, radius, accepted, at_trial)
     memory = state.memory
-    status = torch.where(memory.slow >= _PATIENCE, int(Status.LINE_SEARCH_FAILED), state.status)
-    return x, state._replace(error=norm(memory.residual), status=status)
+    status = torch.where(memory.slow >= _MAX_SLOW_STEPS, int(Status.LINE_SEARCH_FAILED), state.status)
+    return x, state._replace(error=row_norm(memory.residual), status=status)
 
 
-_PATIENCE = 20
+_MAX_SLOW_STEPS = 20
 """After how many steps in a row that gain next to nothing the method is taken to be at a minimum of ``|F|``."""
 
 
-def _newton(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
+def _newton_or_least_squares(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
     """``-A^-1 r``, in the lanes where that solves the system, else the least-squares step."""
-    s = -_dense.solve(A, r)
-    singular = ~(norm(times(s, A.mT) + r) <= _OFF * norm(r))
+    s = -_dense.solve_dense(A, r)
+    singular = ~(row_norm(vecmat(s, A.mT) + r) <= _MAX_LINEAR_RESIDUAL * row_norm(r))
     if any_lane(singular):
         eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        regular = _dense.solve(select(singular, eye.expand_as(A), A), r)
-        s = select(singular, _dogleg.least(A, r, eps=eps), -regular)
+        regular = _dense.solve_dense(select(singular, eye.expand_as(A), A), r)
+        s = select(singular, _dogleg.regularised_step(A, r, eps=eps), -regular)
     return s
 
 
-_OFF = 1e-2
+_MAX_LINEAR_RESIDUAL = 1e-2
 """The part of the residual up to which a linear system may be left unsolved."""

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import check_number
-from implicitdiff.solvers._loop.problem import BatchedProblem, norm
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
@@ -57,18 +57,18 @@ def fixed_point_iteration(fixed_point_fn: Callable[..., Any], damping: float = 0
     """
     check_number("fixed_point_iteration", "damping", damping, "a number in [0, 1)", lambda d: 0 <= d < 1)
 
-    method = Method(_start, partial(_step, damping=damping), FixedPointMemory, 100_000, size=_size)
-    return make_solver("fixed_point_iteration", _equations.fixed_point, (fixed_point_fn,), method, options)
+    method = IterativeMethod(_start, partial(_step, damping=damping), FixedPointMemory, 100_000, size=_size)
+    return make_solver("fixed_point_iteration", _equations.fixed_point_equation, (fixed_point_fn,), method, options)
 
 
 def _start(problem: BatchedProblem, x: Tensor) -> Start:
     image = problem.fn(x)
-    return Start(norm(x - image), FixedPointMemory(image))
+    return Start(row_norm(x - image), FixedPointMemory(image))
 
 
 def _size(problem: BatchedProblem, x: Tensor, memory: FixedPointMemory) -> Tensor:
     """``|f(x)|``: the residual is the difference of ``x`` and this."""
-    return norm(memory.image)
+    return row_norm(memory.image)
 
 
 def _step(
@@ -77,4 +77,4 @@ def _step(
     image = state.memory.image
     x = damping * x + (1.0 - damping) * image if damping else image
     image = problem.fn(x)
-    return x, state._replace(error=norm(x - image), memory=FixedPointMemory(image))
+    return x, state._replace(error=row_norm(x - image), memory=FixedPointMemory(image))

@@ -14,8 +14,8 @@ import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff._torch.lanes import vmap
 from implicitdiff._torch.trees import Leaves, Structure
 from implicitdiff.optim import GradientTransformation
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import BatchedProblem, norm
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
@@ -62,27 +62,29 @@ def from_optimizer(objective_fn: Callable[..., Any], transformation: GradientTra
         )
 
     start, step = partial(_start, transformation=transformation), partial(_step, transformation=transformation)
-    method = Method(start, step, FromOptimizerMemory, 100_000, residual=attrgetter("grad"))
-    return make_solver("from_optimizer", _equations.stationary, (objective_fn,), method, options)
+    method = IterativeMethod(start, step, FromOptimizerMemory, 100_000, residual=attrgetter("grad"))
+    return make_solver("from_optimizer", _equations.stationary_equation, (objective_fn,), method, options)
 
 
 def _start(problem: BatchedProblem, x: Tensor, *, transformation: GradientTransformation) -> Start:
     _, grad = problem.fn.value_and_grad(x)
-    inner = _over_lanes(transformation.init, _tree(problem, x))
-    return Start(norm(grad), FromOptimizerMemory(grad=grad, inner=inner))
+    inner = _over_lanes(transformation.init, _rows_to_tree(problem, x))
+    return Start(row_norm(grad), FromOptimizerMemory(grad=grad, inner=inner))
 
 
 def _step(
     problem: BatchedProblem, x: Tensor, state: State[FromOptimizerMemory], *, transformation: GradientTransformation
 ) -> tuple[Tensor, State[FromOptimizerMemory]]:
     old = state.memory
-    params, inner = _over_lanes(transformation.step, _tree(problem, old.grad), old.inner, _tree(problem, x))
-    x = _rows(problem, params)
+    params, inner = _over_lanes(
+        transformation.step, _rows_to_tree(problem, old.grad), old.inner, _rows_to_tree(problem, x)
+    )
+    x = _tree_to_rows(problem, params)
     _, grad = problem.fn.value_and_grad(x)
-    return x, state._replace(error=norm(grad), memory=FromOptimizerMemory(grad=grad, inner=inner))
+    return x, state._replace(error=row_norm(grad), memory=FromOptimizerMemory(grad=grad, inner=inner))
 
 
-def _tree(problem: BatchedProblem, x: Tensor) -> Any:
+def _rows_to_tree(problem: BatchedProblem, x: Tensor) -> Any:
     """The tree of some rows, with one dimension of lanes in front, whatever the vmaps, and with None for a string: an
     optimizer takes None alone."""
     leaves = problem.inputs.unravel(x)
@@ -90,7 +92,7 @@ def _tree(problem: BatchedProblem, x: Tensor) -> Any:
     return problem.structure.fill({i: t.reshape(x.shape[0], *t.shape[batch:]) for i, t in enumerate(leaves)})
 
 
-def _rows(problem: BatchedProblem, tree: Any) -> Tensor:
+def _tree_to_rows(problem: BatchedProblem, tree: Any) -> Tensor:
     leaves = problem.structure.tensors_of(tree)
     return problem.inputs.ravel([t.reshape((*problem.inputs.batch, *t.shape[1:])) for t in leaves])
 

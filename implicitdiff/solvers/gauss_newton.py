@@ -11,12 +11,12 @@ from torch import Tensor
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import BatchedProblem, norm, select, times
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._steps.least_squares import gradient, normal_residual, normal_size
+from implicitdiff.solvers._steps.least_squares import normal_gradient, normal_residual, normal_size
 
 
 class GaussNewtonMemory(NamedTuple):
@@ -61,10 +61,10 @@ def gauss_newton(residual_fn: Callable[..., Any], **options: Any) -> Solver:
         >>> solver.run(torch.tensor([1.0, 0.1]), 2.0 * torch.exp(-0.5 * t))[0]
         tensor([2.0000, 0.5000])
     """
-    method = Method(
+    method = IterativeMethod(
         _start, _step, GaussNewtonMemory, 1_000, residual=normal_residual, size=normal_size, steps_tell=True
     )
-    return make_solver("gauss_newton", _equations.least_squares, (residual_fn,), method, options)
+    return make_solver("gauss_newton", _equations.least_squares_equation, (residual_fn,), method, options)
 
 
 def _start(problem: BatchedProblem, x: Tensor) -> Start:
@@ -74,7 +74,7 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start:
             f"gauss_newton: {residual.shape[-1]} residuals do not determine {x.shape[-1]} unknowns; use "
             "levenberg_marquardt, or add a regularising residual"
         )
-    error = norm(gradient(jacobian, residual))
+    error = row_norm(normal_gradient(jacobian, residual))
     return Start(error, GaussNewtonMemory(residual, jacobian, growth=torch.ones_like(error)))
 
 
@@ -82,15 +82,15 @@ def _step(
     problem: BatchedProblem, x: Tensor, state: State[GaussNewtonMemory]
 ) -> tuple[Tensor, State[GaussNewtonMemory]]:
     r, J, _ = state.memory
-    d = -_dense.lstsq(J, r)
+    d = -_dense.lstsq_dense(J, r)
     # A least-squares solution cannot be worse than d = 0.
-    solved = norm(r + times(d, J.mT)) <= 2.0 * norm(r)
+    solved = row_norm(r + vecmat(d, J.mT)) <= 2.0 * row_norm(r)
     new_x = select(solved, x + d, x)
     new_r, J = problem.fn.jacobian(new_x)
-    growth, status = _newton.watch(state, x, new_x, r, new_r, problem.eps)
+    growth, status = _newton.watch_growth(state, x, new_x, r, new_r, problem.eps)
     status = torch.where(solved, status, int(Status.DIVERGED))
     return new_x, state._replace(
-        error=norm(gradient(J, new_r)),
+        error=row_norm(normal_gradient(J, new_r)),
         status=status,
         progress=state.progress.stepped(d, new_x),
         memory=GaussNewtonMemory(new_r, J, growth),

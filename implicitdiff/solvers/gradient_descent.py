@@ -44,9 +44,9 @@ def gradient_descent(
         >>> solver.run(torch.zeros(2), torch.tensor([1.0, 3.0]))[0]
         tensor([-0.3333,  1.6667])
     """
-    method = _proximal_gradient.method("gradient_descent", _identity, stepsize, acceleration)
-    return make_solver("gradient_descent", _equations.stationary, (objective_fn,), method, options)
+    method = _proximal_gradient.proximal_gradient_method("gradient_descent", _no_prox, stepsize, acceleration)
+    return make_solver("gradient_descent", _equations.stationary_equation, (objective_fn,), method, options)
 
 
-def _identity(problem: BatchedProblem, v: Tensor, stepsize: Tensor) -> Tensor:
+def _no_prox(problem: BatchedProblem, v: Tensor, stepsize: Tensor) -> Tensor:
     return v

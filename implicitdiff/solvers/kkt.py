@@ -99,8 +99,8 @@ def _optimality(
     g = _constraint(ineq_fn, primal, params_ineq, dual_ineq, "dual_ineq")
 
     def lagrangian(x: Any) -> Tensor:
-        value: Tensor = _call(objective_fn, x, params_obj)
-        for term in _inner(dual_eq, eq_fn, x, params_eq) + _inner(dual_ineq, ineq_fn, x, params_ineq):
+        value: Tensor = _call_with_params(objective_fn, x, params_obj)
+        for term in _inner_products(dual_eq, eq_fn, x, params_eq) + _inner_products(dual_ineq, ineq_fn, x, params_ineq):
             value = value + term
         return value
 
@@ -109,7 +109,7 @@ def _optimality(
     return KKTSolution(gradient(lagrangian, primal), h, structure.unflatten(complementarity))
 
 
-def _call(fn: Callable[..., Any], x: Any, params: Any) -> Any:
+def _call_with_params(fn: Callable[..., Any], x: Any, params: Any) -> Any:
     return fn(x) if params is None else fn(x, params)
 
 
@@ -119,15 +119,15 @@ def _constraint(fn: Callable[..., Any] | None, x: Any, params: Any, dual: Any, n
     if fn is None or dual is None:
         what = "has no function of constraints, so it must be None" if fn is None else "must not be None"
         raise ValueError(f"make_kkt_optimality_fn: {name} {what}, got {pytree.describe(dual)}")
-    values = _call(fn, x, params)
+    values = _call_with_params(fn, x, params)
     leaves, structure = pytree.flatten(dual)
     check_like(f"make_kkt_optimality_fn: {name_of(fn)}'s result", values, dual, leaves, structure, name)
     return values
 
 
-def _inner(dual: Any, fn: Callable[..., Any] | None, x: Any, params: Any) -> Leaves:
+def _inner_products(dual: Any, fn: Callable[..., Any] | None, x: Any, params: Any) -> Leaves:
     """The terms of the inner product, one a leaf."""
     if fn is None:
         return []
-    leaves, structure = pytree.flatten(_call(fn, x, params))
+    leaves, structure = pytree.flatten(_call_with_params(fn, x, params))
     return [(d * v).sum() for d, v in zip(structure.tensors_of(dual), leaves, strict=True)]

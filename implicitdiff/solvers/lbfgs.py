@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, newton_step
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, objective_newton_step
 from implicitdiff.solvers._loop.options import check_count
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, dot, norm, safe_divide, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._steps.line_search import arrive, begin, fell, search, unit_step
+from implicitdiff.solvers._steps.line_search import fields_at, initial_fields, search, unit_step, value_fell
 
 
 class LbfgsMemory(NamedTuple):
@@ -84,12 +84,12 @@ def lbfgs(objective_fn: Callable[..., Any], history: int = 10, **options: Any) -
 
     start = partial(_start, history=history)
     held, off = attrgetter("grad"), Status.UNBOUNDED
-    method = Method(start, _step, LbfgsMemory, 10_000, residual=held, newton_step=_newton_step, runs_off=off)
-    return make_solver("lbfgs", _equations.stationary, (objective_fn,), method, options)
+    method = IterativeMethod(start, _step, LbfgsMemory, 10_000, residual=held, newton_step=_newton_step, runs_off=off)
+    return make_solver("lbfgs", _equations.stationary_equation, (objective_fn,), method, options)
 
 
 def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
-    error, fields = begin(problem, x)
+    error, fields = initial_fields(problem, x)
     none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
     eye = torch.eye(history, dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
     mark = torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2)
@@ -104,24 +104,24 @@ def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
 
 def _step(problem: BatchedProblem, x: Tensor, state: State[LbfgsMemory]) -> tuple[Tensor, State[LbfgsMemory]]:
     old = state.memory
-    direction = _direction(old, old.grad)
+    direction = _lbfgs_direction(old, old.grad)
     told = (old.ahead != 0).any(dim=-1)
     if any_lane(told):
         direction = select(told, old.ahead, direction)
     point, failed, status = search(problem, x, state, direction, torch.ones_like(old.value))
-    new = _remember(old, point.x - x, point.grad - old.grad, problem.eps)
-    new = new._replace(**arrive(old, point), ahead=torch.zeros_like(old.ahead))
-    progress = state.progress.fallen(fell(problem, old, point))
-    state = state._replace(error=norm(point.grad), status=status, progress=progress, memory=new)
-    return point.x, _restarted(failed, state, problem.eps) if any_lane(failed) else state
+    new = _append_pair(old, point.x - x, point.grad - old.grad, problem.eps)
+    new = new._replace(**fields_at(old, point), ahead=torch.zeros_like(old.ahead))
+    progress = state.progress.fallen(value_fell(problem, old, point))
+    state = state._replace(error=row_norm(point.grad), status=status, progress=progress, memory=new)
+    return point.x, _restart_lanes(failed, state, problem.eps) if any_lane(failed) else state
 
 
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: LbfgsMemory) -> NewtonStep:
-    step = newton_step(problem, x, memory, lambda v: -_direction(memory, v), few_products(problem, x))
+    step = objective_newton_step(problem, x, memory, lambda v: -_lbfgs_direction(memory, v), few_products(problem, x))
     return step._replace(memory=memory._replace(ahead=step.d))
 
 
-def _direction(memory: LbfgsMemory, grad: Tensor) -> Tensor:
+def _lbfgs_direction(memory: LbfgsMemory, grad: Tensor) -> Tensor:
     """``-H g``. The loops of the two-loop recursion are back and forward substitution."""
     s, y, triangle, grad = memory.steps, memory.changes, memory.products, grad[:, None]
     a = torch.linalg.solve_triangular(triangle.mT, s @ grad.mT, upper=True)
@@ -132,10 +132,10 @@ def _direction(memory: LbfgsMemory, grad: Tensor) -> Tensor:
     return direction[:, 0]
 
 
-def _remember(memory: LbfgsMemory, s: Tensor, y: Tensor, eps: float) -> LbfgsMemory:
+def _append_pair(memory: LbfgsMemory, s: Tensor, y: Tensor, eps: float) -> LbfgsMemory:
     """The memory with one pair more, zero where its curvature is not positive."""
-    sy, yy = dot(s, y), dot(y, y)
-    good = (sy > eps * norm(s) * norm(y)) & (yy > 0)
+    sy, yy = row_dot(s, y), row_dot(y, y)
+    good = (sy > eps * row_norm(s) * row_norm(y)) & (yy > 0)
     s, y = (torch.where(good[:, None], t, 0.0)[:, None] for t in (s, y))
     steps = torch.cat([memory.steps[:, 1:], s], dim=1)
     last = torch.cat([y @ steps[:, :-1].mT, torch.where(good, sy, 1.0)[:, None, None]], dim=2)
@@ -147,12 +147,12 @@ def _remember(memory: LbfgsMemory, s: Tensor, y: Tensor, eps: float) -> LbfgsMem
     )
 
 
-def _restarted(failed: Tensor, state: State[LbfgsMemory], eps: float) -> State[LbfgsMemory]:
+def _restart_lanes(failed: Tensor, state: State[LbfgsMemory], eps: float) -> State[LbfgsMemory]:
     """The state whose failed lanes restart from the gradient; a lane fails that was there already, or in which since
     the last restart neither the value has fallen nor the gradient has halved."""
     memory = state.memory
     fresh = (memory.steps == 0).all(dim=2).all(dim=1)
-    here = torch.stack([memory.value.detach(), norm(memory.grad)], dim=-1)
+    here = torch.stack([memory.value.detach(), row_norm(memory.grad)], dim=-1)
     noise = 10 * eps * memory.magnitude
     nowhere = (here[:, 0] >= memory.mark[:, 0] - noise) & (2 * here[:, 1] >= memory.mark[:, 1])
     eye = torch.eye(memory.products.shape[1], dtype=memory.products.dtype, device=memory.products.device)

@@ -13,23 +13,23 @@ from torch import Tensor
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.bounds import Limits, limits_of, limits_on
-from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import check_count
 from implicitdiff.solvers._loop.problem import (
     BatchedProblem,
     any_lane,
-    dot,
     largest_entry,
-    norm,
+    row_dot,
+    row_norm,
     safe_divide,
     select,
-    times,
+    vecmat,
 )
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._loop.termination import composite_size
-from implicitdiff.solvers._steps.line_search import Segment, arrive, search, unit_step
+from implicitdiff.solvers._steps.line_search import Segment, fields_at, search, unit_step
 
 
 class LbfgsBMemory(NamedTuple):
@@ -109,14 +109,12 @@ def lbfgs_b(objective_fn: Callable[..., Any], bounds: Any, history: int = 10, **
     check_count("lbfgs_b", "history", history)
 
     start = partial(_start, history=history)
-    equation_of = partial(_boxed, limits=limits_of("lbfgs_b", bounds))
+    equation_of = partial(
+        _equations.boxed_by, smooth_of=_equations.stationary_equation, limits=limits_of("lbfgs_b", bounds)
+    )
     held, off = attrgetter("residual"), Status.UNBOUNDED
-    method = Method(start, _step, LbfgsBMemory, 10_000, residual=held, size=_size, runs_off=off)
+    method = IterativeMethod(start, _step, LbfgsBMemory, 10_000, residual=held, size=_size, runs_off=off)
     return make_solver("lbfgs_b", equation_of, (objective_fn,), method, options)
-
-
-def _boxed(fn: Callable[..., Any], limits: tuple[Any, Any]) -> _equations.Equation:
-    return _equations.boxed(_equations.stationary(fn), *limits)
 
 
 def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
@@ -136,23 +134,18 @@ def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
         mark=torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2),
     )
     # The gradient of a value that is not a number may be finite.
-    return Start(torch.where(torch.isfinite(value), norm(residual), torch.nan), memory)
+    return Start(torch.where(torch.isfinite(value), row_norm(residual), torch.nan), memory)
 
 
 def _size(problem: BatchedProblem, x: Tensor, memory: LbfgsBMemory) -> Tensor:
     return composite_size(problem, limits_on(problem).clip(x), memory.grad)
 
 
-def _pull(limits: Limits, x: Tensor, grad: Tensor) -> Tensor:
-    """The gradient with zeros where a bound holds against it."""
-    return torch.where(limits.held(x, grad), 0.0, grad)
-
-
 def _first_curvature(limits: Limits, x: Tensor, grad: Tensor, eps: float) -> Tensor:
     """As in the code of the paper's authors: 1 in a box, else so that the first step is no longer than 1. But no step
     is so short that it would be lost in the rounding of ``x``."""
     is_box = (torch.isfinite(limits.lower) & torch.isfinite(limits.upper)).all(dim=-1)
-    pull = _pull(limits, x, grad)
+    pull = limits.free_gradient(x, grad)
     usual = torch.where(is_box, 1.0, 1 / unit_step(pull))
     step, shortest = largest_entry(pull), eps ** (1 / 2) * largest_entry(x)
     return torch.where((step > 0) & (step < shortest * usual), safe_divide(step, shortest), usual)
@@ -161,14 +154,14 @@ def _first_curvature(limits: Limits, x: Tensor, grad: Tensor, eps: float) -> Ten
 def _step(problem: BatchedProblem, x: Tensor, state: State[LbfgsBMemory]) -> tuple[Tensor, State[LbfgsBMemory]]:
     old, limits = state.memory, limits_on(problem)
     x = limits.clip(x)
-    direction = _target(old, limits, x, problem.eps) - x
+    direction = _model_minimum(old, limits, x, problem.eps) - x
     one = torch.ones_like(old.value)
     point, failed, status = search(problem, x, state, direction, one, segment=_segment(limits, x, direction))
     residual = limits.residual(point.x, point.grad)
-    new = _remember(old, point.x - x, point.grad - old.grad, problem.eps)
-    new = new._replace(**arrive(old, point), residual=residual)
-    state = state._replace(error=norm(residual), status=status, memory=new)
-    return point.x, _restarted(failed, limits, point.x, state, problem.eps) if any_lane(failed) else state
+    new = _append_scaled_pair(old, point.x - x, point.grad - old.grad, problem.eps)
+    new = new._replace(**fields_at(old, point), residual=residual)
+    state = state._replace(error=row_norm(residual), status=status, memory=new)
+    return point.x, _restart_in_box(failed, limits, point.x, state, problem.eps) if any_lane(failed) else state
 
 
 def _segment(limits: Limits, x: Tensor, direction: Tensor) -> Segment:
@@ -217,17 +210,17 @@ def _model(memory: LbfgsBMemory) -> _Model:
     squares = curvature / b**2 * (s @ s.mT) + torch.diag_embed(absent.to(s.dtype))
     inverse = torch.cat([above, torch.cat([lower, squares], dim=-1)], dim=-2)
     W = torch.cat([y / a[..., None], curvature / b * s], dim=1).mT
-    return _Model(memory.curvature[:, None], W, inverse, _dense.inverse(inverse))
+    return _Model(memory.curvature[:, None], W, inverse, _dense.invert_dense(inverse))
 
 
-def _target(memory: LbfgsBMemory, limits: Limits, x: Tensor, eps: float) -> Tensor:
+def _model_minimum(memory: LbfgsBMemory, limits: Limits, x: Tensor, eps: float) -> Tensor:
     """The minimum of the model over the unknowns that are free at the Cauchy point, in the box."""
     model, grad = _model(memory), memory.grad
     cauchy, free = _cauchy_point(model, limits, x, grad, eps)
     step = _subspace_step(model, cauchy - x, grad, free)
     step = torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, 0.0)
     target = limits.clip(cauchy + step)
-    uphill = ~(dot(target - x, grad) < 0)
+    uphill = ~(row_dot(target - x, grad) < 0)
     if not any_lane(uphill):
         return target
     # The model falls on the way to its minimum, but not on every way to the clipped one.
@@ -286,22 +279,22 @@ def _subspace_step(model: _Model, z: Tensor, grad: Tensor, free: Tensor) -> Tens
     """From the Cauchy point ``x + z`` to the minimum of the model over the free unknowns: ``- B_FF^-1 r`` for the
     gradient ``r`` of the model there, by the formula of Sherman, Morrison and Woodbury."""
     W = torch.where(free[..., None], model.W, 0.0)
-    r = grad + model.curvature * z - times(times(times(z, model.W), model.M), model.W.mT)
+    r = grad + model.curvature * z - vecmat(vecmat(vecmat(z, model.W), model.M), model.W.mT)
     r = torch.where(free, r, 0.0)
     small = model.inverse - W.mT @ W / model.curvature[..., None]
-    return -(r + times(_dense.solve(small, times(r, W)), W.mT) / model.curvature) / model.curvature
+    return -(r + vecmat(_dense.solve_dense(small, vecmat(r, W)), W.mT) / model.curvature) / model.curvature
 
 
 # --- the history ------------------------------------------------------------------------------------------------------
 
 
-def _remember(memory: LbfgsBMemory, s: Tensor, y: Tensor, eps: float) -> LbfgsBMemory:
+def _append_scaled_pair(memory: LbfgsBMemory, s: Tensor, y: Tensor, eps: float) -> LbfgsBMemory:
     """The memory with one pair more, if its curvature is positive."""
     # B does not depend on the length of a pair, so that needs no derivative.
-    length = norm(s)
+    length = row_norm(s)
     s, y = (safe_divide(t, length[:, None].expand_as(t)) for t in (s, y))
-    sy, yy = dot(s, y), dot(y, y)
-    good = (sy > eps * norm(y)) & (yy > 0) & torch.isfinite(yy)
+    sy, yy = row_dot(s, y), row_dot(y, y)
+    good = (sy > eps * row_norm(y)) & (yy > 0) & torch.isfinite(yy)
     curvature = torch.where(good, yy, 1.0) / torch.where(good, sy, 1.0)
     return memory._replace(
         curvature=torch.where(good, curvature, memory.curvature),
@@ -310,14 +303,14 @@ def _remember(memory: LbfgsBMemory, s: Tensor, y: Tensor, eps: float) -> LbfgsBM
     )
 
 
-def _restarted(
+def _restart_in_box(
     failed: Tensor, limits: Limits, x: Tensor, state: State[LbfgsBMemory], eps: float
 ) -> State[LbfgsBMemory]:
     """The state whose failed lanes restart from the gradient; a lane fails that was there already, or in which since
     the last restart neither the value has fallen nor the error has halved."""
     memory = state.memory
     fresh = (memory.steps == 0).all(dim=2).all(dim=1)
-    here = torch.stack([memory.value.detach(), norm(memory.residual)], dim=-1)
+    here = torch.stack([memory.value.detach(), row_norm(memory.residual)], dim=-1)
     noise = 10 * eps * memory.magnitude
     nowhere = (here[:, 0] >= memory.mark[:, 0] - noise) & (2 * here[:, 1] >= memory.mark[:, 1])
     return state._replace(

@@ -13,9 +13,9 @@ import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.trust_region as _trust_region
 from implicitdiff.solvers._loop.bounds import Limits, limits_of, limits_on
 from implicitdiff.solvers._loop.losses import check_loss_scale, loss_of
-from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, dot, norm, safe_divide, select, times
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import Progress, State
 from implicitdiff.solvers._loop.status import Status
@@ -23,15 +23,15 @@ from implicitdiff.solvers._steps.least_squares import (
     Curvature,
     curvature,
     damped,
-    gradient,
     half_squares,
-    newton_step,
+    least_squares_newton_step,
+    normal_gradient,
     normal_residual,
     normal_size,
     rounding_of_cost,
     units_of,
 )
-from implicitdiff.solvers._steps.trust_region import length, root
+from implicitdiff.solvers._steps.trust_region import length, scaling_of
 
 
 class LevenbergMarquardtMemory(NamedTuple):
@@ -144,13 +144,13 @@ def levenberg_marquardt(
     _trust_region.check_radius(name, radius)
     check_loss_scale(name, loss_scale)
     robust, bounded = loss != "linear", bounds is not None
-    equation_of: _equations.EquationOf = _equations.least_squares
+    equation_of: _equations.EquationOf = _equations.least_squares_equation
     if robust:
         loss_of(name, loss)
         equation_of = partial(_robust, loss=loss, scale=loss_scale)
     if bounded:
-        equation_of = partial(_boxed, smooth_of=equation_of, limits=limits_of(name, bounds))
-    method = Method(
+        equation_of = partial(_equations.boxed_by, smooth_of=equation_of, limits=limits_of(name, bounds))
+    method = IterativeMethod(
         partial(_start, radius=radius, robust=robust, bounded=bounded),
         partial(_step, robust=robust, bounded=bounded),
         LevenbergMarquardtMemory,
@@ -164,11 +164,7 @@ def levenberg_marquardt(
 
 
 def _robust(fn: Callable[..., Any], loss: Any, scale: Any) -> _equations.Equation:
-    return _equations.robust(fn, loss_of("levenberg_marquardt", loss), scale)
-
-
-def _boxed(fn: Callable[..., Any], smooth_of: _equations.EquationOf, limits: tuple[Any, Any]) -> _equations.Equation:
-    return _equations.boxed(smooth_of(fn), *limits)
+    return _equations.robust_equation(fn, loss_of("levenberg_marquardt", loss), scale)
 
 
 def _start(problem: BatchedProblem, x: Tensor, *, radius: float, robust: bool, bounded: bool) -> Start:
@@ -186,7 +182,7 @@ def _start(problem: BatchedProblem, x: Tensor, *, radius: float, robust: bool, b
         slow=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device),
     )
     # Of the guess itself, which is no solution outside of the box.
-    error = _error(problem, x, gradient(jacobian, residual), bounded)
+    error = _error_at(problem, x, normal_gradient(jacobian, residual), bounded)
     return Start(error, memory, _flat(measured, error) if robust else None)
 
 
@@ -197,18 +193,18 @@ def _flat(measured: Tensor, error: Tensor) -> Tensor:
     return torch.where(flat & torch.isfinite(error), int(Status.DIVERGED), int(Status.RUNNING))
 
 
-def _error(problem: BatchedProblem, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
-    return norm(limits_on(problem).residual(x, g) if bounded else g)
+def _error_at(problem: BatchedProblem, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
+    return row_norm(limits_on(problem).residual(x, g) if bounded else g)
 
 
 def _size_in_box(problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory) -> Tensor:
     """What the bounds leave of `normal_size`."""
     limits, J = limits_on(problem), memory.jacobian
-    x, g = limits.clip(x), gradient(J, memory.residual)
-    return norm(limits.residual(x, g - gradient(J, times(x, J.mT))) - limits.residual(x, g))
+    x, g = limits.clip(x), normal_gradient(J, memory.residual)
+    return row_norm(limits.residual(x, g - normal_gradient(J, vecmat(x, J.mT))) - limits.residual(x, g))
 
 
-_LEAST = 0.01
+_MIN_WEIGHT = 0.01
 """The least weight of a residual in the model, relative to that in the gradient."""
 
 
@@ -217,7 +213,7 @@ def _weighted(r: Tensor, J: Tensor, measured: Tensor, robust: bool) -> tuple[Ten
     if not robust:
         return r, J, 0.5 * r.square(), J.square().sum(dim=1)
     losses, first, second = measured.chunk(3, dim=-1)
-    square = torch.where(second > _LEAST * first, second, _LEAST * first)
+    square = torch.where(second > _MIN_WEIGHT * first, second, _MIN_WEIGHT * first)
     ignored = square == 0
     root = torch.where(ignored, 1.0, square).sqrt()
     squares = (first[..., None] * J.square()).sum(dim=1)
@@ -230,43 +226,48 @@ def _step(
 ) -> tuple[Tensor, State[LevenbergMarquardtMemory]]:
     r, J, losses, scale, radius, refusals, slow = state.memory
     x = limits_on(problem).clip(x) if bounded else x
-    g, D, noise = gradient(J, r), root(scale), rounding_of_cost(problem, x, r, J, losses)
-    ahead = _ahead(problem, x, state.memory, noise, robust, bounded)
-    trial, foretold = ahead.x, ahead.foretold
+    g, D, noise = normal_gradient(J, r), scaling_of(scale), rounding_of_cost(problem, x, r, J, losses)
+    ahead = _next_trial(problem, x, state.memory, noise, robust, bounded)
+    trial, predicted = ahead.x, ahead.predicted
     d = trial - x
     measured = problem.function("loss")(trial) if robust else problem.fn(trial)
-    gain = _gain(losses, measured) if robust else 0.5 * dot(r - measured, r + measured)
+    gain = _gain(losses, measured) if robust else 0.5 * row_dot(r - measured, r + measured)
     known = torch.isfinite(measured).all(dim=-1)
     # Below the rounding of the cost the gain says nothing; there the gradient judges.
-    drowned = foretold.abs() <= noise
-    accepted, ratio = (gain > _trust_region.ENOUGH * foretold.clamp(min=0.0)) & known, torch.ones_like(gain)
-    if any_lane(known & (accepted | drowned)):
+    unresolved = predicted.abs() <= noise
+    accepted, ratio = (gain > _trust_region.MIN_GAIN_RATIO * predicted.clamp(min=0.0)) & known, torch.ones_like(gain)
+    if any_lane(known & (accepted | unresolved)):
         there = select(known, trial, x)
         new = _weighted(*problem.fn.jacobian(there), select(known, measured, torch.ones_like(measured)), robust)
         new_r, new_J, new_losses, new_squares = new
-        pulls = _pull(problem, there, gradient(new_J, new_r), bounded), _pull(problem, x, g, bounded)
-        ratio = safe_divide(*(norm(pull / D) for pull in pulls))
-        accepted = torch.where(drowned, known & (ratio < 1.0), accepted)
+        pulls = (
+            _free_gradient(problem, there, normal_gradient(new_J, new_r), bounded),
+            _free_gradient(problem, x, g, bounded),
+        )
+        ratio = safe_divide(*(row_norm(pull / D) for pull in pulls))
+        accepted = torch.where(unresolved, known & (ratio < 1.0), accepted)
     moves = (trial != x).any(dim=-1)
     accepted = accepted & moves
-    next_refusals = torch.where(accepted, 0, refusals + drowned)
-    refused = ~accepted & (~moves | (next_refusals >= _trust_region.REFUSALS))
-    went = length(D * d)
+    next_refusals = torch.where(accepted, 0, refusals + unresolved)
+    refused = ~accepted & (~moves | (next_refusals >= _trust_region.MAX_REFUSALS))
+    step_length = length(D * d)
     # The first radius is a guess.
-    radius = torch.where(state.iter_num == 0, torch.minimum(radius, went), radius)
-    by_gain = _trust_region.next_radius(radius, went, gain, foretold, dot(d, g), known)
-    calm = torch.where(accepted & (ratio < 0.5), torch.maximum(radius, 2.0 * went), radius)
-    next_radius = torch.where(drowned & known, torch.where(accepted, calm, 0.25 * went), by_gain)
-    next_slow = torch.where(accepted & (ratio < 0.5), 0, slow + (accepted | drowned))
+    radius = torch.where(state.iter_num == 0, torch.minimum(radius, step_length), radius)
+    by_gain = _trust_region.next_radius(radius, step_length, gain, predicted, row_dot(d, g), known)
+    calm = torch.where(accepted & (ratio < 0.5), torch.maximum(radius, 2.0 * step_length), radius)
+    next_radius = torch.where(unresolved & known, torch.where(accepted, calm, 0.25 * step_length), by_gain)
+    next_slow = torch.where(accepted & (ratio < 0.5), 0, slow + (accepted | unresolved))
     memory = state.memory._replace(radius=next_radius, refusals=next_refusals, slow=next_slow)
     if any_lane(accepted):
         x, r, J = select(accepted, trial, x), select(accepted, new_r, r), select(accepted, new_J, J)
         losses = select(accepted, new_losses, losses)
         scale = torch.maximum(scale, select(accepted, new_squares, scale))
         memory = memory._replace(residual=r, jacobian=J, losses=losses, scale=scale)
-    progress = state.progress.fallen(accepted & ~drowned).stepped(ahead.whole, x, units_of(memory.jacobian))
-    error = _error(problem, x, gradient(J, r), bounded)
-    progress = _looked(problem, x, memory, progress, ahead, ~accepted | drowned, error <= state.target, robust, bounded)
+    progress = state.progress.fallen(accepted & ~unresolved).stepped(ahead.whole, x, units_of(memory.jacobian))
+    error = _error_at(problem, x, normal_gradient(J, r), bounded)
+    progress = _with_distance(
+        problem, x, memory, progress, ahead, ~accepted | unresolved, error <= state.target, robust, bounded
+    )
     return x, state._replace(
         error=error,
         progress=progress,
@@ -286,39 +287,39 @@ class _Trial(NamedTuple):
     """
 
     x: Tensor
-    foretold: Tensor
+    predicted: Tensor
     whole: Tensor
     by_hessian: Tensor
 
 
-def _ahead(
+def _next_trial(
     problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, noise: Tensor, robust: bool, bounded: bool
 ) -> _Trial:
     """The trial of Gauss and Newton, or where it is slow or rounding hides its gain, that of Newton."""
-    trial, slow = _trial(problem, x, memory, bounded), memory.slow
-    asked = (slow >= _SLOW) | ((slow > 0) & (trial.foretold.abs() <= noise))
+    trial, slow = _gauss_newton_trial(problem, x, memory, bounded), memory.slow
+    asked = (slow >= _SLOW_GRADIENT_STEPS) | ((slow > 0) & (trial.predicted.abs() <= noise))
     if not any_lane(asked):
         return trial
-    g = gradient(memory.jacobian, memory.residual)
+    g = normal_gradient(memory.jacobian, memory.residual)
     at = if_twice_differentiable(lambda: _curvature(problem, x, g, robust, bounded))
-    return trial if at is None else _with_hessian(problem, x, memory, at, trial, asked, noise, bounded)
+    return trial if at is None else _newton_trial(problem, x, memory, at, trial, asked, noise, bounded)
 
 
-def _trial(problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, bounded: bool) -> _Trial:
-    r, J, D, radius = memory.residual, memory.jacobian, root(memory.scale), memory.radius
-    g = gradient(J, r)
+def _gauss_newton_trial(problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, bounded: bool) -> _Trial:
+    r, J, D, radius = memory.residual, memory.jacobian, scaling_of(memory.scale), memory.radius
+    g = normal_gradient(J, r)
     free = torch.where(limits_on(problem).held(x, g)[:, None], 0.0, J) if bounded else J
-    d, weights, whole = _within(free, r, D, radius, problem.eps)
+    d, weights, whole = _step_in_region(free, r, D, radius, problem.eps)
     by_hessian = torch.zeros_like(radius, dtype=torch.bool)
     if not bounded:
         # (|r|^2 - |r + J d|^2) / 2, in a form that does not cancel.
-        return _Trial(x + d, 0.5 * (dot(d, weights * d) - dot(d, g)), whole, by_hessian)
+        return _Trial(x + d, 0.5 * (row_dot(d, weights * d) - row_dot(d, g)), whole, by_hessian)
     trial = _trial_in_box(limits_on(problem), x, r, J, g, weights)
     d = trial - x
-    return _Trial(trial, -dot(d, g) - 0.5 * times(d, J.mT).square().sum(dim=-1), whole, by_hessian)
+    return _Trial(trial, -row_dot(d, g) - 0.5 * vecmat(d, J.mT).square().sum(dim=-1), whole, by_hessian)
 
 
-def _with_hessian(
+def _newton_trial(
     problem: BatchedProblem,
     x: Tensor,
     memory: LevenbergMarquardtMemory,
@@ -330,21 +331,21 @@ def _with_hessian(
 ) -> _Trial:
     """The trial of Newton's method for the cost in the lanes that are `asked` for it, where the Hessian is positive
     definite; its step is cut to the radius."""
-    convex, D, radius = at.convex, root(memory.scale), memory.radius
+    convex, D, radius = at.convex, scaling_of(memory.scale), memory.radius
     step = at.step(convex)
-    size, promised = length(D * step), -0.5 * dot(step, at.gradient)
+    size, promised = length(D * step), -0.5 * row_dot(step, at.gradient)
     # Where rounding hides the gain, the radius says nothing: the gradient judges this step.
     limited = (size > radius) & (promised > noise)
     part = torch.where(limited, radius / torch.where(limited, size, 1.0), 1.0)
-    ahead, foretold = x + part[:, None] * step, promised * part * (2.0 - part)
+    ahead, predicted = x + part[:, None] * step, promised * part * (2.0 - part)
     inside = (limits_on(problem).clip(ahead) == ahead).all(dim=-1) if bounded else True
     good = asked & convex & torch.isfinite(ahead).all(dim=-1) & inside
     return _Trial(
-        select(good, ahead, other.x), select(good, foretold, other.foretold), select(good, step, other.whole), good
+        select(good, ahead, other.x), select(good, predicted, other.predicted), select(good, step, other.whole), good
     )
 
 
-def _looked(
+def _with_distance(
     problem: BatchedProblem,
     x: Tensor,
     memory: LevenbergMarquardtMemory,
@@ -383,11 +384,11 @@ def _distance(
     """
     x, r, J, losses = (t.detach() for t in (x, memory.residual, memory.jacobian, memory.losses))
     if bounded:
-        J = torch.where(limits_on(problem).held(x, gradient(J, r))[:, None], 0.0, J)
+        J = torch.where(limits_on(problem).held(x, normal_gradient(J, r))[:, None], 0.0, J)
     # Singular values that rounding makes of zero promise no more than a square root of eps.
     d = damped(J, r, _least_weights(J, memory.scale.detach(), problem.eps))
     step = progress.stepped(d, x, units_of(J)).step
-    value, promised = losses.sum(dim=-1), -0.5 * dot(d, gradient(J, r))
+    value, promised = losses.sum(dim=-1), -0.5 * row_dot(d, normal_gradient(J, r))
     in_vain = ends & (value > 16.0 * rounding_of_cost(problem, x, r, J, losses))
     step = torch.where(in_vain, step.clamp(min=1.0), step)
     return torch.where(promised <= problem.eps**0.5 * value.abs(), 0.0, step)
@@ -410,7 +411,9 @@ def _newton_step(
     problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, *, robust: bool, bounded: bool
 ) -> NewtonStep:
     r, J = memory.residual, memory.jacobian
-    return newton_step(problem, x, r, J, memory.losses, _curvature(problem, x, gradient(J, r), robust, bounded))
+    return least_squares_newton_step(
+        problem, x, r, J, memory.losses, _curvature(problem, x, normal_gradient(J, r), robust, bounded)
+    )
 
 
 def _curvature(problem: BatchedProblem, x: Tensor, g: Tensor, robust: bool, bounded: bool) -> Curvature:
@@ -427,9 +430,9 @@ def _losses_of(measured: Tensor) -> Tensor:
     return measured.chunk(3, dim=-1)[0]
 
 
-def _pull(problem: BatchedProblem, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
+def _free_gradient(problem: BatchedProblem, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
     """The gradient with zeros where a bound holds against it."""
-    return torch.where(limits_on(problem).held(x, g), 0.0, g) if bounded else g
+    return limits_on(problem).free_gradient(x, g) if bounded else g
 
 
 def _trial_in_box(limits: Limits, x: Tensor, r: Tensor, J: Tensor, g: Tensor, weights: Tensor) -> Tensor:
@@ -437,8 +440,8 @@ def _trial_in_box(limits: Limits, x: Tensor, r: Tensor, J: Tensor, g: Tensor, we
     the others is solved anew."""
     held = limits.held(x, g)
     trial = x
-    for _ in range(min(x.shape[-1], _ROUNDS)):
-        there = times(torch.where(held, trial - x, 0.0), J.mT)
+    for _ in range(min(x.shape[-1], _MAX_ROUNDS_IN_BOX)):
+        there = vecmat(torch.where(held, trial - x, 0.0), J.mT)
         step = damped(torch.where(held[:, None], 0.0, J), r + there, weights)
         aim = torch.where(held, trial, x + step)
         trial = limits.clip(aim)
@@ -449,14 +452,14 @@ def _trial_in_box(limits: Limits, x: Tensor, r: Tensor, J: Tensor, g: Tensor, we
     return trial
 
 
-_SLOW = 4
+_SLOW_GRADIENT_STEPS = 4
 """After how many steps that have not halved the gradient the whole Hessian makes the next."""
 
-_ROUNDS = 10
+_MAX_ROUNDS_IN_BOX = 10
 """How often a step is solved anew."""
 
 
-def _within(J: Tensor, r: Tensor, D: Tensor, radius: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _step_in_region(J: Tensor, r: Tensor, D: Tensor, radius: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``argmin |r + J d|`` within ``|D d| <= radius``, the weights ``lambda D^2`` of which it is the solution, and the
     same without the region."""
     weights = _least_weights(J, D.square(), eps)

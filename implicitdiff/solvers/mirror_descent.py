@@ -13,13 +13,13 @@ from torch import Tensor
 import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.equations import Composite, Equation, Functions
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import BatchedProblem, dot, norm
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_dot, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._loop.termination import composite_size
-from implicitdiff.solvers._steps.backtracking import GROWTH, Point, backtrack, lies_below
+from implicitdiff.solvers._steps.backtracking import GROWTH, TrialPoint, backtrack, lies_below
 from implicitdiff.solvers._steps.proximal_gradient import check_stepsize
 
 
@@ -90,13 +90,13 @@ def mirror_descent(
     check_stepsize("mirror_descent", stepsize)
 
     start, step = partial(_start, stepsize=stepsize or 1.0), partial(_step, search=stepsize is None)
-    method = Method(start, step, MirrorDescentMemory, 100_000, residual=attrgetter("residual"), size=_size)
+    method = IterativeMethod(start, step, MirrorDescentMemory, 100_000, residual=attrgetter("residual"), size=_size)
     return make_solver("mirror_descent", _mirror, (objective_fn, projection, mapping), method, options)
 
 
 def _mirror(fn: Callable[..., Any], projection: Callable[[Any], Any], mapping: Callable[[Any], Any]) -> Equation:
-    smooth = _equations.stationary(fn)
-    onto, into = _equations.like_x(projection), _equations.like_x(mapping)
+    smooth = _equations.stationary_equation(fn)
+    onto, into = _equations.returning_like_x(projection), _equations.returning_like_x(mapping)
 
     def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
         grad = smooth.on_trees(functions, x, args)
@@ -104,18 +104,18 @@ def _mirror(fn: Callable[..., Any], projection: Callable[[Any], Any], mapping: C
         return _equations.subtract(x, functions["projection"](dual, args))
 
     own = {"projection": lambda y, args: onto(y, ()), "mapping": lambda x, args: into(x, ())}
-    return Equation({**smooth.functions, **own}, on_trees, Composite(smooth.on_rows, _away))
+    return Equation({**smooth.functions, **own}, on_trees, Composite(smooth.on_rows, _mirror_residual))
 
 
-def _away(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
+def _mirror_residual(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
     return x - problem.function("projection")(problem.function("mapping")(x) - grad)
 
 
 def _start(problem: BatchedProblem, x: Tensor, *, stepsize: float) -> Start:
     value, grad = problem.fn.value_and_grad(x)
-    residual = _away(problem, x, grad)
+    residual = _mirror_residual(problem, x, grad)
     memory = MirrorDescentMemory(residual, torch.ones_like(value) * stepsize, value, grad)
-    return Start(norm(residual), memory)
+    return Start(row_norm(residual), memory)
 
 
 def _size(problem: BatchedProblem, x: Tensor, memory: MirrorDescentMemory) -> Tensor:
@@ -128,12 +128,12 @@ def _step(
     mapping, projection = problem.function("mapping"), problem.function("projection")
     dual, memory = mapping(x), state.memory
 
-    def at(size: Tensor) -> Point:
+    def at(size: Tensor) -> TrialPoint:
         new = projection(dual - size[:, None] * memory.grad)
         return (new, *problem.fn.value_and_grad(new))
 
-    def enough(new: Point, size: Tensor) -> Tensor:
-        bound = dot(mapping(new[0]) - dual, new[0] - x) / (2.0 * size)
+    def enough(new: TrialPoint, size: Tensor) -> Tensor:
+        bound = row_dot(mapping(new[0]) - dual, new[0] - x) / (2.0 * size)
         return lies_below(problem, (x, memory.value, memory.grad), new, bound)
 
     if search:
@@ -142,9 +142,9 @@ def _step(
     else:
         new, size, failed = at(memory.stepsize), memory.stepsize, torch.zeros_like(state.status, dtype=torch.bool)
     x, value, grad = new
-    residual = _away(problem, x, grad)
+    residual = _mirror_residual(problem, x, grad)
     return x, state._replace(
-        error=norm(residual),
+        error=row_norm(residual),
         status=torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status),
         memory=MirrorDescentMemory(residual, size, value, grad),
     )

@@ -13,8 +13,8 @@ from torch import Tensor
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
 from implicitdiff._implicit.linear import LinearSolver
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import BatchedProblem, norm
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
@@ -70,13 +70,13 @@ def newton(
     _newton.check_linear_solve("newton", linear_solve)
 
     step = partial(_step, linear_solve=linear_solve, backtracking=backtracking)
-    method = Method(_start, step, NewtonMemory, 1_000, residual=attrgetter("residual"), steps_tell=True)
-    return make_solver("newton", _equations.root, (residual_fn,), method, options)
+    method = IterativeMethod(_start, step, NewtonMemory, 1_000, residual=attrgetter("residual"), steps_tell=True)
+    return make_solver("newton", _equations.root_equation, (residual_fn,), method, options)
 
 
 def _start(problem: BatchedProblem, x: Tensor) -> Start:
     residual = problem.fn(x)
-    error = norm(residual)
+    error = row_norm(residual)
     return Start(error, NewtonMemory(residual, growth=torch.ones_like(error)))
 
 
@@ -88,10 +88,10 @@ def _step(
     linear_solve: LinearSolver | None,
     backtracking: bool,
 ) -> tuple[Tensor, State[NewtonMemory]]:
-    direction = -_newton.solve(problem, x, state.memory.residual, linear_solve)
-    new_x, residual, status = _newton.move(problem, x, state, direction, backtracking)
-    growth, status = _newton.watch(
+    direction = -_newton.newton_direction(problem, x, state.memory.residual, linear_solve)
+    new_x, residual, status = _newton.take_step(problem, x, state, direction, backtracking)
+    growth, status = _newton.watch_growth(
         state._replace(status=status), x, new_x, state.memory.residual, residual, problem.eps
     )
     progress, memory = state.progress.stepped(direction, new_x), NewtonMemory(residual, growth)
-    return new_x, state._replace(error=norm(residual), status=status, progress=progress, memory=memory)
+    return new_x, state._replace(error=row_norm(residual), status=status, progress=progress, memory=memory)

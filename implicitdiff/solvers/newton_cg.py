@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.newton_step import NewtonStep, newton_step
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.newton_step import MAX_PRODUCTS, NewtonStep, objective_newton_step
 from implicitdiff.solvers._loop.options import check_count
-from implicitdiff.solvers._loop.problem import BatchedProblem, Product, any_lane, dot, norm, safe_divide
+from implicitdiff.solvers._loop.problem import BatchedProblem, VectorMap, any_lane, row_dot, row_norm, safe_divide
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._steps.line_search import arrive, begin, fell, search, unit_step
+from implicitdiff.solvers._steps.line_search import fields_at, initial_fields, search, unit_step, value_fell
 
 
 class NewtonCgMemory(NamedTuple):
@@ -79,12 +79,12 @@ def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None
 
     step = partial(_step, inner_maxiter=inner_maxiter)
     held, off = attrgetter("grad"), Status.UNBOUNDED
-    method = Method(_start, step, NewtonCgMemory, 1_000, residual=held, newton_step=_newton_step, runs_off=off)
-    return make_solver("newton_cg", _equations.stationary, (objective_fn,), method, options)
+    method = IterativeMethod(_start, step, NewtonCgMemory, 1_000, residual=held, newton_step=_newton_step, runs_off=off)
+    return make_solver("newton_cg", _equations.stationary_equation, (objective_fn,), method, options)
 
 
 def _start(problem: BatchedProblem, x: Tensor) -> Start:
-    error, fields = begin(problem, x)
+    error, fields = initial_fields(problem, x)
     return Start(error, NewtonCgMemory(**fields, first_error=error))
 
 
@@ -94,45 +94,45 @@ def _step(
     active, memory = state.status == Status.RUNNING, state.memory
     forcing = torch.sqrt(safe_divide(state.error, memory.first_error)).clamp(max=0.5)
     _, grad, product = problem.fn.hessian(x)
-    d = _direction(product, grad, forcing * state.error, active, inner_maxiter or 2 * x.shape[1], problem.eps)
+    d = _truncated_newton_direction(
+        product, grad, forcing * state.error, active, inner_maxiter or 2 * x.shape[1], problem.eps
+    )
     point, failed, status = search(problem, x, state, d, torch.ones_like(memory.value))
     status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), status)
-    memory = memory._replace(**arrive(memory, point))
-    progress = state.progress.fallen(fell(problem, state.memory, point))
-    return point.x, state._replace(error=norm(point.grad), status=status, progress=progress, memory=memory)
+    memory = memory._replace(**fields_at(memory, point))
+    progress = state.progress.fallen(value_fell(problem, state.memory, point))
+    return point.x, state._replace(error=row_norm(point.grad), status=status, progress=progress, memory=memory)
 
 
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: NewtonCgMemory) -> NewtonStep:
     """The step that the forcing term cut short; where it is long, the term is zero from then on."""
-    step = newton_step(problem, x, memory, lambda v: v, min(2 * x.shape[-1], _PRODUCTS))
+    step = objective_newton_step(problem, x, memory, lambda v: v, min(2 * x.shape[-1], MAX_PRODUCTS))
     return step._replace(memory=memory._replace(first_error=torch.full_like(memory.first_error, torch.inf)))
 
 
-_PRODUCTS = 60
-"""The most products with the Hessian that are made to see how far the solution is."""
-
-
-def _direction(product: Product, grad: Tensor, target: Tensor, active: Tensor, limit: int, eps: float) -> Tensor:
+def _truncated_newton_direction(
+    product: VectorMap, grad: Tensor, target: Tensor, active: Tensor, limit: int, eps: float
+) -> Tensor:
     """Conjugate gradients from zero; a lane stops at its target, or where the curvature is not positive. There it goes
     on along ``p`` as far as a curvature of the other sign would have it, so that steps lead away from a saddle."""
-    d, r, p, rr = torch.zeros_like(grad), grad, -grad, dot(grad, grad)
+    d, r, p, rr = torch.zeros_like(grad), grad, -grad, row_dot(grad, grad)
     stiffest = torch.zeros_like(rr)
     for count in range(limit):
         image = product(p)
-        curvature = dot(p, image)
+        curvature = row_dot(p, image)
         # What rounding makes of a curvature of zero is none.
-        stiffest = torch.maximum(stiffest, safe_divide(norm(image), norm(p)))
-        none = 4 * eps * stiffest * dot(p, p)
+        stiffest = torch.maximum(stiffest, safe_divide(row_norm(image), row_norm(p)))
+        none = 4 * eps * stiffest * row_dot(p, p)
         positive = active & (curvature > none)
         if count == 0:
             d = torch.where(positive[:, None], d, _downhill(p, rr, curvature))
         bends = positive if count == 0 else active & (curvature.abs() > none)
         a = torch.where(bends, safe_divide(rr, curvature.abs()), 0.0)[:, None]
         d, r = d + a * p, r + a * image
-        active = positive & (norm(r) > target)
+        active = positive & (row_norm(r) > target)
         if not any_lane(active):
             break
-        new_rr = dot(r, r)
+        new_rr = row_dot(r, r)
         p = safe_divide(new_rr, rr)[:, None] * p - r
         rr = new_rr
     return d

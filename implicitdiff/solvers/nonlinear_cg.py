@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, newton_step
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, dot, norm, safe_divide, select
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, objective_newton_step
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._steps.line_search import arrive, begin, fell, search, unit_step
+from implicitdiff.solvers._steps.line_search import fields_at, initial_fields, search, unit_step, value_fell
 
 # Without this restart Rosenbrock's function in ten dimensions takes three times as long.
 _CONJUGATE = 0.1
@@ -46,18 +46,18 @@ class NonlinearCgMemory(NamedTuple):
 
 def polak_ribiere(grad: Tensor, old_grad: Tensor, old_direction: Tensor) -> Tensor:
     """``max(0, g'(g - g_old) / g_old'g_old)``, PR+; begins again by itself when a step does not turn the gradient."""
-    return safe_divide(dot(grad, grad - old_grad), dot(old_grad, old_grad)).clamp(min=0.0)
+    return safe_divide(row_dot(grad, grad - old_grad), row_dot(old_grad, old_grad)).clamp(min=0.0)
 
 
 def fletcher_reeves(grad: Tensor, old_grad: Tensor, old_direction: Tensor) -> Tensor:
     """``g'g / g_old'g_old``."""
-    return safe_divide(dot(grad, grad), dot(old_grad, old_grad))
+    return safe_divide(row_dot(grad, grad), row_dot(old_grad, old_grad))
 
 
 def hestenes_stiefel(grad: Tensor, old_grad: Tensor, old_direction: Tensor) -> Tensor:
     """``max(0, g'y / d_old'y)`` with ``y = g - g_old``."""
     change = grad - old_grad
-    return safe_divide(dot(grad, change), dot(old_direction, change)).clamp(min=0.0)
+    return safe_divide(row_dot(grad, change), row_dot(old_direction, change)).clamp(min=0.0)
 
 
 def nonlinear_cg(objective_fn: Callable[..., Any], formula: Formula = polak_ribiere, **options: Any) -> Solver:
@@ -99,18 +99,20 @@ def nonlinear_cg(objective_fn: Callable[..., Any], formula: Formula = polak_ribi
 
     step = partial(_step, formula=formula)
     held, off = attrgetter("grad"), Status.UNBOUNDED
-    method = Method(_start, step, NonlinearCgMemory, 10_000, residual=held, newton_step=_newton_step, runs_off=off)
-    return make_solver("nonlinear_cg", _equations.stationary, (objective_fn,), method, options)
+    method = IterativeMethod(
+        _start, step, NonlinearCgMemory, 10_000, residual=held, newton_step=_newton_step, runs_off=off
+    )
+    return make_solver("nonlinear_cg", _equations.stationary_equation, (objective_fn,), method, options)
 
 
 def _start(problem: BatchedProblem, x: Tensor) -> Start:
-    error, fields = begin(problem, x)
+    error, fields = initial_fields(problem, x)
     grad = fields["grad"]
     return Start(error, NonlinearCgMemory(**fields, direction=-grad, first_step=unit_step(grad)))
 
 
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: NonlinearCgMemory) -> NewtonStep:
-    step = newton_step(problem, x, memory, lambda v: v, few_products(problem, x))
+    step = objective_newton_step(problem, x, memory, lambda v: v, few_products(problem, x))
     return step._replace(memory=memory._replace(direction=step.d, first_step=torch.ones_like(memory.first_step)))
 
 
@@ -121,13 +123,13 @@ def _step(
     g, d = memory.grad, memory.direction
     point, failed, status = search(problem, x, state, d, memory.first_step, c2=0.1)
     ahead = formula(point.grad, g, d)[:, None] * d - point.grad
-    conjugate = dot(point.grad, g).abs() < _CONJUGATE * dot(point.grad, point.grad)
-    ahead = select(conjugate & (dot(ahead, point.grad) < 0) & ~failed, ahead, -point.grad)
+    conjugate = row_dot(point.grad, g).abs() < _CONJUGATE * row_dot(point.grad, point.grad)
+    ahead = select(conjugate & (row_dot(ahead, point.grad) < 0) & ~failed, ahead, -point.grad)
     first_step = point.step
     if any_lane(failed):
         steepest = (d == -g).all(dim=1)
         status = torch.where(failed & steepest, int(Status.LINE_SEARCH_FAILED), status)
         first_step = torch.where(failed, unit_step(g), first_step)
-    new = NonlinearCgMemory(**arrive(memory, point), direction=ahead, first_step=first_step)
-    progress = state.progress.fallen(fell(problem, memory, point))
-    return point.x, state._replace(error=norm(point.grad), status=status, progress=progress, memory=new)
+    new = NonlinearCgMemory(**fields_at(memory, point), direction=ahead, first_step=first_step)
+    progress = state.progress.fallen(value_fell(problem, memory, point))
+    return point.x, state._replace(error=row_norm(point.grad), status=status, progress=progress, memory=new)

@@ -54,8 +54,8 @@ def proximal_gradient(
         >>> torch.func.jacrev(fit)(torch.tensor(1.0))
         tensor([-1.,  0.,  1.])
     """
-    method = _proximal_gradient.method("proximal_gradient", _prox, stepsize, acceleration)
-    return make_solver("proximal_gradient", _equations.proximal, (objective_fn, prox), method, options)
+    method = _proximal_gradient.proximal_gradient_method("proximal_gradient", _prox, stepsize, acceleration)
+    return make_solver("proximal_gradient", _equations.proximal_equation, (objective_fn, prox), method, options)
 
 
 def _prox(problem: BatchedProblem, v: Tensor, stepsize: Tensor) -> Tensor:

@@ -13,28 +13,27 @@ import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._qp.admm as _admm
 from implicitdiff.solvers._loop.equations import Equation, Functions
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import BatchedProblem, all_of, any_lane, select
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.problem import BatchedProblem, all_of, any_lane, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._qp.interior import interior_point
 from implicitdiff.solvers._qp.kkt_solve import solve_kkt
-from implicitdiff.solvers._qp.polish import active_set, picked, polish, precision, put
+from implicitdiff.solvers._qp.polish import active_set, picked, polish, put, regularisation
 from implicitdiff.solvers._qp.program import (
-    Point,
-    Program,
+    PrimalDual,
+    QuadraticProgram,
     certificates,
-    clamp,
+    clamp_to_bounds,
     error_parts,
     factor,
+    kkt_error,
+    kkt_violation,
     of_active_rows,
     point,
     program,
-    residual,
-    rounding,
-    times,
-    violation,
+    rounding_of_parts,
     without_noise,
 )
 from implicitdiff.solvers.kkt import KKTSolution
@@ -147,9 +146,9 @@ def qp(**options: Any) -> Solver:
         >>> qp().run(None, Q, c, None, None, torch.eye(2), h, l)[0].dual_ineq  # at the lower bound of the first row
         tensor([-0.5000,  0.0000])
     """
-    method = Method(_start, _step, QPMemory, 10_000, is_judged=False)
+    method = IterativeMethod(_start, _step, QPMemory, 10_000, is_judged=False)
     solve = options.get("solve") or solve_kkt(options.get("on_failure", "raise"))
-    return make_solver("qp", _kkt, (data,), method, {**options, "solve": solve}, _guess, is_named=True)
+    return make_solver("qp", _kkt, (data,), method, {**options, "solve": solve}, _filled_guess, is_named=True)
 
 
 # --- what the user gives ----------------------------------------------------------------------------------------------
@@ -174,7 +173,7 @@ def data(
     return 0.5 * (Q + Q.mT), c, A, b, G, h, lower
 
 
-def _guess(
+def _filled_guess(
     init: Any,
     Q: Any,
     c: Any,
@@ -185,7 +184,7 @@ def _guess(
     l: Any = None,  # noqa: E741
 ) -> KKTSolution:
     """The initial guess with everything in it, as far as the shapes allow."""
-    _check({"Q": Q, "c": c, "A": A, "b": b, "G": G, "h": h, "l": l})
+    _check_data({"Q": Q, "c": c, "A": A, "b": b, "G": G, "h": h, "l": l})
     like = KKTSolution(*(c.new_zeros((0,)) if t is None else torch.zeros_like(t) for t in (c, b, h)))
     given = init if isinstance(init, KKTSolution) else KKTSolution(init)
     filled = KKTSolution(*(zero if t is None else t for t, zero in zip(given, like, strict=True)))
@@ -198,7 +197,7 @@ def _guess(
     return filled
 
 
-def _check(named: dict[str, Any]) -> None:
+def _check_data(named: dict[str, Any]) -> None:
     for name, t in named.items():
         if not (isinstance(t, Tensor) and t.is_floating_point()) and (t is not None or name in "Qc"):
             raise TypeError(f"qp: {name} must be a real floating-point tensor, got {pytree.describe(t)}")
@@ -230,7 +229,7 @@ def _kkt(fn: Callable[..., _Data]) -> Equation:
 
     def on_rows(problem: BatchedProblem, x: Tensor) -> Tensor:
         of, n = problem.once(_program), problem.inputs.sizes[0]
-        return torch.cat(violation(of, point(of, x[:, :n], x[:, n:])), dim=-1)
+        return torch.cat(kkt_violation(of, point(of, x[:, :n], x[:, n:])), dim=-1)
 
     return Equation({"fn": lambda x, args: fn(x, *args)}, on_trees, on_rows)
 
@@ -245,12 +244,12 @@ def _complementarity(x: Tensor, y: Tensor, G: Tensor, h: Tensor, l: Tensor) -> T
     if not l.numel():
         return torch.where(at_upper, up, y + up.detach().clamp(max=0))
     down = l - G @ x
-    violation = up.clamp(max=0) + down.clamp(min=0)
-    inactive = torch.where(h == l, 0.5 * (up + down), y + violation.detach())
+    kkt_violation = up.clamp(max=0) + down.clamp(min=0)
+    inactive = torch.where(h == l, 0.5 * (up + down), y + kkt_violation.detach())
     return torch.where(at_upper, up, torch.where(y < 0, down, inactive))
 
 
-def _program(problem: BatchedProblem) -> Program:
+def _program(problem: BatchedProblem) -> QuadraticProgram:
     n, p, m = problem.inputs.sizes
     unused = torch.zeros(
         math.prod(problem.inputs.batch), n + p + m, dtype=problem.inputs.dtype, device=problem.inputs.device
@@ -277,12 +276,12 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start:
     of = problem.once(_program)
     n, _, inequalities = problem.inputs.sizes
     at = point(of, x[:, :n], x[:, n:])
-    error, zero = residual(of, at), torch.zeros_like
+    error, zero = kkt_error(of, at), torch.zeros_like
     # Of the two parts of the first error, at zero, the smaller that is not zero: a target for the units of the larger
     # would hide the other.
     parts = torch.stack(error_parts(of, point(of, zero(at.x), zero(at.y))))
     first = torch.where(parts > 0, parts, torch.inf).amin(dim=0)
-    delta, shift = precision(problem.eps)
+    delta, shift = regularisation(problem.eps)
     # Q is positive on the null space of A if it is so with A'A added often enough.
     _, curved = factor(of, torch.where(of.equal, of.rows / delta, 0.0), shift, problem.plain)
     why = int(Status.DIVERGED if inequalities else Status.UNBOUNDED)
@@ -294,9 +293,9 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start:
     memory = QPMemory(
         image=at.image,
         slope=at.slope,
-        values=clamp(of, at.image),
+        values=clamp_to_bounds(of, at.image),
         rho=rho,
-        factor=_admm.factorise(of, rho) if inequalities else _kkt_inverse(of, problem.eps),
+        factor=_admm.admm_factor(of, rho) if inequalities else _kkt_inverse(of, problem.eps),
         review=torch.where(warm, 1, _first_review(problem)),
         record=torch.full_like(error, torch.inf),
     )
@@ -306,75 +305,79 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start:
 def _step(problem: BatchedProblem, x: Tensor, state: State[QPMemory]) -> tuple[Tensor, State[QPMemory]]:
     of = problem.once(_program)
     n, _, inequalities = problem.inputs.sizes
-    at = Point(x[:, :n], x[:, n:], state.memory.image, state.memory.slope)
-    new, after = (_alternate if inequalities else _correct)(problem, of, at, state)
+    at = PrimalDual(x[:, :n], x[:, n:], state.memory.image, state.memory.slope)
+    new, after = (_admm_step if inequalities else _newton_on_kkt)(problem, of, at, state)
     running = after.status == Status.RUNNING
     there = running & (after.error <= after.target)
     # ADMM alone does not come down to rounding.
     if not inequalities or any_lane(after.memory.review != state.memory.review):
-        there = there | (running & _is_there(problem, of, new, after))
+        there = there | (running & _parts_converged(problem, of, new, after))
     if inequalities and any_lane(there):
         # The derivative takes a row with a multiplier for an active one.
-        new = _chosen(there, point(of, new.x, of_active_rows(of, new)), new)
+        new = _select_point(there, point(of, new.x, of_active_rows(of, new)), new)
         clear = point(of, new.x, without_noise(of, new, problem.eps))
-        new = _chosen(there & _is_there(problem, of, clear, after), clear, new)
+        new = _select_point(there & _parts_converged(problem, of, clear, after), clear, new)
     status = torch.where(there, int(Status.CONVERGED), after.status)
     memory = after.memory._replace(image=new.image, slope=new.slope)
     return torch.cat([new.x, new.y], dim=-1), after._replace(status=status, memory=memory)
 
 
-def _chosen(where: Tensor, new: Point, old: Point) -> Point:
-    return Point(*(select(where, a, b) for a, b in zip(new, old, strict=True)))
+def _select_point(where: Tensor, new: PrimalDual, old: PrimalDual) -> PrimalDual:
+    return PrimalDual(*(select(where, a, b) for a, b in zip(new, old, strict=True)))
 
 
-def _is_there(problem: BatchedProblem, of: Program, at: Point, state: State[QPMemory]) -> Tensor:
+def _parts_converged(problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory]) -> Tensor:
     # No part of the error can be made smaller than rounding makes it.
-    pairs = zip(error_parts(of, at), rounding(of, at, problem.eps), strict=True)
+    pairs = zip(error_parts(of, at), rounding_of_parts(of, at, problem.eps), strict=True)
     return all_of([part <= torch.maximum(state.target, floor) for part, floor in pairs])
 
 
-def _kkt_inverse(of: Program, eps: float) -> Tensor:
+def _kkt_inverse(of: QuadraticProgram, eps: float) -> Tensor:
     """The inverse of ``[[Q, C'], [C, 0]]``, shifted by so little that the corrections make up for it."""
     delta = eps**0.75
     shift = torch.cat([delta * of.columns, -delta / of.rows], dim=-1)
     upper = torch.cat([of.Q, of.C.mT], dim=-1)
     lower = torch.cat([of.C, torch.zeros_like(of.C @ of.C.mT)], dim=-1)
-    return _dense.inverse(torch.cat([upper, lower], dim=-2) + torch.diag_embed(shift))
+    return _dense.invert_dense(torch.cat([upper, lower], dim=-2) + torch.diag_embed(shift))
 
 
-def _correct(problem: BatchedProblem, of: Program, at: Point, state: State[QPMemory]) -> tuple[Point, State[QPMemory]]:
+def _newton_on_kkt(
+    problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory]
+) -> tuple[PrimalDual, State[QPMemory]]:
     """Newton's method on the linear KKT conditions; once is enough but for rounding."""
-    d = -times(torch.cat([at.slope, at.image - of.u], dim=-1), state.memory.factor.mT)
+    d = -vecmat(torch.cat([at.slope, at.image - of.u], dim=-1), state.memory.factor.mT)
     dx, dy = d.split([at.x.shape[-1], at.y.shape[-1]], dim=-1)
     new = point(of, at.x + dx, at.y + dy)
-    error = residual(of, new)
+    error = kkt_error(of, new)
     stuck = (error > state.target) & ~(error < 0.5 * state.error)
-    status = _proved(of, dx, dy, problem.eps, stuck, state.status) if any_lane(stuck) else state.status
+    status = _with_certificates(of, dx, dy, problem.eps, stuck, state.status) if any_lane(stuck) else state.status
     return new, state._replace(error=error, status=status)
 
 
-def _alternate(
-    problem: BatchedProblem, of: Program, at: Point, state: State[QPMemory]
-) -> tuple[Point, State[QPMemory]]:
-    new, values = _admm.iterate(of, at, state.memory.values, state.memory.rho, state.memory.factor)
-    state = state._replace(error=residual(of, new), memory=state.memory._replace(values=values))
+def _admm_step(
+    problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory]
+) -> tuple[PrimalDual, State[QPMemory]]:
+    new, values = _admm.admm_iteration(of, at, state.memory.values, state.memory.rho, state.memory.factor)
+    state = state._replace(error=kkt_error(of, new), memory=state.memory._replace(values=values))
     due = (state.status == Status.RUNNING) & (state.iter_num + 1 >= state.memory.review) & (state.error > state.target)
     if any_lane(due):
-        status = _proved(of, new.x - at.x, new.y - at.y, problem.eps, due, state.status)
-        new, state = _polished(problem, of, new, state._replace(status=status), due)
-        state = _adapted(problem, of, new, state, due & (state.error > state.target))
+        status = _with_certificates(of, new.x - at.x, new.y - at.y, problem.eps, due, state.status)
+        new, state = _try_active_sets(problem, of, new, state._replace(status=status), due)
+        state = _adapt_rho(problem, of, new, state, due & (state.error > state.target))
     return new, state
 
 
-def _proved(of: Program, dx: Tensor, dy: Tensor, eps: float, asked: Tensor, status: Tensor) -> Tensor:
+def _with_certificates(
+    of: QuadraticProgram, dx: Tensor, dy: Tensor, eps: float, asked: Tensor, status: Tensor
+) -> Tensor:
     infeasible, unbounded = certificates(of, dx, dy, eps)
     status = torch.where(asked & unbounded, int(Status.UNBOUNDED), status)
     return torch.where(asked & infeasible, int(Status.INFEASIBLE), status)
 
 
-def _polished(
-    problem: BatchedProblem, of: Program, at: Point, state: State[QPMemory], due: Tensor
-) -> tuple[Point, State[QPMemory]]:
+def _try_active_sets(
+    problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory], due: Tensor
+) -> tuple[PrimalDual, State[QPMemory]]:
     """The best of the points that some guesses of the active set lead to, where it is better."""
     again = torch.clamp(2 * (state.iter_num + 1), min=_first_review(problem))
     memory = state.memory._replace(review=torch.where(due, again, state.memory.review))
@@ -392,50 +395,52 @@ def _polished(
             near = select(first[lanes], inner_x, near[0]), select(first[lanes], inner_y, near[1])
             x, y = put(x, asked, lanes, near[0]), put(y, asked, lanes, near[1])
         ahead = active_set(part, *near, problem.eps, problem.plain, patient=guess > 1)
-        at, state = _taken(problem, part, at, state, ahead, asked, lanes)
+        at, state = _take_polished(problem, part, at, state, ahead, asked, lanes)
         asked = asked & (state.error > state.target) & (state.status == Status.RUNNING)
     return at, state
 
 
-def _taken(
+def _take_polished(
     problem: BatchedProblem,
-    part: Program,
-    at: Point,
+    part: QuadraticProgram,
+    at: PrimalDual,
     state: State[QPMemory],
     ahead: tuple[Tensor, Tensor, Tensor],
     asked: Tensor,
     lanes: Tensor | slice,
-) -> tuple[Point, State[QPMemory]]:
+) -> tuple[PrimalDual, State[QPMemory]]:
     """The point that a guess of the active set leads to, in the `asked` lanes, whose program is `part`; `ahead` is what
     `active_set` gives."""
     x, y, side = ahead
     found, dx, dy, broken = polish(part, x, y, side, problem.eps, problem.plain)
     error, before, target, record = (
-        residual(part, found),
+        kkt_error(part, found),
         state.error[lanes],
         state.target[lanes],
         state.memory.record[lanes],
     )
     # Every guess that is taken, but for the last, has a tenth of the error of the one before, lest they take turns.
     better = ~broken & (error < before) & ((error <= target) | (error < 0.1 * record))
-    values = clamp(part, torch.where(side > 0, part.u, torch.where(side < 0, part.l, found.image)))
-    status = _proved(part, dx, dy, problem.eps, ~broken & (error > target), state.status[lanes])
+    values = clamp_to_bounds(part, torch.where(side > 0, part.u, torch.where(side < 0, part.l, found.image)))
+    status = _with_certificates(part, dx, dy, problem.eps, ~broken & (error > target), state.status[lanes])
 
     def merged(old: Tensor, new: Tensor) -> Tensor:
         return put(old, asked, lanes, select(better, new, old[lanes]))
 
     old = state.memory
     memory = old._replace(record=merged(old.record, error), values=merged(old.values, values))
-    return Point(*(merged(old, new) for old, new in zip(at, found, strict=True))), state._replace(
+    return PrimalDual(*(merged(old, new) for old, new in zip(at, found, strict=True))), state._replace(
         error=merged(state.error, error), status=put(state.status, asked, lanes, status), memory=memory
     )
 
 
-def _adapted(problem: BatchedProblem, of: Program, at: Point, state: State[QPMemory], due: Tensor) -> State[QPMemory]:
-    rho = torch.where(due, _admm.balanced(of, at, state.memory.values, state.memory.rho), state.memory.rho)
+def _adapt_rho(
+    problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory], due: Tensor
+) -> State[QPMemory]:
+    rho = torch.where(due, _admm.balanced_rho(of, at, state.memory.values, state.memory.rho), state.memory.rho)
     changed = rho != state.memory.rho
     if not any_lane(changed):
         return state
     lanes = picked(changed, problem.plain)
-    lower = put(state.memory.factor, changed, lanes, _admm.factorise(of.of(lanes), rho[lanes]))
+    lower = put(state.memory.factor, changed, lanes, _admm.admm_factor(of.of(lanes), rho[lanes]))
     return state._replace(memory=state.memory._replace(rho=rho, factor=lower))

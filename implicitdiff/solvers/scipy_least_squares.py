@@ -12,27 +12,27 @@ import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.bounds import limits_of
 from implicitdiff.solvers._loop.solver import Solver
 from implicitdiff.solvers._scipy import (
-    Engine,
-    Lane,
+    LaneFunctions,
+    ScipyEngine,
     check_scipy_options,
     lookup,
-    make_engine,
+    make_scipy_solver,
 )
 
-_EPS = float(np.finfo(np.float64).eps)
+_FLOAT64_EPS = float(np.finfo(np.float64).eps)
 
 
 def _of_trust_region(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
     # A small change of |r|^2 tells little of J' r. In a box SciPy scales J' r with the distances from the bounds, and
     # it takes no number below the precision, whatever the units.
-    return {"ftol": None, "xtol": eps, "gtol": None if bounded or aim < _EPS else aim}
+    return {"ftol": None, "xtol": eps, "gtol": None if bounded or aim < _FLOAT64_EPS else aim}
 
 
 def _of_minpack(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
-    return {"ftol": eps, "xtol": eps, "gtol": _EPS}
+    return {"ftol": eps, "xtol": eps, "gtol": _FLOAT64_EPS}
 
 
-_METHODS = {"trf": _of_trust_region, "dogbox": _of_trust_region, "lm": _of_minpack}
+_LEAST_SQUARES_METHODS = {"trf": _of_trust_region, "dogbox": _of_trust_region, "lm": _of_minpack}
 
 _REFUSED = {
     "max_nfev": "give maxiter= to the solver",
@@ -94,19 +94,25 @@ def scipy_least_squares(
         >>> c
         tensor([0.3618, 0.5563], dtype=torch.float64)
     """
-    lookup("scipy_least_squares", method, _METHODS)
+    lookup("scipy_least_squares", method, _LEAST_SQUARES_METHODS)
     own = check_scipy_options("scipy_least_squares", scipy_options, _REFUSED)
-    equation_of = _equations.least_squares
+    equation_of = _equations.least_squares_equation
     if bounds is not None:
         if method.lower() == "lm":
             raise ValueError('scipy_least_squares: method "lm" takes no bounds; use "trf" or "dogbox"')
-        equation_of = partial(_boxed, limits=limits_of("scipy_least_squares", bounds))
-    solve = partial(_solve, method=method.lower(), bounded=bounds is not None, own=own)
-    engine = Engine(solve, "nfev", digits=2 / 5)
-    return make_engine("scipy_least_squares", equation_of, residual_fn, engine, options)
+        equation_of = partial(
+            _equations.boxed_by,
+            smooth_of=_equations.least_squares_equation,
+            limits=limits_of("scipy_least_squares", bounds),
+        )
+    solve = partial(_run_least_squares, method=method.lower(), bounded=bounds is not None, own=own)
+    engine = ScipyEngine(solve, "nfev", digits=2 / 5)
+    return make_scipy_solver("scipy_least_squares", equation_of, residual_fn, engine, options)
 
 
-def _solve(lane: Lane, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, Any]) -> Any:
+def _run_least_squares(
+    lane: LaneFunctions, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, Any]
+) -> Any:
     # Takes half a second to import.
     from scipy.optimize import least_squares
 
@@ -118,9 +124,5 @@ def _solve(lane: Lane, aim: float, limit: int, *, method: str, bounded: bool, ow
         bounds=(lower, upper),
         method=method,
         max_nfev=limit,
-        **{**_METHODS[method](aim / lane.x0.size**0.5, lane.eps, bounded), **own},
+        **{**_LEAST_SQUARES_METHODS[method](aim / lane.x0.size**0.5, lane.eps, bounded), **own},
     )
-
-
-def _boxed(fn: Callable[..., Any], limits: tuple[Any, Any]) -> _equations.Equation:
-    return _equations.boxed(_equations.least_squares(fn), *limits)

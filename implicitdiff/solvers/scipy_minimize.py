@@ -12,17 +12,17 @@ import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.bounds import limits_of
 from implicitdiff.solvers._loop.solver import Solver
 from implicitdiff.solvers._scipy import (
-    Engine,
-    Lane,
+    LaneFunctions,
+    ScipyEngine,
     check_scipy_options,
     lookup,
-    make_engine,
+    make_scipy_solver,
 )
 
-Tolerances = Callable[[float, float, bool], dict[str, Any]]
+MinimizeTolerances = Callable[[float, float, bool], dict[str, Any]]
 
 
-class _Row(NamedTuple):
+class _MinimizeMethod(NamedTuple):
     """What SciPy's documentation says of a method.
 
     Attributes:
@@ -36,7 +36,7 @@ class _Row(NamedTuple):
         counts: what in the result this counts.
     """
 
-    tolerances: Tolerances
+    tolerances: MinimizeTolerances
     jac: bool = True
     hessp: bool = False
     hess: bool = False
@@ -58,30 +58,30 @@ def _by_interior_point(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
     return {"gtol": 0.0 if bounded else aim, "xtol": eps, "barrier_tol": aim}
 
 
-def _by_distance(*options: str) -> Tolerances:
+def _by_distance(*options: str) -> MinimizeTolerances:
     """Of methods that know no gradient: the distance of the points where they look."""
     return lambda aim, eps, bounded: dict.fromkeys(options, min(aim, eps ** (2 / 3)))
 
 
-_METHODS = {
-    "nelder-mead": _Row(_by_distance("xatol", "fatol"), jac=False, bounds=True),
-    "powell": _Row(lambda aim, eps, bounded: {"xtol": eps ** (2 / 3), "ftol": eps}, jac=False, bounds=True),
-    "cg": _Row(_by_euclidean_gradient),
-    "bfgs": _Row(_by_euclidean_gradient),
-    "newton-cg": _Row(lambda aim, eps, bounded: {"xtol": eps}, hessp=True),
-    "l-bfgs-b": _Row(lambda aim, eps, bounded: {"gtol": aim, "ftol": 0.0, "maxfun": 10**9}, bounds=True),
-    "tnc": _Row(
+_MINIMIZE_METHODS = {
+    "nelder-mead": _MinimizeMethod(_by_distance("xatol", "fatol"), jac=False, bounds=True),
+    "powell": _MinimizeMethod(lambda aim, eps, bounded: {"xtol": eps ** (2 / 3), "ftol": eps}, jac=False, bounds=True),
+    "cg": _MinimizeMethod(_by_euclidean_gradient),
+    "bfgs": _MinimizeMethod(_by_euclidean_gradient),
+    "newton-cg": _MinimizeMethod(lambda aim, eps, bounded: {"xtol": eps}, hessp=True),
+    "l-bfgs-b": _MinimizeMethod(lambda aim, eps, bounded: {"gtol": aim, "ftol": 0.0, "maxfun": 10**9}, bounds=True),
+    "tnc": _MinimizeMethod(
         lambda aim, eps, bounded: {"gtol": aim, "ftol": 0.0, "xtol": 0.0}, bounds=True, budget="maxfun", counts="nfev"
     ),
-    "cobyla": _Row(_by_distance("tol"), jac=False, bounds=True, counts="nfev"),
-    "cobyqa": _Row(_by_distance("final_tr_radius"), jac=False, bounds=True, budget="maxfev", counts="nfev"),
-    "slsqp": _Row(lambda aim, eps, bounded: {"ftol": eps**2}, bounds=True),
-    "trust-constr": _Row(_by_interior_point, hessp=True, bounds=True),
-    "dogleg": _Row(_by_gradient, hess=True),
-    "trust-ncg": _Row(_by_gradient, hessp=True),
+    "cobyla": _MinimizeMethod(_by_distance("tol"), jac=False, bounds=True, counts="nfev"),
+    "cobyqa": _MinimizeMethod(_by_distance("final_tr_radius"), jac=False, bounds=True, budget="maxfev", counts="nfev"),
+    "slsqp": _MinimizeMethod(lambda aim, eps, bounded: {"ftol": eps**2}, bounds=True),
+    "trust-constr": _MinimizeMethod(_by_interior_point, hessp=True, bounds=True),
+    "dogleg": _MinimizeMethod(_by_gradient, hess=True),
+    "trust-ncg": _MinimizeMethod(_by_gradient, hessp=True),
     # An inexact step may predict no improvement, which ends the search far from the solution.
-    "trust-krylov": _Row(lambda aim, eps, bounded: {"gtol": aim, "inexact": False}, hessp=True),
-    "trust-exact": _Row(_by_gradient, hess=True),
+    "trust-krylov": _MinimizeMethod(lambda aim, eps, bounded: {"gtol": aim, "inexact": False}, hessp=True),
+    "trust-exact": _MinimizeMethod(_by_gradient, hess=True),
 }
 
 
@@ -140,24 +140,28 @@ def scipy_minimize(
         tensor([1.5000, 0.5000])
     """
     chosen = method or ("BFGS" if bounds is None else "L-BFGS-B")
-    row = lookup("scipy_minimize", chosen, _METHODS)
+    row = lookup("scipy_minimize", chosen, _MINIMIZE_METHODS)
     own = check_scipy_options("scipy_minimize", scipy_options, {row.budget: "give maxiter= to the solver"})
-    equation_of = _equations.stationary
+    equation_of = _equations.stationary_equation
     if bounds is not None:
         if not row.bounds:
-            takers = ", ".join(name for name, row in _METHODS.items() if row.bounds)
+            takers = ", ".join(name for name, row in _MINIMIZE_METHODS.items() if row.bounds)
             raise ValueError(f"scipy_minimize: method {chosen!r} takes no bounds; use one of {takers}")
-        equation_of = partial(_boxed, limits=limits_of("scipy_minimize", bounds))
-    solve = partial(_solve, method=chosen, bounded=bounds is not None, own=own)
-    engine = Engine(solve, row.counts, digits=2 / 5)
-    return make_engine("scipy_minimize", equation_of, objective_fn, engine, options)
+        equation_of = partial(
+            _equations.boxed_by, smooth_of=_equations.stationary_equation, limits=limits_of("scipy_minimize", bounds)
+        )
+    solve = partial(_run_minimize, method=chosen, bounded=bounds is not None, own=own)
+    engine = ScipyEngine(solve, row.counts, digits=2 / 5)
+    return make_scipy_solver("scipy_minimize", equation_of, objective_fn, engine, options)
 
 
-def _solve(lane: Lane, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, Any]) -> Any:
+def _run_minimize(
+    lane: LaneFunctions, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, Any]
+) -> Any:
     # Takes half a second to import.
     from scipy.optimize import Bounds, minimize
 
-    row = lookup("scipy_minimize", method, _METHODS)
+    row = lookup("scipy_minimize", method, _MINIMIZE_METHODS)
     limits = lane.bounds() if bounded else None
     return minimize(
         lane.objective_and_gradient if row.jac else lane.objective,
@@ -169,7 +173,3 @@ def _solve(lane: Lane, aim: float, limit: int, *, method: str, bounded: bool, ow
         bounds=None if limits is None else Bounds(*limits),
         options={**row.tolerances(aim / lane.x0.size**0.5, lane.eps, bounded), row.budget: limit, **own},
     )
-
-
-def _boxed(fn: Callable[..., Any], limits: tuple[Any, Any]) -> _equations.Equation:
-    return _equations.boxed(_equations.stationary(fn), *limits)

@@ -10,12 +10,12 @@ import numpy as np
 
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.solver import Solver
-from implicitdiff.solvers._scipy import Engine, Lane, check_scipy_options, lookup, make_engine
+from implicitdiff.solvers._scipy import LaneFunctions, ScipyEngine, check_scipy_options, lookup, make_scipy_solver
 
-Tolerances = Callable[[float, float], dict[str, Any]]
+RootTolerances = Callable[[float, float], dict[str, Any]]
 
 
-class _Row(NamedTuple):
+class _RootMethod(NamedTuple):
     """What SciPy's documentation says of a method.
 
     Attributes:
@@ -28,7 +28,7 @@ class _Row(NamedTuple):
     jac: bool
     budget: str
     counts: str
-    tolerances: Tolerances
+    tolerances: RootTolerances
 
 
 def _by_residual(aim: float, eps: float) -> dict[str, Any]:
@@ -40,10 +40,10 @@ def _krylov(aim: float, eps: float) -> dict[str, Any]:
     return {**_by_residual(aim, eps), "jac_options": {"rdiff": eps**0.5}}
 
 
-_QUASI_NEWTON = _Row(False, "maxiter", "nit", _by_residual)
-_METHODS = {
-    "hybr": _Row(True, "maxfev", "nfev", lambda aim, eps: {"xtol": eps}),
-    "lm": _Row(True, "maxiter", "nfev", lambda aim, eps: {"xtol": eps, "ftol": eps, "gtol": eps}),
+_QUASI_NEWTON = _RootMethod(False, "maxiter", "nit", _by_residual)
+_ROOT_METHODS = {
+    "hybr": _RootMethod(True, "maxfev", "nfev", lambda aim, eps: {"xtol": eps}),
+    "lm": _RootMethod(True, "maxiter", "nfev", lambda aim, eps: {"xtol": eps, "ftol": eps, "gtol": eps}),
     "broyden1": _QUASI_NEWTON,
     "broyden2": _QUASI_NEWTON,
     "anderson": _QUASI_NEWTON,
@@ -51,7 +51,7 @@ _METHODS = {
     "diagbroyden": _QUASI_NEWTON,
     "excitingmixing": _QUASI_NEWTON,
     "krylov": _QUASI_NEWTON._replace(tolerances=_krylov),
-    "df-sane": _Row(False, "maxfev", "nfev", lambda aim, eps: {"fatol": aim, "ftol": 0.0}),
+    "df-sane": _RootMethod(False, "maxfev", "nfev", lambda aim, eps: {"fatol": aim, "ftol": 0.0}),
 }
 
 
@@ -98,17 +98,17 @@ def scipy_root(
         >>> torch.func.grad(lambda shift: solver.run(torch.tensor(0.5), shift)[0])(torch.tensor(1.0))
         tensor(0.0824)
     """
-    row = lookup("scipy_root", method, _METHODS)
+    row = lookup("scipy_root", method, _ROOT_METHODS)
     own = check_scipy_options("scipy_root", scipy_options, {row.budget: "give maxiter= to the solver"})
-    engine = Engine(partial(_solve, method=method, own=own), row.counts)
-    return make_engine("scipy_root", _equations.root, residual_fn, engine, options)
+    engine = ScipyEngine(partial(_run_root, method=method, own=own), row.counts)
+    return make_scipy_solver("scipy_root", _equations.root_equation, residual_fn, engine, options)
 
 
-def _solve(lane: Lane, aim: float, limit: int, *, method: str, own: Mapping[str, Any]) -> Any:
+def _run_root(lane: LaneFunctions, aim: float, limit: int, *, method: str, own: Mapping[str, Any]) -> Any:
     # Takes half a second to import.
     from scipy.optimize import root
 
-    row = lookup("scipy_root", method, _METHODS)
+    row = lookup("scipy_root", method, _ROOT_METHODS)
     return root(
         lane.residual,
         lane.x0,

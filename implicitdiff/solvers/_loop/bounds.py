@@ -32,6 +32,10 @@ class Limits(NamedTuple):
         """The unknowns that a step along the negative gradient would take out of the box at once."""
         return ((x <= self.lower) & (gradient > 0)) | ((x >= self.upper) & (gradient < 0))
 
+    def free_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient, with 0 for the unknowns that are `held`."""
+        return torch.where(self.held(x, gradient), 0.0, gradient)
+
     def ahead(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         """The bound that each unknown has in front of it, 0 where that is infinite or it does not move, and the flags
         of those that have one."""
@@ -56,7 +60,7 @@ def _filled(bound: Any, absent: float) -> Any:
 
 
 def limits_on(problem: BatchedProblem) -> Limits:
-    """The bounds of a problem whose equation is `_equations.boxed`."""
+    """The bounds of a problem whose equation is `_equations.boxed_equation`."""
     return problem.once(_limits)  # type: ignore[no-any-return]
 
 

@@ -17,18 +17,18 @@ from implicitdiff._torch.settings import full_precision
 from implicitdiff._torch.trees import Leaves
 
 
-def solve(a: Tensor, b: Tensor) -> Tensor:
+def solve_dense(a: Tensor, b: Tensor) -> Tensor:
     """``A^-1 b`` for rows ``b`` of shape ``(lanes, n)``; not finite in the lanes where ``A`` is singular."""
     return solve_problem(_Square(), [a, b[..., None]])[0][..., 0]
 
 
-def inverse(a: Tensor) -> Tensor:
-    """``A^-1``, as `solve` would give it."""
+def invert_dense(a: Tensor) -> Tensor:
+    """``A^-1``, as `solve_dense` would give it."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     return solve_problem(_Square(), [a, eye.expand_as(a)])[0]
 
 
-def lstsq(a: Tensor, b: Tensor) -> Tensor:
+def lstsq_dense(a: Tensor, b: Tensor) -> Tensor:
     """The least-squares solutions of ``A x = b``, ``A`` of full column rank and at least as many rows."""
     return solve_problem(_LeastSquares(), [a, b[..., None]])[0][..., 0]
 

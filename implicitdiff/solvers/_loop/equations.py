@@ -19,7 +19,7 @@ from implicitdiff.solvers._loop.losses import Loss, relative_squares
 from implicitdiff.solvers._loop.problem import BatchedProblem
 
 Functions = Mapping[str, Callable[..., Any]]
-Residual = Callable[[BatchedProblem, Tensor], Tensor]
+RowResidual = Callable[[BatchedProblem, Tensor], Tensor]
 """``residual(problem, x)``, ``(lanes, n)``."""
 ProxResidual = Callable[[BatchedProblem, Tensor, Tensor], Tensor]
 """``prox_residual(problem, x, gradient)``, zero at a solution under constraints or with a penalty."""
@@ -36,7 +36,7 @@ class Equation(NamedTuple):
 
     functions: Functions
     on_trees: Callable[[Functions, Any, tuple[Any, ...]], Any]
-    on_rows: Residual
+    on_rows: RowResidual
 
 
 EquationOf = Callable[..., Equation]
@@ -47,34 +47,36 @@ EquationOf = Callable[..., Equation]
 class Composite:
     """The residual ``prox_residual(problem, x, gradient(problem, x))`` on rows."""
 
-    gradient: Residual
+    gradient: RowResidual
     prox_residual: ProxResidual
 
     def __call__(self, problem: BatchedProblem, x: Tensor) -> Tensor:
         return self.prox_residual(problem, x, self.gradient(problem, x))
 
 
-def fixed_point(fn: Callable[..., Any]) -> Equation:
+def fixed_point_equation(fn: Callable[..., Any]) -> Equation:
     """``x - fn(x, *args) = 0``."""
     # In this order the Jacobian is I - J, positive definite for a symmetric contraction.
     return Equation(
-        {"fn": like_x(fn)},
+        {"fn": returning_like_x(fn)},
         lambda functions, x, args: subtract(x, functions["fn"](x, args)),
         lambda problem, x: x - problem.fn(x),
     )
 
 
-def root(fn: Callable[..., Any]) -> Equation:
+def root_equation(fn: Callable[..., Any]) -> Equation:
     """``fn(x, *args) = 0`` of as many equations as unknowns."""
     return Equation(
-        {"fn": like_x(fn)}, lambda functions, x, args: functions["fn"](x, args), lambda problem, x: problem.fn(x)
+        {"fn": returning_like_x(fn)},
+        lambda functions, x, args: functions["fn"](x, args),
+        lambda problem, x: problem.fn(x),
     )
 
 
-def stationary(fn: Callable[..., Any]) -> Equation:
+def stationary_equation(fn: Callable[..., Any]) -> Equation:
     """``grad fn(x, *args) = 0``."""
     return Equation(
-        {"fn": scalar(fn)},
+        {"fn": returning_scalar(fn)},
         lambda functions, x, args: gradient(functions["fn"], x, args),
         _gradient_on_rows,
     )
@@ -90,7 +92,7 @@ def _where_finite(value: Tensor, gradient: Tensor) -> Tensor:
     return torch.where(torch.isfinite(value).all(dim=-1, keepdim=True), gradient, torch.nan)
 
 
-def least_squares(fn: Callable[..., Any]) -> Equation:
+def least_squares_equation(fn: Callable[..., Any]) -> Equation:
     """``J' r = 0`` for ``r = fn(x, *args)``, the gradient of ``|r|^2 / 2``."""
 
     def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
@@ -101,16 +103,16 @@ def least_squares(fn: Callable[..., Any]) -> Equation:
         residuals, pull = problem.fn.pull(x)
         return _where_finite(residuals, pull(residuals))
 
-    return Equation({"fn": tensors(fn)}, on_trees, on_rows)
+    return Equation({"fn": returning_tensors(fn)}, on_trees, on_rows)
 
 
-def robust(fn: Callable[..., Any], loss: Loss, scale: Any) -> Equation:
+def robust_equation(fn: Callable[..., Any], loss: Loss, scale: Any) -> Equation:
     """``J' (rho'(z) r) = 0`` for ``r = fn(x, *args)`` and ``z = (r / scale)^2``, the gradient of the sum of
     ``scale^2 rho(z) / 2``.
 
     A function "loss" has the terms of that sum, ``rho'`` and ``rho' + 2 z rho''``, each for every residual.
     """
-    checked = tensors(fn)
+    checked = returning_tensors(fn)
 
     def weighted(r: torch.Tensor) -> torch.Tensor:
         return loss.first(relative_squares(r, scale)[0]) * r
@@ -137,10 +139,10 @@ def robust(fn: Callable[..., Any], loss: Loss, scale: Any) -> Equation:
     return Equation({"fn": checked, "loss": losses}, on_trees, on_rows)
 
 
-def proximal(fn: Callable[..., Any], prox: Callable[..., Any]) -> Equation:
+def proximal_equation(fn: Callable[..., Any], prox: Callable[..., Any]) -> Equation:
     """``x - prox(x - grad fn(x, *args), 1) = 0``."""
-    checked = like_x(prox)
-    smooth = stationary(fn)
+    checked = returning_like_x(prox)
+    smooth = stationary_equation(fn)
 
     def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
         ahead = subtract(x, smooth.on_trees(functions, x, args))
@@ -153,14 +155,14 @@ def proximal(fn: Callable[..., Any], prox: Callable[..., Any]) -> Equation:
     return Equation(functions, on_trees, Composite(smooth.on_rows, prox_residual))
 
 
-def projected(fn: Callable[..., Any], projection: Callable[..., Any]) -> Equation:
+def projected_equation(fn: Callable[..., Any], projection: Callable[..., Any]) -> Equation:
     """``x - projection(x - grad fn(x, *args)) = 0``."""
-    checked = like_x(projection)
-    smooth = proximal(fn, projection)
+    checked = returning_like_x(projection)
+    smooth = proximal_equation(fn, projection)
     return smooth._replace(functions={**smooth.functions, "prox": lambda v, args, stepsize=1.0: checked(v, ())})
 
 
-def boxed(smooth: Equation, lower: Any, upper: Any) -> Equation:
+def boxed_equation(smooth: Equation, lower: Any, upper: Any) -> Equation:
     """``x - clip(x - g(x), lower, upper) = 0``, for an equation ``g(x) = 0`` of a gradient."""
 
     def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
@@ -176,6 +178,11 @@ def boxed(smooth: Equation, lower: Any, upper: Any) -> Equation:
     return Equation(functions, on_trees, Composite(smooth.on_rows, prox_residual))
 
 
+def boxed_by(fn: Callable[..., Any], smooth_of: EquationOf, limits: tuple[Any, Any]) -> Equation:
+    """Bind ``smooth_of`` and ``limits`` by `functools.partial` to get an `EquationOf` that pickles."""
+    return boxed_equation(smooth_of(fn), *limits)
+
+
 def _into_box(v: Any, lower: Any, upper: Any) -> Any:
     """The projection of the tensors in a tree, in which there may be other things."""
     _, structure = pytree.flatten(v)
@@ -189,7 +196,7 @@ def subtract(a: Any, b: Any) -> Any:
     return structure.unflatten([p - q for p, q in zip(leaves, structure.tensors_of(b), strict=True)])
 
 
-def like_x(fn: Callable[..., Any]) -> Callable[..., Any]:
+def returning_like_x(fn: Callable[..., Any]) -> Callable[..., Any]:
     """``fn(x, *args)`` as ``checked(x, args)``, whose result must be a tree like ``x``."""
 
     def checked(x: Any, args: tuple[Any, ...]) -> Any:
@@ -212,7 +219,7 @@ def _is_real_number(value: torch.Tensor) -> bool:
         return value.shape == () and value.is_floating_point()
 
 
-def scalar(fn: Callable[..., Any]) -> Callable[..., Any]:
+def returning_scalar(fn: Callable[..., Any]) -> Callable[..., Any]:
     """``fn(x, *args)`` as ``checked(x, args)``, whose result must be one real number."""
 
     def checked(x: Any, args: tuple[Any, ...]) -> Any:
@@ -227,7 +234,7 @@ def scalar(fn: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def tensors(fn: Callable[..., Any]) -> Callable[..., Any]:
+def returning_tensors(fn: Callable[..., Any]) -> Callable[..., Any]:
     """``fn(x, *args)`` as ``checked(x, args)``, whose result must be a tree of tensors."""
 
     def checked(x: Any, args: tuple[Any, ...]) -> Any:

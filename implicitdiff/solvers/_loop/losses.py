@@ -65,8 +65,8 @@ def loss_of(name: str, loss: Any) -> Loss:
         return _LOSSES[loss]
     if not callable(loss):
         raise ValueError(f"{name}: loss must be one of {', '.join(_LOSSES)}, or a function rho(z), got {loss!r}")
-    first = partial(_derivative, partial(_checked, loss))
-    return Loss(partial(_checked, loss), first, partial(_derivative, first))
+    first = partial(_entrywise_derivative, partial(_checked, loss))
+    return Loss(partial(_checked, loss), first, partial(_entrywise_derivative, first))
 
 
 def _checked(loss: Elementwise, z: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def _checked(loss: Elementwise, z: Tensor) -> Tensor:
     return value
 
 
-def _derivative(fn: Elementwise, z: Tensor) -> Tensor:
+def _entrywise_derivative(fn: Elementwise, z: Tensor) -> Tensor:
     """Of a function that acts entry by entry."""
     slope: Tensor = gradient(lambda z: fn(z).sum(), z)
     return slope

@@ -29,7 +29,7 @@ class Start(NamedTuple):
     reference: Tensor | None = None
 
 
-class Method(NamedTuple):
+class IterativeMethod(NamedTuple):
     """An iteration on rows, and what the stopping rule asks of it.
 
     Attributes:

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import BatchedProblem, Product, any_lane, dot, norm, safe_divide, scattered
+from implicitdiff.solvers._loop.problem import (
+    BatchedProblem,
+    VectorMap,
+    any_lane,
+    row_dot,
+    row_norm,
+    safe_divide,
+    scattered_signs,
+)
 
 
 class NewtonStep(NamedTuple):
@@ -35,10 +43,13 @@ class NewtonStep(NamedTuple):
     units: Tensor | None = None
 
 
-Made = TypeVar("Made")
+MAX_PRODUCTS = 60
+"""Bound on the Hessian products of one step that measures the distance from the solution."""
+
+ResultT = TypeVar("ResultT")
 
 
-def if_twice_differentiable(make: Callable[[], Made]) -> Made | None:
+def if_twice_differentiable(make: Callable[[], ResultT]) -> ResultT | None:
     """What takes second derivatives; None where a function has first ones alone, as a function of autograd may."""
     try:
         return make()
@@ -51,26 +62,28 @@ def few_products(problem: BatchedProblem, x: Tensor) -> int:
     return min(2 * x.shape[-1], 8 if problem.eps < 1e-10 else 16)
 
 
-def newton_step(problem: BatchedProblem, x: Tensor, memory: Any, precondition: Product, products: int) -> NewtonStep:
-    """`conjugate_gradients` for an objective, by one evaluation."""
+def objective_newton_step(
+    problem: BatchedProblem, x: Tensor, memory: Any, precondition: VectorMap, products: int
+) -> NewtonStep:
+    """`truncated_cg` for an objective, by one evaluation."""
     _, grad, product = problem.fn.hessian(x)
-    step, gain = conjugate_gradients(x, grad, product, precondition, products, eps=problem.eps)
+    step, gain = truncated_cg(x, grad, product, precondition, products, eps=problem.eps)
     value = memory.value.detach()
     counts = promises = gain > problem.eps**0.5 * value.abs()
     # The terms that cancel in a value are about as large as |x||H x|, and no larger than the largest value so far.
-    terms = torch.minimum(norm(x) * step.size, memory.magnitude)
-    doubtful = counts & (norm(step.d) > problem.eps ** (2 / 5) * norm(x)) & (gain <= problem.eps**0.5 * terms)
+    terms = torch.minimum(row_norm(x) * step.size, memory.magnitude)
+    doubtful = counts & (row_norm(step.d) > problem.eps ** (2 / 5) * row_norm(x)) & (gain <= problem.eps**0.5 * terms)
     if any_lane(doubtful):
-        moved = problem.fn(x.detach() + 4 * problem.eps * scattered(x) * x.detach())[:, 0].detach()
+        moved = problem.fn(x.detach() + 4 * problem.eps * scattered_signs(x) * x.detach())[:, 0].detach()
         counts = counts & ~(doubtful & (gain <= 16.0 * (moved - value).abs()))
     return step._replace(promises=promises, counts=counts)
 
 
-def conjugate_gradients(
+def truncated_cg(
     x: Tensor,
     grad: Tensor,
-    product: Product,
-    precondition: Product,
+    product: VectorMap,
+    precondition: VectorMap,
     products: int,
     *,
     eps: float,
@@ -83,24 +96,24 @@ def conjugate_gradients(
     others first. Where the curvature is negative, the step goes as far as one of the other sign would have it.
     """
     d, r, z = torch.zeros_like(grad), grad, precondition(grad)
-    p, rz = -z, dot(grad, z)
+    p, rz = -z, row_dot(grad, z)
     gain, stiffest = torch.zeros_like(rz), torch.zeros_like(rz)
     bends_down = torch.zeros_like(rz, dtype=torch.bool)
     active = (rz > 0) & torch.isfinite(rz)
     for _ in range(products):
         image = product(p)
-        curvature = dot(p, image)
-        stiffest = torch.maximum(stiffest, safe_divide(norm(image), norm(p)))
-        bends_down = bends_down | (active & (curvature < -(eps**0.5) * stiffest * dot(p, p)))
+        curvature = row_dot(p, image)
+        stiffest = torch.maximum(stiffest, safe_divide(row_norm(image), row_norm(p)))
+        bends_down = bends_down | (active & (curvature < -(eps**0.5) * stiffest * row_dot(p, p)))
         bends = active & (curvature != 0)
         a = torch.where(bends, safe_divide(rz, curvature.abs()), 0.0)
         d, r = d + a[:, None] * p, r + a[:, None] * image
         gain = gain + 0.5 * a * rz
         z = precondition(r)
-        rz, before = dot(r, z), rz
+        rz, before = row_dot(r, z), rz
         active = bends & (curvature > 0) & (rz > 0) & torch.isfinite(rz)
         if not any_lane(active):
             break
         p = safe_divide(rz, before)[:, None] * p - z
-    size = norm(product(x))
+    size = row_norm(product(x))
     return NewtonStep(x, d, gain > 0, gain > 0, size, bends_down), gain

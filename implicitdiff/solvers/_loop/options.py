@@ -10,7 +10,7 @@ from typing import Any
 
 from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.linear import Solve
-from implicitdiff.solvers._loop.status import OnFailure
+from implicitdiff.linear_solve._outcome import OnFailure
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.operators import with_vectors
 from implicitdiff._implicit.system import Vectors
-from implicitdiff._torch.trees import Leaves, Structure
+from implicitdiff._torch.trees import Leaves, Structure, Tree
 
-Product = Callable[[Tensor], Tensor]
+VectorMap = Callable[[Tensor], Tensor]
 UserFunction = Callable[[Leaves, Leaves], Leaves]
 """``part(x, more) -> leaves`` on leaves with the lanes in front; `more` holds numbers, one for each lane."""
 
@@ -60,21 +61,21 @@ class RowFunction:
         value, pull = self.pull(x)
         return value[:, 0], pull(torch.ones_like(value))
 
-    def pull(self, x: Tensor) -> tuple[Tensor, Product]:
+    def pull(self, x: Tensor) -> tuple[Tensor, VectorMap]:
         """The value, and ``u -> J' u``."""
         if not self.plain:
-            return _vjp(self, x)
+            return _value_and_pullback(self, x)
         with functorch.recording():
             (x,) = functorch.recordable([x])
             y = self(x.requires_grad_())
-        return y.detach(), lambda u: _pulled(y, x, u)
+        return y.detach(), lambda u: _detached_product(y, x, u)
 
-    def linearise(self, x: Tensor) -> tuple[Tensor, Product, Product]:
+    def linearise(self, x: Tensor) -> tuple[Tensor, VectorMap, VectorMap]:
         """The value, ``v -> J v`` and ``u -> J' u``."""
         if not self.plain:
-            y, pull = _vjp(self, x)
+            y, pull = _value_and_pullback(self, x)
             # The pullback is linear; pulled back in turn, it gives the product with the Jacobian.
-            return y, _vjp(pull, torch.zeros_like(y))[1], pull
+            return y, _value_and_pullback(pull, torch.zeros_like(y))[1], pull
         with functorch.recording():
             (x,) = functorch.recordable([x])
             y = self(x.requires_grad_())
@@ -83,31 +84,31 @@ class RowFunction:
         def transposed() -> tuple[Tensor, Tensor]:
             with functorch.recording():
                 u = torch.zeros_like(y).requires_grad_()
-                return _grad(y, x, u, create_graph=True), u
+                return _autograd_product(y, x, u, create_graph=True), u
 
         def push(v: Tensor) -> Tensor:
             g, u = transposed()
-            return _pulled(g, u, v)
+            return _detached_product(g, u, v)
 
-        return y.detach(), push, lambda u: _pulled(y, x, u)
+        return y.detach(), push, lambda u: _detached_product(y, x, u)
 
-    def hessian(self, x: Tensor) -> tuple[Tensor, Tensor, Product]:
+    def hessian(self, x: Tensor) -> tuple[Tensor, Tensor, VectorMap]:
         """The value, the gradient, and ``v -> H v``, of a function to the reals."""
         if not self.plain:
-            grad, product = _vjp(lambda x: self.value_and_grad(x)[1], x)
+            grad, product = _value_and_pullback(lambda x: self.value_and_grad(x)[1], x)
             return self(x)[:, 0], grad, product
         with functorch.recording():
             (x,) = functorch.recordable([x])
             y = self(x.requires_grad_())
-            g = _grad(y, x, torch.ones_like(y), create_graph=True)
-        return y.detach()[:, 0], g.detach(), lambda v: _pulled(g, x, v)
+            g = _autograd_product(y, x, torch.ones_like(y), create_graph=True)
+        return y.detach()[:, 0], g.detach(), lambda v: _detached_product(g, x, v)
 
     def curvature(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient and the Hessian, ``(lanes, n, n)``, of a function to the reals."""
         _, grad, product = self.hessian(x)
         return grad, self._images(product, x).permute(1, 0, 2)
 
-    def summed(self, terms: Product) -> RowFunction:
+    def summed(self, terms: VectorMap) -> RowFunction:
         """The function to the reals that adds the terms that are made of the values."""
         batch = self.inputs.batch
 
@@ -130,19 +131,19 @@ class RowFunction:
             return y, self._images(pull, y).permute(1, 0, 2)
         return y, self._images(push, x).permute(1, 2, 0)
 
-    def _images(self, product: Product, like: Tensor) -> Tensor:
+    def _images(self, product: VectorMap, like: Tensor) -> Tensor:
         """The products with the unit vectors, in front of the lanes."""
         lanes, n = like.shape
         basis = torch.eye(n, dtype=like.dtype, device=like.device)[:, None, :].expand(n, lanes, n)
         if n == 1:
             return product(basis[0])[None]
         # What is held at once is bounded.
-        at_once = max(1, _HELD_AT_ONCE // (lanes * n))
+        at_once = max(1, _MAX_ENTRIES_AT_ONCE // (lanes * n))
         images: Tensor = with_vectors(product, self.one_by_one, at_once if at_once < n else None)(basis)
         return images
 
 
-def _vjp(fn: Product, x: Tensor) -> tuple[Tensor, Product]:
+def _value_and_pullback(fn: VectorMap, x: Tensor) -> tuple[Tensor, VectorMap]:
     pair: Any = torch.func.vjp(fn, x)
     value, pull = pair
 
@@ -156,18 +157,18 @@ def _vjp(fn: Product, x: Tensor) -> tuple[Tensor, Product]:
     return value, product
 
 
-def _pulled(y: Tensor, x: Tensor, u: Tensor) -> Tensor:
-    return _grad(y, x, u, create_graph=functorch.depth() > 0).detach()
+def _detached_product(y: Tensor, x: Tensor, u: Tensor) -> Tensor:
+    return _autograd_product(y, x, u, create_graph=functorch.depth() > 0).detach()
 
 
-def _grad(y: Tensor, x: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
+def _autograd_product(y: Tensor, x: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
     if not y.requires_grad:
         return torch.zeros_like(x)
     (grad,) = functorch.gradients((y,), (x,), (u,), create_graph=create_graph)
     return torch.zeros_like(x) if grad is None else grad
 
 
-_HELD_AT_ONCE = 2**22
+_MAX_ENTRIES_AT_ONCE = 2**22
 
 
 class BatchedProblem:
@@ -219,7 +220,7 @@ class BatchedProblem:
         return self._once[make]
 
 
-def norm(x: Tensor) -> Tensor:
+def row_norm(x: Tensor) -> Tensor:
     """The Euclidean norms of rows, ``(lanes, n) -> (lanes,)``, as numbers without a derivative."""
     x = x.detach()
     # In float64, in which the square of no float32 is out of range.
@@ -227,7 +228,7 @@ def norm(x: Tensor) -> Tensor:
     return size.to(x.dtype)
 
 
-def scattered(x: Tensor) -> Tensor:
+def scattered_signs(x: Tensor) -> Tensor:
     """A sign for each unknown, ``(n,)``, without a pattern: along a common one, the terms of a function may cancel."""
     places = torch.arange(x.shape[-1], dtype=torch.float64, device=x.device)
     return torch.where(torch.cos(places**2) < 0, -1.0, 1.0).to(x.dtype)
@@ -238,12 +239,12 @@ def largest_entry(x: Tensor) -> Tensor:
     return x.abs().amax(dim=-1) if x.shape[-1] else x.sum(dim=-1)
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
     """Row by row, ``(lanes,)``."""
     return (a * b).sum(dim=-1)
 
 
-def times(x: Tensor, matrix: Tensor) -> Tensor:
+def vecmat(x: Tensor, matrix: Tensor) -> Tensor:
     """``x' A``, row by row, for ``A`` of shape ``(lanes, n, m)``; so written, as batched products with a column on the
     right take several times as long on a CPU."""
     product: Tensor = x[:, None] @ matrix
@@ -264,6 +265,13 @@ def any_lane(flag: Tensor) -> bool:
 def select(where: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """``new`` in the lanes where a ``(lanes,)`` flag is up, else ``old``; both have the lanes in front."""
     return torch.where(where.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
+
+
+def select_tree(where: Tensor, new: Tree, old: Tree) -> Tree:
+    """Apply `select` to every tensor of two trees of one structure; a tensor that both trees share is not copied."""
+    leaves, structure = pytree.flatten(new)
+    pairs = zip(leaves, structure.tensors_of(old), strict=True)
+    return structure.unflatten([a if a is b else select(where, a, b) for a, b in pairs])
 
 
 def all_of(flags: Sequence[Tensor]) -> Tensor:

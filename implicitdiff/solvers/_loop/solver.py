@@ -31,13 +31,13 @@ from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.solvers._loop.equations import EquationOf
 from implicitdiff.solvers._loop.function import LastByKeyword, SolverFunction
 from implicitdiff.solvers._loop.lifted import LiftedProblem
-from implicitdiff.solvers._loop.method import Method
+from implicitdiff.solvers._loop.method import IterativeMethod
 from implicitdiff.solvers._loop.options import Options, check_count, options_of
-from implicitdiff.solvers._loop.problem import BatchedProblem, UserFunction, any_lane, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, UserFunction, any_lane, select, select_tree
 from implicitdiff.solvers._loop.report import Callback, Report
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status, report_failures
-from implicitdiff.solvers._loop.termination import PATIENCE, Termination, Told
+from implicitdiff.solvers._loop.termination import PATIENCE, Termination, Verdict
 
 
 class Solver(NamedTuple):
@@ -78,7 +78,7 @@ class SolverImpl:
     name: str
     equation_of: EquationOf
     functions: tuple[Callable[..., Any], ...]
-    method: Method
+    method: IterativeMethod
     options: Options
     guess: Callable[..., Any] | None = None
     is_named: bool = False
@@ -115,7 +115,7 @@ class SolverImpl:
         with _settings.full_precision():
             old = pytree.map_tensors(lambda t: t[None], state)
             x, state = self._step(problem, x, old, mask=True)
-            state = self._looked(problem, x, state)
+            state = self._with_rounding_measured(problem, x, state)
         return structure.unflatten(problem.inputs.unravel(x)), _unbatched(state)
 
     @_modes.one_operation
@@ -155,11 +155,11 @@ class SolverImpl:
         if not mask:
             return new_x, new
         active = state.status == Status.RUNNING
-        return select(active, new_x, x), _select_all(active, new, state)
+        return select(active, new_x, x), select_tree(active, new, state)
 
-    def _looked(self, problem: BatchedProblem, x: Tensor, state: State[Any]) -> State[Any]:
+    def _with_rounding_measured(self, problem: BatchedProblem, x: Tensor, state: State[Any]) -> State[Any]:
         """The state with the rounding floor measured where it is due."""
-        return self.termination.look(self.method, problem, x, state, self.termination.idle(state))
+        return self.termination.measure_rounding(self.method, problem, x, state, self.termination.idle(state))
 
     # --- in the caller's frame --------------------------------------------------------------------------------------
 
@@ -204,11 +204,11 @@ class SolverImpl:
             )
         first_x, _, _ = self._frame(params, args)
 
-        def judge(params: Any, state: State[Any], told: Told) -> tuple[State[Any], Told]:
+        def judge(params: Any, state: State[Any], verdict: Verdict) -> tuple[State[Any], Verdict]:
             x, problem, _ = self._frame(params, args)
             with _settings.full_precision():
-                one = pytree.map_tensors(lambda t: t[None], (state, told))
-                judged: tuple[State[Any], Told] = _unbatched(
+                one = pytree.map_tensors(lambda t: t[None], (state, verdict))
+                judged: tuple[State[Any], Verdict] = _unbatched(
                     self.termination.judge(self.method, problem, first_x, x, *one)
                 )
             return judged
@@ -221,7 +221,7 @@ class SolverImpl:
         with contextlib.closing(report):
             params, state = _until_stopped(params, state, frame)
         state = pytree.map_tensors(Tensor.detach, state)
-        self._settle(_plain(state))
+        self._report_failures(_plain(state))
         return params, report.into(state)
 
     # --- below the transforms ---------------------------------------------------------------------------------------
@@ -258,20 +258,20 @@ class SolverImpl:
                 count += 1
                 # Lanes that were told to run on count by themselves. The others do not, which saves a look.
                 if resumed or count % PATIENCE == 0:
-                    state = self._looked(problem, x, state)
+                    state = self._with_rounding_measured(problem, x, state)
             return x, state
 
-        def judge(x: Tensor, state: State[Any], told: Told) -> tuple[State[Any], Told]:
+        def judge(x: Tensor, state: State[Any], verdict: Verdict) -> tuple[State[Any], Verdict]:
             nonlocal resumed
             resumed = True
-            return self.termination.judge(self.method, problem, first_x, x, state, told)
+            return self.termination.judge(self.method, problem, first_x, x, state, verdict)
 
         with contextlib.closing(report.over(lanes)):
             x, state = _until_stopped(x, self._start(problem, x), _Frame(see, advance, judge))
-        self._settle(state if lanes else _unbatched(state))
+        self._report_failures(state if lanes else _unbatched(state))
         return x, report.into(state)
 
-    def _settle(self, state: Any) -> None:
+    def _report_failures(self, state: Any) -> None:
         report_failures(self.name, state, self.options.on_failure, budget=self.options.maxiter is not None)
 
 
@@ -281,21 +281,21 @@ class _Frame(NamedTuple):
     Attributes:
         see: ``see(x, state)``, how many lanes are still running.
         advance: ``advance(x, state, running) -> (x, state)``, some iterations.
-        judge: ``judge(x, state, told) -> (state, told)``, where every lane has stopped.
+        judge: ``judge(x, state, verdict) -> (state, verdict)``, where every lane has stopped.
     """
 
     see: Callable[[Any, State[Any]], int]
     advance: Callable[[Any, State[Any], int], tuple[Any, State[Any]]]
-    judge: Callable[[Any, State[Any], Told], tuple[State[Any], Told]]
+    judge: Callable[[Any, State[Any], Verdict], tuple[State[Any], Verdict]]
 
 
 def _until_stopped(x: Any, state: State[Any], frame: _Frame) -> tuple[Any, State[Any]]:
     """The loop of every search."""
-    told = Told.nobody(state)
+    verdict = Verdict.initial(state)
     while running := frame.see(x, state):
         x, state = frame.advance(x, state, running)
         if not any_lane(state.status == Status.RUNNING):
-            state, told = frame.judge(x, state, told)
+            state, verdict = frame.judge(x, state, verdict)
     return x, state
 
 
@@ -303,7 +303,7 @@ def make_solver(
     name: str,
     equation_of: EquationOf,
     functions: tuple[Callable[..., Any], ...],
-    method: Method,
+    method: IterativeMethod,
     options: Any,
     guess: Callable[..., Any] | None = None,
     is_named: bool = False,
@@ -335,17 +335,10 @@ def _unbatched(state: Any) -> Any:
     return pytree.map_tensors(lambda t: t[0], state)
 
 
-def _select_all(active: Tensor, new: Any, old: Any) -> Any:
-    """`select`, tensor by tensor; what no step changes is not copied."""
-    leaves, structure = pytree.flatten(new)
-    pairs = zip(leaves, structure.tensors_of(old), strict=True)
-    return structure.unflatten([a if a is b else select(active, a, b) for a, b in pairs])
-
-
 def _plain(tree: Any) -> Any:
     """The values of a tree in the caller's frame, the lanes of its vmaps in front."""
-    return pytree.map_tensors(_value, tree)
+    return pytree.map_tensors(_plain_value, tree)
 
 
-def _value(tensor: Tensor) -> Tensor:
+def _plain_value(tensor: Tensor) -> Tensor:
     return functorch.without_batch_layers([functorch.plain_under_vmap(functorch.alive(tensor))])[0][0]

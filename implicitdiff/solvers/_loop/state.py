@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import NamedTuple  # on Python 3.10, generic ones; torch depends on it
 
-from implicitdiff.solvers._loop.problem import largest_entry, norm, safe_divide
+from implicitdiff.solvers._loop.problem import largest_entry, row_norm, safe_divide
 from implicitdiff.solvers._loop.status import Status
 
-Memory = TypeVar("Memory")
+MemoryT = TypeVar("MemoryT")
 
 
 class Progress(NamedTuple):
@@ -45,10 +45,10 @@ class Progress(NamedTuple):
         # A search may begin far away.
         reach, eps = torch.maximum(0.9 * self.reach, x.detach().abs()), torch.finfo(x.dtype).eps
         if units is None:
-            step = safe_divide(norm(d), torch.maximum(norm(x), eps ** (1 / 6) * norm(reach)))
+            step = safe_divide(row_norm(d), torch.maximum(row_norm(x), eps ** (1 / 6) * row_norm(reach)))
         else:
             d, x, far = units * d.detach().abs(), units * x.detach().abs(), units * reach
-            least = eps ** (1 / 3) * norm(far)[:, None]
+            least = eps ** (1 / 3) * row_norm(far)[:, None]
             step = largest_entry(safe_divide(d, torch.maximum(x, least)))
         return self._replace(step=step, reach=reach)
 
@@ -58,7 +58,7 @@ class Progress(NamedTuple):
         return self._replace(idle=torch.where(where, -1, self.idle))
 
 
-class State(NamedTuple, Generic[Memory]):
+class State(NamedTuple, Generic[MemoryT]):
     """The state of every solver; each tensor has one value for each lane of a vmap.
 
     Attributes:
@@ -77,7 +77,7 @@ class State(NamedTuple, Generic[Memory]):
     status: Tensor
     history: Tensor
     progress: Progress
-    memory: Memory
+    memory: MemoryT
 
     @property
     def converged(self) -> Tensor:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import enum
 import inspect
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitdiff.errors import ConvergenceError, ConvergenceWarning
-
-OnFailure = Literal["raise", "warn", "ignore"]
+from implicitdiff.linear_solve._outcome import OnFailure
 
 
 class Status(enum.IntEnum):

@@ -18,24 +18,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff._torch.trees as pytree
-from implicitdiff.solvers._loop.equations import Composite, Residual
-from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.equations import Composite, RowResidual
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, norm, scattered, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, scattered_signs, select, select_tree
 from implicitdiff.solvers._loop.state import Progress, State
 from implicitdiff.solvers._loop.status import Status, is_any_of
 
 PATIENCE = 4
 """After how many iterations without a smaller error the rounding floor is measured first."""
-_LESS = 0.9
+_DECREASE = 0.9
 """What an error has to be multiplied by to count as smaller."""
-_STILL = 16
+_MAX_ZERO_STEPS = 16
 """How many steps of length zero in a row there may be."""
 
 _RELIABLE = 1e-3
 """``|F(x)| / |J x|`` at which ``|J x|`` is that of the solution."""
-_FARTHER = 0.1
+_NEXT_TARGET = 0.1
 """The part of its error that a search has to reach which is near its target, but not near the solution."""
 
 
@@ -53,13 +52,13 @@ class _Powers(NamedTuple):
     sure: float
 
 
-_OWN_STEPS = _Powers(near=1 / 3, failed=1 / 6, sure=1 / 2)
+_OWN_STEP_POWERS = _Powers(near=1 / 3, failed=1 / 6, sure=1 / 2)
 """Of a method that has made the step: the error that is left is about its square."""
-_TRIALS = _Powers(near=2 / 5, failed=2 / 5, sure=1 / 2)
+_TRIAL_STEP_POWERS = _Powers(near=2 / 5, failed=2 / 5, sure=1 / 2)
 """Of a method that has not: the step is the error."""
 
 
-class Told(NamedTuple):
+class Verdict(NamedTuple):
     """What the rule remembers of the lanes that it told to run on.
 
     Attributes:
@@ -73,7 +72,7 @@ class Told(NamedTuple):
     length: Tensor
 
     @classmethod
-    def nobody(cls, state: State[Any]) -> Told:
+    def initial(cls, state: State[Any]) -> Verdict:
         """At the beginning."""
         none = torch.zeros_like(state.error)
         return cls(error=torch.full_like(none, torch.inf), ratio=none, length=none)
@@ -107,7 +106,7 @@ class Termination:
 
     # --- without an evaluation ----------------------------------------------------------------------------------------
 
-    def begin(self, method: Method, problem: BatchedProblem, x: Tensor, start: Start) -> State[Any]:
+    def begin(self, method: IterativeMethod, problem: BatchedProblem, x: Tensor, start: Start) -> State[Any]:
         """The state at an initial guess; with default tolerances this takes an evaluation to measure ``|J x|``."""
         error = start.error.detach()
         zero, none = torch.zeros_like(error, dtype=torch.int64), torch.zeros_like(error)
@@ -131,18 +130,20 @@ class Termination:
         )
         return self._advanced(state, error <= state.target)
 
-    def advance(self, method: Method, problem: BatchedProblem, x: Tensor, new_x: Tensor, new: State[Any]) -> State[Any]:
+    def advance(
+        self, method: IterativeMethod, problem: BatchedProblem, x: Tensor, new_x: Tensor, new: State[Any]
+    ) -> State[Any]:
         """The state after a step from ``x`` to ``new_x``, from that which the method gave."""
         error = new.error.detach()
         new = new._replace(iter_num=new.iter_num + 1, error=error)
         reached = error <= new.target
         if not method.is_judged:
             return self._advanced(new, reached)
-        new = new._replace(progress=_progress(x.detach(), new_x.detach(), error, new.progress))
+        new = new._replace(progress=_next_progress(x.detach(), new_x.detach(), error, new.progress))
         if method.steps_tell and self.is_default:
             reached = reached & _is_settled(method, problem, new, "near")
         new = self._advanced(new, reached)
-        stands = (new.status == Status.RUNNING) & (new.progress.still >= _STILL) & self._may_stall(new)
+        stands = (new.status == Status.RUNNING) & (new.progress.still >= _MAX_ZERO_STEPS) & self._may_stall(new)
         return new._replace(status=torch.where(stands, int(Status.STALLED), new.status))
 
     def idle(self, state: State[Any]) -> Tensor:
@@ -162,7 +163,7 @@ class Termination:
         """Where the search has a target: with zero tolerances and a budget it makes so many iterations."""
         return (state.target > 0) | (not self.is_budget)
 
-    def _first_target(self, method: Method, problem: BatchedProblem, x: Tensor, start: Start) -> Tensor:
+    def _first_target(self, method: IterativeMethod, problem: BatchedProblem, x: Tensor, start: Start) -> Tensor:
         error = start.error.detach() if start.reference is None else start.reference.detach()
         if self.atol is not None:
             return torch.clamp((self.rtol or 0.0) * error, min=self.atol)
@@ -175,13 +176,15 @@ class Termination:
 
     # --- with evaluations ---------------------------------------------------------------------------------------------
 
-    def look(self, method: Method, problem: BatchedProblem, x: Tensor, state: State[Any], asked: Tensor) -> State[Any]:
+    def measure_rounding(
+        self, method: IterativeMethod, problem: BatchedProblem, x: Tensor, state: State[Any], asked: Tensor
+    ) -> State[Any]:
         """The state with the rounding floor measured in the lanes that are asked for; they end where their error is no
         more than that. Takes two evaluations."""
         asked = asked & self._may_stall(state)
         if not (method.is_judged and any_lane(asked)):
             return state
-        floor = rounding(problem.residual, problem, x, _residual(method, problem, x, state))
+        floor = rounding_floor(problem.residual, problem, x, _current_residual(method, problem, x, state))
         old = state.progress
         progress = old._replace(
             floor=torch.where(asked, floor, old.floor), patience=torch.where(asked, 2 * old.idle, old.patience)
@@ -190,7 +193,7 @@ class Termination:
         there = asked & (state.error <= floor)
         good = there & self.is_default
         if any_lane(good):
-            state = _with_step(state, _newton_step(method, problem, x, state), good, good)
+            state = _with_step(state, _distance_step(method, problem, x, state), good, good)
             good = good & _is_settled(method, problem, state, "failed")
         status = torch.where(there, int(Status.STALLED), state.status)
         return state._replace(
@@ -200,8 +203,14 @@ class Termination:
         )
 
     def judge(
-        self, method: Method, problem: BatchedProblem, first_x: Tensor, x: Tensor, state: State[Any], told: Told
-    ) -> tuple[State[Any], Told]:
+        self,
+        method: IterativeMethod,
+        problem: BatchedProblem,
+        first_x: Tensor,
+        x: Tensor,
+        state: State[Any],
+        verdict: Verdict,
+    ) -> tuple[State[Any], Verdict]:
         """The state where every lane has stopped, some of which may have to run on.
 
         A default target was made at the initial guess, and a poor guess makes a coarse target. So ``|J x|`` is measured
@@ -218,26 +227,26 @@ class Termination:
             told: of earlier judgements; returned with the state.
         """
         if not method.is_judged:
-            return state, told
+            return state, verdict
         failed = is_any_of(state.status, Status.LINE_SEARCH_FAILED, Status.BUDGET_SPENT) & (state.iter_num > 0)
         failed = failed & self._may_stall(state)
         reached = (state.status == Status.CONVERGED) & (state.iter_num > 0) & (state.target != state.progress.floor)
         # A lane that came near the solution on its way to its last target is there now.
-        reached = reached & ~((told.error == 0) & _is_settled(method, problem, state, "sure"))
+        reached = reached & ~((verdict.error == 0) & _is_settled(method, problem, state, "sure"))
         if self.is_default and any_lane(failed | reached):
-            coarse = reached & (told.error > 0)
+            coarse = reached & (verdict.error > 0)
             # A method of Newton's kind that came to its target has made a step.
             asked = failed if method.steps_tell else failed | reached
-            step = _newton_step(method, problem, x, state) if any_lane(asked) else None
+            step = _distance_step(method, problem, x, state) if any_lane(asked) else None
             state = _with_step(state, step, asked, failed)
-            state, told = self._measured_again(method, problem, first_x, x, state, step, failed, coarse, told)
-            state, told = self._stepped(method, problem, state, step, failed, reached, told)
+            state, verdict = self._measured_again(method, problem, first_x, x, state, step, failed, coarse, verdict)
+            state, verdict = self._stepped(method, problem, state, step, failed, reached, verdict)
             failed = failed & (state.status != Status.CONVERGED)
-        return self.look(method, problem, x, state, failed), told
+        return self.measure_rounding(method, problem, x, state, failed), verdict
 
     def _measured_again(
         self,
-        method: Method,
+        method: IterativeMethod,
         problem: BatchedProblem,
         first_x: Tensor,
         x: Tensor,
@@ -245,25 +254,25 @@ class Termination:
         step: NewtonStep | None,
         failed: Tensor,
         reached: Tensor,
-        told: Told,
-    ) -> tuple[State[Any], Told]:
+        verdict: Verdict,
+    ) -> tuple[State[Any], Verdict]:
         """The state with ``|J x|`` measured at x; lanes that `reached` a coarse target run on.
 
         There is no solution near a lane that was told so before, has gone farther away, and for which ``|J x|`` has
         become smaller as the error has.
         """
         if not any_lane(failed | reached):
-            return state, told
-        error, here = state.error, _residual(method, problem, x, state)
-        size, known = scale(problem, x, here, first_x, error, None if step is None else step.size)
+            return state, verdict
+        error, here = state.error, _current_residual(method, problem, x, state)
+        size, known = solution_scale(problem, x, here, first_x, error, None if step is None else step.size)
         fine, rough = precision(problem.eps) * size, problem.eps ** (2 / 3) * size
-        again = reached & (error > fine) & (2 * error < told.error) & (size > 0)
-        ratio, length = error / size, norm(x)
-        off = again & (told.ratio > 0) & (ratio > 0.1 * told.ratio) & (length > 1.2 * told.length)
+        again = reached & (error > fine) & (2 * error < verdict.error) & (size > 0)
+        ratio, length = error / size, row_norm(x)
+        off = again & (verdict.ratio > 0) & (ratio > 0.1 * verdict.ratio) & (length > 1.2 * verdict.length)
         again = again & ~off
         # Rounding is hardly ever more than this.
         if any_lane(again & (error <= 256.0 * problem.eps * size)):
-            again = again & (error > rounding(problem.residual, problem, x, here))
+            again = again & (error > rounding_floor(problem.residual, problem, x, here))
         good = failed & (error <= rough)
         state = self._running_on(state, again)
         state = state._replace(
@@ -271,46 +280,46 @@ class Termination:
             status=torch.where(off, int(method.runs_off), state.status),
         )
         is_final = known & (ratio <= _RELIABLE)
-        return state, Told(
-            error=torch.where(again, torch.where(is_final, 0.0, error), told.error),
-            ratio=torch.where(again, ratio, told.ratio),
-            length=torch.where(again, length, told.length),
+        return state, Verdict(
+            error=torch.where(again, torch.where(is_final, 0.0, error), verdict.error),
+            ratio=torch.where(again, ratio, verdict.ratio),
+            length=torch.where(again, length, verdict.length),
         )
 
     def _stepped(
         self,
-        method: Method,
+        method: IterativeMethod,
         problem: BatchedProblem,
         state: State[Any],
         step: NewtonStep | None,
         failed: Tensor,
         reached: Tensor,
-        told: Told,
-    ) -> tuple[State[Any], Told]:
+        verdict: Verdict,
+    ) -> tuple[State[Any], Verdict]:
         """The state with the length of a step of Newton's kind where it has come near its target; a lane that is far
         from the solution all the same tries this step."""
         good, reached = failed & (state.error <= state.target), reached & (state.status == Status.CONVERGED)
         if not any_lane(good | reached):
-            return state, told
+            return state, verdict
         good = good & _is_settled(method, problem, state, "failed")
         state = state._replace(status=torch.where(good, int(Status.CONVERGED), state.status))
         if step is None or method.steps_tell:
-            return state, told
+            return state, verdict
         far = reached & ~_is_settled(method, problem, state, "near")
         state = self._running_on(state, far)._replace(
-            target=torch.where(far, _FARTHER * state.error, state.target),
-            memory=_select_all(far, step.memory, state.memory),
+            target=torch.where(far, _NEXT_TARGET * state.error, state.target),
+            memory=select_tree(far, step.memory, state.memory),
         )
-        return state, told._replace(error=torch.where(far, 0.0, told.error))
+        return state, verdict._replace(error=torch.where(far, 0.0, verdict.error))
 
     def _running_on(self, state: State[Any], where: Tensor) -> State[Any]:
         on = torch.where(state.iter_num < self.limit, int(Status.RUNNING), int(Status.BUDGET_SPENT))
         return state._replace(status=torch.where(where, on, state.status))
 
 
-def _progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Progress:
+def _next_progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Progress:
     # Rounding makes an error a little smaller now and then.
-    better, stays = error < _LESS * old.best, (new_x == x).all(dim=-1)
+    better, stays = error < _DECREASE * old.best, (new_x == x).all(dim=-1)
     return old._replace(
         best=torch.where(better, error, old.best),
         idle=torch.where(better, 0, old.idle + 1),
@@ -318,19 +327,19 @@ def _progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Progres
     )
 
 
-def _is_settled(method: Method, problem: BatchedProblem, state: State[Any], when: str) -> Tensor:
+def _is_settled(method: IterativeMethod, problem: BatchedProblem, state: State[Any], when: str) -> Tensor:
     """Whether the last step of Newton's kind was so short that ``x`` is near the solution."""
-    powers = _OWN_STEPS if method.newton_step is None else _TRIALS
+    powers = _OWN_STEP_POWERS if method.newton_step is None else _TRIAL_STEP_POWERS
     settled: Tensor = state.progress.step <= problem.eps ** getattr(powers, when)
     return settled
 
 
-def _residual(method: Method, problem: BatchedProblem, x: Tensor, state: State[Any]) -> Tensor:
+def _current_residual(method: IterativeMethod, problem: BatchedProblem, x: Tensor, state: State[Any]) -> Tensor:
     """The residual at ``x``, which many memories hold."""
     return (problem.residual(problem, x) if method.residual is None else method.residual(state.memory)).detach()
 
 
-def _newton_step(method: Method, problem: BatchedProblem, x: Tensor, state: State[Any]) -> NewtonStep | None:
+def _distance_step(method: IterativeMethod, problem: BatchedProblem, x: Tensor, state: State[Any]) -> NewtonStep | None:
     """A step of Newton's kind, if the method can make one."""
     make = method.newton_step
     return None if make is None else if_twice_differentiable(lambda: make(problem, x, state.memory))
@@ -351,27 +360,23 @@ def _with_step(state: State[Any], step: NewtonStep | None, where: Tensor, failed
     return state._replace(progress=state.progress._replace(step=torch.where(where, length, state.progress.step)))
 
 
-def _select_all(where: Tensor, new: Any, old: Any) -> Any:
-    leaves, structure = pytree.flatten(new)
-    pairs = zip(leaves, structure.tensors_of(old), strict=True)
-    return structure.unflatten([a if a is b else select(where, a, b) for a, b in pairs])
-
-
-def _first_size(method: Method, problem: BatchedProblem, x: Tensor, memory: Any) -> Tensor:
+def _first_size(method: IterativeMethod, problem: BatchedProblem, x: Tensor, memory: Any) -> Tensor:
     if method.size is not None:
         size = method.size(problem, x, memory).detach()
         if not isinstance(problem.residual, Composite):
             return size
         # A residual under constraints is no longer than the way to their boundary, whatever its gradient is.
-        return torch.minimum(size, norm(x) / precision(problem.eps) ** 0.5)
+        return torch.minimum(size, row_norm(x) / precision(problem.eps) ** 0.5)
     here = problem.residual(problem, x) if method.residual is None else method.residual(memory)
-    return norm(change(problem.residual, problem, x, here.detach(), is_guess=True))
+    return row_norm(change_with_x(problem.residual, problem, x, here.detach(), is_guess=True))
 
 
 # --- what a residual is small against ---------------------------------------------------------------------------------
 
 
-def change(residual: Residual, problem: BatchedProblem, x: Tensor, here: Tensor, *, is_guess: bool = False) -> Tensor:
+def change_with_x(
+    residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Tensor, *, is_guess: bool = False
+) -> Tensor:
     """``J x`` to a few digits, for the Jacobian ``J`` of a residual whose value ``here`` is given.
 
     By a difference, as the derivative of a gradient is more than the user's function may have; where the domain ends
@@ -391,21 +396,21 @@ def change(residual: Residual, problem: BatchedProblem, x: Tensor, here: Tensor,
         if not any_lane(outside):
             break
         difference = select(outside, slope(step), difference)
-    if not (is_guess and any_lane(norm(here) <= precision(problem.eps) * norm(difference))):
+    if not (is_guess and any_lane(row_norm(here) <= precision(problem.eps) * row_norm(difference))):
         return difference
     other = slope(long)
-    return select(norm(other) < norm(difference), other, difference)
+    return select(row_norm(other) < row_norm(difference), other, difference)
 
 
 def composite_size(problem: BatchedProblem, x: Tensor, gradient: Tensor) -> Tensor:
     """How much a `Composite` residual changes where its gradient changes by ``H x``."""
     composite = problem.residual
     assert isinstance(composite, Composite)
-    unbalanced = gradient - change(composite.gradient, problem, x, gradient, is_guess=True)
-    return norm(composite.prox_residual(problem, x, unbalanced) - composite.prox_residual(problem, x, gradient))
+    unbalanced = gradient - change_with_x(composite.gradient, problem, x, gradient, is_guess=True)
+    return row_norm(composite.prox_residual(problem, x, unbalanced) - composite.prox_residual(problem, x, gradient))
 
 
-def scale(
+def solution_scale(
     problem: BatchedProblem, x: Tensor, here: Tensor, first_x: Tensor, error: Tensor, size: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``|J x|``, unless it is given, at a point that may be a solution, after a search from ``first_x``; and whether it
@@ -415,36 +420,36 @@ def scale(
     digits, as it may be large.
     """
     x, back, step = x.detach(), (first_x - x).detach(), problem.eps ** (1 / 2)
-    size = norm(change(problem.residual, problem, x, here)) if size is None else size
+    size = row_norm(change_with_x(problem.residual, problem, x, here)) if size is None else size
     small = ~(size > 100 * error)
     if not any_lane(small):
         return size, ~small
     # No further than `change` goes, where that is anywhere.
-    ratio = (norm(x) / norm(back)).nan_to_num(nan=1.0).clamp(max=1.0)
+    ratio = (row_norm(x) / row_norm(back)).nan_to_num(nan=1.0).clamp(max=1.0)
     step = step * torch.where(ratio < problem.eps ** (1 / 4), 1.0, ratio)
-    way = norm(problem.residual(problem, x + step[:, None] * back) - here) / step
+    way = row_norm(problem.residual(problem, x + step[:, None] * back) - here) / step
     return torch.where(small, torch.fmax(size, problem.eps ** (1 / 6) * way), size), ~small
 
 
-def rounding(residual: Residual, problem: BatchedProblem, x: Tensor, here: Tensor) -> Tensor:
+def rounding_floor(residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Tensor) -> Tensor:
     """The rounding floor: the change of the residual when every unknown moves by 4 units in the last place.
 
     Constraints may keep a residual small whatever its gradient is, so there the gradient is what moves.
     """
     x = x.detach()
-    own = norm(_noise(residual, problem, x, here))
+    own = row_norm(_noise(residual, problem, x, here))
     if not isinstance(residual, Composite):
         return own
     gradient = residual.gradient(problem, x).detach()
     moved = residual.prox_residual(problem, x, gradient + _noise(residual.gradient, problem, x, gradient))
-    return torch.maximum(own, norm(moved - here))
+    return torch.maximum(own, row_norm(moved - here))
 
 
-def _noise(residual: Residual, problem: BatchedProblem, x: Tensor, here: Tensor) -> Tensor:
+def _noise(residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Tensor) -> Tensor:
     """Where a longer move changes the residual by less than in proportion, there is a kink, and the jump there is no
     rounding."""
-    way = problem.eps * scattered(x) * x
+    way = problem.eps * scattered_signs(x) * x
     short, long = ((residual(problem, x + units * way) - here).detach() for units in (4, 1024))
-    part = norm(long) / 256 / norm(short)
+    part = row_norm(long) / 256 / row_norm(short)
     # Not so if the domain ends in between.
     return short * torch.where(part < 1, part, 1.0)[:, None]

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import any_lane, dot, largest_entry
-from implicitdiff.solvers._qp.program import Program, clamp, factor, scaled, solve, times
+from implicitdiff.solvers._loop.problem import any_lane, largest_entry, row_dot, vecmat
+from implicitdiff.solvers._qp.program import QuadraticProgram, cholesky_solve, clamp_to_bounds, factor, scaled
 
-_STEPS = 60
+_MAX_STEPS = 60
 """How many steps to make at most."""
-_SHORT = 0.99
+_STEP_FRACTION = 0.99
 """What part of the way to the boundary a step may be."""
 
 
@@ -26,17 +26,17 @@ class _Iterate(NamedTuple):
     z: Tensor
 
 
-class _Problem(NamedTuple):
+class _InteriorProblem(NamedTuple):
     """A scaled program; which bounds its rows have, as numbers 1 and 0, ``(2, lanes, rows)``; how many, ``(lanes,)``;
     and the weight of the proximal terms."""
 
-    of: Program
+    of: QuadraticProgram
     bounds: Tensor
     total: Tensor
     delta: float
 
 
-def interior_point(of: Program, eps: float) -> tuple[Tensor, Tensor]:
+def interior_point(of: QuadraticProgram, eps: float) -> tuple[Tensor, Tensor]:
     """A point near a solution, whose multipliers are zero where the slacks are larger than they; detached.
 
     Mehrotra's predictor-corrector method with a slack for either bound of a row. Equalities and unknowns have proximal
@@ -48,19 +48,19 @@ def interior_point(of: Program, eps: float) -> tuple[Tensor, Tensor]:
     of = of.detach()
     within, per_column, per_row = scaled(of)
     bounds = torch.stack([of.above & ~of.equal, of.below & ~of.equal]).to(of.c.dtype)
-    problem = _Problem(within, bounds, bounds.sum(dim=(0, -1)).clamp(min=1), eps**0.625)
-    at = _start(problem)
+    problem = _InteriorProblem(within, bounds, bounds.sum(dim=(0, -1)).clamp(min=1), eps**0.625)
+    at = _first_iterate(problem)
     best, least = at, torch.full_like(problem.total, torch.inf)
     running = torch.ones_like(problem.total, dtype=torch.bool)
-    for _ in range(_STEPS):
-        error, residuals = _error(problem, at)
+    for _ in range(_MAX_STEPS):
+        error, residuals = _relative_error(problem, at)
         better = error < least
         best = _Iterate(*(_select(better, new, old) for new, old in zip(at, best, strict=True)))
         least = torch.where(better, error, least)
         running = running & (error > eps**0.625) & (error < 1e6 * least)
         if not any_lane(running):
             break
-        new = _advance(problem, at, residuals)
+        new = _predictor_corrector(problem, at, residuals)
         at = _Iterate(*(_select(running, t, old) for t, old in zip(new, at, strict=True)))
     pressed = torch.where(best.z > best.s, best.z, 0.0)
     return per_column * best.x, per_row * (best.y + pressed[0] - pressed[1])
@@ -70,14 +70,14 @@ def _select(lanes: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(lanes[:, None], new, old)
 
 
-def _start(problem: _Problem) -> _Iterate:
+def _first_iterate(problem: _InteriorProblem) -> _Iterate:
     """Mehrotra's: the least violation of all bounds as equalities, then slacks and multipliers that are positive."""
     of, bounds = problem.of, problem.bounds
     bounded = (of.above | of.below).to(of.c.dtype)
     lower, _ = factor(of, bounded, 1e-6, plain=False)
-    nearest = clamp(of, torch.zeros_like(of.u))
-    x = solve(lower, times(bounded * nearest, of.C) - of.c)
-    image = times(x, of.C.mT)
+    nearest = clamp_to_bounds(of, torch.zeros_like(of.u))
+    x = cholesky_solve(lower, vecmat(bounded * nearest, of.C) - of.c)
+    image = vecmat(x, of.C.mT)
     y = bounded * (image - nearest)
     s, z = torch.stack([of.u - image, image - of.l]), torch.stack([y, -y])
     s, z = (_shifted(t, bounds) for t in (s, z))
@@ -92,19 +92,19 @@ def _shifted(t: Tensor, bounds: Tensor) -> Tensor:
     return t + torch.where(torch.isinf(least), 0.0, (-1.5 * least).clamp(min=0))[:, None]
 
 
-def _error(problem: _Problem, at: _Iterate) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+def _relative_error(problem: _InteriorProblem, at: _Iterate) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """How far the conditions are from holding, relative to their terms, and the residuals of the gradient, of the
     equalities and of the slacks."""
     of, bounds = problem.of, problem.bounds
-    image, bend = times(at.x, of.C.mT), times(at.x, of.Q)
-    pull = times(at.y + at.z[0] - at.z[1], of.C)
+    image, bend = vecmat(at.x, of.C.mT), vecmat(at.x, of.Q)
+    pull = vecmat(at.y + at.z[0] - at.z[1], of.C)
     slope = bend + of.c + pull
     equality = torch.where(of.equal, image - of.u, 0.0)
     slack = bounds * torch.stack([image + at.s[0] - of.u, at.s[1] - image + of.l])
     gap = (at.s * at.z).sum(dim=(0, -1))
     dual = largest_entry(slope) / _sizes(bend, of.c, pull)
     primal = largest_entry(torch.cat([equality, slack[0], slack[1]], dim=-1)) / _sizes(image)
-    objective = (0.5 * dot(at.x, bend)).abs() + dot(at.x, of.c).abs()
+    objective = (0.5 * row_dot(at.x, bend)).abs() + row_dot(at.x, of.c).abs()
     return torch.stack([dual, primal, gap / (1.0 + objective)]).amax(dim=0), (slope, equality, slack)
 
 
@@ -112,7 +112,7 @@ def _sizes(*terms: Tensor) -> Tensor:
     return 1.0 + torch.stack([largest_entry(t) for t in terms]).amax(dim=0)
 
 
-def _advance(problem: _Problem, at: _Iterate, residuals: tuple[Tensor, Tensor, Tensor]) -> _Iterate:
+def _predictor_corrector(problem: _InteriorProblem, at: _Iterate, residuals: tuple[Tensor, Tensor, Tensor]) -> _Iterate:
     of, bounds, total, delta = problem
     slope, equality, slack = residuals
     reach = at.s + delta * at.z
@@ -123,8 +123,8 @@ def _advance(problem: _Problem, at: _Iterate, residuals: tuple[Tensor, Tensor, T
     def direction(products: Tensor) -> _Iterate:
         """The step towards slacks and multipliers whose products are smaller by these."""
         push = ratio * slack - bounds * products / reach
-        d = -solve(lower, slope + times(push[0] - push[1] + equality / delta, of.C))
-        move = times(d, of.C.mT)
+        d = -cholesky_solve(lower, slope + vecmat(push[0] - push[1] + equality / delta, of.C))
+        move = vecmat(d, of.C.mT)
         both = torch.stack([move, -move])
         dy = torch.where(of.equal, (equality + move) / delta, 0.0)
         dz = push + ratio * both
@@ -137,7 +137,7 @@ def _advance(problem: _Problem, at: _Iterate, residuals: tuple[Tensor, Tensor, T
     reached = (at.s + length[:, None] * ahead.s) * (at.z + length[:, None] * ahead.z)
     centre = (reached.sum(dim=(0, -1)) / total / mean.clamp(min=1e-300)) ** 3 * mean
     step = direction(products + ahead.s * ahead.z - centre[:, None])
-    length = torch.where(_length(at, step) < 1.0, _SHORT * _length(at, step), 1.0)[:, None]
+    length = torch.where(_length(at, step) < 1.0, _STEP_FRACTION * _length(at, step), 1.0)[:, None]
     return _Iterate(*(old + length * d for old, d in zip(at, step, strict=True)))
 
 

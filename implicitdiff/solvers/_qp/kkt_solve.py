@@ -13,12 +13,12 @@ from torch import Tensor
 from implicitdiff._implicit.linear import LinearProblem, LinearSolver
 from implicitdiff._implicit.system import System
 from implicitdiff._torch.trees import Leaves
-from implicitdiff.linear_solve._direct import factorised, materialised
+from implicitdiff.linear_solve._direct import factorised, inverse_or_one, materialised
 from implicitdiff.linear_solve._outcome import OnFailure, report_failed_solves
 from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.linear_solve.lu import lu
 
-_DENSE = 4000
+_MAX_DENSE = 4000
 """The most unknowns for which the matrix is materialised."""
 _NO_DERIVATIVE = (
     "the active constraints and the curvature do not determine the derivative: the minimiser is not unique, or a "
@@ -37,7 +37,7 @@ def solve_kkt(on_failure: OnFailure) -> LinearSolver:
     norm. The range of the adjoint holds the cotangents of all that is unique, so reverse mode refuses a cotangent of
     anything else.
     """
-    return LinearSolver("solve_auto", partial(_solve, unknowns=0, on_failure=on_failure), kind=KKTProblem)
+    return LinearSolver("solve_auto", partial(_solve_kkt_system, unknowns=0, on_failure=on_failure), kind=KKTProblem)
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class KKTProblem(LinearProblem):
         return LinearProblem.primal(replace(self, solver=replace(self.solver, algorithm=algorithm)), theta)
 
 
-def _solve(system: System, *, unknowns: int, on_failure: OnFailure) -> Tensor:
+def _solve_kkt_system(system: System, *, unknowns: int, on_failure: OnFailure) -> Tensor:
     n = system.b.shape[-1]
-    if n > _DENSE or system.lanes * n * n > 2**27:
+    if n > _MAX_DENSE or system.lanes * n * n > 2**27:
         return solve_auto(dense_up_to=0, on_failure=on_failure).algorithm(system)
     outcome = materialised(system, partial(_lu_or_least_norm, unknowns), _NO_DERIVATIVE)
     return report_failed_solves("solve_auto (LU)", outcome, system, on_failure)
@@ -73,8 +73,8 @@ def _least_norm(unknowns: int, a: Tensor, b: Tensor, eps: float) -> tuple[Tensor
 
     Rows and columns are scaled to largest entry 1, so that the rank does not depend on units.
     """
-    row = _inverse_or_one(a.abs().amax(dim=-1, keepdim=True))
-    column = _inverse_or_one((row * a).abs().amax(dim=-2, keepdim=True))
+    row = inverse_or_one(a.abs().amax(dim=-1, keepdim=True))
+    column = inverse_or_one((row * a).abs().amax(dim=-2, keepdim=True))
     left, s, right = torch.linalg.svd(row * a * column)
     null = s <= eps**0.75 * s[:, :1]
     inside = left.mT @ (row * b)
@@ -92,7 +92,3 @@ def _projected(basis: Tensor, x: Tensor) -> Tensor:
     """The nearest vectors in the space that is spanned by some columns, those of the others being zero."""
     nearest: Tensor = basis @ (torch.linalg.pinv(basis) @ x)
     return nearest
-
-
-def _inverse_or_one(size: Tensor) -> Tensor:
-    return torch.where(size > 0, 1.0 / size, 1.0)

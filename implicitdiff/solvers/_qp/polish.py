@@ -5,33 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import any_lane, dot, safe_divide, select
-from implicitdiff.solvers._qp.program import Point, Program, cholesky, factor, gram, point, solve, times
+from implicitdiff.solvers._loop.problem import any_lane, row_dot, safe_divide, select, vecmat
+from implicitdiff.solvers._qp.program import (
+    PrimalDual,
+    QuadraticProgram,
+    cholesky_factor,
+    cholesky_solve,
+    factor,
+    gram,
+    point,
+)
 
-_LINKS = 50
+_MAX_SETS = 50
 """How many active sets to try in a step."""
-_DELTAS = [10.0**-k for k in range(1, 7)]
+_FIRST_DELTAS = [10.0**-k for k in range(1, 7)]
 """The inverse lengths of the steps that come before the last."""
 _REFINEMENTS = 4
 """How many steps to make with the last of them."""
 
 
-def precision(eps: float) -> tuple[float, float]:
+def regularisation(eps: float) -> tuple[float, float]:
     """The regularisation of the multipliers and of the unknowns: so little that a few steps make up for it, so much
     that its inverse does not drown in rounding what it multiplies."""
     return 10 * eps**0.5, eps**0.5
 
 
 def polish(
-    of: Program, x: Tensor, y: Tensor, side: Tensor, eps: float, plain: bool
-) -> tuple[Point, Tensor, Tensor, Tensor]:
+    of: QuadraticProgram, x: Tensor, y: Tensor, side: Tensor, eps: float, plain: bool
+) -> tuple[PrimalDual, Tensor, Tensor, Tensor]:
     """The point where the active constraints are equalities, the last steps of x and of y towards it, and where that
     fails. `side` is 1 for rows at their upper bound, -1 for rows at their lower bound, 0 for inactive rows.
 
     Iterative refinement with the regularised matrix of OSQP's polishing (section 4), its multipliers eliminated; in
     other words the method of multipliers with very long steps.
     """
-    delta, shift = precision(eps)
+    delta, shift = regularisation(eps)
     # The result does not depend on the metric: no derivative flows through the weights.
     of = of._replace(rows=of.rows.detach(), columns=of.columns.detach())
     active = side != 0
@@ -40,17 +48,17 @@ def polish(
     x, y, image, slope = point(of, x, torch.where(active, y, 0.0))
     excess, dx, dy = image - torch.where(side < 0, of.l, of.u), x, y
     for _ in range(_REFINEMENTS):
-        dx = -solve(lower, slope + times(weights * excess, of.C))
+        dx = -cholesky_solve(lower, slope + vecmat(weights * excess, of.C))
         # In increments: weights this large would make noise of the rounding of a sum.
-        excess = excess + times(dx, of.C.mT)
+        excess = excess + vecmat(dx, of.C.mT)
         dy = weights * excess
-        slope = slope + times(dx, of.Q) + times(dy, of.C)
+        slope = slope + vecmat(dx, of.Q) + vecmat(dy, of.C)
         x, y = x + dx, y + dy
     return point(of, x, y), dx, dy, broken
 
 
 def active_set(
-    of: Program, x: Tensor, y: Tensor, eps: float, plain: bool, *, patient: bool
+    of: QuadraticProgram, x: Tensor, y: Tensor, eps: float, plain: bool, *, patient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Where steps of the proximal method of multipliers lead from a point, and which constraints are active there, as
     `polish` takes them.
@@ -69,21 +77,21 @@ def active_set(
     of, x, y = of.detach(), x.detach(), y.detach()
     side = _side(of, y, y)
     rows = gram(of.C, of.rows * side.abs(), plain)
-    last, shift = precision(eps)
-    deltas = [d for d in _DELTAS if d > 3 * last] if patient else []
+    last, shift = regularisation(eps)
+    deltas = [d for d in _FIRST_DELTAS if d > 3 * last] if patient else []
     for delta in (*deltas, last):
-        x, y, side, rows = _advance(of, x, y, side, rows, delta, shift / last * delta, plain, jump=not patient)
+        x, y, side, rows = _proximal_step(of, x, y, side, rows, delta, shift / last * delta, plain, jump=not patient)
     return x, y, side
 
 
-def _side(of: Program, above: Tensor, below: Tensor) -> Tensor:
+def _side(of: QuadraticProgram, above: Tensor, below: Tensor) -> Tensor:
     """The sides of the rows whose bounds are exceeded by so much."""
     up = of.equal | (of.above & (above > 0))
     return up.to(above.dtype) - (of.below & ~up & (below < 0)).to(above.dtype)
 
 
-def _advance(
-    of: Program,
+def _proximal_step(
+    of: QuadraticProgram,
     x0: Tensor,
     y0: Tensor,
     side: Tensor,
@@ -101,21 +109,21 @@ def _advance(
     """
     weights = of.rows / delta
     ahead = y0 / weights
-    x, v = x0, times(x0, of.C.mT) + ahead
+    x, v = x0, vecmat(x0, of.C.mT) + ahead
     open_lanes = torch.ones_like(x[:, 0], dtype=torch.bool)
-    for link in range(_LINKS // 2 if jump else _LINKS):
+    for link in range(_MAX_SETS // 2 if jump else _MAX_SETS):
         if not any_lane(open_lanes):
             break
         lanes = picked(open_lanes, plain)
         part, w, was, inner = of.of(lanes), weights[lanes], side[lanes], rows[lanes]
         matrix = part.Q + torch.diag_embed(shift * part.columns) + inner / delta
-        slope = times(x[lanes], part.Q) + part.c + shift * part.columns * (x[lanes] - x0[lanes])
-        d = -solve(cholesky(matrix)[0], slope + times(w * _excess(part, v[lanes], was), part.C))
+        slope = vecmat(x[lanes], part.Q) + part.c + shift * part.columns * (x[lanes] - x0[lanes])
+        d = -cholesky_solve(cholesky_factor(matrix)[0], slope + vecmat(w * _excess(part, v[lanes], was), part.C))
         if link or not jump:
-            bend = dot(d, times(d, part.Q) + shift * part.columns * d)
-            d = d * _search(part, v[lanes], times(d, part.C.mT), w, dot(d, slope), bend)[:, None]
+            bend = row_dot(d, vecmat(d, part.Q) + shift * part.columns * d)
+            d = d * _exact_line_search(part, v[lanes], vecmat(d, part.C.mT), w, row_dot(d, slope), bend)[:, None]
         new_x = x[lanes] + d
-        new_v = times(new_x, part.C.mT) + ahead[lanes]
+        new_v = vecmat(new_x, part.C.mT) + ahead[lanes]
         new = _side(part, new_v - part.u, new_v - part.l)
         new_inner = inner + gram(part.C, part.rows * (new.abs() - was.abs()), plain)
         changes = (x, new_x), (v, new_v), (side, new), (rows, new_inner), (open_lanes, (new != was).any(dim=-1))
@@ -123,7 +131,7 @@ def _advance(
     return x, weights * _excess(of, v, side), side, rows
 
 
-def _excess(of: Program, v: Tensor, side: Tensor) -> Tensor:
+def _excess(of: QuadraticProgram, v: Tensor, side: Tensor) -> Tensor:
     """How far the rows of `side` are from their bounds."""
     return torch.where(side > 0, v - of.u, torch.where(side < 0, v - of.l, 0.0))
 
@@ -138,7 +146,7 @@ def put(old: Tensor, flag: Tensor, lanes: Tensor | slice, new: Tensor) -> Tensor
     return select(flag, new, old) if isinstance(lanes, slice) else old.index_copy(0, lanes, new)
 
 
-def _search(of: Program, v: Tensor, push: Tensor, w: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+def _exact_line_search(of: QuadraticProgram, v: Tensor, push: Tensor, w: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
     """The ``t`` where ``slope + bend t + sum w push (v + t push - clamp(v + t push, l, u))`` is zero, which increases
     and is linear between the points where a constraint comes or goes."""
     equal = of.equal

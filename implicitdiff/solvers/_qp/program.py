@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import any_lane, dot, largest_entry, norm, safe_divide, select
+from implicitdiff.solvers._loop.problem import any_lane, largest_entry, row_dot, row_norm, safe_divide, select, vecmat
 
 
-class Program(NamedTuple):
+class QuadraticProgram(NamedTuple):
     """``min x'Qx / 2 + c'x`` subject to ``l <= C x <= u``; lanes in front.
 
     Attributes:
@@ -51,15 +51,15 @@ class Program(NamedTuple):
     per_row: Tensor
     two_sided: bool
 
-    def of(self, lanes: Tensor | slice) -> Program:
+    def of(self, lanes: Tensor | slice) -> QuadraticProgram:
         """The programs of some lanes."""
-        return Program._make([*(t[lanes] for t in self[:-1]), self.two_sided])
+        return QuadraticProgram._make([*(t[lanes] for t in self[:-1]), self.two_sided])
 
-    def detach(self) -> Program:
-        return Program._make([*(t.detach() for t in self[:-1]), self.two_sided])
+    def detach(self) -> QuadraticProgram:
+        return QuadraticProgram._make([*(t.detach() for t in self[:-1]), self.two_sided])
 
 
-class Point(NamedTuple):
+class PrimalDual(NamedTuple):
     """A primal ``x`` and a dual ``y`` with ``image = C x`` and ``slope = Q x + c + C'y``."""
 
     x: Tensor
@@ -76,7 +76,7 @@ def program(
     G: Tensor,
     h: Tensor,
     l: Tensor,  # noqa: E741
-) -> Program:
+) -> QuadraticProgram:
     """The program with these constraints, and its scaling; `l` has one entry for each of `h`, or none."""
     two_sided = l.shape[-1] > 0
     lower = l if two_sided else torch.full_like(h, -torch.inf)
@@ -87,28 +87,28 @@ def program(
     equal = above & below & (u == lower)
     equal = equal | (torch.arange(C.shape[-2], device=C.device) < A.shape[-2])
     sizes = torch.maximum(torch.where(above, u.abs(), 0.0), lower.abs())
-    columns, rows, scale = _weights(Q.abs(), c.abs(), C.abs(), sizes)
+    columns, rows, scale = _equilibrate(Q.abs(), c.abs(), C.abs(), sizes)
     size = scale.detach()[:, None]
     units = (columns.detach() * size).rsqrt(), (rows.detach() / size).sqrt()
-    return Program(Q, c, C, lower, u, below, above, equal, columns, rows, scale, *units, two_sided)
+    return QuadraticProgram(Q, c, C, lower, u, below, above, equal, columns, rows, scale, *units, two_sided)
 
 
-def _weights(Q: Tensor, c: Tensor, C: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _equilibrate(Q: Tensor, c: Tensor, C: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ruiz equilibration of ``[[Q, C'], [C, 0]]`` in the 1-norm, which takes nothing but products; then the size of the
     objective, as in section 5.1 of OSQP. All arguments are absolute values."""
     D, E = _units(Q, c, C, bounds)
     for _ in range(10):
-        column, row = D * (times(D, Q) + times(E, C)), E * times(D, C.mT)
+        column, row = D * (vecmat(D, Q) + vecmat(E, C)), E * vecmat(D, C.mT)
         D, E = (v / torch.where(s > 0, s, 1.0).sqrt() for v, s in ((D, column), (E, row)))
     # What is left is a common factor of all unknowns; by this, bounds are of size 1, or if they are far less than the
     # minimum without them, or zero, the two terms of the objective are nearly of one size.
     unit = safe_divide((E * bounds).sum(dim=-1), (bounds > 0).sum(dim=-1).to(E.dtype))[:, None]
-    bend, gain = D * times(D, Q), D * c
+    bend, gain = D * vecmat(D, Q), D * c
     free = safe_divide(gain.sum(dim=-1), bend.sum(dim=-1))[:, None]
     unit = torch.where(unit > 0, torch.maximum(unit, 1e-3 * free), free)
     unit = torch.where(unit > 0, unit, 1.0)
     D, E = D * unit, E / unit
-    size = torch.maximum((D * times(D, Q)).sum(dim=-1) / max(1, D.shape[-1]), largest_entry(D * c))
+    size = torch.maximum((D * vecmat(D, Q)).sum(dim=-1) / max(1, D.shape[-1]), largest_entry(D * c))
     size = torch.where(size > 0, size, 1.0)
     return size[:, None] / D**2, size[:, None] * E**2, size
 
@@ -132,8 +132,8 @@ def _units(Q: Tensor, c: Tensor, C: Tensor, bounds: Tensor) -> tuple[Tensor, Ten
 def _propagated(D: Tensor, E: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """The units with those that rows and unknowns give each other, as long as there are any."""
     for _ in range(C.shape[-2]):
-        rows = torch.where(E > 0, E, _inverse(times(D, C.mT)))
-        columns = torch.where(D > 0, D, _inverse(times(rows, C)))
+        rows = torch.where(E > 0, E, _inverse(vecmat(D, C.mT)))
+        columns = torch.where(D > 0, D, _inverse(vecmat(rows, C)))
         new = ((rows > 0) & (E <= 0)).any(dim=-1) | ((columns > 0) & (D <= 0)).any(dim=-1)
         if not any_lane(new):
             break
@@ -145,17 +145,12 @@ def _inverse(a: Tensor) -> Tensor:
     return safe_divide(torch.ones_like(a), a)
 
 
-def times(v: Tensor, matrix: Tensor) -> Tensor:
-    """``M'v``, row by row; in this form it is fast for many small matrices."""
-    return (v[:, None] @ matrix)[:, 0]
-
-
-def point(of: Program, x: Tensor, y: Tensor) -> Point:
+def point(of: QuadraticProgram, x: Tensor, y: Tensor) -> PrimalDual:
     """The point of these coordinates."""
-    return Point(x, y, times(x, of.C.mT), times(x, of.Q) + of.c + times(y, of.C))
+    return PrimalDual(x, y, vecmat(x, of.C.mT), vecmat(x, of.Q) + of.c + vecmat(y, of.C))
 
 
-def scaled(of: Program) -> tuple[Program, Tensor, Tensor]:
+def scaled(of: QuadraticProgram) -> tuple[QuadraticProgram, Tensor, Tensor]:
     """The scaled program, and what its primal and dual are multiplied by."""
     per_gradient, per_row = of.per_gradient, of.per_row
     D = per_gradient * of.scale[:, None]
@@ -170,20 +165,20 @@ def scaled(of: Program) -> tuple[Program, Tensor, Tensor]:
     )
 
 
-def clamp(of: Program, values: Tensor) -> Tensor:
+def clamp_to_bounds(of: QuadraticProgram, values: Tensor) -> Tensor:
     """The values nearest to these at which the constraints hold."""
     low = torch.where(of.below & (values < of.l), of.l, values)
     return torch.where(of.above & (low > of.u), of.u, low)
 
 
-def residual(of: Program, at: Point) -> Tensor:
+def kkt_error(of: QuadraticProgram, at: PrimalDual) -> Tensor:
     """The norm of what the KKT conditions make zero, in the scaled program."""
-    return norm(torch.stack(error_parts(of, at), dim=-1))
+    return row_norm(torch.stack(error_parts(of, at), dim=-1))
 
 
-def factor(of: Program, weights: Tensor, shift: float, plain: bool) -> tuple[Tensor, Tensor]:
-    """The `cholesky` of ``Q + shift D^-2 + C' diag(weights) C``."""
-    return cholesky(of.Q + torch.diag_embed(shift * of.columns) + gram(of.C, weights, plain))
+def factor(of: QuadraticProgram, weights: Tensor, shift: float, plain: bool) -> tuple[Tensor, Tensor]:
+    """The `cholesky_factor` of ``Q + shift D^-2 + C' diag(weights) C``."""
+    return cholesky_factor(of.Q + torch.diag_embed(shift * of.columns) + gram(of.C, weights, plain))
 
 
 def gram(C: Tensor, weights: Tensor, plain: bool) -> Tensor:
@@ -196,7 +191,7 @@ def gram(C: Tensor, weights: Tensor, plain: bool) -> Tensor:
     return (C.mT * weights[:, None]) @ C
 
 
-def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def cholesky_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The lower factor, and where there is none, so that it is another's."""
     lower, info = torch.linalg.cholesky_ex(matrix)
     broken = info != 0
@@ -206,20 +201,20 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return lower, broken
 
 
-def solve(lower: Tensor, b: Tensor) -> Tensor:
+def cholesky_solve(lower: Tensor, b: Tensor) -> Tensor:
     """``(L L')^-1 b``."""
     half = torch.linalg.solve_triangular(lower, b[..., None], upper=False)
     whole: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
     return whole[..., 0]
 
 
-def error_parts(of: Program, at: Point) -> tuple[Tensor, Tensor]:
-    """The norms of the two parts of `violation`."""
-    slope, gap = violation(of, at)
-    return norm(slope), norm(gap)
+def error_parts(of: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tensor]:
+    """The norms of the two parts of `kkt_violation`."""
+    slope, gap = kkt_violation(of, at)
+    return row_norm(slope), row_norm(gap)
 
 
-def violation(of: Program, at: Point) -> tuple[Tensor, Tensor]:
+def kkt_violation(of: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tensor]:
     """The gradient of the Lagrangian, and ``clamp(C x + y, l, u) - C x``, which is zero where the constraints and
     complementarity hold; both in the scaled program, in which their entries can be compared."""
     per_gradient, per_row = of.per_gradient, of.per_row
@@ -230,38 +225,38 @@ def violation(of: Program, at: Point) -> tuple[Tensor, Tensor]:
     return per_gradient * at.slope, gap
 
 
-def without_noise(of: Program, at: Point, eps: float) -> Tensor:
+def without_noise(of: QuadraticProgram, at: PrimalDual, eps: float) -> Tensor:
     """The multipliers, and 0 for those of inequalities that are less than the slack, or hardly more than what rounding
     may make of a multiplier, so that a constraint that touches without pressing has none."""
     y, slack = _pressure(of, at)
-    terms = times(at.x.abs(), of.Q.abs()) + of.c.abs() + times(at.y.abs(), of.C.abs())
+    terms = vecmat(at.x.abs(), of.Q.abs()) + of.c.abs() + vecmat(at.y.abs(), of.C.abs())
     noise = eps**0.75 * largest_entry(of.per_gradient * terms)
     return torch.where(of.equal | (y > torch.maximum(slack, noise[:, None])), at.y, 0.0)
 
 
-def of_active_rows(of: Program, at: Point) -> Tensor:
+def of_active_rows(of: QuadraticProgram, at: PrimalDual) -> Tensor:
     """The multipliers, and 0 for those of inequalities that are less than the slack. These are a part of the error, so
     at a solution they are no more than its target."""
     y, slack = _pressure(of, at)
     return torch.where(of.equal | (y > slack), at.y, 0.0)
 
 
-def _pressure(of: Program, at: Point) -> tuple[Tensor, Tensor]:
+def _pressure(of: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tensor]:
     """The sizes of the multipliers and of the slacks at the bounds that they press on, in the scaled program."""
     slack = of.per_row * (torch.where(at.y > 0, of.u, of.l) - at.image).abs()
     return at.y.abs() / (of.per_row * of.scale[:, None]), slack
 
 
-def rounding(of: Program, at: Point, eps: float) -> tuple[Tensor, Tensor]:
+def rounding_of_parts(of: QuadraticProgram, at: PrimalDual, eps: float) -> tuple[Tensor, Tensor]:
     """What rounding alone may make of the two."""
     per_gradient, per_row = of.per_gradient, of.per_row
     x, y, C = at.x.detach().abs(), at.y.detach().abs(), of.C.detach().abs()
-    slope = times(x, of.Q.detach().abs()) + of.c.detach().abs() + times(y, C)
-    image = times(x, C.mT) + torch.maximum(torch.where(of.above, of.u, 0.0), of.l.abs()).detach().abs()
-    return 2.0 * eps * norm(per_gradient * slope), 2.0 * eps * norm(per_row * image)
+    slope = vecmat(x, of.Q.detach().abs()) + of.c.detach().abs() + vecmat(y, C)
+    image = vecmat(x, C.mT) + torch.maximum(torch.where(of.above, of.u, 0.0), of.l.abs()).detach().abs()
+    return 2.0 * eps * row_norm(per_gradient * slope), 2.0 * eps * row_norm(per_row * image)
 
 
-def certificates(of: Program, dx: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def certificates(of: QuadraticProgram, dx: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Where a step of a method of multipliers proves a program infeasible, and where unbounded.
 
     If x is feasible, ``u'max(y, 0) + l'min(y, 0) >= x'C'y`` for all y that press on bounds alone; if x and y solve the
@@ -274,15 +269,15 @@ def certificates(of: Program, dx: Tensor, dy: Tensor, eps: float) -> tuple[Tenso
     dx, dy, scale = dx.detach(), dy.detach(), of.columns.rsqrt()
     dy = torch.where(of.below, dy, dy.clamp(min=0))
     dy = torch.where(of.above, dy, dy.clamp(max=0))
-    climb = times(dx, of.C.mT)
+    climb = vecmat(dx, of.C.mT)
     climb = torch.where(of.above, climb, climb.clamp(max=0))
     climb = torch.where(of.below, climb, climb.clamp(min=0)) * of.rows.sqrt()
-    bend = torch.cat([times(dx, of.Q) * scale, climb], dim=-1)
-    infeasible = bound * norm(times(dy, of.C) * scale) < -_clear(torch.where(dy < 0, of.l, of.u), dy, eps)
-    return infeasible, bound * norm(bend) < -_clear(of.c, dx, eps)
+    bend = torch.cat([vecmat(dx, of.Q) * scale, climb], dim=-1)
+    infeasible = bound * row_norm(vecmat(dy, of.C) * scale) < -_clear(torch.where(dy < 0, of.l, of.u), dy, eps)
+    return infeasible, bound * row_norm(bend) < -_clear(of.c, dx, eps)
 
 
 def _clear(a: Tensor, b: Tensor, eps: float) -> Tensor:
     """``a'b``, and 0 where that may be rounding."""
-    value = dot(a, b)
-    return torch.where(value.abs() > 1e3 * eps * dot(a.abs(), b.abs()), value, 0.0)
+    value = row_dot(a, b)
+    return torch.where(value.abs() > 1e3 * eps * row_dot(a.abs(), b.abs()), value, 0.0)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, dot, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, select
 
-Point = tuple[Tensor, ...]
+TrialPoint = tuple[Tensor, ...]
 """Where a step leads, and what is known there; all with the lanes in front."""
 
 GROWTH = 1.25
@@ -18,12 +18,12 @@ HALVINGS = 60
 
 
 def backtrack(
-    at: Callable[[Tensor], Point],
-    enough: Callable[[Point, Tensor], Tensor],
+    at: Callable[[Tensor], TrialPoint],
+    enough: Callable[[TrialPoint, Tensor], Tensor],
     size: Tensor,
     active: Tensor,
     halvings: int = HALVINGS,
-) -> tuple[Point, Tensor, Tensor]:
+) -> tuple[TrialPoint, Tensor, Tensor]:
     """The first of the steps ``size, size / 2, ...`` that is good enough.
 
     Args:
@@ -47,11 +47,11 @@ def backtrack(
     return new, size, refused
 
 
-def lies_below(problem: BatchedProblem, old: Point, new: Point, bound: Tensor) -> Tensor:
+def lies_below(problem: BatchedProblem, old: TrialPoint, new: TrialPoint, bound: Tensor) -> Tensor:
     """Whether the objective at a new point lies below its linearisation at the old one plus `bound`; the points are
     ``(x, value, grad)``."""
     d = new[0] - old[0]
-    below = new[1] <= old[1] + dot(old[2], d) + bound
+    below = new[1] <= old[1] + row_dot(old[2], d) + bound
     # Where rounding drowns the values, the gradients tell.
-    drowned = bound <= 100.0 * problem.eps * torch.maximum(old[1].abs(), new[1].abs())
-    return torch.where(drowned, dot(d, new[2] - old[2]) <= 2.0 * bound, below)
+    unresolved = bound <= 100.0 * problem.eps * torch.maximum(old[1].abs(), new[1].abs())
+    return torch.where(unresolved, row_dot(d, new[2] - old[2]) <= 2.0 * bound, below)

@@ -8,20 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, dot, safe_divide, select, times
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, safe_divide, select, vecmat
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._steps.backtracking import Point, backtrack
-from implicitdiff.solvers._steps.least_squares import damped, gradient, rounding_of_cost, units_of
-from implicitdiff.solvers._steps.trust_region import ENOUGH, REFUSALS, first_radius, length, root
+from implicitdiff.solvers._steps.backtracking import TrialPoint, backtrack
+from implicitdiff.solvers._steps.least_squares import damped, normal_gradient, rounding_of_cost, units_of
+from implicitdiff.solvers._steps.trust_region import MAX_REFUSALS, MIN_GAIN_RATIO, first_radius, length, scaling_of
 
-_DROWNED = 4.0
+_UNRESOLVED_GAIN = 4.0
 """The foretold gain, in units of the rounding of the cost, below which the gradient judges a step.
 
 One that loses more than a unit is refused all the same: else a step that the gradient likes and one back that the cost
 likes would alternate.
 """
-_FADES = 0.95
+_SCALE_DECAY = 0.95
 """What is left of a norm of a column after a step: a search may begin where it is far from that at the solution."""
 
 WholeStep = Callable[[Tensor, Tensor], Tensor]
@@ -67,9 +67,9 @@ class Trial(NamedTuple):
     x: Tensor
     residual: Tensor
     length: Tensor
-    foretold: Tensor
+    predicted: Tensor
     gain: Tensor
-    drowned: Tensor
+    unresolved: Tensor
     loses: Tensor
     whole: Tensor
     promised: Tensor
@@ -80,17 +80,17 @@ class Trial(NamedTuple):
         return self.gain > -torch.inf
 
     @property
-    def hidden(self) -> Tensor:
+    def by_gradient(self) -> Tensor:
         """Whether rounding hides the gain, so that the gradient judges."""
-        return self.known & self.drowned & ~self.loses
+        return self.known & self.unresolved & ~self.loses
 
     @property
     def good(self) -> Tensor:
         """Whether the gain is a part of what was foretold."""
-        return self.gain > ENOUGH * self.foretold
+        return self.gain > MIN_GAIN_RATIO * self.predicted
 
 
-def begin(problem: BatchedProblem, x: Tensor, radius: float) -> DoglegMemory:
+def initial_memory(problem: BatchedProblem, x: Tensor, radius: float) -> DoglegMemory:
     """The memory at an initial guess."""
     residual, jacobian = problem.fn.jacobian(x)
     scale = jacobian.square().sum(dim=1)
@@ -99,15 +99,17 @@ def begin(problem: BatchedProblem, x: Tensor, radius: float) -> DoglegMemory:
     return DoglegMemory(residual, jacobian, scale, first, refusals=none, slow=none)
 
 
-def attempt(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory], whole: WholeStep) -> tuple[Trial, Tensor]:
+def try_dogleg(
+    problem: BatchedProblem, x: Tensor, state: State[DoglegMemory], whole: WholeStep
+) -> tuple[Trial, Tensor]:
     """A dogleg step from ``x`` that gains enough, or so little that rounding hides it, and its radius, which is halved
     until there is one. Each radius takes an evaluation."""
     r, J, scale, radius, *_ = state.memory
-    D, noise = root(scale), rounding_of_cost(problem, x, r, J, 0.5 * r.square())
-    path = _path(J / D[:, None], r, whole)
+    D, noise = scaling_of(scale), rounding_of_cost(problem, x, r, J, 0.5 * r.square())
+    path = _dogleg_path(J / D[:, None], r, whole)
 
     def at(radius: Tensor) -> Trial:
-        s, foretold = path.step(radius)
+        s, predicted = path.step(radius)
         new_x = x + s / D
         new_r = problem.fn(new_x)
         known = torch.isfinite(new_r).all(dim=-1)
@@ -115,21 +117,21 @@ def attempt(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory], whol
             # No derivative may pass through what is not finite, not even one that is multiplied by zero.
             new_x = select(known, new_x, x)
             new_r = select(known, new_r, r) if problem.plain else problem.fn(new_x)
-        gain = torch.where(known, 0.5 * dot(r - new_r, r + new_r), -torch.inf)
-        promised = safe_divide(path.gain(path.full), 0.5 * dot(r, r))
-        drowned = foretold <= _DROWNED * noise
-        return Trial(new_x, new_r, length(s), foretold, gain, drowned, gain < -noise, path.full / D, promised)
+        gain = torch.where(known, 0.5 * row_dot(r - new_r, r + new_r), -torch.inf)
+        promised = safe_divide(path.gain(path.full), 0.5 * row_dot(r, r))
+        unresolved = predicted <= _UNRESOLVED_GAIN * noise
+        return Trial(new_x, new_r, length(s), predicted, gain, unresolved, gain < -noise, path.full / D, promised)
 
-    def enough(new: Point, radius: Tensor) -> Tensor:
+    def enough(new: TrialPoint, radius: Tensor) -> Tensor:
         trial = Trial(*new)
-        return trial.good | trial.hidden
+        return trial.good | trial.by_gradient
 
     farthest = torch.minimum(radius, length(path.full))
     new, halved, _ = backtrack(at, enough, farthest, state.status == Status.RUNNING)
     return Trial(*new), torch.where(halved < farthest, halved, radius)
 
 
-def conclude(
+def finish_step(
     x: Tensor,
     state: State[DoglegMemory],
     trial: Trial,
@@ -141,30 +143,30 @@ def conclude(
 
     Args:
         x, state: the step's.
-        trial, radius: what `attempt` made of them.
+        trial, radius: what `try_dogleg` made of them.
         accepted: whether to go there.
         at_trial: the residual and the Jacobian there, in the lanes where that may be.
     """
     old = state.memory
     r, J = at_trial
-    promising = (trial.good | trial.hidden) & (trial.x != x).any(dim=-1)
+    promising = (trial.good | trial.by_gradient) & (trial.x != x).any(dim=-1)
     accepted = accepted & promising & torch.isfinite(J).flatten(1).all(dim=-1)
     refusals = torch.where(accepted, 0, old.refusals + 1)
-    stuck = ~accepted & (~promising | (refusals >= REFUSALS))
+    stuck = ~accepted & (~promising | (refusals >= MAX_REFUSALS))
     r, J = select(accepted, r, old.residual), select(accepted, J, old.jacobian)
-    slow = trial.gain < 1e-3 * dot(old.residual, old.residual)
+    slow = trial.gain < 1e-3 * row_dot(old.residual, old.residual)
     memory = DoglegMemory(
         residual=r,
         jacobian=J,
-        scale=torch.maximum(_FADES**2 * old.scale, J.square().sum(dim=1)),
-        radius=torch.where(accepted, _next_radius(radius, trial), 0.25 * trial.length),
+        scale=torch.maximum(_SCALE_DECAY**2 * old.scale, J.square().sum(dim=1)),
+        radius=torch.where(accepted, _dogleg_radius(radius, trial), 0.25 * trial.length),
         refusals=refusals,
         slow=torch.where(slow, old.slow + 1, 0),
     )
     status = torch.where(stuck, int(Status.LINE_SEARCH_FAILED), state.status)
     x = select(accepted, trial.x, x)
     eps = torch.finfo(x.dtype).eps
-    progress = state.progress.fallen(accepted & ~trial.drowned)
+    progress = state.progress.fallen(accepted & ~trial.unresolved)
     progress = progress.stepped(trial.whole, x, units_of(memory.jacobian))
     # A step that promises nothing is long where the Jacobian has not full rank.
     progress = progress._replace(step=torch.where(trial.promised <= eps ** (2 / 3), 0.0, progress.step))
@@ -185,8 +187,8 @@ class _Path(NamedTuple):
         way = self.full - self.cauchy
         reaches, beyond = length(self.full) <= radius, length(self.cauchy) >= radius
         # |cauchy + share way| = radius, in a form that does not cancel.
-        a, b = dot(way, way), dot(self.cauchy, way)
-        c = torch.where(reaches | beyond, 0.0, radius.square() - dot(self.cauchy, self.cauchy))
+        a, b = row_dot(way, way), row_dot(self.cauchy, way)
+        c = torch.where(reaches | beyond, 0.0, radius.square() - row_dot(self.cauchy, self.cauchy))
         square = b.square() + a * c
         share = safe_divide(c, b + torch.sqrt(torch.where(square > 0, square, 1.0)))
         down = -safe_divide(radius, length(self.g))[:, None] * self.g
@@ -195,24 +197,24 @@ class _Path(NamedTuple):
 
     def gain(self, s: Tensor) -> Tensor:
         """``(|r|^2 - |r + A s|^2) / 2``."""
-        change = times(s, self.A.mT)
-        return -dot(self.g, s) - 0.5 * dot(change, change)
+        change = vecmat(s, self.A.mT)
+        return -row_dot(self.g, s) - 0.5 * row_dot(change, change)
 
 
-def _path(A: Tensor, r: Tensor, whole: WholeStep) -> _Path:
-    g = gradient(A, r)
-    ratio = safe_divide(length(g), length(times(g, A.mT)))
+def _dogleg_path(A: Tensor, r: Tensor, whole: WholeStep) -> _Path:
+    g = normal_gradient(A, r)
+    ratio = safe_divide(length(g), length(vecmat(g, A.mT)))
     return _Path(A, g, cauchy=-ratio.square()[:, None] * g, full=whole(A, r))
 
 
-def _next_radius(radius: Tensor, trial: Trial) -> Tensor:
+def _dogleg_radius(radius: Tensor, trial: Trial) -> Tensor:
     """By the ratio of the gain and what was foretold; where rounding hides them, the radius stays."""
-    ratio = torch.where(trial.drowned, 0.3, safe_divide(trial.gain, trial.foretold))
+    ratio = torch.where(trial.unresolved, 0.3, safe_divide(trial.gain, trial.predicted))
     longer = torch.where(ratio > 0.5, torch.maximum(radius, 2.0 * trial.length), radius)
     return torch.where(ratio < 0.1, 0.5 * trial.length, longer)
 
 
-def least(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
+def regularised_step(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
     """``argmin |r + A s|^2 + mu^2 |C s|^2``, which is unique whatever the rank of ``A``; ``C`` are the norms of its
     columns.
 

@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._loop.dense as _dense
-from implicitdiff.solvers._loop.newton_step import NewtonStep, conjugate_gradients
-from implicitdiff.solvers._loop.problem import BatchedProblem, RowFunction, dot, norm, select, times
+from implicitdiff.solvers._loop.newton_step import MAX_PRODUCTS, NewtonStep, truncated_cg
+from implicitdiff.solvers._loop.problem import BatchedProblem, RowFunction, row_dot, row_norm, select, vecmat
 
 
 def normal_residual(memory: Any) -> Tensor:
     """``J' r``, from a memory with a residual and a Jacobian."""
-    return gradient(memory.jacobian, memory.residual)
+    return normal_gradient(memory.jacobian, memory.residual)
 
 
 def normal_size(problem: BatchedProblem, x: Tensor, memory: Any) -> Tensor:
     """``|J'J x|``: how much ``J' r`` changes from zero to here, if the residual is linear."""
-    return norm(gradient(memory.jacobian, times(x, memory.jacobian.mT)))
+    return row_norm(normal_gradient(memory.jacobian, vecmat(x, memory.jacobian.mT)))
 
 
-def gradient(jacobian: Tensor, residual: Tensor) -> Tensor:
+def normal_gradient(jacobian: Tensor, residual: Tensor) -> Tensor:
     """``J' r``."""
     product: Tensor = torch.einsum("lmn,lm->ln", jacobian, residual)
     return product
@@ -33,7 +33,7 @@ def damped(J: Tensor, r: Tensor, weights: Tensor, below: Tensor | None = None) -
     number."""
     roots = torch.diag_embed(weights.sqrt())
     below = torch.zeros_like(weights) if below is None else below
-    return -_dense.lstsq(torch.cat([J, roots], dim=-2), torch.cat([r, below], dim=-1))
+    return -_dense.lstsq_dense(torch.cat([J, roots], dim=-2), torch.cat([r, below], dim=-1))
 
 
 class Curvature(NamedTuple):
@@ -61,7 +61,7 @@ class Curvature(NamedTuple):
         """``-H^-1 g`` in the lanes `where` the Hessian is positive definite, elsewhere 0."""
         eye = torch.eye(self.free.shape[-1], dtype=self.hessian.dtype, device=self.hessian.device)
         H, g = self.hessian, self.gradient
-        return -_dense.solve(select(where, H, eye.expand_as(H)), select(where, g, torch.zeros_like(g)))
+        return -_dense.solve_dense(select(where, H, eye.expand_as(H)), select(where, g, torch.zeros_like(g)))
 
 
 def curvature(x: Tensor, cost: RowFunction, free: Tensor | None = None) -> Curvature:
@@ -73,7 +73,7 @@ def curvature(x: Tensor, cost: RowFunction, free: Tensor | None = None) -> Curva
     return Curvature(mask * grad, mask[:, None] * H * mask[..., None] + torch.diag_embed(1.0 - mask), free)
 
 
-def newton_step(
+def least_squares_newton_step(
     problem: BatchedProblem, x: Tensor, residual: Tensor, jacobian: Tensor, losses: Tensor, at: Curvature
 ) -> NewtonStep:
     """A step with the whole Hessian of the cost, where that of Gauss and Newton tells nothing, as the curvature comes
@@ -90,15 +90,11 @@ def newton_step(
         whole: Tensor = torch.linalg.solve_triangular(factor, half, upper=True)
         return torch.where(at.free, whole[..., 0], 0.0)
 
-    products = min(2 * x.shape[-1], _PRODUCTS)
-    step, gain = conjugate_gradients(x, grad, lambda v: times(v, H), precondition, products, eps=problem.eps)
+    products = min(2 * x.shape[-1], MAX_PRODUCTS)
+    step, gain = truncated_cg(x, grad, lambda v: vecmat(v, H), precondition, products, eps=problem.eps)
     value, noise = losses.detach().sum(dim=-1), rounding_of_cost(problem, x, residual, jacobian, losses)
     counts = gain > problem.eps ** (2 / 3) * value + problem.eps ** (1 / 6) * noise
     return step._replace(promises=gain > 8.0 * problem.eps * value, counts=counts, units=units_of(J))
-
-
-_PRODUCTS = 60
-"""The most products with the Hessian that are made to see how far the solution is."""
 
 
 def half_squares(r: Tensor) -> Tensor:
@@ -109,9 +105,9 @@ def half_squares(r: Tensor) -> Tensor:
 def rounding_of_cost(problem: BatchedProblem, x: Tensor, r: Tensor, J: Tensor, losses: Tensor) -> Tensor:
     """The rounding of the cost: a residual is a difference of terms as large as ``|J| |x|``."""
     r, J = r.detach().abs(), J.detach().abs()
-    terms = times(x.detach().abs(), J.mT)
+    terms = vecmat(x.detach().abs(), J.mT)
     return problem.eps * (
-        2 * losses.detach().sum(dim=-1) + dot(r, terms) + problem.eps * (r + terms).square().sum(dim=-1)
+        2 * losses.detach().sum(dim=-1) + row_dot(r, terms) + problem.eps * (r + terms).square().sum(dim=-1)
     )
 
 

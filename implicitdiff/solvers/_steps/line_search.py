@@ -8,17 +8,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, dot, largest_entry, norm, safe_divide, select
+from implicitdiff.solvers._loop.problem import (
+    BatchedProblem,
+    any_lane,
+    largest_entry,
+    row_dot,
+    row_norm,
+    safe_divide,
+    select,
+)
 from implicitdiff.solvers._loop.status import Status
 
-_TRIALS = 30
+_MAX_TRIALS = 30
 # Values that differ by less, in units of their precision, say nothing.
-_NOISE = 10
+_NOISE_ULPS = 10
 # How far inside a bracket a trial has to be, and how far beyond the last point it may be, as in MINPACK's dcsrch.
-_INSIDE = (0.1, 0.9)
-_BEYOND = (1.1, 4.0)
+_BRACKET_MARGINS = (0.1, 0.9)
+_EXTRAPOLATION = (1.1, 4.0)
 # Where that leads nowhere, the first trial was in quite other units.
-_PATIENCE, _FAR_BEYOND = 6, 100.0
+_SLOW_TRIALS, _FAR_EXTRAPOLATION = 6, 100.0
 
 
 class Segment(NamedTuple):
@@ -33,7 +41,7 @@ class Segment(NamedTuple):
     at: Callable[[Tensor], Tensor]
 
 
-class Point(NamedTuple):
+class LinePoint(NamedTuple):
     """A point ``x + step d`` of a line.
 
     Attributes:
@@ -50,9 +58,9 @@ class Point(NamedTuple):
     slope: Tensor
     grad: Tensor
 
-    def pick(self, where: Tensor, other: Point) -> Point:
+    def pick(self, where: Tensor, other: LinePoint) -> LinePoint:
         """The other point in the lanes where a flag is up."""
-        return Point(*(select(where, b, a) for a, b in zip(self, other, strict=True)))
+        return LinePoint(*(select(where, b, a) for a, b in zip(self, other, strict=True)))
 
 
 def search(
@@ -64,7 +72,7 @@ def search(
     c1: float = 1e-4,
     c2: float = 0.9,
     segment: Segment | None = None,
-) -> tuple[Point, Tensor, Tensor]:
+) -> tuple[LinePoint, Tensor, Tensor]:
     """A point with ``f(x + a d) <= f(x) + c1 a g'd`` and ``|grad f(x + a d)'d| <= c2 |g'd|``.
 
     Nocedal and Wright's algorithms 3.5 and 3.6 in one: an interval runs from the best point so far to another one,
@@ -112,23 +120,23 @@ def unit_step(grad: Tensor) -> Tensor:
     return torch.where(length > 1, 1 / length, 1.0)
 
 
-def begin(problem: BatchedProblem, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def initial_fields(problem: BatchedProblem, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The error at an initial guess, and the fields of a memory that `search` asks for."""
     value, grad = problem.fn.value_and_grad(x)
     # The gradient of a value that is not a number may be finite.
-    error = torch.where(torch.isfinite(value), norm(grad), torch.nan)
+    error = torch.where(torch.isfinite(value), row_norm(grad), torch.nan)
     return error, {"value": value, "grad": grad, "magnitude": value.detach().abs()}
 
 
-def arrive(memory: Any, point: Point) -> dict[str, Tensor]:
+def fields_at(memory: Any, point: LinePoint) -> dict[str, Tensor]:
     """These fields at a new point."""
     magnitude = torch.maximum(memory.magnitude, point.value.detach().abs())
     return {"value": point.value, "grad": point.grad, "magnitude": magnitude}
 
 
-def fell(problem: BatchedProblem, memory: Any, point: Point) -> Tensor:
+def value_fell(problem: BatchedProblem, memory: Any, point: LinePoint) -> Tensor:
     """Whether the value is lower at a new point, by more than its rounding."""
-    lower: Tensor = point.value.detach() < memory.value.detach() - _NOISE * problem.eps * memory.magnitude
+    lower: Tensor = point.value.detach() < memory.value.detach() - _NOISE_ULPS * problem.eps * memory.magnitude
     return lower
 
 
@@ -147,15 +155,15 @@ class _Line:
     ) -> None:
         value = memory.value
         self.rows, self.direction, self.c1, self.c2, self.segment = problem, direction, c1, c2, segment
-        self.start = Point(torch.zeros_like(value), x, value, dot(memory.grad, direction), memory.grad)
-        self.noise = _NOISE * problem.eps * memory.magnitude
+        self.start = LinePoint(torch.zeros_like(value), x, value, row_dot(memory.grad, direction), memory.grad)
+        self.noise = _NOISE_ULPS * problem.eps * memory.magnitude
 
-    def at(self, step: Tensor) -> Point:
+    def at(self, step: Tensor) -> LinePoint:
         x = self.start.x + step[:, None] * self.direction if self.segment is None else self.segment.at(step)
         value, grad = self.rows.fn.value_and_grad(x)
-        return Point(step, x, value, dot(grad, self.direction), grad)
+        return LinePoint(step, x, value, row_dot(grad, self.direction), grad)
 
-    def finite(self, trial: Point) -> Point:
+    def finite(self, trial: LinePoint) -> LinePoint:
         """The trial with infinity as the value of what is not finite."""
         finite = torch.isfinite(trial.value) & torch.isfinite(trial.slope)
         step = trial.step
@@ -164,7 +172,7 @@ class _Line:
             trial = self.at(torch.where(finite, step, 0.0))
         return trial._replace(step=step, value=torch.where(finite, trial.value, torch.inf))
 
-    def test(self, trial: Point, best: Point) -> tuple[Tensor, Tensor]:
+    def test(self, trial: LinePoint, best: LinePoint) -> tuple[Tensor, Tensor]:
         """Whether the value is low enough, and the slope flat enough."""
         change = trial.value - self.start.value
         enough = (change <= self.c1 * trial.step * self.start.slope) | (change.abs() <= self.noise)
@@ -181,11 +189,11 @@ class _Line:
         return torch.where(step > self.segment.largest, self.segment.largest, step)
 
 
-def _zoom(line: _Line, trial: Point, active: Tensor, status: Tensor) -> tuple[Point, Tensor, Tensor]:
+def _zoom(line: _Line, trial: LinePoint, active: Tensor, status: Tensor) -> tuple[LinePoint, Tensor, Tensor]:
     best = other = line.start
     bracketed = torch.zeros_like(active)
     searching = active & (line.start.slope < 0)
-    for count in range(1, _TRIALS + 1):
+    for count in range(1, _MAX_TRIALS + 1):
         status = torch.where(searching & (trial.value == -torch.inf), int(Status.UNBOUNDED), status)
         searching = searching & (status == Status.RUNNING)
         trial = line.finite(trial)
@@ -197,10 +205,10 @@ def _zoom(line: _Line, trial: Point, active: Tensor, status: Tensor) -> tuple[Po
         best = best.pick(moved, trial)
         bracketed = bracketed | turned | beyond
         searching = searching & ~(moved & flat)
-        if count == _TRIALS or not any_lane(searching):
+        if count == _MAX_TRIALS or not any_lane(searching):
             break
-        beyond_by = _BEYOND[1] if count < _PATIENCE else _FAR_BEYOND
-        fraction = _fraction(best, other, bracketed, line.noise, beyond_by, bisect=count % 3 == 0)
+        beyond_by = _EXTRAPOLATION[1] if count < _SLOW_TRIALS else _FAR_EXTRAPOLATION
+        fraction = _next_fraction(best, other, bracketed, line.noise, beyond_by, bisect=count % 3 == 0)
         step = line.within(best.step + fraction * (other.step - best.step))
         trial = line.at(torch.where(searching, step, best.step))
     # However far it went, it is as steep as at the start.
@@ -209,7 +217,9 @@ def _zoom(line: _Line, trial: Point, active: Tensor, status: Tensor) -> tuple[Po
     return best, failed & (status == Status.RUNNING), status
 
 
-def _fraction(best: Point, other: Point, bracketed: Tensor, noise: Tensor, farthest: float, *, bisect: bool) -> Tensor:
+def _next_fraction(
+    best: LinePoint, other: LinePoint, bracketed: Tensor, noise: Tensor, farthest: float, *, bisect: bool
+) -> Tensor:
     """Where to try next, the best point being at 0 and the other at 1: at the minimum of the cubic through both.
 
     Every third trial bisects, so that the bracket shrinks.
@@ -229,7 +239,7 @@ def _fraction(best: Point, other: Point, bracketed: Tensor, noise: Tensor, farth
     root = torch.sqrt(torch.where(known, square, 1.0))
     at = 1 - safe_divide(q + root - middle, q - p + 2 * root)
     known = known & torch.where(bracketed, not bisect, at < 0)
-    lower = torch.where(bracketed, _INSIDE[0], -farthest)
-    upper = torch.where(bracketed, _INSIDE[1], -_BEYOND[0])
+    lower = torch.where(bracketed, _BRACKET_MARGINS[0], -farthest)
+    upper = torch.where(bracketed, _BRACKET_MARGINS[1], -_EXTRAPOLATION[0])
     at = torch.where(at < lower, lower, torch.where(at > upper, upper, at))
     return torch.where(known, at, torch.where(bracketed, 0.5, -farthest))

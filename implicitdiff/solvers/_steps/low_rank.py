@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import dot, safe_divide, select
-
-Product = Callable[[Tensor], Tensor]
+from implicitdiff.solvers._loop.problem import VectorMap, row_dot, safe_divide, select
 
 
-def product(first: Product, u: Tensor, v: Tensor, x: Tensor) -> Tensor:
+def apply_inverse(first: VectorMap, u: Tensor, v: Tensor, x: Tensor) -> Tensor:
     """``H x``; `u` and `v` are ``(lanes, history, n)``."""
     return first(x) + (x[:, None] @ v.mT @ u)[:, 0]
 
 
-def updated(
-    first: Product, first_adjoint: Product, u: Tensor, v: Tensor, rank: Tensor, s: Tensor, y: Tensor
+def broyden_update(
+    first: VectorMap, first_adjoint: VectorMap, u: Tensor, v: Tensor, rank: Tensor, s: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ``u``, ``v`` and their number after a step ``s`` that changed the residual by ``y``.
 
@@ -27,8 +23,8 @@ def updated(
     full = rank >= u.shape[1]
     u, v = (select(full, torch.zeros_like(t), t) for t in (u, v))
     rank = torch.where(full, 0, rank)
-    Hy = product(first, u, v, y)
-    sH = product(first_adjoint, v, u, s)
-    new_u = safe_divide((s - Hy).T, dot(sH, y)).T
+    Hy = apply_inverse(first, u, v, y)
+    sH = apply_inverse(first_adjoint, v, u, s)
+    new_u = safe_divide((s - Hy).T, row_dot(sH, y)).T
     here = (torch.arange(u.shape[1], device=u.device) == rank[:, None])[..., None]
     return torch.where(here, new_u[:, None], u), torch.where(here, sH[:, None], v), rank + 1

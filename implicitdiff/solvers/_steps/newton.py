@@ -11,9 +11,9 @@ import implicitdiff.solvers._loop.dense as _dense
 from implicitdiff._implicit.linear import LinearProblem, LinearSolver, solve_linear
 from implicitdiff._implicit.operators import Linearised, Product
 from implicitdiff._torch.trees import Leaves
-from implicitdiff.solvers._loop.problem import BatchedProblem, norm, safe_divide, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, safe_divide, select
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._steps.backtracking import HALVINGS, Point, backtrack
+from implicitdiff.solvers._steps.backtracking import HALVINGS, TrialPoint, backtrack
 
 
 def check_linear_solve(name: str, linear_solve: Any) -> None:
@@ -25,17 +25,17 @@ def check_linear_solve(name: str, linear_solve: Any) -> None:
         )
 
 
-def solve(problem: BatchedProblem, at: Tensor, r: Tensor, linear_solve: LinearSolver | None) -> Tensor:
+def newton_direction(problem: BatchedProblem, at: Tensor, r: Tensor, linear_solve: LinearSolver | None) -> Tensor:
     """The ``d`` with ``J(at) d = r``."""
     if linear_solve is None:
-        return _dense.solve(problem.fn.jacobian(at)[1], r)
+        return _dense.solve_dense(problem.fn.jacobian(at)[1], r)
     inputs, structure = problem.inputs, problem.structure
     b = inputs.unravel(r)
     if problem.plain:
         _, push, pull = problem.fn.linearise(at)
         operator = Linearised(_Products(_on_leaves(problem, push), _on_leaves(problem, pull)))
-        problem = LinearProblem(operator, linear_solve, structure, count=0, lanes=inputs.batch)
-        return inputs.ravel(solve_linear(problem, b, []))
+        linear = LinearProblem(operator, linear_solve, structure, count=0, lanes=inputs.batch)
+        return inputs.ravel(solve_linear(linear, b, []))
 
     def matvec(v: Any) -> Any:
         # Linearised here, where the linear solver sees on what its matrix depends.
@@ -62,7 +62,7 @@ def _on_leaves(problem: BatchedProblem, product: Any) -> Product:
     return lambda v: problem.inputs.unravel(product(problem.inputs.ravel(v)))
 
 
-def move(
+def take_step(
     problem: BatchedProblem, x: Tensor, state: Any, step: Tensor, backtracking: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x + step``, its residual and the status; with backtracking the step is halved in the lanes where the residual
@@ -70,23 +70,23 @@ def move(
     if not backtracking:
         new_x = x + step
         return new_x, problem.fn(new_x), state.status
-    new_x, new_r, refused = shorten(problem, x, state, step, state.status == Status.RUNNING)
+    new_x, new_r, refused = shorten_step(problem, x, state, step, state.status == Status.RUNNING)
     return new_x, new_r, torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status)
 
 
-def shorten(
+def shorten_step(
     problem: BatchedProblem, x: Tensor, state: Any, step: Tensor, active: Tensor, halvings: int = HALVINGS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first of the points ``x + step, x + step / 2, ...`` with a smaller residual, that residual, and the `active`
     lanes that have none, which stay at x."""
 
-    def at(length: Tensor) -> Point:
+    def at(length: Tensor) -> TrialPoint:
         new_x = x + length[:, None] * step
         return new_x, problem.fn(new_x)
 
-    def enough(new: Point, length: Tensor) -> Tensor:
+    def enough(new: TrialPoint, length: Tensor) -> Tensor:
         # A step of length zero is no progress.
-        smaller: Tensor = norm(new[1]) <= (1.0 - 1e-4 * length) * state.error
+        smaller: Tensor = row_norm(new[1]) <= (1.0 - 1e-4 * length) * state.error
         return smaller & (new[0] != x).any(dim=-1)
 
     whole = torch.ones_like(state.error)
@@ -94,14 +94,14 @@ def shorten(
     return select(refused, x, new_x), select(refused, state.memory.residual, new_r), refused
 
 
-def watch(state: Any, x: Tensor, new_x: Tensor, r: Tensor, new_r: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def watch_growth(state: Any, x: Tensor, new_x: Tensor, r: Tensor, new_r: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The new ``growth``, by which ``|r|`` has grown in a row of steps that all made it and ``|x|`` larger, and the
     status: ``DIVERGED`` where the iterates run off, that is where ``growth`` is more than ``1 / eps``.
 
     A step counts for at most the eighth root of that. One huge step is no sign: from near the minimum of ``x^3 - 1``,
     say, Newton's method jumps far away and comes back.
     """
-    rate = safe_divide(norm(new_r), norm(r)).clamp(max=eps ** (-1 / 8))
-    growth = torch.where((rate > 1) & (norm(new_x) > norm(x)), state.memory.growth * rate, 1.0)
+    rate = safe_divide(row_norm(new_r), row_norm(r)).clamp(max=eps ** (-1 / 8))
+    growth = torch.where((rate > 1) & (row_norm(new_x) > row_norm(x)), state.memory.growth * rate, 1.0)
     gone = (growth > 1 / eps) | ~torch.isfinite(new_x).all(dim=-1)
     return growth, torch.where(gone & (state.status == Status.RUNNING), int(Status.DIVERGED), state.status)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from implicitdiff.solvers._loop.equations import Composite
-from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import check_number
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, dot, norm, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, select
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._loop.termination import change, composite_size
-from implicitdiff.solvers._steps.backtracking import GROWTH, Point, backtrack, lies_below
+from implicitdiff.solvers._loop.termination import change_with_x, composite_size
+from implicitdiff.solvers._steps.backtracking import GROWTH, TrialPoint, backtrack, lies_below
 
 Prox = Callable[[BatchedProblem, Tensor, Tensor], Tensor]
 """``prox(problem, v, stepsize) -> x``, with stepsizes of shape ``(lanes,)``."""
@@ -52,7 +52,7 @@ def check_stepsize(name: str, stepsize: float | None) -> None:
         )
 
 
-def method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) -> Method:
+def proximal_gradient_method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) -> IterativeMethod:
     """Proximal gradient with a backtracking line search, or a given step size, and Nesterov's acceleration.
 
     Beck and Teboulle, SIAM J. Imaging Sciences 2 (2009); the momentum starts again where it points uphill, after
@@ -62,17 +62,17 @@ def method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) ->
     start = partial(_start, stepsize=stepsize or 1.0)
     step = partial(_step, prox=prox, search=stepsize is None, acceleration=acceleration)
     held, off = attrgetter("residual"), Status.UNBOUNDED
-    return Method(start, step, ProximalGradientMemory, 100_000, residual=held, size=_size, runs_off=off)
+    return IterativeMethod(start, step, ProximalGradientMemory, 100_000, residual=held, size=_size, runs_off=off)
 
 
 def _start(problem: BatchedProblem, x: Tensor, *, stepsize: float) -> Start:
     value, grad = problem.fn.value_and_grad(x)
     one = torch.ones_like(value)
-    residual = _residual(problem, x, grad)
-    return Start(norm(residual), ProximalGradientMemory(residual, one * stepsize, x, value, grad, momentum=one))
+    residual = _optimality_residual(problem, x, grad)
+    return Start(row_norm(residual), ProximalGradientMemory(residual, one * stepsize, x, value, grad, momentum=one))
 
 
-def _residual(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
+def _optimality_residual(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
     return problem.residual.prox_residual(problem, x, grad) if isinstance(problem.residual, Composite) else grad
 
 
@@ -80,7 +80,7 @@ def _size(problem: BatchedProblem, x: Tensor, memory: ProximalGradientMemory) ->
     """At the initial guess, where ``point`` is ``x``."""
     if isinstance(problem.residual, Composite):
         return composite_size(problem, x, memory.grad)
-    return norm(change(problem.residual, problem, x, memory.grad, is_guess=True))
+    return row_norm(change_with_x(problem.residual, problem, x, memory.grad, is_guess=True))
 
 
 def _step(
@@ -93,27 +93,27 @@ def _step(
     acceleration: bool,
 ) -> tuple[Tensor, State[ProximalGradientMemory]]:
     (new_x, value, grad), size, failed = _descend(problem, prox, state, search)
-    residual = _residual(problem, new_x, grad)
+    residual = _optimality_residual(problem, new_x, grad)
     memory = ProximalGradientMemory(residual, size, new_x, value, grad, state.memory.momentum)
     if acceleration:
         memory = _accelerate(problem, x, state.memory, memory)
     status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status)
-    return new_x, state._replace(error=norm(residual), status=status, memory=memory)
+    return new_x, state._replace(error=row_norm(residual), status=status, memory=memory)
 
 
 def _descend(
     problem: BatchedProblem, prox: Prox, state: State[ProximalGradientMemory], search: bool
-) -> tuple[Point, Tensor, Tensor]:
+) -> tuple[TrialPoint, Tensor, Tensor]:
     """A step from ``point``, its size, and the lanes in which no size will do."""
     memory = state.memory
 
-    def at(size: Tensor) -> Point:
+    def at(size: Tensor) -> TrialPoint:
         x = prox(problem, memory.point - size[:, None] * memory.grad, size)
         return (x, *problem.fn.value_and_grad(x))
 
-    def enough(new: Point, size: Tensor) -> Tensor:
+    def enough(new: TrialPoint, size: Tensor) -> Tensor:
         d = new[0] - memory.point
-        return lies_below(problem, (memory.point, memory.value, memory.grad), new, dot(d, d) / (2.0 * size))
+        return lies_below(problem, (memory.point, memory.value, memory.grad), new, row_dot(d, d) / (2.0 * size))
 
     if not search:
         return at(memory.stepsize), memory.stepsize, torch.zeros_like(state.status, dtype=torch.bool)
@@ -126,7 +126,7 @@ def _accelerate(
 ) -> ProximalGradientMemory:
     """The memory with its point ahead of the new one, which it is given with."""
     new_x = new.point
-    uphill = dot(old.point - new_x, new_x - x) > 0
+    uphill = row_dot(old.point - new_x, new_x - x) > 0
     t = torch.where(uphill, 1.0, old.momentum)
     next_t = (1.0 + torch.sqrt(1.0 + 4.0 * t**2)) / 2.0
     ahead = new_x + ((t - 1.0) / next_t)[:, None] * (new_x - x)

@@ -12,14 +12,14 @@ from implicitdiff._implicit.operators import Dims
 from implicitdiff._implicit.primitive import Problem, solve_problem
 from implicitdiff._torch.trees import Leaves
 from implicitdiff.solvers._loop.options import check_number
-from implicitdiff.solvers._loop.problem import any_lane, dot, largest_entry, safe_divide
+from implicitdiff.solvers._loop.problem import any_lane, largest_entry, row_dot, safe_divide
 from implicitdiff.solvers._steps.least_squares import damped
 
-ENOUGH = 1e-4
+MIN_GAIN_RATIO = 1e-4
 """The part of the foretold gain that a step has to make, as in MINPACK."""
-REFUSALS = 5
+MAX_REFUSALS = 5
 """After how many refusals in a row of steps that seemed good a search ends."""
-_ROUNDS = 100
+_MAX_NEWTON_STEPS = 100
 """How many steps of Newton's method the multiplier may take; it takes less than ten."""
 
 
@@ -29,20 +29,22 @@ def check_radius(name: str, radius: float) -> None:
 
 def first_radius(x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
     """``|D x|``, and where that is next to nothing ``|r|``: it has the same units (in MINPACK, 1 does)."""
-    size, other = length(root(scale) * x), length(residual)
+    size, other = length(scaling_of(scale) * x), length(residual)
     return torch.where(size > torch.finfo(x.dtype).eps * other, size, other)
 
 
-def next_radius(radius: Tensor, went: Tensor, gain: Tensor, foretold: Tensor, slope: Tensor, known: Tensor) -> Tensor:
+def next_radius(
+    radius: Tensor, step_length: Tensor, gain: Tensor, predicted: Tensor, slope: Tensor, known: Tensor
+) -> Tensor:
     """After a step of the length ``went``: longer where it gained what was foretold; where it gained much less, about
     as long as the step that makes least the parabola through what is known along it. ``slope`` is the derivative
     along the step."""
-    agreement = torch.where(known, safe_divide(gain, foretold), -torch.inf)
+    agreement = torch.where(known, safe_divide(gain, predicted), -torch.inf)
     loses = known & (gain < 0)
     below = torch.where(loses, slope + gain, -1.0)
     part = torch.where(loses, (0.5 * slope / torch.where(below < 0, below, -1.0)).clamp(0.1, 0.5), 0.5)
-    shorter = torch.where(known, part, 0.1) * torch.minimum(radius, 10.0 * went)
-    longer = torch.where(agreement >= 0.75, 2.0 * went, radius)
+    shorter = torch.where(known, part, 0.1) * torch.minimum(radius, 10.0 * step_length)
+    longer = torch.where(agreement >= 0.75, 2.0 * step_length, radius)
     return torch.where(agreement <= 0.25, shorter, longer)
 
 
@@ -54,7 +56,7 @@ def length(x: Tensor) -> Tensor:
     return torch.where(square > 0, size * torch.sqrt(torch.where(square > 0, square, 1.0)), square)
 
 
-def root(scale: Tensor) -> Tensor:
+def scaling_of(scale: Tensor) -> Tensor:
     """``D``, 1 for the unknowns on which nothing has depended so far."""
     return torch.where(scale > 0, scale, 1.0).sqrt()
 
@@ -71,7 +73,7 @@ class _Multiplier(Problem):
 
     def residual(self, x: Leaves, theta: Leaves) -> Leaves:
         A, r, radius = theta
-        return [(_step(A, r, x[0]) / radius[..., None]).square().sum(dim=-1) - 1.0]
+        return [(_damped_step(A, r, x[0]) / radius[..., None]).square().sum(dim=-1) - 1.0]
 
     def primal(self, theta: Leaves) -> Leaves:
         A, r, radius = (t.double() for t in theta)
@@ -79,37 +81,37 @@ class _Multiplier(Problem):
         A = torch.where(known[..., None, None], A, 0.0)
         values, vectors = torch.linalg.eigh(A.mT @ A)
         values, part = values.clamp(min=0.0), (vectors.mT @ (A.mT @ r[..., None]))[..., 0]
-        damping = _newton(values, part, radius)
+        damping = _newton_for_multiplier(values, part, radius)
         # A'A has lost the singular values that matter to a smaller multiplier.
         lost = damping < 1e-8 * values[..., -1]
         if any_lane(lost & known):
             U, S, _ = torch.linalg.svd(A, full_matrices=False)
-            exact = _newton(S.square(), S * (U.mT @ r[..., None])[..., 0], radius)
+            exact = _newton_for_multiplier(S.square(), S * (U.mT @ r[..., None])[..., 0], radius)
             damping = torch.where(lost, exact, damping)
         return [torch.where(known, damping, torch.nan).to(theta[0].dtype)]
 
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
         A, r, radius = theta
-        s = _step(A, r, x[0])
+        s = _damped_step(A, r, x[0])
         # (A'A + lambda)^-1 s, in the same way.
         moved = damped(A, torch.zeros_like(r), x[0][..., None].expand_as(s), -s / x[0].sqrt()[..., None])
-        slope = -2.0 * dot(s / radius[..., None], moved / radius[..., None])
+        slope = -2.0 * row_dot(s / radius[..., None], moved / radius[..., None])
         return [b[0] / torch.where(slope < 0, slope, -1.0)]
 
     def batched(self, dims: Dims, size: int) -> tuple[Problem, Dims, int]:
         return self, (-1,) * len(dims), 0
 
 
-def _step(A: Tensor, r: Tensor, multiplier: Tensor) -> Tensor:
+def _damped_step(A: Tensor, r: Tensor, multiplier: Tensor) -> Tensor:
     return damped(A, r, multiplier[..., None].expand_as(A[..., 0, :]))
 
 
-def _newton(values: Tensor, part: Tensor, radius: Tensor) -> Tensor:
+def _newton_for_multiplier(values: Tensor, part: Tensor, radius: Tensor) -> Tensor:
     """The ``lambda`` with ``|s| = radius``, ``s = part / (values + lambda)``: Newton's method for ``1 / radius - 1 /
     |s|``, which is convex, from where ``|s|`` is greater."""
     eps = torch.finfo(values.dtype).eps
     damping = eps**2 * values.amax(dim=-1)
-    for _ in range(_ROUNDS):
+    for _ in range(_MAX_NEWTON_STEPS):
         poles = values + damping[..., None]
         s = torch.where(part == 0, 0.0, part / poles)
         size = length(s)
