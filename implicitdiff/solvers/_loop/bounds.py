@@ -1,4 +1,4 @@
-"""Bounds on the unknowns: what a user gives, and what a method sees of them."""
+"""Bounds on the unknowns: the user's argument, and the form in which an iteration uses the bounds."""
 
 from __future__ import annotations
 
@@ -13,39 +13,41 @@ from implicitdiff.solvers._loop.problem import BatchedProblem
 
 
 class Limits(NamedTuple):
-    """The least and the greatest values of the unknowns on rows, ``(lanes, n)``; infinite where there is none."""
+    """Lower and upper bounds of the unknowns as rows, ``(lanes, n)``; infinite for unknowns without a bound."""
 
     lower: Tensor
     upper: Tensor
 
     def clip(self, x: Tensor) -> Tensor:
-        """The nearest point of the box."""
+        """Return the nearest point of the box."""
+        # Not `torch.clamp`: at a bound the derivative must be that of the bound alone.
         return torch.where(x >= self.upper, self.upper, torch.where(x <= self.lower, self.lower, x))
 
     def residual(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """``x - clip(x - gradient)``, without the rounding of ``x`` where that is the gradient."""
+        """Return ``x - clip(x - gradient)``, equal to `gradient` without rounding of ``x`` for unknowns inside the
+        box."""
         ahead = x - gradient
         inside = torch.where(ahead <= self.lower, x - self.lower, gradient)
         return torch.where(ahead >= self.upper, x - self.upper, inside)
 
     def held(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """The unknowns that a step along the negative gradient would take out of the box at once."""
+        """Return the unknowns at a bound that a step along the negative gradient would violate."""
         return ((x <= self.lower) & (gradient > 0)) | ((x >= self.upper) & (gradient < 0))
 
     def free_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient, with 0 for the unknowns that are `held`."""
+        """Return the gradient, with 0 for the unknowns that are `held`."""
         return torch.where(self.held(x, gradient), 0.0, gradient)
 
     def ahead(self, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """The bound that each unknown has in front of it, 0 where that is infinite or it does not move, and the flags
-        of those that have one."""
+        """Return each unknown's bound in the direction of motion, and the flags of unknowns with such a finite bound;
+        the bound is 0 for the other unknowns."""
         bound = torch.where(direction > 0, self.upper, self.lower)
         known = torch.isfinite(bound) & (direction != 0)
         return torch.where(known, bound, 0.0), known
 
 
 def limits_of(name: str, bounds: Any) -> tuple[Any, Any]:
-    """The lower and upper bounds of a user, infinite in the place of None."""
+    """Return a user's lower and upper bounds, with infinite bounds in the place of None."""
     if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
         raise ValueError(
             f"{name}: bounds must be a pair (lower, upper) of numbers, tensors or trees like params, got "
@@ -60,12 +62,13 @@ def _filled(bound: Any, absent: float) -> Any:
 
 
 def limits_on(problem: BatchedProblem) -> Limits:
-    """The bounds of a problem whose equation is `_equations.boxed_equation`."""
+    """Return the bounds of a problem whose equation is a `boxed_equation`."""
     return problem.once(_limits)  # type: ignore[no-any-return]
 
 
 def _limits(problem: BatchedProblem) -> Limits:
-    """By projecting from beyond."""
+    """Return the bounds as projections of infinite points: the user's bounds reach an iteration only through the
+    function "box"."""
     inputs, clip = problem.inputs, problem.function("box")
     far = torch.full((math.prod(inputs.batch), inputs.dimension), math.inf, dtype=inputs.dtype, device=inputs.device)
     return Limits(clip(-far), clip(far))

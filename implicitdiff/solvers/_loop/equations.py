@@ -1,4 +1,4 @@
-"""The equations that the families of solvers solve, each named once: on trees, and on rows."""
+"""The equations that the families of solvers solve, each on trees (for derivatives) and on rows (for iterations)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from implicitdiff.solvers._loop.problem import BatchedProblem
 
 Functions = Mapping[str, Callable[..., Any]]
 RowResidual = Callable[[BatchedProblem, Tensor], Tensor]
-"""``residual(problem, x)``, ``(lanes, n)``."""
+"""``residual(problem, x)``, shape ``(lanes, n)``."""
 ProxResidual = Callable[[BatchedProblem, Tensor, Tensor], Tensor]
 """``prox_residual(problem, x, gradient)``, zero at a solution under constraints or with a penalty."""
 
 
 class Equation(NamedTuple):
-    """``residual(x) = 0``, which a solution satisfies.
+    """An equation ``residual(x) = 0`` with the user's functions.
 
     Attributes:
-        functions: the user's functions by name, each as ``function(x, args, *more)``; their results are checked.
+        functions: the user's functions by name, each as ``function(x, args, *more)``, with checks of the results.
         on_trees: ``on_trees(functions, x, args)``, the residual as a tree like ``x``.
-        on_rows: the residual as a method sees it, ``on_rows(problem, x)``.
+        on_rows: ``on_rows(problem, x)``, the residual as rows.
     """
 
     functions: Functions
@@ -55,8 +55,8 @@ class Composite:
 
 
 def fixed_point_equation(fn: Callable[..., Any]) -> Equation:
-    """``x - fn(x, *args) = 0``."""
-    # In this order the Jacobian is I - J, positive definite for a symmetric contraction.
+    """Return the equation ``x - fn(x, *args) = 0``."""
+    # The order of the difference makes the Jacobian ``I - J``, positive definite for a symmetric contraction.
     return Equation(
         {"fn": returning_like_x(fn)},
         lambda functions, x, args: subtract(x, functions["fn"](x, args)),
@@ -65,7 +65,7 @@ def fixed_point_equation(fn: Callable[..., Any]) -> Equation:
 
 
 def root_equation(fn: Callable[..., Any]) -> Equation:
-    """``fn(x, *args) = 0`` of as many equations as unknowns."""
+    """Return the equation ``fn(x, *args) = 0``, as many equations as unknowns."""
     return Equation(
         {"fn": returning_like_x(fn)},
         lambda functions, x, args: functions["fn"](x, args),
@@ -74,7 +74,7 @@ def root_equation(fn: Callable[..., Any]) -> Equation:
 
 
 def stationary_equation(fn: Callable[..., Any]) -> Equation:
-    """``grad fn(x, *args) = 0``."""
+    """Return the equation ``grad fn(x, *args) = 0``."""
     return Equation(
         {"fn": returning_scalar(fn)},
         lambda functions, x, args: gradient(functions["fn"], x, args),
@@ -88,12 +88,13 @@ def _gradient_on_rows(problem: BatchedProblem, x: Tensor) -> Tensor:
 
 
 def _where_finite(value: Tensor, gradient: Tensor) -> Tensor:
-    """A gradient, not a number where the value is not finite: there it may be finite all the same."""
+    """Return the gradient, with nan in lanes with a value that is not finite."""
+    # The gradient alone may be finite and zero: that of a sum with an infinite constant term, say.
     return torch.where(torch.isfinite(value).all(dim=-1, keepdim=True), gradient, torch.nan)
 
 
 def least_squares_equation(fn: Callable[..., Any]) -> Equation:
-    """``J' r = 0`` for ``r = fn(x, *args)``, the gradient of ``|r|^2 / 2``."""
+    """Return the equation ``J' r = 0`` for ``r = fn(x, *args)``, the gradient of ``|r|^2 / 2``."""
 
     def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
         residuals, pull = pullback(functions["fn"], x, args)
@@ -107,10 +108,11 @@ def least_squares_equation(fn: Callable[..., Any]) -> Equation:
 
 
 def robust_equation(fn: Callable[..., Any], loss: Loss, scale: Any) -> Equation:
-    """``J' (rho'(z) r) = 0`` for ``r = fn(x, *args)`` and ``z = (r / scale)^2``, the gradient of the sum of
-    ``scale^2 rho(z) / 2``.
+    """Return the equation ``J' (rho'(z) r) = 0`` for ``r = fn(x, *args)``, ``z = (r / scale)^2``.
 
-    A function "loss" has the terms of that sum, ``rho'`` and ``rho' + 2 z rho''``, each for every residual.
+    The left side is the gradient of ``sum_i scale^2 rho(z_i) / 2``. The additional function "loss" returns, for every
+    residual, the term of the sum, the weight ``rho'`` of the gradient, and the weight ``rho' + 2 z rho''`` of the
+    Hessian.
     """
     checked = returning_tensors(fn)
 
@@ -140,7 +142,7 @@ def robust_equation(fn: Callable[..., Any], loss: Loss, scale: Any) -> Equation:
 
 
 def proximal_equation(fn: Callable[..., Any], prox: Callable[..., Any]) -> Equation:
-    """``x - prox(x - grad fn(x, *args), 1) = 0``."""
+    """Return the equation ``x - prox(x - grad fn(x, *args), 1) = 0``."""
     checked = returning_like_x(prox)
     smooth = stationary_equation(fn)
 
@@ -156,14 +158,15 @@ def proximal_equation(fn: Callable[..., Any], prox: Callable[..., Any]) -> Equat
 
 
 def projected_equation(fn: Callable[..., Any], projection: Callable[..., Any]) -> Equation:
-    """``x - projection(x - grad fn(x, *args)) = 0``."""
+    """Return the equation ``x - projection(x - grad fn(x, *args)) = 0``."""
     checked = returning_like_x(projection)
     smooth = proximal_equation(fn, projection)
     return smooth._replace(functions={**smooth.functions, "prox": lambda v, args, stepsize=1.0: checked(v, ())})
 
 
 def boxed_equation(smooth: Equation, lower: Any, upper: Any) -> Equation:
-    """``x - clip(x - g(x), lower, upper) = 0``, for an equation ``g(x) = 0`` of a gradient."""
+    """Return the equation ``x - clip(x - g(x), lower, upper) = 0``, given the equation ``g(x) = 0`` of a gradient
+    ``g``."""
 
     def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
         return subtract(x, functions["box"](subtract(x, smooth.on_trees(functions, x, args)), args))
@@ -171,7 +174,8 @@ def boxed_equation(smooth: Equation, lower: Any, upper: Any) -> Equation:
     def prox_residual(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
         ahead = x - grad
         clipped = problem.function("box")(ahead)
-        # Without the rounding of x, in which a small gradient would be lost.
+        # Inside the box return the gradient itself: ``x - (x - g)`` loses a gradient smaller than the rounding of
+        # ``x``.
         return torch.where(clipped == ahead, grad, x - clipped)
 
     functions = {**smooth.functions, "box": lambda v, args: _into_box(v, lower, upper)}
@@ -179,25 +183,26 @@ def boxed_equation(smooth: Equation, lower: Any, upper: Any) -> Equation:
 
 
 def boxed_by(fn: Callable[..., Any], smooth_of: EquationOf, limits: tuple[Any, Any]) -> Equation:
-    """Bind ``smooth_of`` and ``limits`` by `functools.partial` to get an `EquationOf` that pickles."""
+    """Return the `boxed_equation` of the equation ``smooth_of(fn)``; with the other arguments bound by
+    `functools.partial` an `EquationOf` that pickles."""
     return boxed_equation(smooth_of(fn), *limits)
 
 
 def _into_box(v: Any, lower: Any, upper: Any) -> Any:
-    """The projection of the tensors in a tree, in which there may be other things."""
+    """Project the tensors of a tree onto the box; other leaves stay as they are."""
     _, structure = pytree.flatten(v)
     tensors_alone = pytree.map_leaves(lambda leaf: leaf if isinstance(leaf, torch.Tensor) else None, v)
     return structure.unflatten(pytree.tensors(box(tensors_alone, lower, upper)))
 
 
 def subtract(a: Any, b: Any) -> Any:
-    """``a - b``, tensor by tensor."""
+    """Return ``a - b``, tensor by tensor."""
     leaves, structure = pytree.flatten(a)
     return structure.unflatten([p - q for p, q in zip(leaves, structure.tensors_of(b), strict=True)])
 
 
 def returning_like_x(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn(x, *args)`` as ``checked(x, args)``, whose result must be a tree like ``x``."""
+    """Return ``checked(x, args)``, equal to ``fn(x, *args)``; raise unless the result is a tree like ``x``."""
 
     def checked(x: Any, args: tuple[Any, ...]) -> Any:
         result = fn(x, *args)
@@ -220,7 +225,8 @@ def _is_real_number(value: torch.Tensor) -> bool:
 
 
 def returning_scalar(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn(x, *args)`` as ``checked(x, args)``, whose result must be one real number."""
+    """Return ``checked(x, args)``, equal to ``fn(x, *args)``; raise ValueError unless the result is a single real
+    number."""
 
     def checked(x: Any, args: tuple[Any, ...]) -> Any:
         value = fn(x, *args)
@@ -235,7 +241,7 @@ def returning_scalar(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def returning_tensors(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn(x, *args)`` as ``checked(x, args)``, whose result must be a tree of tensors."""
+    """Return ``checked(x, args)``, equal to ``fn(x, *args)``; raise unless the result is a tree of tensors."""
 
     def checked(x: Any, args: tuple[Any, ...]) -> Any:
         result = fn(x, *args)

@@ -1,4 +1,4 @@
-"""A step of Newton's kind for methods that make none: how far their iterate may be from a minimum."""
+"""A Newton-type step for minimisers without one of their own, as a measure of the distance from a minimum."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class NewtonStep(NamedTuple):
     """A step from ``x``.
 
     Attributes:
-        x: where it begins.
-        d: about ``-H^-1 g``.
-        promises: whether the quadratic model promises a gain by it that is more than next to nothing beside the value.
-        counts: whether that is also more than rounding makes of one.
+        x: the start of the step.
+        d: the step, about ``-H^-1 g``.
+        promises: True if the quadratic model predicts a gain that is more than a small fraction of the objective.
+        counts: True if the predicted gain also exceeds rounding of the objective.
         size: ``|H x|``.
-        bends_down: whether a curvature is negative, and not by rounding; so there is no minimum near.
-        memory: the memory of the method that tries this step next.
-        units: in which the step is measured; None: those of the unknowns.
+        bends_down: True if a curvature is negative beyond rounding, so that no minimum is near.
+        memory: the method's memory with this step to be tried next; None if the method does not try the step.
+        units: scale of each unknown for the length of the step; None for the unknowns' own.
     """
 
     x: Tensor
@@ -44,13 +44,14 @@ class NewtonStep(NamedTuple):
 
 
 MAX_PRODUCTS = 60
-"""Bound on the Hessian products of one step that measures the distance from the solution."""
+"""Bound on the Hessian products of a step by a method that computes such steps anyway."""
 
 ResultT = TypeVar("ResultT")
 
 
 def if_twice_differentiable(make: Callable[[], ResultT]) -> ResultT | None:
-    """What takes second derivatives; None where a function has first ones alone, as a function of autograd may."""
+    """Return ``make()``, or None if the user's function has first derivatives only, as an `torch.autograd.Function`
+    may."""
     try:
         return make()
     except (RuntimeError, NotImplementedError):
@@ -58,22 +59,26 @@ def if_twice_differentiable(make: Callable[[], ResultT]) -> ResultT | None:
 
 
 def few_products(problem: BatchedProblem, x: Tensor) -> int:
-    """How many products a method makes that makes none otherwise: more in float32, which determines less."""
+    """Return the number of Hessian products for a method that makes no others; more in float32, whose gradients
+    determine less."""
     return min(2 * x.shape[-1], 8 if problem.eps < 1e-10 else 16)
 
 
 def objective_newton_step(
     problem: BatchedProblem, x: Tensor, memory: Any, precondition: VectorMap, products: int
 ) -> NewtonStep:
-    """`truncated_cg` for an objective, by one evaluation."""
+    """Return the step of `truncated_cg` for an objective, at the cost of one evaluation and the products."""
     _, grad, product = problem.fn.hessian(x)
     step, gain = truncated_cg(x, grad, product, precondition, products, eps=problem.eps)
     value = memory.value.detach()
     counts = promises = gain > problem.eps**0.5 * value.abs()
-    # The terms that cancel in a value are about as large as |x||H x|, and no larger than the largest value so far.
+    # The objective may be a small difference of large terms. Their size is about ``|x| |H x|``, and at most the largest
+    # value seen.
     terms = torch.minimum(row_norm(x) * step.size, memory.magnitude)
     doubtful = counts & (row_norm(step.d) > problem.eps ** (2 / 5) * row_norm(x)) & (gain <= problem.eps**0.5 * terms)
     if any_lane(doubtful):
+        # Measure the rounding of the objective: the change of its value if every unknown moves by 4 units in the last
+        # place.
         moved = problem.fn(x.detach() + 4 * problem.eps * scattered_signs(x) * x.detach())[:, 0].detach()
         counts = counts & ~(doubtful & (gain <= 16.0 * (moved - value).abs()))
     return step._replace(promises=promises, counts=counts)
@@ -88,12 +93,21 @@ def truncated_cg(
     *,
     eps: float,
 ) -> tuple[NewtonStep, Tensor]:
-    """What conjugate gradients make of ``H d = -g`` with so many products, and what the quadratic model promises to
-    gain by it.
+    """Solve ``H d = -g`` approximately by preconditioned conjugate gradients; return the step and the gain that the
+    quadratic model predicts.
 
-    A gradient tells little of the directions in which an objective is flat beside others, and a quasi-Newton method
-    knows the curvature of the directions it took. Preconditioned by its inverse Hessian, conjugate gradients see the
-    others first. Where the curvature is negative, the step goes as far as one of the other sign would have it.
+    A small gradient is a poor measure of the distance along directions in which an objective is much flatter than in
+    others, and a quasi-Newton method knows the curvature of its own steps only. Preconditioned by the method's inverse
+    Hessian, conjugate gradients find the other directions first. Along a direction of negative curvature the step uses
+    the absolute value of the curvature.
+
+    Args:
+        x: the start of the step.
+        grad: the gradient ``g`` at `x`.
+        product: ``v -> H v``.
+        precondition: an approximation of ``v -> H^-1 v``.
+        products: bound on the number of products.
+        eps: machine epsilon of the objective's values.
     """
     d, r, z = torch.zeros_like(grad), grad, precondition(grad)
     p, rz = -z, row_dot(grad, z)
@@ -104,10 +118,12 @@ def truncated_cg(
         image = product(p)
         curvature = row_dot(p, image)
         stiffest = torch.maximum(stiffest, safe_divide(row_norm(image), row_norm(p)))
+        # A curvature of rounding size relative to the stiffest direction is not negative.
         bends_down = bends_down | (active & (curvature < -(eps**0.5) * stiffest * row_dot(p, p)))
         bends = active & (curvature != 0)
         a = torch.where(bends, safe_divide(rz, curvature.abs()), 0.0)
         d, r = d + a[:, None] * p, r + a[:, None] * image
+        # Each CG step lowers the model by ``a r'z / 2``, without cancellation.
         gain = gain + 0.5 * a * rz
         z = precondition(r)
         rz, before = row_dot(r, z), rz

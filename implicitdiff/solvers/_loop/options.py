@@ -1,4 +1,4 @@
-"""What every solver is made with, and the checks of options."""
+"""The options of every solver, and checks of options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from implicitdiff.linear_solve._outcome import OnFailure
 
 @dataclass(frozen=True)
 class Options:
-    """What every solver is made with; see `implicitdiff.solvers`."""
+    """The options of every solver; `implicitdiff.solvers` describes each."""
 
     rtol: float | None = None
     atol: float | None = None
@@ -25,7 +25,7 @@ class Options:
     on_failure: OnFailure = "raise"
 
     def check(self, name: str) -> None:
-        """Refuse what makes no sense."""
+        """Raise ValueError or TypeError for options out of their range."""
         for option, value in (("rtol", self.rtol), ("atol", self.atol)):
             if value is not None and not (_is_number(value) and 0 <= value < math.inf):
                 raise ValueError(f"{name}: {option} must be a finite number >= 0 or None, got {value!r}")
@@ -61,19 +61,19 @@ def _takes_two(fn: Any) -> bool:
 
 
 def check_count(name: str, option: str, value: Any) -> None:
-    """Refuse what is no integer >= 1."""
+    """Raise ValueError if an option is no integer >= 1."""
     if not (_is_integer(value) and value >= 1):
         raise ValueError(f"{name}: {option} must be an integer >= 1, got {value!r}")
 
 
 def check_number(name: str, option: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
-    """Refuse what is no number, or not one that is wanted."""
+    """Raise ValueError if an option is no number, or `holds` is false for the number; `wanted` describes the range."""
     if not (_is_number(value) and holds(value)):
         raise ValueError(f"{name}: {option} must be {wanted}, got {value!r}")
 
 
 def options_of(name: str, given: Any) -> Options:
-    """The options that were given by keyword, checked."""
+    """Return the checked options from keyword arguments; raise TypeError for an unknown name."""
     known = [option.name for option in fields(Options)]
     if unknown := [option for option in given if option not in known]:
         raise TypeError(f"{name}: there is no option {unknown[0]!r}; those of every solver are {', '.join(known)}")

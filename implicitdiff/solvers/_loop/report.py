@@ -1,4 +1,4 @@
-"""What is seen of a search while it runs."""
+"""Reports of a running search: history of errors, progress bar and callback."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Callback = Callable[[int, Any, Any], Any]
 
 
 class Report:
-    """A history of errors, a progress bar and a callback, as far as they are asked for.
+    """A history of errors, a progress bar and a callback, each if requested.
 
     Args:
-        name: of the solver.
-        limit: how many iterations there may be.
-        keeps: whether to keep the errors.
-        verbose: whether to show a bar.
-        callback: what to call.
+        name: the solver's name.
+        limit: bound on the number of iterations.
+        keeps: True to keep the errors.
+        verbose: True to show a bar.
+        callback: the user's function, or None.
     """
 
     def __init__(self, name: str, limit: int, keeps: bool, verbose: bool, callback: Callback | None) -> None:
@@ -35,18 +35,23 @@ class Report:
         self.bar = _bar(name, limit) if verbose else None
 
     def over(self, lanes: tuple[int, ...]) -> Report:
-        """The report of a search whose state has one row for each of these lanes."""
+        """Set the batch shape of the lanes that a state holds as rows; return the report."""
         self.lanes = lanes
         return self
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
 
     def see(self, state: Any, params: Callable[[], Any], error: Tensor) -> int:
-        """Take note of a state with plain tensors, and of its error as the caller's frame has it; returns how many
-        lanes are still running."""
+        """Record a state of plain tensors and return the number of lanes still running.
+
+        Args:
+            state: the state, lanes in front.
+            params: makes the unknowns for the callback.
+            error: the state's error in the caller's frame, with autograd history, for the history of errors.
+        """
         running = int((state.status == Status.RUNNING).sum())
         if self.keeps:
             self.errors.append(error)
@@ -66,7 +71,7 @@ class Report:
             self.callback(at, params(), state)
 
     def into(self, state: Any) -> Any:
-        """The state with the errors that were kept, ``(..., iterations + 1)``."""
+        """Return the state with the recorded errors as ``history``, shape ``(..., iterations + 1)``."""
         return state._replace(history=torch.stack(self.errors, dim=-1)) if self.keeps else state
 
 
@@ -75,5 +80,5 @@ def _bar(name: str, limit: int) -> Any:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError(f"{name}: verbose=True shows its progress with tqdm: pip install tqdm") from error
-    # Short runs show none.
+    # A delay of one second keeps short runs without a bar.
     return tqdm(desc=name, total=limit, delay=1.0, unit="it")

@@ -1,4 +1,4 @@
-"""The state of a solver: one header for all methods, and the memory of one."""
+"""The state of a solver: the same fields for every method, and one field for the memory of the method."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import NamedTuple  # on Python 3.10, generic ones; torch depends on it
+from typing_extensions import NamedTuple  # typing's own cannot be generic on Python 3.10; torch requires this package
 
 from implicitdiff.solvers._loop.problem import largest_entry, row_norm, safe_divide
 from implicitdiff.solvers._loop.status import Status
@@ -15,20 +15,21 @@ MemoryT = TypeVar("MemoryT")
 
 
 class Progress(NamedTuple):
-    """What the stopping rule remembers of a search, see `implicitdiff.solvers`.
+    """Progress of a search as the stopping rule of `implicitdiff.solvers` tracks it.
 
     Attributes:
-        best: the least error so far, but for what is less by a tenth or less.
-        idle: the number of iterations since that, or since a step that lowered the value by more than its rounding.
-        still: the number of steps of length zero since the last other one.
-        step: the length of the last step that a method of Newton's kind would make, relative to the unknowns,
-            ``|d| / max(|x|, eps^(1/6) |reach|)``; for least squares that of the unknown with the largest,
-            ``c |d| / max(c |x|, eps^(1/3) |c reach|)``, ``c`` the norm of its column of the Jacobian; 0 before the
-            first step, and for other methods.
-        reach: the largest absolute values that the unknowns have had, ``(n,)``, less by a tenth after each step, for
-            methods of Newton's kind: where the solution is zero, steps are small against these. Empty for others.
-        patience: ``idle`` at which the rounding floor is measured next.
-        floor: the rounding floor of ``error`` where it was last measured; 0 if never.
+        best: the smallest error so far; decreases of less than a tenth are ignored.
+        idle: the number of iterations since the last update of ``best``, or since a step that lowered the objective by
+            more than rounding.
+        still: the number of steps of length zero in a row.
+        step: the length of the last Newton-type step relative to the unknowns, ``|d| / max(|x|, eps^(1/6) |reach|)``.
+            For least squares the largest over the unknowns of ``c |d| / max(c |x|, eps^(1/3) |c reach|)``, ``c`` being
+            the norm of the unknown's column of the Jacobian. 0 before the first step, and for methods without
+            Newton-type steps.
+        reach: the largest absolute values of the unknowns so far, ``(n,)``, multiplied by 0.9 after each step: the
+            scale of a step if the solution is zero. Empty for methods without Newton-type steps.
+        patience: the value of ``idle`` at which the rounding floor is measured next.
+        floor: the rounding floor of ``error`` at its last measurement; 0 before the first.
     """
 
     best: Tensor
@@ -40,9 +41,11 @@ class Progress(NamedTuple):
     floor: Tensor
 
     def stepped(self, d: Tensor, x: Tensor, units: Tensor | None = None) -> Progress:
-        """The same after a step ``d`` of Newton's kind to ``x``, whether the whole of it was made or not; with the
-        norms of the columns of a Jacobian as `units`, each unknown is looked at by itself."""
-        # A search may begin far away.
+        """Return the progress after a Newton-type step `d` at `x`; the search may have made a part of the step only.
+
+        `units` are norms of the columns of a Jacobian; with `units` the step is measured unknown by unknown.
+        """
+        # The decay forgets an initial guess far from the solution.
         reach, eps = torch.maximum(0.9 * self.reach, x.detach().abs()), torch.finfo(x.dtype).eps
         if units is None:
             step = safe_divide(row_norm(d), torch.maximum(row_norm(x), eps ** (1 / 6) * row_norm(reach)))
@@ -53,8 +56,8 @@ class Progress(NamedTuple):
         return self._replace(step=step, reach=reach)
 
     def fallen(self, where: Tensor) -> Progress:
-        """The same after a step that lowered the value by more than its rounding, in some lanes."""
-        # The step itself is counted later.
+        """Return the progress after a step that lowered the objective by more than rounding in the flagged lanes."""
+        # `idle` becomes 0 when the stopping rule counts this iteration.
         return self._replace(idle=torch.where(where, -1, self.idle))
 
 
@@ -62,13 +65,13 @@ class State(NamedTuple, Generic[MemoryT]):
     """The state of every solver; each tensor has one value for each lane of a vmap.
 
     Attributes:
-        iter_num: iterations so far.
-        error: the Euclidean norm of the optimality condition at the current unknowns.
+        iter_num: the number of iterations so far.
+        error: Euclidean norm of the optimality condition at the current unknowns.
         target: the error at which the search ends.
         status: a `Status`.
         history: the errors of a run with ``keep_history=True``, ``(iterations + 1,)``, else empty.
-        progress: what the stopping rule remembers, a `Progress`.
-        memory: what the method remembers, such as an `LbfgsMemory`.
+        progress: the stopping rule's `Progress`.
+        memory: the memory of the method, such as an `LbfgsMemory`.
     """
 
     iter_num: Tensor
@@ -81,5 +84,5 @@ class State(NamedTuple, Generic[MemoryT]):
 
     @property
     def converged(self) -> Tensor:
-        """Whether ``status`` is ``CONVERGED``, a boolean tensor."""
+        """True where ``status`` is ``CONVERGED``, a boolean tensor."""
         return self.status == Status.CONVERGED

@@ -1,4 +1,4 @@
-"""What became of a search, lane by lane, and how it is said."""
+"""Outcomes of a search, lane by lane, and their report as an error or a warning."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ class Status(enum.IntEnum):
     """The values of a state's `status`.
 
     Attributes:
-        RUNNING: not there yet.
+        RUNNING: not finished.
         CONVERGED: the error has reached its target, and ``x`` the solution as far as the method can tell.
-        BUDGET_SPENT: `maxiter` iterations were made, or so many as ``maxiter=None`` allows.
-        DIVERGED: a value is not finite, or the method has nowhere to go on from (a singular matrix).
+        BUDGET_SPENT: the search has made `maxiter` iterations, or the limit of ``maxiter=None``.
+        DIVERGED: a value is not finite, or the method cannot continue (a singular matrix).
         LINE_SEARCH_FAILED: no step along the method's direction is good enough.
         INFEASIBLE: no point satisfies the constraints.
-        UNBOUNDED: the objective has no minimum: on the feasible set it has no lower bound, or it falls towards one at
-            infinity.
-        STALLED: no progress is possible in this precision: the error is rounding above the target or far from a
-            solution that is not determined any better, or steps have length zero.
+        UNBOUNDED: the objective has no minimum: no lower bound on the feasible set, or an infimum at infinity only.
+        STALLED: no progress is possible in this precision: rounding keeps the error above its target or far from a
+            poorly determined solution, or steps have length zero.
     """
 
     RUNNING = 0
@@ -55,18 +54,24 @@ _ADVICE = {
 
 
 def is_any_of(status: Tensor, *which: Status) -> Tensor:
-    """Whether a status is one of some."""
+    """True in the lanes whose status is among `which`."""
     return torch.stack([status == int(s) for s in which]).any(dim=0)
 
 
 def report_failures(name: str, state: Any, on_failure: OnFailure, *, budget: bool) -> None:
-    """Say so if a lane failed. With an integer budget, not to have converged within it is no failure.
+    """Raise or warn if a lane failed.
+
+    With an integer budget (``maxiter`` given by the user), ``BUDGET_SPENT`` and ``STALLED`` are no failures.
 
     Args:
-        name: of the solver.
-        state: with plain tensors, the lanes in front.
-        on_failure: what the user asked for.
-        budget: whether the number of iterations was the user's.
+        name: the solver's name.
+        state: a state of plain tensors, lanes in front.
+        on_failure: the user's choice of raising, warning or neither.
+        budget: True if the user gave ``maxiter``.
+
+    Raises:
+        ConvergenceError: a lane failed and `on_failure` is ``"raise"``; describes the lane with the largest
+            ``error / target``.
     """
     status = state.status.reshape(-1)
     good = (Status.CONVERGED, Status.BUDGET_SPENT, Status.STALLED) if budget else (Status.CONVERGED,)
@@ -101,7 +106,7 @@ def report_failures(name: str, state: Any, on_failure: OnFailure, *, budget: boo
 
 
 def _level_of_caller() -> int:
-    """How far up the stack the user's code is."""
+    """Return the number of stack frames between this function and the user's code, for `warnings.warn`."""
     level, frame = 0, inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("implicitdiff", "torch"):
         level, frame = level + 1, frame.f_back

@@ -1,13 +1,13 @@
-"""The stopping rule of all searches: the target, the judgement, the rounding floor and the status.
+"""The stopping rule of all searches: target of the error, rounding floor and status.
 
-A search has CONVERGED at ``x`` when a change of the unknowns by ``p`` of themselves would explain the residual,
+A search has CONVERGED at ``x`` if a relative change ``p`` of the unknowns would explain the residual,
 
     |F(x)| <= p |J x|,    p = max(4 eps, 4e-11),
 
-or when the residual is no more than its own rounding. ``F`` is the residual of the equation, ``J`` its Jacobian. A
-method whose steps measure the error of ``x`` (those of Newton's kind) must besides have made a last step of at most
-``eps^(1/3) |x|``: the error that is left is about the square of that. A tolerance that the user gives takes the place
-of the first condition. A search that cannot get closer has STALLED.
+or if the residual is no larger than its own rounding. ``F`` is the residual of the equation, ``J`` its Jacobian. A
+method whose steps measure the error of ``x`` (a Newton-type method) must also have made a last step of at most
+``eps^(1/3) |x|``: convergence is quadratic, so the remaining error is about the square of that step. A user's tolerance
+replaces the first condition. A search that cannot decrease the error further has STALLED.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from implicitdiff.solvers._loop.state import Progress, State
 from implicitdiff.solvers._loop.status import Status, is_any_of
 
 PATIENCE = 4
-"""After how many iterations without a smaller error the rounding floor is measured first."""
+"""Number of iterations without a smaller error before the first measurement of the rounding floor."""
 _DECREASE = 0.9
-"""What an error has to be multiplied by to count as smaller."""
+"""Factor by which an error must decrease to count as smaller."""
 _MAX_ZERO_STEPS = 16
-"""How many steps of length zero in a row there may be."""
+"""Bound on the number of steps of length zero in a row."""
 
 _RELIABLE = 1e-3
-"""``|F(x)| / |J x|`` at which ``|J x|`` is that of the solution."""
+"""Value of ``|F(x)| / |J x|`` below which ``|J x|`` is about the value at the solution."""
 _NEXT_TARGET = 0.1
-"""The part of its error that a search has to reach which is near its target, but not near the solution."""
+"""Factor from the error to the next target, for a search near its target but far from the solution."""
 
 
 class _Powers(NamedTuple):
-    """Powers of ``eps`` that bound the length of a step of Newton's kind, relative to ``x``.
+    """Bounds ``eps^power`` on the length of a Newton-type step relative to ``x``.
 
     Attributes:
-        near: where the search has come to its target.
-        failed: where rounding refuses the next step.
-        sure: where the search need not be looked at again.
+        near: for a search whose error has reached the target.
+        failed: for a search whose next step fails because of rounding.
+        sure: for a search that needs no second measurement of ``|J x|``.
     """
 
     near: float
@@ -53,18 +53,18 @@ class _Powers(NamedTuple):
 
 
 _OWN_STEP_POWERS = _Powers(near=1 / 3, failed=1 / 6, sure=1 / 2)
-"""Of a method that has made the step: the error that is left is about its square."""
+"""For methods with steps of their own: the step is already made, and the remaining error is about its square."""
 _TRIAL_STEP_POWERS = _Powers(near=2 / 5, failed=2 / 5, sure=1 / 2)
-"""Of a method that has not: the step is the error."""
+"""For methods without: the step is not made, so the step itself is the error."""
 
 
 class Verdict(NamedTuple):
-    """What the rule remembers of the lanes that it told to run on.
+    """Lane by lane, the measurements at the last decision to continue a search beyond its target.
 
     Attributes:
-        error: when a lane was last told so; at first infinite, and 0 where its target is final.
-        ratio: ``|F(x)| / |J x|`` then; at first 0.
-        length: ``|x|`` then.
+        error: the error at that time; infinite before the first decision, 0 in lanes whose target is final.
+        ratio: ``|F(x)| / |J x|`` at that time; 0 before the first decision.
+        length: ``|x|`` at that time.
     """
 
     error: Tensor
@@ -73,25 +73,25 @@ class Verdict(NamedTuple):
 
     @classmethod
     def initial(cls, state: State[Any]) -> Verdict:
-        """At the beginning."""
+        """Return the verdict before the first decision."""
         none = torch.zeros_like(state.error)
         return cls(error=torch.full_like(none, torch.inf), ratio=none, length=none)
 
 
 def precision(eps: float) -> float:
-    """``p``, the relative change of the unknowns that may explain the residual of a solution."""
+    """Return ``p``, the relative change of the unknowns that may explain the residual of a solution."""
     return max(4.0 * eps, 4e-11)
 
 
 @dataclass(frozen=True)
 class Termination:
-    """The rule with a user's tolerances.
+    """The stopping rule with a user's tolerances.
 
     Attributes:
-        rtol: relative to the error of the initial guess; None: not given.
-        atol: in units of the error; None: not given.
+        rtol: tolerance relative to the error of the initial guess; None if not given.
+        atol: tolerance in units of the error; None if not given.
         limit: the largest number of iterations.
-        is_budget: whether the user gave the limit, so that reaching it is no failure.
+        is_budget: True if the user gave the limit; reaching a user's limit is no failure.
     """
 
     rtol: float | None
@@ -101,13 +101,13 @@ class Termination:
 
     @property
     def is_default(self) -> bool:
-        """Whether the user gave no tolerance."""
+        """True if the user gave no tolerance."""
         return self.rtol is None and self.atol is None
 
     # --- without an evaluation ----------------------------------------------------------------------------------------
 
     def begin(self, method: IterativeMethod, problem: BatchedProblem, x: Tensor, start: Start) -> State[Any]:
-        """The state at an initial guess; with default tolerances this takes an evaluation to measure ``|J x|``."""
+        """Return the state at an initial guess; default tolerances cost one evaluation that measures ``|J x|``."""
         error = start.error.detach()
         zero, none = torch.zeros_like(error, dtype=torch.int64), torch.zeros_like(error)
         near = method.steps_tell or method.newton_step is not None
@@ -133,7 +133,7 @@ class Termination:
     def advance(
         self, method: IterativeMethod, problem: BatchedProblem, x: Tensor, new_x: Tensor, new: State[Any]
     ) -> State[Any]:
-        """The state after a step from ``x`` to ``new_x``, from that which the method gave."""
+        """Return the state after a step from `x` to `new_x`; `new` is the state as the method returned it."""
         error = new.error.detach()
         new = new._replace(iter_num=new.iter_num + 1, error=error)
         reached = error <= new.target
@@ -147,7 +147,7 @@ class Termination:
         return new._replace(status=torch.where(stands, int(Status.STALLED), new.status))
 
     def idle(self, state: State[Any]) -> Tensor:
-        """The lanes whose rounding floor is due to be measured."""
+        """Return the lanes whose rounding floor is due for measurement."""
         patient = state.progress.idle >= state.progress.patience
         return (state.status == Status.RUNNING) & patient & (state.iter_num % PATIENCE == 0)
 
@@ -155,12 +155,13 @@ class Termination:
         status = torch.where(state.iter_num >= self.limit, int(Status.BUDGET_SPENT), int(Status.RUNNING))
         status = torch.where(reached, int(Status.CONVERGED), status)
         status = torch.where(torch.isfinite(state.error), status, int(Status.DIVERGED))
-        # A line search that fails may have found a solution.
+        # A failed line search may have stopped at a solution.
         arrived = (state.status == Status.LINE_SEARCH_FAILED) & (status == Status.CONVERGED)
         return state._replace(status=torch.where((state.status == Status.RUNNING) | arrived, status, state.status))
 
     def _may_stall(self, state: State[Any]) -> Tensor:
-        """Where the search has a target: with zero tolerances and a budget it makes so many iterations."""
+        """True in lanes that may stop before the limit. Zero tolerances with a budget ask for exactly that many
+        iterations."""
         return (state.target > 0) | (not self.is_budget)
 
     def _first_target(self, method: IterativeMethod, problem: BatchedProblem, x: Tensor, start: Start) -> Tensor:
@@ -179,8 +180,8 @@ class Termination:
     def measure_rounding(
         self, method: IterativeMethod, problem: BatchedProblem, x: Tensor, state: State[Any], asked: Tensor
     ) -> State[Any]:
-        """The state with the rounding floor measured in the lanes that are asked for; they end where their error is no
-        more than that. Takes two evaluations."""
+        """Measure the rounding floor in the `asked` lanes, by two evaluations; lanes whose error is at most the floor
+        end."""
         asked = asked & self._may_stall(state)
         if not (method.is_judged and any_lane(asked)):
             return state
@@ -189,7 +190,7 @@ class Termination:
         progress = old._replace(
             floor=torch.where(asked, floor, old.floor), patience=torch.where(asked, 2 * old.idle, old.patience)
         )
-        # Only here: at another point the floor may be another.
+        # Valid at this point only: the floor depends on ``x``.
         there = asked & (state.error <= floor)
         good = there & self.is_default
         if any_lane(good):
@@ -211,31 +212,33 @@ class Termination:
         state: State[Any],
         verdict: Verdict,
     ) -> tuple[State[Any], Verdict]:
-        """The state where every lane has stopped, some of which may have to run on.
+        """Decide, after every lane has stopped, which lanes continue.
 
-        A default target was made at the initial guess, and a poor guess makes a coarse target. So ``|J x|`` is measured
-        again where the target is reached, and a lane runs on as long as that halves its error, until ``|J x|`` is
-        reliable. A lane that failed with default tolerances has converged where its error is ``eps^(2/3) |J x|`` or
-        rounding.
+        The initial guess sets a default target, and a poor guess sets a coarse target. So ``|J x|`` is measured again
+        at the target, and a lane continues as long as its error halves, until the measurement is reliable. With default
+        tolerances a lane that failed has converged if its error is at most ``eps^(2/3) |J x|`` or rounding.
 
         Args:
             method: the method.
             problem: the problem.
             first_x: the initial guess.
             x: the unknowns.
-            state: the state there.
-            told: of earlier judgements; returned with the state.
+            state: the state at `x`.
+            verdict: the verdict of earlier calls.
+
+        Returns:
+            The state, with status ``RUNNING`` in the lanes that continue, and the new verdict.
         """
         if not method.is_judged:
             return state, verdict
         failed = is_any_of(state.status, Status.LINE_SEARCH_FAILED, Status.BUDGET_SPENT) & (state.iter_num > 0)
         failed = failed & self._may_stall(state)
         reached = (state.status == Status.CONVERGED) & (state.iter_num > 0) & (state.target != state.progress.floor)
-        # A lane that came near the solution on its way to its last target is there now.
+        # Skip lanes with a final target whose last step was very short.
         reached = reached & ~((verdict.error == 0) & _is_settled(method, problem, state, "sure"))
         if self.is_default and any_lane(failed | reached):
             coarse = reached & (verdict.error > 0)
-            # A method of Newton's kind that came to its target has made a step.
+            # A Newton-type method at its target has just made a step.
             asked = failed if method.steps_tell else failed | reached
             step = _distance_step(method, problem, x, state) if any_lane(asked) else None
             state = _with_step(state, step, asked, failed)
@@ -256,10 +259,10 @@ class Termination:
         reached: Tensor,
         verdict: Verdict,
     ) -> tuple[State[Any], Verdict]:
-        """The state with ``|J x|`` measured at x; lanes that `reached` a coarse target run on.
+        """Measure ``|J x|`` at `x`; lanes that have `reached` a coarse target continue towards a finer target.
 
-        There is no solution near a lane that was told so before, has gone farther away, and for which ``|J x|`` has
-        become smaller as the error has.
+        A lane goes to infinity if, since the last decision, ``|x|`` has grown while ``|J x|`` has shrunk about as much
+        as the error; the lane gets the status ``method.runs_off``.
         """
         if not any_lane(failed | reached):
             return state, verdict
@@ -270,7 +273,7 @@ class Termination:
         ratio, length = error / size, row_norm(x)
         off = again & (verdict.ratio > 0) & (ratio > 0.1 * verdict.ratio) & (length > 1.2 * verdict.length)
         again = again & ~off
-        # Rounding is hardly ever more than this.
+        # Rounding rarely exceeds 256 eps of the scale; the bound saves two evaluations in most searches.
         if any_lane(again & (error <= 256.0 * problem.eps * size)):
             again = again & (error > rounding_floor(problem.residual, problem, x, here))
         good = failed & (error <= rough)
@@ -296,8 +299,10 @@ class Termination:
         reached: Tensor,
         verdict: Verdict,
     ) -> tuple[State[Any], Verdict]:
-        """The state with the length of a step of Newton's kind where it has come near its target; a lane that is far
-        from the solution all the same tries this step."""
+        """Judge lanes near their target by the length of a Newton-type step.
+
+        A lane that is still far from the solution continues and tries the step next.
+        """
         good, reached = failed & (state.error <= state.target), reached & (state.status == Status.CONVERGED)
         if not any_lane(good | reached):
             return state, verdict
@@ -318,7 +323,7 @@ class Termination:
 
 
 def _next_progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Progress:
-    # Rounding makes an error a little smaller now and then.
+    # Rounding lowers an error slightly now and then, so require a decrease by a tenth.
     better, stays = error < _DECREASE * old.best, (new_x == x).all(dim=-1)
     return old._replace(
         best=torch.where(better, error, old.best),
@@ -328,31 +333,31 @@ def _next_progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Pr
 
 
 def _is_settled(method: IterativeMethod, problem: BatchedProblem, state: State[Any], when: str) -> Tensor:
-    """Whether the last step of Newton's kind was so short that ``x`` is near the solution."""
+    """True in lanes whose last Newton-type step was short enough for ``x`` to be near the solution."""
     powers = _OWN_STEP_POWERS if method.newton_step is None else _TRIAL_STEP_POWERS
     settled: Tensor = state.progress.step <= problem.eps ** getattr(powers, when)
     return settled
 
 
 def _current_residual(method: IterativeMethod, problem: BatchedProblem, x: Tensor, state: State[Any]) -> Tensor:
-    """The residual at ``x``, which many memories hold."""
+    """Return the residual at ``x``, from the memory if the memory holds it."""
     return (problem.residual(problem, x) if method.residual is None else method.residual(state.memory)).detach()
 
 
 def _distance_step(method: IterativeMethod, problem: BatchedProblem, x: Tensor, state: State[Any]) -> NewtonStep | None:
-    """A step of Newton's kind, if the method can make one."""
+    """Return a Newton-type step, or None if the method or the user's function does not provide one."""
     make = method.newton_step
     return None if make is None else if_twice_differentiable(lambda: make(problem, x, state.memory))
 
 
 def _with_step(state: State[Any], step: NewtonStep | None, where: Tensor, failed: Tensor) -> State[Any]:
-    """The state with the length of a step in some lanes; 0 if it promises next to no gain, as where a Hessian without
-    full rank makes it long; at least 1 where there is no minimum near."""
+    """Record the length of a step in some lanes: 0 if the predicted gain is negligible, as for long steps along the
+    null space of a Hessian; at least 1 if a curvature is negative, so that no minimum is near."""
     if step is None:
         return state
-    # A Hessian that is not finite says nothing.
+    # Ignore a step from a Hessian that is not finite.
     where = where & torch.isfinite(step.size)
-    # Where a search failed, a gain that rounding hides is a reason not to know.
+    # After a failure, a predicted gain below rounding leaves the distance unknown, so only `promises` counts.
     counts = torch.where(failed, step.promises, step.counts)
     progress = state.progress.stepped(step.d, step.x, step.units)
     length = torch.where(counts, progress.step, 0.0)
@@ -365,7 +370,7 @@ def _first_size(method: IterativeMethod, problem: BatchedProblem, x: Tensor, mem
         size = method.size(problem, x, memory).detach()
         if not isinstance(problem.residual, Composite):
             return size
-        # A residual under constraints is no longer than the way to their boundary, whatever its gradient is.
+        # A residual under constraints is at most the distance to the boundary, whatever its gradient.
         return torch.minimum(size, row_norm(x) / precision(problem.eps) ** 0.5)
     here = problem.residual(problem, x) if method.residual is None else method.residual(memory)
     return row_norm(change_with_x(problem.residual, problem, x, here.detach(), is_guess=True))
@@ -377,12 +382,12 @@ def _first_size(method: IterativeMethod, problem: BatchedProblem, x: Tensor, mem
 def change_with_x(
     residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Tensor, *, is_guess: bool = False
 ) -> Tensor:
-    """``J x`` to a few digits, for the Jacobian ``J`` of a residual whose value ``here`` is given.
+    """Return ``J x`` to a few digits, ``J`` being the Jacobian of a residual with the value `here` at `x`.
 
-    By a difference, as the derivative of a gradient is more than the user's function may have; where the domain ends
-    before that, the other way, or not so far. The difference with a long step is rough where the residual is curved,
-    and that with a short one where it has a kink nearby, which makes it too large. So an initial guess that the short
-    one would take for a solution is judged by the smaller of the two.
+    The product is a difference quotient, because the derivative of a gradient may be more than the user's function has.
+    If the forward difference leaves the domain, a backward difference and shorter ones follow. A long difference is
+    inaccurate for a curved residual, a short difference is too large next to a kink. So if the short difference would
+    accept an initial guess as a solution, the smaller of the two decides.
     """
     x = x.detach()
 
@@ -403,7 +408,7 @@ def change_with_x(
 
 
 def composite_size(problem: BatchedProblem, x: Tensor, gradient: Tensor) -> Tensor:
-    """How much a `Composite` residual changes where its gradient changes by ``H x``."""
+    """Return the change of a `Composite` residual for a change ``H x`` of its gradient."""
     composite = problem.residual
     assert isinstance(composite, Composite)
     unbalanced = gradient - change_with_x(composite.gradient, problem, x, gradient, is_guess=True)
@@ -413,18 +418,19 @@ def composite_size(problem: BatchedProblem, x: Tensor, gradient: Tensor) -> Tens
 def solution_scale(
     problem: BatchedProblem, x: Tensor, here: Tensor, first_x: Tensor, error: Tensor, size: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``|J x|``, unless it is given, at a point that may be a solution, after a search from ``first_x``; and whether it
-    is that.
+    """Return the scale ``|J x|`` of the relative residual test at a possible solution, and whether the scale is
+    reliable.
 
-    Where that is hardly more than the error, the solution may be zero. There ``|J (first_x - x)|`` counts, with more
-    digits, as it may be large.
+    If ``|J x|`` is hardly more than the error, the solution may be zero. Then the scale is ``|J (first_x - x)|``, the
+    distance of the initial guess, with a stricter factor ``eps^(1/6)`` because that distance may be large. `size` is
+    ``|J x|`` if already known.
     """
     x, back, step = x.detach(), (first_x - x).detach(), problem.eps ** (1 / 2)
     size = row_norm(change_with_x(problem.residual, problem, x, here)) if size is None else size
     small = ~(size > 100 * error)
     if not any_lane(small):
         return size, ~small
-    # No further than `change` goes, where that is anywhere.
+    # Limit the move to that of `change_with_x`, which stays in the domain, unless that move is negligible.
     ratio = (row_norm(x) / row_norm(back)).nan_to_num(nan=1.0).clamp(max=1.0)
     step = step * torch.where(ratio < problem.eps ** (1 / 4), 1.0, ratio)
     way = row_norm(problem.residual(problem, x + step[:, None] * back) - here) / step
@@ -432,9 +438,10 @@ def solution_scale(
 
 
 def rounding_floor(residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Tensor) -> Tensor:
-    """The rounding floor: the change of the residual when every unknown moves by 4 units in the last place.
+    """Return the rounding floor: the change of the residual if every unknown moves by 4 units in the last place.
 
-    Constraints may keep a residual small whatever its gradient is, so there the gradient is what moves.
+    Constraints may keep a residual small for any gradient, so for a `Composite` residual the change that the rounding
+    of the gradient causes counts too.
     """
     x = x.detach()
     own = row_norm(_noise(residual, problem, x, here))
@@ -446,10 +453,14 @@ def rounding_floor(residual: RowResidual, problem: BatchedProblem, x: Tensor, he
 
 
 def _noise(residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Tensor) -> Tensor:
-    """Where a longer move changes the residual by less than in proportion, there is a kink, and the jump there is no
-    rounding."""
+    """Return the change of a residual if every unknown moves by 4 units in the last place.
+
+    A change that grows less than linearly with the length of the move shows a kink; the jump of the residual at a kink
+    is no rounding, and is scaled down.
+    """
+    # Irregular signs: along a uniform move the terms of a function may cancel.
     way = problem.eps * scattered_signs(x) * x
     short, long = ((residual(problem, x + units * way) - here).detach() for units in (4, 1024))
     part = row_norm(long) / 256 / row_norm(short)
-    # Not so if the domain ends in between.
+    # nan if the domain ends in between: then keep the short difference.
     return short * torch.where(part < 1, part, 1.0)[:, None]

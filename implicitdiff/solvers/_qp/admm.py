@@ -1,4 +1,4 @@
-"""The alternating direction method of multipliers for quadratic programs, as OSQP has it."""
+"""The alternating direction method of multipliers for quadratic programs, as in OSQP."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from implicitdiff.solvers._loop.problem import vecmat
 from implicitdiff.solvers._qp.program import PrimalDual, QuadraticProgram, cholesky_solve, factor
 
 _ALPHA = 1.6
-"""Over-relaxation."""
+"""Over-relaxation parameter."""
 _SIGMA = 1e-6
-"""The proximal term."""
+"""Weight of the proximal term."""
 _EQUALITIES = 1e3
-"""How much more weight an equality has than an inequality."""
+"""Ratio of the weight of an equality to the weight of an inequality."""
 RHO = 0.125
-"""The weight of an inequality, at first; powers of two throughout."""
+"""Initial weight of an inequality; weights are powers of two, so that scaling is exact."""
 
 
 def admm_factor(of: QuadraticProgram, rho: Tensor) -> Tensor:
-    """What an iteration solves with."""
+    """Return the Cholesky factor of the linear system of every iteration."""
     return factor(of, _penalties(of, rho), _SIGMA, plain=False)[0]
 
 
@@ -30,9 +30,10 @@ def _penalties(of: QuadraticProgram, rho: Tensor) -> Tensor:
 def admm_iteration(
     of: QuadraticProgram, at: PrimalDual, z: Tensor, rho: Tensor, lower: Tensor
 ) -> tuple[PrimalDual, Tensor]:
-    """One iteration; `z` are values in the place of ``C x`` that satisfy the constraints.
+    """Return the point after one iteration, and the new `z`; `z` is the copy of ``C x`` that satisfies the bounds.
 
-    Algorithm 1, written with the step of x, so that the residuals of the last iteration are its right-hand side.
+    Algorithm 1 of OSQP, written for the step of ``x``: the residuals of the last iteration are then the right-hand
+    side.
     """
     weights = _penalties(of, rho)
     x = at.x - _ALPHA * cholesky_solve(lower, at.slope + vecmat(weights * (at.image - z), of.C))
@@ -50,7 +51,8 @@ def admm_iteration(
 
 
 def balanced_rho(of: QuadraticProgram, at: PrimalDual, z: Tensor, rho: Tensor) -> Tensor:
-    """The ``rho`` that would make the relative residuals equal, if it is another by far; section 5.2."""
+    """Return the ``rho`` that would balance the relative residuals if far from the present ``rho``, else the latter;
+    OSQP, section 5.2."""
     row, column = of.rows.sqrt(), of.columns.rsqrt()
     pull = vecmat(at.y, of.C)
     primal = _relative(row, at.image - z, at.image, z)

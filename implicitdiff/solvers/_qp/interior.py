@@ -1,4 +1,4 @@
-"""From anywhere to near a solution of a quadratic program, by a primal-dual interior-point method."""
+"""A primal-dual interior-point method that brings a quadratic program near its solution from any point."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from implicitdiff.solvers._loop.problem import any_lane, largest_entry, row_dot,
 from implicitdiff.solvers._qp.program import QuadraticProgram, cholesky_solve, clamp_to_bounds, factor, scaled
 
 _MAX_STEPS = 60
-"""How many steps to make at most."""
+"""Bound on the number of steps."""
 _STEP_FRACTION = 0.99
-"""What part of the way to the boundary a step may be."""
+"""Largest fraction of the distance to the boundary for a step."""
 
 
 class _Iterate(NamedTuple):
-    """``x``, the multipliers ``y`` of the equalities, and of the other rows slacks and multipliers of both bounds,
-    ``(2, lanes, rows)``: upper bounds first."""
+    """The iterate: ``x``, the multipliers ``y`` of the equalities, and the slacks ``s`` and multipliers ``z`` of the
+    inequalities' upper and lower bounds, ``(2, lanes, rows)``."""
 
     x: Tensor
     y: Tensor
@@ -27,8 +27,14 @@ class _Iterate(NamedTuple):
 
 
 class _InteriorProblem(NamedTuple):
-    """A scaled program; which bounds its rows have, as numbers 1 and 0, ``(2, lanes, rows)``; how many, ``(lanes,)``;
-    and the weight of the proximal terms."""
+    """The scaled program with its bounds.
+
+    Attributes:
+        of: the scaled program.
+        bounds: 1 for each bound of an inequality, else 0, ``(2, lanes, rows)``; upper bounds first.
+        total: the number of bounds, ``(lanes,)``.
+        delta: the weight of the proximal terms.
+    """
 
     of: QuadraticProgram
     bounds: Tensor
@@ -37,10 +43,10 @@ class _InteriorProblem(NamedTuple):
 
 
 def interior_point(of: QuadraticProgram, eps: float) -> tuple[Tensor, Tensor]:
-    """A point near a solution, whose multipliers are zero where the slacks are larger than they; detached.
+    """Return a point near a solution, detached; multipliers smaller than their slacks are set to zero.
 
-    Mehrotra's predictor-corrector method with a slack for either bound of a row. Equalities and unknowns have proximal
-    terms, as in PIQP, so that redundant rows do no harm. A step costs one Cholesky factor.
+    Mehrotra's predictor-corrector method with a slack for each bound. Equalities and unknowns have proximal terms, as
+    in PIQP, so that redundant rows do no harm. A step costs one Cholesky factorisation.
 
     Mehrotra, "On the implementation of a primal-dual interior point method", SIAM J. Optim. 2 (1992); Schwan et al.,
     "PIQP: a proximal interior-point quadratic programming solver", CDC 2023.
@@ -71,7 +77,8 @@ def _select(lanes: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 def _first_iterate(problem: _InteriorProblem) -> _Iterate:
-    """Mehrotra's: the least violation of all bounds as equalities, then slacks and multipliers that are positive."""
+    """Return Mehrotra's starting point: the minimum of the squared violation of all bounds as equalities, then positive
+    slacks and multipliers."""
     of, bounds = problem.of, problem.bounds
     bounded = (of.above | of.below).to(of.c.dtype)
     lower, _ = factor(of, bounded, 1e-6, plain=False)
@@ -88,13 +95,14 @@ def _first_iterate(problem: _InteriorProblem) -> _Iterate:
 
 
 def _shifted(t: Tensor, bounds: Tensor) -> Tensor:
+    """Shift the entries of each bound by a common amount until all are positive."""
     least = torch.where(bounds > 0, t, torch.inf).amin(dim=(0, -1))
     return t + torch.where(torch.isinf(least), 0.0, (-1.5 * least).clamp(min=0))[:, None]
 
 
 def _relative_error(problem: _InteriorProblem, at: _Iterate) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """How far the conditions are from holding, relative to their terms, and the residuals of the gradient, of the
-    equalities and of the slacks."""
+    """Return the largest relative violation of the optimality conditions, and the residuals of the gradient, the
+    equalities and the slacks."""
     of, bounds = problem.of, problem.bounds
     image, bend = vecmat(at.x, of.C.mT), vecmat(at.x, of.Q)
     pull = vecmat(at.y + at.z[0] - at.z[1], of.C)
@@ -109,19 +117,23 @@ def _relative_error(problem: _InteriorProblem, at: _Iterate) -> tuple[Tensor, tu
 
 
 def _sizes(*terms: Tensor) -> Tensor:
+    """Return 1 plus the largest entry of all terms: the scale of a relative residual."""
     return 1.0 + torch.stack([largest_entry(t) for t in terms]).amax(dim=0)
 
 
 def _predictor_corrector(problem: _InteriorProblem, at: _Iterate, residuals: tuple[Tensor, Tensor, Tensor]) -> _Iterate:
+    """Return the iterate after one step."""
     of, bounds, total, delta = problem
     slope, equality, slack = residuals
+    # Eliminate ``s`` and ``z`` from the Newton system: with ``s dz + z ds = -products`` and the proximal term, each
+    # bound adds ``z / (s + delta z)`` to the weight of its row.
     reach = at.s + delta * at.z
     ratio = at.z / reach
     weights = ratio.sum(dim=0) + torch.where(of.equal, 1.0 / delta, 0.0)
     lower, _ = factor(of, weights, delta, plain=False)
 
     def direction(products: Tensor) -> _Iterate:
-        """The step towards slacks and multipliers whose products are smaller by these."""
+        """Return the step that reduces the products of slacks and multipliers by `products`, to first order."""
         push = ratio * slack - bounds * products / reach
         d = -cholesky_solve(lower, slope + vecmat(push[0] - push[1] + equality / delta, of.C))
         move = vecmat(d, of.C.mT)
@@ -132,9 +144,12 @@ def _predictor_corrector(problem: _InteriorProblem, at: _Iterate, residuals: tup
 
     products = at.s * at.z
     mean = products.sum(dim=(0, -1)) / total
+    # Predictor: the step towards products of zero (affine scaling).
     ahead = direction(products)
     length = _length(at, ahead)
     reached = (at.s + length[:, None] * ahead.s) * (at.z + length[:, None] * ahead.z)
+    # Corrector: centre by Mehrotra's ``sigma = (mu_aff / mu)^3``, with the second-order term ``ds dz`` of the
+    # predictor.
     centre = (reached.sum(dim=(0, -1)) / total / mean.clamp(min=1e-300)) ** 3 * mean
     step = direction(products + ahead.s * ahead.z - centre[:, None])
     length = torch.where(_length(at, step) < 1.0, _STEP_FRACTION * _length(at, step), 1.0)[:, None]
@@ -142,7 +157,7 @@ def _predictor_corrector(problem: _InteriorProblem, at: _Iterate, residuals: tup
 
 
 def _length(at: _Iterate, step: _Iterate) -> Tensor:
-    """How far all slacks and multipliers stay positive, at most 1."""
+    """Return the largest step of at most 1 that keeps slacks and multipliers nonnegative."""
     parts = [
         torch.where(d < 0, -t / d, 1.0).clamp(max=1.0).amin(dim=(0, -1)) for t, d in ((at.s, step.s), (at.z, step.z))
     ]

@@ -1,4 +1,4 @@
-"""From a rough solution of a quadratic program to the precision of the dtype."""
+"""Steps from a rough solution of a quadratic program to the precision of the dtype."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from implicitdiff.solvers._qp.program import (
 )
 
 _MAX_SETS = 50
-"""How many active sets to try in a step."""
+"""Bound on the number of active sets in a proximal step."""
 _FIRST_DELTAS = [10.0**-k for k in range(1, 7)]
-"""The inverse lengths of the steps that come before the last."""
+"""Inverse lengths of the proximal steps before the last."""
 _REFINEMENTS = 4
-"""How many steps to make with the last of them."""
+"""Number of refinement steps."""
 
 
 def regularisation(eps: float) -> tuple[float, float]:
-    """The regularisation of the multipliers and of the unknowns: so little that a few steps make up for it, so much
-    that its inverse does not drown in rounding what it multiplies."""
+    """Return the regularisation of the multipliers and of the unknowns: small enough for a few steps of refinement to
+    correct, large enough for the inverse not to amplify rounding beyond the data."""
     return 10 * eps**0.5, eps**0.5
 
 
 def polish(
     of: QuadraticProgram, x: Tensor, y: Tensor, side: Tensor, eps: float, plain: bool
 ) -> tuple[PrimalDual, Tensor, Tensor, Tensor]:
-    """The point where the active constraints are equalities, the last steps of x and of y towards it, and where that
-    fails. `side` is 1 for rows at their upper bound, -1 for rows at their lower bound, 0 for inactive rows.
+    """Return the point at which the active constraints hold as equalities, the last steps of ``x`` and ``y``, and the
+    flags of lanes without a factorisation.
 
-    Iterative refinement with the regularised matrix of OSQP's polishing (section 4), its multipliers eliminated; in
-    other words the method of multipliers with very long steps.
+    `side` is 1 for rows active at the upper bound, -1 for rows active at the lower bound, 0 for inactive rows. The
+    method is iterative refinement with the regularised matrix of OSQP's polishing (section 4), with multipliers
+    eliminated; equivalently the method of multipliers with very long steps.
     """
     delta, shift = regularisation(eps)
-    # The result does not depend on the metric: no derivative flows through the weights.
+    # The solution does not depend on the metric, so the weights need no derivative.
     of = of._replace(rows=of.rows.detach(), columns=of.columns.detach())
     active = side != 0
     weights = torch.where(active, of.rows / delta, 0.0)
@@ -49,7 +50,7 @@ def polish(
     excess, dx, dy = image - torch.where(side < 0, of.l, of.u), x, y
     for _ in range(_REFINEMENTS):
         dx = -cholesky_solve(lower, slope + vecmat(weights * excess, of.C))
-        # In increments: weights this large would make noise of the rounding of a sum.
+        # Update by increments: the weights are large, and would amplify the rounding of a new sum ``C x - u``.
         excess = excess + vecmat(dx, of.C.mT)
         dy = weights * excess
         slope = slope + vecmat(dx, of.Q) + vecmat(dy, of.C)
@@ -60,16 +61,16 @@ def polish(
 def active_set(
     of: QuadraticProgram, x: Tensor, y: Tensor, eps: float, plain: bool, *, patient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where steps of the proximal method of multipliers lead from a point, and which constraints are active there, as
-    `polish` takes them.
+    """Guess the active constraints by steps of the proximal method of multipliers; return the last ``x``, ``y`` and
+    `side` as in `polish`.
 
     With weights ``w`` a step minimises
 
         x'Qx / 2 + c'x + shift |x - x0|^2 / 2 + sum w (v - clamp(v, l, u))^2 / 2,    v = C x + y0 / w,
 
-    and has the multipliers ``w (v - clamp(v, l, u))``. Near a solution one long step will do, from the point where the
-    constraints with multipliers are equalities; a `patient` search makes longer and longer steps from the point itself.
-    `plain`: rows are plain tensors, so that lanes can be left out.
+    and its multipliers are ``w (v - clamp(v, l, u))``. Near a solution a single long step suffices, from the point at
+    which the constraints with multipliers are equalities. A `patient` search makes steps of increasing length from the
+    given point. `plain` is True for plain tensors, whose inactive lanes can be skipped.
 
     Hermans, Themelis and Patrinos, "QPALM: a proximal augmented Lagrangian method for nonconvex quadratic programs",
     Math. Prog. Comp. 14 (2022).
@@ -85,7 +86,8 @@ def active_set(
 
 
 def _side(of: QuadraticProgram, above: Tensor, below: Tensor) -> Tensor:
-    """The sides of the rows whose bounds are exceeded by so much."""
+    """Return the sides of the rows that exceed a bound; `above` and `below` are the excesses over the upper and lower
+    bound."""
     up = of.equal | (of.above & (above > 0))
     return up.to(above.dtype) - (of.below & ~up & (below < 0)).to(above.dtype)
 
@@ -102,10 +104,10 @@ def _proximal_step(
     *,
     jump: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One step, by Newton's method with an exact line search, which converges from anywhere.
+    """Make one proximal step, by Newton's method with exact line search, which converges from any point.
 
-    It starts at x0, or with a `jump` to where the minimum is if the constraints of `side` are the right ones; `rows` is
-    ``C' diag(rows) C`` of these.
+    The start is `x0`, or with `jump` the minimum for the active constraints of `side`. `rows` is ``C' diag(rows) C`` of
+    these constraints.
     """
     weights = of.rows / delta
     ahead = y0 / weights
@@ -132,40 +134,44 @@ def _proximal_step(
 
 
 def _excess(of: QuadraticProgram, v: Tensor, side: Tensor) -> Tensor:
-    """How far the rows of `side` are from their bounds."""
+    """Return the distances of the rows from the bounds of `side`; 0 for inactive rows."""
     return torch.where(side > 0, v - of.u, torch.where(side < 0, v - of.l, 0.0))
 
 
 def picked(flag: Tensor, plain: bool) -> Tensor | slice:
-    """The lanes in which a flag is up; all, where what they are cannot be looked at."""
+    """Return the indices of the flagged lanes; all lanes for tensors whose values cannot be read."""
     return flag.nonzero()[:, 0] if plain else slice(None)
 
 
 def put(old: Tensor, flag: Tensor, lanes: Tensor | slice, new: Tensor) -> Tensor:
-    """`old` with new values, which belong to the lanes that were picked, where the flag is up."""
+    """Return `old` with new values in the flagged lanes; `new` has the lanes of `picked`."""
     return select(flag, new, old) if isinstance(lanes, slice) else old.index_copy(0, lanes, new)
 
 
 def _exact_line_search(of: QuadraticProgram, v: Tensor, push: Tensor, w: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
-    """The ``t`` where ``slope + bend t + sum w push (v + t push - clamp(v + t push, l, u))`` is zero, which increases
-    and is linear between the points where a constraint comes or goes."""
+    """Return the ``t`` with ``slope + bend t + sum w push (v + t push - clamp(v + t push, l, u)) = 0``.
+
+    The left side is increasing and piecewise linear; a piece ends at a point at which a constraint becomes active or
+    inactive.
+    """
     equal = of.equal
     bounds = [(v - of.u, push, torch.where(of.above, w, 0.0))]
     if of.two_sided:
-        # A lower bound is an upper bound of the other sign.
+        # A lower bound of ``v`` is an upper bound of ``-v``.
         equal = torch.cat([equal, torch.zeros_like(equal)], dim=-1)
         bounds.append((of.l - v, -push, torch.where(of.below & ~of.equal, w, 0.0)))
     v, push, w = (torch.cat(both, dim=-1) for both in zip(*bounds, strict=True))
     at = -safe_divide(v, push)
     turns = ~equal & (push != 0) & (at > 0)
     on = equal | (v > 0) | ((v == 0) & (push > 0))
-    # What every constraint adds to the two coefficients, at first and from its turn on.
+    # Contributions of each constraint to the slope and the bend: now, and the change at its turning point.
     both = torch.stack([w * push * v, w * push * push])
     now = torch.stack([slope, bend]) + torch.where(on, both, 0.0).sum(dim=-1)
     at, order = torch.where(turns, at, torch.inf).sort(dim=-1)
     change = torch.where(turns, torch.where(on, -both, both), 0.0).gather(-1, order.expand_as(both))
     slopes, bends = torch.cat([now[..., None], now[..., None] + change.cumsum(dim=-1)], dim=-1)
     end = torch.cat([at, torch.full_like(at[:, :1], torch.inf)], dim=-1)
+    # The zero lies in the first piece with a nonnegative value at the end.
     reached = torch.isinf(end) | (slopes + bends * torch.where(torch.isinf(end), 0.0, end) >= 0)
     piece = reached.to(torch.uint8).argmax(dim=-1, keepdim=True)
     return -safe_divide(slopes.gather(-1, piece), bends.gather(-1, piece))[:, 0]

@@ -20,21 +20,21 @@ from implicitdiff.solvers._loop.problem import (
 from implicitdiff.solvers._loop.status import Status
 
 _MAX_TRIALS = 30
-# Values that differ by less, in units of their precision, say nothing.
+# Values closer than this number of units in the last place count as equal.
 _NOISE_ULPS = 10
-# How far inside a bracket a trial has to be, and how far beyond the last point it may be, as in MINPACK's dcsrch.
+# Limits of a trial as fractions of the bracket, and as multiples beyond the last point, as in MINPACK's dcsrch.
 _BRACKET_MARGINS = (0.1, 0.9)
 _EXTRAPOLATION = (1.1, 4.0)
-# Where that leads nowhere, the first trial was in quite other units.
+# After this many trials without a bracket the first trial had the wrong scale: extrapolate farther.
 _SLOW_TRIALS, _FAR_EXTRAPOLATION = 6, 100.0
 
 
 class Segment(NamedTuple):
-    """A line that ends.
+    """A line of finite length.
 
     Attributes:
-        largest: the step to its end, ``(lanes,)``, at least the first trial.
-        at: ``at(step)``, the point ``x + step d`` but for rounding; a step of zero leads to ``x``.
+        largest: the step to the end of the line, ``(lanes,)``, at least the first trial.
+        at: ``at(step)``, the point ``x + step d`` up to rounding; step 0 gives ``x`` exactly.
     """
 
     largest: Tensor
@@ -45,11 +45,11 @@ class LinePoint(NamedTuple):
     """A point ``x + step d`` of a line.
 
     Attributes:
-        step: ``(lanes,)``.
+        step: the step, ``(lanes,)``.
         x: the point.
-        value: of the objective.
-        slope: its derivative along the line.
-        grad: its gradient.
+        value: the objective at the point.
+        slope: the derivative of the objective along the line.
+        grad: the gradient of the objective.
     """
 
     step: Tensor
@@ -59,7 +59,7 @@ class LinePoint(NamedTuple):
     grad: Tensor
 
     def pick(self, where: Tensor, other: LinePoint) -> LinePoint:
-        """The other point in the lanes where a flag is up."""
+        """Return the other point in the flagged lanes."""
         return LinePoint(*(select(where, b, a) for a, b in zip(self, other, strict=True)))
 
 
@@ -73,36 +73,37 @@ def search(
     c2: float = 0.9,
     segment: Segment | None = None,
 ) -> tuple[LinePoint, Tensor, Tensor]:
-    """A point with ``f(x + a d) <= f(x) + c1 a g'd`` and ``|grad f(x + a d)'d| <= c2 |g'd|``.
+    """Find a point with ``f(x + a d) <= f(x) + c1 a g'd`` and ``|grad f(x + a d)'d| <= c2 |g'd|``.
 
-    Nocedal and Wright's algorithms 3.5 and 3.6 in one: an interval runs from the best point so far to another one,
-    which lies behind it until one beyond a minimum is known. Where values differ by no more than rounding, the first
-    condition is taken to hold, as in Hager and Zhang's approximate conditions: near a minimum, slopes have twice the
-    digits that values have. A lane that has made 30 trials in vain takes the best point that it has seen.
+    Algorithms 3.5 and 3.6 of Nocedal and Wright in a single loop: an interval extends from the best point so far to
+    another point; the latter lies behind the best point until a point beyond a minimum is known. If values differ by no
+    more than rounding, the first condition counts as satisfied, as in Hager and Zhang's approximate conditions: near a
+    minimum, slopes have twice as many correct digits as values. A lane returns its best point after 30 trials.
 
     Args:
         problem: the problem.
-        x: where to start.
-        state: with a `Memory` of x; lanes that are not running stay where they are. Its ``magnitude`` is the largest
-            ``|f|`` so far: values that are small as differences of large terms, say at a
-            minimum that is 0, are no more precise than that.
-        direction: where to.
+        x: the start.
+        state: a state whose memory has the fields of `initial_fields`; lanes that are not running stay at ``x``. The
+            memory's ``magnitude`` is the largest ``|f|`` so far: a small value, as the difference of large terms, is no
+            more precise than these terms.
+        direction: the direction ``d``.
         first_step: the first trial, ``(lanes,)``.
-        c1: sufficient decrease, less than ``c2``.
-        c2: curvature, less than 1.
-        segment: where the line ends; the second condition holds there if the objective still falls. None: nowhere.
+        c1: constant of the sufficient decrease, less than ``c2``.
+        c2: constant of the curvature condition, less than 1.
+        segment: the line if finite; at its end the second condition holds if the objective still decreases. None for an
+            infinite line.
 
     Returns:
-        The point, the lanes in which it does not satisfy the conditions, and the status, `Status.UNBOUNDED` where
-        values go down and down.
+        The point, the lanes without a point that satisfies the conditions, and the status: `Status.UNBOUNDED` in lanes
+            whose values decrease without end.
 
     Reference:
         Nocedal and Wright, "Numerical Optimization", 2006, section 3.5; Hager and Zhang, "A new conjugate gradient
-        method with guaranteed descent and an efficient line search", SIAM J. Optim. 16 (2005), section 4.
+            method with guaranteed descent and an efficient line search", SIAM J. Optim. 16 (2005), section 4.
     """
     line = _Line(problem, x, state.memory, direction, c1, c2, segment)
     active = state.status == Status.RUNNING
-    # A lane that has stopped must not leave the domain: zero times the derivative there need not be zero.
+    # Evaluate stopped lanes at ``x``, inside of the domain: the backward multiplies by zero, and ``0 * inf`` is nan.
     trial = line.at(torch.where(active, first_step, 0.0))
     low, flat = line.test(trial, line.start)
     if any_lane(active & ~(low & flat)):
@@ -111,9 +112,10 @@ def search(
 
 
 def unit_step(grad: Tensor) -> Tensor:
-    """``min(1, 1 / |g|)``: how far to go down a gradient as long as nothing is known of the curvature."""
+    """Return ``min(1, 1 / |g|)``, the first step along a negative gradient without knowledge of the curvature."""
     largest = largest_entry(grad.detach())
-    # The squares of tiny or huge gradients are not numbers; the derivative is that of the whole, this cancels out.
+    # Divide by the largest entry, because squares of tiny or huge gradients underflow or overflow. The scale cancels,
+    # so needs no derivative.
     largest = torch.where(largest > 0, largest, 1.0)
     square = (grad / largest[:, None]).square().sum(dim=-1)
     length = largest * torch.sqrt(torch.where(square > 0, square, 1.0))
@@ -121,27 +123,27 @@ def unit_step(grad: Tensor) -> Tensor:
 
 
 def initial_fields(problem: BatchedProblem, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The error at an initial guess, and the fields of a memory that `search` asks for."""
+    """Return the error at an initial guess, and the memory's fields that `search` needs."""
     value, grad = problem.fn.value_and_grad(x)
-    # The gradient of a value that is not a number may be finite.
+    # The gradient of an infinite value may be finite: report such a guess as not finite.
     error = torch.where(torch.isfinite(value), row_norm(grad), torch.nan)
     return error, {"value": value, "grad": grad, "magnitude": value.detach().abs()}
 
 
 def fields_at(memory: Any, point: LinePoint) -> dict[str, Tensor]:
-    """These fields at a new point."""
+    """Return the memory's fields that `search` needs, at a new point."""
     magnitude = torch.maximum(memory.magnitude, point.value.detach().abs())
     return {"value": point.value, "grad": point.grad, "magnitude": magnitude}
 
 
 def value_fell(problem: BatchedProblem, memory: Any, point: LinePoint) -> Tensor:
-    """Whether the value is lower at a new point, by more than its rounding."""
+    """True in lanes whose value is lower at the new point by more than its rounding."""
     lower: Tensor = point.value.detach() < memory.value.detach() - _NOISE_ULPS * problem.eps * memory.magnitude
     return lower
 
 
 class _Line:
-    """The objective along a line, and the conditions."""
+    """The objective along a line, with the conditions of the search."""
 
     def __init__(
         self,
@@ -159,21 +161,23 @@ class _Line:
         self.noise = _NOISE_ULPS * problem.eps * memory.magnitude
 
     def at(self, step: Tensor) -> LinePoint:
+        """Evaluate the objective at a step."""
         x = self.start.x + step[:, None] * self.direction if self.segment is None else self.segment.at(step)
         value, grad = self.rows.fn.value_and_grad(x)
         return LinePoint(step, x, value, row_dot(grad, self.direction), grad)
 
     def finite(self, trial: LinePoint) -> LinePoint:
-        """The trial with infinity as the value of what is not finite."""
+        """Return the trial with infinity as the value in lanes with a value or slope that is not finite."""
         finite = torch.isfinite(trial.value) & torch.isfinite(trial.slope)
         step = trial.step
         if not self.rows.plain and any_lane(~finite):
-            # No derivative may pass through such a point, not even one that is multiplied by zero.
+            # Evaluate again without the points outside of the domain: ``0 * inf`` in the backward of a masked value is
+            # nan.
             trial = self.at(torch.where(finite, step, 0.0))
         return trial._replace(step=step, value=torch.where(finite, trial.value, torch.inf))
 
     def test(self, trial: LinePoint, best: LinePoint) -> tuple[Tensor, Tensor]:
-        """Whether the value is low enough, and the slope flat enough."""
+        """Return two flags: the value is low enough, and the slope is flat enough."""
         change = trial.value - self.start.value
         enough = (change <= self.c1 * trial.step * self.start.slope) | (change.abs() <= self.noise)
         low = enough & (trial.value <= best.value + self.noise) & (change > -torch.inf)
@@ -183,13 +187,14 @@ class _Line:
         return low, flat
 
     def within(self, step: Tensor) -> Tensor:
-        """The step, or that to the end of the line."""
+        """Return the step, or the step to the end of the line if smaller."""
         if self.segment is None:
             return step
         return torch.where(step > self.segment.largest, self.segment.largest, step)
 
 
 def _zoom(line: _Line, trial: LinePoint, active: Tensor, status: Tensor) -> tuple[LinePoint, Tensor, Tensor]:
+    """Continue the search from the first trial, in lanes whose first trial fails a condition."""
     best = other = line.start
     bracketed = torch.zeros_like(active)
     searching = active & (line.start.slope < 0)
@@ -200,6 +205,7 @@ def _zoom(line: _Line, trial: LinePoint, active: Tensor, status: Tensor) -> tupl
         low, flat = line.test(trial, best)
         ahead = torch.where(bracketed, torch.sign(other.step - best.step), 1.0)
         moved, beyond = searching & low, searching & ~low
+        # The best point moved past a minimum: the old best point becomes the other end of the bracket.
         turned = moved & (trial.slope * ahead >= 0)
         other = other.pick(turned | (moved & ~bracketed), best).pick(beyond, trial)
         best = best.pick(moved, trial)
@@ -211,7 +217,7 @@ def _zoom(line: _Line, trial: LinePoint, active: Tensor, status: Tensor) -> tupl
         fraction = _next_fraction(best, other, bracketed, line.noise, beyond_by, bisect=count % 3 == 0)
         step = line.within(best.step + fraction * (other.step - best.step))
         trial = line.at(torch.where(searching, step, best.step))
-    # However far it went, it is as steep as at the start.
+    # Without a bracket after all extrapolations, the objective decreases as steeply as at the start.
     status = torch.where(searching & ~bracketed, int(Status.UNBOUNDED), status)
     failed = searching | (active & ~(line.start.slope < 0))
     return best, failed & (status == Status.RUNNING), status
@@ -220,16 +226,18 @@ def _zoom(line: _Line, trial: LinePoint, active: Tensor, status: Tensor) -> tupl
 def _next_fraction(
     best: LinePoint, other: LinePoint, bracketed: Tensor, noise: Tensor, farthest: float, *, bisect: bool
 ) -> Tensor:
-    """Where to try next, the best point being at 0 and the other at 1: at the minimum of the cubic through both.
+    """Return the next trial as a fraction of the interval from the best point (0) to the other point (1).
 
-    Every third trial bisects, so that the bracket shrinks.
+    The trial is the minimum of the cubic with the values and slopes of both points; every third trial bisects, so that
+    brackets shrink.
     """
     width = other.step - best.step
     known = torch.isfinite(other.value)
     p, q = best.slope * width, other.slope * width
     rise = torch.where(known, other.value, best.value) - best.value
-    # Where values say nothing, the cubic is the parabola that has the two slopes.
+    # If rounding hides the difference of the values, use the parabola with the two slopes: its rise is their mean.
     rise = torch.where(rise.abs() <= noise, 0.5 * (p + q), rise)
+    # Scale the cubic's coefficients, against overflow of their squares.
     size = torch.stack([p, q, rise]).detach().abs().amax(dim=0)
     size = torch.where(size > 0, size, 1.0)
     p, q, rise = p / size, q / size, rise / size
@@ -237,6 +245,7 @@ def _next_fraction(
     square = middle.square() - p * q
     known = known & (square > 0)
     root = torch.sqrt(torch.where(known, square, 1.0))
+    # (3.59) of Nocedal and Wright, with the interval scaled to [0, 1].
     at = 1 - safe_divide(q + root - middle, q - p + 2 * root)
     known = known & torch.where(bracketed, not bisect, at < 0)
     lower = torch.where(bracketed, _BRACKET_MARGINS[0], -farthest)

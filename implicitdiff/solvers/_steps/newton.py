@@ -1,4 +1,4 @@
-"""Steps of Newton's kind: the linear system of a root, and a step that makes the residual smaller."""
+"""Newton steps for roots: the linear system, a step with backtracking, and a test for divergence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from implicitdiff.solvers._steps.backtracking import HALVINGS, TrialPoint, backt
 
 
 def check_linear_solve(name: str, linear_solve: Any) -> None:
-    """Refuse what is no linear solver of the library: a user's own knows nothing of lanes."""
+    """Raise TypeError unless the linear solver is the library's; a user's own function solves no batch of lanes."""
     if linear_solve is not None and not isinstance(linear_solve, LinearSolver):
         raise TypeError(
             f"{name}: linear_solve must be made by a factory of implicitdiff.linear_solve, or be None for a dense "
@@ -26,7 +26,7 @@ def check_linear_solve(name: str, linear_solve: Any) -> None:
 
 
 def newton_direction(problem: BatchedProblem, at: Tensor, r: Tensor, linear_solve: LinearSolver | None) -> Tensor:
-    """The ``d`` with ``J(at) d = r``."""
+    """Return ``d`` with ``J(at) d = r``, by LU if `linear_solve` is None."""
     if linear_solve is None:
         return _dense.solve_dense(problem.fn.jacobian(at)[1], r)
     inputs, structure = problem.inputs, problem.structure
@@ -38,7 +38,8 @@ def newton_direction(problem: BatchedProblem, at: Tensor, r: Tensor, linear_solv
         return inputs.ravel(solve_linear(linear, b, []))
 
     def matvec(v: Any) -> Any:
-        # Linearised here, where the linear solver sees on what its matrix depends.
+        # Linearise inside of `matvec`: the linear solver's derivative must find the operands on which its matrix
+        # depends.
         push = _on_leaves(problem, problem.fn.linearise(at)[1])
         return structure.unflatten(push(structure.tensors_of(v)))
 
@@ -46,7 +47,7 @@ def newton_direction(problem: BatchedProblem, at: Tensor, r: Tensor, linear_solv
 
 
 class _Products:
-    """Products that are there already, as an operator wants them."""
+    """Products with a Jacobian and its transpose that are already computed, in the form of an operator."""
 
     def __init__(self, push: Product, pull: Product) -> None:
         self._push, self._pull = push, pull
@@ -65,8 +66,8 @@ def _on_leaves(problem: BatchedProblem, product: Any) -> Product:
 def take_step(
     problem: BatchedProblem, x: Tensor, state: Any, step: Tensor, backtracking: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``x + step``, its residual and the status; with backtracking the step is halved in the lanes where the residual
-    does not get smaller by enough (Armijo's condition on its norm)."""
+    """Return ``x + step``, its residual and the status; with backtracking a step is halved in lanes whose residual does
+    not decrease sufficiently (Armijo's condition on the norm)."""
     if not backtracking:
         new_x = x + step
         return new_x, problem.fn(new_x), state.status
@@ -77,15 +78,16 @@ def take_step(
 def shorten_step(
     problem: BatchedProblem, x: Tensor, state: Any, step: Tensor, active: Tensor, halvings: int = HALVINGS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first of the points ``x + step, x + step / 2, ...`` with a smaller residual, that residual, and the `active`
-    lanes that have none, which stay at x."""
+    """Return the first of the points ``x + step, x + step / 2, ...`` with a sufficiently smaller residual, the
+    residual, and the `active` lanes without such a point; the latter stay at ``x``."""
 
     def at(length: Tensor) -> TrialPoint:
         new_x = x + length[:, None] * step
         return new_x, problem.fn(new_x)
 
     def enough(new: TrialPoint, length: Tensor) -> Tensor:
-        # A step of length zero is no progress.
+        # Refuse a step that rounds to zero.
+        # Armijo's condition for ``|r|``, whose slope along a Newton step is ``-|r|``.
         smaller: Tensor = row_norm(new[1]) <= (1.0 - 1e-4 * length) * state.error
         return smaller & (new[0] != x).any(dim=-1)
 
@@ -95,11 +97,12 @@ def shorten_step(
 
 
 def watch_growth(state: Any, x: Tensor, new_x: Tensor, r: Tensor, new_r: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The new ``growth``, by which ``|r|`` has grown in a row of steps that all made it and ``|x|`` larger, and the
-    status: ``DIVERGED`` where the iterates run off, that is where ``growth`` is more than ``1 / eps``.
+    """Return the new ``growth`` and the status.
 
-    A step counts for at most the eighth root of that. One huge step is no sign: from near the minimum of ``x^3 - 1``,
-    say, Newton's method jumps far away and comes back.
+    ``growth`` is the factor by which ``|r|`` has grown in consecutive steps that increased both ``|r|`` and ``|x|``.
+    Iterates diverge, status ``DIVERGED``, if ``growth`` exceeds ``1 / eps``. A step counts for at most ``eps^(-1/8)``,
+    because a single large step is no divergence: from near the minimum of ``x^3 - 1``, say, Newton's method jumps far
+    away and comes back.
     """
     rate = safe_divide(row_norm(new_r), row_norm(r)).clamp(max=eps ** (-1 / 8))
     growth = torch.where((rate > 1) & (row_norm(new_x) > row_norm(x)), state.memory.growth * rate, 1.0)

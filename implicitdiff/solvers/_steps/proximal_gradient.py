@@ -1,4 +1,4 @@
-"""The proximal gradient iteration, of which gradient descent and projected gradient are special cases."""
+"""The proximal gradient iteration, with gradient descent and projected gradient as special cases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from implicitdiff.solvers._loop.termination import change_with_x, composite_size
 from implicitdiff.solvers._steps.backtracking import GROWTH, TrialPoint, backtrack, lies_below
 
 Prox = Callable[[BatchedProblem, Tensor, Tensor], Tensor]
-"""``prox(problem, v, stepsize) -> x``, with stepsizes of shape ``(lanes,)``."""
+"""``prox(problem, v, stepsize) -> x``, step sizes of shape ``(lanes,)``."""
 
 
 class ProximalGradientMemory(NamedTuple):
@@ -29,11 +29,11 @@ class ProximalGradientMemory(NamedTuple):
 
     Attributes:
         residual: ``grad f(x)``, or ``x - prox(x - grad f(x), 1)``, as one vector.
-        stepsize: the length of the last step along the negative gradient.
-        point: where the next step starts from, ``x`` itself without acceleration; one vector of length ``n``.
+        stepsize: the size of the last step along the negative gradient.
+        point: the start of the next step, one vector of length ``n``; ``x`` itself without acceleration.
         value: ``f(point)``.
-        grad: its gradient.
-        momentum: the sequence ``t`` of Nesterov's acceleration; 1 where it has just begun.
+        grad: ``grad f(point)``.
+        momentum: the sequence ``t`` of Nesterov's acceleration; 1 after a restart.
     """
 
     residual: Tensor
@@ -45,7 +45,7 @@ class ProximalGradientMemory(NamedTuple):
 
 
 def check_stepsize(name: str, stepsize: float | None) -> None:
-    """Refuse what is no size of a step."""
+    """Raise ValueError unless the step size is None or a finite number > 0."""
     if stepsize is not None:
         check_number(
             name, "stepsize", stepsize, "a finite number > 0, or None for a line search", lambda s: 0 < s < math.inf
@@ -53,10 +53,10 @@ def check_stepsize(name: str, stepsize: float | None) -> None:
 
 
 def proximal_gradient_method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) -> IterativeMethod:
-    """Proximal gradient with a backtracking line search, or a given step size, and Nesterov's acceleration.
+    """Make a proximal gradient method with a fixed step size or backtracking, optionally with Nesterov's acceleration.
 
-    Beck and Teboulle, SIAM J. Imaging Sciences 2 (2009); the momentum starts again where it points uphill, after
-    O'Donoghue and Candes, Found. Comput. Math. 15 (2015), gradient scheme.
+    FISTA of Beck and Teboulle, SIAM J. Imaging Sciences 2 (2009). The momentum restarts if the last step goes uphill:
+    gradient scheme of O'Donoghue and Candes, Found. Comput. Math. 15 (2015).
     """
     check_stepsize(name, stepsize)
     start = partial(_start, stepsize=stepsize or 1.0)
@@ -73,11 +73,12 @@ def _start(problem: BatchedProblem, x: Tensor, *, stepsize: float) -> Start:
 
 
 def _optimality_residual(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
+    """Return the residual of the equation, from the gradient at `x`."""
     return problem.residual.prox_residual(problem, x, grad) if isinstance(problem.residual, Composite) else grad
 
 
 def _size(problem: BatchedProblem, x: Tensor, memory: ProximalGradientMemory) -> Tensor:
-    """At the initial guess, where ``point`` is ``x``."""
+    """Return ``|J x|`` at the initial guess, where ``point`` is ``x``."""
     if isinstance(problem.residual, Composite):
         return composite_size(problem, x, memory.grad)
     return row_norm(change_with_x(problem.residual, problem, x, memory.grad, is_guess=True))
@@ -104,7 +105,7 @@ def _step(
 def _descend(
     problem: BatchedProblem, prox: Prox, state: State[ProximalGradientMemory], search: bool
 ) -> tuple[TrialPoint, Tensor, Tensor]:
-    """A step from ``point``, its size, and the lanes in which no size will do."""
+    """Return the next point from ``point``, the step size, and the lanes without an acceptable size."""
     memory = state.memory
 
     def at(size: Tensor) -> TrialPoint:
@@ -113,6 +114,7 @@ def _descend(
 
     def enough(new: TrialPoint, size: Tensor) -> Tensor:
         d = new[0] - memory.point
+        # Upper bound of the model: ``f(point) + g'd + |d|^2 / (2 size)``.
         return lies_below(problem, (memory.point, memory.value, memory.grad), new, row_dot(d, d) / (2.0 * size))
 
     if not search:
@@ -124,18 +126,20 @@ def _descend(
 def _accelerate(
     problem: BatchedProblem, x: Tensor, old: ProximalGradientMemory, new: ProximalGradientMemory
 ) -> ProximalGradientMemory:
-    """The memory with its point ahead of the new one, which it is given with."""
+    """Move the start of the next step ahead of the new iterate, ``new.point``, by Nesterov's extrapolation."""
     new_x = new.point
+    # The gradient mapping at the last start is along ``point - new_x``: restart if the last step goes against it.
     uphill = row_dot(old.point - new_x, new_x - x) > 0
     t = torch.where(uphill, 1.0, old.momentum)
+    # (4.2) and (4.3) of Beck and Teboulle.
     next_t = (1.0 + torch.sqrt(1.0 + 4.0 * t**2)) / 2.0
     ahead = new_x + ((t - 1.0) / next_t)[:, None] * (new_x - x)
     value, grad = problem.fn.value_and_grad(ahead)
     outside = ~(torch.isfinite(value) & torch.isfinite(grad).all(dim=-1))
     if any_lane(outside):
-        # Momentum leaves the domain where the iterates stay inside: it begins again.
+        # The extrapolated point may leave the domain although all iterates are inside: restart the momentum.
         if not problem.plain:
-            # No derivative may pass through such a point, not even one that is multiplied by zero.
+            # Evaluate again without the points outside: ``0 * inf`` in the backward of a masked value is nan.
             ahead = select(outside, new_x, ahead)
             value, grad = problem.fn.value_and_grad(ahead)
         pairs = ((new_x, ahead), (new.value, value), (new.grad, grad))
