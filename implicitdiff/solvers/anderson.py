@@ -25,8 +25,9 @@ class AndersonMemory(NamedTuple):
 
     Attributes:
         residual: ``x - f(x)``, as one vector of length ``n``.
-        steps: the last changes of ``x``, ``(min(history, n), n)``, the latest last; zero where there is none yet.
-        changes: the changes of the residual that belong to them.
+        steps: the last changes of ``x``, ``(min(history, n), n)``, the latest last; zero rows before the history is
+            full.
+        changes: the corresponding changes of the residual.
     """
 
     residual: Tensor
@@ -44,21 +45,21 @@ def anderson(
 ) -> Solver:
     r"""Make a solver of ``f(x, *args) = x`` by Anderson acceleration.
 
-    With the residual ``r(x) = f(x) - x`` and as columns the last changes ``S`` of ``x`` and ``Y`` of ``r``, it goes
-    to::
+    Let ``r(x) = f(x) - x`` be the residual, and ``S`` and ``Y`` the last changes of ``x`` and ``r`` as columns. The
+    next iterate is::
 
         x + mixing r - (S + mixing Y) c,    c = argmin |r - Y c|^2.
 
-    On a linear map this is GMRES as long as ``history`` holds all steps, so the map need be no contraction; each
-    iteration takes one evaluation of ``f`` and ``O(history^2 n)`` more.
+    On a linear map the iteration is equivalent to GMRES as long as ``history`` holds all steps, so the map need not be
+    a contraction. An iteration costs one evaluation of ``f`` and ``O(history^2 n)`` more.
 
     Args:
         fixed_point_fn: ``f(x, *args)``, a tree like ``x``.
-        history: how many steps to remember, at least 1; of more than there are unknowns, the latest as many.
-        ridge: Tikhonov term of the least-squares problem, whose columns are scaled to length 1.
-        mixing: how far to go along the residual, not zero; less than 1 damps.
-        safeguard: a step that makes the error more than so many times as large is not made: the iteration forgets its
-            history and takes a plain step in its place. None: every step is made.
+        history: the number of steps to remember, at least 1; at most as many as unknowns are kept.
+        ridge: Tikhonov term of the least-squares problem, after scaling of its columns to norm 1.
+        mixing: step along the residual, not zero; values below 1 damp.
+        safeguard: bound on the growth of the error in a step. Instead of a step beyond the bound the iteration clears
+            its history and takes a plain step. None for no bound.
         options: see `implicitdiff.solvers`.
 
     Raises:
@@ -90,15 +91,15 @@ def anderson(
 
 def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
     residual = x - problem.fn(x)
-    # As many changes as unknowns determine c. With more, it would be the ridge that chooses among the many c with
-    # Y c = r, and it is so small that rounding would choose for it.
+    # ``n`` changes determine ``c``. With more, the ridge would select among the many ``c`` with ``Y c = r``, and so
+    # small a ridge leaves the selection to rounding.
     kept = max(1, min(history, x.shape[-1]))
     none = torch.zeros_like(x)[:, None].repeat(1, kept, 1)
     return Start(row_norm(residual), AndersonMemory(residual=residual, steps=none, changes=none))
 
 
 def _size(problem: BatchedProblem, x: Tensor, memory: AndersonMemory) -> Tensor:
-    """``|f(x)|``: the residual is the difference of ``x`` and this."""
+    """Return ``|f(x)|``, the size of the two terms whose difference is the residual."""
     return row_norm(x - memory.residual)
 
 
@@ -112,6 +113,7 @@ def _step(
     safeguard: float | None,
 ) -> tuple[Tensor, State[AndersonMemory]]:
     r, steps, changes = state.memory
+    # The memory holds ``x - f(x)``, so ``r`` and `changes` have the opposite signs of the docstring's.
     c = _coefficients(changes, r, max(ridge, torch.finfo(x.dtype).eps))
     new_x = x - mixing * r - vecmat(c, steps - mixing * changes)
     new_r = new_x - problem.fn(new_x)
@@ -128,11 +130,13 @@ def _step(
 
 
 def _coefficients(changes: Tensor, residual: Tensor, ridge: float) -> Tensor:
-    """``c`` by the normal equations; columns that are zero get none."""
+    """Return ``c = argmin |r - Y c|^2`` by the normal equations with columns scaled to norm 1; zero columns get
+    coefficient 0."""
     size = row_norm(changes)[..., None]
     scale = torch.where(size > 0, 1.0 / torch.where(size > 0, size, 1.0), 0.0)
     unit = scale * changes
     gram = unit @ unit.mT
+    # An identity row for a zero column keeps the matrix regular.
     shift = ridge + (size[..., 0] == 0).to(gram.dtype)
     rhs = vecmat(residual, unit.mT)
     return _dense.solve_dense(gram + torch.diag_embed(shift), rhs) * scale[..., 0]

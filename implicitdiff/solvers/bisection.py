@@ -26,8 +26,8 @@ class BisectionMemory(NamedTuple):
         residual: ``F(x)``, as one vector.
         lower: the lower ends of the brackets.
         upper: the upper ends.
-        rising: 1 where ``F`` rises over the bracket, -1 where it falls.
-        largest: the largest ``|F|`` at the ends of the first bracket.
+        rising: 1 in entries with ``F`` increasing over the bracket, -1 with ``F`` decreasing.
+        largest: the larger ``|F|`` at the two ends of the first bracket.
     """
 
     residual: Tensor
@@ -40,17 +40,17 @@ class BisectionMemory(NamedTuple):
 def bisection(fn: Callable[..., Any], lower: Any, upper: Any, **options: Any) -> Solver:
     r"""Make a solver of ``F(x, *args) = 0`` by bisection, entry by entry: ``F(x)[i]`` may depend on ``x[i]`` alone.
 
-    Every iteration halves the brackets ``[lower, upper]``, at whose ends ``F`` must have different signs. It stops
-    where the error reaches its target, or where the ends of a bracket are neighbouring numbers. In the latter case a
-    residual larger than those at the first ends tells a pole from a root, and gives the status ``DIVERGED``. As it ends
-    in any case, ``atol=None`` is 0 here, and a guess near the root saves little.
+    Every iteration halves the brackets ``[lower, upper]``; ``F`` must have different signs at the two ends. A search
+    ends when the error reaches its target, or when the ends of the brackets are neighbouring floating-point numbers. In
+    the latter case a residual larger than at the ends of the first bracket shows a pole instead of a root, and gives
+    the status ``DIVERGED``. Every search ends, so ``atol=None`` means 0 here, and a guess near the root saves little.
 
-    ``init`` and ``run`` take an initial guess, the first point to be looked at, or None for the middle. Bisection has
-    no derivative of its own, so ``run(..., implicit_diff=False)`` is refused.
+    ``init`` and ``run`` take an initial guess, the first point of the search, or None for the middle. Bisection has no
+    derivative of its own, so ``run(..., implicit_diff=False)`` is refused.
 
     Args:
         fn: ``F(x, *args)``, a tree like ``x``.
-        lower: a number, or a tensor or a tree of these that broadcasts to ``x``; under vmap each lane may have its own.
+        lower: a number, or a tensor or a tree that broadcasts to ``x``; lanes of a vmap may have different values.
         upper: likewise.
         options: see `implicitdiff.solvers`.
 
@@ -92,7 +92,7 @@ def _guess_or_middle(lower: Any, upper: Any, params: Any, /, *args: Any, **kwarg
 def _start(problem: BatchedProblem, x: Tensor) -> Start:
     lower, upper = problem.function("lower")(x), problem.function("upper")(x)
     low, high = problem.fn(lower), problem.fn(upper)
-    # Negated, so that nan is refused as well.
+    # Negated comparisons refuse nan as well.
     if any_lane(~(lower <= upper)) or any_lane(~(low * high.sign() <= 0)):
         raise ValueError(
             "bisection: a bracket holds no change of sign: fn must have different signs at lower and upper, and lower "
@@ -101,7 +101,7 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start:
     inside = _clip(x, lower, upper)
     residual = problem.fn(inside)
     size = row_norm(residual)
-    # A guess outside of its bracket is no solution, whatever the residual inside.
+    # A guess outside of its bracket is no solution, even if the residual at the clipped point is zero.
     error = torch.where((inside == x).all(dim=-1), size, torch.finfo(x.dtype).max)
     largest = torch.maximum(low.abs(), high.abs())
     return Start(error, BisectionMemory(residual, lower, upper, (high - low).sign(), largest), reference=size)
@@ -112,9 +112,10 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[BisectionMemory]) -> 
     side = rising * residual
     x = _clip(x, lower, upper)
     lower, upper = torch.where(side <= 0, x, lower), torch.where(side >= 0, x, upper)
-    # Not their sum, which may overflow.
+    # ``(lower + upper) / 2`` may overflow.
     x = lower + (upper - lower) / 2
     residual = problem.fn(x)
+    # The middle of neighbouring numbers rounds to an end.
     collapsed = ((x <= lower) | (x >= upper)).all(dim=-1)
     sound = (residual.abs() <= largest).all(dim=-1)
     ended = torch.where(sound, int(Status.CONVERGED), int(Status.DIVERGED))
@@ -128,7 +129,7 @@ def _clip(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def _expand_bound(name: str, value: Any, x: Any) -> Any:
-    """A bound as a tree like `x`."""
+    """Return a bound as a tree like `x`."""
     leaves, structure = pytree.flatten(x)
     try:
         ends = pytree.broadcast(structure.spec, value)
@@ -147,7 +148,8 @@ def _expand_bound(name: str, value: Any, x: Any) -> Any:
 
 
 def _middle(lower: Any, upper: Any) -> Any:
-    """The middles of brackets whose ends are trees of numbers and tensors; one of them may be one for all."""
+    """Return the middles of brackets, whose ends are trees of numbers and tensors; an end may be a single number or
+    tensor for all leaves."""
     _, spec = pytree.leaves_of(upper if isinstance(lower, (int, float, Tensor)) else lower)
     try:
         pairs = zip(pytree.broadcast(spec, lower), pytree.broadcast(spec, upper), strict=True)

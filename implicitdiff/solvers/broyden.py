@@ -24,9 +24,9 @@ class BroydenMemory(NamedTuple):
 
     Attributes:
         residual: ``x - f(x)``, as one vector of length ``n``.
-        u: the inverse Jacobian of the residual is about ``I + sum_j u_j v_j'``; ``(history, n)``.
-        v: the other factors.
-        rank: how many of them there are.
+        u: the first factors of the inverse Jacobian of the residual, about ``I + sum_j u_j v_j'``; ``(history, n)``.
+        v: the second factors, ``(history, n)``.
+        rank: the number of terms.
     """
 
     residual: Tensor
@@ -38,14 +38,13 @@ class BroydenMemory(NamedTuple):
 def broyden(fixed_point_fn: Callable[..., Any], history: int = 20, **options: Any) -> Solver:
     r"""Make a solver of ``f(x, *args) = x`` by Broyden's method on ``x - f(x) = 0``, from the identity as Jacobian.
 
-    Every iteration corrects the inverse Jacobian ``H`` by the rank-one matrix that is least in norm and makes the
-    Jacobian agree with the last step, and goes to ``x - H (x - f(x))``: one evaluation of ``f`` and
-    ``O(history n)`` more. Superlinear near a solution; on linear maps it ends after at most ``2 n`` steps.
+    The next iterate is ``x - H (x - f(x))``. After each step a rank-one correction of least norm makes the inverse
+    Jacobian ``H`` agree with the step. An iteration costs one evaluation of ``f`` and ``O(history n)`` more. Converges
+    superlinearly near a solution; linear maps take at most ``2 n`` steps.
 
     Args:
         fixed_point_fn: ``f(x, *args)``, a tree like ``x``.
-        history: how many rank-one corrections to hold, at least 1; when there is no room left, it starts again from
-            the identity.
+        history: the largest number of rank-one corrections, at least 1; a full history restarts from the identity.
         options: see `implicitdiff.solvers`.
 
     Raises:
@@ -78,7 +77,7 @@ def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
 
 
 def _size(problem: BatchedProblem, x: Tensor, memory: BroydenMemory) -> Tensor:
-    """``|f(x)|``: the residual is the difference of ``x`` and this."""
+    """Return ``|f(x)|``, the size of the two terms whose difference is the residual."""
     return row_norm(x - memory.residual)
 
 

@@ -27,12 +27,12 @@ class BroydenRootMemory(NamedTuple):
 
     Attributes:
         residual: ``F(x)``, as one vector of length ``n``.
-        inverse: the inverse of the last Jacobian that was computed, ``(n, n)``.
-        u: now it is about ``inverse + sum_j u_j v_j'``; ``(history, n)``.
-        v: the other factors.
-        rank: how many of them there are.
-        slow: how many steps in a row have not halved the error.
-        age: how many steps were made since the Jacobian was computed.
+        inverse: the inverse of the last computed Jacobian, ``(n, n)``.
+        u: the first factors of the present inverse, about ``inverse + sum_j u_j v_j'``; ``(history, n)``.
+        v: the second factors, ``(history, n)``.
+        rank: the number of terms.
+        slow: the number of consecutive steps that have not halved the error.
+        age: the number of steps since the Jacobian was computed.
     """
 
     residual: Tensor
@@ -49,14 +49,13 @@ def broyden_root(
 ) -> Solver:
     r"""Make a solver of ``F(x, *args) = 0`` by Broyden's method from a Jacobian.
 
-    As `chord`, with the inverse Jacobian corrected after every step as in `broyden`: superlinear for one evaluation of
-    ``F`` an iteration. The Jacobian is computed at the initial guess, and again where three steps in a row have not
-    halved the error, where backtracking fails, or where ``history`` corrections are made.
+    The inverse Jacobian of `chord`, corrected after every step as in `broyden`: superlinear convergence for one
+    evaluation of ``F`` per iteration. The Jacobian is computed at the initial guess, and again if three consecutive
+    steps have not halved the error, if backtracking fails, or if the history is full.
 
     Args:
         residual_fn: ``F(x, *args)``, a tree like ``x``.
-        history: how many rank-one corrections to hold, at least 1; after as many, it starts again from a new
-            Jacobian.
+        history: the largest number of rank-one corrections, at least 1; a full history starts anew from a new Jacobian.
         backtracking: see `newton`.
         options: see `implicitdiff.solvers`.
 
@@ -112,8 +111,8 @@ def _step(
 def _shorten_or_renew(
     problem: BatchedProblem, x: Tensor, direction: Tensor, state: State[BroydenRootMemory]
 ) -> tuple[Tensor, Tensor, State[BroydenRootMemory]]:
-    """The next point, its residual, and the state before it: a step that a few halvings do not save may point uphill,
-    so the Jacobian is computed again, whose step points downhill."""
+    """Return the next point, its residual and the state before the step. If a few halvings do not help, Broyden's
+    direction may point uphill; a new Jacobian gives a descent direction of ``|F|``."""
     new_x, new_r, refused = shorten_step(problem, x, state, direction, state.status == Status.RUNNING, _HALVINGS)
     if any_lane(refused):
         state = _renew_jacobian(problem, x, state, refused)
@@ -127,7 +126,8 @@ def _shorten_or_renew(
 def _renew_jacobian(
     problem: BatchedProblem, x: Tensor, state: State[BroydenRootMemory], where: Tensor
 ) -> State[BroydenRootMemory]:
-    """The state with the Jacobian at x and no corrections, in some lanes, unless it is that already."""
+    """Return the state with the Jacobian at ``x`` and no corrections in the flagged lanes, except lanes whose Jacobian
+    is at ``x`` already."""
     old = state.memory
     where = where & (old.age > 0)
     if not any_lane(where):
@@ -152,6 +152,6 @@ def _product_with(matrix: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 _SLOW_STEPS = 3
-"""After how many steps in a row that have not halved the error the Jacobian is computed again."""
+"""Number of consecutive steps without a halved error before a new Jacobian."""
 _HALVINGS = 3
-"""How often a step is halved before the Jacobian is computed again."""
+"""Number of halvings of a step before a new Jacobian."""

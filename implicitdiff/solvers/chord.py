@@ -24,8 +24,8 @@ class ChordMemory(NamedTuple):
 
     Attributes:
         residual: ``F(x)``, as one vector of length ``n``.
-        point: where the Jacobian is taken, the initial guess.
-        inverse: its inverse, ``(n, n)``; empty if a linear solver was given.
+        point: the point of the Jacobian, the initial guess.
+        inverse: the inverse of the Jacobian, ``(n, n)``; empty with a linear solver.
     """
 
     residual: Tensor
@@ -39,19 +39,19 @@ def chord(
     backtracking: bool = False,
     **options: Any,
 ) -> Solver:
-    r"""Make a solver of ``F(x, *args) = 0`` by ``x <- x - J0^-1 F(x)``, ``J0`` being the Jacobian at the initial guess.
+    r"""Make a solver of ``F(x, *args) = 0`` by ``x <- x - J0^-1 F(x)``, ``J0`` the Jacobian at the initial guess.
 
-    One factorisation serves all iterations, each of which takes one evaluation of ``F``. Converges linearly, the
-    faster the closer the initial guess is.
+    A single factorisation serves all iterations, and an iteration costs one evaluation of ``F``. Converges linearly; a
+    closer initial guess gives a better rate.
 
     Args:
         residual_fn: ``F(x, *args)``, a tree like ``x``.
-        linear_solve: of `implicitdiff.linear_solve`; None: the inverse is made once.
+        linear_solve: a solver of `implicitdiff.linear_solve`; None for the inverse, computed once.
         backtracking: see `newton`.
         options: see `implicitdiff.solvers`.
 
     Raises:
-        TypeError: ``linear_solve`` is no linear solver of this library.
+        TypeError: ``linear_solve`` is not a linear solver of this library.
 
     Reference:
         Kelley, "Iterative Methods for Linear and Nonlinear Equations", 1995, section 5.4.1.

@@ -30,22 +30,22 @@ from implicitdiff.solvers._steps.trust_region import check_radius, scaling_of
 def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any) -> Solver:
     r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by Powell's dogleg steps.
 
-    A step ``d`` makes ``|r + J d|``, ``J = dr/dx``, small within ``|D d| <= Delta``: it is the Gauss-Newton step where
-    that is so short, else it ends where the path from 0 to the minimum down the gradient and on to the Gauss-Newton
-    step leaves the region. The solver goes there if that gains at least 1e-4 of what ``|r + J d|`` foretells. ``Delta``
-    grows and shrinks with the agreement of the two. ``D`` are the norms of the columns of ``J``, or 0.95 of the last
-    ``D`` where that is more, so the units of the unknowns do not matter.
+    A step ``d`` reduces the model ``|r + J d|``, ``J = dr/dx``, within ``|D d| <= Delta``. A Gauss-Newton step inside
+    of the region is taken whole. Otherwise ``d`` is the last point inside of the region on the path from 0 to the
+    minimum along the negative gradient and then to the Gauss-Newton step. A step is accepted if the cost decreases by
+    at least 1e-4 of the model's prediction, and ``Delta`` grows and shrinks with the ratio of the two. ``D`` holds the
+    norms of the columns of ``J``, at least 0.95 times the last ``D``, so the units of the unknowns do not matter.
 
-    ``r`` may have any length, also less than ``x`` has, and ``J`` any rank; the derivative of the solution needs a
-    strict minimum. A refused step costs one ``r``, where `levenberg_marquardt` factorises a matrix as well. Where the
-    columns of ``J`` depend on each other nearly, or ``r`` is large at the solution, steps zigzag, and
-    `levenberg_marquardt` takes far fewer.
+    ``r`` may have any length, even shorter than ``x``, and ``J`` any rank; the derivative of the solution needs a
+    strict minimum. A refused step costs one ``r``; in `levenberg_marquardt` also a factorisation. If the columns of
+    ``J`` are nearly dependent, or ``r`` is large at the solution, steps zigzag, and `levenberg_marquardt` needs far
+    fewer.
 
     The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included.
 
     Args:
         residual_fn: ``r(x, *args)``, a tree of any tensors.
-        radius: the first ``Delta`` in units of ``|D x|``, of ``|r|`` where ``x`` is zero; positive.
+        radius: the first ``Delta`` in units of ``|D x|``, or of ``|r|`` for a zero ``x``; positive.
         options: see `implicitdiff.solvers`.
 
     Raises:
@@ -91,7 +91,7 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory]) -> tup
     accepted = asked
     if any_lane(asked):
         at_trial = problem.fn.jacobian(select(asked, trial.x, x))
-        # Where rounding hides the gain, the gradient tells.
+        # If rounding hides the gain, the scaled gradient decides.
         flatter = _steepness(*at_trial, old.scale) < _steepness(old.residual, old.jacobian, old.scale)
         accepted = asked & (flatter | ~trial.unresolved)
     x, state = _dogleg.finish_step(x, state, trial, radius, accepted, at_trial)
@@ -104,5 +104,5 @@ def _newton_step(problem: BatchedProblem, x: Tensor, memory: DoglegMemory) -> Ne
 
 
 def _steepness(r: Tensor, J: Tensor, scale: Tensor) -> Tensor:
-    """``|D^-1 J' r|``."""
+    """Return ``|D^-1 J' r|``."""
     return row_norm(normal_gradient(J, r) / scaling_of(scale))

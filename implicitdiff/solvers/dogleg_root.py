@@ -25,19 +25,19 @@ from implicitdiff.solvers._steps.trust_region import check_radius
 def dogleg_root(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any) -> Solver:
     r"""Make a solver of ``F(x, *args) = 0`` by Powell's dogleg steps, which converge from farther away than Newton's.
 
-    A step ``d`` makes ``|F + J d|``, ``J = dF/dx``, small within ``|D d| <= Delta``: it is Newton's where that is so
-    short, else it ends where the path from 0 to the minimum down the gradient of ``|F|^2`` and on to Newton's step
-    leaves the region. See `dogleg` for the rest. Where ``J`` is singular, the shortest least-squares step takes the
-    place of Newton's. Converges quadratically near a solution where ``J`` is not.
+    A step ``d`` reduces ``|F + J d|``, ``J = dF/dx``, within ``|D d| <= Delta``. A Newton step inside of the region is
+    taken whole. Otherwise ``d`` is the last point inside of the region on the path from 0 to the minimum along the
+    negative gradient of ``|F|^2`` and then to the Newton step; see `dogleg` for details. For a singular ``J`` the
+    shortest least-squares step replaces the Newton step. Converges quadratically near a solution with a regular ``J``.
 
-    A minimum of ``|F|`` that is no root attracts the method. There the status is ``LINE_SEARCH_FAILED``, at the latest
-    where 20 steps in a row have each made ``|F|`` smaller by less than a thousandth.
+    The method may converge to a minimum of ``|F|`` other than a root. The status is then ``LINE_SEARCH_FAILED``, at the
+    latest after 20 consecutive steps that each lowered ``|F|`` by less than a thousandth.
 
-    An iteration takes one Jacobian, and ``F`` once for every radius that it tries.
+    An iteration costs one Jacobian, and one ``F`` for each radius tried.
 
     Args:
         residual_fn: ``F(x, *args)``, a tree like ``x``.
-        radius: the first ``Delta`` in units of ``|D x|``, of ``|F|`` where ``x`` is zero; positive.
+        radius: the first ``Delta`` in units of ``|D x|``, or of ``|F|`` for a zero ``x``; positive.
         options: see `implicitdiff.solvers`.
 
     Raises:
@@ -46,7 +46,7 @@ def dogleg_root(residual_fn: Callable[..., Any], radius: float = 1.0, **options:
     Reference:
         Powell, "A hybrid method for nonlinear equations", 1970; Nocedal and Wright, "Numerical Optimization", 2nd ed.,
         section 11.2; for the scaling and the radius, More, Garbow and Hillstrom, "User guide for MINPACK-1", 1980,
-        which has Broyden's corrections in the place of most Jacobians.
+        which replaces most Jacobians by Broyden's corrections.
 
     Example:
         >>> import torch
@@ -67,7 +67,7 @@ def dogleg_root(residual_fn: Callable[..., Any], radius: float = 1.0, **options:
 def _start(problem: BatchedProblem, x: Tensor, *, radius: float) -> Start:
     memory = _dogleg.initial_memory(problem, x, radius)
     error = row_norm(memory.residual)
-    # From a Jacobian that is not finite there is nowhere to go.
+    # A Jacobian that is not finite gives no step.
     known = torch.isfinite(memory.jacobian).flatten(1).all(dim=-1) | (error == 0)
     return Start(torch.where(known, error, torch.nan), memory)
 
@@ -89,14 +89,15 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory]) -> tup
 
 
 _MAX_SLOW_STEPS = 20
-"""After how many steps in a row that gain next to nothing the method is taken to be at a minimum of ``|F|``."""
+"""Number of consecutive steps with negligible gain after which ``x`` counts as a minimum of ``|F|``."""
 
 
 def _newton_or_least_squares(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
-    """``-A^-1 r``, in the lanes where that solves the system, else the least-squares step."""
+    """Return ``-A^-1 r`` in lanes with a solution of the system, else the least-squares step."""
     s = -_dense.solve_dense(A, r)
     singular = ~(row_norm(vecmat(s, A.mT) + r) <= _MAX_LINEAR_RESIDUAL * row_norm(r))
     if any_lane(singular):
+        # Solve again with regular matrices, so that no nan reaches the derivative of the other lanes.
         eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
         regular = _dense.solve_dense(select(singular, eye.expand_as(A), A), r)
         s = select(singular, _dogleg.regularised_step(A, r, eps=eps), -regular)
@@ -104,4 +105,4 @@ def _newton_or_least_squares(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
 
 
 _MAX_LINEAR_RESIDUAL = 1e-2
-"""The part of the residual up to which a linear system may be left unsolved."""
+"""Largest relative residual of a solved linear system; a larger residual shows a singular matrix."""

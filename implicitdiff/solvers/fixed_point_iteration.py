@@ -29,14 +29,14 @@ class FixedPointMemory(NamedTuple):
 def fixed_point_iteration(fixed_point_fn: Callable[..., Any], damping: float = 0.0, **options: Any) -> Solver:
     r"""Make a solver of ``f(x, *args) = x`` that iterates ``x <- damping x + (1 - damping) f(x, *args)``.
 
-    Converges where ``f`` is a contraction near the solution, with ``damping`` also for some maps that oscillate: the
-    eigenvalues ``mu`` of ``df/dx`` must satisfy ``|damping + (1 - damping) mu| < 1``. Each iteration multiplies the
-    error by the largest of these, and takes one evaluation of ``f``. The error is ``|f(x) - x|``, so a slow map is not
-    taken for a converged one because its steps are small, as long as ``atol`` is small.
+    Converges if ``f`` is a contraction near the solution, with ``damping`` also for some maps with oscillating
+    iterates: the eigenvalues ``mu`` of ``df/dx`` must satisfy ``|damping + (1 - damping) mu| < 1``. An iteration
+    multiplies the error by the largest of these numbers, and costs one evaluation of ``f``. The error is ``|f(x) -
+    x|``, whatever the damping, so small damped steps do not count as convergence.
 
     Args:
         fixed_point_fn: ``f(x, *args)``, a tree like ``x``.
-        damping: how much of the old iterate is kept, in [0, 1).
+        damping: weight of the old iterate, in [0, 1).
         options: see `implicitdiff.solvers`.
 
     Raises:
@@ -67,7 +67,7 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start:
 
 
 def _size(problem: BatchedProblem, x: Tensor, memory: FixedPointMemory) -> Tensor:
-    """``|f(x)|``: the residual is the difference of ``x`` and this."""
+    """Return ``|f(x)|``, the size of the two terms whose difference is the residual."""
     return row_norm(memory.image)
 
 

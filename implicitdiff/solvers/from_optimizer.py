@@ -1,4 +1,4 @@
-"""Any optimizer of this library, run to convergence."""
+"""Minimisation by any optimizer of this library."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class FromOptimizerMemory(NamedTuple):
 
 
 def from_optimizer(objective_fn: Callable[..., Any], transformation: GradientTransformation, **options: Any) -> Solver:
-    r"""Make a minimiser of a smooth ``f(x, *args)`` that takes an optimizer's steps until the gradient is zero.
+    r"""Make a minimiser of a smooth ``f(x, *args)`` by an optimizer's steps, until the gradient is zero.
 
-    Each iteration is ``x, inner = transformation.step(grad f(x), inner, x)``. Optimizers were made for noisy
-    gradients: most need a learning rate that decays, or ``rtol`` and ``atol`` that are not small, to be taken for
-    converged. The solution is differentiated as a stationary point, whatever the optimizer.
+    An iteration is ``x, inner = transformation.step(grad f(x), inner, x)``. Optimizers are designed for noisy
+    gradients: most converge only with a decaying learning rate or a coarse ``rtol`` or ``atol``. The solution is
+    differentiated as a stationary point, for any optimizer.
 
     Args:
         objective_fn: ``f(x, *args)``, a real number.
@@ -45,7 +45,7 @@ def from_optimizer(objective_fn: Callable[..., Any], transformation: GradientTra
         options: see `implicitdiff.solvers`.
 
     Raises:
-        TypeError: ``transformation`` is no pair of functions.
+        TypeError: ``transformation`` is not a `GradientTransformation`.
 
     Example:
         >>> import torch
@@ -85,19 +85,21 @@ def _step(
 
 
 def _rows_to_tree(problem: BatchedProblem, x: Tensor) -> Any:
-    """The tree of some rows, with one dimension of lanes in front, whatever the vmaps, and with None for a string: an
-    optimizer takes None alone."""
+    """Return the tree of rows, with a single dimension for the lanes and with None in the place of leaves other than
+    tensors: optimizers take no other leaves."""
     leaves = problem.inputs.unravel(x)
     batch = len(problem.inputs.batch)
     return problem.structure.fill({i: t.reshape(x.shape[0], *t.shape[batch:]) for i, t in enumerate(leaves)})
 
 
 def _tree_to_rows(problem: BatchedProblem, tree: Any) -> Tensor:
+    """Return the rows of a tree like `_rows_to_tree`'s."""
     leaves = problem.structure.tensors_of(tree)
     return problem.inputs.ravel([t.reshape((*problem.inputs.batch, *t.shape[1:])) for t in leaves])
 
 
 def _over_lanes(fn: Callable[..., Any], *trees: Any) -> Any:
+    """Apply a function of trees to every lane."""
     leaves, given = pytree.flatten(trees)
     if leaves[0].shape[0] == 1:
         out = fn(*given.unflatten([t[0] for t in leaves]))

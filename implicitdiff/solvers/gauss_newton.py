@@ -25,8 +25,8 @@ class GaussNewtonMemory(NamedTuple):
     Attributes:
         residual: ``r(x)``, as one vector of length ``m``.
         jacobian: ``J = dr/dx``, ``(m, n)``.
-        growth: by how much the last steps have made ``|r|`` larger, 1 where one has not; a step counts for at most
-            ``eps^(-1/8)``.
+        growth: factor by which the last consecutive growing steps have increased ``|r|``; 1 after a step without
+            growth. A step counts for at most ``eps^(-1/8)``.
     """
 
     residual: Tensor
@@ -35,16 +35,15 @@ class GaussNewtonMemory(NamedTuple):
 
 
 def gauss_newton(residual_fn: Callable[..., Any], **options: Any) -> Solver:
-    r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` that goes to ``x + argmin_d |r + J d|^2``, ``J = dr/dx``.
+    r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by ``x <- x + argmin_d |r + J d|^2``, ``J = dr/dx``.
 
-    ``r`` may have any length ``m``, at least that of ``x``. Converges quadratically where the residual is zero at the
-    solution, linearly where it is small, and may not converge where it is large or the initial guess is far:
-    `levenberg_marquardt` does. ``J`` must have full column rank. Where it has not, to working precision, so that the
-    step makes ``|r + J d|`` larger than ``|r|``, the status is ``DIVERGED``; so it is where the iterates run off, see
-    `newton`. The least-squares problem is solved by QR.
+    ``r`` must be at least as long as ``x``. Converges quadratically to a solution with zero residual and linearly to
+    a solution with a small residual. May fail for a large residual or a distant initial guess; then use
+    `levenberg_marquardt`. ``J`` must have full column rank: the status is ``DIVERGED`` if the rank is deficient to
+    working precision, so that ``|r + J d|`` exceeds ``|r|``, or if the iterates diverge, see `newton`. The
+    least-squares problem is solved by QR.
 
-    The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included, not
-    that of the Gauss-Newton model.
+    The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included.
 
     Args:
         residual_fn: ``r(x, *args)``, a tree of any tensors.
@@ -83,7 +82,7 @@ def _step(
 ) -> tuple[Tensor, State[GaussNewtonMemory]]:
     r, J, _ = state.memory
     d = -_dense.lstsq_dense(J, r)
-    # A least-squares solution cannot be worse than d = 0.
+    # The exact minimum is at most ``|r|``, the value at ``d = 0``.
     solved = row_norm(r + vecmat(d, J.mT)) <= 2.0 * row_norm(r)
     new_x = select(solved, x + d, x)
     new_r, J = problem.fn.jacobian(new_x)

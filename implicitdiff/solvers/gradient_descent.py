@@ -18,16 +18,16 @@ def gradient_descent(
 ) -> Solver:
     r"""Make a minimiser of a smooth ``f(x, *args)`` by ``x <- y - stepsize grad f(y)``.
 
-    ``y`` is ``x``, or with Nesterov's acceleration a point ahead of it, ``x + (x - x_before) (t_before - 1) / t``; the
-    momentum starts again where it points uphill. On a convex ``f`` of condition number ``k`` it needs about
-    ``k log(1/tolerance)`` iterations, with acceleration ``sqrt(k) log(1/tolerance)``. For an optimizer of this library
-    in its place see `from_optimizer`.
+    Without acceleration ``y`` is ``x``. With Nesterov's acceleration ``y = x + (x - x_before) (t_before - 1) / t``; the
+    momentum restarts when it points uphill. A convex ``f`` of condition number ``k`` takes about ``k
+    log(1/tolerance)`` iterations, with acceleration ``sqrt(k) log(1/tolerance)``. For steps of an optimizer see
+    `from_optimizer`.
 
     Args:
         objective_fn: ``f(x, *args)``, a real number.
-        stepsize: positive; None finds one by backtracking and lets it grow again. A given one has to be less than
-            ``2 / L``, ``L`` being the largest curvature.
-        acceleration: whether to accelerate, for one more gradient an iteration.
+        stepsize: positive; None for backtracking, with growth between iterations. A fixed step size must be less than
+            ``2 / L``, ``L`` the largest curvature.
+        acceleration: True to accelerate, at the cost of one more gradient per iteration.
         options: see `implicitdiff.solvers`.
 
     Raises:
@@ -49,4 +49,5 @@ def gradient_descent(
 
 
 def _no_prox(problem: BatchedProblem, v: Tensor, stepsize: Tensor) -> Tensor:
+    """The proximal operator of 0."""
     return v

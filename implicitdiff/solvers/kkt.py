@@ -1,4 +1,4 @@
-"""The conditions of Karush, Kuhn and Tucker."""
+"""The Karush-Kuhn-Tucker conditions."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class KKTSolution(NamedTuple):
 
     Attributes:
         primal: the minimiser, a tree.
-        dual_eq: the multipliers of the equalities, a tree like ``eq_fn(primal)``; None, or tensors without entries,
-            which can leave a vmap, where there are none.
-        dual_ineq: those of the inequalities, not negative at a solution, a tree like ``ineq_fn(primal)``; likewise.
+        dual_eq: the multipliers of the equalities, a tree like ``eq_fn(primal)``. Without equalities None, or empty
+            tensors, which unlike None can leave a vmap.
+        dual_ineq: the multipliers of the inequalities, nonnegative at a solution, a tree like ``ineq_fn(primal)``;
+            likewise.
     """
 
     primal: Any
@@ -35,17 +36,17 @@ def make_kkt_optimality_fn(
     eq_fn: Callable[..., Any] | None = None,
     ineq_fn: Callable[..., Any] | None = None,
 ) -> Callable[..., KKTSolution]:
-    r"""Make the conditions that a solution of a constrained problem satisfies, for `implicitdiff.custom_root`.
+    r"""Make the optimality conditions of a constrained problem, for `implicitdiff.custom_root`.
 
     A minimiser of ``f(x)`` subject to ``h(x) = 0`` and ``g(x) <= 0`` has, with multipliers ``nu`` and ``lambda``::
 
         grad f(x) + (dh/dx)' nu + (dg/dx)' lambda = 0,    h(x) = 0,    lambda g(x) = 0,
 
-    besides ``g(x) <= 0`` and ``lambda >= 0``, which are no equations: that they hold is left to the solver. Around
-    whatever solver returns a `KKTSolution`, `custom_root` gives the primal and the multipliers their derivatives. The
-    equations determine them where the active constraints are linearly independent, none of them has multiplier zero,
-    and the Lagrangian is convex on their tangent space. Elsewhere their Jacobian is singular, which raises
-    `LinearSolveError`; with ``custom_root(..., solve=solve_lstsq())`` the derivative is then the one of least norm.
+    The inequalities ``g(x) <= 0`` and ``lambda >= 0`` are the solver's responsibility. Applied to any solver that
+    returns a `KKTSolution`, `custom_root` gives the primal and the multipliers their derivatives. The equations
+    determine the derivatives if the active constraints are linearly independent with nonzero multipliers, and the
+    Lagrangian is strictly convex on their tangent space. Otherwise the Jacobian is singular and raises
+    `LinearSolveError`; ``custom_root(..., solve=solve_lstsq())`` gives the derivative of least norm instead.
 
     Args:
         objective_fn: ``f(x, params_obj)``, one real number; x is a tree of real tensors.
@@ -54,13 +55,13 @@ def make_kkt_optimality_fn(
 
     Returns:
         ``optimality_fn(params, params_obj=None, params_eq=None, params_ineq=None)``, a `KKTSolution` like its first
-        argument that is zero at a solution. Parameters that are None are left out of the call, so that functions of
-        ``x`` alone, which capture what they depend on, need none.
+        argument, zero at a solution. Parameters of None are omitted from the call, so functions of ``x`` alone, with
+        captured parameters, are allowed.
 
     Raises:
         TypeError: a function is not callable.
-        ValueError: when called: there is a multiplier without its constraints, or the other way round, or one is no
-            tree like its constraints.
+        ValueError: when called: multipliers without constraints, constraints without multipliers, or multipliers that
+            are not a tree like the constraints.
 
     Reference:
         Nocedal and Wright, "Numerical Optimization", 2nd ed., section 12.3; Blondel et al., "Efficient and Modular
@@ -114,6 +115,7 @@ def _call_with_params(fn: Callable[..., Any], x: Any, params: Any) -> Any:
 
 
 def _constraint(fn: Callable[..., Any] | None, x: Any, params: Any, dual: Any, name: str) -> Any:
+    """Return the values of a constraint function after a comparison with the multipliers."""
     if fn is None and not any(t.numel() for t in pytree.tensors(dual)):
         return dual
     if fn is None or dual is None:
@@ -126,7 +128,7 @@ def _constraint(fn: Callable[..., Any] | None, x: Any, params: Any, dual: Any, n
 
 
 def _inner_products(dual: Any, fn: Callable[..., Any] | None, x: Any, params: Any) -> Leaves:
-    """The terms of the inner product, one a leaf."""
+    """Return the terms of the inner product ``dual' fn(x)``, one for each leaf."""
     if fn is None:
         return []
     leaves, structure = pytree.flatten(_call_with_params(fn, x, params))

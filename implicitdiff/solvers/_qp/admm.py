@@ -15,7 +15,7 @@ _SIGMA = 1e-6
 _EQUALITIES = 1e3
 """Ratio of the weight of an equality to the weight of an inequality."""
 RHO = 0.125
-"""Initial weight of an inequality; weights are powers of two, so that scaling is exact."""
+"""Initial weight of an inequality; ``rho`` stays a power of two."""
 
 
 def admm_factor(of: QuadraticProgram, rho: Tensor) -> Tensor:
@@ -38,7 +38,10 @@ def admm_iteration(
     weights = _penalties(of, rho)
     x = at.x - _ALPHA * cholesky_solve(lower, at.slope + vecmat(weights * (at.image - z), of.C))
     image = vecmat(x, of.C.mT)
+    # ``alpha C x~ + (1 - alpha) z``, in which ``x~ = at.x + (x - at.x) / alpha``.
     relaxed = image + (1.0 - _ALPHA) * (z - at.image)
+    # The projection ``z = clamp(relaxed + y / w, l, u)`` and ``y + w (relaxed - z)``, written bound by bound so that
+    # the multiplier of an inactive row is exactly 0.
     pressed = at.y + weights * (relaxed - of.u)
     touches = of.equal | (of.above & (pressed > 0))
     y = torch.where(touches, pressed, 0.0)

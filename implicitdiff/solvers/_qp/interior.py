@@ -77,8 +77,8 @@ def _select(lanes: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 def _first_iterate(problem: _InteriorProblem) -> _Iterate:
-    """Return Mehrotra's starting point: the minimum of the squared violation of all bounds as equalities, then positive
-    slacks and multipliers."""
+    """Return Mehrotra's starting point: the minimum of the objective plus the squared violation of all bounds as
+    equalities, with slacks and multipliers shifted to positive values."""
     of, bounds = problem.of, problem.bounds
     bounded = (of.above | of.below).to(of.c.dtype)
     lower, _ = factor(of, bounded, 1e-6, plain=False)
