@@ -27,14 +27,14 @@ class LbfgsMemory(NamedTuple):
     Attributes:
         value: ``f(x)``.
         grad: ``grad f(x)``, as one vector of length ``n``.
-        magnitude: the largest ``|f|`` so far, by which it is judged how precise its values are.
-        scale: the inverse Hessian is ``scale I`` before the corrections.
-        steps: the last changes ``s`` of ``x``, ``(history, n)``, the latest last; zero where there is none yet.
-        changes: the changes ``y`` of the gradient that belong to them.
-        products: ``s_i'y_j`` in row ``j`` and column ``i <= j``, else zero; ``(history, history)``, on the diagonal 1
-            where there is no step.
-        ahead: the direction that is tried next in the place of ``-H grad f(x)``; zero: none.
-        mark: ``f`` and ``|grad f|`` where the last line search failed, ``(2,)``; infinite if none has.
+        magnitude: the largest ``|f|`` so far, a measure of the rounding of its values.
+        scale: the initial inverse Hessian is ``scale I``.
+        steps: the last changes ``s`` of ``x``, ``(history, n)``, the latest last; zero rows before the history is full.
+        changes: the corresponding changes ``y`` of the gradient.
+        products: ``s_i'y_j`` in row ``j`` and column ``i <= j``, else zero; ``(history, history)``, 1 on the diagonal
+            for absent steps.
+        ahead: the direction of the next step instead of ``-H grad f(x)``; zero for none.
+        mark: ``f`` and ``|grad f|`` at the last failed line search, ``(2,)``; infinite before the first failure.
     """
 
     value: Tensor
@@ -51,15 +51,15 @@ class LbfgsMemory(NamedTuple):
 def lbfgs(objective_fn: Callable[..., Any], history: int = 10, **options: Any) -> Solver:
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by limited-memory BFGS.
 
-    It goes along ``-H grad f(x)`` to a point that satisfies the strong Wolfe conditions. ``H`` is what the BFGS
-    updates by the last steps ``s`` and changes ``y`` of the gradient make of ``(s'y / y'y) I``. An iteration takes
-    about one evaluation of ``f`` and its gradient, and ``O(history n)`` more. Pairs with ``s'y <= eps |s| |y|`` are
-    skipped. A lane whose line search fails restarts from the gradient, and fails if it was there already or has got
-    nowhere since the last restart.
+    Steps along ``-H grad f(x)`` to a point that satisfies the strong Wolfe conditions. ``H`` is ``(s'y / y'y) I`` with
+    the BFGS updates by the last steps ``s`` and changes ``y`` of the gradient. An iteration costs about one evaluation
+    of ``f`` and its gradient, and ``O(history n)`` more. Pairs with ``s'y <= eps |s| |y|`` are skipped. A lane whose
+    line search fails restarts from steepest descent; a lane fails that has just restarted, or has made no progress
+    since the last restart.
 
     Args:
-        objective_fn: ``f(x, *args)``, a real number; `x` is a pytree.
-        history: how many steps to remember, at least 1.
+        objective_fn: ``f(x, *args)``, a real number; ``x`` is a pytree.
+        history: the number of steps to remember, at least 1.
         options: see `implicitdiff.solvers`.
 
     Raises:
@@ -117,15 +117,20 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[LbfgsMemory]) -> tupl
 
 
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: LbfgsMemory) -> NewtonStep:
+    """Return a Newton-type step preconditioned by ``H``; the next iteration tries the step."""
     step = objective_newton_step(problem, x, memory, lambda v: -_lbfgs_direction(memory, v), few_products(problem, x))
     return step._replace(memory=memory._replace(ahead=step.d))
 
 
 def _lbfgs_direction(memory: LbfgsMemory, grad: Tensor) -> Tensor:
-    """``-H g``. The loops of the two-loop recursion are back and forward substitution."""
+    """Return ``-H g`` (algorithm 7.4); both loops of the two-loop recursion are substitutions with the triangle of the
+    products ``s_i'y_j``."""
     s, y, triangle, grad = memory.steps, memory.changes, memory.products, grad[:, None]
+    # First loop, ``a_i = (s_i'q) / (s_i'y_i)``, ``q = g - sum_(j > i) a_j y_j``: back substitution.
     a = torch.linalg.solve_triangular(triangle.mT, s @ grad.mT, upper=True)
     middle = memory.scale[:, None, None] * (a.mT @ y - grad)
+    # Second loop, ``r <- r + s_i (a_i - y_i'r / s_i'y_i)``: forward substitution with the same triangle. Signs are
+    # those of ``-H g``.
     b = triangle.diagonal(dim1=-2, dim2=-1)[..., None] * a + y @ middle.mT
     b = torch.linalg.solve_triangular(triangle, b, upper=False)
     direction: Tensor = middle - b.mT @ s
@@ -133,7 +138,7 @@ def _lbfgs_direction(memory: LbfgsMemory, grad: Tensor) -> Tensor:
 
 
 def _append_pair(memory: LbfgsMemory, s: Tensor, y: Tensor, eps: float) -> LbfgsMemory:
-    """The memory with one pair more, zero where its curvature is not positive."""
+    """Append a pair to the history; zeros if its curvature is not positive."""
     sy, yy = row_dot(s, y), row_dot(y, y)
     good = (sy > eps * row_norm(s) * row_norm(y)) & (yy > 0)
     s, y = (torch.where(good[:, None], t, 0.0)[:, None] for t in (s, y))
@@ -148,8 +153,8 @@ def _append_pair(memory: LbfgsMemory, s: Tensor, y: Tensor, eps: float) -> Lbfgs
 
 
 def _restart_lanes(failed: Tensor, state: State[LbfgsMemory], eps: float) -> State[LbfgsMemory]:
-    """The state whose failed lanes restart from the gradient; a lane fails that was there already, or in which since
-    the last restart neither the value has fallen nor the gradient has halved."""
+    """Restart failed lanes from steepest descent. A lane fails that has just restarted, or whose value has not
+    decreased and gradient has not halved since the last restart."""
     memory = state.memory
     fresh = (memory.steps == 0).all(dim=2).all(dim=1)
     here = torch.stack([memory.value.detach(), row_norm(memory.grad)], dim=-1)

@@ -1,4 +1,4 @@
-"""Limited-memory BFGS in a box."""
+"""Limited-memory BFGS with bounds."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class LbfgsBMemory(NamedTuple):
         residual: ``x - clip(x - grad f(x))``, as one vector of length ``n``.
         value: ``f(x)``.
         grad: ``grad f(x)``.
-        magnitude: the largest ``|f|`` so far, by which it is judged how precise its values are.
-        curvature: the Hessian is ``curvature I`` before the corrections.
-        steps: the last changes ``s`` of ``x``, divided by their lengths, ``(history, n)``, the latest last; zero where
-            there is none yet.
-        changes: the changes ``y`` of the gradient that belong to them, divided by the same.
-        mark: ``f`` and the error where the last line search failed, ``(2,)``; infinite if none has.
+        magnitude: the largest ``|f|`` so far, a measure of the rounding of its values.
+        curvature: the initial Hessian is ``curvature I``.
+        steps: the last changes ``s`` of ``x``, divided by their lengths, ``(history, n)``, the latest last; zero rows
+            before the history is full.
+        changes: the corresponding changes ``y`` of the gradient, divided by the lengths of the steps.
+        mark: ``f`` and the error at the last failed line search, ``(2,)``; infinite before the first failure.
     """
 
     residual: Tensor
@@ -60,32 +60,33 @@ class LbfgsBMemory(NamedTuple):
 def lbfgs_b(objective_fn: Callable[..., Any], bounds: Any, history: int = 10, **options: Any) -> Solver:
     r"""Make a solver of ``min f(x, *args)`` subject to ``lower <= x <= upper``, ``f`` smooth, by L-BFGS-B.
 
-    An iteration minimises the quadratic model ``g'd + d'B d / 2`` twice: along the path ``clip(x - t g)`` up to its
-    first local minimum, the Cauchy point, and then over the unknowns that are not at a bound there. It clips the
-    minimum, and searches the line to it, no further than to the box, for the strong Wolfe conditions. ``B`` is what the
-    BFGS updates by the last steps make of ``(y'y / s'y) I``. An iteration takes about one evaluation of ``f`` and its
-    gradient, and ``O(history n)`` more, with one sort of the ``n`` unknowns. Pairs with ``s'y <= eps |s| |y|`` are
-    skipped. A lane whose line search fails restarts from the gradient, and fails if it was there already or has got
-    nowhere since the last restart.
+    An iteration minimises the quadratic model ``g'd + d'B d / 2`` twice: along the path ``clip(x - t g)`` up to the
+    first local minimum, the Cauchy point, and then over the unknowns inside of their bounds at the Cauchy point. A line
+    search for the strong Wolfe conditions follows, towards the clipped minimum and within the box. ``B`` is ``(y'y /
+    s'y) I`` with the BFGS updates by the last steps. An iteration costs about one evaluation of ``f`` and its gradient,
+    and ``O(history n)`` more, with one sort of the ``n`` unknowns. Pairs with ``s'y <= eps |s| |y|`` are skipped. A
+    lane whose line search fails restarts from steepest descent; a lane fails that has just restarted, or has made no
+    progress since the last restart.
 
-    ``f`` is evaluated in the box alone, but for differences that measure the size and the rounding of the error; the
-    initial guess is moved into it.
+    ``f`` is evaluated in the box only, except for differences that measure the size and the rounding of the error. The
+    initial guess is moved into the box.
 
     The solution has the derivative of the condition ``x = clip(x - grad f, lower, upper)``. An unknown at a bound with
-    a gradient that is not zero moves with the bound and with nothing else, and the other unknowns follow. Where both
-    are so, an unknown at a bound with a zero gradient, the solution has one derivative for each side; this is the one
-    of the side where the unknown stays at its bound. Rounding of the gradient may choose the other one.
+    a nonzero gradient moves with the bound only, and the other unknowns follow. An unknown at a bound with a zero
+    gradient has two one-sided derivatives. The result is the derivative of the side that keeps the unknown at the
+    bound, but rounding of the gradient may select the other side.
 
     Args:
-        objective_fn: ``f(x, *args)``, a real number; `x` is a pytree.
+        objective_fn: ``f(x, *args)``, a real number; ``x`` is a pytree.
         bounds: a pair ``(lower, upper)``, each a number, a tensor that broadcasts to every leaf of ``x``, a tree of
             these like ``x``, or None. They are differentiated and batched like what ``objective_fn`` captures. An
             unknown with two equal bounds is fixed.
-        history: how many steps to remember, at least 1.
+        history: the number of steps to remember, at least 1.
         options: see `implicitdiff.solvers`.
 
     Raises:
-        ValueError: ``history`` is less than 1, or ``bounds`` is no pair. Later: a lower bound exceeds the upper one.
+        ValueError: ``history`` is less than 1, or ``bounds`` is not a pair. When solving: a lower bound
+            exceeds the upper bound.
 
     Reference:
         Byrd, Lu, Nocedal and Zhu, "A limited memory algorithm for bound constrained optimization", SIAM J. Sci. Comput.
@@ -120,7 +121,7 @@ def lbfgs_b(objective_fn: Callable[..., Any], bounds: Any, history: int = 10, **
 def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
     limits = limits_on(problem)
     value, grad = problem.fn.value_and_grad(limits.clip(x))
-    # Of the guess itself, which is no solution outside of the box.
+    # The residual of the guess itself: a guess outside of the box is no solution.
     residual = limits.residual(x, grad)
     none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
     memory = LbfgsBMemory(
@@ -133,7 +134,7 @@ def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
         changes=none,
         mark=torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2),
     )
-    # The gradient of a value that is not a number may be finite.
+    # The gradient of an infinite value may be finite: report such a guess as not finite.
     return Start(torch.where(torch.isfinite(value), row_norm(residual), torch.nan), memory)
 
 
@@ -142,8 +143,8 @@ def _size(problem: BatchedProblem, x: Tensor, memory: LbfgsBMemory) -> Tensor:
 
 
 def _first_curvature(limits: Limits, x: Tensor, grad: Tensor, eps: float) -> Tensor:
-    """As in the code of the paper's authors: 1 in a box, else so that the first step is no longer than 1. But no step
-    is so short that it would be lost in the rounding of ``x``."""
+    """Return 1 in a box, else ``max(1, |g|)``, so that the first step is no longer than 1, as in the code of the
+    paper's authors. A step that would vanish in the rounding of ``x`` is lengthened."""
     is_box = (torch.isfinite(limits.lower) & torch.isfinite(limits.upper)).all(dim=-1)
     pull = limits.free_gradient(x, grad)
     usual = torch.where(is_box, 1.0, 1 / unit_step(pull))
@@ -165,7 +166,7 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[LbfgsBMemory]) -> tup
 
 
 def _segment(limits: Limits, x: Tensor, direction: Tensor) -> Segment:
-    """The part of the line that lies in the box. It ends at the first bound exactly, not by rounding beside it."""
+    """Return the part of the line inside of the box; the line ends exactly at the first bound."""
     bound, known = limits.ahead(direction)
     reach = torch.where(known, torch.where(known, bound - x, 1.0) / torch.where(known, direction, 1.0), torch.inf)
 
@@ -180,16 +181,17 @@ def _segment(limits: Limits, x: Tensor, direction: Tensor) -> Segment:
 
 
 class _Model(NamedTuple):
-    """``B = curvature I - W M W'``, Byrd, Nocedal and Schnabel's compact form, Math. Program. 63 (1994), theorem 2.3.
+    """The model ``B = curvature I - W M W'``: compact form of Byrd, Nocedal and Schnabel, Math. Program. 63 (1994),
+    theorem 2.3.
 
-    The columns of ``W`` are those of ``Y D^(-1/2)`` and ``curvature^(1/2) S``, so that ``M^-1`` has entries of size 1
-    whatever the units; ``D`` has the products ``s'y`` on its diagonal.
+    The columns of ``W`` are the columns of ``Y D^(-1/2)`` and ``curvature^(1/2) S``, so that ``M^-1`` has entries of
+    size 1 in any units; ``D`` has the products ``s'y`` on its diagonal.
 
     Attributes:
         curvature: ``(lanes, 1)``.
         W: ``(lanes, n, 2 history)``.
         inverse: ``M^-1``.
-        M: its inverse.
+        M: the matrix ``M``.
     """
 
     curvature: Tensor
@@ -199,11 +201,12 @@ class _Model(NamedTuple):
 
 
 def _model(memory: LbfgsBMemory) -> _Model:
+    """Return the model of a memory."""
     s, y, curvature = memory.steps, memory.changes, memory.curvature[:, None, None]
     products = s @ y.mT
     D = products.diagonal(dim1=-2, dim2=-1)
     absent = D == 0
-    # B does not depend on how the columns are scaled, so the scales need no derivative.
+    # ``B`` does not depend on the scales of the columns, so the scales need no derivative.
     a, b = torch.where(absent, 1.0, D.detach()).sqrt(), curvature.detach().sqrt()
     lower = products.tril(-1) / (a[:, None] * b)
     above = torch.cat([torch.diag_embed(torch.where(absent, -1.0, -D / a**2)), lower.mT], dim=-1)
@@ -214,7 +217,7 @@ def _model(memory: LbfgsBMemory) -> _Model:
 
 
 def _model_minimum(memory: LbfgsBMemory, limits: Limits, x: Tensor, eps: float) -> Tensor:
-    """The minimum of the model over the unknowns that are free at the Cauchy point, in the box."""
+    """Return the minimum of the model over the unknowns that are free at the Cauchy point, clipped to the box."""
     model, grad = _model(memory), memory.grad
     cauchy, free = _cauchy_point(model, limits, x, grad, eps)
     step = _subspace_step(model, cauchy - x, grad, free)
@@ -223,16 +226,18 @@ def _model_minimum(memory: LbfgsBMemory, limits: Limits, x: Tensor, eps: float) 
     uphill = ~(row_dot(target - x, grad) < 0)
     if not any_lane(uphill):
         return target
-    # The model falls on the way to its minimum, but not on every way to the clipped one.
+    # The model decreases towards its minimum, but possibly not towards the clipped minimum: stop at the first bound
+    # instead.
     part = _segment(limits, cauchy, step)
     return select(uphill, part.at(torch.where(part.largest < 1, part.largest, 1.0)), target)
 
 
 def _cauchy_point(model: _Model, limits: Limits, x: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The first local minimum of the model along ``clip(x - t g)``, and the unknowns that are at no bound there.
+    """Return the first local minimum of the model along ``clip(x - t g)``, and the flags of unknowns inside of their
+    bounds there.
 
-    Between two of the times at which unknowns reach their bounds the path is straight. Piece ``j`` begins at the time
-    ``t_j`` with the displacement ``z_j`` and has the direction ``d_j``. With ``p_j = W'd_j`` and ``c_j = W'z_j``::
+    The path is straight between two consecutive times at which unknowns reach their bounds. Piece ``j`` begins at the
+    time ``t_j`` with the displacement ``z_j`` and has the direction ``d_j``. With ``p_j = W'd_j`` and ``c_j = W'z_j``::
 
         m' = - d_j'd_j + curvature t_j d_j'd_j - p_j'M c_j,    m'' = curvature d_j'd_j - p_j'M p_j
 
@@ -254,8 +259,10 @@ def _cauchy_point(model: _Model, limits: Limits, x: Tensor, grad: Tensor, eps: f
     bent = model.curvature * square
     slope = _with_zero_in_front(finite) * bent - square - (Mp * c).sum(dim=-1)
     second = bent - (Mp * p).sum(dim=-1)
+    # The model is convex: a second derivative of rounding size counts as rounding of 0.
     second = torch.where(second > eps * bent, second, eps * bent)
     ahead = torch.where(slope < 0, safe_divide(-slope, second), 0.0)
+    # The minimum lies in the first piece that does not decrease to its end.
     passed = ~((slope >= 0) | (begin + ahead <= end))
     piece = passed.to(torch.int64).cumprod(dim=-1).sum(dim=-1, keepdim=True)
     piece = piece.clamp(max=x.shape[-1])
@@ -267,17 +274,19 @@ def _cauchy_point(model: _Model, limits: Limits, x: Tensor, grad: Tensor, eps: f
 
 
 def _with_zero_in_front(t: Tensor) -> Tensor:
+    """Prepend a zero along dimension 1."""
     return torch.cat([torch.zeros_like(t[:, :1]), t], dim=1)
 
 
 def _sums_from_here(t: Tensor) -> Tensor:
-    """Over the entries from each one on, and 0 at the end; not as differences, which would cancel."""
+    """Return the sums over all entries from each entry on, and 0 at the end; differences of total sums would cancel."""
     return _with_zero_in_front(t.flip(1).cumsum(dim=1)).flip(1)
 
 
 def _subspace_step(model: _Model, z: Tensor, grad: Tensor, free: Tensor) -> Tensor:
-    """From the Cauchy point ``x + z`` to the minimum of the model over the free unknowns: ``- B_FF^-1 r`` for the
-    gradient ``r`` of the model there, by the formula of Sherman, Morrison and Woodbury."""
+    """Return the step from the Cauchy point ``x + z`` to the minimum of the model over the free unknowns:
+    ``- B_FF^-1 r`` for the gradient ``r`` of the model there, by the formula of Sherman, Morrison and Woodbury (section
+    5.1 of the paper)."""
     W = torch.where(free[..., None], model.W, 0.0)
     r = grad + model.curvature * z - vecmat(vecmat(vecmat(z, model.W), model.M), model.W.mT)
     r = torch.where(free, r, 0.0)
@@ -289,8 +298,8 @@ def _subspace_step(model: _Model, z: Tensor, grad: Tensor, free: Tensor) -> Tens
 
 
 def _append_scaled_pair(memory: LbfgsBMemory, s: Tensor, y: Tensor, eps: float) -> LbfgsBMemory:
-    """The memory with one pair more, if its curvature is positive."""
-    # B does not depend on the length of a pair, so that needs no derivative.
+    """Append a pair to the history if its curvature is positive."""
+    # ``B`` does not depend on the length of a pair, so the length needs no derivative.
     length = row_norm(s)
     s, y = (safe_divide(t, length[:, None].expand_as(t)) for t in (s, y))
     sy, yy = row_dot(s, y), row_dot(y, y)
@@ -306,8 +315,8 @@ def _append_scaled_pair(memory: LbfgsBMemory, s: Tensor, y: Tensor, eps: float) 
 def _restart_in_box(
     failed: Tensor, limits: Limits, x: Tensor, state: State[LbfgsBMemory], eps: float
 ) -> State[LbfgsBMemory]:
-    """The state whose failed lanes restart from the gradient; a lane fails that was there already, or in which since
-    the last restart neither the value has fallen nor the error has halved."""
+    """Restart failed lanes from steepest descent. A lane fails that has just restarted, or whose value has not
+    decreased and error has not halved since the last restart."""
     memory = state.memory
     fresh = (memory.steps == 0).all(dim=2).all(dim=1)
     here = torch.stack([memory.value.detach(), row_norm(memory.residual)], dim=-1)

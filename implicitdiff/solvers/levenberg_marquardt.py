@@ -38,14 +38,16 @@ class LevenbergMarquardtMemory(NamedTuple):
     """The memory of `levenberg_marquardt`.
 
     Attributes:
-        residual: ``r(x)``, as one vector of length ``m``; with a loss, times weights such that ``J'r`` is the gradient
-            of the cost.
-        jacobian: ``J = dr/dx``, ``(m, n)``; with a loss, times weights such that ``J'J`` is the model of its Hessian.
-        losses: the terms of the cost, ``r^2 / 2`` or what a loss makes of it, ``(m,)``.
-        scale: ``D^2``, the largest squared norms that the columns of ``J`` have had, with weights ``rho'``, ``(n,)``.
-        radius: ``Delta``.
-        refusals: the number of steps that were refused since the last other one, though rounding hides their gain.
-        slow: the number of steps since one that halved the gradient, without those that were refused for their gain.
+        residual: ``r(x)``, as one vector of length ``m``; with a loss, multiplied by weights so that ``J'r`` is the
+            gradient of the cost.
+        jacobian: ``J = dr/dx``, ``(m, n)``; with a loss, multiplied by weights so that ``J'J`` is the model of the
+            Hessian.
+        losses: the terms of the cost, ``(m,)``; ``r^2 / 2`` without a loss.
+        scale: ``D^2``, the largest squared norms of the columns of ``J`` so far, with weights ``rho'``, ``(n,)``.
+        radius: ``Delta``, the radius of the trust region.
+        refusals: the number of steps, with gains hidden by rounding, that were refused since the last accepted step.
+        slow: the number of steps since the last step that halved the gradient, not counting steps refused for their
+            gain.
     """
 
     residual: Tensor
@@ -65,64 +67,63 @@ def levenberg_marquardt(
     loss_scale: float | Tensor = 1.0,
     **options: Any,
 ) -> Solver:
-    r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by Gauss-Newton steps within a trust region, in a box and with a
-    robust loss if need be.
+    r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by Gauss-Newton steps within a trust region, optionally in a box
+    and with a robust loss.
 
     Each iteration solves::
 
         min |r + J d|  subject to  |D d| <= Delta,    J = dr/dx,
 
-    of which the solution is that of ``(J'J + lambda D^2) d = - J' r`` for some ``lambda >= 0``, 0 where the
-    Gauss-Newton step is short enough. It goes to ``x + d`` if that gains at least 1e-4 of what the linear model
-    foretold. ``Delta`` grows and shrinks with the agreement of the two. ``D`` are the norms of the columns of ``J``,
-    the largest so far, so the units of the unknowns do not matter. ``r`` may have any length, also less than ``x`` has,
-    and ``J`` any rank; the derivative of the solution needs a strict minimum.
+    equivalent to ``(J'J + lambda D^2) d = - J' r`` for a ``lambda >= 0``, with ``lambda = 0`` if the Gauss-Newton step
+    lies in the region. The step is accepted if the cost decreases by at least 1e-4 of the model's prediction, and
+    ``Delta`` grows and shrinks with the ratio of the two. ``D`` holds the largest norms of the columns of ``J`` so far,
+    so the units of the unknowns do not matter. ``r`` may have any length, even shorter than ``x``, and ``J`` any rank;
+    the derivative of the solution needs a strict minimum.
 
-    Where the residual is large at the solution, ``J'J`` is not the Hessian of the cost, and such steps gain little. So
-    where four of them have not halved the gradient, or rounding hides what one gains, the next is Newton's, cut to the
-    region, if the Hessian is positive definite: ``n`` products with it, by second derivatives of ``r`` if it has any.
+    If the residual is large at the solution, ``J'J`` is far from the Hessian of the cost, and Gauss-Newton steps gain
+    little. So if four steps have not halved the gradient, or rounding hides the gain of a step, the next step is a
+    Newton step, cut to the region, provided that the Hessian is positive definite. A Newton step costs ``n`` products
+    with the Hessian, by second derivatives of ``r``; without second derivatives all steps are Gauss-Newton steps.
 
     The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included.
 
     Bounds
-        Unknowns at a bound that the gradient holds there stay. The step is solved for the others; those that it would
-        take out of the box are put on their bounds, and it is solved again for what is left. Gain and foretold gain
-        are those of the step that is made. The condition is ``x = clip(x - J' r, lower, upper)``: an unknown at a bound
-        with a gradient that is not zero moves with the bound and with nothing else. Where that gradient is zero, the
-        derivative is that of the side where the unknown stays at its bound; rounding may choose the other one. ``r`` is
-        evaluated in the box alone, but for differences that measure the rounding of the error; the initial guess is
-        moved into it.
+        Unknowns stay at a bound against which the negative gradient presses. The step is solved for the other unknowns;
+        unknowns that would leave the box are moved to their bounds, and the step is solved again for the rest. Gain and
+        predicted gain refer to the final step. The condition is ``x = clip(x - J' r, lower, upper)``: an unknown at a
+        bound with a nonzero gradient moves with the bound only. With a zero gradient the derivative is that of the side
+        that keeps the unknown at the bound, but rounding may select the other side. ``r`` is evaluated in the box only,
+        except for differences that measure the rounding of the error. The initial guess is moved into the box.
 
     Losses
-        With ``z_i = (r_i / loss_scale)^2`` the cost is ``loss_scale^2 sum_i rho(z_i) / 2``, and the condition, of which
-        the derivative is that of the solution, ``J' (rho'(z) r) = 0``. ``rho`` is as in SciPy's `least_squares`::
+        With ``z_i = (r_i / loss_scale)^2`` the cost is ``loss_scale^2 sum_i rho(z_i) / 2``, and the condition, also for
+        the derivative of the solution, is ``J' (rho'(z) r) = 0``. ``rho`` is as in SciPy's `least_squares`::
 
             linear    z                                     huber    z,  2 sqrt(z) - 1 beyond 1
             soft_l1   2 (sqrt(1 + z) - 1)                   cauchy   log(1 + z)
             arctan    arctan(z)                             tukey    (1 - (1 - z)^3) / 3,  1 / 3 beyond 1
 
-        The model of the Hessian is ``J' diag(rho' + 2 z rho'') J`` (Triggs), where the weight is no less than a
-        hundredth of ``rho'``, which keeps it positive; the true cost accepts the steps. The last three losses are not
-        convex: there may be several minima, and a guess should have most of its residuals within the scale. Where
-        ``rho'`` is 0 in all residuals, as Tukey's is where all are beyond the scale, the cost is flat, every point is
-        stationary, and nothing says where to go: a search that begins there has the status ``DIVERGED``. Where fewer
-        residuals than unknowns are within Tukey's scale, the minimum is not strict: the search may converge to one of
-        many points, and the linear solve of its derivative raises.
+        The model of the Hessian is ``J' diag(rho' + 2 z rho'') J`` (Triggs) with weights of at least ``rho' / 100``,
+        hence positive; the true cost decides on the steps. The last three losses are not convex: several minima are
+        possible, and an initial guess should have most residuals within the scale. If ``rho'`` is 0 in all residuals,
+        as Tukey's is beyond the scale, the cost is flat and every point stationary: a search that begins at such a
+        point has the status ``DIVERGED``. If fewer residuals than unknowns are within Tukey's scale, the minimum is not
+        strict: the search may converge to one of many points, and the linear solve of the derivative raises.
 
     Args:
         residual_fn: ``r(x, *args)``, a tree of any tensors.
-        radius: the first ``Delta`` in units of ``|D x|``, of ``|r|`` where ``x`` is zero; positive.
+        radius: the first ``Delta`` in units of ``|D x|``, or of ``|r|`` for a zero ``x``; positive.
         bounds: None, or a pair ``(lower, upper)``, each a number, a tensor that broadcasts to every leaf of ``x``, a
             tree of these like ``x``, or None. They are differentiated and batched like what ``residual_fn`` captures.
         loss: a name, or a function ``rho(z)``, entry by entry and twice differentiable, with ``rho(0) = 0`` and
-            ``rho'(0) = 1``; what it captures is differentiated and batched too.
-        loss_scale: the size of a residual above which it counts as an outlier (SciPy's ``f_scale``), a positive number
-            or a tensor that broadcasts to every leaf of ``r``. It is differentiated and batched.
+            ``rho'(0) = 1``; captured tensors are differentiated and batched too.
+        loss_scale: the size above which a residual counts as an outlier (SciPy's ``f_scale``), a positive number or a
+            tensor that broadcasts to every leaf of ``r``; differentiated and batched.
         options: see `implicitdiff.solvers`.
 
     Raises:
-        ValueError: ``radius`` or ``loss_scale`` is not positive, ``bounds`` is no pair, or there is no such loss.
-            Later: a lower bound exceeds the upper one; a loss is given complex residuals.
+        ValueError: ``radius`` or ``loss_scale`` is not positive, ``bounds`` is not a pair, or the loss is unknown. When
+            solving: a lower bound exceeds the upper bound; the residuals of a loss are complex.
 
     Reference:
         More, "The Levenberg-Marquardt algorithm: implementation and theory", 1978; for the losses Triggs, McLauchlan,
@@ -181,38 +182,44 @@ def _start(problem: BatchedProblem, x: Tensor, *, radius: float, robust: bool, b
         refusals=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device),
         slow=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device),
     )
-    # Of the guess itself, which is no solution outside of the box.
+    # The error of the guess itself: a guess outside of the box is no solution.
     error = _error_at(problem, x, normal_gradient(jacobian, residual), bounded)
     return Start(error, memory, _flat(measured, error) if robust else None)
 
 
 def _flat(measured: Tensor, error: Tensor) -> Tensor:
-    """`Status.DIVERGED` where no residual pulls, though there are some, else `Status.RUNNING`."""
+    """Return `Status.DIVERGED` in lanes with a zero weight for every residual (and at least one residual), else
+    `Status.RUNNING`."""
     _, first, _ = measured.detach().chunk(3, dim=-1)
     flat = (first == 0).all(dim=-1) & (first.shape[-1] > 0)
     return torch.where(flat & torch.isfinite(error), int(Status.DIVERGED), int(Status.RUNNING))
 
 
 def _error_at(problem: BatchedProblem, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
+    """Return the norm of the condition's residual, from the gradient."""
     return row_norm(limits_on(problem).residual(x, g) if bounded else g)
 
 
 def _size_in_box(problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory) -> Tensor:
-    """What the bounds leave of `normal_size`."""
+    """Return the change of the condition's residual for a change ``J'J x`` of the gradient, the analogue of
+    `normal_size`."""
     limits, J = limits_on(problem), memory.jacobian
     x, g = limits.clip(x), normal_gradient(J, memory.residual)
     return row_norm(limits.residual(x, g - normal_gradient(J, vecmat(x, J.mT))) - limits.residual(x, g))
 
 
 _MIN_WEIGHT = 0.01
-"""The least weight of a residual in the model, relative to that in the gradient."""
+"""Smallest weight of a residual in the model, relative to the weight in the gradient."""
 
 
 def _weighted(r: Tensor, J: Tensor, measured: Tensor, robust: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The residuals and the Jacobian with the weights of the loss, its terms, and the squared norms of the columns."""
+    """Return the residual and the Jacobian with the weights of the loss, the terms of the cost, and the squared norms
+    of the columns for `scale`."""
     if not robust:
         return r, J, 0.5 * r.square(), J.square().sum(dim=1)
     losses, first, second = measured.chunk(3, dim=-1)
+    # The rows of ``J`` get the root of the Hessian's weight ``rho' + 2 z rho''``, and ``r`` the quotient that leaves
+    # ``J'r`` the gradient. Residuals of weight 0 are dropped from both.
     square = torch.where(second > _MIN_WEIGHT * first, second, _MIN_WEIGHT * first)
     ignored = square == 0
     root = torch.where(ignored, 1.0, square).sqrt()
@@ -233,7 +240,7 @@ def _step(
     measured = problem.function("loss")(trial) if robust else problem.fn(trial)
     gain = _gain(losses, measured) if robust else 0.5 * row_dot(r - measured, r + measured)
     known = torch.isfinite(measured).all(dim=-1)
-    # Below the rounding of the cost the gain says nothing; there the gradient judges.
+    # A predicted gain below rounding of the cost is unresolved: the gradient decides.
     unresolved = predicted.abs() <= noise
     accepted, ratio = (gain > _trust_region.MIN_GAIN_RATIO * predicted.clamp(min=0.0)) & known, torch.ones_like(gain)
     if any_lane(known & (accepted | unresolved)):
@@ -251,8 +258,9 @@ def _step(
     next_refusals = torch.where(accepted, 0, refusals + unresolved)
     refused = ~accepted & (~moves | (next_refusals >= _trust_region.MAX_REFUSALS))
     step_length = length(D * d)
-    # The first radius is a guess.
+    # MINPACK: after the first step the radius is at most the length of the step.
     radius = torch.where(state.iter_num == 0, torch.minimum(radius, step_length), radius)
+    # Two rules for the radius: by the gain, or if rounding hides the gain, by the gradient (``calm``).
     by_gain = _trust_region.next_radius(radius, step_length, gain, predicted, row_dot(d, g), known)
     calm = torch.where(accepted & (ratio < 0.5), torch.maximum(radius, 2.0 * step_length), radius)
     next_radius = torch.where(unresolved & known, torch.where(accepted, calm, 0.25 * step_length), by_gain)
@@ -277,13 +285,13 @@ def _step(
 
 
 class _Trial(NamedTuple):
-    """Where a step may lead.
+    """A trial step.
 
     Attributes:
-        x: the point.
-        foretold: what the model gains by it.
-        whole: the step without a region.
-        by_hessian: whether the model has the whole Hessian.
+        x: the end of the step.
+        predicted: the gain predicted by the model.
+        whole: the step without a trust region.
+        by_hessian: True if the model has the full Hessian.
     """
 
     x: Tensor
@@ -295,7 +303,7 @@ class _Trial(NamedTuple):
 def _next_trial(
     problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, noise: Tensor, robust: bool, bounded: bool
 ) -> _Trial:
-    """The trial of Gauss and Newton, or where it is slow or rounding hides its gain, that of Newton."""
+    """Return the Gauss-Newton trial, or the Newton trial in lanes with slow progress or gains hidden by rounding."""
     trial, slow = _gauss_newton_trial(problem, x, memory, bounded), memory.slow
     asked = (slow >= _SLOW_GRADIENT_STEPS) | ((slow > 0) & (trial.predicted.abs() <= noise))
     if not any_lane(asked):
@@ -306,13 +314,14 @@ def _next_trial(
 
 
 def _gauss_newton_trial(problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, bounded: bool) -> _Trial:
+    """Return the end of the Gauss-Newton step within the region."""
     r, J, D, radius = memory.residual, memory.jacobian, scaling_of(memory.scale), memory.radius
     g = normal_gradient(J, r)
     free = torch.where(limits_on(problem).held(x, g)[:, None], 0.0, J) if bounded else J
     d, weights, whole = _step_in_region(free, r, D, radius, problem.eps)
     by_hessian = torch.zeros_like(radius, dtype=torch.bool)
     if not bounded:
-        # (|r|^2 - |r + J d|^2) / 2, in a form that does not cancel.
+        # ``(|r|^2 - |r + J d|^2) / 2`` without cancellation, by ``(J'J + lambda D^2) d = -g``.
         return _Trial(x + d, 0.5 * (row_dot(d, weights * d) - row_dot(d, g)), whole, by_hessian)
     trial = _trial_in_box(limits_on(problem), x, r, J, g, weights)
     d = trial - x
@@ -329,12 +338,12 @@ def _newton_trial(
     noise: Tensor,
     bounded: bool,
 ) -> _Trial:
-    """The trial of Newton's method for the cost in the lanes that are `asked` for it, where the Hessian is positive
-    definite; its step is cut to the radius."""
+    """Return the Newton trial in the `asked` lanes with a positive definite Hessian and an end inside of the box, else
+    the other trial."""
     convex, D, radius = at.convex, scaling_of(memory.scale), memory.radius
     step = at.step(convex)
     size, promised = length(D * step), -0.5 * row_dot(step, at.gradient)
-    # Where rounding hides the gain, the radius says nothing: the gradient judges this step.
+    # If rounding hides the gain, the radius carries no information, so do not cut the step.
     limited = (size > radius) & (promised > noise)
     part = torch.where(limited, radius / torch.where(limited, size, 1.0), 1.0)
     ahead, predicted = x + part[:, None] * step, promised * part * (2.0 - part)
@@ -356,8 +365,7 @@ def _with_distance(
     robust: bool,
     bounded: bool,
 ) -> Progress:
-    """The progress where the search may end: the step that tells how far x is from the solution is that at x, without a
-    region."""
+    """Record the distance from the solution, the length of the step without a region, in lanes that may end."""
     looks = (ends | arrived) & ~ahead.by_hessian
     if any_lane(looks):
         step = _distance(problem, x, memory, progress, ends, bounded)
@@ -377,15 +385,15 @@ def _distance(
     ends: Tensor,
     bounded: bool,
 ) -> Tensor:
-    """How far x is from the solution: the length of the step without damping, as `Progress.stepped` has it.
+    """Return the length of the step without damping, in the measure of `Progress.stepped`.
 
-    It is 0 if that step promises next to no gain, as where a Jacobian without full rank makes it long; and at least 1
-    if steps are refused although it promises one, and the value is more than rounding.
+    The length is 0 if the step predicts a negligible gain, as long steps along the null space of a Jacobian do. The
+    length is at least 1 if steps are refused despite a predicted gain and the value exceeds its rounding.
     """
     x, r, J, losses = (t.detach() for t in (x, memory.residual, memory.jacobian, memory.losses))
     if bounded:
         J = torch.where(limits_on(problem).held(x, normal_gradient(J, r))[:, None], 0.0, J)
-    # Singular values that rounding makes of zero promise no more than a square root of eps.
+    # Singular values that are rounding of 0 predict a gain of at most ``sqrt(eps)`` of the cost.
     d = damped(J, r, _least_weights(J, memory.scale.detach(), problem.eps))
     step = progress.stepped(d, x, units_of(J)).step
     value, promised = losses.sum(dim=-1), -0.5 * row_dot(d, normal_gradient(J, r))
@@ -402,7 +410,7 @@ def _whole_distance(
     robust: bool,
     bounded: bool,
 ) -> Tensor:
-    """The same with the whole Hessian; 0 if that step promises next to no gain."""
+    """Return the length of the Newton step with the full Hessian; 0 if the step predicts a negligible gain."""
     step = _newton_step(problem, x, memory, robust=robust, bounded=bounded)
     return torch.where(step.counts, progress.stepped(step.d, step.x, step.units).step, 0.0)
 
@@ -417,30 +425,34 @@ def _newton_step(
 
 
 def _curvature(problem: BatchedProblem, x: Tensor, g: Tensor, robust: bool, bounded: bool) -> Curvature:
+    """Return the cost to second order in the unknowns that no bound holds."""
     cost = problem.function("loss").summed(_losses_of) if robust else problem.fn.summed(half_squares)
     return curvature(x, cost, ~limits_on(problem).held(x, g) if bounded else None)
 
 
 def _gain(losses: Tensor, measured: Tensor) -> Tensor:
-    """How much the cost falls; term by term, as the many that do not change would drown the others."""
+    """Return the decrease of the cost, summed term by term: a difference of two sums would lose a small change in the
+    many constant terms."""
     return (losses - _losses_of(measured)).sum(dim=-1)
 
 
 def _losses_of(measured: Tensor) -> Tensor:
+    """Return the terms of the cost from the values of the function "loss"."""
     return measured.chunk(3, dim=-1)[0]
 
 
 def _free_gradient(problem: BatchedProblem, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
-    """The gradient with zeros where a bound holds against it."""
+    """Return the gradient, with 0 for unknowns held at a bound."""
     return limits_on(problem).free_gradient(x, g) if bounded else g
 
 
 def _trial_in_box(limits: Limits, x: Tensor, r: Tensor, J: Tensor, g: Tensor, weights: Tensor) -> Tensor:
-    """Where the damped step leads. An unknown that it would take out of the box is put on its bound, and the step of
-    the others is solved anew."""
+    """Return the end of the damped step in a box. Unknowns that would leave the box are moved to their bounds, and the
+    step of the others is solved again."""
     held = limits.held(x, g)
     trial = x
     for _ in range(min(x.shape[-1], _MAX_ROUNDS_IN_BOX)):
+        # The unknowns at their bounds contribute ``J (trial - x)`` to the residual of the others.
         there = vecmat(torch.where(held, trial - x, 0.0), J.mT)
         step = damped(torch.where(held[:, None], 0.0, J), r + there, weights)
         aim = torch.where(held, trial, x + step)
@@ -453,18 +465,19 @@ def _trial_in_box(limits: Limits, x: Tensor, r: Tensor, J: Tensor, g: Tensor, we
 
 
 _SLOW_GRADIENT_STEPS = 4
-"""After how many steps that have not halved the gradient the whole Hessian makes the next."""
+"""Number of steps without a halved gradient before a step with the full Hessian."""
 
 _MAX_ROUNDS_IN_BOX = 10
-"""How often a step is solved anew."""
+"""Bound on the number of solutions of a step in a box."""
 
 
 def _step_in_region(J: Tensor, r: Tensor, D: Tensor, radius: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``argmin |r + J d|`` within ``|D d| <= radius``, the weights ``lambda D^2`` of which it is the solution, and the
-    same without the region."""
+    """Return ``argmin |r + J d|`` within ``|D d| <= radius``, the weights ``lambda D^2`` of the equivalent damped
+    problem, and the step without the region."""
     weights = _least_weights(J, D.square(), eps)
     d = whole = damped(J, r, weights)
     size = length(D * whole)
+    # As in MINPACK, a step up to 10 % longer than the radius is taken whole.
     beyond = size > 1.1 * radius
     if any_lane(beyond):
         damping = _trust_region.multiplier(J / D[:, None], r, torch.where(beyond, radius, 0.5 * size))
@@ -474,7 +487,7 @@ def _step_in_region(J: Tensor, r: Tensor, D: Tensor, radius: Tensor, eps: float)
 
 
 def _least_weights(J: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Weights with which a step is unique, whatever the rank of ``J``, and otherwise as without them."""
+    """Return weights that make a step unique for any rank of ``J``, and negligible for a ``J`` of full rank."""
     squares = J.square().sum(dim=1)
     weights: Tensor = eps**1.5 * torch.where(squares > 0, squares, torch.where(scale > 0, scale, 1.0))
     return weights

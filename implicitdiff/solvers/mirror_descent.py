@@ -28,9 +28,9 @@ class MirrorDescentMemory(NamedTuple):
 
     Attributes:
         residual: ``x - projection(mapping(x) - grad f(x))``, as one vector.
-        stepsize: the length of the last step.
+        stepsize: the size of the last step.
         value: ``f(x)``.
-        grad: its gradient, as one vector.
+        grad: ``grad f(x)``, as one vector.
     """
 
     residual: Tensor
@@ -40,12 +40,12 @@ class MirrorDescentMemory(NamedTuple):
 
 
 def entropy(x: Any) -> Any:
-    """The mirror map ``log(x)``, leaf by leaf; numbers below the smallest positive one count as that."""
+    """The mirror map ``log(x)``, leaf by leaf, with entries clamped to the smallest positive number."""
     return pytree.map_tensors(lambda t: torch.log(t.clamp(min=torch.finfo(t.dtype).tiny)), x)
 
 
 def softmax(y: Any) -> Any:
-    """Back from the dual space onto the probability simplex, each leaf as one vector."""
+    """The map from the dual space to the probability simplex, with each leaf as one vector."""
     return pytree.map_tensors(lambda t: torch.softmax(t.flatten(), dim=0).reshape(t.shape), y)
 
 
@@ -59,19 +59,19 @@ def mirror_descent(
     r"""Make a minimiser of a smooth ``f(x, *args)`` over a convex set by
     ``x <- projection(mapping(x) - stepsize grad f(x))``.
 
-    ``mapping`` is the gradient of a strictly convex potential, which takes ``x`` to the dual space, and ``projection``
-    comes back from there to the nearest point of the set in the potential's Bregman divergence. The defaults are those
-    of the probability simplex, each leaf being one: the entropy, whose steps multiply. The solution is the fixed point
-    of the step of size 1, and is differentiated as such. Start inside: an entry that is zero stays zero. The error is
-    that of this step too, in which an entry counts by its size: one that has become small counts little, whatever its
-    gradient.
+    ``mapping``, the gradient of a strictly convex potential, maps ``x`` to the dual space. ``projection`` maps a dual
+    point to the nearest point of the set in the potential's Bregman divergence. The defaults are those of the
+    probability simplex, a simplex for each leaf: the entropy, with multiplicative steps. The solution is the fixed
+    point of the step of size 1, and differentiated as a fixed point. Start with positive entries: a zero entry stays
+    zero. The error is the change by the step of size 1. An entry's contribution is proportional to the entry, so small
+    entries contribute little, whatever their gradients.
 
     Args:
         objective_fn: ``f(x, *args)``, a real number.
         projection: from the dual space to the set, a tree like its argument; default: the softmax of each leaf.
         mapping: from the set to the dual space; default: the logarithm.
-        stepsize: positive; None finds one by backtracking, such that ``f(x') <= f(x) + grad f(x).d + (mapping(x') -
-            mapping(x)).d / (2 stepsize)`` for the step ``d``, and lets it grow again.
+        stepsize: positive; None for backtracking, with growth between iterations, until the step ``d`` satisfies
+            ``f(x + d) <= f(x) + grad f(x).d + (mapping(x + d) - mapping(x)).d / (2 stepsize)``.
         options: see `implicitdiff.solvers`.
 
     Raises:

@@ -24,8 +24,8 @@ class NewtonMemory(NamedTuple):
 
     Attributes:
         residual: ``F(x)``, as one vector.
-        growth: by how much the last steps have made ``|F|`` larger, 1 where one has not; a step counts for at most
-            ``eps^(-1/8)``.
+        growth: factor by which the last consecutive growing steps have increased ``|F|``; 1 after a step without
+            growth. A step counts for at most ``eps^(-1/8)``.
     """
 
     residual: Tensor
@@ -40,21 +40,21 @@ def newton(
 ) -> Solver:
     r"""Make a solver of ``F(x, *args) = 0`` by Newton's method, ``x <- x - J^-1 F(x)`` with ``J = dF/dx``.
 
-    Converges quadratically near a solution where ``J`` is non-singular. Each iteration makes ``J`` from products with
-    unit vectors and factorises it, or solves with products alone if a linear solver is given. Where ``J`` is singular
-    the status is ``DIVERGED``, as where the iterates run off: where ``|F|`` has grown by ``1 / eps`` in 8 or more steps
-    in a row that all made it and ``|x|`` larger.
+    Converges quadratically near a solution with a non-singular ``J``. An iteration factorises ``J``, computed from
+    products with unit vectors; with a linear solver an iteration uses products only. The status is ``DIVERGED`` for a
+    singular ``J``, and for diverging iterates: ``|F|`` has grown by a factor ``1 / eps`` in 8 or more consecutive steps
+    that all increased both ``|F|`` and ``|x|``.
 
     Args:
         residual_fn: ``F(x, *args)``, a tree like ``x``.
-        linear_solve: of `implicitdiff.linear_solve`, e.g. ``solve_gmres(rtol=1e-3)``; its own failures are raised by
-            it. None: LU.
-        backtracking: whether to halve a step until the residual gets smaller, which makes it converge from farther
-            away; where no step does, the status is ``LINE_SEARCH_FAILED``.
+        linear_solve: a solver of `implicitdiff.linear_solve`, e.g. ``solve_gmres(rtol=1e-3)``, that raises for its own
+            failures. None for LU.
+        backtracking: True to halve steps until the residual decreases, for convergence from farther away. Lanes without
+            such a step get the status ``LINE_SEARCH_FAILED``.
         options: see `implicitdiff.solvers`.
 
     Raises:
-        TypeError: ``linear_solve`` is no linear solver of this library.
+        TypeError: ``linear_solve`` is not a linear solver of this library.
 
     Reference:
         Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithms 11.1 and 11.4.

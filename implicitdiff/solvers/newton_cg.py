@@ -27,8 +27,8 @@ class NewtonCgMemory(NamedTuple):
     Attributes:
         value: ``f(x)``.
         grad: ``grad f(x)``, as one vector of length ``n``.
-        magnitude: the largest ``|f|`` so far, by which it is judged how precise its values are.
-        first_error: ``|grad f|`` at the initial guess; infinite where the forcing term is to be zero.
+        magnitude: the largest ``|f|`` so far, a measure of the rounding of its values.
+        first_error: ``|grad f|`` at the initial guess; infinite for a forcing term of zero.
     """
 
     value: Tensor
@@ -40,30 +40,30 @@ class NewtonCgMemory(NamedTuple):
 def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None, **options: Any) -> Solver:
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by Newton's method with conjugate gradients.
 
-    The direction ``d`` is what conjugate gradients make of ``hess f(x) d = -g``, ``g = grad f(x)``, until the residual
-    is at most::
+    Conjugate gradients solve ``hess f(x) d = -g``, ``g = grad f(x)``, for the direction ``d`` until the residual is at
+    most::
 
         min(1/2, sqrt(|g| / |g_0|)) |g|,
 
-    ``g_0`` at the initial guess, or a direction ``p`` of negative curvature turns up, which is then added as if its
-    curvature had the other sign. It goes along ``d`` to a point that satisfies the strong Wolfe conditions, trying the
-    whole step first. Converges superlinearly. Each inner iteration takes one product with the Hessian, which is never
-    formed, at about the cost of two gradients.
+    ``g_0`` at the initial guess, or until a direction of negative curvature appears; its step then uses the absolute
+    value of the curvature. A line search along ``d`` finds a point that satisfies the strong Wolfe conditions, with the
+    whole step as the first trial. Converges superlinearly. An inner iteration costs one product with the Hessian, about
+    two gradients; the Hessian is never formed.
 
-    Near a saddle the iterates go away from it. Where ``g`` is zero, at a saddle too, the status is ``CONVERGED``: the
-    curvature is not looked at there.
+    Iterates near a saddle move away from the saddle. At a zero ``g``, even at a saddle, the status is ``CONVERGED``,
+    without a test of the curvature.
 
     Args:
-        objective_fn: ``f(x, *args)``, a real number; `x` is a pytree.
-        inner_maxiter: how many inner iterations there may be in one step; None means twice the number of unknowns.
+        objective_fn: ``f(x, *args)``, a real number; ``x`` is a pytree.
+        inner_maxiter: bound on the inner iterations of a step; None for twice the number of unknowns.
         options: see `implicitdiff.solvers`.
 
     Raises:
         ValueError: ``inner_maxiter`` is less than 1.
 
     Reference:
-        Nocedal and Wright, "Numerical Optimization", 2006, algorithm 7.1; there the forcing term is ``sqrt(|g|)``,
-        which depends on the units of ``f``.
+        Nocedal and Wright, "Numerical Optimization", 2006, algorithm 7.1, with the forcing term ``sqrt(|g|)``,
+        dependent on the units of ``f``.
 
     Example:
         >>> import torch
@@ -105,7 +105,7 @@ def _step(
 
 
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: NewtonCgMemory) -> NewtonStep:
-    """The step that the forcing term cut short; where it is long, the term is zero from then on."""
+    """Return the step without the forcing term; if the step is long, the forcing term is zero from then on."""
     step = objective_newton_step(problem, x, memory, lambda v: v, min(2 * x.shape[-1], MAX_PRODUCTS))
     return step._replace(memory=memory._replace(first_error=torch.full_like(memory.first_error, torch.inf)))
 
@@ -113,14 +113,14 @@ def _newton_step(problem: BatchedProblem, x: Tensor, memory: NewtonCgMemory) -> 
 def _truncated_newton_direction(
     product: VectorMap, grad: Tensor, target: Tensor, active: Tensor, limit: int, eps: float
 ) -> Tensor:
-    """Conjugate gradients from zero; a lane stops at its target, or where the curvature is not positive. There it goes
-    on along ``p`` as far as a curvature of the other sign would have it, so that steps lead away from a saddle."""
+    """Run conjugate gradients from zero; a lane stops at its target or at a curvature that is not positive. The last
+    step then uses the absolute value of the curvature, so that iterates leave a saddle."""
     d, r, p, rr = torch.zeros_like(grad), grad, -grad, row_dot(grad, grad)
     stiffest = torch.zeros_like(rr)
     for count in range(limit):
         image = product(p)
         curvature = row_dot(p, image)
-        # What rounding makes of a curvature of zero is none.
+        # A curvature of rounding size relative to the stiffest direction counts as zero.
         stiffest = torch.maximum(stiffest, safe_divide(row_norm(image), row_norm(p)))
         none = 4 * eps * stiffest * row_dot(p, p)
         positive = active & (curvature > none)
@@ -139,6 +139,6 @@ def _truncated_newton_direction(
 
 
 def _downhill(p: Tensor, rr: Tensor, curvature: Tensor) -> Tensor:
-    """Along the gradient, as far as a curvature of the other sign would have it."""
+    """Return a step along the negative gradient, with the absolute value of the curvature."""
     step = torch.where(curvature == 0, unit_step(p), safe_divide(rr, curvature.abs()))
     return step[:, None] * p

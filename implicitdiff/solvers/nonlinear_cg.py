@@ -19,7 +19,8 @@ from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.line_search import fields_at, initial_fields, search, unit_step, value_fell
 
-# Without this restart Rosenbrock's function in ten dimensions takes three times as long.
+# Restart bound (5.52) of Nocedal and Wright; without restarts Rosenbrock's function in ten dimensions takes three times
+# as many steps.
 _CONJUGATE = 0.1
 
 Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,9 +33,9 @@ class NonlinearCgMemory(NamedTuple):
     Attributes:
         value: ``f(x)``.
         grad: ``grad f(x)``, as one vector of length ``n``.
-        magnitude: the largest ``|f|`` so far, by which it is judged how precise its values are.
-        direction: where to go from ``x``.
-        first_step: how far to try first, as far as the last step went.
+        magnitude: the largest ``|f|`` so far, a measure of the rounding of its values.
+        direction: the direction of the next step from ``x``.
+        first_step: the first trial of the next line search, equal to the last step.
     """
 
     value: Tensor
@@ -45,7 +46,7 @@ class NonlinearCgMemory(NamedTuple):
 
 
 def polak_ribiere(grad: Tensor, old_grad: Tensor, old_direction: Tensor) -> Tensor:
-    """``max(0, g'(g - g_old) / g_old'g_old)``, PR+; begins again by itself when a step does not turn the gradient."""
+    """``max(0, g'(g - g_old) / g_old'g_old)``, PR+; close to 0 (a restart) after a step with little change of ``g``."""
     return safe_divide(row_dot(grad, grad - old_grad), row_dot(old_grad, old_grad)).clamp(min=0.0)
 
 
@@ -63,27 +64,27 @@ def hestenes_stiefel(grad: Tensor, old_grad: Tensor, old_direction: Tensor) -> T
 def nonlinear_cg(objective_fn: Callable[..., Any], formula: Formula = polak_ribiere, **options: Any) -> Solver:
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by nonlinear conjugate gradients.
 
-    With ``g = grad f(x)`` it goes along::
+    With ``g = grad f(x)`` a step goes along::
 
         d = -g + beta d_old
 
-    to a point that satisfies the strong Wolfe conditions with constants 1e-4 and 0.1, which takes about two
-    evaluations of ``f`` and its gradient. It needs memory for a few vectors only. It begins again with ``-g`` where
-    ``|g'g_old| >= 0.1 g'g``, or ``d`` does not descend, or no step along it is found; a lane that finds none along
-    ``-g`` fails.
+    to a point that satisfies the strong Wolfe conditions with constants 1e-4 and 0.1, at the cost of about two
+    evaluations of ``f`` and its gradient. The memory holds a few vectors. The method restarts with ``-g`` if
+    ``|g'g_old| >= 0.1 g'g``, if ``d`` is not a descent direction, or if the line search fails; a lane whose line search
+    along ``-g`` fails has failed.
 
     Args:
-        objective_fn: ``f(x, *args)``, a real number; `x` is a pytree.
+        objective_fn: ``f(x, *args)``, a real number; ``x`` is a pytree.
         formula: ``formula(grad, old_grad, old_direction) -> beta``, from ``(lanes, n)`` to ``(lanes,)``: one of
-            `polak_ribiere`, `fletcher_reeves`, `hestenes_stiefel`, or one's own.
+            `polak_ribiere`, `fletcher_reeves`, `hestenes_stiefel`, or a user's function.
         options: see `implicitdiff.solvers`.
 
     Raises:
-        TypeError: ``formula`` is no function.
+        TypeError: ``formula`` is not a function.
 
     Reference:
-        Nocedal and Wright, "Numerical Optimization", 2006, section 5.2, with the restarts of (5.52), which are due to
-        Powell, "Restart procedures for the conjugate gradient method", Math. Program. 12 (1977).
+        Nocedal and Wright, "Numerical Optimization", 2006, section 5.2, with the restarts of (5.52), due to Powell,
+        "Restart procedures for the conjugate gradient method", Math. Program. 12 (1977).
 
     Example:
         >>> import torch
@@ -112,6 +113,7 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start:
 
 
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: NonlinearCgMemory) -> NewtonStep:
+    """Return a Newton-type step; the next iteration tries the step."""
     step = objective_newton_step(problem, x, memory, lambda v: v, few_products(problem, x))
     return step._replace(memory=memory._replace(direction=step.d, first_step=torch.ones_like(memory.first_step)))
 

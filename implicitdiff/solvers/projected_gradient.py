@@ -22,14 +22,13 @@ def projected_gradient(
 ) -> Solver:
     r"""Make a minimiser of a smooth ``f(x, *args)`` over a convex set by ``x <- projection(y - stepsize grad f(y))``.
 
-    `proximal_gradient` with the projection in the place of the proximal operator. Every iterate lies in the set,
-    except an initial guess that does not. The solution is the fixed point of the step of size 1, and is differentiated
-    as such.
+    The iteration of `proximal_gradient` with the projection as the proximal operator. Every iterate after the initial
+    guess lies in the set. The solution is the fixed point of the step of size 1, and differentiated as a fixed point.
 
     Args:
         objective_fn: ``f(x, *args)``, a real number.
         projection: ``projection(v)``, the nearest point of the set, a tree like ``v``; e.g. one of
-            `implicitdiff.projections`. What it captures, such as a radius, is differentiated as well.
+            `implicitdiff.projections`. Captured tensors, such as a radius, are differentiated too.
         stepsize: see `gradient_descent`.
         acceleration: see `gradient_descent`.
         options: see `implicitdiff.solvers`.

@@ -22,14 +22,14 @@ def proximal_gradient(
 ) -> Solver:
     r"""Make a minimiser of ``f(x, *args) + g(x)``, ``f`` smooth, by ``x <- prox(y - stepsize grad f(y), stepsize)``.
 
-    ``prox(v, s)`` is the point that minimises ``s g(x) + |x - v|^2 / 2``. Acceleration, with it FISTA, and the choice
-    of the step size are those of `gradient_descent`. The solution is the fixed point of the step of size 1, and is
-    differentiated as such.
+    ``prox(v, s)`` is the minimiser of ``s g(x) + |x - v|^2 / 2``. Acceleration (FISTA) and the choice of the step size
+    are those of `gradient_descent`. The solution is the fixed point of the step of size 1, and differentiated as a
+    fixed point.
 
     Args:
         objective_fn: ``f(x, *args)``, a real number.
-        prox: ``prox(v, stepsize)``, a tree like ``v``, e.g. one of `implicitdiff.prox`; what it captures, such as the
-            strength of a penalty, is differentiated as well.
+        prox: ``prox(v, stepsize)``, a tree like ``v``, e.g. a function of `implicitdiff.prox`; captured tensors, such
+            as the strength of a penalty, are differentiated too.
         stepsize: see `gradient_descent`.
         acceleration: see `gradient_descent`.
         options: see `implicitdiff.solvers`.

@@ -45,13 +45,13 @@ class QPMemory(NamedTuple):
     Attributes:
         image: ``A x`` and ``G x``, ``(m,)``.
         slope: the gradient of the Lagrangian, ``(n,)``.
-        values: what ADMM has in the place of ``image``, at which the constraints hold.
+        values: ADMM's copy of ``image``, within the bounds.
         rho: the step size of ADMM.
-        factor: what an iteration solves with: a Cholesky factor, or without inequalities the inverse of the matrix of
-            the KKT conditions.
-        review: the number of the next iteration after which the active constraints are guessed, what makes a solution
-            impossible is looked for, and ``rho`` is adapted.
-        record: the least error of those that a guess has led to.
+        factor: the factor for the linear systems of the iteration: a Cholesky factor, or without inequalities the
+            inverse of the KKT matrix.
+        review: the number of the next iteration followed by a review: guesses of the active constraints, tests for
+            certificates, and an update of ``rho``.
+        record: the smallest error of an accepted guess.
     """
 
     image: Tensor
@@ -66,63 +66,61 @@ class QPMemory(NamedTuple):
 def qp(**options: Any) -> Solver:
     r"""Make a solver of convex quadratic programs.
 
-    These are::
+    A program is::
 
         min x'Q x / 2 + c'x    subject to    A x = b,    l <= G x <= h.
 
-    ``solver.run(init, Q, c, A, b, G, h, l)`` returns a `KKTSolution` and the state. What is absent is None, and may be
-    left out at the end; its multipliers are then empty, not None, so that they can leave a vmap. The solution is
-    differentiable in all seven by the KKT conditions::
+    ``solver.run(init, Q, c, A, b, G, h, l)`` returns a `KKTSolution` and the state. Absent arguments are None, and may
+    be omitted at the end. Multipliers of absent constraints are empty tensors, which unlike None can leave a vmap. The
+    solution is differentiable in all seven arguments by the KKT conditions::
 
         Q x + c + A' dual_eq + G' dual_ineq = 0,    A x = b,    clip(G x + dual_ineq, l, h) = G x.
 
-    A row has one multiplier: positive at the upper bound ``h``, negative at the lower bound ``l``, and zero in between.
-    Without ``l`` the last equation is ``min(dual_ineq, h - G x) = 0``. An infinite entry of ``h`` or ``l`` is no bound,
-    and equal entries make the row an equality.
+    A row has a single multiplier: positive at the upper bound ``h``, negative at the lower bound ``l``, zero in
+    between. Without ``l`` the last equation is ``min(dual_ineq, h - G x) = 0``. Infinite entries of ``h`` or ``l`` mean
+    no bound, equal entries an equality.
 
-    Without inequalities these are a linear system, and one factorisation solves it. With them: ADMM, as OSQP has it
-    (over-relaxation, a ``rho`` that adapts). After 10, 20, 40, ... iterations (later if there are more than 100
-    unknowns, and at once if ``init`` has multipliers) the active constraints are guessed, by a step of a proximal
-    method of multipliers from there, or from where an interior-point method arrives, or by a longer search. The
-    equations that hold if these are the ones are solved by iterative refinement, and what that gives is taken where its
-    error is smaller; if the guess is right, it is exact but for rounding.
+    Without inequalities the conditions are a linear system, solved by a single factorisation. With inequalities the
+    method is ADMM as in OSQP, with over-relaxation and an adaptive ``rho``. After 10, 20, 40, ... iterations (later for
+    more than 100 unknowns, at once for an ``init`` with multipliers) the solver guesses the active constraints: by a
+    step of a proximal method of multipliers from the present point, then from the end of an interior-point method, then
+    by a longer search. Iterative refinement solves the equations of the guessed active set, and the result replaces the
+    present point if its error is smaller. For a correct guess the result is exact up to rounding.
 
-    - The units of rows and of unknowns do not matter: a row of ``G``, ``l`` and ``h`` (of ``A`` and ``b``) may be
-      multiplied by any number, and an unknown measured in another unit, without effect on the iterations. Rows and
-      columns are equilibrated, and the errors are those of the scaled program, so ``atol`` is a number without units.
-    - ``Q``, which need not be symmetric, counts as ``(Q + Q') / 2``, also in its derivative. It has to be positive
-      semidefinite on the null space of ``A``. If it is not, then without inequalities the status is ``UNBOUNDED``, and
-      with them, where all of it may be, ``DIVERGED``.
-    - A direction that proves that there is no solution sets ``INFEASIBLE`` or ``UNBOUNDED``, lane by lane. If neither
-      the constraints nor those of the dual can be satisfied, either may be found.
+    - Units of rows and of unknowns do not matter: multiplying a row of ``G``, ``l`` and ``h`` (of ``A`` and ``b``) by a
+      number, or measuring an unknown in another unit, does not affect the iterations. Rows and columns are
+      equilibrated, and errors refer to the scaled program, so ``atol`` has no units.
+    - ``Q`` need not be symmetric; the program and its derivative use ``(Q + Q') / 2``. ``Q`` must be positive
+      semidefinite on the null space of ``A``. Otherwise the status is ``UNBOUNDED`` without inequalities, and
+      ``DIVERGED`` with inequalities.
+    - A certificate, a direction that proves that no solution exists, sets the status ``INFEASIBLE`` or ``UNBOUNDED``,
+      lane by lane. If both the program and its dual are infeasible, either status may result.
     - A linear program has ``Q = 0``.
-    - Linearly dependent active constraints, such as a row given twice, leave the multipliers undetermined. The
-      derivative of the primal is that along changes that keep the dependence, with the multipliers' tangents those of
-      least norm; reverse mode shares it equally among copies of a row. In forward mode a change that makes dependent
-      constraints contradict each other raises `LinearSolveError`, in reverse mode a cotangent of multipliers that are
-      not unique.
-    - Where the minimiser is not unique, the derivative is not either: it raises `LinearSolveError`, or is the one of
-      least norm with ``qp(solve=solve_lstsq())``.
-    - A constraint that touches without pressing (``G x = h`` with a multiplier that is zero but for rounding) has a
-      derivative to each side. In all arguments the one returned is that of the program without this constraint, which
-      holds for changes that make it inactive.
-    - The first error, to which ``rtol`` refers, is that at zero, whatever ``init`` is: of the gradient and of the
-      constraints there the smaller. What is left of either part may be as large as rounding makes it.
-    - Matrices are dense. The factorisations need their entries, so functions in their place are not taken; for
-      ``Q``, ``A`` and ``G`` as products only, differentiate a solver of your own by `make_kkt_optimality_fn` and
-      `implicitdiff.custom_root`.
+    - Linearly dependent active constraints, such as a repeated row, leave the multipliers undetermined. The derivative
+      of the primal refers to changes that keep the dependence, with multipliers' tangents of least norm; reverse mode
+      distributes the derivative equally among copies of a row. `LinearSolveError` is raised in forward mode for a
+      change that makes dependent constraints contradict each other, and in reverse mode for a cotangent of multipliers
+      that are not unique.
+    - The derivative of a minimiser that is not unique raises `LinearSolveError`, or is the derivative of least norm
+      with ``qp(solve=solve_lstsq())``.
+    - A weakly active constraint (``G x = h`` with a multiplier of zero up to rounding) has a derivative for each side.
+      The result, in all arguments, is the derivative of the program without the constraint, valid for changes that make
+      the constraint inactive.
+    - The first error, to which ``rtol`` refers, is the error at zero for any ``init``: the smaller of the errors of the
+      gradient and of the constraints. Each part of the final error may be as large as its rounding.
+    - Matrices are dense, because factorisations need their entries. For ``Q``, ``A`` and ``G`` as functions, write a
+      solver and differentiate by `make_kkt_optimality_fn` and `implicitdiff.custom_root`.
 
-    ``init`` is None for zeros, a tensor like ``c``, or a `KKTSolution`,
-    with None for multipliers that are zero. ``update`` takes and gives a `KKTSolution`. All tensors have one dtype; a
-    batch of problems is vmapped.
+    ``init`` is None for zeros, a tensor like ``c``, or a `KKTSolution` with None for multipliers of zero. ``update``
+    takes and returns a `KKTSolution`. All tensors have the same dtype; vmap solves a batch of programs.
 
     Args:
         options: see `implicitdiff.solvers`. The default of ``solve`` is `solve_auto` with matrices of up to 4000 rows.
 
     Raises (when solving):
-        TypeError: an argument is no real floating-point tensor.
+        TypeError: an argument is not a real floating-point tensor.
         ValueError: shapes, dtypes or devices do not match, or a matrix is given without its right-hand side.
-        ConvergenceError: there is no solution, or none was found, as ``on_failure`` says.
+        ConvergenceError: no solution exists, or the search failed, subject to ``on_failure``.
 
     Raises (when differentiating):
         LinearSolveError: the derivative is not determined.
@@ -166,7 +164,7 @@ def data(
     h: Tensor | None = None,
     l: Tensor | None = None,  # noqa: E741
 ) -> _Data:
-    """In the place of the user's function: all that makes a program, symmetric and with everything in it."""
+    """Return the complete data of a program, with a symmetric ``Q``; stands in for a user's function."""
     no_rows, nothing = c.new_zeros((0, *c.shape)), c.new_zeros((0,))
     A, G = (no_rows if t is None else t for t in (A, G))
     b, h, lower = (nothing if t is None else t for t in (b, h, l))
@@ -183,7 +181,7 @@ def _filled_guess(
     h: Any = None,
     l: Any = None,  # noqa: E741
 ) -> KKTSolution:
-    """The initial guess with everything in it, as far as the shapes allow."""
+    """Return the initial guess with all parts, of zeros if absent."""
     _check_data({"Q": Q, "c": c, "A": A, "b": b, "G": G, "h": h, "l": l})
     like = KKTSolution(*(c.new_zeros((0,)) if t is None else torch.zeros_like(t) for t in (c, b, h)))
     given = init if isinstance(init, KKTSolution) else KKTSolution(init)
@@ -235,9 +233,10 @@ def _kkt(fn: Callable[..., _Data]) -> Equation:
 
 
 def _complementarity(x: Tensor, y: Tensor, G: Tensor, h: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-    """Zero where the row is at the bound on which ``y`` presses, or ``y`` is zero and the bounds hold.
+    """Return a residual that is zero for rows at the bound on which ``y`` presses, and for rows within bounds with
+    ``y = 0``.
 
-    Which of these it is does not depend on units: the search has set the multipliers to zero that are rounding.
+    The selection of the case depends on no units: the search has already set the multipliers of rounding size to zero.
     """
     up = h - G @ x
     at_upper = y > 0
@@ -245,11 +244,14 @@ def _complementarity(x: Tensor, y: Tensor, G: Tensor, h: Tensor, l: Tensor) -> T
         return torch.where(at_upper, up, y + up.detach().clamp(max=0))
     down = l - G @ x
     kkt_violation = up.clamp(max=0) + down.clamp(min=0)
+    # An inactive row has residual ``y``, plus its detached violation so that the residual of an infeasible point is not
+    # zero. An equality has the mean of both distances.
     inactive = torch.where(h == l, 0.5 * (up + down), y + kkt_violation.detach())
     return torch.where(at_upper, up, torch.where(y < 0, down, inactive))
 
 
 def _program(problem: BatchedProblem) -> QuadraticProgram:
+    """Return the program of a problem; the function of the data ignores the unknowns."""
     n, p, m = problem.inputs.sizes
     unused = torch.zeros(
         math.prod(problem.inputs.batch), n + p + m, dtype=problem.inputs.dtype, device=problem.inputs.device
@@ -264,11 +266,11 @@ def _program(problem: BatchedProblem) -> QuadraticProgram:
 # --- the iteration ----------------------------------------------------------------------------------------------------
 
 _GUESSES = 3
-"""How many active sets to try in a review."""
+"""Number of active sets to try in a review."""
 
 
 def _first_review(problem: BatchedProblem) -> int:
-    """The more unknowns there are, the more iterations a guess costs."""
+    """Return the iteration of the first review; a review is more expensive with more unknowns."""
     return min(max(problem.inputs.sizes[0] // 10, 10), 100)
 
 
@@ -277,12 +279,13 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start:
     n, _, inequalities = problem.inputs.sizes
     at = point(of, x[:, :n], x[:, n:])
     error, zero = kkt_error(of, at), torch.zeros_like
-    # Of the two parts of the first error, at zero, the smaller that is not zero: a target for the units of the larger
-    # would hide the other.
+    # Take the smaller nonzero part of the first error, at zero: a target in the units of the larger part would hide the
+    # other part.
     parts = torch.stack(error_parts(of, point(of, zero(at.x), zero(at.y))))
     first = torch.where(parts > 0, parts, torch.inf).amin(dim=0)
     delta, shift = regularisation(problem.eps)
-    # Q is positive on the null space of A if it is so with A'A added often enough.
+    # ``Q + w A'A`` is positive definite for large ``w`` exactly if ``Q`` is positive definite on the null space of
+    # ``A`` (Debreu, Finsler).
     _, curved = factor(of, torch.where(of.equal, of.rows / delta, 0.0), shift, problem.plain)
     why = int(Status.DIVERGED if inequalities else Status.UNBOUNDED)
     status = torch.where(curved & torch.isfinite(error), why, int(Status.RUNNING))
@@ -309,11 +312,12 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[QPMemory]) -> tuple[T
     new, after = (_admm_step if inequalities else _newton_on_kkt)(problem, of, at, state)
     running = after.status == Status.RUNNING
     there = running & (after.error <= after.target)
-    # ADMM alone does not come down to rounding.
+    # ADMM alone does not reach rounding, so test for rounding after reviews only.
     if not inequalities or any_lane(after.memory.review != state.memory.review):
         there = there | (running & _parts_converged(problem, of, new, after))
     if inequalities and any_lane(there):
-        # The derivative takes a row with a multiplier for an active one.
+        # The derivative treats a row with a nonzero multiplier as active: clear multipliers of inactive rows, then of
+        # weakly active rows if the point stays a solution.
         new = _select_point(there, point(of, new.x, of_active_rows(of, new)), new)
         clear = point(of, new.x, without_noise(of, new, problem.eps))
         new = _select_point(there & _parts_converged(problem, of, clear, after), clear, new)
@@ -327,13 +331,14 @@ def _select_point(where: Tensor, new: PrimalDual, old: PrimalDual) -> PrimalDual
 
 
 def _parts_converged(problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory]) -> Tensor:
-    # No part of the error can be made smaller than rounding makes it.
+    """True in lanes with both parts of the error at most the target or their rounding."""
+    # Rounding bounds each part of the error from below.
     pairs = zip(error_parts(of, at), rounding_of_parts(of, at, problem.eps), strict=True)
     return all_of([part <= torch.maximum(state.target, floor) for part, floor in pairs])
 
 
 def _kkt_inverse(of: QuadraticProgram, eps: float) -> Tensor:
-    """The inverse of ``[[Q, C'], [C, 0]]``, shifted by so little that the corrections make up for it."""
+    """Return the inverse of ``[[Q, C'], [C, 0]]`` with a shift small enough for the iteration to correct."""
     delta = eps**0.75
     shift = torch.cat([delta * of.columns, -delta / of.rows], dim=-1)
     upper = torch.cat([of.Q, of.C.mT], dim=-1)
@@ -344,7 +349,7 @@ def _kkt_inverse(of: QuadraticProgram, eps: float) -> Tensor:
 def _newton_on_kkt(
     problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory]
 ) -> tuple[PrimalDual, State[QPMemory]]:
-    """Newton's method on the linear KKT conditions; once is enough but for rounding."""
+    """Make a Newton step on the linear KKT conditions; a single step suffices up to rounding."""
     d = -vecmat(torch.cat([at.slope, at.image - of.u], dim=-1), state.memory.factor.mT)
     dx, dy = d.split([at.x.shape[-1], at.y.shape[-1]], dim=-1)
     new = point(of, at.x + dx, at.y + dy)
@@ -357,6 +362,7 @@ def _newton_on_kkt(
 def _admm_step(
     problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory]
 ) -> tuple[PrimalDual, State[QPMemory]]:
+    """Make an iteration of ADMM, and a review if due."""
     new, values = _admm.admm_iteration(of, at, state.memory.values, state.memory.rho, state.memory.factor)
     state = state._replace(error=kkt_error(of, new), memory=state.memory._replace(values=values))
     due = (state.status == Status.RUNNING) & (state.iter_num + 1 >= state.memory.review) & (state.error > state.target)
@@ -370,6 +376,7 @@ def _admm_step(
 def _with_certificates(
     of: QuadraticProgram, dx: Tensor, dy: Tensor, eps: float, asked: Tensor, status: Tensor
 ) -> Tensor:
+    """Set the status of the `asked` lanes whose step is a certificate."""
     infeasible, unbounded = certificates(of, dx, dy, eps)
     status = torch.where(asked & unbounded, int(Status.UNBOUNDED), status)
     return torch.where(asked & infeasible, int(Status.INFEASIBLE), status)
@@ -378,7 +385,7 @@ def _with_certificates(
 def _try_active_sets(
     problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory], due: Tensor
 ) -> tuple[PrimalDual, State[QPMemory]]:
-    """The best of the points that some guesses of the active set lead to, where it is better."""
+    """Try guesses of the active set, and keep the best point if better than the present point."""
     again = torch.clamp(2 * (state.iter_num + 1), min=_first_review(problem))
     memory = state.memory._replace(review=torch.where(due, again, state.memory.review))
     state = state._replace(memory=memory)
@@ -388,6 +395,8 @@ def _try_active_sets(
             break
         lanes = picked(asked, problem.plain)
         part, near = of.of(lanes), (x[lanes], y[lanes])
+        # Guess 0 starts from ADMM's point, guess 1 from the interior point (at the first review only), guess 2 searches
+        # longer.
         if guess == 1:
             if not any_lane(asked & first):
                 continue
@@ -409,8 +418,8 @@ def _take_polished(
     asked: Tensor,
     lanes: Tensor | slice,
 ) -> tuple[PrimalDual, State[QPMemory]]:
-    """The point that a guess of the active set leads to, in the `asked` lanes, whose program is `part`; `ahead` is what
-    `active_set` gives."""
+    """Move the `asked` lanes, whose program is `part`, to the point of an active set; `ahead` is the result of
+    `active_set`."""
     x, y, side = ahead
     found, dx, dy, broken = polish(part, x, y, side, problem.eps, problem.plain)
     error, before, target, record = (
@@ -419,7 +428,8 @@ def _take_polished(
         state.target[lanes],
         state.memory.record[lanes],
     )
-    # Every guess that is taken, but for the last, has a tenth of the error of the one before, lest they take turns.
+    # Each accepted guess, except the last, must reduce the error tenfold relative to the last accepted guess; otherwise
+    # guesses could alternate.
     better = ~broken & (error < before) & ((error <= target) | (error < 0.1 * record))
     values = clamp_to_bounds(part, torch.where(side > 0, part.u, torch.where(side < 0, part.l, found.image)))
     status = _with_certificates(part, dx, dy, problem.eps, ~broken & (error > target), state.status[lanes])
@@ -437,6 +447,7 @@ def _take_polished(
 def _adapt_rho(
     problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory], due: Tensor
 ) -> State[QPMemory]:
+    """Balance ``rho`` in the `due` lanes, with a new factorisation if changed."""
     rho = torch.where(due, _admm.balanced_rho(of, at, state.memory.values, state.memory.rho), state.memory.rho)
     changed = rho != state.memory.rho
     if not any_lane(changed):

@@ -23,17 +23,17 @@ MinimizeTolerances = Callable[[float, float, bool], dict[str, Any]]
 
 
 class _MinimizeMethod(NamedTuple):
-    """What SciPy's documentation says of a method.
+    """Properties of a method of SciPy, from its documentation.
 
     Attributes:
-        tolerances: ``tolerances(aim, eps, bounded)``, the options with which it does not stop before all of ``grad f``
-            is less than `aim`.
-        jac: whether it takes the gradient.
-        hessp: whether it takes products with the Hessian.
-        hess: whether it needs the Hessian as a matrix.
-        bounds: whether it takes bounds.
-        budget: the option that limits it.
-        counts: what in the result this counts.
+        tolerances: ``tolerances(aim, eps, bounded)``, options with which the method runs until every entry of
+            ``grad f`` is at most `aim`.
+        jac: True if the method takes the gradient.
+        hessp: True if the method takes products with the Hessian.
+        hess: True if the method needs the Hessian as a matrix.
+        bounds: True if the method takes bounds.
+        budget: the option that limits the search.
+        counts: the field of the result that the budget limits.
     """
 
     tolerances: MinimizeTolerances
@@ -54,12 +54,13 @@ def _by_euclidean_gradient(aim: float, eps: float, bounded: bool) -> dict[str, A
 
 
 def _by_interior_point(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
-    # The gradient that it tests is that of the objective with the barrier, which may be far from gone.
+    # The tested gradient includes the barrier term, which stays large near a bound: with bounds test the barrier
+    # parameter instead.
     return {"gtol": 0.0 if bounded else aim, "xtol": eps, "barrier_tol": aim}
 
 
 def _by_distance(*options: str) -> MinimizeTolerances:
-    """Of methods that know no gradient: the distance of the points where they look."""
+    """Return tolerances for methods without gradients: bounds on the distance between trial points."""
     return lambda aim, eps, bounded: dict.fromkeys(options, min(aim, eps ** (2 / 3)))
 
 
@@ -79,7 +80,7 @@ _MINIMIZE_METHODS = {
     "trust-constr": _MinimizeMethod(_by_interior_point, hessp=True, bounds=True),
     "dogleg": _MinimizeMethod(_by_gradient, hess=True),
     "trust-ncg": _MinimizeMethod(_by_gradient, hessp=True),
-    # An inexact step may predict no improvement, which ends the search far from the solution.
+    # An inexact step may predict no decrease, and end the search far from the solution.
     "trust-krylov": _MinimizeMethod(lambda aim, eps, bounded: {"gtol": aim, "inexact": False}, hessp=True),
     "trust-exact": _MinimizeMethod(_by_gradient, hess=True),
 }
@@ -92,39 +93,37 @@ def scipy_minimize(
     scipy_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Solver:
-    r"""Make a solver of ``min f(x, *args)``, in a box if need be, by `scipy.optimize.minimize`.
+    r"""Make a solver of ``min f(x, *args)``, optionally in a box, by `scipy.optimize.minimize`.
 
-    SciPy's solver runs on the host with the gradient of `torch`, with products with the Hessian where the method takes
-    them (Newton-CG, trust-ncg, trust-krylov, trust-constr) or the Hessian where it needs that (dogleg, trust-exact),
-    below every transform. The solution has the implicit derivatives of the condition ``grad f = 0``, or with bounds of
-    ``x = clip(x - grad f, lower, upper)``: an unknown at a bound moves with the bound, and with nothing else. Under
-    vmap it runs once for each lane, one after the other; the solvers written in this library solve all lanes together.
-    Arrays are float64 on SciPy's side, whatever the dtype and device of ``x``.
+    SciPy's solver runs on the host, below every transform, with the gradient of `torch`, with products with the Hessian
+    (Newton-CG, trust-ncg, trust-krylov, trust-constr) or with the Hessian (dogleg, trust-exact). The solution has the
+    implicit derivatives of the condition ``grad f = 0``, with bounds of ``x = clip(x - grad f, lower, upper)``: an
+    unknown at a bound moves with the bound only. Under vmap SciPy solves lane after lane; this library's own solvers
+    solve all lanes together. SciPy computes in float64 for any dtype and device of ``x``.
 
-    One `update` is the whole search, and its result has the implicit derivatives too. `iter_num` counts what
-    ``maxiter`` limits: iterations, or evaluations of ``f`` for TNC, COBYLA and COBYQA. SciPy's steps cannot be
-    unrolled: ``run(..., implicit_diff=False)`` is refused.
+    An `update` is the whole search, and its result has the implicit derivatives too. `iter_num` and ``maxiter`` count
+    iterations, or evaluations of ``f`` for TNC, COBYLA and COBYQA. SciPy's steps cannot be unrolled:
+    ``run(..., implicit_diff=False)`` is refused.
 
-    Whether a search has converged is decided by the condition's error, whatever SciPy reports; one that stopped by
-    itself before has the status ``LINE_SEARCH_FAILED``. SciPy compares values of ``f``, in which rounding hides a
-    gradient of about the square root of the precision. So the defaults ask SciPy for as much as any solver, but where
-    it stops before, accept what they would be with ``eps^(2/5)``, 5e-7 in float64, in the place of ``eps^(2/3)``.
-    Methods that know no gradient may need more than that. Some of SciPy's methods have constants of their own, and fail
-    where ``f`` is very small or large: multiply it by a number.
+    The error of the condition decides about convergence, not SciPy's report. A search that stopped early has the status
+    ``LINE_SEARCH_FAILED``. SciPy compares values of ``f``, and rounding of a value hides a gradient of about the square
+    root of the precision. So the defaults ask SciPy for the usual target, but after an early stop accept the target
+    with ``eps^(2/5)``, 5e-7 in float64, instead of ``eps^(2/3)``. Methods without gradients may need a coarser
+    tolerance. Some of SciPy's methods have constants with units and fail for a very small or large ``f``: multiply
+    ``f`` by a number.
 
     Args:
         objective_fn: ``f(x, *args)``, one number.
-        method: any of `scipy.optimize.minimize`'s; None is BFGS, or with bounds L-BFGS-B.
+        method: a method of `scipy.optimize.minimize`; None for BFGS, with bounds for L-BFGS-B.
         bounds: a pair ``(lower, upper)``, each a number, a tensor that broadcasts to every leaf of ``x``, a tree of
             these like ``x``, or None. They are differentiated and batched like what ``objective_fn`` captures. The
             initial guess is moved into the box.
-        scipy_options: the method's own options. They go before the tolerances that are otherwise made of ``rtol`` and
-            ``atol``.
+        scipy_options: the method's own options, with priority over tolerances from ``rtol`` and ``atol``.
         options: see `implicitdiff.solvers`; ``maxiter=None`` allows 200 for each unknown, at least 1000.
 
     Raises:
-        ValueError: SciPy has no such method, it takes no bounds, or these are no pair; the budget is among
-            ``scipy_options``. Later: a lower bound exceeds the upper one.
+        ValueError: SciPy has no such method, the method takes no bounds, or the bounds are not a pair; the budget is
+            among ``scipy_options``. When solving: a lower bound exceeds the upper bound.
 
     Reference:
         Virtanen et al., "SciPy 1.0", Nature Methods 17 (2020); `scipy.optimize.minimize`.
@@ -158,7 +157,7 @@ def scipy_minimize(
 def _run_minimize(
     lane: LaneFunctions, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, Any]
 ) -> Any:
-    # Takes half a second to import.
+    # The import takes half a second.
     from scipy.optimize import Bounds, minimize
 
     row = lookup("scipy_minimize", method, _MINIMIZE_METHODS)

@@ -16,13 +16,13 @@ RootTolerances = Callable[[float, float], dict[str, Any]]
 
 
 class _RootMethod(NamedTuple):
-    """What SciPy's documentation says of a method.
+    """Properties of a method of SciPy, from its documentation.
 
     Attributes:
-        jac: whether it takes the Jacobian.
-        budget: the option that limits it.
-        counts: what in the result this counts.
-        tolerances: ``tolerances(aim, eps)``, the options with which it does not stop before ``|F| <= aim``.
+        jac: True if the method takes the Jacobian.
+        budget: the option that limits the search.
+        counts: the field of the result that the budget limits.
+        tolerances: ``tolerances(aim, eps)``, options with which the method runs until ``|F| <= aim``.
     """
 
     jac: bool
@@ -36,7 +36,7 @@ def _by_residual(aim: float, eps: float) -> dict[str, Any]:
 
 
 def _krylov(aim: float, eps: float) -> dict[str, Any]:
-    # Its products with the Jacobian are differences of the values.
+    # Products with the Jacobian are differences of values; this length balances truncation and rounding.
     return {**_by_residual(aim, eps), "jac_options": {"rdiff": eps**0.5}}
 
 
@@ -63,23 +63,21 @@ def scipy_root(
 ) -> Solver:
     r"""Make a solver of ``F(x, *args) = 0``, as many equations as unknowns, by `scipy.optimize.root`.
 
-    SciPy's solver runs on the host with the Jacobian of `torch` (``hybr`` and ``lm`` take one), below every transform,
-    and the solution has the implicit derivatives of ``F``. Under vmap it runs once for each lane, one after the other;
-    the solvers written in this library solve all lanes together. Arrays are float64 on SciPy's side, whatever the
-    dtype and device of ``x``.
+    SciPy's solver runs on the host, below every transform, with the Jacobian of `torch` for ``hybr`` and ``lm``. The
+    solution has the implicit derivatives of ``F``. Under vmap SciPy solves lane after lane; this library's own solvers
+    solve all lanes together. SciPy computes in float64 for any dtype and device of ``x``.
 
-    One `update` is the whole search, and its result has the implicit derivatives too. `iter_num` counts what
-    ``maxiter`` limits: iterations, or evaluations of ``F`` for ``hybr``, ``lm`` and ``df-sane``. SciPy's steps cannot
-    be unrolled: ``run(..., implicit_diff=False)`` is refused.
+    An `update` is the whole search, and its result has the implicit derivatives too. `iter_num` and ``maxiter`` count
+    iterations, or evaluations of ``F`` for ``hybr``, ``lm`` and ``df-sane``. SciPy's steps cannot be unrolled:
+    ``run(..., implicit_diff=False)`` is refused.
 
-    Whether a search has converged is decided by ``|F|``, whatever SciPy reports; one that stopped by itself before has
-    the status ``LINE_SEARCH_FAILED``.
+    The error ``|F|`` decides about convergence, not SciPy's report. A search that stopped early has the status
+    ``LINE_SEARCH_FAILED``.
 
     Args:
         residual_fn: ``F(x, *args)``, a tree like ``x``.
-        method: any of `scipy.optimize.root`'s.
-        scipy_options: the method's own options. They go before the tolerances that are otherwise made of ``rtol`` and
-            ``atol``.
+        method: a method of `scipy.optimize.root`.
+        scipy_options: the method's own options, with priority over tolerances from ``rtol`` and ``atol``.
         options: see `implicitdiff.solvers`; ``maxiter=None`` allows 200 for each unknown, at least 1000.
 
     Raises:
@@ -105,7 +103,7 @@ def scipy_root(
 
 
 def _run_root(lane: LaneFunctions, aim: float, limit: int, *, method: str, own: Mapping[str, Any]) -> Any:
-    # Takes half a second to import.
+    # The import takes half a second.
     from scipy.optimize import root
 
     row = lookup("scipy_root", method, _ROOT_METHODS)

@@ -19,7 +19,8 @@ from implicitdiff.solvers._steps.trust_region import MAX_REFUSALS, MIN_GAIN_RATI
 _UNRESOLVED_GAIN = 4.0
 """Predicted gain, in units of the rounding of the cost, below which the gradient judges a step."""
 _SCALE_DECAY = 0.95
-"""Factor of the norm of a column after a step: the norms at an initial guess may be far from the norms at the solution."""
+"""Factor of the norm of a column after a step, because the norms at an initial guess may be far from the norms at the
+solution."""
 
 WholeStep = Callable[[Tensor, Tensor], Tensor]
 """``whole(A, r)``: the minimiser ``s`` of ``|r + A s|``, for any rank of ``A``."""
