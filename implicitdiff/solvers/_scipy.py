@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.operators import with_vectors
+from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.equations import EquationOf
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm
 from implicitdiff.solvers._loop.solver import Solver, SolverImpl, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -164,7 +166,7 @@ class ScipyEngine(NamedTuple):
 
 
 def make_scipy_solver(
-    name: str, equation_of: EquationOf, fn: Callable[..., Any], engine: ScipyEngine, options: dict[str, Any]
+    name: str, equation_of: EquationOf, fn: Callable[..., Tree], engine: ScipyEngine, options: SolverOptions
 ) -> Solver:
     """Make a solver with a single iteration, the whole of SciPy's search.
 
@@ -175,7 +177,7 @@ def make_scipy_solver(
         engine: SciPy's solver.
         options: see `implicitdiff.solvers`.
     """
-    rtol, atol, maxiter = (options.get(option) for option in ("rtol", "atol", "maxiter"))
+    rtol, atol, maxiter = options.get("rtol"), options.get("atol"), options.get("maxiter")
     step = partial(_step, engine=engine, rtol=rtol, atol=atol, budget=maxiter)
     return make_solver(
         name, equation_of, (fn,), IterativeMethod(_start, step, ScipyMemory, 10_000), options, kind=_ScipyImpl
@@ -184,7 +186,10 @@ def make_scipy_solver(
 
 class _ScipyImpl(SolverImpl):
     """The functions of a solver whose steps are SciPy's."""
-    def update(self, params: Any, state: State[ScipyMemory], args: tuple[Any, ...]) -> tuple[Any, State[ScipyMemory]]:
+
+    def update(
+        self, params: Tree, state: State[ScipyMemory], args: tuple[Tree, ...]
+    ) -> tuple[Tree, State[ScipyMemory]]:
         """Run the whole search, ``(params, state)``."""
         # SciPy needs plain numbers. Tensors of the caller's frame may be batched or tracked, and `run` strips both.
         running = state.status == Status.RUNNING
@@ -193,12 +198,12 @@ class _ScipyImpl(SolverImpl):
         old, structure = pytree.flatten((params, state))
         quiet = replace(self, options=replace(self.options, on_failure="ignore"))
         new = structure.tensors_of(quiet.run(params, args))
-        kept: tuple[Any, State[ScipyMemory]] = structure.unflatten(
+        kept: tuple[Tree, State[ScipyMemory]] = structure.unflatten(
             [torch.where(running, n, o) for n, o in zip(new, old, strict=True)]
         )
         return kept
 
-    def _unrolled(self, *_: Any) -> tuple[Any, Any]:
+    def _unrolled(self, *_: object) -> NoReturn:
         raise NotImplementedError(
             f"{self.name}: implicit_diff=False would differentiate the steps, and SciPy's are no operations of torch; "
             "leave it True, or take a solver that is written in torch"
@@ -259,6 +264,7 @@ def _accepted(state: State[ScipyMemory], rtol: float | None, atol: float | None,
     """Return the target after SciPy has stopped early; a user's tolerance stays in force."""
     if atol is not None:
         return state.target
+    # A target above ``rtol |F(x0)|`` comes from the default ``p |J x|``, and may be relaxed to ``eps^digits``.
     given = state.error * (rtol or 0.0)
     return torch.where(state.target > given, eps**digits / precision(eps) * state.target, state.target)
 
@@ -285,6 +291,7 @@ def _run_scipy(engine: ScipyEngine, lane: LaneFunctions, aim: float, limit: int)
         raise lane.failure
     spent = int(result.get(engine.counts, lane.nfev))
     point, message = np.array(result.x, dtype=np.float64), str(result.get("message", ""))
+    # Some methods stop at a limit of their own and tell in the message only.
     is_spent = spent >= limit or _BUDGET.search(message)
     why = Status.BUDGET_SPENT if is_spent else Status.LINE_SEARCH_FAILED
     return SearchEnd(point, spent, why, int(result.get("status", 0)), message)
@@ -306,7 +313,7 @@ def lookup(name: str, method: str, methods: Mapping[str, T]) -> T:
     return methods[method.lower()]
 
 
-def check_scipy_options(name: str, given: Mapping[str, Any] | None, refused: Mapping[str, str]) -> dict[str, Any]:
+def check_scipy_options(name: str, given: Mapping[str, object] | None, refused: Mapping[str, str]) -> dict[str, object]:
     """Return the user's options for SciPy; raise ValueError for a name in `refused`, with advice from `refused`."""
     options = dict(given or {})
     for option in sorted(options.keys() & refused.keys()):

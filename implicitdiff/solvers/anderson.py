@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import check_count, check_number
+from implicitdiff.solvers._loop.options import SolverOptions, check_count, check_number
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -36,12 +38,12 @@ class AndersonMemory(NamedTuple):
 
 
 def anderson(
-    fixed_point_fn: Callable[..., Any],
+    fixed_point_fn: Callable[..., Tree],
     history: int = 5,
     ridge: float = 1e-14,
     mixing: float = 1.0,
     safeguard: float | None = 10.0,
-    **options: Any,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a solver of ``f(x, *args) = x`` by Anderson acceleration.
 
@@ -132,6 +134,7 @@ def _step(
 def _coefficients(changes: Tensor, residual: Tensor, ridge: float) -> Tensor:
     """Return ``c = argmin |r - Y c|^2`` by the normal equations with columns scaled to norm 1; zero columns get
     coefficient 0."""
+    # Scale the columns, so that the ridge is relative and the normal equations better conditioned.
     size = row_norm(changes)[..., None]
     scale = torch.where(size > 0, 1.0 / torch.where(size > 0, size, 1.0), 0.0)
     unit = scale * changes

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.bounds import Bound
 from implicitdiff.solvers._loop.equations import Equation
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -37,7 +41,7 @@ class BisectionMemory(NamedTuple):
     largest: Tensor
 
 
-def bisection(fn: Callable[..., Any], lower: Any, upper: Any, **options: Any) -> Solver:
+def bisection(fn: Callable[..., Tree], lower: Bound, upper: Bound, **options: Unpack[SolverOptions]) -> Solver:
     r"""Make a solver of ``F(x, *args) = 0`` by bisection, entry by entry: ``F(x)[i]`` may depend on ``x[i]`` alone.
 
     Every iteration halves the brackets ``[lower, upper]``; ``F`` must have different signs at the two ends. A search
@@ -76,7 +80,7 @@ def bisection(fn: Callable[..., Any], lower: Any, upper: Any, **options: Any) ->
     return make_solver("bisection", pose, (fn,), method, options, guess)
 
 
-def _bracketed_equation(fn: Callable[..., Any], *, lower: Any, upper: Any) -> Equation:
+def _bracketed_equation(fn: Callable[..., Tree], *, lower: Bound, upper: Bound) -> Equation:
     root = _equations.root_equation(fn)
     ends = {
         "lower": lambda x, args: _expand_bound("lower", lower, x),
@@ -85,7 +89,7 @@ def _bracketed_equation(fn: Callable[..., Any], *, lower: Any, upper: Any) -> Eq
     return root._replace(functions={**root.functions, **ends})
 
 
-def _guess_or_middle(lower: Any, upper: Any, params: Any, /, *args: Any, **kwargs: Any) -> Any:
+def _guess_or_middle(lower: Bound, upper: Bound, params: Tree, /, *args: Tree, **kwargs: Tree) -> Tree:
     return _middle(lower, upper) if params is None else params
 
 
@@ -109,6 +113,7 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start:
 
 def _step(problem: BatchedProblem, x: Tensor, state: State[BisectionMemory]) -> tuple[Tensor, State[BisectionMemory]]:
     residual, lower, upper, rising, largest = state.memory
+    # ``side <= 0``: the root lies at or above ``x``. Both ends move if ``x`` is a root.
     side = rising * residual
     x = _clip(x, lower, upper)
     lower, upper = torch.where(side <= 0, x, lower), torch.where(side >= 0, x, upper)
@@ -128,7 +133,7 @@ def _clip(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(x, lower), upper)
 
 
-def _expand_bound(name: str, value: Any, x: Any) -> Any:
+def _expand_bound(name: str, value: Bound, x: Tree) -> Tree:
     """Return a bound as a tree like `x`."""
     leaves, structure = pytree.flatten(x)
     try:
@@ -147,7 +152,7 @@ def _expand_bound(name: str, value: Any, x: Any) -> Any:
         ) from error
 
 
-def _middle(lower: Any, upper: Any) -> Any:
+def _middle(lower: Bound, upper: Bound) -> Tree:
     """Return the middles of brackets, whose ends are trees of numbers and tensors; an end may be a single number or
     tensor for all leaves."""
     _, spec = pytree.leaves_of(upper if isinstance(lower, (int, float, Tensor)) else lower)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.low_rank as _low_rank
+from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import check_count
+from implicitdiff.solvers._loop.options import SolverOptions, check_count
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -35,7 +37,7 @@ class BroydenMemory(NamedTuple):
     rank: Tensor
 
 
-def broyden(fixed_point_fn: Callable[..., Any], history: int = 20, **options: Any) -> Solver:
+def broyden(fixed_point_fn: Callable[..., Tree], history: int = 20, **options: Unpack[SolverOptions]) -> Solver:
     r"""Make a solver of ``f(x, *args) = x`` by Broyden's method on ``x - f(x) = 0``, from the identity as Jacobian.
 
     The next iterate is ``x - H (x - f(x))``. After each step a rank-one correction of least norm makes the inverse

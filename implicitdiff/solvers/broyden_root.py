@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.low_rank as _low_rank
+from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import check_count
+from implicitdiff.solvers._loop.options import SolverOptions, check_count
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -45,7 +47,7 @@ class BroydenRootMemory(NamedTuple):
 
 
 def broyden_root(
-    residual_fn: Callable[..., Any], history: int = 20, backtracking: bool = False, **options: Any
+    residual_fn: Callable[..., Tree], history: int = 20, backtracking: bool = False, **options: Unpack[SolverOptions]
 ) -> Solver:
     r"""Make a solver of ``F(x, *args) = 0`` by Broyden's method from a Jacobian.
 
@@ -103,6 +105,7 @@ def _step(
     first, adjoint = _product_with(memory.inverse), _product_with(memory.inverse.mT)
     s, y = new_x - x, new_r - memory.residual
     u, v, rank = _low_rank.broyden_update(first, adjoint, memory.u, memory.v, memory.rank, s, y)
+    # Superlinear convergence at least halves the error; slower steps show an outdated Jacobian.
     slow = torch.where(error > 0.5 * state.error, memory.slow + 1, 0)
     memory = BroydenRootMemory(new_r, memory.inverse, u, v, rank, slow, memory.age + 1)
     return new_x, state._replace(error=error, memory=memory)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.dogleg as _dogleg
+from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -27,7 +29,7 @@ from implicitdiff.solvers._steps.least_squares import (
 from implicitdiff.solvers._steps.trust_region import check_radius, scaling_of
 
 
-def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any) -> Solver:
+def dogleg(residual_fn: Callable[..., Tree], radius: float = 1.0, **options: Unpack[SolverOptions]) -> Solver:
     r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by Powell's dogleg steps.
 
     A step ``d`` reduces the model ``|r + J d|``, ``J = dr/dx``, within ``|D d| <= Delta``. A Gauss-Newton step inside

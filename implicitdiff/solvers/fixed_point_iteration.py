@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import check_number
+from implicitdiff.solvers._loop.options import SolverOptions, check_number
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -26,7 +28,9 @@ class FixedPointMemory(NamedTuple):
     image: Tensor
 
 
-def fixed_point_iteration(fixed_point_fn: Callable[..., Any], damping: float = 0.0, **options: Any) -> Solver:
+def fixed_point_iteration(
+    fixed_point_fn: Callable[..., Tree], damping: float = 0.0, **options: Unpack[SolverOptions]
+) -> Solver:
     r"""Make a solver of ``f(x, *args) = x`` that iterates ``x <- damping x + (1 - damping) f(x, *args)``.
 
     Converges if ``f`` is a contraction near the solution, with ``damping`` also for some maps with oscillating

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff._torch.lanes import vmap
-from implicitdiff._torch.trees import Leaves, Structure
+from implicitdiff._torch.trees import Leaves, Structure, Tree
 from implicitdiff.optim import GradientTransformation
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -29,10 +31,12 @@ class FromOptimizerMemory(NamedTuple):
     """
 
     grad: Tensor
-    inner: Any
+    inner: Tree
 
 
-def from_optimizer(objective_fn: Callable[..., Any], transformation: GradientTransformation, **options: Any) -> Solver:
+def from_optimizer(
+    objective_fn: Callable[..., Tensor], transformation: GradientTransformation, **options: Unpack[SolverOptions]
+) -> Solver:
     r"""Make a minimiser of a smooth ``f(x, *args)`` by an optimizer's steps, until the gradient is zero.
 
     An iteration is ``x, inner = transformation.step(grad f(x), inner, x)``. Optimizers are designed for noisy
@@ -84,7 +88,7 @@ def _step(
     return x, state._replace(error=row_norm(grad), memory=FromOptimizerMemory(grad=grad, inner=inner))
 
 
-def _rows_to_tree(problem: BatchedProblem, x: Tensor) -> Any:
+def _rows_to_tree(problem: BatchedProblem, x: Tensor) -> Tree:
     """Return the tree of rows, with a single dimension for the lanes and with None in the place of leaves other than
     tensors: optimizers take no other leaves."""
     leaves = problem.inputs.unravel(x)
@@ -92,13 +96,13 @@ def _rows_to_tree(problem: BatchedProblem, x: Tensor) -> Any:
     return problem.structure.fill({i: t.reshape(x.shape[0], *t.shape[batch:]) for i, t in enumerate(leaves)})
 
 
-def _tree_to_rows(problem: BatchedProblem, tree: Any) -> Tensor:
+def _tree_to_rows(problem: BatchedProblem, tree: Tree) -> Tensor:
     """Return the rows of a tree like `_rows_to_tree`'s."""
     leaves = problem.structure.tensors_of(tree)
     return problem.inputs.ravel([t.reshape((*problem.inputs.batch, *t.shape[1:])) for t in leaves])
 
 
-def _over_lanes(fn: Callable[..., Any], *trees: Any) -> Any:
+def _over_lanes(fn: Callable[..., Tree], *trees: Tree) -> Tree:
     """Apply a function of trees to every lane."""
     leaves, given = pytree.flatten(trees)
     if leaves[0].shape[0] == 1:

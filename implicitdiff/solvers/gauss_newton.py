@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
+from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -34,7 +37,7 @@ class GaussNewtonMemory(NamedTuple):
     growth: Tensor
 
 
-def gauss_newton(residual_fn: Callable[..., Any], **options: Any) -> Solver:
+def gauss_newton(residual_fn: Callable[..., Tree], **options: Unpack[SolverOptions]) -> Solver:
     r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by ``x <- x + argmin_d |r + J d|^2``, ``J = dr/dx``.
 
     ``r`` must be at least as long as ``x``. Converges quadratically to a solution with zero residual and linearly to
@@ -87,6 +90,7 @@ def _step(
     new_x = select(solved, x + d, x)
     new_r, J = problem.fn.jacobian(new_x)
     growth, status = _newton.watch_growth(state, x, new_x, r, new_r, problem.eps)
+    # A QR solution worse than ``d = 0`` shows a rank-deficient ``J``.
     status = torch.where(solved, status, int(Status.DIVERGED))
     return new_x, state._replace(
         error=row_norm(normal_gradient(J, new_r)),

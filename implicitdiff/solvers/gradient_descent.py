@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.proximal_gradient as _proximal_gradient
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.problem import BatchedProblem
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 
 
 def gradient_descent(
-    objective_fn: Callable[..., Any], stepsize: float | None = None, acceleration: bool = True, **options: Any
+    objective_fn: Callable[..., Tensor],
+    stepsize: float | None = None,
+    acceleration: bool = True,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a minimiser of a smooth ``f(x, *args)`` by ``x <- y - stepsize grad f(y)``.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.lift import gradient
 from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.linear import check_like
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Tree
 
 
 class KKTSolution(NamedTuple):
@@ -26,15 +26,15 @@ class KKTSolution(NamedTuple):
             likewise.
     """
 
-    primal: Any
-    dual_eq: Any = None
-    dual_ineq: Any = None
+    primal: Tree
+    dual_eq: Tree = None
+    dual_ineq: Tree = None
 
 
 def make_kkt_optimality_fn(
-    objective_fn: Callable[..., Any],
-    eq_fn: Callable[..., Any] | None = None,
-    ineq_fn: Callable[..., Any] | None = None,
+    objective_fn: Callable[..., Tensor],
+    eq_fn: Callable[..., Tree] | None = None,
+    ineq_fn: Callable[..., Tree] | None = None,
 ) -> Callable[..., KKTSolution]:
     r"""Make the optimality conditions of a constrained problem, for `implicitdiff.custom_root`.
 
@@ -87,19 +87,19 @@ def make_kkt_optimality_fn(
 
 
 def _optimality(
-    objective_fn: Callable[..., Any],
-    eq_fn: Callable[..., Any] | None,
-    ineq_fn: Callable[..., Any] | None,
+    objective_fn: Callable[..., Tensor],
+    eq_fn: Callable[..., Tree] | None,
+    ineq_fn: Callable[..., Tree] | None,
     params: KKTSolution,
-    params_obj: Any = None,
-    params_eq: Any = None,
-    params_ineq: Any = None,
+    params_obj: Tree = None,
+    params_eq: Tree = None,
+    params_ineq: Tree = None,
 ) -> KKTSolution:
     primal, dual_eq, dual_ineq = params
     h = _constraint(eq_fn, primal, params_eq, dual_eq, "dual_eq")
     g = _constraint(ineq_fn, primal, params_ineq, dual_ineq, "dual_ineq")
 
-    def lagrangian(x: Any) -> Tensor:
+    def lagrangian(x: Tree) -> Tensor:
         value: Tensor = _call_with_params(objective_fn, x, params_obj)
         for term in _inner_products(dual_eq, eq_fn, x, params_eq) + _inner_products(dual_ineq, ineq_fn, x, params_ineq):
             value = value + term
@@ -110,11 +110,11 @@ def _optimality(
     return KKTSolution(gradient(lagrangian, primal), h, structure.unflatten(complementarity))
 
 
-def _call_with_params(fn: Callable[..., Any], x: Any, params: Any) -> Any:
+def _call_with_params(fn: Callable[..., Tree], x: Tree, params: Tree) -> Tree:
     return fn(x) if params is None else fn(x, params)
 
 
-def _constraint(fn: Callable[..., Any] | None, x: Any, params: Any, dual: Any, name: str) -> Any:
+def _constraint(fn: Callable[..., Tree] | None, x: Tree, params: Tree, dual: Tree, name: str) -> Tree:
     """Return the values of a constraint function after a comparison with the multipliers."""
     if fn is None and not any(t.numel() for t in pytree.tensors(dual)):
         return dual
@@ -127,7 +127,7 @@ def _constraint(fn: Callable[..., Any] | None, x: Any, params: Any, dual: Any, n
     return values
 
 
-def _inner_products(dual: Any, fn: Callable[..., Any] | None, x: Any, params: Any) -> Leaves:
+def _inner_products(dual: Tree, fn: Callable[..., Tree] | None, x: Tree, params: Tree) -> Leaves:
     """Return the terms of the inner product ``dual' fn(x)``, one for each leaf."""
     if fn is None:
         return []

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, objective_newton_step
-from implicitdiff.solvers._loop.options import check_count
+from implicitdiff.solvers._loop.options import SolverOptions, check_count
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -48,7 +49,7 @@ class LbfgsMemory(NamedTuple):
     mark: Tensor
 
 
-def lbfgs(objective_fn: Callable[..., Any], history: int = 10, **options: Any) -> Solver:
+def lbfgs(objective_fn: Callable[..., Tensor], history: int = 10, **options: Unpack[SolverOptions]) -> Solver:
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by limited-memory BFGS.
 
     Steps along ``-H grad f(x)`` to a point that satisfies the strong Wolfe conditions. ``H`` is ``(s'y / y'y) I`` with
@@ -143,6 +144,7 @@ def _append_pair(memory: LbfgsMemory, s: Tensor, y: Tensor, eps: float) -> Lbfgs
     good = (sy > eps * row_norm(s) * row_norm(y)) & (yy > 0)
     s, y = (torch.where(good[:, None], t, 0.0)[:, None] for t in (s, y))
     steps = torch.cat([memory.steps[:, 1:], s], dim=1)
+    # Shift the triangle up and left, and append the row ``s_i'y`` of the new pair.
     last = torch.cat([y @ steps[:, :-1].mT, torch.where(good, sy, 1.0)[:, None, None]], dim=2)
     return memory._replace(
         scale=torch.where(good, safe_divide(sy, yy), memory.scale),
@@ -157,6 +159,8 @@ def _restart_lanes(failed: Tensor, state: State[LbfgsMemory], eps: float) -> Sta
     decreased and gradient has not halved since the last restart."""
     memory = state.memory
     fresh = (memory.steps == 0).all(dim=2).all(dim=1)
+    # Compare with the point of the last restart: a value lower by more than rounding, or half of the gradient, counts
+    # as progress.
     here = torch.stack([memory.value.detach(), row_norm(memory.grad)], dim=-1)
     noise = 10 * eps * memory.magnitude
     nowhere = (here[:, 0] >= memory.mark[:, 0] - noise) & (2 * here[:, 1] >= memory.mark[:, 1])

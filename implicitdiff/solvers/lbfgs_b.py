@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.bounds import Limits, limits_of, limits_on
+from implicitdiff.solvers._loop.bounds import Bound, Limits, limits_of, limits_on
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import check_count
+from implicitdiff.solvers._loop.options import SolverOptions, check_count
 from implicitdiff.solvers._loop.problem import (
     BatchedProblem,
     any_lane,
@@ -57,7 +58,12 @@ class LbfgsBMemory(NamedTuple):
     mark: Tensor
 
 
-def lbfgs_b(objective_fn: Callable[..., Any], bounds: Any, history: int = 10, **options: Any) -> Solver:
+def lbfgs_b(
+    objective_fn: Callable[..., Tensor],
+    bounds: tuple[Bound, Bound],
+    history: int = 10,
+    **options: Unpack[SolverOptions],
+) -> Solver:
     r"""Make a solver of ``min f(x, *args)`` subject to ``lower <= x <= upper``, ``f`` smooth, by L-BFGS-B.
 
     An iteration minimises the quadratic model ``g'd + d'B d / 2`` twice: along the path ``clip(x - t g)`` up to the
@@ -208,6 +214,8 @@ def _model(memory: LbfgsBMemory) -> _Model:
     absent = D == 0
     # ``B`` does not depend on the scales of the columns, so the scales need no derivative.
     a, b = torch.where(absent, 1.0, D.detach()).sqrt(), curvature.detach().sqrt()
+    # ``M^-1 = [[-D, L'], [L, curvature S'S]]`` with ``L`` the strict lower triangle of ``S'Y``, scaled by rows and
+    # columns. Absent pairs get -1 and 1 on the diagonal.
     lower = products.tril(-1) / (a[:, None] * b)
     above = torch.cat([torch.diag_embed(torch.where(absent, -1.0, -D / a**2)), lower.mT], dim=-1)
     squares = curvature / b**2 * (s @ s.mT) + torch.diag_embed(absent.to(s.dtype))
@@ -247,6 +255,7 @@ def _cauchy_point(model: _Model, limits: Limits, x: Tensor, grad: Tensor, eps: f
     time = torch.where(known, (x - torch.where(known, bound, x)) / torch.where(known, grad, 1.0), torch.inf)
     d = torch.where(time > 0, -grad, 0.0)
 
+    # Sort the unknowns by the times at which they reach their bounds: piece ``j`` moves the unknowns from ``j`` on.
     order = time.argsort(dim=-1)
     sorted_time, sorted_d = time.gather(-1, order), d.gather(-1, order)
     images = sorted_d[..., None] * model.W.gather(1, order[..., None].expand_as(model.W))
@@ -256,6 +265,7 @@ def _cauchy_point(model: _Model, limits: Limits, x: Tensor, grad: Tensor, eps: f
     p, square = _sums_from_here(images), _sums_from_here(sorted_d.square()[..., None])[..., 0]
     c = _with_zero_in_front((finite[..., None] * images).cumsum(dim=1)) + _with_zero_in_front(finite)[..., None] * p
     Mp = p @ model.M
+    # Slope and second derivative of the model at the begin of each piece, as in the docstring.
     bent = model.curvature * square
     slope = _with_zero_in_front(finite) * bent - square - (Mp * c).sum(dim=-1)
     second = bent - (Mp * p).sum(dim=-1)
@@ -269,6 +279,7 @@ def _cauchy_point(model: _Model, limits: Limits, x: Tensor, grad: Tensor, eps: f
     stop = (begin + ahead).gather(-1, piece)
 
     free = (time > stop) & (limits.lower < limits.upper)
+    # Unknowns that have reached their bounds are exactly at them, not up to rounding.
     path = torch.where(free, limits.clip(x + torch.where(free, stop, 0.0) * d), torch.where(known, bound, x))
     return path, free
 
@@ -290,6 +301,7 @@ def _subspace_step(model: _Model, z: Tensor, grad: Tensor, free: Tensor) -> Tens
     W = torch.where(free[..., None], model.W, 0.0)
     r = grad + model.curvature * z - vecmat(vecmat(vecmat(z, model.W), model.M), model.W.mT)
     r = torch.where(free, r, 0.0)
+    # ``B_FF^-1 = (I + W_F N^-1 W_F' / curvature) / curvature`` with ``N = M^-1 - W_F'W_F / curvature``.
     small = model.inverse - W.mT @ W / model.curvature[..., None]
     return -(r + vecmat(_dense.solve_dense(small, vecmat(r, W)), W.mT) / model.curvature) / model.curvature
 

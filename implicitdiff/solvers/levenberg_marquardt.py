@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.trust_region as _trust_region
-from implicitdiff.solvers._loop.bounds import Limits, limits_of, limits_on
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.bounds import Bound, Limits, limits_of, limits_on
 from implicitdiff.solvers._loop.losses import check_loss_scale, loss_of
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import Progress, State
@@ -60,12 +63,12 @@ class LevenbergMarquardtMemory(NamedTuple):
 
 
 def levenberg_marquardt(
-    residual_fn: Callable[..., Any],
+    residual_fn: Callable[..., Tree],
     radius: float = 100.0,
-    bounds: Any = None,
+    bounds: tuple[Bound, Bound] | None = None,
     loss: str | Callable[[Tensor], Tensor] = "linear",
     loss_scale: float | Tensor = 1.0,
-    **options: Any,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by Gauss-Newton steps within a trust region, optionally in a box
     and with a robust loss.
@@ -149,7 +152,7 @@ def levenberg_marquardt(
     if robust:
         loss_of(name, loss)
         equation_of = partial(_robust, loss=loss, scale=loss_scale)
-    if bounded:
+    if bounds is not None:
         equation_of = partial(_equations.boxed_by, smooth_of=equation_of, limits=limits_of(name, bounds))
     method = IterativeMethod(
         partial(_start, radius=radius, robust=robust, bounded=bounded),
@@ -164,7 +167,9 @@ def levenberg_marquardt(
     return make_solver(name, equation_of, (residual_fn,), method, options)
 
 
-def _robust(fn: Callable[..., Any], loss: Any, scale: Any) -> _equations.Equation:
+def _robust(
+    fn: Callable[..., Tree], loss: str | Callable[[Tensor], Tensor], scale: float | Tensor
+) -> _equations.Equation:
     return _equations.robust_equation(fn, loss_of("levenberg_marquardt", loss), scale)
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.equations import Composite, Equation, Functions
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_dot, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -39,22 +42,22 @@ class MirrorDescentMemory(NamedTuple):
     grad: Tensor
 
 
-def entropy(x: Any) -> Any:
+def entropy(x: Tree) -> Tree:
     """The mirror map ``log(x)``, leaf by leaf, with entries clamped to the smallest positive number."""
     return pytree.map_tensors(lambda t: torch.log(t.clamp(min=torch.finfo(t.dtype).tiny)), x)
 
 
-def softmax(y: Any) -> Any:
+def softmax(y: Tree) -> Tree:
     """The map from the dual space to the probability simplex, with each leaf as one vector."""
     return pytree.map_tensors(lambda t: torch.softmax(t.flatten(), dim=0).reshape(t.shape), y)
 
 
 def mirror_descent(
-    objective_fn: Callable[..., Any],
-    projection: Callable[[Any], Any] = softmax,
-    mapping: Callable[[Any], Any] = entropy,
+    objective_fn: Callable[..., Tensor],
+    projection: Callable[[Tree], Tree] = softmax,
+    mapping: Callable[[Tree], Tree] = entropy,
     stepsize: float | None = None,
-    **options: Any,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a minimiser of a smooth ``f(x, *args)`` over a convex set by
     ``x <- projection(mapping(x) - stepsize grad f(x))``.
@@ -94,11 +97,11 @@ def mirror_descent(
     return make_solver("mirror_descent", _mirror, (objective_fn, projection, mapping), method, options)
 
 
-def _mirror(fn: Callable[..., Any], projection: Callable[[Any], Any], mapping: Callable[[Any], Any]) -> Equation:
+def _mirror(fn: Callable[..., Tensor], projection: Callable[[Tree], Tree], mapping: Callable[[Tree], Tree]) -> Equation:
     smooth = _equations.stationary_equation(fn)
     onto, into = _equations.returning_like_x(projection), _equations.returning_like_x(mapping)
 
-    def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
+    def on_trees(functions: Functions, x: Tree, args: tuple[Tree, ...]) -> Tree:
         grad = smooth.on_trees(functions, x, args)
         dual = _equations.subtract(functions["mapping"](x, args), grad)
         return _equations.subtract(x, functions["projection"](dual, args))
@@ -133,6 +136,7 @@ def _step(
         return (new, *problem.fn.value_and_grad(new))
 
     def enough(new: TrialPoint, size: Tensor) -> Tensor:
+        # The symmetrised Bregman divergence over ``2 size``, in the place of ``|d|^2 / (2 size)``.
         bound = row_dot(mapping(new[0]) - dual, new[0] - x) / (2.0 * size)
         return lies_below(problem, (x, memory.value, memory.grad), new, bound)
 

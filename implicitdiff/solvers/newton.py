@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
 from implicitdiff._implicit.linear import LinearSolver
+from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -33,10 +36,10 @@ class NewtonMemory(NamedTuple):
 
 
 def newton(
-    residual_fn: Callable[..., Any],
+    residual_fn: Callable[..., Tree],
     linear_solve: LinearSolver | None = None,
     backtracking: bool = False,
-    **options: Any,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a solver of ``F(x, *args) = 0`` by Newton's method, ``x <- x - J^-1 F(x)`` with ``J = dF/dx``.
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import MAX_PRODUCTS, NewtonStep, objective_newton_step
-from implicitdiff.solvers._loop.options import check_count
+from implicitdiff.solvers._loop.options import SolverOptions, check_count
 from implicitdiff.solvers._loop.problem import BatchedProblem, VectorMap, any_lane, row_dot, row_norm, safe_divide
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -37,7 +38,9 @@ class NewtonCgMemory(NamedTuple):
     first_error: Tensor
 
 
-def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None, **options: Any) -> Solver:
+def newton_cg(
+    objective_fn: Callable[..., Tensor], inner_maxiter: int | None = None, **options: Unpack[SolverOptions]
+) -> Solver:
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by Newton's method with conjugate gradients.
 
     Conjugate gradients solve ``hess f(x) d = -g``, ``g = grad f(x)``, for the direction ``d`` until the residual is at
@@ -92,6 +95,8 @@ def _step(
     problem: BatchedProblem, x: Tensor, state: State[NewtonCgMemory], *, inner_maxiter: int | None
 ) -> tuple[Tensor, State[NewtonCgMemory]]:
     active, memory = state.status == Status.RUNNING, state.memory
+    # A forcing term that tends to 0 gives superlinear convergence; relative to the first gradient, so independent of
+    # units.
     forcing = torch.sqrt(safe_divide(state.error, memory.first_error)).clamp(max=0.5)
     _, grad, product = problem.fn.hessian(x)
     d = _truncated_newton_direction(
@@ -125,6 +130,7 @@ def _truncated_newton_direction(
         none = 4 * eps * stiffest * row_dot(p, p)
         positive = active & (curvature > none)
         if count == 0:
+            # A first direction without positive curvature: steepest descent.
             d = torch.where(positive[:, None], d, _downhill(p, rr, curvature))
         bends = positive if count == 0 else active & (curvature.abs() > none)
         a = torch.where(bends, safe_divide(rr, curvature.abs()), 0.0)[:, None]

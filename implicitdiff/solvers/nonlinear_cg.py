@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, objective_newton_step
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -61,7 +63,9 @@ def hestenes_stiefel(grad: Tensor, old_grad: Tensor, old_direction: Tensor) -> T
     return safe_divide(row_dot(grad, change), row_dot(old_direction, change)).clamp(min=0.0)
 
 
-def nonlinear_cg(objective_fn: Callable[..., Any], formula: Formula = polak_ribiere, **options: Any) -> Solver:
+def nonlinear_cg(
+    objective_fn: Callable[..., Tensor], formula: Formula = polak_ribiere, **options: Unpack[SolverOptions]
+) -> Solver:
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by nonlinear conjugate gradients.
 
     With ``g = grad f(x)`` a step goes along::
@@ -125,6 +129,7 @@ def _step(
     g, d = memory.grad, memory.direction
     point, failed, status = search(problem, x, state, d, memory.first_step, c2=0.1)
     ahead = formula(point.grad, g, d)[:, None] * d - point.grad
+    # Restart unless consecutive gradients are nearly orthogonal and the new direction descends.
     conjugate = row_dot(point.grad, g).abs() < _CONJUGATE * row_dot(point.grad, point.grad)
     ahead = select(conjugate & (row_dot(ahead, point.grad) < 0) & ~failed, ahead, -point.grad)
     first_step = point.step

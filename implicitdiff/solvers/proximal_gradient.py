@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.proximal_gradient as _proximal_gradient
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.problem import BatchedProblem
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 
 
 def proximal_gradient(
-    objective_fn: Callable[..., Any],
-    prox: Callable[[Any, Any], Any],
+    objective_fn: Callable[..., Tensor],
+    prox: Callable[[Tree, float | Tensor], Tree],
     stepsize: float | None = None,
     acceleration: bool = True,
-    **options: Any,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a minimiser of ``f(x, *args) + g(x)``, ``f`` smooth, by ``x <- prox(y - stepsize grad f(y), stepsize)``.
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._qp.admm as _admm
+from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.equations import Equation, Functions
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.problem import BatchedProblem, all_of, any_lane, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -63,7 +66,7 @@ class QPMemory(NamedTuple):
     record: Tensor
 
 
-def qp(**options: Any) -> Solver:
+def qp(**options: Unpack[SolverOptions]) -> Solver:
     r"""Make a solver of convex quadratic programs.
 
     A program is::
@@ -155,7 +158,7 @@ _Data = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def data(
-    x: Any,
+    x: KKTSolution,
     Q: Tensor,
     c: Tensor,
     A: Tensor | None = None,
@@ -172,14 +175,14 @@ def data(
 
 
 def _filled_guess(
-    init: Any,
-    Q: Any,
-    c: Any,
-    A: Any = None,
-    b: Any = None,
-    G: Any = None,
-    h: Any = None,
-    l: Any = None,  # noqa: E741
+    init: Tensor | KKTSolution | None,
+    Q: Tensor,
+    c: Tensor,
+    A: Tensor | None = None,
+    b: Tensor | None = None,
+    G: Tensor | None = None,
+    h: Tensor | None = None,
+    l: Tensor | None = None,  # noqa: E741
 ) -> KKTSolution:
     """Return the initial guess with all parts, of zeros if absent."""
     _check_data({"Q": Q, "c": c, "A": A, "b": b, "G": G, "h": h, "l": l})
@@ -195,7 +198,7 @@ def _filled_guess(
     return filled
 
 
-def _check_data(named: dict[str, Any]) -> None:
+def _check_data(named: dict[str, Tensor | None]) -> None:
     for name, t in named.items():
         if not (isinstance(t, Tensor) and t.is_floating_point()) and (t is not None or name in "Qc"):
             raise TypeError(f"qp: {name} must be a real floating-point tensor, got {pytree.describe(t)}")
@@ -217,7 +220,7 @@ def _check_data(named: dict[str, Any]) -> None:
 
 
 def _kkt(fn: Callable[..., _Data]) -> Equation:
-    def on_trees(functions: Functions, x: KKTSolution, args: tuple[Any, ...]) -> KKTSolution:
+    def on_trees(functions: Functions, x: KKTSolution, args: tuple[Tree, ...]) -> KKTSolution:
         Q, c, A, b, G, h, lower = functions["fn"](x, args)
         return KKTSolution(
             Q @ x.primal + c + A.mT @ x.dual_eq + G.mT @ x.dual_ineq,
@@ -289,8 +292,10 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start:
     _, curved = factor(of, torch.where(of.equal, of.rows / delta, 0.0), shift, problem.plain)
     why = int(Status.DIVERGED if inequalities else Status.UNBOUNDED)
     status = torch.where(curved & torch.isfinite(error), why, int(Status.RUNNING))
+    # Bounds that exclude every value.
     crossed = torch.isposinf(of.l) | torch.isneginf(of.u) | (of.below & of.above & (of.l > of.u))
     status = torch.where(crossed.any(dim=-1), int(Status.INFEASIBLE), status)
+    # Multipliers in ``init`` are worth an immediate guess of the active set.
     rho = torch.full_like(error, _admm.RHO)
     warm = (at.y.detach() != 0).any(dim=-1)
     memory = QPMemory(
@@ -354,6 +359,8 @@ def _newton_on_kkt(
     dx, dy = d.split([at.x.shape[-1], at.y.shape[-1]], dim=-1)
     new = point(of, at.x + dx, at.y + dy)
     error = kkt_error(of, new)
+    # A Newton step on a linear system that does not halve the error: the system has no solution, or none within
+    # rounding.
     stuck = (error > state.target) & ~(error < 0.5 * state.error)
     status = _with_certificates(of, dx, dy, problem.eps, stuck, state.status) if any_lane(stuck) else state.status
     return new, state._replace(error=error, status=status)
@@ -386,6 +393,7 @@ def _try_active_sets(
     problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory], due: Tensor
 ) -> tuple[PrimalDual, State[QPMemory]]:
     """Try guesses of the active set, and keep the best point if better than the present point."""
+    # Reviews at 10, 20, 40, ...: their total cost is proportional to the iterations.
     again = torch.clamp(2 * (state.iter_num + 1), min=_first_review(problem))
     memory = state.memory._replace(review=torch.where(due, again, state.memory.review))
     state = state._replace(memory=memory)

@@ -7,9 +7,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.bounds import limits_of
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.bounds import Bound, limits_of
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.solver import Solver
 from implicitdiff.solvers._scipy import (
     LaneFunctions,
@@ -22,13 +25,13 @@ from implicitdiff.solvers._scipy import (
 _FLOAT64_EPS = float(np.finfo(np.float64).eps)
 
 
-def _of_trust_region(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
+def _of_trust_region(aim: float, eps: float, bounded: bool) -> dict[str, object]:
     # `ftol` is off, because a small change of ``|r|^2`` does not bound ``J' r``. In a box SciPy scales ``J' r`` by the
     # distances from the bounds, so `gtol` has other units; and SciPy refuses a `gtol` below eps.
     return {"ftol": None, "xtol": eps, "gtol": None if bounded or aim < _FLOAT64_EPS else aim}
 
 
-def _of_minpack(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
+def _of_minpack(aim: float, eps: float, bounded: bool) -> dict[str, object]:
     return {"ftol": eps, "xtol": eps, "gtol": _FLOAT64_EPS}
 
 
@@ -44,11 +47,11 @@ _REFUSED = {
 
 
 def scipy_least_squares(
-    residual_fn: Callable[..., Any],
+    residual_fn: Callable[..., Tree],
     method: str = "trf",
-    bounds: Any = None,
-    scipy_options: Mapping[str, Any] | None = None,
-    **options: Any,
+    bounds: tuple[Bound, Bound] | None = None,
+    scipy_options: Mapping[str, object] | None = None,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a solver of ``min |r(x, *args)|^2 / 2``, optionally in a box, by `scipy.optimize.least_squares`.
 
@@ -110,7 +113,7 @@ def scipy_least_squares(
 
 
 def _run_least_squares(
-    lane: LaneFunctions, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, Any]
+    lane: LaneFunctions, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, object]
 ) -> Any:
     # The import takes half a second.
     from scipy.optimize import least_squares

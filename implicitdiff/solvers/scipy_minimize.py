@@ -7,9 +7,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.bounds import limits_of
+from implicitdiff.solvers._loop.bounds import Bound, limits_of
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.solver import Solver
 from implicitdiff.solvers._scipy import (
     LaneFunctions,
@@ -19,7 +22,7 @@ from implicitdiff.solvers._scipy import (
     make_scipy_solver,
 )
 
-MinimizeTolerances = Callable[[float, float, bool], dict[str, Any]]
+MinimizeTolerances = Callable[[float, float, bool], dict[str, object]]
 
 
 class _MinimizeMethod(NamedTuple):
@@ -45,15 +48,15 @@ class _MinimizeMethod(NamedTuple):
     counts: str = "nit"
 
 
-def _by_gradient(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
+def _by_gradient(aim: float, eps: float, bounded: bool) -> dict[str, object]:
     return {"gtol": aim}
 
 
-def _by_euclidean_gradient(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
+def _by_euclidean_gradient(aim: float, eps: float, bounded: bool) -> dict[str, object]:
     return {"gtol": aim, "norm": 2}
 
 
-def _by_interior_point(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
+def _by_interior_point(aim: float, eps: float, bounded: bool) -> dict[str, object]:
     # The tested gradient includes the barrier term, which stays large near a bound: with bounds test the barrier
     # parameter instead.
     return {"gtol": 0.0 if bounded else aim, "xtol": eps, "barrier_tol": aim}
@@ -87,11 +90,11 @@ _MINIMIZE_METHODS = {
 
 
 def scipy_minimize(
-    objective_fn: Callable[..., Any],
+    objective_fn: Callable[..., Tensor],
     method: str | None = None,
-    bounds: Any = None,
-    scipy_options: Mapping[str, Any] | None = None,
-    **options: Any,
+    bounds: tuple[Bound, Bound] | None = None,
+    scipy_options: Mapping[str, object] | None = None,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a solver of ``min f(x, *args)``, optionally in a box, by `scipy.optimize.minimize`.
 
@@ -155,7 +158,7 @@ def scipy_minimize(
 
 
 def _run_minimize(
-    lane: LaneFunctions, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, Any]
+    lane: LaneFunctions, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, object]
 ) -> Any:
     # The import takes half a second.
     from scipy.optimize import Bounds, minimize

@@ -7,12 +7,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.solver import Solver
 from implicitdiff.solvers._scipy import LaneFunctions, ScipyEngine, check_scipy_options, lookup, make_scipy_solver
 
-RootTolerances = Callable[[float, float], dict[str, Any]]
+RootTolerances = Callable[[float, float], dict[str, object]]
 
 
 class _RootMethod(NamedTuple):
@@ -31,11 +34,11 @@ class _RootMethod(NamedTuple):
     tolerances: RootTolerances
 
 
-def _by_residual(aim: float, eps: float) -> dict[str, Any]:
+def _by_residual(aim: float, eps: float) -> dict[str, object]:
     return {"fatol": aim, "tol_norm": np.linalg.norm}
 
 
-def _krylov(aim: float, eps: float) -> dict[str, Any]:
+def _krylov(aim: float, eps: float) -> dict[str, object]:
     # Products with the Jacobian are differences of values; this length balances truncation and rounding.
     return {**_by_residual(aim, eps), "jac_options": {"rdiff": eps**0.5}}
 
@@ -56,10 +59,10 @@ _ROOT_METHODS = {
 
 
 def scipy_root(
-    residual_fn: Callable[..., Any],
+    residual_fn: Callable[..., Tree],
     method: str = "hybr",
-    scipy_options: Mapping[str, Any] | None = None,
-    **options: Any,
+    scipy_options: Mapping[str, object] | None = None,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a solver of ``F(x, *args) = 0``, as many equations as unknowns, by `scipy.optimize.root`.
 
@@ -102,7 +105,7 @@ def scipy_root(
     return make_scipy_solver("scipy_root", _equations.root_equation, residual_fn, engine, options)
 
 
-def _run_root(lane: LaneFunctions, aim: float, limit: int, *, method: str, own: Mapping[str, Any]) -> Any:
+def _run_root(lane: LaneFunctions, aim: float, limit: int, *, method: str, own: Mapping[str, object]) -> Any:
     # The import takes half a second.
     from scipy.optimize import root
 

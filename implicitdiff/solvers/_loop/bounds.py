@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
 from implicitdiff.solvers._loop.problem import BatchedProblem
+
+Bound: TypeAlias = Any  # a number, a tensor that broadcasts to every leaf, a tree of these like the unknowns, or None
 
 
 class Limits(NamedTuple):
@@ -27,6 +29,7 @@ class Limits(NamedTuple):
         """Return ``x - clip(x - gradient)``, equal to `gradient` without rounding of ``x`` for unknowns inside the
         box."""
         ahead = x - gradient
+        # ``x - clip(x - g)`` inside of the box is ``g`` up to rounding of ``x``: return ``g`` itself.
         inside = torch.where(ahead <= self.lower, x - self.lower, gradient)
         return torch.where(ahead >= self.upper, x - self.upper, inside)
 
@@ -46,7 +49,7 @@ class Limits(NamedTuple):
         return torch.where(known, bound, 0.0), known
 
 
-def limits_of(name: str, bounds: Any) -> tuple[Any, Any]:
+def limits_of(name: str, bounds: tuple[Bound, Bound]) -> tuple[Bound, Bound]:
     """Return a user's lower and upper bounds, with infinite bounds in the place of None."""
     if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
         raise ValueError(
@@ -57,13 +60,13 @@ def limits_of(name: str, bounds: Any) -> tuple[Any, Any]:
     return _filled(lower, -math.inf), _filled(upper, math.inf)
 
 
-def _filled(bound: Any, absent: float) -> Any:
+def _filled(bound: Bound, absent: float) -> Bound:
     return pytree.map_leaves(lambda leaf: absent if leaf is None else leaf, bound)
 
 
 def limits_on(problem: BatchedProblem) -> Limits:
     """Return the bounds of a problem whose equation is a `boxed_equation`."""
-    return problem.once(_limits)  # type: ignore[no-any-return]
+    return problem.once(_limits)
 
 
 def _limits(problem: BatchedProblem) -> Limits:

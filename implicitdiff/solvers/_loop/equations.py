@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.lift import gradient, pullback
 from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.linear import check_leaves, check_like
+from implicitdiff._torch.trees import Tree
 from implicitdiff.projections._boxes import box
+from implicitdiff.solvers._loop.bounds import Bound
 from implicitdiff.solvers._loop.losses import Loss, relative_squares
 from implicitdiff.solvers._loop.problem import BatchedProblem
 
-Functions = Mapping[str, Callable[..., Any]]
+Functions = Mapping[str, Callable[..., Tree]]
 RowResidual = Callable[[BatchedProblem, Tensor], Tensor]
 """``residual(problem, x)``, shape ``(lanes, n)``."""
 ProxResidual = Callable[[BatchedProblem, Tensor, Tensor], Tensor]
@@ -35,7 +37,7 @@ class Equation(NamedTuple):
     """
 
     functions: Functions
-    on_trees: Callable[[Functions, Any, tuple[Any, ...]], Any]
+    on_trees: Callable[[Functions, Tree, tuple[Tree, ...]], Tree]
     on_rows: RowResidual
 
 
@@ -54,7 +56,7 @@ class Composite:
         return self.prox_residual(problem, x, self.gradient(problem, x))
 
 
-def fixed_point_equation(fn: Callable[..., Any]) -> Equation:
+def fixed_point_equation(fn: Callable[..., Tree]) -> Equation:
     """Return the equation ``x - fn(x, *args) = 0``."""
     # The order of the difference makes the Jacobian ``I - J``, positive definite for a symmetric contraction.
     return Equation(
@@ -64,7 +66,7 @@ def fixed_point_equation(fn: Callable[..., Any]) -> Equation:
     )
 
 
-def root_equation(fn: Callable[..., Any]) -> Equation:
+def root_equation(fn: Callable[..., Tree]) -> Equation:
     """Return the equation ``fn(x, *args) = 0``, as many equations as unknowns."""
     return Equation(
         {"fn": returning_like_x(fn)},
@@ -73,7 +75,7 @@ def root_equation(fn: Callable[..., Any]) -> Equation:
     )
 
 
-def stationary_equation(fn: Callable[..., Any]) -> Equation:
+def stationary_equation(fn: Callable[..., Tensor]) -> Equation:
     """Return the equation ``grad fn(x, *args) = 0``."""
     return Equation(
         {"fn": returning_scalar(fn)},
@@ -93,10 +95,10 @@ def _where_finite(value: Tensor, gradient: Tensor) -> Tensor:
     return torch.where(torch.isfinite(value).all(dim=-1, keepdim=True), gradient, torch.nan)
 
 
-def least_squares_equation(fn: Callable[..., Any]) -> Equation:
+def least_squares_equation(fn: Callable[..., Tree]) -> Equation:
     """Return the equation ``J' r = 0`` for ``r = fn(x, *args)``, the gradient of ``|r|^2 / 2``."""
 
-    def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
+    def on_trees(functions: Functions, x: Tree, args: tuple[Tree, ...]) -> Tree:
         residuals, pull = pullback(functions["fn"], x, args)
         return pull(residuals)
 
@@ -107,7 +109,7 @@ def least_squares_equation(fn: Callable[..., Any]) -> Equation:
     return Equation({"fn": returning_tensors(fn)}, on_trees, on_rows)
 
 
-def robust_equation(fn: Callable[..., Any], loss: Loss, scale: Any) -> Equation:
+def robust_equation(fn: Callable[..., Tree], loss: Loss, scale: float | Tensor) -> Equation:
     """Return the equation ``J' (rho'(z) r) = 0`` for ``r = fn(x, *args)``, ``z = (r / scale)^2``.
 
     The left side is the gradient of ``sum_i scale^2 rho(z_i) / 2``. The additional function "loss" returns, for every
@@ -116,12 +118,13 @@ def robust_equation(fn: Callable[..., Any], loss: Loss, scale: Any) -> Equation:
     """
     checked = returning_tensors(fn)
 
-    def weighted(r: torch.Tensor) -> torch.Tensor:
+    def weighted(r: Tensor) -> Tensor:
         return loss.first(relative_squares(r, scale)[0]) * r
 
-    def losses(x: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    def losses(x: Tree, args: tuple[Tree, ...]) -> list[Tensor]:
         residuals = pytree.tensors(checked(x, args))
         squares, units = zip(*(relative_squares(r, scale) for r in residuals), strict=True)
+        # Derivatives of ``s^2 rho(r^2 / s^2) / 2``: ``rho' r`` in ``r``, then ``rho' + 2 z rho''``.
         first = [loss.first(z) for z in squares]
         return [
             *(0.5 * unit**2 * loss.rho(z) for z, unit in zip(squares, units, strict=True)),
@@ -129,7 +132,7 @@ def robust_equation(fn: Callable[..., Any], loss: Loss, scale: Any) -> Equation:
             *(slope + 2 * z * loss.second(z) for z, slope in zip(squares, first, strict=True)),
         ]
 
-    def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
+    def on_trees(functions: Functions, x: Tree, args: tuple[Tree, ...]) -> Tree:
         residuals, pull = pullback(functions["fn"], x, args)
         return pull([weighted(r) for r in residuals])
 
@@ -141,34 +144,35 @@ def robust_equation(fn: Callable[..., Any], loss: Loss, scale: Any) -> Equation:
     return Equation({"fn": checked, "loss": losses}, on_trees, on_rows)
 
 
-def proximal_equation(fn: Callable[..., Any], prox: Callable[..., Any]) -> Equation:
+def proximal_equation(fn: Callable[..., Tree], prox: Callable[..., Tree]) -> Equation:
     """Return the equation ``x - prox(x - grad fn(x, *args), 1) = 0``."""
     checked = returning_like_x(prox)
     smooth = stationary_equation(fn)
 
-    def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
+    def on_trees(functions: Functions, x: Tree, args: tuple[Tree, ...]) -> Tree:
         ahead = subtract(x, smooth.on_trees(functions, x, args))
         return subtract(x, functions["prox"](ahead, args, 1.0))
 
     def prox_residual(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
         return x - problem.function("prox")(x - grad, x.new_ones(x.shape[:1]))
 
+    # The step size is 1 in the residual, and one number for each lane in an iteration.
     functions = {**smooth.functions, "prox": lambda v, args, stepsize=1.0: checked(v, (stepsize,))}
     return Equation(functions, on_trees, Composite(smooth.on_rows, prox_residual))
 
 
-def projected_equation(fn: Callable[..., Any], projection: Callable[..., Any]) -> Equation:
+def projected_equation(fn: Callable[..., Tree], projection: Callable[..., Tree]) -> Equation:
     """Return the equation ``x - projection(x - grad fn(x, *args)) = 0``."""
     checked = returning_like_x(projection)
     smooth = proximal_equation(fn, projection)
     return smooth._replace(functions={**smooth.functions, "prox": lambda v, args, stepsize=1.0: checked(v, ())})
 
 
-def boxed_equation(smooth: Equation, lower: Any, upper: Any) -> Equation:
+def boxed_equation(smooth: Equation, lower: Bound, upper: Bound) -> Equation:
     """Return the equation ``x - clip(x - g(x), lower, upper) = 0``, given the equation ``g(x) = 0`` of a gradient
     ``g``."""
 
-    def on_trees(functions: Functions, x: Any, args: tuple[Any, ...]) -> Any:
+    def on_trees(functions: Functions, x: Tree, args: tuple[Tree, ...]) -> Tree:
         return subtract(x, functions["box"](subtract(x, smooth.on_trees(functions, x, args)), args))
 
     def prox_residual(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
@@ -182,31 +186,32 @@ def boxed_equation(smooth: Equation, lower: Any, upper: Any) -> Equation:
     return Equation(functions, on_trees, Composite(smooth.on_rows, prox_residual))
 
 
-def boxed_by(fn: Callable[..., Any], smooth_of: EquationOf, limits: tuple[Any, Any]) -> Equation:
+def boxed_by(fn: Callable[..., Tree], smooth_of: EquationOf, limits: tuple[Bound, Bound]) -> Equation:
     """Return the `boxed_equation` of the equation ``smooth_of(fn)``; with the other arguments bound by
     `functools.partial` an `EquationOf` that pickles."""
     return boxed_equation(smooth_of(fn), *limits)
 
 
-def _into_box(v: Any, lower: Any, upper: Any) -> Any:
+def _into_box(v: Tree, lower: Bound, upper: Bound) -> Tree:
     """Project the tensors of a tree onto the box; other leaves stay as they are."""
     _, structure = pytree.flatten(v)
-    tensors_alone = pytree.map_leaves(lambda leaf: leaf if isinstance(leaf, torch.Tensor) else None, v)
+    tensors_alone = pytree.map_leaves(lambda leaf: leaf if isinstance(leaf, Tensor) else None, v)
     return structure.unflatten(pytree.tensors(box(tensors_alone, lower, upper)))
 
 
-def subtract(a: Any, b: Any) -> Any:
+def subtract(a: Tree, b: Tree) -> Tree:
     """Return ``a - b``, tensor by tensor."""
     leaves, structure = pytree.flatten(a)
     return structure.unflatten([p - q for p, q in zip(leaves, structure.tensors_of(b), strict=True)])
 
 
-def returning_like_x(fn: Callable[..., Any]) -> Callable[..., Any]:
+def returning_like_x(fn: Callable[..., Tree]) -> Callable[..., Tree]:
     """Return ``checked(x, args)``, equal to ``fn(x, *args)``; raise unless the result is a tree like ``x``."""
 
-    def checked(x: Any, args: tuple[Any, ...]) -> Any:
+    def checked(x: Tree, args: tuple[Tree, ...]) -> Tree:
         result = fn(x, *args)
-        if not (isinstance(result, torch.Tensor) and isinstance(x, torch.Tensor) and _are_alike(result, x)):
+        # Fast path for a single tensor: `check_like` flattens both trees.
+        if not (isinstance(result, Tensor) and isinstance(x, Tensor) and _are_alike(result, x)):
             leaves, structure = pytree.flatten(x)
             check_like(f"{name_of(fn)}'s result", result, x, leaves, structure, "its first argument")
         return result
@@ -214,23 +219,23 @@ def returning_like_x(fn: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _are_alike(a: Tensor, b: Tensor) -> bool:
     with functorch.no_modes():
         return a.shape == b.shape and a.dtype == b.dtype
 
 
-def _is_real_number(value: torch.Tensor) -> bool:
+def _is_real_number(value: Tensor) -> bool:
     with functorch.no_modes():
         return value.shape == () and value.is_floating_point()
 
 
-def returning_scalar(fn: Callable[..., Any]) -> Callable[..., Any]:
+def returning_scalar(fn: Callable[..., Tensor]) -> Callable[..., Tree]:
     """Return ``checked(x, args)``, equal to ``fn(x, *args)``; raise ValueError unless the result is a single real
     number."""
 
-    def checked(x: Any, args: tuple[Any, ...]) -> Any:
+    def checked(x: Tree, args: tuple[Tree, ...]) -> Tree:
         value = fn(x, *args)
-        if not (isinstance(value, torch.Tensor) and _is_real_number(value)):
+        if not (isinstance(value, Tensor) and _is_real_number(value)):
             raise ValueError(
                 f"{name_of(fn)} must return one real number, a floating-point tensor of shape (), got "
                 f"{pytree.describe(value)}"
@@ -240,10 +245,10 @@ def returning_scalar(fn: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def returning_tensors(fn: Callable[..., Any]) -> Callable[..., Any]:
+def returning_tensors(fn: Callable[..., Tree]) -> Callable[..., Tree]:
     """Return ``checked(x, args)``, equal to ``fn(x, *args)``; raise unless the result is a tree of tensors."""
 
-    def checked(x: Any, args: tuple[Any, ...]) -> Any:
+    def checked(x: Tree, args: tuple[Tree, ...]) -> Tree:
         result = fn(x, *args)
         check_leaves(f"{name_of(fn)}'s result", pytree.tensors(result))
         return result

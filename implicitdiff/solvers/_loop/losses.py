@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ def _inside(z: Tensor, value: Elementwise, outside: float | Elementwise) -> Tens
     return torch.where(beyond, other, value(torch.where(beyond, 0.0, z)))
 
 
+# Formulas as in SciPy's `least_squares`, with Tukey's biweight scaled to ``rho'(0) = 1``.
 _LOSSES = {
     "linear": Loss(lambda z: z, torch.ones_like, torch.zeros_like),
     "soft_l1": Loss(
@@ -60,7 +61,7 @@ _LOSSES = {
 }
 
 
-def loss_of(name: str, loss: Any) -> Loss:
+def loss_of(name: str, loss: str | Elementwise) -> Loss:
     """Return the loss of a name, or of a user's function ``rho(z)`` with derivatives by autograd."""
     if isinstance(loss, str) and loss in _LOSSES:
         return _LOSSES[loss]
@@ -87,14 +88,14 @@ def _entrywise_derivative(fn: Elementwise, z: Tensor) -> Tensor:
     return slope
 
 
-def check_loss_scale(name: str, scale: Any) -> None:
+def check_loss_scale(name: str, scale: object) -> None:
     """Raise ValueError unless the scale is a finite number > 0 or a tensor; a tensor's values are checked later."""
     good = isinstance(scale, (int, float)) and not isinstance(scale, bool) and 0 < scale < math.inf
     if not (good or isinstance(scale, Tensor)):
         raise ValueError(f"{name}: loss_scale must be a finite number > 0 or a tensor of these, got {scale!r}")
 
 
-def relative_squares(residual: Tensor, scale: Any) -> tuple[Tensor, Tensor]:
+def relative_squares(residual: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return ``(r / scale)^2``, and the scale as a tensor with the dtype of ``r``."""
     if residual.is_complex():
         raise ValueError(f"a loss is one of real residuals, got {pytree.describe(residual)}; stack their two parts")

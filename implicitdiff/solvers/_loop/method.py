@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic
 
 from torch import Tensor
+from typing_extensions import NamedTuple, TypeVar  # generic tuples and defaults need Python 3.11 and 3.13
 
 from implicitdiff.solvers._loop.newton_step import NewtonStep
 from implicitdiff.solvers._loop.problem import BatchedProblem
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 
+MethodMemory = TypeVar("MethodMemory", default=Any)
+"""The class of a method's memory; `IterativeMethod` alone stands for any."""
 
-class Start(NamedTuple):
+
+class Start(NamedTuple, Generic[MethodMemory]):
     """A method at an initial guess.
 
     Attributes:
@@ -25,12 +29,12 @@ class Start(NamedTuple):
     """
 
     error: Tensor
-    memory: Any
+    memory: MethodMemory
     status: Tensor | None = None
     reference: Tensor | None = None
 
 
-class IterativeMethod(NamedTuple):
+class IterativeMethod(NamedTuple, Generic[MethodMemory]):
     """An iteration on rows, with the properties that the stopping rule uses.
 
     Attributes:
@@ -54,14 +58,14 @@ class IterativeMethod(NamedTuple):
         only_implicit: the reason why ``implicit_diff=False`` is refused; None if allowed.
     """
 
-    start: Callable[[BatchedProblem, Tensor], Start]
-    step: Callable[[BatchedProblem, Tensor, State[Any]], tuple[Tensor, State[Any]]]
-    memory: type[Any]
+    start: Callable[[BatchedProblem, Tensor], Start[MethodMemory]]
+    step: Callable[[BatchedProblem, Tensor, State[MethodMemory]], tuple[Tensor, State[MethodMemory]]]
+    memory: type[MethodMemory]
     default_maxiter: int
-    residual: Callable[[Any], Tensor] | None = None
-    size: Callable[[BatchedProblem, Tensor, Any], Tensor] | None = None
+    residual: Callable[[MethodMemory], Tensor] | None = None
+    size: Callable[[BatchedProblem, Tensor, MethodMemory], Tensor] | None = None
     steps_tell: bool = False
-    newton_step: Callable[[BatchedProblem, Tensor, Any], NewtonStep] | None = None
+    newton_step: Callable[[BatchedProblem, Tensor, MethodMemory], NewtonStep] | None = None
     runs_off: Status = Status.DIVERGED
     is_judged: bool = True
     only_implicit: str | None = None

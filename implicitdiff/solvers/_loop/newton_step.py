@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicitdiff.solvers._loop.problem import (
     BatchedProblem,
+    ResultT,
     VectorMap,
     any_lane,
     row_dot,
@@ -17,6 +18,7 @@ from implicitdiff.solvers._loop.problem import (
     safe_divide,
     scattered_signs,
 )
+from implicitdiff.solvers._loop.state import ObjectiveMemory
 
 
 class NewtonStep(NamedTuple):
@@ -46,8 +48,6 @@ class NewtonStep(NamedTuple):
 MAX_PRODUCTS = 60
 """Bound on the Hessian products of a step by a method that computes such steps anyway."""
 
-ResultT = TypeVar("ResultT")
-
 
 def if_twice_differentiable(make: Callable[[], ResultT]) -> ResultT | None:
     """Return ``make()``, or None if the user's function has first derivatives only, as an `torch.autograd.Function`
@@ -65,16 +65,18 @@ def few_products(problem: BatchedProblem, x: Tensor) -> int:
 
 
 def objective_newton_step(
-    problem: BatchedProblem, x: Tensor, memory: Any, precondition: VectorMap, products: int
+    problem: BatchedProblem, x: Tensor, memory: ObjectiveMemory, precondition: VectorMap, products: int
 ) -> NewtonStep:
     """Return the step of `truncated_cg` for an objective, at the cost of one evaluation and the products."""
     _, grad, product = problem.fn.hessian(x)
     step, gain = truncated_cg(x, grad, product, precondition, products, eps=problem.eps)
     value = memory.value.detach()
+    # A gain below ``sqrt(eps)`` of the value is what the null space of a Hessian gives.
     counts = promises = gain > problem.eps**0.5 * value.abs()
     # The objective may be a small difference of large terms. Their size is about ``|x| |H x|``, and at most the largest
     # value seen.
     terms = torch.minimum(row_norm(x) * step.size, memory.magnitude)
+    # Spend an evaluation only if the answer matters: a long step with a gain near rounding.
     doubtful = counts & (row_norm(step.d) > problem.eps ** (2 / 5) * row_norm(x)) & (gain <= problem.eps**0.5 * terms)
     if any_lane(doubtful):
         # Measure the rounding of the objective: the change of its value if every unknown moves by 4 units in the last
@@ -127,9 +129,11 @@ def truncated_cg(
         gain = gain + 0.5 * a * rz
         z = precondition(r)
         rz, before = row_dot(r, z), rz
+        # Stop a lane after a step along negative curvature: further directions are not conjugate.
         active = bends & (curvature > 0) & (rz > 0) & torch.isfinite(rz)
         if not any_lane(active):
             break
         p = safe_divide(rz, before)[:, None] * p - z
+    # One more product: ``|H x|``, the scale of the residual test, without a difference.
     size = row_norm(product(x))
     return NewtonStep(x, d, gain > 0, gain > 0, size, bends_down), gain

@@ -6,11 +6,22 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TypedDict, TypeGuard
 
 from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.linear import Solve
 from implicitdiff.linear_solve._outcome import OnFailure
+
+
+class SolverOptions(TypedDict, total=False):
+    """The keyword arguments of every factory; the fields and defaults are those of `Options`."""
+
+    rtol: float | None
+    atol: float | None
+    maxiter: int | None
+    check_every: int
+    solve: Solve | None
+    on_failure: OnFailure
 
 
 @dataclass(frozen=True)
@@ -42,15 +53,15 @@ class Options:
             raise ValueError(f'{name}: on_failure must be "raise", "warn" or "ignore", got {self.on_failure!r}')
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _takes_two(fn: Any) -> bool:
+def _takes_two(fn: Callable[..., object]) -> bool:
     try:
         inspect.signature(fn).bind(None, None)
     except ValueError:  # some builtins have no signature
@@ -60,19 +71,19 @@ def _takes_two(fn: Any) -> bool:
     return True
 
 
-def check_count(name: str, option: str, value: Any) -> None:
+def check_count(name: str, option: str, value: object) -> None:
     """Raise ValueError if an option is no integer >= 1."""
     if not (_is_integer(value) and value >= 1):
         raise ValueError(f"{name}: {option} must be an integer >= 1, got {value!r}")
 
 
-def check_number(name: str, option: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
+def check_number(name: str, option: str, value: object, wanted: str, holds: Callable[[float], bool]) -> None:
     """Raise ValueError if an option is no number, or `holds` is false for the number; `wanted` describes the range."""
     if not (_is_number(value) and holds(value)):
         raise ValueError(f"{name}: {option} must be {wanted}, got {value!r}")
 
 
-def options_of(name: str, given: Any) -> Options:
+def options_of(name: str, given: SolverOptions) -> Options:
     """Return the checked options from keyword arguments; raise TypeError for an unknown name."""
     known = [option.name for option in fields(Options)]
     if unknown := [option for option in given if option not in known]:

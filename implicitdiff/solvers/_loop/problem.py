@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from implicitdiff._implicit.operators import with_vectors
 from implicitdiff._implicit.system import Vectors
 from implicitdiff._torch.trees import Leaves, Structure, Tree
 
+ResultT = TypeVar("ResultT")
 VectorMap = Callable[[Tensor], Tensor]
 """A map of rows, ``(lanes, n) -> (lanes, m)``."""
 UserFunction = Callable[[Leaves, Leaves], Leaves]
@@ -144,6 +145,7 @@ class RowFunction:
         if n == 1:
             return product(basis[0])[None]
         # Bound the memory of vmapped products: at most this many entries are held at once.
+        # Vectors per chunk; None, no chunks, if all fit.
         at_once = max(1, _MAX_ENTRIES_AT_ONCE // (lanes * n))
         images: Tensor = with_vectors(product, self.one_by_one, at_once if at_once < n else None)(basis)
         return images
@@ -209,7 +211,7 @@ class BatchedProblem:
         self.eps = inputs.eps
         self.residual = residual
         self._lane = lane
-        self._once: dict[Any, Any] = {}
+        self._once: dict[Callable[[BatchedProblem], Any], Any] = {}
 
     def function(self, name: str) -> RowFunction:
         """Return a user's function by name."""
@@ -219,12 +221,13 @@ class BatchedProblem:
         """Return the problem of a single lane; available below the transforms only."""
         return self if self._lane is None else self._lane(i)
 
-    def once(self, make: Callable[[BatchedProblem], Any]) -> Any:
+    def once(self, make: Callable[[BatchedProblem], ResultT]) -> ResultT:
         """Return ``make(problem)``, computed at the first call and kept; the result must depend on the problem
         alone."""
         if make not in self._once:
             self._once[make] = make(self)
-        return self._once[make]
+        result: ResultT = self._once[make]
+        return result
 
 
 def row_norm(x: Tensor) -> Tensor:

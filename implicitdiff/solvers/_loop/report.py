@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.state import MemoryT, State
 from implicitdiff.solvers._loop.status import Status
 
-Callback = Callable[[int, Any, Any], Any]
+Callback = Callable[[int, Tree, State[Any]], object]
 """``callback(iter_num, params, state)``."""
 
 
@@ -44,7 +46,7 @@ class Report:
         if self.bar is not None:
             self.bar.close()
 
-    def see(self, state: Any, params: Callable[[], Any], error: Tensor) -> int:
+    def see(self, state: State[MemoryT], params: Callable[[], Tree], error: Tensor) -> int:
         """Record a state of plain tensors and return the number of lanes still running.
 
         Args:
@@ -59,18 +61,19 @@ class Report:
             self._show(state, params)
         return running
 
-    def _show(self, state: Any, params: Callable[[], Any]) -> None:
+    def _show(self, state: State[MemoryT], params: Callable[[], Tree]) -> None:
         at = int(state.iter_num.max())
         if self.bar is not None:
             self.bar.set_postfix(error=f"{float(state.error.max()):.1e}", refresh=False)
             self.bar.update(at - self.bar.n)
         if self.callback is not None:
             lanes = self.lanes
+            # Below the transforms the lanes are a single dimension: give the callback the shape of the vmaps.
             if lanes is not None:
                 state = pytree.map_tensors(lambda t: t.reshape((*lanes, *t.shape[1:])), state)
             self.callback(at, params(), state)
 
-    def into(self, state: Any) -> Any:
+    def into(self, state: State[MemoryT]) -> State[MemoryT]:
         """Return the state with the recorded errors as ``history``, shape ``(..., iterations + 1)``."""
         return state._replace(history=torch.stack(self.errors, dim=-1)) if self.keeps else state
 

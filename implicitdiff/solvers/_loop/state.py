@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,49 @@ from implicitdiff.solvers._loop.problem import largest_entry, row_norm, safe_div
 from implicitdiff.solvers._loop.status import Status
 
 MemoryT = TypeVar("MemoryT")
+
+
+class ObjectiveMemory(Protocol):
+    """The fields of a minimiser's memory that a line search reads.
+
+    Attributes:
+        value: the objective.
+        grad: its gradient.
+        magnitude: the largest absolute value of the objective so far.
+    """
+
+    @property
+    def value(self) -> Tensor: ...
+    @property
+    def grad(self) -> Tensor: ...
+    @property
+    def magnitude(self) -> Tensor: ...
+
+
+class ResidualMemory(Protocol):
+    """A memory with the residual of a system of equations."""
+
+    @property
+    def residual(self) -> Tensor: ...
+
+
+class GrowthMemory(Protocol):
+    """A memory with the growth of the residual, see `newton`."""
+
+    @property
+    def growth(self) -> Tensor: ...
+
+
+class JacobianMemory(ResidualMemory, Protocol):
+    """A memory with a residual and a Jacobian."""
+
+    @property
+    def jacobian(self) -> Tensor: ...
+
+
+ObjectiveMemoryT = TypeVar("ObjectiveMemoryT", bound=ObjectiveMemory)
+ResidualMemoryT = TypeVar("ResidualMemoryT", bound=ResidualMemory)
+GrowthMemoryT = TypeVar("GrowthMemoryT", bound=GrowthMemory)
 
 
 class Progress(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 import warnings
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,12 +53,25 @@ _ADVICE = {
 }
 
 
+class SearchOutcome(Protocol):
+    """The fields of a state that `report_failures` reads; lanes in front."""
+
+    @property
+    def iter_num(self) -> Tensor: ...
+    @property
+    def error(self) -> Tensor: ...
+    @property
+    def target(self) -> Tensor: ...
+    @property
+    def status(self) -> Tensor: ...
+
+
 def is_any_of(status: Tensor, *which: Status) -> Tensor:
     """True in the lanes whose status is among `which`."""
     return torch.stack([status == int(s) for s in which]).any(dim=0)
 
 
-def report_failures(name: str, state: Any, on_failure: OnFailure, *, budget: bool) -> None:
+def report_failures(name: str, state: SearchOutcome, on_failure: OnFailure, *, budget: bool) -> None:
     """Raise or warn if a lane failed.
 
     With an integer budget (``maxiter`` given by the user), ``BUDGET_SPENT`` and ``STALLED`` are no failures.
@@ -80,6 +93,7 @@ def report_failures(name: str, state: Any, on_failure: OnFailure, *, budget: boo
         return
     lanes = failed.nonzero()[:, 0].tolist()
     error, target = state.error.reshape(-1), state.target.reshape(-1)
+    # Describe the lane with the largest excess over its target; nan counts as infinite.
     excess = torch.where(failed, error / target, -torch.inf).nan_to_num(nan=torch.inf)
     worst = int(excess.argmax())
     why = Status(int(status[worst]))

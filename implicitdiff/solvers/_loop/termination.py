@@ -13,7 +13,7 @@ replaces the first condition. A search that cannot decrease the error further ha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from implicitdiff.solvers._loop.equations import Composite, RowResidual
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, scattered_signs, select, select_tree
-from implicitdiff.solvers._loop.state import Progress, State
+from implicitdiff.solvers._loop.state import MemoryT, Progress, State
 from implicitdiff.solvers._loop.status import Status, is_any_of
 
 PATIENCE = 4
@@ -72,7 +72,7 @@ class Verdict(NamedTuple):
     length: Tensor
 
     @classmethod
-    def initial(cls, state: State[Any]) -> Verdict:
+    def initial(cls, state: State[MemoryT]) -> Verdict:
         """Return the verdict before the first decision."""
         none = torch.zeros_like(state.error)
         return cls(error=torch.full_like(none, torch.inf), ratio=none, length=none)
@@ -106,10 +106,13 @@ class Termination:
 
     # --- without an evaluation ----------------------------------------------------------------------------------------
 
-    def begin(self, method: IterativeMethod, problem: BatchedProblem, x: Tensor, start: Start) -> State[Any]:
+    def begin(
+        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, start: Start[MemoryT]
+    ) -> State[MemoryT]:
         """Return the state at an initial guess; default tolerances cost one evaluation that measures ``|J x|``."""
         error = start.error.detach()
         zero, none = torch.zeros_like(error, dtype=torch.int64), torch.zeros_like(error)
+        # Only Newton-type steps are measured against `reach`; other methods carry an empty tensor.
         near = method.steps_tell or method.newton_step is not None
         state = State(
             iter_num=zero,
@@ -131,27 +134,32 @@ class Termination:
         return self._advanced(state, error <= state.target)
 
     def advance(
-        self, method: IterativeMethod, problem: BatchedProblem, x: Tensor, new_x: Tensor, new: State[Any]
-    ) -> State[Any]:
+        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, new_x: Tensor, new: State[MemoryT]
+    ) -> State[MemoryT]:
         """Return the state after a step from `x` to `new_x`; `new` is the state as the method returned it."""
         error = new.error.detach()
         new = new._replace(iter_num=new.iter_num + 1, error=error)
         reached = error <= new.target
         if not method.is_judged:
             return self._advanced(new, reached)
+        # Measures of progress for the tests of a stall and of the last step.
         new = new._replace(progress=_next_progress(x.detach(), new_x.detach(), error, new.progress))
+        # A small residual alone is not enough for a Newton-type method: for a nearly singular Jacobian the error of
+        # ``x`` may be large. Wait for a short step.
         if method.steps_tell and self.is_default:
             reached = reached & _is_settled(method, problem, new, "near")
         new = self._advanced(new, reached)
         stands = (new.status == Status.RUNNING) & (new.progress.still >= _MAX_ZERO_STEPS) & self._may_stall(new)
         return new._replace(status=torch.where(stands, int(Status.STALLED), new.status))
 
-    def idle(self, state: State[Any]) -> Tensor:
+    def idle(self, state: State[MemoryT]) -> Tensor:
         """Return the lanes whose rounding floor is due for measurement."""
+        # At multiples of PATIENCE, so that a loop that tests the status every few iterations measures at the same
+        # iterations.
         patient = state.progress.idle >= state.progress.patience
         return (state.status == Status.RUNNING) & patient & (state.iter_num % PATIENCE == 0)
 
-    def _advanced(self, state: State[Any], reached: Tensor) -> State[Any]:
+    def _advanced(self, state: State[MemoryT], reached: Tensor) -> State[MemoryT]:
         status = torch.where(state.iter_num >= self.limit, int(Status.BUDGET_SPENT), int(Status.RUNNING))
         status = torch.where(reached, int(Status.CONVERGED), status)
         status = torch.where(torch.isfinite(state.error), status, int(Status.DIVERGED))
@@ -159,27 +167,31 @@ class Termination:
         arrived = (state.status == Status.LINE_SEARCH_FAILED) & (status == Status.CONVERGED)
         return state._replace(status=torch.where((state.status == Status.RUNNING) | arrived, status, state.status))
 
-    def _may_stall(self, state: State[Any]) -> Tensor:
+    def _may_stall(self, state: State[MemoryT]) -> Tensor:
         """True in lanes that may stop before the limit. Zero tolerances with a budget ask for exactly that many
         iterations."""
         return (state.target > 0) | (not self.is_budget)
 
-    def _first_target(self, method: IterativeMethod, problem: BatchedProblem, x: Tensor, start: Start) -> Tensor:
+    def _first_target(
+        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, start: Start[MemoryT]
+    ) -> Tensor:
         error = start.error.detach() if start.reference is None else start.reference.detach()
+        # With `atol` the error has units, and no measurement of ``|J x|`` is necessary.
         if self.atol is not None:
             return torch.clamp((self.rtol or 0.0) * error, min=self.atol)
         p = precision(problem.eps)
         target = (p if self.rtol is None else self.rtol) * error
         if not method.is_judged:
             return target
+        # A difference that leaves the domain gives no size: keep the target relative to the first error.
         size = _first_size(method, problem, x, start.memory)
         return torch.maximum(target, torch.where(torch.isfinite(size), p * size, 0.0))
 
     # --- with evaluations ---------------------------------------------------------------------------------------------
 
     def measure_rounding(
-        self, method: IterativeMethod, problem: BatchedProblem, x: Tensor, state: State[Any], asked: Tensor
-    ) -> State[Any]:
+        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, state: State[MemoryT], asked: Tensor
+    ) -> State[MemoryT]:
         """Measure the rounding floor in the `asked` lanes, by two evaluations; lanes whose error is at most the floor
         end."""
         asked = asked & self._may_stall(state)
@@ -188,10 +200,14 @@ class Termination:
         floor = rounding_floor(problem.residual, problem, x, _current_residual(method, problem, x, state))
         old = state.progress
         progress = old._replace(
-            floor=torch.where(asked, floor, old.floor), patience=torch.where(asked, 2 * old.idle, old.patience)
+            # Double the patience: measurements after 4, 8, 16, ... idle iterations cost a vanishing share.
+            floor=torch.where(asked, floor, old.floor),
+            patience=torch.where(asked, 2 * old.idle, old.patience),
         )
         # Valid at this point only: the floor depends on ``x``.
         there = asked & (state.error <= floor)
+        # With a user's tolerances rounding above the target is a stall, with default tolerances convergence, unless a
+        # Newton-type step shows that ``x`` is far from a solution.
         good = there & self.is_default
         if any_lane(good):
             state = _with_step(state, _distance_step(method, problem, x, state), good, good)
@@ -205,13 +221,13 @@ class Termination:
 
     def judge(
         self,
-        method: IterativeMethod,
+        method: IterativeMethod[MemoryT],
         problem: BatchedProblem,
         first_x: Tensor,
         x: Tensor,
-        state: State[Any],
+        state: State[MemoryT],
         verdict: Verdict,
-    ) -> tuple[State[Any], Verdict]:
+    ) -> tuple[State[MemoryT], Verdict]:
         """Decide, after every lane has stopped, which lanes continue.
 
         The initial guess sets a default target, and a poor guess sets a coarse target. So ``|J x|`` is measured again
@@ -231,12 +247,15 @@ class Termination:
         """
         if not method.is_judged:
             return state, verdict
+        # A failed lane may be at a solution, and a lane at its target may have a target that is too coarse. Lanes
+        # accepted at the rounding floor are final.
         failed = is_any_of(state.status, Status.LINE_SEARCH_FAILED, Status.BUDGET_SPENT) & (state.iter_num > 0)
         failed = failed & self._may_stall(state)
         reached = (state.status == Status.CONVERGED) & (state.iter_num > 0) & (state.target != state.progress.floor)
         # Skip lanes with a final target whose last step was very short.
         reached = reached & ~((verdict.error == 0) & _is_settled(method, problem, state, "sure"))
         if self.is_default and any_lane(failed | reached):
+            # Error 0 in the verdict marks a final target: measuring ``|J x|`` again would not change the target.
             coarse = reached & (verdict.error > 0)
             # A Newton-type method at its target has just made a step.
             asked = failed if method.steps_tell else failed | reached
@@ -249,16 +268,16 @@ class Termination:
 
     def _measured_again(
         self,
-        method: IterativeMethod,
+        method: IterativeMethod[MemoryT],
         problem: BatchedProblem,
         first_x: Tensor,
         x: Tensor,
-        state: State[Any],
+        state: State[MemoryT],
         step: NewtonStep | None,
         failed: Tensor,
         reached: Tensor,
         verdict: Verdict,
-    ) -> tuple[State[Any], Verdict]:
+    ) -> tuple[State[MemoryT], Verdict]:
         """Measure ``|J x|`` at `x`; lanes that have `reached` a coarse target continue towards a finer target.
 
         A lane goes to infinity if, since the last decision, ``|x|`` has grown while ``|J x|`` has shrunk about as much
@@ -269,6 +288,8 @@ class Termination:
         error, here = state.error, _current_residual(method, problem, x, state)
         size, known = solution_scale(problem, x, here, first_x, error, None if step is None else step.size)
         fine, rough = precision(problem.eps) * size, problem.eps ** (2 / 3) * size
+        # Continue above the finer target, as long as each round has halved the error. A size of 0 or nan gives no
+        # target.
         again = reached & (error > fine) & (2 * error < verdict.error) & (size > 0)
         ratio, length = error / size, row_norm(x)
         off = again & (verdict.ratio > 0) & (ratio > 0.1 * verdict.ratio) & (length > 1.2 * verdict.length)
@@ -276,12 +297,14 @@ class Termination:
         # Rounding rarely exceeds 256 eps of the scale; the bound saves two evaluations in most searches.
         if any_lane(again & (error <= 256.0 * problem.eps * size)):
             again = again & (error > rounding_floor(problem.residual, problem, x, here))
+        # A failed line search leaves more error than a regular end: accept two thirds of the digits.
         good = failed & (error <= rough)
         state = self._running_on(state, again)
         state = state._replace(
             target=torch.where(again, fine, torch.where(good, rough, state.target)),
             status=torch.where(off, int(method.runs_off), state.status),
         )
+        # Close to the solution ``|J x|`` changes little, so the next target is final.
         is_final = known & (ratio <= _RELIABLE)
         return state, Verdict(
             error=torch.where(again, torch.where(is_final, 0.0, error), verdict.error),
@@ -291,14 +314,14 @@ class Termination:
 
     def _stepped(
         self,
-        method: IterativeMethod,
+        method: IterativeMethod[MemoryT],
         problem: BatchedProblem,
-        state: State[Any],
+        state: State[MemoryT],
         step: NewtonStep | None,
         failed: Tensor,
         reached: Tensor,
         verdict: Verdict,
-    ) -> tuple[State[Any], Verdict]:
+    ) -> tuple[State[MemoryT], Verdict]:
         """Judge lanes near their target by the length of a Newton-type step.
 
         A lane that is still far from the solution continues and tries the step next.
@@ -310,6 +333,8 @@ class Termination:
         state = state._replace(status=torch.where(good, int(Status.CONVERGED), state.status))
         if step is None or method.steps_tell:
             return state, verdict
+        # A gradient method may meet its target far from the solution along directions of small curvature. Continue to a
+        # tenth of the error, starting with the Newton-type step.
         far = reached & ~_is_settled(method, problem, state, "near")
         state = self._running_on(state, far)._replace(
             target=torch.where(far, _NEXT_TARGET * state.error, state.target),
@@ -317,7 +342,7 @@ class Termination:
         )
         return state, verdict._replace(error=torch.where(far, 0.0, verdict.error))
 
-    def _running_on(self, state: State[Any], where: Tensor) -> State[Any]:
+    def _running_on(self, state: State[MemoryT], where: Tensor) -> State[MemoryT]:
         on = torch.where(state.iter_num < self.limit, int(Status.RUNNING), int(Status.BUDGET_SPENT))
         return state._replace(status=torch.where(where, on, state.status))
 
@@ -332,25 +357,29 @@ def _next_progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Pr
     )
 
 
-def _is_settled(method: IterativeMethod, problem: BatchedProblem, state: State[Any], when: str) -> Tensor:
+def _is_settled(method: IterativeMethod[MemoryT], problem: BatchedProblem, state: State[MemoryT], when: str) -> Tensor:
     """True in lanes whose last Newton-type step was short enough for ``x`` to be near the solution."""
     powers = _OWN_STEP_POWERS if method.newton_step is None else _TRIAL_STEP_POWERS
     settled: Tensor = state.progress.step <= problem.eps ** getattr(powers, when)
     return settled
 
 
-def _current_residual(method: IterativeMethod, problem: BatchedProblem, x: Tensor, state: State[Any]) -> Tensor:
+def _current_residual(
+    method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, state: State[MemoryT]
+) -> Tensor:
     """Return the residual at ``x``, from the memory if the memory holds it."""
     return (problem.residual(problem, x) if method.residual is None else method.residual(state.memory)).detach()
 
 
-def _distance_step(method: IterativeMethod, problem: BatchedProblem, x: Tensor, state: State[Any]) -> NewtonStep | None:
+def _distance_step(
+    method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, state: State[MemoryT]
+) -> NewtonStep | None:
     """Return a Newton-type step, or None if the method or the user's function does not provide one."""
     make = method.newton_step
     return None if make is None else if_twice_differentiable(lambda: make(problem, x, state.memory))
 
 
-def _with_step(state: State[Any], step: NewtonStep | None, where: Tensor, failed: Tensor) -> State[Any]:
+def _with_step(state: State[MemoryT], step: NewtonStep | None, where: Tensor, failed: Tensor) -> State[MemoryT]:
     """Record the length of a step in some lanes: 0 if the predicted gain is negligible, as for long steps along the
     null space of a Hessian; at least 1 if a curvature is negative, so that no minimum is near."""
     if step is None:
@@ -365,7 +394,7 @@ def _with_step(state: State[Any], step: NewtonStep | None, where: Tensor, failed
     return state._replace(progress=state.progress._replace(step=torch.where(where, length, state.progress.step)))
 
 
-def _first_size(method: IterativeMethod, problem: BatchedProblem, x: Tensor, memory: Any) -> Tensor:
+def _first_size(method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, memory: MemoryT) -> Tensor:
     if method.size is not None:
         size = method.size(problem, x, memory).detach()
         if not isinstance(problem.residual, Composite):
@@ -394,6 +423,7 @@ def change_with_x(
     def slope(step: float) -> Tensor:
         return (residual(problem, x + step * x) - here).detach() / step
 
+    # Lengths of the differences: ``eps^(1/2)`` balances truncation and rounding.
     long, far, near = (problem.eps**power for power in (1 / 3, 1 / 2, 2 / 3))
     difference = slope(far)
     for step in (-far, near, -near):
@@ -427,6 +457,7 @@ def solution_scale(
     """
     x, back, step = x.detach(), (first_x - x).detach(), problem.eps ** (1 / 2)
     size = row_norm(change_with_x(problem.residual, problem, x, here)) if size is None else size
+    # Negated, so that a size of nan counts as small.
     small = ~(size > 100 * error)
     if not any_lane(small):
         return size, ~small
@@ -461,6 +492,7 @@ def _noise(residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Tens
     # Irregular signs: along a uniform move the terms of a function may cancel.
     way = problem.eps * scattered_signs(x) * x
     short, long = ((residual(problem, x + units * way) - here).detach() for units in (4, 1024))
+    # 1024 / 4 = 256: the ratio is 1 for a smooth residual.
     part = row_norm(long) / 256 / row_norm(short)
     # nan if the domain ends in between: then keep the short difference.
     return short * torch.where(part < 1, part, 1.0)[:, None]

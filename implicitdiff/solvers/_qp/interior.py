@@ -63,11 +63,13 @@ def interior_point(of: QuadraticProgram, eps: float) -> tuple[Tensor, Tensor]:
         better = error < least
         best = _Iterate(*(_select(better, new, old) for new, old in zip(at, best, strict=True)))
         least = torch.where(better, error, least)
+        # Stop at the accuracy that the later polishing needs, or after divergence from the best iterate.
         running = running & (error > eps**0.625) & (error < 1e6 * least)
         if not any_lane(running):
             break
         new = _predictor_corrector(problem, at, residuals)
         at = _Iterate(*(_select(running, t, old) for t, old in zip(new, at, strict=True)))
+    # Strict complementarity: of a slack and its multiplier the larger is taken as nonzero.
     pressed = torch.where(best.z > best.s, best.z, 0.0)
     return per_column * best.x, per_row * (best.y + pressed[0] - pressed[1])
 
@@ -109,6 +111,7 @@ def _relative_error(problem: _InteriorProblem, at: _Iterate) -> tuple[Tensor, tu
     slope = bend + of.c + pull
     equality = torch.where(of.equal, image - of.u, 0.0)
     slack = bounds * torch.stack([image + at.s[0] - of.u, at.s[1] - image + of.l])
+    # The duality gap, relative to the objective.
     gap = (at.s * at.z).sum(dim=(0, -1))
     dual = largest_entry(slope) / _sizes(bend, of.c, pull)
     primal = largest_entry(torch.cat([equality, slack[0], slack[1]], dim=-1)) / _sizes(image)
@@ -152,6 +155,7 @@ def _predictor_corrector(problem: _InteriorProblem, at: _Iterate, residuals: tup
     # predictor.
     centre = (reached.sum(dim=(0, -1)) / total / mean.clamp(min=1e-300)) ** 3 * mean
     step = direction(products + ahead.s * ahead.z - centre[:, None])
+    # Stay inside of the boundary; a full Newton step is kept whole.
     length = torch.where(_length(at, step) < 1.0, _STEP_FRACTION * _length(at, step), 1.0)[:, None]
     return _Iterate(*(old + length * d for old, d in zip(at, step, strict=True)))
 

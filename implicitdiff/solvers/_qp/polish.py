@@ -79,6 +79,7 @@ def active_set(
     side = _side(of, y, y)
     rows = gram(of.C, of.rows * side.abs(), plain)
     last, shift = regularisation(eps)
+    # Longer and longer steps: each proximal problem starts near its solution.
     deltas = [d for d in _FIRST_DELTAS if d > 3 * last] if patient else []
     for delta in (*deltas, last):
         x, y, side, rows = _proximal_step(of, x, y, side, rows, delta, shift / last * delta, plain, jump=not patient)
@@ -121,12 +122,14 @@ def _proximal_step(
         matrix = part.Q + torch.diag_embed(shift * part.columns) + inner / delta
         slope = vecmat(x[lanes], part.Q) + part.c + shift * part.columns * (x[lanes] - x0[lanes])
         d = -cholesky_solve(cholesky_factor(matrix)[0], slope + vecmat(w * _excess(part, v[lanes], was), part.C))
+        # The first step of a jump goes to the minimum for the given active set, without line search.
         if link or not jump:
             bend = row_dot(d, vecmat(d, part.Q) + shift * part.columns * d)
             d = d * _exact_line_search(part, v[lanes], vecmat(d, part.C.mT), w, row_dot(d, slope), bend)[:, None]
         new_x = x[lanes] + d
         new_v = vecmat(new_x, part.C.mT) + ahead[lanes]
         new = _side(part, new_v - part.u, new_v - part.l)
+        # Update ``C' diag(rows) C`` by the rows whose activity has changed. The weights ``|new| - |was|`` are 1 or -1.
         new_inner = inner + gram(part.C, part.rows * (new.abs() - was.abs()), plain)
         changes = (x, new_x), (v, new_v), (side, new), (rows, new_inner), (open_lanes, (new != was).any(dim=-1))
         x, v, side, rows, open_lanes = (put(old, open_lanes, lanes, value) for old, value in changes)

@@ -82,6 +82,7 @@ def program(
     lower = l if two_sided else torch.full_like(h, -torch.inf)
     C, u, lower = torch.cat([A, G], dim=-2), torch.cat([b, h], dim=-1), torch.cat([b, lower], dim=-1)
     above, below = ~torch.isposinf(u), ~torch.isneginf(lower)
+    # Neutral data in the place of infinite bounds, whose products would be nan: a zero row, bounds 0 and 1.
     C = torch.where((above | below)[..., None], C, 0.0)
     u, lower = torch.where(above, u, 1.0), torch.where(below, lower, 0.0)
     equal = above & below & (u == lower)
@@ -102,6 +103,7 @@ def _equilibrate(Q: Tensor, c: Tensor, C: Tensor, bounds: Tensor) -> tuple[Tenso
     D, E = _units(Q, c, C, bounds)
     for _ in range(10):
         column, row = D * (vecmat(D, Q) + vecmat(E, C)), E * vecmat(D, C.mT)
+        # One pass: divide each row and column by the root of its norm.
         D, E = (v / torch.where(s > 0, s, 1.0).sqrt() for v, s in ((D, column), (E, row)))
     # The remaining freedom is a common factor of all unknowns. Choose the factor that gives the bounds size 1. If the
     # bounds are zero or far below the unconstrained minimum, choose the factor that balances the two terms of the
@@ -128,6 +130,7 @@ def _units(Q: Tensor, c: Tensor, C: Tensor, bounds: Tensor) -> tuple[Tensor, Ten
     """
     curvature = Q.diagonal(dim1=-2, dim2=-1)
     D = torch.where(curvature > 0, _inverse(curvature).sqrt(), 0.0)
+    # In this order: unknowns with curvature, then rows with bounds, then the linear term.
     D, E = _propagated(D, torch.zeros_like(bounds), C)
     D, E = _propagated(D, torch.where(E > 0, E, _inverse(bounds)), C)
     gain = largest_entry(D * c)[:, None]
@@ -159,6 +162,7 @@ def point(of: QuadraticProgram, x: Tensor, y: Tensor) -> PrimalDual:
 def scaled(of: QuadraticProgram) -> tuple[QuadraticProgram, Tensor, Tensor]:
     """Return the scaled program, and the factors from its primal and dual to those of the program."""
     per_gradient, per_row = of.per_gradient, of.per_row
+    # From ``D / scale`` to ``D``.
     D = per_gradient * of.scale[:, None]
     Q, C = per_gradient[..., None] * of.Q * D[:, None], per_row[..., None] * of.C * D[:, None]
     one = torch.ones_like
@@ -227,6 +231,7 @@ def kkt_violation(of: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tensor]
     complementarity hold; both in the scaled program, in which entries are comparable."""
     per_gradient, per_row = of.per_gradient, of.per_row
     image, y = at.image.detach(), at.y.detach() / (per_row * of.scale.detach()[:, None])
+    # ``clamp(C x + y, l, u) - C x`` as the median of ``y`` and the two distances, without the rounding of ``C x``.
     up = torch.where(of.above, per_row * (of.u.detach() - image), torch.inf)
     down = torch.where(of.below, per_row * (of.l.detach() - image), -torch.inf)
     gap = torch.where(of.equal, up, torch.minimum(torch.maximum(y, down), up))
@@ -238,6 +243,7 @@ def without_noise(of: QuadraticProgram, at: PrimalDual, eps: float) -> Tensor:
     a weakly active constraint has multiplier zero."""
     y, slack = _pressure(of, at)
     terms = vecmat(at.x.abs(), of.Q.abs()) + of.c.abs() + vecmat(at.y.abs(), of.C.abs())
+    # A multiplier is determined to about ``eps`` of the gradient's terms; ``eps^(3/4)`` leaves a margin.
     noise = eps**0.75 * largest_entry(of.per_gradient * terms)
     return torch.where(of.equal | (y > torch.maximum(slack, noise[:, None])), at.y, 0.0)
 

@@ -130,6 +130,7 @@ def try_dogleg(
 
     farthest = torch.minimum(radius, length(path.full))
     new, halved, _ = backtrack(at, enough, farthest, state.status == Status.RUNNING)
+    # The search starts inside of the region; unless halved, the region stays as large as before.
     return Trial(*new), torch.where(halved < farthest, halved, radius)
 
 
@@ -154,8 +155,10 @@ def finish_step(
     """
     old = state.memory
     r, J = at_trial
+    # A step that rounds to zero cannot help.
     promising = (trial.good | trial.by_gradient) & (trial.x != x).any(dim=-1)
     accepted = accepted & promising & torch.isfinite(J).flatten(1).all(dim=-1)
+    # Stuck: no promising step at any radius, or several promising steps refused in a row.
     refusals = torch.where(accepted, 0, old.refusals + 1)
     stuck = ~accepted & (~promising | (refusals >= MAX_REFUSALS))
     r, J = select(accepted, r, old.residual), select(accepted, J, old.jacobian)
@@ -191,6 +194,7 @@ class _Path(NamedTuple):
     def step(self, radius: Tensor) -> tuple[Tensor, Tensor]:
         """Return the last ``s`` of the path with ``|s| <= radius``, and its `gain`."""
         way = self.full - self.cauchy
+        # Three cases: the full step is inside, the Cauchy step is outside, or the boundary lies between the two.
         reaches, beyond = length(self.full) <= radius, length(self.cauchy) >= radius
         # Solve ``|cauchy + share way| = radius``, ``a share^2 + 2 b share = c``, by the root that does not cancel.
         a, b = row_dot(way, way), row_dot(self.cauchy, way)

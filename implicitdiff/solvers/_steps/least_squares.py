@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,14 +10,15 @@ from torch import Tensor
 import implicitdiff.solvers._loop.dense as _dense
 from implicitdiff.solvers._loop.newton_step import MAX_PRODUCTS, NewtonStep, truncated_cg
 from implicitdiff.solvers._loop.problem import BatchedProblem, RowFunction, row_dot, row_norm, select, vecmat
+from implicitdiff.solvers._loop.state import JacobianMemory
 
 
-def normal_residual(memory: Any) -> Tensor:
+def normal_residual(memory: JacobianMemory) -> Tensor:
     """Return ``J' r`` from a memory with a residual and a Jacobian."""
     return normal_gradient(memory.jacobian, memory.residual)
 
 
-def normal_size(problem: BatchedProblem, x: Tensor, memory: Any) -> Tensor:
+def normal_size(problem: BatchedProblem, x: Tensor, memory: JacobianMemory) -> Tensor:
     """Return ``|J'J x|``: the change of ``J' r`` from 0 to ``x`` if the residual is linear."""
     return row_norm(normal_gradient(memory.jacobian, vecmat(x, memory.jacobian.mT)))
 
@@ -69,6 +70,7 @@ def curvature(x: Tensor, cost: RowFunction, free: Tensor | None = None) -> Curva
     grad, H = cost.curvature(x)
     if free is None:
         return Curvature(grad, H, torch.ones_like(x, dtype=torch.bool))
+    # Fixed unknowns: zero gradient, and the identity in the Hessian, so that their step is 0.
     mask = free.to(x.dtype)
     return Curvature(mask * grad, mask[:, None] * H * mask[..., None] + torch.diag_embed(1.0 - mask), free)
 
@@ -92,6 +94,7 @@ def least_squares_newton_step(
         return torch.where(at.free, whole[..., 0], 0.0)
 
     products = min(2 * x.shape[-1], MAX_PRODUCTS)
+    # ``H v`` as ``v'H``: the Hessian is symmetric.
     step, gain = truncated_cg(x, grad, lambda v: vecmat(v, H), precondition, products, eps=problem.eps)
     value, noise = losses.detach().sum(dim=-1), rounding_of_cost(problem, x, residual, jacobian, losses)
     counts = gain > problem.eps ** (2 / 3) * value + problem.eps ** (1 / 6) * noise

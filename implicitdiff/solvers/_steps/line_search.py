@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from implicitdiff.solvers._loop.problem import (
     safe_divide,
     select,
 )
+from implicitdiff.solvers._loop.state import ObjectiveMemory, ObjectiveMemoryT, State
 from implicitdiff.solvers._loop.status import Status
 
 _MAX_TRIALS = 30
@@ -66,7 +67,7 @@ class LinePoint(NamedTuple):
 def search(
     problem: BatchedProblem,
     x: Tensor,
-    state: Any,
+    state: State[ObjectiveMemoryT],
     direction: Tensor,
     first_step: Tensor,
     c1: float = 1e-4,
@@ -130,13 +131,13 @@ def initial_fields(problem: BatchedProblem, x: Tensor) -> tuple[Tensor, dict[str
     return error, {"value": value, "grad": grad, "magnitude": value.detach().abs()}
 
 
-def fields_at(memory: Any, point: LinePoint) -> dict[str, Tensor]:
+def fields_at(memory: ObjectiveMemory, point: LinePoint) -> dict[str, Tensor]:
     """Return the memory's fields that `search` needs, at a new point."""
     magnitude = torch.maximum(memory.magnitude, point.value.detach().abs())
     return {"value": point.value, "grad": point.grad, "magnitude": magnitude}
 
 
-def value_fell(problem: BatchedProblem, memory: Any, point: LinePoint) -> Tensor:
+def value_fell(problem: BatchedProblem, memory: ObjectiveMemory, point: LinePoint) -> Tensor:
     """True in lanes whose value is lower at the new point by more than its rounding."""
     lower: Tensor = point.value.detach() < memory.value.detach() - _NOISE_ULPS * problem.eps * memory.magnitude
     return lower
@@ -149,7 +150,7 @@ class _Line:
         self,
         problem: BatchedProblem,
         x: Tensor,
-        memory: Any,
+        memory: ObjectiveMemory,
         direction: Tensor,
         c1: float,
         c2: float,
@@ -179,10 +180,12 @@ class _Line:
     def test(self, trial: LinePoint, best: LinePoint) -> tuple[Tensor, Tensor]:
         """Return two flags: the value is low enough, and the slope is flat enough."""
         change = trial.value - self.start.value
+        # Sufficient decrease, or no change beyond rounding (approximate Wolfe condition).
         enough = (change <= self.c1 * trial.step * self.start.slope) | (change.abs() <= self.noise)
         low = enough & (trial.value <= best.value + self.noise) & (change > -torch.inf)
         flat = trial.slope.abs() < -self.c2 * self.start.slope
         if self.segment is not None:
+            # At the end of a finite line a descending slope is acceptable.
             flat = flat | ((trial.step >= self.segment.largest) & (trial.slope < 0))
         return low, flat
 
@@ -197,12 +200,15 @@ def _zoom(line: _Line, trial: LinePoint, active: Tensor, status: Tensor) -> tupl
     """Continue the search from the first trial, in lanes whose first trial fails a condition."""
     best = other = line.start
     bracketed = torch.zeros_like(active)
+    # A direction that does not descend fails at once.
     searching = active & (line.start.slope < 0)
     for count in range(1, _MAX_TRIALS + 1):
+        # An objective of minus infinity ends the search.
         status = torch.where(searching & (trial.value == -torch.inf), int(Status.UNBOUNDED), status)
         searching = searching & (status == Status.RUNNING)
         trial = line.finite(trial)
         low, flat = line.test(trial, best)
+        # Direction from the best point to the other end of the bracket; forward before a bracket is known.
         ahead = torch.where(bracketed, torch.sign(other.step - best.step), 1.0)
         moved, beyond = searching & low, searching & ~low
         # The best point moved past a minimum: the old best point becomes the other end of the bracket.
@@ -215,6 +221,7 @@ def _zoom(line: _Line, trial: LinePoint, active: Tensor, status: Tensor) -> tupl
             break
         beyond_by = _EXTRAPOLATION[1] if count < _SLOW_TRIALS else _FAR_EXTRAPOLATION
         fraction = _next_fraction(best, other, bracketed, line.noise, beyond_by, bisect=count % 3 == 0)
+        # Stopped lanes evaluate their best point again, inside of the domain.
         step = line.within(best.step + fraction * (other.step - best.step))
         trial = line.at(torch.where(searching, step, best.step))
     # Without a bracket after all extrapolations, the objective decreases as steeply as at the start.
@@ -247,6 +254,7 @@ def _next_fraction(
     root = torch.sqrt(torch.where(known, square, 1.0))
     # (3.59) of Nocedal and Wright, with the interval scaled to [0, 1].
     at = 1 - safe_divide(q + root - middle, q - p + 2 * root)
+    # Before a bracket is known only an extrapolation (``at < 0``) makes sense.
     known = known & torch.where(bracketed, not bisect, at < 0)
     lower = torch.where(bracketed, _BRACKET_MARGINS[0], -farthest)
     upper = torch.where(bracketed, _BRACKET_MARGINS[1], -_EXTRAPOLATION[0])

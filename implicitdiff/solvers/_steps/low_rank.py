@@ -28,5 +28,6 @@ def broyden_update(
     sH = apply_inverse(first_adjoint, v, u, s)
     # The vectors of the new term: ``u = (s - H y) / (s'H y)`` and ``v = H's``.
     new_u = safe_divide((s - Hy).T, row_dot(sH, y)).T
+    # Lanes may have different ranks, so each writes to its own row.
     here = (torch.arange(u.shape[1], device=u.device) == rank[:, None])[..., None]
     return torch.where(here, new_u[:, None], u), torch.where(here, sH[:, None], v), rank + 1

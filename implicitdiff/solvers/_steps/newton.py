@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 import implicitdiff.solvers._loop.dense as _dense
 from implicitdiff._implicit.linear import LinearProblem, LinearSolver, solve_linear
 from implicitdiff._implicit.operators import Linearised, Product
-from implicitdiff._torch.trees import Leaves
-from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, safe_divide, select
+from implicitdiff._torch.trees import Leaves, Tree
+from implicitdiff.solvers._loop.problem import BatchedProblem, VectorMap, row_norm, safe_divide, select
+from implicitdiff.solvers._loop.state import GrowthMemoryT, ResidualMemoryT, State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.backtracking import HALVINGS, TrialPoint, backtrack
 
 
-def check_linear_solve(name: str, linear_solve: Any) -> None:
+def check_linear_solve(name: str, linear_solve: object) -> None:
     """Raise TypeError unless the linear solver is the library's; a user's own function solves no batch of lanes."""
     if linear_solve is not None and not isinstance(linear_solve, LinearSolver):
         raise TypeError(
@@ -33,11 +32,12 @@ def newton_direction(problem: BatchedProblem, at: Tensor, r: Tensor, linear_solv
     b = inputs.unravel(r)
     if problem.plain:
         _, push, pull = problem.fn.linearise(at)
+        # Below the transforms: one linearisation serves all products of the linear solver.
         operator = Linearised(_Products(_on_leaves(problem, push), _on_leaves(problem, pull)))
         linear = LinearProblem(operator, linear_solve, structure, count=0, lanes=inputs.batch)
         return inputs.ravel(solve_linear(linear, b, []))
 
-    def matvec(v: Any) -> Any:
+    def matvec(v: Tree) -> Tree:
         # Linearise inside of `matvec`: the linear solver's derivative must find the operands on which its matrix
         # depends.
         push = _on_leaves(problem, problem.fn.linearise(at)[1])
@@ -59,12 +59,12 @@ class _Products:
         return self._pull
 
 
-def _on_leaves(problem: BatchedProblem, product: Any) -> Product:
+def _on_leaves(problem: BatchedProblem, product: VectorMap) -> Product:
     return lambda v: problem.inputs.unravel(product(problem.inputs.ravel(v)))
 
 
 def take_step(
-    problem: BatchedProblem, x: Tensor, state: Any, step: Tensor, backtracking: bool
+    problem: BatchedProblem, x: Tensor, state: State[ResidualMemoryT], step: Tensor, backtracking: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``x + step``, its residual and the status; with backtracking a step is halved in lanes whose residual does
     not decrease sufficiently (Armijo's condition on the norm)."""
@@ -76,7 +76,12 @@ def take_step(
 
 
 def shorten_step(
-    problem: BatchedProblem, x: Tensor, state: Any, step: Tensor, active: Tensor, halvings: int = HALVINGS
+    problem: BatchedProblem,
+    x: Tensor,
+    state: State[ResidualMemoryT],
+    step: Tensor,
+    active: Tensor,
+    halvings: int = HALVINGS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the first of the points ``x + step, x + step / 2, ...`` with a sufficiently smaller residual, the
     residual, and the `active` lanes without such a point; the latter stay at ``x``."""
@@ -96,7 +101,9 @@ def shorten_step(
     return select(refused, x, new_x), select(refused, state.memory.residual, new_r), refused
 
 
-def watch_growth(state: Any, x: Tensor, new_x: Tensor, r: Tensor, new_r: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def watch_growth(
+    state: State[GrowthMemoryT], x: Tensor, new_x: Tensor, r: Tensor, new_r: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """Return the new ``growth`` and the status.
 
     ``growth`` is the factor by which ``|r|`` has grown in consecutive steps that increased both ``|r|`` and ``|x|``.
@@ -104,6 +111,7 @@ def watch_growth(state: Any, x: Tensor, new_x: Tensor, r: Tensor, new_r: Tensor,
     because a single large step is no divergence: from near the minimum of ``x^3 - 1``, say, Newton's method jumps far
     away and comes back.
     """
+    # Both must grow: a residual may grow on the way to a solution, and ``|x|`` in any search.
     rate = safe_divide(row_norm(new_r), row_norm(r)).clamp(max=eps ** (-1 / 8))
     growth = torch.where((rate > 1) & (row_norm(new_x) > row_norm(x)), state.memory.growth * rate, 1.0)
     gone = (growth > 1 / eps) | ~torch.isfinite(new_x).all(dim=-1)

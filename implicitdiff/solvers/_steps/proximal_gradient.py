@@ -119,6 +119,7 @@ def _descend(
 
     if not search:
         return at(memory.stepsize), memory.stepsize, torch.zeros_like(state.status, dtype=torch.bool)
+    # Let the size grow again before each search, except for the first guess.
     size = torch.where(state.iter_num > 0, GROWTH * memory.stepsize, memory.stepsize)
     return backtrack(at, enough, size, state.status == Status.RUNNING)
 

@@ -91,6 +91,7 @@ class _Multiplier(Problem):
 
     def primal(self, theta: Leaves) -> Leaves:
         A, r, radius = (t.double() for t in theta)
+        # `eigh` raises for a matrix that is not finite: solve lanes of zeros instead, and return nan.
         known = torch.isfinite(A).flatten(-2).all(dim=-1)
         A = torch.where(known[..., None, None], A, 0.0)
         values, vectors = torch.linalg.eigh(A.mT @ A)
@@ -129,6 +130,7 @@ def _newton_for_multiplier(values: Tensor, part: Tensor, radius: Tensor) -> Tens
     ``|s| > radius``, so that the iterates increase monotonically (Nocedal and Wright, 2nd ed., algorithm 4.3).
     """
     eps = torch.finfo(values.dtype).eps
+    # Start next to the pole at 0, left of the solution.
     damping = eps**2 * values.amax(dim=-1)
     for _ in range(_MAX_NEWTON_STEPS):
         poles = values + damping[..., None]
@@ -136,6 +138,7 @@ def _newton_for_multiplier(values: Tensor, part: Tensor, radius: Tensor) -> Tens
         size = length(s)
         step = (size / radius - 1.0) / ((s / size[..., None]).square() / poles).sum(dim=-1)
         new = torch.where(step > 0, damping + step, damping)
+        # Monotone iterates: stop when no lane increases.
         if not any_lane(new > damping * (1.0 + 4.0 * eps)):
             break
         damping = new
