@@ -24,13 +24,13 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.operators import with_vectors
 from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.equations import EquationOf
+from implicitdiff.solvers._loop.measures import precision
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm
 from implicitdiff.solvers._loop.solver import Solver, SolverImpl, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._loop.termination import precision
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
@@ -205,16 +205,16 @@ class _ScipyImpl(SolverImpl):
 
     def _unrolled(self, *_: object) -> NoReturn:
         raise NotImplementedError(
-            f"{self.name}: implicit_diff=False would differentiate the steps, and SciPy's are no operations of torch; "
-            "leave it True, or take a solver that is written in torch"
+            f"{self.name}: implicit_diff=False differentiates the steps, but SciPy's steps are not torch operations; "
+            "leave implicit_diff at True, or use a solver of this library without scipy in its name"
         )
 
 
-def _start(problem: BatchedProblem, x: Tensor) -> Start:
+def _start(problem: BatchedProblem, x: Tensor) -> Start[ScipyMemory]:
     error = row_norm(problem.residual(problem, x))
-    none = torch.zeros_like(error, dtype=torch.int64)
+    zeros = torch.zeros_like(error, dtype=torch.int64)
     message = torch.zeros((len(x), _LONGEST), dtype=torch.uint8, device=x.device)
-    return Start(error, ScipyMemory(nfev=none, code=none, message=message))
+    return Start(error, ScipyMemory(nfev=zeros, code=zeros, message=message))
 
 
 def _step(
@@ -227,6 +227,7 @@ def _step(
     atol: float | None,
     budget: int | None,
 ) -> tuple[Tensor, State[ScipyMemory]]:
+    # Lane by lane: SciPy's solvers take a single problem.
     new_x, spent, status = x.clone(), torch.ones_like(state.status), state.status.clone()
     nfev, code, message = (t.clone() for t in state.memory)
     limit = budget or max(1000, 200 * x.shape[1])

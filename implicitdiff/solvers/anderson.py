@@ -86,18 +86,18 @@ def anderson(
         check_number("anderson", "safeguard", safeguard, "a number >= 1 or None", lambda s: s >= 1)
 
     step = partial(_step, ridge=ridge, mixing=mixing, safeguard=safeguard)
-    start, held = partial(_start, history=history), attrgetter("residual")
-    method = IterativeMethod(start, step, AndersonMemory, 1_000, residual=held, size=_size)
+    start = partial(_start, history=history)
+    method = IterativeMethod(start, step, AndersonMemory, 1_000, residual=attrgetter("residual"), size=_size)
     return make_solver("anderson", _equations.fixed_point_equation, (fixed_point_fn,), method, options)
 
 
-def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
+def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start[AndersonMemory]:
     residual = x - problem.fn(x)
     # ``n`` changes determine ``c``. With more, the ridge would select among the many ``c`` with ``Y c = r``, and so
     # small a ridge leaves the selection to rounding.
     kept = max(1, min(history, x.shape[-1]))
-    none = torch.zeros_like(x)[:, None].repeat(1, kept, 1)
-    return Start(row_norm(residual), AndersonMemory(residual=residual, steps=none, changes=none))
+    zeros = torch.zeros_like(x)[:, None].repeat(1, kept, 1)
+    return Start(row_norm(residual), AndersonMemory(residual=residual, steps=zeros, changes=zeros))
 
 
 def _size(problem: BatchedProblem, x: Tensor, memory: AndersonMemory) -> Tensor:

@@ -93,19 +93,20 @@ def _guess_or_middle(lower: Bound, upper: Bound, params: Tree, /, *args: Tree, *
     return _middle(lower, upper) if params is None else params
 
 
-def _start(problem: BatchedProblem, x: Tensor) -> Start:
+def _start(problem: BatchedProblem, x: Tensor) -> Start[BisectionMemory]:
     lower, upper = problem.function("lower")(x), problem.function("upper")(x)
     low, high = problem.fn(lower), problem.fn(upper)
     # Negated comparisons refuse nan as well.
     if any_lane(~(lower <= upper)) or any_lane(~(low * high.sign() <= 0)):
         raise ValueError(
-            "bisection: a bracket holds no change of sign: fn must have different signs at lower and upper, and lower "
-            "must not exceed upper; widen the brackets, or look for them lane by lane"
+            "bisection: fn must have different signs at lower and upper, and lower must not exceed upper, in every "
+            "entry of every lane; widen the brackets"
         )
     inside = _clip(x, lower, upper)
     residual = problem.fn(inside)
     size = row_norm(residual)
-    # A guess outside of its bracket is no solution, even if the residual at the clipped point is zero.
+    # A guess outside of its bracket is no solution, even if the residual at the clipped point is zero. Its error is the
+    # largest finite number, because infinity would count as divergence.
     error = torch.where((inside == x).all(dim=-1), size, torch.finfo(x.dtype).max)
     largest = torch.maximum(low.abs(), high.abs())
     return Start(error, BisectionMemory(residual, lower, upper, (high - low).sign(), largest), reference=size)
@@ -161,6 +162,6 @@ def _middle(lower: Bound, upper: Bound) -> Tree:
         return pytree.unflatten([torch.as_tensor(low + (high - low) / 2) for low, high in pairs], spec)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "bisection: without an initial guess, lower and upper must be numbers, tensors or trees of these that are "
-            f"alike, got {pytree.describe(lower)} and {pytree.describe(upper)}"
+            "bisection: without an initial guess, lower and upper must be numbers, tensors, or trees of the same "
+            f"structure, got {pytree.describe(lower)} and {pytree.describe(upper)}"
         ) from error

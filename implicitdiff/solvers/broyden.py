@@ -66,16 +66,16 @@ def broyden(fixed_point_fn: Callable[..., Tree], history: int = 20, **options: U
     """
     check_count("broyden", "history", history)
 
-    start, held = partial(_start, history=history), attrgetter("residual")
-    method = IterativeMethod(start, _step, BroydenMemory, 1_000, residual=held, size=_size)
+    start = partial(_start, history=history)
+    method = IterativeMethod(start, _step, BroydenMemory, 1_000, residual=attrgetter("residual"), size=_size)
     return make_solver("broyden", _equations.fixed_point_equation, (fixed_point_fn,), method, options)
 
 
-def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
+def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start[BroydenMemory]:
     residual = x - problem.fn(x)
-    none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+    zeros = torch.zeros_like(x)[:, None].repeat(1, history, 1)
     rank = torch.zeros_like(x[:, :1].sum(dim=-1), dtype=torch.int64)
-    return Start(row_norm(residual), BroydenMemory(residual=residual, u=none, v=none, rank=rank))
+    return Start(row_norm(residual), BroydenMemory(residual=residual, u=zeros, v=zeros, rank=rank))
 
 
 def _size(problem: BatchedProblem, x: Tensor, memory: BroydenMemory) -> Tensor:
@@ -87,6 +87,7 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[BroydenMemory]) -> tu
     r, u, v, rank = state.memory
     new_x = x - _low_rank.apply_inverse(_initial_inverse, u, v, r)
     new_r = new_x - problem.fn(new_x)
+    # ``H0 = I``, exact for a constant map ``f``.
     u, v, rank = _low_rank.broyden_update(_initial_inverse, _initial_inverse, u, v, rank, new_x - x, new_r - r)
     return new_x, state._replace(error=row_norm(new_r), memory=BroydenMemory(new_r, u, v, rank))
 

@@ -81,13 +81,13 @@ def broyden_root(
     return make_solver("broyden_root", _equations.root_equation, (residual_fn,), method, options)
 
 
-def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
+def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start[BroydenRootMemory]:
     residual = problem.fn(x)
-    none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+    zeros = torch.zeros_like(x)[:, None].repeat(1, history, 1)
     inverse = _dense.invert_dense(problem.fn.jacobian(x)[1])
     error = row_norm(residual)
     zero = torch.zeros_like(error, dtype=torch.int64)
-    return Start(error, BroydenRootMemory(residual, inverse, none, none, rank=zero, slow=zero, age=zero))
+    return Start(error, BroydenRootMemory(residual, inverse, zeros, zeros, rank=zero, slow=zero, age=zero))
 
 
 def _step(
@@ -102,6 +102,7 @@ def _step(
         new_x = x + direction
         new_r = problem.fn(new_x)
     memory, error = state.memory, row_norm(new_r)
+    # ``H0`` is the inverse of the last computed Jacobian; the update also needs ``H0'``.
     first, adjoint = _product_with(memory.inverse), _product_with(memory.inverse.mT)
     s, y = new_x - x, new_r - memory.residual
     u, v, rank = _low_rank.broyden_update(first, adjoint, memory.u, memory.v, memory.rank, s, y)
@@ -119,6 +120,7 @@ def _shorten_or_renew(
     new_x, new_r, refused = shorten_step(problem, x, state, direction, state.status == Status.RUNNING, _HALVINGS)
     if any_lane(refused):
         state = _renew_jacobian(problem, x, state, refused)
+        # Search again in the refused lanes only; the others keep their points.
         again_x, again_r, still = shorten_step(problem, x, state, _broyden_direction(state.memory), refused)
         new_x, new_r = select(refused, again_x, new_x), select(refused, again_r, new_r)
         status = torch.where(refused & still, int(Status.LINE_SEARCH_FAILED), state.status)

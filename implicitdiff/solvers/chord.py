@@ -74,8 +74,9 @@ def chord(
     return make_solver("chord", _equations.root_equation, (residual_fn,), method, options)
 
 
-def _start(problem: BatchedProblem, x: Tensor, *, linear_solve: LinearSolver | None) -> Start:
+def _start(problem: BatchedProblem, x: Tensor, *, linear_solve: LinearSolver | None) -> Start[ChordMemory]:
     residual = problem.fn(x)
+    # With a linear solver the Jacobian at the initial guess is applied by products in each step.
     empty = x.new_zeros((x.shape[0], 0, 0))
     inverse = _dense.invert_dense(problem.fn.jacobian(x)[1]) if linear_solve is None else empty
     return Start(row_norm(residual), ChordMemory(residual=residual, point=x, inverse=inverse))
@@ -91,6 +92,7 @@ def _step(
 ) -> tuple[Tensor, State[ChordMemory]]:
     memory = state.memory
     if linear_solve is None:
+        # ``J0^-1 r`` as ``r'J0^-T``, row by row.
         direction = -vecmat(memory.residual, memory.inverse.mT)
     else:
         direction = -_newton.newton_direction(problem, memory.point, memory.residual, linear_solve)

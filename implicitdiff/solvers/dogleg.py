@@ -81,7 +81,7 @@ def dogleg(residual_fn: Callable[..., Tree], radius: float = 1.0, **options: Unp
     return make_solver("dogleg", _equations.least_squares_equation, (residual_fn,), method, options)
 
 
-def _start(problem: BatchedProblem, x: Tensor, *, radius: float) -> Start:
+def _start(problem: BatchedProblem, x: Tensor, *, radius: float) -> Start[DoglegMemory]:
     memory = _dogleg.initial_memory(problem, x, radius)
     return Start(row_norm(normal_residual(memory)), memory)
 
@@ -92,6 +92,7 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory]) -> tup
     asked, at_trial = trial.good | trial.by_gradient, (old.residual, old.jacobian)
     accepted = asked
     if any_lane(asked):
+        # Lanes that stay evaluate ``x`` again, whose Jacobian is finite.
         at_trial = problem.fn.jacobian(select(asked, trial.x, x))
         # If rounding hides the gain, the scaled gradient decides.
         flatter = _steepness(*at_trial, old.scale) < _steepness(old.residual, old.jacobian, old.scale)

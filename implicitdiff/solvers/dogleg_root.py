@@ -66,7 +66,7 @@ def dogleg_root(residual_fn: Callable[..., Tree], radius: float = 1.0, **options
     return make_solver("dogleg_root", _equations.root_equation, (residual_fn,), method, options)
 
 
-def _start(problem: BatchedProblem, x: Tensor, *, radius: float) -> Start:
+def _start(problem: BatchedProblem, x: Tensor, *, radius: float) -> Start[DoglegMemory]:
     memory = _dogleg.initial_memory(problem, x, radius)
     error = row_norm(memory.residual)
     # A Jacobian that is not finite gives no step.
@@ -80,9 +80,11 @@ def _size(problem: BatchedProblem, x: Tensor, memory: DoglegMemory) -> Tensor:
 
 def _step(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
     trial, radius = _dogleg.try_dogleg(problem, x, state, partial(_newton_or_least_squares, eps=problem.eps))
+    # If rounding hides the gain, compare the norms themselves, computed without squares.
     accepted = trial.known & torch.where(trial.unresolved, row_norm(trial.residual) < state.error, trial.good)
     at_trial = state.memory.residual, state.memory.jacobian
     if any_lane(accepted):
+        # Lanes that stay evaluate ``x`` again, whose Jacobian is finite.
         at_trial = problem.fn.jacobian(select(accepted, trial.x, x))
     x, state = _dogleg.finish_step(x, state, trial, radius, accepted, at_trial)
     memory = state.memory

@@ -65,7 +65,7 @@ def fixed_point_iteration(
     return make_solver("fixed_point_iteration", _equations.fixed_point_equation, (fixed_point_fn,), method, options)
 
 
-def _start(problem: BatchedProblem, x: Tensor) -> Start:
+def _start(problem: BatchedProblem, x: Tensor) -> Start[FixedPointMemory]:
     image = problem.fn(x)
     return Start(row_norm(x - image), FixedPointMemory(image))
 

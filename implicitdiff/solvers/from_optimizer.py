@@ -70,7 +70,7 @@ def from_optimizer(
     return make_solver("from_optimizer", _equations.stationary_equation, (objective_fn,), method, options)
 
 
-def _start(problem: BatchedProblem, x: Tensor, *, transformation: GradientTransformation) -> Start:
+def _start(problem: BatchedProblem, x: Tensor, *, transformation: GradientTransformation) -> Start[FromOptimizerMemory]:
     _, grad = problem.fn.value_and_grad(x)
     inner = _over_lanes(transformation.init, _rows_to_tree(problem, x))
     return Start(row_norm(grad), FromOptimizerMemory(grad=grad, inner=inner))
@@ -105,9 +105,11 @@ def _tree_to_rows(problem: BatchedProblem, tree: Tree) -> Tensor:
 def _over_lanes(fn: Callable[..., Tree], *trees: Tree) -> Tree:
     """Apply a function of trees to every lane."""
     leaves, given = pytree.flatten(trees)
+    # A single lane needs no vmap.
     if leaves[0].shape[0] == 1:
         out = fn(*given.unflatten([t[0] for t in leaves]))
         return pytree.map_tensors(lambda t: t[None], out)
+    # The structure of the result is known after the first call.
     made: list[Structure] = []
 
     def on_leaves(leaves: Leaves) -> Leaves:  # vmap takes and returns tensors alone

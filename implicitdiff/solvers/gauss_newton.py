@@ -69,7 +69,7 @@ def gauss_newton(residual_fn: Callable[..., Tree], **options: Unpack[SolverOptio
     return make_solver("gauss_newton", _equations.least_squares_equation, (residual_fn,), method, options)
 
 
-def _start(problem: BatchedProblem, x: Tensor) -> Start:
+def _start(problem: BatchedProblem, x: Tensor) -> Start[GaussNewtonMemory]:
     residual, jacobian = problem.fn.jacobian(x)
     if residual.shape[-1] < x.shape[-1]:
         raise ValueError(

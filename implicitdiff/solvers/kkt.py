@@ -99,6 +99,7 @@ def _optimality(
     h = _constraint(eq_fn, primal, params_eq, dual_eq, "dual_eq")
     g = _constraint(ineq_fn, primal, params_ineq, dual_ineq, "dual_ineq")
 
+    # ``f(x) + nu'h(x) + lambda'g(x)`` with fixed multipliers: a single gradient gives the first condition.
     def lagrangian(x: Tree) -> Tensor:
         value: Tensor = _call_with_params(objective_fn, x, params_obj)
         for term in _inner_products(dual_eq, eq_fn, x, params_eq) + _inner_products(dual_ineq, ineq_fn, x, params_ineq):
@@ -106,6 +107,7 @@ def _optimality(
         return value
 
     leaves, structure = pytree.flatten(g)
+    # ``lambda_i g_i(x) = 0`` for each constraint.
     complementarity = [d * v for d, v in zip(structure.tensors_of(dual_ineq), leaves, strict=True)]
     return KKTSolution(gradient(lagrangian, primal), h, structure.unflatten(complementarity))
 
@@ -116,6 +118,7 @@ def _call_with_params(fn: Callable[..., Tree], x: Tree, params: Tree) -> Tree:
 
 def _constraint(fn: Callable[..., Tree] | None, x: Tree, params: Tree, dual: Tree, name: str) -> Tree:
     """Return the values of a constraint function after a comparison with the multipliers."""
+    # Empty tensors are the multipliers of absent constraints, see `KKTSolution`.
     if fn is None and not any(t.numel() for t in pytree.tensors(dual)):
         return dual
     if fn is None or dual is None:

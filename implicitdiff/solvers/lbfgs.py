@@ -84,21 +84,28 @@ def lbfgs(objective_fn: Callable[..., Tensor], history: int = 10, **options: Unp
     check_count("lbfgs", "history", history)
 
     start = partial(_start, history=history)
-    held, off = attrgetter("grad"), Status.UNBOUNDED
-    method = IterativeMethod(start, _step, LbfgsMemory, 10_000, residual=held, newton_step=_newton_step, runs_off=off)
+    method = IterativeMethod(
+        start,
+        _step,
+        LbfgsMemory,
+        10_000,
+        residual=attrgetter("grad"),
+        newton_step=_newton_step,
+        runs_off=Status.UNBOUNDED,
+    )
     return make_solver("lbfgs", _equations.stationary_equation, (objective_fn,), method, options)
 
 
-def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
+def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start[LbfgsMemory]:
     error, fields = initial_fields(problem, x)
-    none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+    zeros = torch.zeros_like(x)[:, None].repeat(1, history, 1)
     eye = torch.eye(history, dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
     mark = torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2)
     scale = unit_step(fields["grad"])
     return Start(
         error,
         LbfgsMemory(
-            **fields, scale=scale, steps=none, changes=none, products=eye, ahead=torch.zeros_like(x), mark=mark
+            **fields, scale=scale, steps=zeros, changes=zeros, products=eye, ahead=torch.zeros_like(x), mark=mark
         ),
     )
 
@@ -106,9 +113,10 @@ def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
 def _step(problem: BatchedProblem, x: Tensor, state: State[LbfgsMemory]) -> tuple[Tensor, State[LbfgsMemory]]:
     old = state.memory
     direction = _lbfgs_direction(old, old.grad)
-    told = (old.ahead != 0).any(dim=-1)
-    if any_lane(told):
-        direction = select(told, old.ahead, direction)
+    replaced = (old.ahead != 0).any(dim=-1)
+    # A Newton-type step of the stopping rule replaces the direction once.
+    if any_lane(replaced):
+        direction = select(replaced, old.ahead, direction)
     point, failed, status = search(problem, x, state, direction, torch.ones_like(old.value))
     new = _append_pair(old, point.x - x, point.grad - old.grad, problem.eps)
     new = new._replace(**fields_at(old, point), ahead=torch.zeros_like(old.ahead))
@@ -141,6 +149,7 @@ def _lbfgs_direction(memory: LbfgsMemory, grad: Tensor) -> Tensor:
 def _append_pair(memory: LbfgsMemory, s: Tensor, y: Tensor, eps: float) -> LbfgsMemory:
     """Append a pair to the history; zeros if its curvature is not positive."""
     sy, yy = row_dot(s, y), row_dot(y, y)
+    # Rounding of ``s'y`` is about ``eps |s| |y|``: a smaller curvature is not resolved.
     good = (sy > eps * row_norm(s) * row_norm(y)) & (yy > 0)
     s, y = (torch.where(good[:, None], t, 0.0)[:, None] for t in (s, y))
     steps = torch.cat([memory.steps[:, 1:], s], dim=1)

@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff.solvers._loop.bounds import Bound, Limits, limits_of, limits_on
+from implicitdiff.solvers._loop.measures import composite_size
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import SolverOptions, check_count
 from implicitdiff.solvers._loop.problem import (
@@ -29,7 +30,6 @@ from implicitdiff.solvers._loop.problem import (
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._loop.termination import composite_size
 from implicitdiff.solvers._steps.line_search import Segment, fields_at, search, unit_step
 
 
@@ -119,25 +119,26 @@ def lbfgs_b(
     equation_of = partial(
         _equations.boxed_by, smooth_of=_equations.stationary_equation, limits=limits_of("lbfgs_b", bounds)
     )
-    held, off = attrgetter("residual"), Status.UNBOUNDED
-    method = IterativeMethod(start, _step, LbfgsBMemory, 10_000, residual=held, size=_size, runs_off=off)
+    method = IterativeMethod(
+        start, _step, LbfgsBMemory, 10_000, residual=attrgetter("residual"), size=_size, runs_off=Status.UNBOUNDED
+    )
     return make_solver("lbfgs_b", equation_of, (objective_fn,), method, options)
 
 
-def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start:
+def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start[LbfgsBMemory]:
     limits = limits_on(problem)
     value, grad = problem.fn.value_and_grad(limits.clip(x))
     # The residual of the guess itself: a guess outside of the box is no solution.
     residual = limits.residual(x, grad)
-    none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+    zeros = torch.zeros_like(x)[:, None].repeat(1, history, 1)
     memory = LbfgsBMemory(
         residual=residual,
         value=value,
         grad=grad,
         magnitude=value.detach().abs(),
         curvature=_first_curvature(limits, limits.clip(x), grad, problem.eps),
-        steps=none,
-        changes=none,
+        steps=zeros,
+        changes=zeros,
         mark=torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2),
     )
     # The gradient of an infinite value may be finite: report such a guess as not finite.
@@ -154,6 +155,7 @@ def _first_curvature(limits: Limits, x: Tensor, grad: Tensor, eps: float) -> Ten
     is_box = (torch.isfinite(limits.lower) & torch.isfinite(limits.upper)).all(dim=-1)
     pull = limits.free_gradient(x, grad)
     usual = torch.where(is_box, 1.0, 1 / unit_step(pull))
+    # The first step is ``pull / curvature``: enlarge to ``sqrt(eps) |x|``, measured by largest entries.
     step, shortest = largest_entry(pull), eps ** (1 / 2) * largest_entry(x)
     return torch.where((step > 0) & (step < shortest * usual), safe_divide(step, shortest), usual)
 
@@ -177,6 +179,7 @@ def _segment(limits: Limits, x: Tensor, direction: Tensor) -> Segment:
     reach = torch.where(known, torch.where(known, bound - x, 1.0) / torch.where(known, direction, 1.0), torch.inf)
 
     def at(step: Tensor) -> Tensor:
+        # Unknowns that have arrived take their bound exactly, without rounding of ``x + step d``.
         arrived = step[:, None] >= reach
         return torch.where(arrived, bound, limits.clip(x + torch.where(arrived, 0.0, step[:, None] * direction)))
 
@@ -229,6 +232,7 @@ def _model_minimum(memory: LbfgsBMemory, limits: Limits, x: Tensor, eps: float) 
     model, grad = _model(memory), memory.grad
     cauchy, free = _cauchy_point(model, limits, x, grad, eps)
     step = _subspace_step(model, cauchy - x, grad, free)
+    # A matrix that is singular to rounding gives no step: stay at the Cauchy point.
     step = torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, 0.0)
     target = limits.clip(cauchy + step)
     uphill = ~(row_dot(target - x, grad) < 0)

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.trust_region as _trust_region
 from implicitdiff._torch.trees import Tree
-from implicitdiff.solvers._loop.bounds import Bound, Limits, limits_of, limits_on
+from implicitdiff.solvers._loop.bounds import Bound, limits_of, limits_on
 from implicitdiff.solvers._loop.losses import check_loss_scale, loss_of
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
@@ -34,6 +34,8 @@ from implicitdiff.solvers._steps.least_squares import (
     rounding_of_cost,
     units_of,
 )
+from implicitdiff.solvers._steps.region_step import end_in_box, least_weights, step_in_region
+from implicitdiff.solvers._steps.robust_weights import flat_status, gain_of_losses, losses_of, weighted
 from implicitdiff.solvers._steps.trust_region import length, scaling_of
 
 
@@ -173,11 +175,13 @@ def _robust(
     return _equations.robust_equation(fn, loss_of("levenberg_marquardt", loss), scale)
 
 
-def _start(problem: BatchedProblem, x: Tensor, *, radius: float, robust: bool, bounded: bool) -> Start:
+def _start(
+    problem: BatchedProblem, x: Tensor, *, radius: float, robust: bool, bounded: bool
+) -> Start[LevenbergMarquardtMemory]:
     inside = limits_on(problem).clip(x) if bounded else x
     raw, raw_jacobian = problem.fn.jacobian(inside)
     measured = problem.function("loss")(inside) if robust else raw
-    residual, jacobian, losses, squares = _weighted(raw, raw_jacobian, measured, robust)
+    residual, jacobian, losses, squares = weighted(raw, raw_jacobian, measured, robust)
     memory = LevenbergMarquardtMemory(
         residual=residual,
         jacobian=jacobian,
@@ -189,15 +193,7 @@ def _start(problem: BatchedProblem, x: Tensor, *, radius: float, robust: bool, b
     )
     # The error of the guess itself: a guess outside of the box is no solution.
     error = _error_at(problem, x, normal_gradient(jacobian, residual), bounded)
-    return Start(error, memory, _flat(measured, error) if robust else None)
-
-
-def _flat(measured: Tensor, error: Tensor) -> Tensor:
-    """Return `Status.DIVERGED` in lanes with a zero weight for every residual (and at least one residual), else
-    `Status.RUNNING`."""
-    _, first, _ = measured.detach().chunk(3, dim=-1)
-    flat = (first == 0).all(dim=-1) & (first.shape[-1] > 0)
-    return torch.where(flat & torch.isfinite(error), int(Status.DIVERGED), int(Status.RUNNING))
+    return Start(error, memory, flat_status(measured, error) if robust else None)
 
 
 def _error_at(problem: BatchedProblem, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
@@ -213,79 +209,125 @@ def _size_in_box(problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtM
     return row_norm(limits.residual(x, g - normal_gradient(J, vecmat(x, J.mT))) - limits.residual(x, g))
 
 
-_MIN_WEIGHT = 0.01
-"""Smallest weight of a residual in the model, relative to the weight in the gradient."""
-
-
-def _weighted(r: Tensor, J: Tensor, measured: Tensor, robust: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the residual and the Jacobian with the weights of the loss, the terms of the cost, and the squared norms
-    of the columns for `scale`."""
-    if not robust:
-        return r, J, 0.5 * r.square(), J.square().sum(dim=1)
-    losses, first, second = measured.chunk(3, dim=-1)
-    # The rows of ``J`` get the root of the Hessian's weight ``rho' + 2 z rho''``, and ``r`` the quotient that leaves
-    # ``J'r`` the gradient. Residuals of weight 0 are dropped from both.
-    square = torch.where(second > _MIN_WEIGHT * first, second, _MIN_WEIGHT * first)
-    ignored = square == 0
-    root = torch.where(ignored, 1.0, square).sqrt()
-    squares = (first[..., None] * J.square()).sum(dim=1)
-    r, J = first * r / root, torch.where(ignored, 0.0, root)[..., None] * J
-    return torch.where(ignored, 0.0, r), J, losses, squares
-
-
 def _step(
     problem: BatchedProblem, x: Tensor, state: State[LevenbergMarquardtMemory], *, robust: bool, bounded: bool
 ) -> tuple[Tensor, State[LevenbergMarquardtMemory]]:
-    r, J, losses, scale, radius, refusals, slow = state.memory
+    old = state.memory
     x = limits_on(problem).clip(x) if bounded else x
-    g, D, noise = normal_gradient(J, r), scaling_of(scale), rounding_of_cost(problem, x, r, J, losses)
-    ahead = _next_trial(problem, x, state.memory, noise, robust, bounded)
-    trial, predicted = ahead.x, ahead.predicted
-    d = trial - x
-    measured = problem.function("loss")(trial) if robust else problem.fn(trial)
-    gain = _gain(losses, measured) if robust else 0.5 * row_dot(r - measured, r + measured)
+    noise = rounding_of_cost(problem, x, old.residual, old.jacobian, old.losses)
+    base = _Base(x, normal_residual(old), scaling_of(old.scale), noise)
+    trial = _next_trial(problem, x, old, noise, robust, bounded)
+    found = _evaluate(problem, base, old, trial, robust, bounded)
+    moves = (trial.x != x).any(dim=-1)
+    accepted = found.accepted & moves
+    refusals = torch.where(accepted, 0, old.refusals + found.unresolved)
+    # Stuck: the step rounds to zero, or several steps with unresolved gains have been refused.
+    refused = ~accepted & (~moves | (refusals >= _trust_region.MAX_REFUSALS))
+    radius = _radius_after(state, base, trial, found, accepted)
+    # A refusal by the gain is no slow step: the next step from the same point is shorter.
+    slow = torch.where(accepted & (found.ratio < 0.5), 0, old.slow + (accepted | found.unresolved))
+    memory = old._replace(radius=radius, refusals=refusals, slow=slow)
+    if any_lane(accepted) and found.new is not None:
+        x, memory = select(accepted, trial.x, x), _moved(memory, found.new, accepted)
+    progress = state.progress.fallen(accepted & ~found.unresolved).stepped(trial.whole, x, units_of(memory.jacobian))
+    error = _error_at(problem, x, normal_residual(memory), bounded)
+    ends, arrived = ~accepted | found.unresolved, error <= state.target
+    progress = _with_distance(problem, x, memory, progress, trial, ends, arrived, robust, bounded)
+    status = torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status)
+    return x, state._replace(error=error, progress=progress, status=status, memory=memory)
+
+
+class _Base(NamedTuple):
+    """The start of a step.
+
+    Attributes:
+        x: the point.
+        gradient: ``J' r``.
+        D: the diagonal of ``D``.
+        noise: the rounding of the cost.
+    """
+
+    x: Tensor
+    gradient: Tensor
+    D: Tensor
+    noise: Tensor
+
+
+class _Evaluation(NamedTuple):
+    """The cost at the end of a trial step.
+
+    Attributes:
+        gain: the actual gain.
+        known: True if the residual is finite.
+        unresolved: True if rounding of the cost hides the predicted gain.
+        accepted: True if the step is good enough.
+        ratio: factor of the scaled gradient, ``|D^-1 J' r|`` at the end relative to the start; 1 if not computed.
+        new: the results of `weighted` at the end; None if no lane needs them.
+    """
+
+    gain: Tensor
+    known: Tensor
+    unresolved: Tensor
+    accepted: Tensor
+    ratio: Tensor
+    new: tuple[Tensor, Tensor, Tensor, Tensor] | None
+
+
+def _evaluate(
+    problem: BatchedProblem,
+    base: _Base,
+    memory: LevenbergMarquardtMemory,
+    trial: _Trial,
+    robust: bool,
+    bounded: bool,
+) -> _Evaluation:
+    """Evaluate a trial step; the Jacobian is computed if a lane may accept the step."""
+    r, (x, g, D, noise) = memory.residual, base
+    measured = problem.function("loss")(trial.x) if robust else problem.fn(trial.x)
+    # ``(|r|^2 - |new_r|^2) / 2`` as a product, without cancellation.
+    gain = gain_of_losses(memory.losses, measured) if robust else 0.5 * row_dot(r - measured, r + measured)
     known = torch.isfinite(measured).all(dim=-1)
     # A predicted gain below rounding of the cost is unresolved: the gradient decides.
-    unresolved = predicted.abs() <= noise
-    accepted, ratio = (gain > _trust_region.MIN_GAIN_RATIO * predicted.clamp(min=0.0)) & known, torch.ones_like(gain)
-    if any_lane(known & (accepted | unresolved)):
-        there = select(known, trial, x)
-        new = _weighted(*problem.fn.jacobian(there), select(known, measured, torch.ones_like(measured)), robust)
-        new_r, new_J, new_losses, new_squares = new
-        pulls = (
-            _free_gradient(problem, there, normal_gradient(new_J, new_r), bounded),
-            _free_gradient(problem, x, g, bounded),
-        )
-        ratio = safe_divide(*(row_norm(pull / D) for pull in pulls))
-        accepted = torch.where(unresolved, known & (ratio < 1.0), accepted)
-    moves = (trial != x).any(dim=-1)
-    accepted = accepted & moves
-    next_refusals = torch.where(accepted, 0, refusals + unresolved)
-    refused = ~accepted & (~moves | (next_refusals >= _trust_region.MAX_REFUSALS))
-    step_length = length(D * d)
+    unresolved = trial.predicted.abs() <= noise
+    accepted = (gain > _trust_region.MIN_GAIN_RATIO * trial.predicted.clamp(min=0.0)) & known
+    if not any_lane(known & (accepted | unresolved)):
+        return _Evaluation(gain, known, unresolved, accepted, torch.ones_like(gain), None)
+    # Lanes outside of the domain evaluate the old point, so that no derivative is nan.
+    there = select(known, trial.x, x)
+    new = weighted(*problem.fn.jacobian(there), select(known, measured, torch.ones_like(measured)), robust)
+    new_g = normal_gradient(new[1], new[0])
+    gradients = _free_gradient(problem, there, new_g, bounded), _free_gradient(problem, x, g, bounded)
+    ratio = safe_divide(*(row_norm(gradient / D) for gradient in gradients))
+    accepted = torch.where(unresolved, known & (ratio < 1.0), accepted)
+    return _Evaluation(gain, known, unresolved, accepted, ratio, new)
+
+
+def _radius_after(
+    state: State[LevenbergMarquardtMemory], base: _Base, trial: _Trial, found: _Evaluation, accepted: Tensor
+) -> Tensor:
+    """Return the radius after a step: by the gain, or by the gradient if rounding hides the gain."""
+    d, radius = trial.x - base.x, state.memory.radius
+    step_length, slope = length(base.D * d), row_dot(d, base.gradient)
     # MINPACK: after the first step the radius is at most the length of the step.
     radius = torch.where(state.iter_num == 0, torch.minimum(radius, step_length), radius)
-    # Two rules for the radius: by the gain, or if rounding hides the gain, by the gradient (``calm``).
-    by_gain = _trust_region.next_radius(radius, step_length, gain, predicted, row_dot(d, g), known)
-    calm = torch.where(accepted & (ratio < 0.5), torch.maximum(radius, 2.0 * step_length), radius)
-    next_radius = torch.where(unresolved & known, torch.where(accepted, calm, 0.25 * step_length), by_gain)
-    next_slow = torch.where(accepted & (ratio < 0.5), 0, slow + (accepted | unresolved))
-    memory = state.memory._replace(radius=next_radius, refusals=next_refusals, slow=next_slow)
-    if any_lane(accepted):
-        x, r, J = select(accepted, trial, x), select(accepted, new_r, r), select(accepted, new_J, J)
-        losses = select(accepted, new_losses, losses)
-        scale = torch.maximum(scale, select(accepted, new_squares, scale))
-        memory = memory._replace(residual=r, jacobian=J, losses=losses, scale=scale)
-    progress = state.progress.fallen(accepted & ~unresolved).stepped(ahead.whole, x, units_of(memory.jacobian))
-    error = _error_at(problem, x, normal_gradient(J, r), bounded)
-    progress = _with_distance(
-        problem, x, memory, progress, ahead, ~accepted | unresolved, error <= state.target, robust, bounded
-    )
-    return x, state._replace(
-        error=error,
-        progress=progress,
-        status=torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status),
-        memory=memory,
+    by_gain = _trust_region.next_radius(radius, step_length, found.gain, trial.predicted, slope, found.known)
+    # A halved gradient allows a longer step.
+    longer = torch.where(accepted & (found.ratio < 0.5), torch.maximum(radius, 2.0 * step_length), radius)
+    by_gradient = torch.where(accepted, longer, 0.25 * step_length)
+    return torch.where(found.unresolved & found.known, by_gradient, by_gain)
+
+
+def _moved(
+    memory: LevenbergMarquardtMemory, new: tuple[Tensor, Tensor, Tensor, Tensor], accepted: Tensor
+) -> LevenbergMarquardtMemory:
+    """Return the memory with the values of `weighted` at the new point in the accepted lanes."""
+    r, J, losses, squares = new
+    return memory._replace(
+        residual=select(accepted, r, memory.residual),
+        jacobian=select(accepted, J, memory.jacobian),
+        losses=select(accepted, losses, memory.losses),
+        # The largest norms so far, as in MINPACK.
+        scale=torch.maximum(memory.scale, select(accepted, squares, memory.scale)),
     )
 
 
@@ -310,6 +352,8 @@ def _next_trial(
 ) -> _Trial:
     """Return the Gauss-Newton trial, or the Newton trial in lanes with slow progress or gains hidden by rounding."""
     trial, slow = _gauss_newton_trial(problem, x, memory, bounded), memory.slow
+    # Second derivatives are expensive: ask after several slow steps, or near the end, when rounding hides the
+    # Gauss-Newton gain.
     asked = (slow >= _SLOW_GRADIENT_STEPS) | ((slow > 0) & (trial.predicted.abs() <= noise))
     if not any_lane(asked):
         return trial
@@ -322,13 +366,14 @@ def _gauss_newton_trial(problem: BatchedProblem, x: Tensor, memory: LevenbergMar
     """Return the end of the Gauss-Newton step within the region."""
     r, J, D, radius = memory.residual, memory.jacobian, scaling_of(memory.scale), memory.radius
     g = normal_gradient(J, r)
+    # Zero columns for held unknowns give them a step of zero.
     free = torch.where(limits_on(problem).held(x, g)[:, None], 0.0, J) if bounded else J
-    d, weights, whole = _step_in_region(free, r, D, radius, problem.eps)
+    d, weights, whole = step_in_region(free, r, D, radius, problem.eps)
     by_hessian = torch.zeros_like(radius, dtype=torch.bool)
     if not bounded:
         # ``(|r|^2 - |r + J d|^2) / 2`` without cancellation, by ``(J'J + lambda D^2) d = -g``.
         return _Trial(x + d, 0.5 * (row_dot(d, weights * d) - row_dot(d, g)), whole, by_hessian)
-    trial = _trial_in_box(limits_on(problem), x, r, J, g, weights)
+    trial = end_in_box(limits_on(problem), x, r, J, g, weights)
     d = trial - x
     return _Trial(trial, -row_dot(d, g) - 0.5 * vecmat(d, J.mT).square().sum(dim=-1), whole, by_hessian)
 
@@ -351,8 +396,10 @@ def _newton_trial(
     # If rounding hides the gain, the radius carries no information, so do not cut the step.
     limited = (size > radius) & (promised > noise)
     part = torch.where(limited, radius / torch.where(limited, size, 1.0), 1.0)
+    # The quadratic model along a Newton step: ``m(t) = m(1) t (2 - t)``.
     ahead, predicted = x + part[:, None] * step, promised * part * (2.0 - part)
     inside = (limits_on(problem).clip(ahead) == ahead).all(dim=-1) if bounded else True
+    # A Newton step out of the box is not cut to the box: the Gauss-Newton trial handles bounds.
     good = asked & convex & torch.isfinite(ahead).all(dim=-1) & inside
     return _Trial(
         select(good, ahead, other.x), select(good, predicted, other.predicted), select(good, step, other.whole), good
@@ -371,6 +418,7 @@ def _with_distance(
     bounded: bool,
 ) -> Progress:
     """Record the distance from the solution, the length of the step without a region, in lanes that may end."""
+    # A Gauss-Newton search may end with a long last step, cut by the region: measure the step without the region.
     looks = (ends | arrived) & ~ahead.by_hessian
     if any_lane(looks):
         step = _distance(problem, x, memory, progress, ends, bounded)
@@ -399,9 +447,10 @@ def _distance(
     if bounded:
         J = torch.where(limits_on(problem).held(x, normal_gradient(J, r))[:, None], 0.0, J)
     # Singular values that are rounding of 0 predict a gain of at most ``sqrt(eps)`` of the cost.
-    d = damped(J, r, _least_weights(J, memory.scale.detach(), problem.eps))
+    d = damped(J, r, least_weights(J, memory.scale.detach(), problem.eps))
     step = progress.stepped(d, x, units_of(J)).step
     value, promised = losses.sum(dim=-1), -0.5 * row_dot(d, normal_gradient(J, r))
+    # Steps refused although the cost is far above rounding: ``x`` is not near a minimum of the model.
     in_vain = ends & (value > 16.0 * rounding_of_cost(problem, x, r, J, losses))
     step = torch.where(in_vain, step.clamp(min=1.0), step)
     return torch.where(promised <= problem.eps**0.5 * value.abs(), 0.0, step)
@@ -431,19 +480,8 @@ def _newton_step(
 
 def _curvature(problem: BatchedProblem, x: Tensor, g: Tensor, robust: bool, bounded: bool) -> Curvature:
     """Return the cost to second order in the unknowns that no bound holds."""
-    cost = problem.function("loss").summed(_losses_of) if robust else problem.fn.summed(half_squares)
+    cost = problem.function("loss").summed(losses_of) if robust else problem.fn.summed(half_squares)
     return curvature(x, cost, ~limits_on(problem).held(x, g) if bounded else None)
-
-
-def _gain(losses: Tensor, measured: Tensor) -> Tensor:
-    """Return the decrease of the cost, summed term by term: a difference of two sums would lose a small change in the
-    many constant terms."""
-    return (losses - _losses_of(measured)).sum(dim=-1)
-
-
-def _losses_of(measured: Tensor) -> Tensor:
-    """Return the terms of the cost from the values of the function "loss"."""
-    return measured.chunk(3, dim=-1)[0]
 
 
 def _free_gradient(problem: BatchedProblem, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
@@ -451,48 +489,5 @@ def _free_gradient(problem: BatchedProblem, x: Tensor, g: Tensor, bounded: bool)
     return limits_on(problem).free_gradient(x, g) if bounded else g
 
 
-def _trial_in_box(limits: Limits, x: Tensor, r: Tensor, J: Tensor, g: Tensor, weights: Tensor) -> Tensor:
-    """Return the end of the damped step in a box. Unknowns that would leave the box are moved to their bounds, and the
-    step of the others is solved again."""
-    held = limits.held(x, g)
-    trial = x
-    for _ in range(min(x.shape[-1], _MAX_ROUNDS_IN_BOX)):
-        # The unknowns at their bounds contribute ``J (trial - x)`` to the residual of the others.
-        there = vecmat(torch.where(held, trial - x, 0.0), J.mT)
-        step = damped(torch.where(held[:, None], 0.0, J), r + there, weights)
-        aim = torch.where(held, trial, x + step)
-        trial = limits.clip(aim)
-        out = ~held & ((aim > limits.upper) | (aim < limits.lower))
-        if not any_lane(out):
-            break
-        held = held | out
-    return trial
-
-
 _SLOW_GRADIENT_STEPS = 4
 """Number of steps without a halved gradient before a step with the full Hessian."""
-
-_MAX_ROUNDS_IN_BOX = 10
-"""Bound on the number of solutions of a step in a box."""
-
-
-def _step_in_region(J: Tensor, r: Tensor, D: Tensor, radius: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``argmin |r + J d|`` within ``|D d| <= radius``, the weights ``lambda D^2`` of the equivalent damped
-    problem, and the step without the region."""
-    weights = _least_weights(J, D.square(), eps)
-    d = whole = damped(J, r, weights)
-    size = length(D * whole)
-    # As in MINPACK, a step up to 10 % longer than the radius is taken whole.
-    beyond = size > 1.1 * radius
-    if any_lane(beyond):
-        damping = _trust_region.multiplier(J / D[:, None], r, torch.where(beyond, radius, 0.5 * size))
-        weights = select(beyond, damping[:, None] * D.square(), weights)
-        d = select(beyond, damped(J, r, weights), d)
-    return d, weights, whole
-
-
-def _least_weights(J: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Return weights that make a step unique for any rank of ``J``, and negligible for a ``J`` of full rank."""
-    squares = J.square().sum(dim=1)
-    weights: Tensor = eps**1.5 * torch.where(squares > 0, squares, torch.where(scale > 0, scale, 1.0))
-    return weights

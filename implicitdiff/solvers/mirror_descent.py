@@ -15,13 +15,13 @@ import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.equations import Composite, Equation, Functions
+from implicitdiff.solvers._loop.measures import composite_size
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_dot, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._loop.termination import composite_size
 from implicitdiff.solvers._steps.backtracking import GROWTH, TrialPoint, backtrack, lies_below
 from implicitdiff.solvers._steps.proximal_gradient import check_stepsize
 
@@ -106,6 +106,7 @@ def _mirror(fn: Callable[..., Tensor], projection: Callable[[Tree], Tree], mappi
         dual = _equations.subtract(functions["mapping"](x, args), grad)
         return _equations.subtract(x, functions["projection"](dual, args))
 
+    # Both maps take the unknowns alone; the arguments of the objective are not theirs.
     own = {"projection": lambda y, args: onto(y, ()), "mapping": lambda x, args: into(x, ())}
     return Equation({**smooth.functions, **own}, on_trees, Composite(smooth.on_rows, _mirror_residual))
 
@@ -114,7 +115,7 @@ def _mirror_residual(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor
     return x - problem.function("projection")(problem.function("mapping")(x) - grad)
 
 
-def _start(problem: BatchedProblem, x: Tensor, *, stepsize: float) -> Start:
+def _start(problem: BatchedProblem, x: Tensor, *, stepsize: float) -> Start[MirrorDescentMemory]:
     value, grad = problem.fn.value_and_grad(x)
     residual = _mirror_residual(problem, x, grad)
     memory = MirrorDescentMemory(residual, torch.ones_like(value) * stepsize, value, grad)
@@ -132,6 +133,7 @@ def _step(
     dual, memory = mapping(x), state.memory
 
     def at(size: Tensor) -> TrialPoint:
+        # A gradient step in the dual space, then the Bregman projection.
         new = projection(dual - size[:, None] * memory.grad)
         return (new, *problem.fn.value_and_grad(new))
 
@@ -141,6 +143,7 @@ def _step(
         return lies_below(problem, (x, memory.value, memory.grad), new, bound)
 
     if search:
+        # Let the size grow again before each search, except for the first guess.
         size = torch.where(state.iter_num > 0, GROWTH * memory.stepsize, memory.stepsize)
         new, size, failed = backtrack(at, enough, size, state.status == Status.RUNNING)
     else:

@@ -77,7 +77,7 @@ def newton(
     return make_solver("newton", _equations.root_equation, (residual_fn,), method, options)
 
 
-def _start(problem: BatchedProblem, x: Tensor) -> Start:
+def _start(problem: BatchedProblem, x: Tensor) -> Start[NewtonMemory]:
     residual = problem.fn(x)
     error = row_norm(residual)
     return Start(error, NewtonMemory(residual, growth=torch.ones_like(error)))
@@ -96,5 +96,6 @@ def _step(
     growth, status = _newton.watch_growth(
         state._replace(status=status), x, new_x, state.memory.residual, residual, problem.eps
     )
+    # The full Newton step measures the error of ``x``, even if backtracking has shortened the step.
     progress, memory = state.progress.stepped(direction, new_x), NewtonMemory(residual, growth)
     return new_x, state._replace(error=row_norm(residual), status=status, progress=progress, memory=memory)

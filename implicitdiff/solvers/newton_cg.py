@@ -81,12 +81,19 @@ def newton_cg(
         check_count("newton_cg", "inner_maxiter", inner_maxiter)
 
     step = partial(_step, inner_maxiter=inner_maxiter)
-    held, off = attrgetter("grad"), Status.UNBOUNDED
-    method = IterativeMethod(_start, step, NewtonCgMemory, 1_000, residual=held, newton_step=_newton_step, runs_off=off)
+    method = IterativeMethod(
+        _start,
+        step,
+        NewtonCgMemory,
+        1_000,
+        residual=attrgetter("grad"),
+        newton_step=_newton_step,
+        runs_off=Status.UNBOUNDED,
+    )
     return make_solver("newton_cg", _equations.stationary_equation, (objective_fn,), method, options)
 
 
-def _start(problem: BatchedProblem, x: Tensor) -> Start:
+def _start(problem: BatchedProblem, x: Tensor) -> Start[NewtonCgMemory]:
     error, fields = initial_fields(problem, x)
     return Start(error, NewtonCgMemory(**fields, first_error=error))
 
@@ -127,18 +134,20 @@ def _truncated_newton_direction(
         curvature = row_dot(p, image)
         # A curvature of rounding size relative to the stiffest direction counts as zero.
         stiffest = torch.maximum(stiffest, safe_divide(row_norm(image), row_norm(p)))
-        none = 4 * eps * stiffest * row_dot(p, p)
-        positive = active & (curvature > none)
+        rounding = 4 * eps * stiffest * row_dot(p, p)
+        positive = active & (curvature > rounding)
         if count == 0:
             # A first direction without positive curvature: steepest descent.
             d = torch.where(positive[:, None], d, _downhill(p, rr, curvature))
-        bends = positive if count == 0 else active & (curvature.abs() > none)
+        bends = positive if count == 0 else active & (curvature.abs() > rounding)
         a = torch.where(bends, safe_divide(rr, curvature.abs()), 0.0)[:, None]
         d, r = d + a * p, r + a * image
+        # After a step along negative curvature a lane stops.
         active = positive & (row_norm(r) > target)
         if not any_lane(active):
             break
         new_rr = row_dot(r, r)
+        # Fletcher and Reeves' coefficient for the next conjugate direction.
         p = safe_divide(new_rr, rr)[:, None] * p - r
         rr = new_rr
     return d

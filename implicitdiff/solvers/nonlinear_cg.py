@@ -103,14 +103,19 @@ def nonlinear_cg(
         raise TypeError(f"nonlinear_cg: formula must be a function of (grad, old_grad, old_direction), got {formula!r}")
 
     step = partial(_step, formula=formula)
-    held, off = attrgetter("grad"), Status.UNBOUNDED
     method = IterativeMethod(
-        _start, step, NonlinearCgMemory, 10_000, residual=held, newton_step=_newton_step, runs_off=off
+        _start,
+        step,
+        NonlinearCgMemory,
+        10_000,
+        residual=attrgetter("grad"),
+        newton_step=_newton_step,
+        runs_off=Status.UNBOUNDED,
     )
     return make_solver("nonlinear_cg", _equations.stationary_equation, (objective_fn,), method, options)
 
 
-def _start(problem: BatchedProblem, x: Tensor) -> Start:
+def _start(problem: BatchedProblem, x: Tensor) -> Start[NonlinearCgMemory]:
     error, fields = initial_fields(problem, x)
     grad = fields["grad"]
     return Start(error, NonlinearCgMemory(**fields, direction=-grad, first_step=unit_step(grad)))
@@ -127,16 +132,18 @@ def _step(
 ) -> tuple[Tensor, State[NonlinearCgMemory]]:
     memory = state.memory
     g, d = memory.grad, memory.direction
+    # A tight curvature condition, ``c2 = 0.1``: conjugacy needs an almost exact line search.
     point, failed, status = search(problem, x, state, d, memory.first_step, c2=0.1)
-    ahead = formula(point.grad, g, d)[:, None] * d - point.grad
+    new_direction = formula(point.grad, g, d)[:, None] * d - point.grad
     # Restart unless consecutive gradients are nearly orthogonal and the new direction descends.
     conjugate = row_dot(point.grad, g).abs() < _CONJUGATE * row_dot(point.grad, point.grad)
-    ahead = select(conjugate & (row_dot(ahead, point.grad) < 0) & ~failed, ahead, -point.grad)
+    new_direction = select(conjugate & (row_dot(new_direction, point.grad) < 0) & ~failed, new_direction, -point.grad)
     first_step = point.step
     if any_lane(failed):
+        # A failure along steepest descent cannot be helped by a restart.
         steepest = (d == -g).all(dim=1)
         status = torch.where(failed & steepest, int(Status.LINE_SEARCH_FAILED), status)
         first_step = torch.where(failed, unit_step(g), first_step)
-    new = NonlinearCgMemory(**fields_at(memory, point), direction=ahead, first_step=first_step)
+    new = NonlinearCgMemory(**fields_at(memory, point), direction=new_direction, first_step=first_step)
     progress = state.progress.fallen(value_fell(problem, memory, point))
     return point.x, state._replace(error=row_norm(point.grad), status=status, progress=progress, memory=new)

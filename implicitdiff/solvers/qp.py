@@ -33,9 +33,9 @@ from implicitdiff.solvers._qp.program import (
     factor,
     kkt_error,
     kkt_violation,
+    make_point,
+    make_program,
     of_active_rows,
-    point,
-    program,
     rounding_of_parts,
     without_noise,
 )
@@ -206,7 +206,7 @@ def _check_data(named: dict[str, Tensor | None]) -> None:
         if (named[matrix] is None) != (named[vector] is None):
             raise ValueError(f"qp: {matrix} and {vector} go together: give both, or None for both")
     if named["l"] is not None and named["G"] is None:
-        raise ValueError("qp: l are lower bounds of G x: give G and h with it (h may be infinite)")
+        raise ValueError("qp: l are lower bounds of G x: give G and h too (h may be infinite)")
     n, p, m = (t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in (named[name] for name in "cbh"))
     expected = {"Q": (n, n), "c": (n,), "A": (p, n), "b": (p,), "G": (m, n), "h": (m,), "l": (m,)}
     given = {name: t for name, t in named.items() if t is not None}
@@ -229,8 +229,8 @@ def _kkt(fn: Callable[..., _Data]) -> Equation:
         )
 
     def on_rows(problem: BatchedProblem, x: Tensor) -> Tensor:
-        of, n = problem.once(_program), problem.inputs.sizes[0]
-        return torch.cat(kkt_violation(of, point(of, x[:, :n], x[:, n:])), dim=-1)
+        prog, n = problem.once(_program), problem.inputs.sizes[0]
+        return torch.cat(kkt_violation(prog, make_point(prog, x[:, :n], x[:, n:])), dim=-1)
 
     return Equation({"fn": lambda x, args: fn(x, *args)}, on_trees, on_rows)
 
@@ -256,6 +256,7 @@ def _complementarity(x: Tensor, y: Tensor, G: Tensor, h: Tensor, l: Tensor) -> T
 def _program(problem: BatchedProblem) -> QuadraticProgram:
     """Return the program of a problem; the function of the data ignores the unknowns."""
     n, p, m = problem.inputs.sizes
+    # The unknowns are an argument of every user's function; `data` ignores them.
     unused = torch.zeros(
         math.prod(problem.inputs.batch), n + p + m, dtype=problem.inputs.dtype, device=problem.inputs.device
     )
@@ -263,7 +264,7 @@ def _program(problem: BatchedProblem) -> QuadraticProgram:
     sizes = [n * n, n, p * n, p, m * n, m]
     Q, c, A, b, G, h, lower = values.split([*sizes, values.shape[-1] - sum(sizes)], dim=-1)
     Q, A, G = (t.unflatten(-1, (k, n)) for t, k in ((Q, n), (A, p), (G, m)))
-    return program(Q, c, A, b, G, h, lower)
+    return make_program(Q, c, A, b, G, h, lower)
 
 
 # --- the iteration ----------------------------------------------------------------------------------------------------
@@ -277,23 +278,23 @@ def _first_review(problem: BatchedProblem) -> int:
     return min(max(problem.inputs.sizes[0] // 10, 10), 100)
 
 
-def _start(problem: BatchedProblem, x: Tensor) -> Start:
-    of = problem.once(_program)
+def _start(problem: BatchedProblem, x: Tensor) -> Start[QPMemory]:
+    prog = problem.once(_program)
     n, _, inequalities = problem.inputs.sizes
-    at = point(of, x[:, :n], x[:, n:])
-    error, zero = kkt_error(of, at), torch.zeros_like
+    at = make_point(prog, x[:, :n], x[:, n:])
+    error, zero = kkt_error(prog, at), torch.zeros_like
     # Take the smaller nonzero part of the first error, at zero: a target in the units of the larger part would hide the
     # other part.
-    parts = torch.stack(error_parts(of, point(of, zero(at.x), zero(at.y))))
+    parts = torch.stack(error_parts(prog, make_point(prog, zero(at.x), zero(at.y))))
     first = torch.where(parts > 0, parts, torch.inf).amin(dim=0)
     delta, shift = regularisation(problem.eps)
     # ``Q + w A'A`` is positive definite for large ``w`` exactly if ``Q`` is positive definite on the null space of
     # ``A`` (Debreu, Finsler).
-    _, curved = factor(of, torch.where(of.equal, of.rows / delta, 0.0), shift, problem.plain)
+    _, curved = factor(prog, torch.where(prog.equal, prog.rows / delta, 0.0), shift, problem.plain)
     why = int(Status.DIVERGED if inequalities else Status.UNBOUNDED)
     status = torch.where(curved & torch.isfinite(error), why, int(Status.RUNNING))
     # Bounds that exclude every value.
-    crossed = torch.isposinf(of.l) | torch.isneginf(of.u) | (of.below & of.above & (of.l > of.u))
+    crossed = torch.isposinf(prog.l) | torch.isneginf(prog.u) | (prog.below & prog.above & (prog.l > prog.u))
     status = torch.where(crossed.any(dim=-1), int(Status.INFEASIBLE), status)
     # Multipliers in ``init`` are worth an immediate guess of the active set.
     rho = torch.full_like(error, _admm.RHO)
@@ -301,9 +302,9 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start:
     memory = QPMemory(
         image=at.image,
         slope=at.slope,
-        values=clamp_to_bounds(of, at.image),
+        values=clamp_to_bounds(prog, at.image),
         rho=rho,
-        factor=_admm.admm_factor(of, rho) if inequalities else _kkt_inverse(of, problem.eps),
+        factor=_admm.admm_factor(prog, rho) if inequalities else _kkt_inverse(prog, problem.eps),
         review=torch.where(warm, 1, _first_review(problem)),
         record=torch.full_like(error, torch.inf),
     )
@@ -311,22 +312,22 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start:
 
 
 def _step(problem: BatchedProblem, x: Tensor, state: State[QPMemory]) -> tuple[Tensor, State[QPMemory]]:
-    of = problem.once(_program)
+    prog = problem.once(_program)
     n, _, inequalities = problem.inputs.sizes
     at = PrimalDual(x[:, :n], x[:, n:], state.memory.image, state.memory.slope)
-    new, after = (_admm_step if inequalities else _newton_on_kkt)(problem, of, at, state)
+    new, after = (_admm_step if inequalities else _newton_on_kkt)(problem, prog, at, state)
     running = after.status == Status.RUNNING
-    there = running & (after.error <= after.target)
+    converged = running & (after.error <= after.target)
     # ADMM alone does not reach rounding, so test for rounding after reviews only.
     if not inequalities or any_lane(after.memory.review != state.memory.review):
-        there = there | (running & _parts_converged(problem, of, new, after))
-    if inequalities and any_lane(there):
+        converged = converged | (running & _parts_converged(problem, prog, new, after))
+    if inequalities and any_lane(converged):
         # The derivative treats a row with a nonzero multiplier as active: clear multipliers of inactive rows, then of
         # weakly active rows if the point stays a solution.
-        new = _select_point(there, point(of, new.x, of_active_rows(of, new)), new)
-        clear = point(of, new.x, without_noise(of, new, problem.eps))
-        new = _select_point(there & _parts_converged(problem, of, clear, after), clear, new)
-    status = torch.where(there, int(Status.CONVERGED), after.status)
+        new = _select_point(converged, make_point(prog, new.x, of_active_rows(prog, new)), new)
+        clear = make_point(prog, new.x, without_noise(prog, new, problem.eps))
+        new = _select_point(converged & _parts_converged(problem, prog, clear, after), clear, new)
+    status = torch.where(converged, int(Status.CONVERGED), after.status)
     memory = after.memory._replace(image=new.image, slope=new.slope)
     return torch.cat([new.x, new.y], dim=-1), after._replace(status=status, memory=memory)
 
@@ -335,62 +336,63 @@ def _select_point(where: Tensor, new: PrimalDual, old: PrimalDual) -> PrimalDual
     return PrimalDual(*(select(where, a, b) for a, b in zip(new, old, strict=True)))
 
 
-def _parts_converged(problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory]) -> Tensor:
+def _parts_converged(problem: BatchedProblem, prog: QuadraticProgram, at: PrimalDual, state: State[QPMemory]) -> Tensor:
     """True in lanes with both parts of the error at most the target or their rounding."""
     # Rounding bounds each part of the error from below.
-    pairs = zip(error_parts(of, at), rounding_of_parts(of, at, problem.eps), strict=True)
+    pairs = zip(error_parts(prog, at), rounding_of_parts(prog, at, problem.eps), strict=True)
     return all_of([part <= torch.maximum(state.target, floor) for part, floor in pairs])
 
 
-def _kkt_inverse(of: QuadraticProgram, eps: float) -> Tensor:
+def _kkt_inverse(prog: QuadraticProgram, eps: float) -> Tensor:
     """Return the inverse of ``[[Q, C'], [C, 0]]`` with a shift small enough for the iteration to correct."""
     delta = eps**0.75
-    shift = torch.cat([delta * of.columns, -delta / of.rows], dim=-1)
-    upper = torch.cat([of.Q, of.C.mT], dim=-1)
-    lower = torch.cat([of.C, torch.zeros_like(of.C @ of.C.mT)], dim=-1)
+    # The shift makes the matrix regular also for dependent rows, and in the units of rows and columns.
+    shift = torch.cat([delta * prog.columns, -delta / prog.rows], dim=-1)
+    upper = torch.cat([prog.Q, prog.C.mT], dim=-1)
+    lower = torch.cat([prog.C, torch.zeros_like(prog.C @ prog.C.mT)], dim=-1)
     return _dense.invert_dense(torch.cat([upper, lower], dim=-2) + torch.diag_embed(shift))
 
 
 def _newton_on_kkt(
-    problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory]
+    problem: BatchedProblem, prog: QuadraticProgram, at: PrimalDual, state: State[QPMemory]
 ) -> tuple[PrimalDual, State[QPMemory]]:
     """Make a Newton step on the linear KKT conditions; a single step suffices up to rounding."""
-    d = -vecmat(torch.cat([at.slope, at.image - of.u], dim=-1), state.memory.factor.mT)
+    d = -vecmat(torch.cat([at.slope, at.image - prog.u], dim=-1), state.memory.factor.mT)
     dx, dy = d.split([at.x.shape[-1], at.y.shape[-1]], dim=-1)
-    new = point(of, at.x + dx, at.y + dy)
-    error = kkt_error(of, new)
+    new = make_point(prog, at.x + dx, at.y + dy)
+    error = kkt_error(prog, new)
     # A Newton step on a linear system that does not halve the error: the system has no solution, or none within
     # rounding.
     stuck = (error > state.target) & ~(error < 0.5 * state.error)
-    status = _with_certificates(of, dx, dy, problem.eps, stuck, state.status) if any_lane(stuck) else state.status
+    status = _with_certificates(prog, dx, dy, problem.eps, stuck, state.status) if any_lane(stuck) else state.status
     return new, state._replace(error=error, status=status)
 
 
 def _admm_step(
-    problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory]
+    problem: BatchedProblem, prog: QuadraticProgram, at: PrimalDual, state: State[QPMemory]
 ) -> tuple[PrimalDual, State[QPMemory]]:
     """Make an iteration of ADMM, and a review if due."""
-    new, values = _admm.admm_iteration(of, at, state.memory.values, state.memory.rho, state.memory.factor)
-    state = state._replace(error=kkt_error(of, new), memory=state.memory._replace(values=values))
+    new, values = _admm.admm_iteration(prog, at, state.memory.values, state.memory.rho, state.memory.factor)
+    state = state._replace(error=kkt_error(prog, new), memory=state.memory._replace(values=values))
     due = (state.status == Status.RUNNING) & (state.iter_num + 1 >= state.memory.review) & (state.error > state.target)
     if any_lane(due):
-        status = _with_certificates(of, new.x - at.x, new.y - at.y, problem.eps, due, state.status)
-        new, state = _try_active_sets(problem, of, new, state._replace(status=status), due)
-        state = _adapt_rho(problem, of, new, state, due & (state.error > state.target))
+        status = _with_certificates(prog, new.x - at.x, new.y - at.y, problem.eps, due, state.status)
+        new, state = _try_active_sets(problem, prog, new, state._replace(status=status), due)
+        state = _adapt_rho(problem, prog, new, state, due & (state.error > state.target))
     return new, state
 
 
 def _with_certificates(
-    of: QuadraticProgram, dx: Tensor, dy: Tensor, eps: float, asked: Tensor, status: Tensor
+    prog: QuadraticProgram, dx: Tensor, dy: Tensor, eps: float, asked: Tensor, status: Tensor
 ) -> Tensor:
     """Set the status of the `asked` lanes whose step is a certificate."""
-    infeasible, unbounded = certificates(of, dx, dy, eps)
+    infeasible, unbounded = certificates(prog, dx, dy, eps)
     status = torch.where(asked & unbounded, int(Status.UNBOUNDED), status)
     return torch.where(asked & infeasible, int(Status.INFEASIBLE), status)
 
 
 def _try_active_sets(
-    problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory], due: Tensor
+    problem: BatchedProblem, prog: QuadraticProgram, at: PrimalDual, state: State[QPMemory], due: Tensor
 ) -> tuple[PrimalDual, State[QPMemory]]:
     """Try guesses of the active set, and keep the best point if better than the present point."""
     # Reviews at 10, 20, 40, ...: their total cost is proportional to the iterations.
@@ -402,7 +404,7 @@ def _try_active_sets(
         if not any_lane(asked):
             break
         lanes = picked(asked, problem.plain)
-        part, near = of.of(lanes), (x[lanes], y[lanes])
+        part, near = prog.pick(lanes), (x[lanes], y[lanes])
         # Guess 0 starts from ADMM's point, guess 1 from the interior point (at the first review only), guess 2 searches
         # longer.
         if guess == 1:
@@ -453,13 +455,13 @@ def _take_polished(
 
 
 def _adapt_rho(
-    problem: BatchedProblem, of: QuadraticProgram, at: PrimalDual, state: State[QPMemory], due: Tensor
+    problem: BatchedProblem, prog: QuadraticProgram, at: PrimalDual, state: State[QPMemory], due: Tensor
 ) -> State[QPMemory]:
     """Balance ``rho`` in the `due` lanes, with a new factorisation if changed."""
-    rho = torch.where(due, _admm.balanced_rho(of, at, state.memory.values, state.memory.rho), state.memory.rho)
+    rho = torch.where(due, _admm.balanced_rho(prog, at, state.memory.values, state.memory.rho), state.memory.rho)
     changed = rho != state.memory.rho
     if not any_lane(changed):
         return state
     lanes = picked(changed, problem.plain)
-    lower = put(state.memory.factor, changed, lanes, _admm.admm_factor(of.of(lanes), rho[lanes]))
+    lower = put(state.memory.factor, changed, lanes, _admm.admm_factor(prog.pick(lanes), rho[lanes]))
     return state._replace(memory=state.memory._replace(rho=rho, factor=lower))

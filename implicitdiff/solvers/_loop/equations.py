@@ -134,6 +134,7 @@ def robust_equation(fn: Callable[..., Tree], loss: Loss, scale: float | Tensor) 
 
     def on_trees(functions: Functions, x: Tree, args: tuple[Tree, ...]) -> Tree:
         residuals, pull = pullback(functions["fn"], x, args)
+        # By the chain rule: the pullback of the cost's derivative in ``r``.
         return pull([weighted(r) for r in residuals])
 
     def on_rows(problem: BatchedProblem, x: Tensor) -> Tensor:
@@ -195,6 +196,7 @@ def boxed_by(fn: Callable[..., Tree], smooth_of: EquationOf, limits: tuple[Bound
 def _into_box(v: Tree, lower: Bound, upper: Bound) -> Tree:
     """Project the tensors of a tree onto the box; other leaves stay as they are."""
     _, structure = pytree.flatten(v)
+    # `box` takes trees of tensors: None in the place of other leaves.
     tensors_alone = pytree.map_leaves(lambda leaf: leaf if isinstance(leaf, Tensor) else None, v)
     return structure.unflatten(pytree.tensors(box(tensors_alone, lower, upper)))
 

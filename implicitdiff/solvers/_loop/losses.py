@@ -98,12 +98,14 @@ def check_loss_scale(name: str, scale: object) -> None:
 def relative_squares(residual: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return ``(r / scale)^2``, and the scale as a tensor with the dtype of ``r``."""
     if residual.is_complex():
-        raise ValueError(f"a loss is one of real residuals, got {pytree.describe(residual)}; stack their two parts")
+        raise ValueError(
+            f"a loss needs real residuals, got {pytree.describe(residual)}; stack real and imaginary parts"
+        )
     if isinstance(scale, Tensor):
         if not broadcasts(scale.shape, residual.shape):
             raise ValueError(
-                f"loss_scale must be a number or a tensor that broadcasts to the residuals, but these have the shape "
-                f"{list(residual.shape)}, and it has {list(scale.shape)}"
+                f"loss_scale must be a number or a tensor that broadcasts to the residuals of shape "
+                f"{list(residual.shape)}, got shape {list(scale.shape)}"
             )
         if not holds(scale > 0):
             raise ValueError(f"loss_scale must be positive in every entry, got {pytree.describe(scale)}")

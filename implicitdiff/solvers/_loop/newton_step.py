@@ -129,7 +129,7 @@ def truncated_cg(
         gain = gain + 0.5 * a * rz
         z = precondition(r)
         rz, before = row_dot(r, z), rz
-        # Stop a lane after a step along negative curvature: further directions are not conjugate.
+        # Stop a lane after a step along negative curvature: conjugate gradients assume a positive definite matrix.
         active = bends & (curvature > 0) & (rz > 0) & torch.isfinite(rz)
         if not any_lane(active):
             break

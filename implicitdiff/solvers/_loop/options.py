@@ -63,6 +63,7 @@ def _is_integer(value: object) -> TypeGuard[int]:
 
 def _takes_two(fn: Callable[..., object]) -> bool:
     try:
+        # Catches a factory without parentheses, ``solve=solve_gmres``.
         inspect.signature(fn).bind(None, None)
     except ValueError:  # some builtins have no signature
         return True
@@ -87,7 +88,7 @@ def options_of(name: str, given: SolverOptions) -> Options:
     """Return the checked options from keyword arguments; raise TypeError for an unknown name."""
     known = [option.name for option in fields(Options)]
     if unknown := [option for option in given if option not in known]:
-        raise TypeError(f"{name}: there is no option {unknown[0]!r}; those of every solver are {', '.join(known)}")
+        raise TypeError(f"{name}: unknown option {unknown[0]!r}; the options of every solver are {', '.join(known)}")
     options = Options(**given)
     options.check(name)
     return options

@@ -90,6 +90,7 @@ class Progress(NamedTuple):
         """
         # The decay forgets an initial guess far from the solution.
         reach, eps = torch.maximum(0.9 * self.reach, x.detach().abs()), torch.finfo(x.dtype).eps
+        # Compare with ``eps^(1/6)`` of the largest values so far if the solution is zero.
         if units is None:
             step = safe_divide(row_norm(d), torch.maximum(row_norm(x), eps ** (1 / 6) * row_norm(reach)))
         else:

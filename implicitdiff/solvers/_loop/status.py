@@ -40,16 +40,16 @@ class Status(enum.IntEnum):
 
 
 _ADVICE = {
-    Status.BUDGET_SPENT: "no convergence; the problem may have no solution, or this method may not suit it: look at "
+    Status.BUDGET_SPENT: "no convergence; the problem may have no solution, or the method may be unsuitable: inspect "
     "the errors (keep_history=True), try another solver, another initial guess, or a larger rtol or atol",
     Status.DIVERGED: "the iterates are not finite, a matrix is singular, or a quadratic program is not convex: try "
     "another initial guess, a smaller step, or a solver with a line search",
-    Status.LINE_SEARCH_FAILED: "no step makes the error smaller; the function may not be smooth there, or its values "
-    "may be too imprecise for these rtol and atol",
-    Status.STALLED: "no further progress in this precision: the tolerances ask for less than rounding, the problem is "
-    "ill-conditioned, or steps have become zero; ask for less, use float64, or scale the problem",
+    Status.LINE_SEARCH_FAILED: "no step decreases the error; the function may not be smooth at this point, or its "
+    "values too imprecise for rtol and atol",
+    Status.STALLED: "no further progress in this precision: the tolerances are below rounding, the problem is "
+    "ill-conditioned, or steps have become zero; raise the tolerances, use float64, or scale the problem",
     Status.INFEASIBLE: "no point satisfies the constraints",
-    Status.UNBOUNDED: "the objective has no minimum: it falls without end, or towards a bound at infinity",
+    Status.UNBOUNDED: "the objective has no minimum: values decrease without bound, or towards an infimum at infinity",
 }
 
 
@@ -121,6 +121,7 @@ def report_failures(name: str, state: SearchOutcome, on_failure: OnFailure, *, b
 
 def _level_of_caller() -> int:
     """Return the number of stack frames between this function and the user's code, for `warnings.warn`."""
+    # A warning points at the user's call: skip the frames of this library and of torch.
     level, frame = 0, inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("implicitdiff", "torch"):
         level, frame = level + 1, frame.f_back

@@ -30,19 +30,19 @@ class _InteriorProblem(NamedTuple):
     """The scaled program with its bounds.
 
     Attributes:
-        of: the scaled program.
+        prog: the scaled program.
         bounds: 1 for each bound of an inequality, else 0, ``(2, lanes, rows)``; upper bounds first.
         total: the number of bounds, ``(lanes,)``.
         delta: the weight of the proximal terms.
     """
 
-    of: QuadraticProgram
+    prog: QuadraticProgram
     bounds: Tensor
     total: Tensor
     delta: float
 
 
-def interior_point(of: QuadraticProgram, eps: float) -> tuple[Tensor, Tensor]:
+def interior_point(prog: QuadraticProgram, eps: float) -> tuple[Tensor, Tensor]:
     """Return a point near a solution, detached; multipliers smaller than their slacks are set to zero.
 
     Mehrotra's predictor-corrector method with a slack for each bound. Equalities and unknowns have proximal terms, as
@@ -51,9 +51,10 @@ def interior_point(of: QuadraticProgram, eps: float) -> tuple[Tensor, Tensor]:
     Mehrotra, "On the implementation of a primal-dual interior point method", SIAM J. Optim. 2 (1992); Schwan et al.,
     "PIQP: a proximal interior-point quadratic programming solver", CDC 2023.
     """
-    of = of.detach()
-    within, per_column, per_row = scaled(of)
-    bounds = torch.stack([of.above & ~of.equal, of.below & ~of.equal]).to(of.c.dtype)
+    prog = prog.detach()
+    within, per_column, per_row = scaled(prog)
+    bounds = torch.stack([prog.above & ~prog.equal, prog.below & ~prog.equal]).to(prog.c.dtype)
+    # ``eps^(5/8)``, 1.6e-10 in float64, for both the proximal terms and the accuracy.
     problem = _InteriorProblem(within, bounds, bounds.sum(dim=(0, -1)).clamp(min=1), eps**0.625)
     at = _first_iterate(problem)
     best, least = at, torch.full_like(problem.total, torch.inf)
@@ -81,19 +82,20 @@ def _select(lanes: Tensor, new: Tensor, old: Tensor) -> Tensor:
 def _first_iterate(problem: _InteriorProblem) -> _Iterate:
     """Return Mehrotra's starting point: the minimum of the objective plus the squared violation of all bounds as
     equalities, with slacks and multipliers shifted to positive values."""
-    of, bounds = problem.of, problem.bounds
-    bounded = (of.above | of.below).to(of.c.dtype)
-    lower, _ = factor(of, bounded, 1e-6, plain=False)
-    nearest = clamp_to_bounds(of, torch.zeros_like(of.u))
-    x = cholesky_solve(lower, vecmat(bounded * nearest, of.C) - of.c)
-    image = vecmat(x, of.C.mT)
+    prog, bounds = problem.prog, problem.bounds
+    bounded = (prog.above | prog.below).to(prog.c.dtype)
+    lower, _ = factor(prog, bounded, 1e-6, plain=False)
+    nearest = clamp_to_bounds(prog, torch.zeros_like(prog.u))
+    x = cholesky_solve(lower, vecmat(bounded * nearest, prog.C) - prog.c)
+    image = vecmat(x, prog.C.mT)
     y = bounded * (image - nearest)
-    s, z = torch.stack([of.u - image, image - of.l]), torch.stack([y, -y])
+    s, z = torch.stack([prog.u - image, image - prog.l]), torch.stack([y, -y])
     s, z = (_shifted(t, bounds) for t in (s, z))
     product = (bounds * s * z).sum(dim=(0, -1))
+    # Mehrotra's second shift: half of the complementarity products, relative to the other factor.
     more_s, more_z = (0.5 * product / (bounds * t).sum(dim=(0, -1)).clamp(min=1e-30) for t in (z, s))
     s, z = s + (more_s + 1e-8)[:, None], z + (more_z + 1e-8)[:, None]
-    return _Iterate(x, torch.where(of.equal, y, 0.0), torch.where(bounds > 0, s, 1.0), bounds * z)
+    return _Iterate(x, torch.where(prog.equal, y, 0.0), torch.where(bounds > 0, s, 1.0), bounds * z)
 
 
 def _shifted(t: Tensor, bounds: Tensor) -> Tensor:
@@ -105,17 +107,17 @@ def _shifted(t: Tensor, bounds: Tensor) -> Tensor:
 def _relative_error(problem: _InteriorProblem, at: _Iterate) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Return the largest relative violation of the optimality conditions, and the residuals of the gradient, the
     equalities and the slacks."""
-    of, bounds = problem.of, problem.bounds
-    image, bend = vecmat(at.x, of.C.mT), vecmat(at.x, of.Q)
-    pull = vecmat(at.y + at.z[0] - at.z[1], of.C)
-    slope = bend + of.c + pull
-    equality = torch.where(of.equal, image - of.u, 0.0)
-    slack = bounds * torch.stack([image + at.s[0] - of.u, at.s[1] - image + of.l])
+    prog, bounds = problem.prog, problem.bounds
+    image, bend = vecmat(at.x, prog.C.mT), vecmat(at.x, prog.Q)
+    pull = vecmat(at.y + at.z[0] - at.z[1], prog.C)
+    slope = bend + prog.c + pull
+    equality = torch.where(prog.equal, image - prog.u, 0.0)
+    slack = bounds * torch.stack([image + at.s[0] - prog.u, at.s[1] - image + prog.l])
     # The duality gap, relative to the objective.
     gap = (at.s * at.z).sum(dim=(0, -1))
-    dual = largest_entry(slope) / _sizes(bend, of.c, pull)
+    dual = largest_entry(slope) / _sizes(bend, prog.c, pull)
     primal = largest_entry(torch.cat([equality, slack[0], slack[1]], dim=-1)) / _sizes(image)
-    objective = (0.5 * row_dot(at.x, bend)).abs() + row_dot(at.x, of.c).abs()
+    objective = (0.5 * row_dot(at.x, bend)).abs() + row_dot(at.x, prog.c).abs()
     return torch.stack([dual, primal, gap / (1.0 + objective)]).amax(dim=0), (slope, equality, slack)
 
 
@@ -126,22 +128,23 @@ def _sizes(*terms: Tensor) -> Tensor:
 
 def _predictor_corrector(problem: _InteriorProblem, at: _Iterate, residuals: tuple[Tensor, Tensor, Tensor]) -> _Iterate:
     """Return the iterate after one step."""
-    of, bounds, total, delta = problem
+    prog, bounds, total, delta = problem
     slope, equality, slack = residuals
     # Eliminate ``s`` and ``z`` from the Newton system: with ``s dz + z ds = -products`` and the proximal term, each
     # bound adds ``z / (s + delta z)`` to the weight of its row.
     reach = at.s + delta * at.z
     ratio = at.z / reach
-    weights = ratio.sum(dim=0) + torch.where(of.equal, 1.0 / delta, 0.0)
-    lower, _ = factor(of, weights, delta, plain=False)
+    weights = ratio.sum(dim=0) + torch.where(prog.equal, 1.0 / delta, 0.0)
+    # The normal matrix ``Q + delta + C' diag(weights) C``; an equality has the weight ``1 / delta``.
+    lower, _ = factor(prog, weights, delta, plain=False)
 
     def direction(products: Tensor) -> _Iterate:
         """Return the step that reduces the products of slacks and multipliers by `products`, to first order."""
         push = ratio * slack - bounds * products / reach
-        d = -cholesky_solve(lower, slope + vecmat(push[0] - push[1] + equality / delta, of.C))
-        move = vecmat(d, of.C.mT)
+        d = -cholesky_solve(lower, slope + vecmat(push[0] - push[1] + equality / delta, prog.C))
+        move = vecmat(d, prog.C.mT)
         both = torch.stack([move, -move])
-        dy = torch.where(of.equal, (equality + move) / delta, 0.0)
+        dy = torch.where(prog.equal, (equality + move) / delta, 0.0)
         dz = push + ratio * both
         return _Iterate(d, dy, delta * dz - bounds * (slack + both), dz)
 

@@ -47,6 +47,7 @@ class KKTProblem(LinearProblem):
     def primal(self, theta: Leaves) -> Leaves:
         """Solve, with the number of primal unknowns passed to the algorithm."""
         assert isinstance(self.solver, LinearSolver)
+        # The first leaf holds the primal of every lane and column: divide by their number.
         batch = math.prod(theta[0].shape[: len(self.lanes) + len(self.columns)])
         algorithm: Any = partial(self.solver.algorithm, unknowns=theta[0].numel() // max(1, batch))  # type: ignore[call-arg]
         return LinearProblem.primal(replace(self, solver=replace(self.solver, algorithm=algorithm)), theta)

@@ -13,7 +13,7 @@ from implicitdiff.solvers._qp.program import (
     cholesky_solve,
     factor,
     gram,
-    point,
+    make_point,
 )
 
 _MAX_SETS = 50
@@ -31,7 +31,7 @@ def regularisation(eps: float) -> tuple[float, float]:
 
 
 def polish(
-    of: QuadraticProgram, x: Tensor, y: Tensor, side: Tensor, eps: float, plain: bool
+    prog: QuadraticProgram, x: Tensor, y: Tensor, side: Tensor, eps: float, plain: bool
 ) -> tuple[PrimalDual, Tensor, Tensor, Tensor]:
     """Return the point at which the active constraints hold as equalities, the last steps of ``x`` and ``y``, and the
     flags of lanes without a factorisation.
@@ -42,24 +42,24 @@ def polish(
     """
     delta, shift = regularisation(eps)
     # The solution does not depend on the metric, so the weights need no derivative.
-    of = of._replace(rows=of.rows.detach(), columns=of.columns.detach())
+    prog = prog._replace(rows=prog.rows.detach(), columns=prog.columns.detach())
     active = side != 0
-    weights = torch.where(active, of.rows / delta, 0.0)
-    lower, broken = factor(of, weights, shift, plain)
-    x, y, image, slope = point(of, x, torch.where(active, y, 0.0))
-    excess, dx, dy = image - torch.where(side < 0, of.l, of.u), x, y
+    weights = torch.where(active, prog.rows / delta, 0.0)
+    lower, broken = factor(prog, weights, shift, plain)
+    x, y, image, slope = make_point(prog, x, torch.where(active, y, 0.0))
+    excess, dx, dy = image - torch.where(side < 0, prog.l, prog.u), x, y
     for _ in range(_REFINEMENTS):
-        dx = -cholesky_solve(lower, slope + vecmat(weights * excess, of.C))
+        dx = -cholesky_solve(lower, slope + vecmat(weights * excess, prog.C))
         # Update by increments: the weights are large, and would amplify the rounding of a new sum ``C x - u``.
-        excess = excess + vecmat(dx, of.C.mT)
+        excess = excess + vecmat(dx, prog.C.mT)
         dy = weights * excess
-        slope = slope + vecmat(dx, of.Q) + vecmat(dy, of.C)
+        slope = slope + vecmat(dx, prog.Q) + vecmat(dy, prog.C)
         x, y = x + dx, y + dy
-    return point(of, x, y), dx, dy, broken
+    return make_point(prog, x, y), dx, dy, broken
 
 
 def active_set(
-    of: QuadraticProgram, x: Tensor, y: Tensor, eps: float, plain: bool, *, patient: bool
+    prog: QuadraticProgram, x: Tensor, y: Tensor, eps: float, plain: bool, *, patient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Guess the active constraints by steps of the proximal method of multipliers; return the last ``x``, ``y`` and
     `side` as in `polish`.
@@ -75,26 +75,27 @@ def active_set(
     Hermans, Themelis and Patrinos, "QPALM: a proximal augmented Lagrangian method for nonconvex quadratic programs",
     Math. Prog. Comp. 14 (2022).
     """
-    of, x, y = of.detach(), x.detach(), y.detach()
-    side = _side(of, y, y)
-    rows = gram(of.C, of.rows * side.abs(), plain)
+    prog, x, y = prog.detach(), x.detach(), y.detach()
+    side = _side(prog, y, y)
+    rows = gram(prog.C, prog.rows * side.abs(), plain)
     last, shift = regularisation(eps)
     # Longer and longer steps: each proximal problem starts near its solution.
     deltas = [d for d in _FIRST_DELTAS if d > 3 * last] if patient else []
     for delta in (*deltas, last):
-        x, y, side, rows = _proximal_step(of, x, y, side, rows, delta, shift / last * delta, plain, jump=not patient)
+        # The proximal weight of ``x`` shrinks with `delta` in proportion, down to `shift`.
+        x, y, side, rows = _proximal_step(prog, x, y, side, rows, delta, shift / last * delta, plain, jump=not patient)
     return x, y, side
 
 
-def _side(of: QuadraticProgram, above: Tensor, below: Tensor) -> Tensor:
+def _side(prog: QuadraticProgram, above: Tensor, below: Tensor) -> Tensor:
     """Return the sides of the rows that exceed a bound; `above` and `below` are the excesses over the upper and lower
     bound."""
-    up = of.equal | (of.above & (above > 0))
-    return up.to(above.dtype) - (of.below & ~up & (below < 0)).to(above.dtype)
+    up = prog.equal | (prog.above & (above > 0))
+    return up.to(above.dtype) - (prog.below & ~up & (below < 0)).to(above.dtype)
 
 
 def _proximal_step(
-    of: QuadraticProgram,
+    prog: QuadraticProgram,
     x0: Tensor,
     y0: Tensor,
     side: Tensor,
@@ -110,15 +111,16 @@ def _proximal_step(
     The start is `x0`, or with `jump` the minimum for the active constraints of `side`. `rows` is ``C' diag(rows) C`` of
     these constraints.
     """
-    weights = of.rows / delta
+    weights = prog.rows / delta
     ahead = y0 / weights
-    x, v = x0, vecmat(x0, of.C.mT) + ahead
+    x, v = x0, vecmat(x0, prog.C.mT) + ahead
     open_lanes = torch.ones_like(x[:, 0], dtype=torch.bool)
     for link in range(_MAX_SETS // 2 if jump else _MAX_SETS):
         if not any_lane(open_lanes):
             break
         lanes = picked(open_lanes, plain)
-        part, w, was, inner = of.of(lanes), weights[lanes], side[lanes], rows[lanes]
+        part, w, was, inner = prog.pick(lanes), weights[lanes], side[lanes], rows[lanes]
+        # Hessian and gradient of the proximal problem on the present piece.
         matrix = part.Q + torch.diag_embed(shift * part.columns) + inner / delta
         slope = vecmat(x[lanes], part.Q) + part.c + shift * part.columns * (x[lanes] - x0[lanes])
         d = -cholesky_solve(cholesky_factor(matrix)[0], slope + vecmat(w * _excess(part, v[lanes], was), part.C))
@@ -129,16 +131,17 @@ def _proximal_step(
         new_x = x[lanes] + d
         new_v = vecmat(new_x, part.C.mT) + ahead[lanes]
         new = _side(part, new_v - part.u, new_v - part.l)
-        # Update ``C' diag(rows) C`` by the rows whose activity has changed. The weights ``|new| - |was|`` are 1 or -1.
+        # Update ``C' diag(rows) C`` by the rows whose activity has changed; the factors ``|new| - |was|`` are 1, 0 or
+        # -1.
         new_inner = inner + gram(part.C, part.rows * (new.abs() - was.abs()), plain)
         changes = (x, new_x), (v, new_v), (side, new), (rows, new_inner), (open_lanes, (new != was).any(dim=-1))
         x, v, side, rows, open_lanes = (put(old, open_lanes, lanes, value) for old, value in changes)
-    return x, weights * _excess(of, v, side), side, rows
+    return x, weights * _excess(prog, v, side), side, rows
 
 
-def _excess(of: QuadraticProgram, v: Tensor, side: Tensor) -> Tensor:
+def _excess(prog: QuadraticProgram, v: Tensor, side: Tensor) -> Tensor:
     """Return the distances of the rows from the bounds of `side`; 0 for inactive rows."""
-    return torch.where(side > 0, v - of.u, torch.where(side < 0, v - of.l, 0.0))
+    return torch.where(side > 0, v - prog.u, torch.where(side < 0, v - prog.l, 0.0))
 
 
 def picked(flag: Tensor, plain: bool) -> Tensor | slice:
@@ -151,18 +154,20 @@ def put(old: Tensor, flag: Tensor, lanes: Tensor | slice, new: Tensor) -> Tensor
     return select(flag, new, old) if isinstance(lanes, slice) else old.index_copy(0, lanes, new)
 
 
-def _exact_line_search(of: QuadraticProgram, v: Tensor, push: Tensor, w: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+def _exact_line_search(
+    prog: QuadraticProgram, v: Tensor, push: Tensor, w: Tensor, slope: Tensor, bend: Tensor
+) -> Tensor:
     """Return the ``t`` with ``slope + bend t + sum w push (v + t push - clamp(v + t push, l, u)) = 0``.
 
     The left side is increasing and piecewise linear; a piece ends at a point at which a constraint becomes active or
     inactive.
     """
-    equal = of.equal
-    bounds = [(v - of.u, push, torch.where(of.above, w, 0.0))]
-    if of.two_sided:
+    equal = prog.equal
+    bounds = [(v - prog.u, push, torch.where(prog.above, w, 0.0))]
+    if prog.two_sided:
         # A lower bound of ``v`` is an upper bound of ``-v``.
         equal = torch.cat([equal, torch.zeros_like(equal)], dim=-1)
-        bounds.append((of.l - v, -push, torch.where(of.below & ~of.equal, w, 0.0)))
+        bounds.append((prog.l - v, -push, torch.where(prog.below & ~prog.equal, w, 0.0)))
     v, push, w = (torch.cat(both, dim=-1) for both in zip(*bounds, strict=True))
     at = -safe_divide(v, push)
     turns = ~equal & (push != 0) & (at > 0)

@@ -51,7 +51,7 @@ class QuadraticProgram(NamedTuple):
     per_row: Tensor
     two_sided: bool
 
-    def of(self, lanes: Tensor | slice) -> QuadraticProgram:
+    def pick(self, lanes: Tensor | slice) -> QuadraticProgram:
         """Return the programs of some lanes."""
         return QuadraticProgram._make([*(t[lanes] for t in self[:-1]), self.two_sided])
 
@@ -68,7 +68,7 @@ class PrimalDual(NamedTuple):
     slope: Tensor
 
 
-def program(
+def make_program(
     Q: Tensor,
     c: Tensor,
     A: Tensor,
@@ -101,6 +101,7 @@ def _equilibrate(Q: Tensor, c: Tensor, C: Tensor, bounds: Tensor) -> tuple[Tenso
     section 5.1 of OSQP.
     """
     D, E = _units(Q, c, C, bounds)
+    # Ten passes, as in OSQP's default.
     for _ in range(10):
         column, row = D * (vecmat(D, Q) + vecmat(E, C)), E * vecmat(D, C.mT)
         # One pass: divide each row and column by the root of its norm.
@@ -154,49 +155,51 @@ def _inverse(a: Tensor) -> Tensor:
     return safe_divide(torch.ones_like(a), a)
 
 
-def point(of: QuadraticProgram, x: Tensor, y: Tensor) -> PrimalDual:
+def make_point(prog: QuadraticProgram, x: Tensor, y: Tensor) -> PrimalDual:
     """Return the point with the coordinates ``x`` and ``y``."""
-    return PrimalDual(x, y, vecmat(x, of.C.mT), vecmat(x, of.Q) + of.c + vecmat(y, of.C))
+    return PrimalDual(x, y, vecmat(x, prog.C.mT), vecmat(x, prog.Q) + prog.c + vecmat(y, prog.C))
 
 
-def scaled(of: QuadraticProgram) -> tuple[QuadraticProgram, Tensor, Tensor]:
+def scaled(prog: QuadraticProgram) -> tuple[QuadraticProgram, Tensor, Tensor]:
     """Return the scaled program, and the factors from its primal and dual to those of the program."""
-    per_gradient, per_row = of.per_gradient, of.per_row
+    per_gradient, per_row = prog.per_gradient, prog.per_row
     # From ``D / scale`` to ``D``.
-    D = per_gradient * of.scale[:, None]
-    Q, C = per_gradient[..., None] * of.Q * D[:, None], per_row[..., None] * of.C * D[:, None]
+    D = per_gradient * prog.scale[:, None]
+    Q, C = per_gradient[..., None] * prog.Q * D[:, None], per_row[..., None] * prog.C * D[:, None]
     one = torch.ones_like
-    bounds = of.l * per_row, of.u * per_row
-    within = of._replace(Q=Q, c=of.c * per_gradient, C=C, l=bounds[0], u=bounds[1], columns=one(D), rows=one(per_row))
+    bounds = prog.l * per_row, prog.u * per_row
+    within = prog._replace(
+        Q=Q, c=prog.c * per_gradient, C=C, l=bounds[0], u=bounds[1], columns=one(D), rows=one(per_row)
+    )
     return (
-        within._replace(scale=one(of.scale), per_gradient=one(D), per_row=one(per_row)),
+        within._replace(scale=one(prog.scale), per_gradient=one(D), per_row=one(per_row)),
         D,
-        per_row * of.scale[:, None],
+        per_row * prog.scale[:, None],
     )
 
 
-def clamp_to_bounds(of: QuadraticProgram, values: Tensor) -> Tensor:
+def clamp_to_bounds(prog: QuadraticProgram, values: Tensor) -> Tensor:
     """Return the nearest values that satisfy the bounds."""
-    low = torch.where(of.below & (values < of.l), of.l, values)
-    return torch.where(of.above & (low > of.u), of.u, low)
+    low = torch.where(prog.below & (values < prog.l), prog.l, values)
+    return torch.where(prog.above & (low > prog.u), prog.u, low)
 
 
-def kkt_error(of: QuadraticProgram, at: PrimalDual) -> Tensor:
+def kkt_error(prog: QuadraticProgram, at: PrimalDual) -> Tensor:
     """Return the norm of the KKT violation in the scaled program."""
-    return row_norm(torch.stack(error_parts(of, at), dim=-1))
+    return row_norm(torch.stack(error_parts(prog, at), dim=-1))
 
 
-def factor(of: QuadraticProgram, weights: Tensor, shift: float, plain: bool) -> tuple[Tensor, Tensor]:
+def factor(prog: QuadraticProgram, weights: Tensor, shift: float, plain: bool) -> tuple[Tensor, Tensor]:
     """Return the `cholesky_factor` of ``Q + shift D^-2 + C' diag(weights) C``."""
-    return cholesky_factor(of.Q + torch.diag_embed(shift * of.columns) + gram(of.C, weights, plain))
+    return cholesky_factor(prog.Q + torch.diag_embed(shift * prog.columns) + gram(prog.C, weights, plain))
 
 
 def gram(C: Tensor, weights: Tensor, plain: bool) -> Tensor:
     """Return ``C' diag(weights) C``; for plain tensors without the rows of weight zero."""
     if plain and weights.numel():
-        there = weights != 0
+        weighted = weights != 0
         # Gather as many rows as the fullest lane has; `topk` puts rows with a weight first.
-        rows = there.to(torch.uint8).topk(int(there.sum(dim=-1).max()), dim=-1, sorted=False).indices
+        rows = weighted.to(torch.uint8).topk(int(weighted.sum(dim=-1).max()), dim=-1, sorted=False).indices
         if 2 * rows.shape[-1] < C.shape[-2]:
             C, weights = C.gather(-2, rows[..., None].expand(-1, -1, C.shape[-1])), weights.gather(-1, rows)
     return (C.mT * weights[:, None]) @ C
@@ -220,58 +223,58 @@ def cholesky_solve(lower: Tensor, b: Tensor) -> Tensor:
     return whole[..., 0]
 
 
-def error_parts(of: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tensor]:
+def error_parts(prog: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tensor]:
     """Return the norms of the two parts of `kkt_violation`."""
-    slope, gap = kkt_violation(of, at)
+    slope, gap = kkt_violation(prog, at)
     return row_norm(slope), row_norm(gap)
 
 
-def kkt_violation(of: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tensor]:
+def kkt_violation(prog: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tensor]:
     """Return the gradient of the Lagrangian, and ``clamp(C x + y, l, u) - C x``, zero if the constraints and
     complementarity hold; both in the scaled program, in which entries are comparable."""
-    per_gradient, per_row = of.per_gradient, of.per_row
-    image, y = at.image.detach(), at.y.detach() / (per_row * of.scale.detach()[:, None])
+    per_gradient, per_row = prog.per_gradient, prog.per_row
+    image, y = at.image.detach(), at.y.detach() / (per_row * prog.scale.detach()[:, None])
     # ``clamp(C x + y, l, u) - C x`` as the median of ``y`` and the two distances, without the rounding of ``C x``.
-    up = torch.where(of.above, per_row * (of.u.detach() - image), torch.inf)
-    down = torch.where(of.below, per_row * (of.l.detach() - image), -torch.inf)
-    gap = torch.where(of.equal, up, torch.minimum(torch.maximum(y, down), up))
+    up = torch.where(prog.above, per_row * (prog.u.detach() - image), torch.inf)
+    down = torch.where(prog.below, per_row * (prog.l.detach() - image), -torch.inf)
+    gap = torch.where(prog.equal, up, torch.minimum(torch.maximum(y, down), up))
     return per_gradient * at.slope, gap
 
 
-def without_noise(of: QuadraticProgram, at: PrimalDual, eps: float) -> Tensor:
+def without_noise(prog: QuadraticProgram, at: PrimalDual, eps: float) -> Tensor:
     """Return the multipliers, with 0 for inequalities whose multiplier is below the slack or at the level of rounding:
     a weakly active constraint has multiplier zero."""
-    y, slack = _pressure(of, at)
-    terms = vecmat(at.x.abs(), of.Q.abs()) + of.c.abs() + vecmat(at.y.abs(), of.C.abs())
+    y, slack = _pressure(prog, at)
+    terms = vecmat(at.x.abs(), prog.Q.abs()) + prog.c.abs() + vecmat(at.y.abs(), prog.C.abs())
     # A multiplier is determined to about ``eps`` of the gradient's terms; ``eps^(3/4)`` leaves a margin.
-    noise = eps**0.75 * largest_entry(of.per_gradient * terms)
-    return torch.where(of.equal | (y > torch.maximum(slack, noise[:, None])), at.y, 0.0)
+    noise = eps**0.75 * largest_entry(prog.per_gradient * terms)
+    return torch.where(prog.equal | (y > torch.maximum(slack, noise[:, None])), at.y, 0.0)
 
 
-def of_active_rows(of: QuadraticProgram, at: PrimalDual) -> Tensor:
+def of_active_rows(prog: QuadraticProgram, at: PrimalDual) -> Tensor:
     """Return the multipliers, with 0 for inequalities whose multiplier is below the slack. The difference is a part of
     the error, so at most the target at a solution."""
-    y, slack = _pressure(of, at)
-    return torch.where(of.equal | (y > slack), at.y, 0.0)
+    y, slack = _pressure(prog, at)
+    return torch.where(prog.equal | (y > slack), at.y, 0.0)
 
 
-def _pressure(of: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tensor]:
+def _pressure(prog: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tensor]:
     """Return the sizes of the multipliers, and of the slacks at the bounds on which the multipliers press, in the
     scaled program."""
-    slack = of.per_row * (torch.where(at.y > 0, of.u, of.l) - at.image).abs()
-    return at.y.abs() / (of.per_row * of.scale[:, None]), slack
+    slack = prog.per_row * (torch.where(at.y > 0, prog.u, prog.l) - at.image).abs()
+    return at.y.abs() / (prog.per_row * prog.scale[:, None]), slack
 
 
-def rounding_of_parts(of: QuadraticProgram, at: PrimalDual, eps: float) -> tuple[Tensor, Tensor]:
+def rounding_of_parts(prog: QuadraticProgram, at: PrimalDual, eps: float) -> tuple[Tensor, Tensor]:
     """Return bounds on the rounding of the two norms of `error_parts`."""
-    per_gradient, per_row = of.per_gradient, of.per_row
-    x, y, C = at.x.detach().abs(), at.y.detach().abs(), of.C.detach().abs()
-    slope = vecmat(x, of.Q.detach().abs()) + of.c.detach().abs() + vecmat(y, C)
-    image = vecmat(x, C.mT) + torch.maximum(torch.where(of.above, of.u, 0.0), of.l.abs()).detach().abs()
+    per_gradient, per_row = prog.per_gradient, prog.per_row
+    x, y, C = at.x.detach().abs(), at.y.detach().abs(), prog.C.detach().abs()
+    slope = vecmat(x, prog.Q.detach().abs()) + prog.c.detach().abs() + vecmat(y, C)
+    image = vecmat(x, C.mT) + torch.maximum(torch.where(prog.above, prog.u, 0.0), prog.l.abs()).detach().abs()
     return 2.0 * eps * row_norm(per_gradient * slope), 2.0 * eps * row_norm(per_row * image)
 
 
-def certificates(of: QuadraticProgram, dx: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def certificates(prog: QuadraticProgram, dx: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the lanes in which a step of a method of multipliers proves a program infeasible, and unbounded.
 
     For a feasible ``x``, ``u'max(y, 0) + l'min(y, 0) >= x'C'y`` for all ``y`` with no entry at an infinite bound. For a
@@ -282,17 +285,17 @@ def certificates(of: QuadraticProgram, dx: Tensor, dy: Tensor, eps: float) -> tu
     Stellato et al., "OSQP", section 3.4: the steps converge to such directions if the program has no solution.
     """
     # The norm above which a solution counts as infinite, in the scaled program.
-    bound = eps**-0.6 * of.scale.sqrt()
-    dx, dy, scale = dx.detach(), dy.detach(), of.columns.rsqrt()
+    bound = eps**-0.6 * prog.scale.sqrt()
+    dx, dy, scale = dx.detach(), dy.detach(), prog.columns.rsqrt()
     # An infinite bound cannot press: project the direction onto the recession cones.
-    dy = torch.where(of.below, dy, dy.clamp(min=0))
-    dy = torch.where(of.above, dy, dy.clamp(max=0))
-    climb = vecmat(dx, of.C.mT)
-    climb = torch.where(of.above, climb, climb.clamp(max=0))
-    climb = torch.where(of.below, climb, climb.clamp(min=0)) * of.rows.sqrt()
-    bend = torch.cat([vecmat(dx, of.Q) * scale, climb], dim=-1)
-    infeasible = bound * row_norm(vecmat(dy, of.C) * scale) < -_clear(torch.where(dy < 0, of.l, of.u), dy, eps)
-    return infeasible, bound * row_norm(bend) < -_clear(of.c, dx, eps)
+    dy = torch.where(prog.below, dy, dy.clamp(min=0))
+    dy = torch.where(prog.above, dy, dy.clamp(max=0))
+    climb = vecmat(dx, prog.C.mT)
+    climb = torch.where(prog.above, climb, climb.clamp(max=0))
+    climb = torch.where(prog.below, climb, climb.clamp(min=0)) * prog.rows.sqrt()
+    bend = torch.cat([vecmat(dx, prog.Q) * scale, climb], dim=-1)
+    infeasible = bound * row_norm(vecmat(dy, prog.C) * scale) < -_clear(torch.where(dy < 0, prog.l, prog.u), dy, eps)
+    return infeasible, bound * row_norm(bend) < -_clear(prog.c, dx, eps)
 
 
 def _clear(a: Tensor, b: Tensor, eps: float) -> Tensor:

@@ -42,6 +42,7 @@ def backtrack(
     for _ in range(halvings):
         if not any_lane(refused):
             break
+        # All lanes are evaluated again, but only refused lanes take the new point.
         size = torch.where(refused, size / 2, size)
         new = tuple(select(refused, a, b) for a, b in zip(at(size), new, strict=True))
         refused = refused & ~enough(new, size)

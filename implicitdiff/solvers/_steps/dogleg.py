@@ -94,9 +94,9 @@ def initial_memory(problem: BatchedProblem, x: Tensor, radius: float) -> DoglegM
     """Return the memory at an initial guess."""
     residual, jacobian = problem.fn.jacobian(x)
     scale = jacobian.square().sum(dim=1)
-    none = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    zeros = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     first = radius * first_radius(x, residual, scale)
-    return DoglegMemory(residual, jacobian, scale, first, refusals=none, slow=none)
+    return DoglegMemory(residual, jacobian, scale, first, refusals=zeros, slow=zeros)
 
 
 def try_dogleg(
@@ -162,6 +162,7 @@ def finish_step(
     refusals = torch.where(accepted, 0, old.refusals + 1)
     stuck = ~accepted & (~promising | (refusals >= MAX_REFUSALS))
     r, J = select(accepted, r, old.residual), select(accepted, J, old.jacobian)
+    # ``(|r|^2 - |r_new|^2) / 2 < |r|^2 / 1000``: ``|r|`` decreases by less than a thousandth.
     slow = trial.gain < 1e-3 * row_dot(old.residual, old.residual)
     memory = DoglegMemory(
         residual=r,
@@ -222,6 +223,7 @@ def _dogleg_path(A: Tensor, r: Tensor, whole: WholeStep) -> _Path:
 def _dogleg_radius(radius: Tensor, trial: Trial) -> Tensor:
     """Return the next radius by the ratio of actual and predicted gain; a ratio hidden by rounding keeps the radius."""
     ratio = torch.where(trial.unresolved, 0.3, safe_divide(trial.gain, trial.predicted))
+    # Thresholds and factors as in MINPACK's hybrj.
     longer = torch.where(ratio > 0.5, torch.maximum(radius, 2.0 * trial.length), radius)
     return torch.where(ratio < 0.1, 0.5 * trial.length, longer)
 

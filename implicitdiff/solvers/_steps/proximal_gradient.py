@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from implicitdiff.solvers._loop.equations import Composite
+from implicitdiff.solvers._loop.measures import change_with_x, composite_size
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import check_number
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, select
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._loop.termination import change_with_x, composite_size
 from implicitdiff.solvers._steps.backtracking import GROWTH, TrialPoint, backtrack, lies_below
 
 Prox = Callable[[BatchedProblem, Tensor, Tensor], Tensor]
@@ -61,11 +61,18 @@ def proximal_gradient_method(name: str, prox: Prox, stepsize: float | None, acce
     check_stepsize(name, stepsize)
     start = partial(_start, stepsize=stepsize or 1.0)
     step = partial(_step, prox=prox, search=stepsize is None, acceleration=acceleration)
-    held, off = attrgetter("residual"), Status.UNBOUNDED
-    return IterativeMethod(start, step, ProximalGradientMemory, 100_000, residual=held, size=_size, runs_off=off)
+    return IterativeMethod(
+        start,
+        step,
+        ProximalGradientMemory,
+        100_000,
+        residual=attrgetter("residual"),
+        size=_size,
+        runs_off=Status.UNBOUNDED,
+    )
 
 
-def _start(problem: BatchedProblem, x: Tensor, *, stepsize: float) -> Start:
+def _start(problem: BatchedProblem, x: Tensor, *, stepsize: float) -> Start[ProximalGradientMemory]:
     value, grad = problem.fn.value_and_grad(x)
     one = torch.ones_like(value)
     residual = _optimality_residual(problem, x, grad)

@@ -57,6 +57,7 @@ def next_radius(
     # ``slope / (2 (slope + gain))``.
     part = torch.where(loses, (0.5 * slope / torch.where(below < 0, below, -1.0)).clamp(0.1, 0.5), 0.5)
     shorter = torch.where(known, part, 0.1) * torch.minimum(radius, 10.0 * step_length)
+    # Thresholds 1/4 and 3/4 and the factors as in MINPACK's lmder.
     longer = torch.where(agreement >= 0.75, 2.0 * step_length, radius)
     return torch.where(agreement <= 0.25, shorter, longer)
 
