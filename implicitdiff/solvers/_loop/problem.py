@@ -32,7 +32,7 @@ class RowFunction:
     """A function ``(lanes, n) -> (lanes, m)``, applied lane by lane, with its derivatives in the first argument.
 
     Args:
-        part: the function on leaves.
+        function: the function on leaves.
         inputs: conversion between leaves and rows.
         plain: True if plain autograd is enough for the derivatives and nothing differentiates their results.
         jacobian_over_lanes: a faster way to the value and the Jacobian, as a function of leaves; None if there is no
@@ -42,20 +42,20 @@ class RowFunction:
 
     def __init__(
         self,
-        part: UserFunction,
+        function: UserFunction,
         inputs: Vectors,
         plain: bool,
         jacobian_over_lanes: Callable[[Leaves], tuple[Tensor, Tensor]] | None = None,
         one_by_one: bool = False,
     ) -> None:
-        self.part, self.inputs, self.plain, self.one_by_one = part, inputs, plain, one_by_one
+        self.function, self.inputs, self.plain, self.one_by_one = function, inputs, plain, one_by_one
         self._jacobian_over_lanes = jacobian_over_lanes
         self._outputs: Vectors | None = None
 
     def __call__(self, x: Tensor, *more: Tensor) -> Tensor:
         """Return the values; `more` holds one number for each lane, shape ``(lanes,)``."""
         batch = self.inputs.batch
-        leaves = self.part(self.inputs.unravel(x), [m.reshape(batch) for m in more])
+        leaves = self.function(self.inputs.unravel(x), [m.reshape(batch) for m in more])
         if self._outputs is None:
             self._outputs = Vectors(leaves, batch)
         return self._outputs.ravel(leaves).to(x.dtype)
@@ -119,10 +119,10 @@ class RowFunction:
         """Return the real-valued function ``x -> sum_i terms(self(x))_i``."""
         batch = self.inputs.batch
 
-        def part(leaves: Leaves, more: Leaves) -> Leaves:
+        def function(leaves: Leaves, more: Leaves) -> Leaves:
             return [terms(self(self.inputs.ravel(leaves))).sum(dim=-1).reshape(batch)]
 
-        return RowFunction(part, self.inputs, self.plain, one_by_one=self.one_by_one)
+        return RowFunction(function, self.inputs, self.plain, one_by_one=self.one_by_one)
 
     def jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the value and ``J``, shape ``(lanes, m, n)``, from ``min(m, n)`` products with unit vectors."""
@@ -203,8 +203,8 @@ class BatchedProblem:
         one_by_one: bool = False,
     ) -> None:
         self._functions = {
-            name: RowFunction(part, inputs, plain, (jacobians or {}).get(name), one_by_one)
-            for name, part in functions.items()
+            name: RowFunction(function, inputs, plain, (jacobians or {}).get(name), one_by_one)
+            for name, function in functions.items()
         }
         self.fn = self._functions["fn"]
         self.inputs, self.structure, self.plain = inputs, structure, plain

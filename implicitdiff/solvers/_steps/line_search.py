@@ -157,21 +157,21 @@ class _Line:
         segment: Segment | None,
     ) -> None:
         value = memory.value
-        self.rows, self.direction, self.c1, self.c2, self.segment = problem, direction, c1, c2, segment
+        self.problem, self.direction, self.c1, self.c2, self.segment = problem, direction, c1, c2, segment
         self.start = LinePoint(torch.zeros_like(value), x, value, row_dot(memory.grad, direction), memory.grad)
         self.noise = _NOISE_ULPS * problem.eps * memory.magnitude
 
     def at(self, step: Tensor) -> LinePoint:
         """Evaluate the objective at a step."""
         x = self.start.x + step[:, None] * self.direction if self.segment is None else self.segment.at(step)
-        value, grad = self.rows.fn.value_and_grad(x)
+        value, grad = self.problem.fn.value_and_grad(x)
         return LinePoint(step, x, value, row_dot(grad, self.direction), grad)
 
     def finite(self, trial: LinePoint) -> LinePoint:
         """Return the trial with infinity as the value in lanes with a value or slope that is not finite."""
         finite = torch.isfinite(trial.value) & torch.isfinite(trial.slope)
         step = trial.step
-        if not self.rows.plain and any_lane(~finite):
+        if not self.problem.plain and any_lane(~finite):
             # Evaluate again without the points outside of the domain: ``0 * inf`` in the backward of a masked value is
             # nan.
             trial = self.at(torch.where(finite, step, 0.0))
