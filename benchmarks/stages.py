@@ -36,7 +36,7 @@ STAGES = {
     "their operations": ["_closures.modes:Watch.__torch_function__"],
     "comparison of evaluations": ["_closures.program:Program.difference", "_closures.lift:Lifted.refuse_overwritten"],
     "closure conversion": ["_closures.lift:lift"],
-    "the search": ["solvers._loop.solver:Maker._implicit"],
+    "the search": ["solvers._loop.solver:SolverImpl._implicit"],
     "the derivative is attached": ["_implicit.root:Posed.attached"],
     "the derivative": ["_implicit.primitive:_pulled_back"],
     "the linear system": ["_implicit.linear:LinearProblem.primal"],

@@ -439,7 +439,7 @@ def test_an_initial_guess_with_zero_gradient_stays(row: Row) -> None:
 
 @every_solver
 def test_a_kink_makes_the_line_search_fail(row: Row) -> None:
-    with pytest.raises(ConvergenceError, match="no step makes") as caught:
+    with pytest.raises(ConvergenceError, match="no step decreases") as caught:
         row.factory(kink).run(torch.tensor([1.0, 0.2, 2.1], dtype=F64))
     assert caught.value.status == Status.LINE_SEARCH_FAILED
     assert caught.value.iterations < 200

@@ -119,7 +119,7 @@ def test_errors_and_help_name_the_public_function(row: Row) -> None:
         assert f"solvers.{name}(" in repr(fn) and repr(fn).endswith(f".{field}>")
         assert fn.__name__ == field and fn.__qualname__ == f"{name}.{field}"
         text = pydoc.plain(pydoc.render_doc(fn))
-        assert f"{name}.{field}(params, " in text and "Maker" not in text
+        assert f"{name}.{field}(params, " in text and "SolverImpl" not in text
     assert list(inspect.signature(solver.run).parameters)[2:-1] == [
         *("implicit_diff", "checkpoint_every", "keep_history", "verbose", "callback")
     ]

@@ -6,12 +6,13 @@ import functools
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils import _pytree as torch_pytree
 
 Leaves = list[torch.Tensor]
+Tree: TypeAlias = Any  # a pytree of tensors, nested as its user likes
 _LEAF_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 TreeSpec = torch_pytree.TreeSpec
 Builder = Callable[[Iterator[Any]], Any]

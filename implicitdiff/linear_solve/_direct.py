@@ -10,7 +10,7 @@ from torch import Tensor
 
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import System
-from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, settle
+from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, report_failed_solves
 
 Factorise = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 """``factorise(A, B, eps) -> (X, broken)`` for ``A`` of shape ``(lanes, n, n)`` and ``B`` of shape ``(lanes, n, k)``;
@@ -36,7 +36,7 @@ def _solve(
     system: System, *, name: str, factorise: Factorise, broken: str, ridge: float, on_failure: OnFailure
 ) -> Tensor:
     system = system.shifted(ridge)
-    return settle(name, materialised(system, factorise, broken), system, on_failure)
+    return report_failed_solves(name, materialised(system, factorise, broken), system, on_failure)
 
 
 def materialised(system: System, factorise: Factorise, broken: str) -> Outcome:
@@ -67,8 +67,8 @@ def _solve_scaled_if_need_be(factor: Factor, a: Tensor, b: Tensor, eps: float) -
     x, broken = probed(factor, a, b)
     if not bool(broken.any()):
         return x, broken
-    row = _inverse_or_one(a.abs().amax(dim=-1, keepdim=True))
-    col = _inverse_or_one((row * a).abs().amax(dim=-2, keepdim=True))
+    row = inverse_or_one(a.abs().amax(dim=-1, keepdim=True))
+    col = inverse_or_one((row * a).abs().amax(dim=-2, keepdim=True))
     x, broken = probed(factor, row * a * col, row * b)
     return col.mT * x, broken
 
@@ -107,5 +107,5 @@ def probed(factor: Factor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return x, broken | ~(growth * size < limit)[:, 0, 0]
 
 
-def _inverse_or_one(size: Tensor) -> Tensor:
+def inverse_or_one(size: Tensor) -> Tensor:
     return torch.where(size > 0, 1.0 / size, 1.0)

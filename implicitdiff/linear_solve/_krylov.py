@@ -12,7 +12,7 @@ from torch import Tensor
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import System
 from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar, arithmetic
-from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, settle
+from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, report_failed_solves
 
 
 class Cycle(NamedTuple):
@@ -89,7 +89,7 @@ def _solve(
     on_failure: OnFailure,
 ) -> Tensor:
     system = system.shifted(ridge)
-    return settle(name, iterate(system, method, broken, rtol, atol, maxiter), system, on_failure)
+    return report_failed_solves(name, iterate(system, method, broken, rtol, atol, maxiter), system, on_failure)
 
 
 def check_tolerances(name: str, rtol: float | None, atol: float, maxiter: int | None) -> None:

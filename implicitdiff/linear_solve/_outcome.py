@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
     iterations: int
 
 
-def settle(name: str, outcome: Outcome, system: System, on_failure: OnFailure) -> Tensor:
+def report_failed_solves(name: str, outcome: Outcome, system: System, on_failure: OnFailure) -> Tensor:
     """The solution, once failure has been raised, warned of, or ignored as the user asked."""
     if on_failure == "ignore" or not bool(outcome.failed.any()):
         return outcome.x

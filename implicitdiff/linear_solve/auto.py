@@ -12,7 +12,7 @@ from implicitdiff._implicit.system import System
 from implicitdiff.linear_solve._arithmetic import dot
 from implicitdiff.linear_solve._direct import factorised, materialised
 from implicitdiff.linear_solve._krylov import check_tolerances, iterate
-from implicitdiff.linear_solve._outcome import OnFailure, check_on_failure, settle
+from implicitdiff.linear_solve._outcome import OnFailure, check_on_failure, report_failed_solves
 from implicitdiff.linear_solve.cg import INDEFINITE, conjugate_gradients
 from implicitdiff.linear_solve.gmres import NOT_FINITE, gmres
 from implicitdiff.linear_solve.lu import SINGULAR, lu
@@ -53,13 +53,15 @@ def solve_auto(
 def _solve(system: System, *, dense_up_to: int, rtol: float | None, atol: float, on_failure: OnFailure) -> Tensor:
     n = system.b.shape[-1]
     if n <= dense_up_to and system.lanes * n * n <= 2**27:
-        return settle("solve_auto (LU)", materialised(system, factorised(lu), SINGULAR), system, on_failure)
+        return report_failed_solves(
+            "solve_auto (LU)", materialised(system, factorised(lu), SINGULAR), system, on_failure
+        )
     if _looks_symmetric(system):
         outcome = iterate(system, conjugate_gradients, INDEFINITE, rtol, atol, None)
         if not bool(outcome.failed.any()):
             return outcome.x
     outcome = iterate(system, partial(gmres, restart=50), NOT_FINITE, rtol, atol, None)
-    return settle("solve_auto (GMRES)", outcome, system, on_failure)
+    return report_failed_solves("solve_auto (GMRES)", outcome, system, on_failure)
 
 
 def _looks_symmetric(system: System) -> bool:

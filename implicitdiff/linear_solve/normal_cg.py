@@ -15,7 +15,7 @@ from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import System
 from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar, norm
 from implicitdiff.linear_solve._krylov import Cycle, iterate, iterative
-from implicitdiff.linear_solve._outcome import OnFailure, settle
+from implicitdiff.linear_solve._outcome import OnFailure, report_failed_solves
 from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem
 
 Algorithm = Callable[[System], Tensor]
@@ -114,7 +114,7 @@ def _solve_rectangular(
     preconditioner for ``A A^T``, whose rank is that of the rows, by one that judges ``|b - A x|``."""
     if system.precondition is not None and system.of_range:
         outcome = iterate(system, craig, DEFICIENT, rtol, atol, maxiter)
-        return settle("solve_normal_cg", outcome, system, on_failure)
+        return report_failed_solves("solve_normal_cg", outcome, system, on_failure)
 
     def size(ops: Arithmetic, r: Tensor) -> Scalar:
         return ops.norm(ops.rmatvec(r))
@@ -126,7 +126,7 @@ def _solve_rectangular(
         # A product with a large solution is rounded coarsely too.
         coarse = outcome.figures()[0] <= rounding(outcome.x)[:, 0]
         outcome = outcome._replace(failed=outcome.failed & ~coarse)
-    return settle("solve_normal_cg", outcome, system, on_failure)
+    return report_failed_solves("solve_normal_cg", outcome, system, on_failure)
 
 
 def _rounding(system: System) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ from implicitdiff._torch.modes import uncached
 from implicitdiff._torch.trees import Leaves
 from implicitdiff._torch.values import refuse_valueless
 from implicitdiff.projections._point import Number, Point, broadcasts, holds
-from implicitdiff.solvers._loop.status import Status, settle
+from implicitdiff.solvers._loop.status import Status, report_failures
 
 
 def transport(v: Tensor, row_sums: Number, column_sums: Number) -> Tensor:
@@ -160,7 +160,7 @@ def _search(function: str, shape: tuple[int, int], joined: bool, values: Tensor)
     v, a, b = values.split([m * n, m, n], dim=-1)
     problem = _Transport.of(v.unflatten(-1, shape), a, b)
     potentials, state = problem.solve()
-    settle(function, state, "raise", budget=False)
+    report_failures(function, state, "raise", budget=False)
     return problem.finish(potentials, joined)
 
 

@@ -6,17 +6,19 @@ import math
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.options import check_count, check_number
-from implicitdiff.solvers._loop.problem import Rows, any_lane, norm, select, times
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions, check_count, check_number
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select, vecmat
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
 
@@ -25,8 +27,9 @@ class AndersonMemory(NamedTuple):
 
     Attributes:
         residual: ``x - f(x)``, as one vector of length ``n``.
-        steps: the last changes of ``x``, ``(min(history, n), n)``, the latest last; zero where there is none yet.
-        changes: the changes of the residual that belong to them.
+        steps: the last changes of ``x``, ``(min(history, n), n)``, the latest last; zero rows before the history is
+            full.
+        changes: the corresponding changes of the residual.
     """
 
     residual: Tensor
@@ -35,30 +38,30 @@ class AndersonMemory(NamedTuple):
 
 
 def anderson(
-    fixed_point_fn: Callable[..., Any],
+    fixed_point_fn: Callable[..., Tree],
     history: int = 5,
     ridge: float = 1e-14,
     mixing: float = 1.0,
     safeguard: float | None = 10.0,
-    **options: Any,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a solver of ``f(x, *args) = x`` by Anderson acceleration.
 
-    With the residual ``r(x) = f(x) - x`` and as columns the last changes ``S`` of ``x`` and ``Y`` of ``r``, it goes
-    to::
+    Let ``r(x) = f(x) - x`` be the residual, and ``S`` and ``Y`` the last changes of ``x`` and ``r`` as columns. The
+    next iterate is::
 
         x + mixing r - (S + mixing Y) c,    c = argmin |r - Y c|^2.
 
-    On a linear map this is GMRES as long as ``history`` holds all steps, so the map need be no contraction; each
-    iteration takes one evaluation of ``f`` and ``O(history^2 n)`` more.
+    On a linear map the iteration is equivalent to GMRES as long as ``history`` holds all steps, so the map need not be
+    a contraction. An iteration costs one evaluation of ``f`` and ``O(history^2 n)`` more.
 
     Args:
         fixed_point_fn: ``f(x, *args)``, a tree like ``x``.
-        history: how many steps to remember, at least 1; of more than there are unknowns, the latest as many.
-        ridge: Tikhonov term of the least-squares problem, whose columns are scaled to length 1.
-        mixing: how far to go along the residual, not zero; less than 1 damps.
-        safeguard: a step that makes the error more than so many times as large is not made: the iteration forgets its
-            history and takes a plain step in its place. None: every step is made.
+        history: the number of steps to remember, at least 1; at most as many as unknowns are kept.
+        ridge: Tikhonov term of the least-squares problem, after scaling of its columns to norm 1.
+        mixing: step along the residual, not zero; values below 1 damp.
+        safeguard: bound on the growth of the error in a step. Instead of a step beyond the bound the iteration clears
+            its history and takes a plain step. None for no bound.
         options: see `implicitdiff.solvers`.
 
     Raises:
@@ -83,50 +86,60 @@ def anderson(
         check_number("anderson", "safeguard", safeguard, "a number >= 1 or None", lambda s: s >= 1)
 
     step = partial(_step, ridge=ridge, mixing=mixing, safeguard=safeguard)
-    start, held = partial(_start, history=history), attrgetter("residual")
-    method = Method(start, step, AndersonMemory, 1_000, residual=held, size=_size)
-    return make("anderson", _equations.fixed_point, (fixed_point_fn,), method, options)
+    start = partial(_start, history=history)
+    method = IterativeMethod(start, step, AndersonMemory, 1_000, residual=attrgetter("residual"), size=_size)
+    return make_solver("anderson", _equations.fixed_point_equation, (fixed_point_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
-    residual = x - rows.fn(x)
-    # As many changes as unknowns determine c. With more, it would be the ridge that chooses among the many c with
-    # Y c = r, and it is so small that rounding would choose for it.
+def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start[AndersonMemory]:
+    residual = x - problem.fn(x)
+    # ``n`` changes determine ``c``. With more, the ridge would select among the many ``c`` with ``Y c = r``, and so
+    # small a ridge leaves the selection to rounding.
     kept = max(1, min(history, x.shape[-1]))
-    none = torch.zeros_like(x)[:, None].repeat(1, kept, 1)
-    return Start(norm(residual), AndersonMemory(residual=residual, steps=none, changes=none))
+    zeros = torch.zeros_like(x)[:, None].repeat(1, kept, 1)
+    return Start(row_norm(residual), AndersonMemory(residual=residual, steps=zeros, changes=zeros))
 
 
-def _size(rows: Rows, x: Tensor, memory: AndersonMemory) -> Tensor:
-    """``|f(x)|``: the residual is the difference of ``x`` and this."""
-    return norm(x - memory.residual)
+def _size(problem: BatchedProblem, x: Tensor, memory: AndersonMemory) -> Tensor:
+    """Return ``|f(x)|``, the size of the two terms whose difference is the residual."""
+    return row_norm(x - memory.residual)
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[AndersonMemory], *, ridge: float, mixing: float, safeguard: float | None
+    problem: BatchedProblem,
+    x: Tensor,
+    state: State[AndersonMemory],
+    *,
+    ridge: float,
+    mixing: float,
+    safeguard: float | None,
 ) -> tuple[Tensor, State[AndersonMemory]]:
     r, steps, changes = state.memory
+    # The memory holds ``x - f(x)``, so ``r`` and `changes` have the opposite signs of the docstring's.
     c = _coefficients(changes, r, max(ridge, torch.finfo(x.dtype).eps))
-    new_x = x - mixing * r - times(c, steps - mixing * changes)
-    new_r = new_x - rows.fn(new_x)
+    new_x = x - mixing * r - vecmat(c, steps - mixing * changes)
+    new_r = new_x - problem.fn(new_x)
     if safeguard is not None:
-        refused = ~(norm(new_r) <= safeguard * state.error)
+        refused = ~(row_norm(new_r) <= safeguard * state.error)
         if any_lane(refused):
             plain_x = x - mixing * r
             new_x = select(refused, plain_x, new_x)
-            new_r = select(refused, plain_x - rows.fn(plain_x), new_r)
+            new_r = select(refused, plain_x - problem.fn(plain_x), new_r)
             steps, changes = (select(refused, torch.zeros_like(t), t) for t in (steps, changes))
     steps = torch.cat([steps[:, 1:], (new_x - x)[:, None]], dim=1)
     changes = torch.cat([changes[:, 1:], (new_r - r)[:, None]], dim=1)
-    return new_x, state._replace(error=norm(new_r), memory=AndersonMemory(new_r, steps, changes))
+    return new_x, state._replace(error=row_norm(new_r), memory=AndersonMemory(new_r, steps, changes))
 
 
 def _coefficients(changes: Tensor, residual: Tensor, ridge: float) -> Tensor:
-    """``c`` by the normal equations; columns that are zero get none."""
-    size = norm(changes)[..., None]
+    """Return ``c = argmin |r - Y c|^2`` by the normal equations with columns scaled to norm 1; zero columns get
+    coefficient 0."""
+    # Scale the columns, so that the ridge is relative and the normal equations better conditioned.
+    size = row_norm(changes)[..., None]
     scale = torch.where(size > 0, 1.0 / torch.where(size > 0, size, 1.0), 0.0)
     unit = scale * changes
     gram = unit @ unit.mT
+    # An identity row for a zero column keeps the matrix regular.
     shift = ridge + (size[..., 0] == 0).to(gram.dtype)
-    rhs = times(residual, unit.mT)
-    return _dense.solve(gram + torch.diag_embed(shift), rhs) * scale[..., 0]
+    rhs = vecmat(residual, unit.mT)
+    return _dense.solve_dense(gram + torch.diag_embed(shift), rhs) * scale[..., 0]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.bounds import Bound
 from implicitdiff.solvers._loop.equations import Equation
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, any_lane, norm
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 
@@ -26,8 +30,8 @@ class BisectionMemory(NamedTuple):
         residual: ``F(x)``, as one vector.
         lower: the lower ends of the brackets.
         upper: the upper ends.
-        rising: 1 where ``F`` rises over the bracket, -1 where it falls.
-        largest: the largest ``|F|`` at the ends of the first bracket.
+        rising: 1 in entries with ``F`` increasing over the bracket, -1 with ``F`` decreasing.
+        largest: the larger ``|F|`` at the two ends of the first bracket.
     """
 
     residual: Tensor
@@ -37,20 +41,20 @@ class BisectionMemory(NamedTuple):
     largest: Tensor
 
 
-def bisection(fn: Callable[..., Any], lower: Any, upper: Any, **options: Any) -> Solver:
+def bisection(fn: Callable[..., Tree], lower: Bound, upper: Bound, **options: Unpack[SolverOptions]) -> Solver:
     r"""Make a solver of ``F(x, *args) = 0`` by bisection, entry by entry: ``F(x)[i]`` may depend on ``x[i]`` alone.
 
-    Every iteration halves the brackets ``[lower, upper]``, at whose ends ``F`` must have different signs. It stops
-    where the error reaches its target, or where the ends of a bracket are neighbouring numbers. In the latter case a
-    residual larger than those at the first ends tells a pole from a root, and gives the status ``DIVERGED``. As it ends
-    in any case, ``atol=None`` is 0 here, and a guess near the root saves little.
+    Every iteration halves the brackets ``[lower, upper]``; ``F`` must have different signs at the two ends. A search
+    ends when the error reaches its target, or when the ends of the brackets are neighbouring floating-point numbers. In
+    the latter case a residual larger than at the ends of the first bracket shows a pole instead of a root, and gives
+    the status ``DIVERGED``. Every search ends, so ``atol=None`` means 0 here, and a guess near the root saves little.
 
-    ``init`` and ``run`` take an initial guess, the first point to be looked at, or None for the middle. Bisection has
-    no derivative of its own, so ``run(..., implicit_diff=False)`` is refused.
+    ``init`` and ``run`` take an initial guess, the first point of the search, or None for the middle. Bisection has no
+    derivative of its own, so ``run(..., implicit_diff=False)`` is refused.
 
     Args:
         fn: ``F(x, *args)``, a tree like ``x``.
-        lower: a number, or a tensor or a tree of these that broadcasts to ``x``; under vmap each lane may have its own.
+        lower: a number, or a tensor or a tree that broadcasts to ``x``; lanes of a vmap may have different values.
         upper: likewise.
         options: see `implicitdiff.solvers`.
 
@@ -71,61 +75,67 @@ def bisection(fn: Callable[..., Any], lower: Any, upper: Any, **options: Any) ->
         tensor(0.0833)
     """
     why = "bisection has no derivative of its own"
-    method = Method(_start, _step, BisectionMemory, 10_000, is_judged=False, only_implicit=why)
-    pose, guess = partial(_bracketed, lower=lower, upper=upper), partial(_guess, lower, upper)
-    return make("bisection", pose, (fn,), method, options, guess)
+    method = IterativeMethod(_start, _step, BisectionMemory, 10_000, is_judged=False, only_implicit=why)
+    pose, guess = partial(_bracketed_equation, lower=lower, upper=upper), partial(_guess_or_middle, lower, upper)
+    return make_solver("bisection", pose, (fn,), method, options, guess)
 
 
-def _bracketed(fn: Callable[..., Any], *, lower: Any, upper: Any) -> Equation:
-    root = _equations.root(fn)
-    ends = {"lower": lambda x, args: _spread("lower", lower, x), "upper": lambda x, args: _spread("upper", upper, x)}
+def _bracketed_equation(fn: Callable[..., Tree], *, lower: Bound, upper: Bound) -> Equation:
+    root = _equations.root_equation(fn)
+    ends = {
+        "lower": lambda x, args: _expand_bound("lower", lower, x),
+        "upper": lambda x, args: _expand_bound("upper", upper, x),
+    }
     return root._replace(functions={**root.functions, **ends})
 
 
-def _guess(lower: Any, upper: Any, params: Any, /, *args: Any, **kwargs: Any) -> Any:
+def _guess_or_middle(lower: Bound, upper: Bound, params: Tree, /, *args: Tree, **kwargs: Tree) -> Tree:
     return _middle(lower, upper) if params is None else params
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    lower, upper = rows.function("lower")(x), rows.function("upper")(x)
-    low, high = rows.fn(lower), rows.fn(upper)
-    # Negated, so that nan is refused as well.
+def _start(problem: BatchedProblem, x: Tensor) -> Start[BisectionMemory]:
+    lower, upper = problem.function("lower")(x), problem.function("upper")(x)
+    low, high = problem.fn(lower), problem.fn(upper)
+    # Negated comparisons refuse nan as well.
     if any_lane(~(lower <= upper)) or any_lane(~(low * high.sign() <= 0)):
         raise ValueError(
-            "bisection: a bracket holds no change of sign: fn must have different signs at lower and upper, and lower "
-            "must not exceed upper; widen the brackets, or look for them lane by lane"
+            "bisection: fn must have different signs at lower and upper, and lower must not exceed upper, in every "
+            "entry of every lane; widen the brackets"
         )
     inside = _clip(x, lower, upper)
-    residual = rows.fn(inside)
-    size = norm(residual)
-    # A guess outside of its bracket is no solution, whatever the residual inside.
+    residual = problem.fn(inside)
+    size = row_norm(residual)
+    # A guess outside of its bracket is no solution, even if the residual at the clipped point is zero. Its error is the
+    # largest finite number, because infinity would count as divergence.
     error = torch.where((inside == x).all(dim=-1), size, torch.finfo(x.dtype).max)
     largest = torch.maximum(low.abs(), high.abs())
     return Start(error, BisectionMemory(residual, lower, upper, (high - low).sign(), largest), reference=size)
 
 
-def _step(rows: Rows, x: Tensor, state: State[BisectionMemory]) -> tuple[Tensor, State[BisectionMemory]]:
+def _step(problem: BatchedProblem, x: Tensor, state: State[BisectionMemory]) -> tuple[Tensor, State[BisectionMemory]]:
     residual, lower, upper, rising, largest = state.memory
+    # ``side <= 0``: the root lies at or above ``x``. Both ends move if ``x`` is a root.
     side = rising * residual
     x = _clip(x, lower, upper)
     lower, upper = torch.where(side <= 0, x, lower), torch.where(side >= 0, x, upper)
-    # Not their sum, which may overflow.
+    # ``(lower + upper) / 2`` may overflow.
     x = lower + (upper - lower) / 2
-    residual = rows.fn(x)
+    residual = problem.fn(x)
+    # The middle of neighbouring numbers rounds to an end.
     collapsed = ((x <= lower) | (x >= upper)).all(dim=-1)
     sound = (residual.abs() <= largest).all(dim=-1)
     ended = torch.where(sound, int(Status.CONVERGED), int(Status.DIVERGED))
     status = torch.where(collapsed, ended, state.status)
     memory = BisectionMemory(residual, lower, upper, rising, largest)
-    return x, state._replace(error=norm(residual), status=status, memory=memory)
+    return x, state._replace(error=row_norm(residual), status=status, memory=memory)
 
 
 def _clip(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(x, lower), upper)
 
 
-def _spread(name: str, value: Any, x: Any) -> Any:
-    """A bound as a tree like `x`."""
+def _expand_bound(name: str, value: Bound, x: Tree) -> Tree:
+    """Return a bound as a tree like `x`."""
     leaves, structure = pytree.flatten(x)
     try:
         ends = pytree.broadcast(structure.spec, value)
@@ -143,14 +153,15 @@ def _spread(name: str, value: Any, x: Any) -> Any:
         ) from error
 
 
-def _middle(lower: Any, upper: Any) -> Any:
-    """The middles of brackets whose ends are trees of numbers and tensors; one of them may be one for all."""
+def _middle(lower: Bound, upper: Bound) -> Tree:
+    """Return the middles of brackets, whose ends are trees of numbers and tensors; an end may be a single number or
+    tensor for all leaves."""
     _, spec = pytree.leaves_of(upper if isinstance(lower, (int, float, Tensor)) else lower)
     try:
         pairs = zip(pytree.broadcast(spec, lower), pytree.broadcast(spec, upper), strict=True)
         return pytree.unflatten([torch.as_tensor(low + (high - low) / 2) for low, high in pairs], spec)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "bisection: without an initial guess, lower and upper must be numbers, tensors or trees of these that are "
-            f"alike, got {pytree.describe(lower)} and {pytree.describe(upper)}"
+            "bisection: without an initial guess, lower and upper must be numbers, tensors, or trees of the same "
+            f"structure, got {pytree.describe(lower)} and {pytree.describe(upper)}"
         ) from error

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.low_rank as _low_rank
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.options import check_count
-from implicitdiff.solvers._loop.problem import Rows, norm
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions, check_count
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
 
@@ -24,9 +26,9 @@ class BroydenMemory(NamedTuple):
 
     Attributes:
         residual: ``x - f(x)``, as one vector of length ``n``.
-        u: the inverse Jacobian of the residual is about ``I + sum_j u_j v_j'``; ``(history, n)``.
-        v: the other factors.
-        rank: how many of them there are.
+        u: the first factors of the inverse Jacobian of the residual, about ``I + sum_j u_j v_j'``; ``(history, n)``.
+        v: the second factors, ``(history, n)``.
+        rank: the number of terms.
     """
 
     residual: Tensor
@@ -35,17 +37,16 @@ class BroydenMemory(NamedTuple):
     rank: Tensor
 
 
-def broyden(fixed_point_fn: Callable[..., Any], history: int = 20, **options: Any) -> Solver:
+def broyden(fixed_point_fn: Callable[..., Tree], history: int = 20, **options: Unpack[SolverOptions]) -> Solver:
     r"""Make a solver of ``f(x, *args) = x`` by Broyden's method on ``x - f(x) = 0``, from the identity as Jacobian.
 
-    Every iteration corrects the inverse Jacobian ``H`` by the rank-one matrix that is least in norm and makes the
-    Jacobian agree with the last step, and goes to ``x - H (x - f(x))``: one evaluation of ``f`` and
-    ``O(history n)`` more. Superlinear near a solution; on linear maps it ends after at most ``2 n`` steps.
+    The next iterate is ``x - H (x - f(x))``. After each step a rank-one correction of least norm makes the inverse
+    Jacobian ``H`` agree with the step. An iteration costs one evaluation of ``f`` and ``O(history n)`` more. Converges
+    superlinearly near a solution; linear maps take at most ``2 n`` steps.
 
     Args:
         fixed_point_fn: ``f(x, *args)``, a tree like ``x``.
-        history: how many rank-one corrections to hold, at least 1; when there is no room left, it starts again from
-            the identity.
+        history: the largest number of rank-one corrections, at least 1; a full history restarts from the identity.
         options: see `implicitdiff.solvers`.
 
     Raises:
@@ -65,30 +66,31 @@ def broyden(fixed_point_fn: Callable[..., Any], history: int = 20, **options: An
     """
     check_count("broyden", "history", history)
 
-    start, held = partial(_start, history=history), attrgetter("residual")
-    method = Method(start, _step, BroydenMemory, 1_000, residual=held, size=_size)
-    return make("broyden", _equations.fixed_point, (fixed_point_fn,), method, options)
+    start = partial(_start, history=history)
+    method = IterativeMethod(start, _step, BroydenMemory, 1_000, residual=attrgetter("residual"), size=_size)
+    return make_solver("broyden", _equations.fixed_point_equation, (fixed_point_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
-    residual = x - rows.fn(x)
-    none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start[BroydenMemory]:
+    residual = x - problem.fn(x)
+    zeros = torch.zeros_like(x)[:, None].repeat(1, history, 1)
     rank = torch.zeros_like(x[:, :1].sum(dim=-1), dtype=torch.int64)
-    return Start(norm(residual), BroydenMemory(residual=residual, u=none, v=none, rank=rank))
+    return Start(row_norm(residual), BroydenMemory(residual=residual, u=zeros, v=zeros, rank=rank))
 
 
-def _size(rows: Rows, x: Tensor, memory: BroydenMemory) -> Tensor:
-    """``|f(x)|``: the residual is the difference of ``x`` and this."""
-    return norm(x - memory.residual)
+def _size(problem: BatchedProblem, x: Tensor, memory: BroydenMemory) -> Tensor:
+    """Return ``|f(x)|``, the size of the two terms whose difference is the residual."""
+    return row_norm(x - memory.residual)
 
 
-def _step(rows: Rows, x: Tensor, state: State[BroydenMemory]) -> tuple[Tensor, State[BroydenMemory]]:
+def _step(problem: BatchedProblem, x: Tensor, state: State[BroydenMemory]) -> tuple[Tensor, State[BroydenMemory]]:
     r, u, v, rank = state.memory
-    new_x = x - _low_rank.product(_identity, u, v, r)
-    new_r = new_x - rows.fn(new_x)
-    u, v, rank = _low_rank.updated(_identity, _identity, u, v, rank, new_x - x, new_r - r)
-    return new_x, state._replace(error=norm(new_r), memory=BroydenMemory(new_r, u, v, rank))
+    new_x = x - _low_rank.apply_inverse(_initial_inverse, u, v, r)
+    new_r = new_x - problem.fn(new_x)
+    # ``H0 = I``, exact for a constant map ``f``.
+    u, v, rank = _low_rank.broyden_update(_initial_inverse, _initial_inverse, u, v, rank, new_x - x, new_r - r)
+    return new_x, state._replace(error=row_norm(new_r), memory=BroydenMemory(new_r, u, v, rank))
 
 
-def _identity(x: Tensor) -> Tensor:
+def _initial_inverse(x: Tensor) -> Tensor:
     return x

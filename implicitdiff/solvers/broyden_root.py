@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.low_rank as _low_rank
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.options import check_count
-from implicitdiff.solvers._loop.problem import Rows, any_lane, norm, select, times
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions, check_count
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select, vecmat
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._steps.newton import shorten
+from implicitdiff.solvers._steps.newton import shorten_step
 
 
 class BroydenRootMemory(NamedTuple):
@@ -27,12 +29,12 @@ class BroydenRootMemory(NamedTuple):
 
     Attributes:
         residual: ``F(x)``, as one vector of length ``n``.
-        inverse: the inverse of the last Jacobian that was computed, ``(n, n)``.
-        u: now it is about ``inverse + sum_j u_j v_j'``; ``(history, n)``.
-        v: the other factors.
-        rank: how many of them there are.
-        slow: how many steps in a row have not halved the error.
-        age: how many steps were made since the Jacobian was computed.
+        inverse: the inverse of the last computed Jacobian, ``(n, n)``.
+        u: the first factors of the present inverse, about ``inverse + sum_j u_j v_j'``; ``(history, n)``.
+        v: the second factors, ``(history, n)``.
+        rank: the number of terms.
+        slow: the number of consecutive steps that have not halved the error.
+        age: the number of steps since the Jacobian was computed.
     """
 
     residual: Tensor
@@ -45,18 +47,17 @@ class BroydenRootMemory(NamedTuple):
 
 
 def broyden_root(
-    residual_fn: Callable[..., Any], history: int = 20, backtracking: bool = False, **options: Any
+    residual_fn: Callable[..., Tree], history: int = 20, backtracking: bool = False, **options: Unpack[SolverOptions]
 ) -> Solver:
     r"""Make a solver of ``F(x, *args) = 0`` by Broyden's method from a Jacobian.
 
-    As `chord`, with the inverse Jacobian corrected after every step as in `broyden`: superlinear for one evaluation of
-    ``F`` an iteration. The Jacobian is computed at the initial guess, and again where three steps in a row have not
-    halved the error, where backtracking fails, or where ``history`` corrections are made.
+    The inverse Jacobian of `chord`, corrected after every step as in `broyden`: superlinear convergence for one
+    evaluation of ``F`` per iteration. The Jacobian is computed at the initial guess, and again if three consecutive
+    steps have not halved the error, if backtracking fails, or if the history is full.
 
     Args:
         residual_fn: ``F(x, *args)``, a tree like ``x``.
-        history: how many rank-one corrections to hold, at least 1; after as many, it starts again from a new
-            Jacobian.
+        history: the largest number of rank-one corrections, at least 1; a full history starts anew from a new Jacobian.
         backtracking: see `newton`.
         options: see `implicitdiff.solvers`.
 
@@ -76,62 +77,68 @@ def broyden_root(
     check_count("broyden_root", "history", history)
 
     start, step = partial(_start, history=history), partial(_step, backtracking=backtracking)
-    method = Method(start, step, BroydenRootMemory, 1_000, residual=attrgetter("residual"))
-    return make("broyden_root", _equations.root, (residual_fn,), method, options)
+    method = IterativeMethod(start, step, BroydenRootMemory, 1_000, residual=attrgetter("residual"))
+    return make_solver("broyden_root", _equations.root_equation, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
-    residual = rows.fn(x)
-    none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
-    inverse = _dense.inverse(rows.fn.jacobian(x)[1])
-    error = norm(residual)
+def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start[BroydenRootMemory]:
+    residual = problem.fn(x)
+    zeros = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+    inverse = _dense.invert_dense(problem.fn.jacobian(x)[1])
+    error = row_norm(residual)
     zero = torch.zeros_like(error, dtype=torch.int64)
-    return Start(error, BroydenRootMemory(residual, inverse, none, none, rank=zero, slow=zero, age=zero))
+    return Start(error, BroydenRootMemory(residual, inverse, zeros, zeros, rank=zero, slow=zero, age=zero))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[BroydenRootMemory], *, backtracking: bool
+    problem: BatchedProblem, x: Tensor, state: State[BroydenRootMemory], *, backtracking: bool
 ) -> tuple[Tensor, State[BroydenRootMemory]]:
     old, running = state.memory, state.status == Status.RUNNING
-    state = _renewed(rows, x, state, running & ((old.rank >= old.u.shape[1]) | (old.slow >= _SLOW)))
-    direction = _direction(state.memory)
+    state = _renew_jacobian(problem, x, state, running & ((old.rank >= old.u.shape[1]) | (old.slow >= _SLOW_STEPS)))
+    direction = _broyden_direction(state.memory)
     if backtracking:
-        new_x, new_r, state = _shortened(rows, x, direction, state)
+        new_x, new_r, state = _shorten_or_renew(problem, x, direction, state)
     else:
         new_x = x + direction
-        new_r = rows.fn(new_x)
-    memory, error = state.memory, norm(new_r)
-    first, adjoint = _times(memory.inverse), _times(memory.inverse.mT)
+        new_r = problem.fn(new_x)
+    memory, error = state.memory, row_norm(new_r)
+    # ``H0`` is the inverse of the last computed Jacobian; the update also needs ``H0'``.
+    first, adjoint = _product_with(memory.inverse), _product_with(memory.inverse.mT)
     s, y = new_x - x, new_r - memory.residual
-    u, v, rank = _low_rank.updated(first, adjoint, memory.u, memory.v, memory.rank, s, y)
+    u, v, rank = _low_rank.broyden_update(first, adjoint, memory.u, memory.v, memory.rank, s, y)
+    # Superlinear convergence at least halves the error; slower steps show an outdated Jacobian.
     slow = torch.where(error > 0.5 * state.error, memory.slow + 1, 0)
     memory = BroydenRootMemory(new_r, memory.inverse, u, v, rank, slow, memory.age + 1)
     return new_x, state._replace(error=error, memory=memory)
 
 
-def _shortened(
-    rows: Rows, x: Tensor, direction: Tensor, state: State[BroydenRootMemory]
+def _shorten_or_renew(
+    problem: BatchedProblem, x: Tensor, direction: Tensor, state: State[BroydenRootMemory]
 ) -> tuple[Tensor, Tensor, State[BroydenRootMemory]]:
-    """The next point, its residual, and the state before it: a step that a few halvings do not save may point uphill,
-    so the Jacobian is computed again, whose step points downhill."""
-    new_x, new_r, refused = shorten(rows, x, state, direction, state.status == Status.RUNNING, _HALVINGS)
+    """Return the next point, its residual and the state before the step. If a few halvings do not help, Broyden's
+    direction may point uphill; a new Jacobian gives a descent direction of ``|F|``."""
+    new_x, new_r, refused = shorten_step(problem, x, state, direction, state.status == Status.RUNNING, _HALVINGS)
     if any_lane(refused):
-        state = _renewed(rows, x, state, refused)
-        again_x, again_r, still = shorten(rows, x, state, _direction(state.memory), refused)
+        state = _renew_jacobian(problem, x, state, refused)
+        # Search again in the refused lanes only; the others keep their points.
+        again_x, again_r, still = shorten_step(problem, x, state, _broyden_direction(state.memory), refused)
         new_x, new_r = select(refused, again_x, new_x), select(refused, again_r, new_r)
         status = torch.where(refused & still, int(Status.LINE_SEARCH_FAILED), state.status)
         state = state._replace(status=status)
     return new_x, new_r, state
 
 
-def _renewed(rows: Rows, x: Tensor, state: State[BroydenRootMemory], where: Tensor) -> State[BroydenRootMemory]:
-    """The state with the Jacobian at x and no corrections, in some lanes, unless it is that already."""
+def _renew_jacobian(
+    problem: BatchedProblem, x: Tensor, state: State[BroydenRootMemory], where: Tensor
+) -> State[BroydenRootMemory]:
+    """Return the state with the Jacobian at ``x`` and no corrections in the flagged lanes, except lanes whose Jacobian
+    is at ``x`` already."""
     old = state.memory
     where = where & (old.age > 0)
     if not any_lane(where):
         return state
     memory = old._replace(
-        inverse=select(where, _dense.inverse(rows.fn.jacobian(x)[1]), old.inverse),
+        inverse=select(where, _dense.invert_dense(problem.fn.jacobian(x)[1]), old.inverse),
         u=select(where, torch.zeros_like(old.u), old.u),
         v=select(where, torch.zeros_like(old.v), old.v),
         rank=torch.where(where, 0, old.rank),
@@ -141,15 +148,15 @@ def _renewed(rows: Rows, x: Tensor, state: State[BroydenRootMemory], where: Tens
     return state._replace(memory=memory)
 
 
-def _direction(memory: BroydenRootMemory) -> Tensor:
-    return -_low_rank.product(_times(memory.inverse), memory.u, memory.v, memory.residual)
+def _broyden_direction(memory: BroydenRootMemory) -> Tensor:
+    return -_low_rank.apply_inverse(_product_with(memory.inverse), memory.u, memory.v, memory.residual)
 
 
-def _times(matrix: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: times(x, matrix.mT)
+def _product_with(matrix: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: vecmat(x, matrix.mT)
 
 
-_SLOW = 3
-"""After how many steps in a row that have not halved the error the Jacobian is computed again."""
+_SLOW_STEPS = 3
+"""Number of consecutive steps without a halved error before a new Jacobian."""
 _HALVINGS = 3
-"""How often a step is halved before the Jacobian is computed again."""
+"""Number of halvings of a step before a new Jacobian."""

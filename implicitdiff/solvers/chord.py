@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
 from implicitdiff._implicit.linear import LinearSolver
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, norm, times
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, vecmat
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
 
@@ -24,8 +27,8 @@ class ChordMemory(NamedTuple):
 
     Attributes:
         residual: ``F(x)``, as one vector of length ``n``.
-        point: where the Jacobian is taken, the initial guess.
-        inverse: its inverse, ``(n, n)``; empty if a linear solver was given.
+        point: the point of the Jacobian, the initial guess.
+        inverse: the inverse of the Jacobian, ``(n, n)``; empty with a linear solver.
     """
 
     residual: Tensor
@@ -34,24 +37,24 @@ class ChordMemory(NamedTuple):
 
 
 def chord(
-    residual_fn: Callable[..., Any],
+    residual_fn: Callable[..., Tree],
     linear_solve: LinearSolver | None = None,
     backtracking: bool = False,
-    **options: Any,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
-    r"""Make a solver of ``F(x, *args) = 0`` by ``x <- x - J0^-1 F(x)``, ``J0`` being the Jacobian at the initial guess.
+    r"""Make a solver of ``F(x, *args) = 0`` by ``x <- x - J0^-1 F(x)``, ``J0`` the Jacobian at the initial guess.
 
-    One factorisation serves all iterations, each of which takes one evaluation of ``F``. Converges linearly, the
-    faster the closer the initial guess is.
+    A single factorisation serves all iterations, and an iteration costs one evaluation of ``F``. Converges linearly; a
+    closer initial guess gives a better rate.
 
     Args:
         residual_fn: ``F(x, *args)``, a tree like ``x``.
-        linear_solve: of `implicitdiff.linear_solve`; None: the inverse is made once.
+        linear_solve: a solver of `implicitdiff.linear_solve`; None for the inverse, computed once.
         backtracking: see `newton`.
         options: see `implicitdiff.solvers`.
 
     Raises:
-        TypeError: ``linear_solve`` is no linear solver of this library.
+        TypeError: ``linear_solve`` is not a linear solver of this library.
 
     Reference:
         Kelley, "Iterative Methods for Linear and Nonlinear Equations", 1995, section 5.4.1.
@@ -67,24 +70,31 @@ def chord(
 
     start = partial(_start, linear_solve=linear_solve)
     step = partial(_step, linear_solve=linear_solve, backtracking=backtracking)
-    method = Method(start, step, ChordMemory, 1_000, residual=attrgetter("residual"))
-    return make("chord", _equations.root, (residual_fn,), method, options)
+    method = IterativeMethod(start, step, ChordMemory, 1_000, residual=attrgetter("residual"))
+    return make_solver("chord", _equations.root_equation, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, linear_solve: LinearSolver | None) -> Start:
-    residual = rows.fn(x)
+def _start(problem: BatchedProblem, x: Tensor, *, linear_solve: LinearSolver | None) -> Start[ChordMemory]:
+    residual = problem.fn(x)
+    # With a linear solver the Jacobian at the initial guess is applied by products in each step.
     empty = x.new_zeros((x.shape[0], 0, 0))
-    inverse = _dense.inverse(rows.fn.jacobian(x)[1]) if linear_solve is None else empty
-    return Start(norm(residual), ChordMemory(residual=residual, point=x, inverse=inverse))
+    inverse = _dense.invert_dense(problem.fn.jacobian(x)[1]) if linear_solve is None else empty
+    return Start(row_norm(residual), ChordMemory(residual=residual, point=x, inverse=inverse))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[ChordMemory], *, linear_solve: LinearSolver | None, backtracking: bool
+    problem: BatchedProblem,
+    x: Tensor,
+    state: State[ChordMemory],
+    *,
+    linear_solve: LinearSolver | None,
+    backtracking: bool,
 ) -> tuple[Tensor, State[ChordMemory]]:
     memory = state.memory
     if linear_solve is None:
-        direction = -times(memory.residual, memory.inverse.mT)
+        # ``J0^-1 r`` as ``r'J0^-T``, row by row.
+        direction = -vecmat(memory.residual, memory.inverse.mT)
     else:
-        direction = -_newton.solve(rows, memory.point, memory.residual, linear_solve)
-    x, residual, status = _newton.move(rows, x, state, direction, backtracking)
-    return x, state._replace(error=norm(residual), status=status, memory=memory._replace(residual=residual))
+        direction = -_newton.newton_direction(problem, memory.point, memory.residual, linear_solve)
+    x, residual, status = _newton.take_step(problem, x, state, direction, backtracking)
+    return x, state._replace(error=row_norm(residual), status=status, memory=memory._replace(residual=residual))

@@ -4,48 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.dogleg as _dogleg
-from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep
-from implicitdiff.solvers._loop.problem import Rows, any_lane, norm, select
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._steps.dogleg import DoglegMemory
 from implicitdiff.solvers._steps.least_squares import (
     curvature,
-    gradient,
     half_squares,
-    newton_step,
+    least_squares_newton_step,
+    normal_gradient,
     normal_residual,
     normal_size,
 )
-from implicitdiff.solvers._steps.trust_region import check_radius, root
+from implicitdiff.solvers._steps.trust_region import check_radius, scaling_of
 
 
-def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any) -> Solver:
+def dogleg(residual_fn: Callable[..., Tree], radius: float = 1.0, **options: Unpack[SolverOptions]) -> Solver:
     r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by Powell's dogleg steps.
 
-    A step ``d`` makes ``|r + J d|``, ``J = dr/dx``, small within ``|D d| <= Delta``: it is the Gauss-Newton step where
-    that is so short, else it ends where the path from 0 to the minimum down the gradient and on to the Gauss-Newton
-    step leaves the region. The solver goes there if that gains at least 1e-4 of what ``|r + J d|`` foretells. ``Delta``
-    grows and shrinks with the agreement of the two. ``D`` are the norms of the columns of ``J``, or 0.95 of the last
-    ``D`` where that is more, so the units of the unknowns do not matter.
+    A step ``d`` reduces the model ``|r + J d|``, ``J = dr/dx``, within ``|D d| <= Delta``. A Gauss-Newton step inside
+    of the region is taken whole. Otherwise ``d`` is the last point inside of the region on the path from 0 to the
+    minimum along the negative gradient and then to the Gauss-Newton step. A step is accepted if the cost decreases by
+    at least 1e-4 of the model's prediction, and ``Delta`` grows and shrinks with the ratio of the two. ``D`` holds the
+    norms of the columns of ``J``, at least 0.95 times the last ``D``, so the units of the unknowns do not matter.
 
-    ``r`` may have any length, also less than ``x`` has, and ``J`` any rank; the derivative of the solution needs a
-    strict minimum. A refused step costs one ``r``, where `levenberg_marquardt` factorises a matrix as well. Where the
-    columns of ``J`` depend on each other nearly, or ``r`` is large at the solution, steps zigzag, and
-    `levenberg_marquardt` takes far fewer.
+    ``r`` may have any length, even shorter than ``x``, and ``J`` any rank; the derivative of the solution needs a
+    strict minimum. A refused step costs one ``r``; in `levenberg_marquardt` also a factorisation. If the columns of
+    ``J`` are nearly dependent, or ``r`` is large at the solution, steps zigzag, and `levenberg_marquardt` needs far
+    fewer.
 
     The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included.
 
     Args:
         residual_fn: ``r(x, *args)``, a tree of any tensors.
-        radius: the first ``Delta`` in units of ``|D x|``, of ``|r|`` where ``x`` is zero; positive.
+        radius: the first ``Delta`` in units of ``|D x|``, or of ``|r|`` for a zero ``x``; positive.
         options: see `implicitdiff.solvers`.
 
     Raises:
@@ -66,7 +68,7 @@ def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any)
     check_radius("dogleg", radius)
 
     start = partial(_start, radius=radius)
-    method = Method(
+    method = IterativeMethod(
         start,
         _step,
         DoglegMemory,
@@ -76,33 +78,34 @@ def dogleg(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any)
         steps_tell=True,
         newton_step=_newton_step,
     )
-    return make("dogleg", _equations.least_squares, (residual_fn,), method, options)
+    return make_solver("dogleg", _equations.least_squares_equation, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, radius: float) -> Start:
-    memory = _dogleg.begin(rows, x, radius)
-    return Start(norm(normal_residual(memory)), memory)
+def _start(problem: BatchedProblem, x: Tensor, *, radius: float) -> Start[DoglegMemory]:
+    memory = _dogleg.initial_memory(problem, x, radius)
+    return Start(row_norm(normal_residual(memory)), memory)
 
 
-def _step(rows: Rows, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
+def _step(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
     old = state.memory
-    trial, radius = _dogleg.attempt(rows, x, state, partial(_dogleg.least, eps=rows.eps))
-    asked, at_trial = trial.good | trial.hidden, (old.residual, old.jacobian)
+    trial, radius = _dogleg.try_dogleg(problem, x, state, partial(_dogleg.regularised_step, eps=problem.eps))
+    asked, at_trial = trial.good | trial.by_gradient, (old.residual, old.jacobian)
     accepted = asked
     if any_lane(asked):
-        at_trial = rows.fn.jacobian(select(asked, trial.x, x))
-        # Where rounding hides the gain, the gradient tells.
+        # Lanes that stay evaluate ``x`` again, whose Jacobian is finite.
+        at_trial = problem.fn.jacobian(select(asked, trial.x, x))
+        # If rounding hides the gain, the scaled gradient decides.
         flatter = _steepness(*at_trial, old.scale) < _steepness(old.residual, old.jacobian, old.scale)
-        accepted = asked & (flatter | ~trial.drowned)
-    x, state = _dogleg.conclude(x, state, trial, radius, accepted, at_trial)
-    return x, state._replace(error=norm(normal_residual(state.memory)))
+        accepted = asked & (flatter | ~trial.unresolved)
+    x, state = _dogleg.finish_step(x, state, trial, radius, accepted, at_trial)
+    return x, state._replace(error=row_norm(normal_residual(state.memory)))
 
 
-def _newton_step(rows: Rows, x: Tensor, memory: DoglegMemory) -> NewtonStep:
+def _newton_step(problem: BatchedProblem, x: Tensor, memory: DoglegMemory) -> NewtonStep:
     r, J = memory.residual, memory.jacobian
-    return newton_step(rows, x, r, J, half_squares(r), curvature(x, rows.fn.summed(half_squares)))
+    return least_squares_newton_step(problem, x, r, J, half_squares(r), curvature(x, problem.fn.summed(half_squares)))
 
 
 def _steepness(r: Tensor, J: Tensor, scale: Tensor) -> Tensor:
-    """``|D^-1 J' r|``."""
-    return norm(gradient(J, r) / root(scale))
+    """Return ``|D^-1 J' r|``."""
+    return row_norm(normal_gradient(J, r) / scaling_of(scale))

@@ -5,39 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.dogleg as _dogleg
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, any_lane, norm, select, times
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select, vecmat
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.dogleg import DoglegMemory
 from implicitdiff.solvers._steps.trust_region import check_radius
 
 
-def dogleg_root(residual_fn: Callable[..., Any], radius: float = 1.0, **options: Any) -> Solver:
+def dogleg_root(residual_fn: Callable[..., Tree], radius: float = 1.0, **options: Unpack[SolverOptions]) -> Solver:
     r"""Make a solver of ``F(x, *args) = 0`` by Powell's dogleg steps, which converge from farther away than Newton's.
 
-    A step ``d`` makes ``|F + J d|``, ``J = dF/dx``, small within ``|D d| <= Delta``: it is Newton's where that is so
-    short, else it ends where the path from 0 to the minimum down the gradient of ``|F|^2`` and on to Newton's step
-    leaves the region. See `dogleg` for the rest. Where ``J`` is singular, the shortest least-squares step takes the
-    place of Newton's. Converges quadratically near a solution where ``J`` is not.
+    A step ``d`` reduces ``|F + J d|``, ``J = dF/dx``, within ``|D d| <= Delta``. A Newton step inside of the region is
+    taken whole. Otherwise ``d`` is the last point inside of the region on the path from 0 to the minimum along the
+    negative gradient of ``|F|^2`` and then to the Newton step; see `dogleg` for details. For a singular ``J`` the
+    shortest least-squares step replaces the Newton step. Converges quadratically near a solution with a regular ``J``.
 
-    A minimum of ``|F|`` that is no root attracts the method. There the status is ``LINE_SEARCH_FAILED``, at the latest
-    where 20 steps in a row have each made ``|F|`` smaller by less than a thousandth.
+    The method may converge to a minimum of ``|F|`` other than a root. The status is then ``LINE_SEARCH_FAILED``, at the
+    latest after 20 consecutive steps that each lowered ``|F|`` by less than a thousandth.
 
-    An iteration takes one Jacobian, and ``F`` once for every radius that it tries.
+    An iteration costs one Jacobian, and one ``F`` for each radius tried.
 
     Args:
         residual_fn: ``F(x, *args)``, a tree like ``x``.
-        radius: the first ``Delta`` in units of ``|D x|``, of ``|F|`` where ``x`` is zero; positive.
+        radius: the first ``Delta`` in units of ``|D x|``, or of ``|F|`` for a zero ``x``; positive.
         options: see `implicitdiff.solvers`.
 
     Raises:
@@ -46,7 +48,7 @@ def dogleg_root(residual_fn: Callable[..., Any], radius: float = 1.0, **options:
     Reference:
         Powell, "A hybrid method for nonlinear equations", 1970; Nocedal and Wright, "Numerical Optimization", 2nd ed.,
         section 11.2; for the scaling and the radius, More, Garbow and Hillstrom, "User guide for MINPACK-1", 1980,
-        which has Broyden's corrections in the place of most Jacobians.
+        which replaces most Jacobians by Broyden's corrections.
 
     Example:
         >>> import torch
@@ -58,48 +60,53 @@ def dogleg_root(residual_fn: Callable[..., Any], radius: float = 1.0, **options:
     check_radius("dogleg_root", radius)
 
     start = partial(_start, radius=radius)
-    method = Method(start, _step, DoglegMemory, 1_000, residual=attrgetter("residual"), size=_size, steps_tell=True)
-    return make("dogleg_root", _equations.root, (residual_fn,), method, options)
+    method = IterativeMethod(
+        start, _step, DoglegMemory, 1_000, residual=attrgetter("residual"), size=_size, steps_tell=True
+    )
+    return make_solver("dogleg_root", _equations.root_equation, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, radius: float) -> Start:
-    memory = _dogleg.begin(rows, x, radius)
-    error = norm(memory.residual)
-    # From a Jacobian that is not finite there is nowhere to go.
+def _start(problem: BatchedProblem, x: Tensor, *, radius: float) -> Start[DoglegMemory]:
+    memory = _dogleg.initial_memory(problem, x, radius)
+    error = row_norm(memory.residual)
+    # A Jacobian that is not finite gives no step.
     known = torch.isfinite(memory.jacobian).flatten(1).all(dim=-1) | (error == 0)
     return Start(torch.where(known, error, torch.nan), memory)
 
 
-def _size(rows: Rows, x: Tensor, memory: DoglegMemory) -> Tensor:
-    return norm(times(x, memory.jacobian.mT))
+def _size(problem: BatchedProblem, x: Tensor, memory: DoglegMemory) -> Tensor:
+    return row_norm(vecmat(x, memory.jacobian.mT))
 
 
-def _step(rows: Rows, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
-    trial, radius = _dogleg.attempt(rows, x, state, partial(_newton, eps=rows.eps))
-    accepted = trial.known & torch.where(trial.drowned, norm(trial.residual) < state.error, trial.good)
+def _step(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
+    trial, radius = _dogleg.try_dogleg(problem, x, state, partial(_newton_or_least_squares, eps=problem.eps))
+    # If rounding hides the gain, compare the norms themselves, computed without squares.
+    accepted = trial.known & torch.where(trial.unresolved, row_norm(trial.residual) < state.error, trial.good)
     at_trial = state.memory.residual, state.memory.jacobian
     if any_lane(accepted):
-        at_trial = rows.fn.jacobian(select(accepted, trial.x, x))
-    x, state = _dogleg.conclude(x, state, trial, radius, accepted, at_trial)
+        # Lanes that stay evaluate ``x`` again, whose Jacobian is finite.
+        at_trial = problem.fn.jacobian(select(accepted, trial.x, x))
+    x, state = _dogleg.finish_step(x, state, trial, radius, accepted, at_trial)
     memory = state.memory
-    status = torch.where(memory.slow >= _PATIENCE, int(Status.LINE_SEARCH_FAILED), state.status)
-    return x, state._replace(error=norm(memory.residual), status=status)
+    status = torch.where(memory.slow >= _MAX_SLOW_STEPS, int(Status.LINE_SEARCH_FAILED), state.status)
+    return x, state._replace(error=row_norm(memory.residual), status=status)
 
 
-_PATIENCE = 20
-"""After how many steps in a row that gain next to nothing the method is taken to be at a minimum of ``|F|``."""
+_MAX_SLOW_STEPS = 20
+"""Number of consecutive steps with negligible gain after which ``x`` counts as a minimum of ``|F|``."""
 
 
-def _newton(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
-    """``-A^-1 r``, in the lanes where that solves the system, else the least-squares step."""
-    s = -_dense.solve(A, r)
-    singular = ~(norm(times(s, A.mT) + r) <= _OFF * norm(r))
+def _newton_or_least_squares(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
+    """Return ``-A^-1 r`` in lanes with a solution of the system, else the least-squares step."""
+    s = -_dense.solve_dense(A, r)
+    singular = ~(row_norm(vecmat(s, A.mT) + r) <= _MAX_LINEAR_RESIDUAL * row_norm(r))
     if any_lane(singular):
+        # Solve again with regular matrices, so that no nan reaches the derivative of the other lanes.
         eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        regular = _dense.solve(select(singular, eye.expand_as(A), A), r)
-        s = select(singular, _dogleg.least(A, r, eps=eps), -regular)
+        regular = _dense.solve_dense(select(singular, eye.expand_as(A), A), r)
+        s = select(singular, _dogleg.regularised_step(A, r, eps=eps), -regular)
     return s
 
 
-_OFF = 1e-2
-"""The part of the residual up to which a linear system may be left unsolved."""
+_MAX_LINEAR_RESIDUAL = 1e-2
+"""Largest relative residual of a solved linear system; a larger residual shows a singular matrix."""

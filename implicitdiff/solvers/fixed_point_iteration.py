@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.options import check_number
-from implicitdiff.solvers._loop.problem import Rows, norm
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions, check_number
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
 
@@ -26,17 +28,19 @@ class FixedPointMemory(NamedTuple):
     image: Tensor
 
 
-def fixed_point_iteration(fixed_point_fn: Callable[..., Any], damping: float = 0.0, **options: Any) -> Solver:
+def fixed_point_iteration(
+    fixed_point_fn: Callable[..., Tree], damping: float = 0.0, **options: Unpack[SolverOptions]
+) -> Solver:
     r"""Make a solver of ``f(x, *args) = x`` that iterates ``x <- damping x + (1 - damping) f(x, *args)``.
 
-    Converges where ``f`` is a contraction near the solution, with ``damping`` also for some maps that oscillate: the
-    eigenvalues ``mu`` of ``df/dx`` must satisfy ``|damping + (1 - damping) mu| < 1``. Each iteration multiplies the
-    error by the largest of these, and takes one evaluation of ``f``. The error is ``|f(x) - x|``, so a slow map is not
-    taken for a converged one because its steps are small, as long as ``atol`` is small.
+    Converges if ``f`` is a contraction near the solution, with ``damping`` also for some maps with oscillating
+    iterates: the eigenvalues ``mu`` of ``df/dx`` must satisfy ``|damping + (1 - damping) mu| < 1``. An iteration
+    multiplies the error by the largest of these numbers, and costs one evaluation of ``f``. The error is ``|f(x) -
+    x|``, whatever the damping, so small damped steps do not count as convergence.
 
     Args:
         fixed_point_fn: ``f(x, *args)``, a tree like ``x``.
-        damping: how much of the old iterate is kept, in [0, 1).
+        damping: weight of the old iterate, in [0, 1).
         options: see `implicitdiff.solvers`.
 
     Raises:
@@ -57,24 +61,24 @@ def fixed_point_iteration(fixed_point_fn: Callable[..., Any], damping: float = 0
     """
     check_number("fixed_point_iteration", "damping", damping, "a number in [0, 1)", lambda d: 0 <= d < 1)
 
-    method = Method(_start, partial(_step, damping=damping), FixedPointMemory, 100_000, size=_size)
-    return make("fixed_point_iteration", _equations.fixed_point, (fixed_point_fn,), method, options)
+    method = IterativeMethod(_start, partial(_step, damping=damping), FixedPointMemory, 100_000, size=_size)
+    return make_solver("fixed_point_iteration", _equations.fixed_point_equation, (fixed_point_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    image = rows.fn(x)
-    return Start(norm(x - image), FixedPointMemory(image))
+def _start(problem: BatchedProblem, x: Tensor) -> Start[FixedPointMemory]:
+    image = problem.fn(x)
+    return Start(row_norm(x - image), FixedPointMemory(image))
 
 
-def _size(rows: Rows, x: Tensor, memory: FixedPointMemory) -> Tensor:
-    """``|f(x)|``: the residual is the difference of ``x`` and this."""
-    return norm(memory.image)
+def _size(problem: BatchedProblem, x: Tensor, memory: FixedPointMemory) -> Tensor:
+    """Return ``|f(x)|``, the size of the two terms whose difference is the residual."""
+    return row_norm(memory.image)
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[FixedPointMemory], *, damping: float
+    problem: BatchedProblem, x: Tensor, state: State[FixedPointMemory], *, damping: float
 ) -> tuple[Tensor, State[FixedPointMemory]]:
     image = state.memory.image
     x = damping * x + (1.0 - damping) * image if damping else image
-    image = rows.fn(x)
-    return x, state._replace(error=norm(x - image), memory=FixedPointMemory(image))
+    image = problem.fn(x)
+    return x, state._replace(error=row_norm(x - image), memory=FixedPointMemory(image))

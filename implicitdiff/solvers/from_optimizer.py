@@ -1,22 +1,24 @@
-"""Any optimizer of this library, run to convergence."""
+"""Minimisation by any optimizer of this library."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff._torch.lanes import vmap
-from implicitdiff._torch.trees import Leaves, Structure
+from implicitdiff._torch.trees import Leaves, Structure, Tree
 from implicitdiff.optim import GradientTransformation
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, norm
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
 
@@ -29,15 +31,17 @@ class FromOptimizerMemory(NamedTuple):
     """
 
     grad: Tensor
-    inner: Any
+    inner: Tree
 
 
-def from_optimizer(objective_fn: Callable[..., Any], transformation: GradientTransformation, **options: Any) -> Solver:
-    r"""Make a minimiser of a smooth ``f(x, *args)`` that takes an optimizer's steps until the gradient is zero.
+def from_optimizer(
+    objective_fn: Callable[..., Tensor], transformation: GradientTransformation, **options: Unpack[SolverOptions]
+) -> Solver:
+    r"""Make a minimiser of a smooth ``f(x, *args)`` by an optimizer's steps, until the gradient is zero.
 
-    Each iteration is ``x, inner = transformation.step(grad f(x), inner, x)``. Optimizers were made for noisy
-    gradients: most need a learning rate that decays, or ``rtol`` and ``atol`` that are not small, to be taken for
-    converged. The solution is differentiated as a stationary point, whatever the optimizer.
+    An iteration is ``x, inner = transformation.step(grad f(x), inner, x)``. Optimizers are designed for noisy
+    gradients: most converge only with a decaying learning rate or a coarse ``rtol`` or ``atol``. The solution is
+    differentiated as a stationary point, for any optimizer.
 
     Args:
         objective_fn: ``f(x, *args)``, a real number.
@@ -45,7 +49,7 @@ def from_optimizer(objective_fn: Callable[..., Any], transformation: GradientTra
         options: see `implicitdiff.solvers`.
 
     Raises:
-        TypeError: ``transformation`` is no pair of functions.
+        TypeError: ``transformation`` is not a `GradientTransformation`.
 
     Example:
         >>> import torch
@@ -62,44 +66,50 @@ def from_optimizer(objective_fn: Callable[..., Any], transformation: GradientTra
         )
 
     start, step = partial(_start, transformation=transformation), partial(_step, transformation=transformation)
-    method = Method(start, step, FromOptimizerMemory, 100_000, residual=attrgetter("grad"))
-    return make("from_optimizer", _equations.stationary, (objective_fn,), method, options)
+    method = IterativeMethod(start, step, FromOptimizerMemory, 100_000, residual=attrgetter("grad"))
+    return make_solver("from_optimizer", _equations.stationary_equation, (objective_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, transformation: GradientTransformation) -> Start:
-    _, grad = rows.fn.value_and_grad(x)
-    inner = _over_lanes(transformation.init, _tree(rows, x))
-    return Start(norm(grad), FromOptimizerMemory(grad=grad, inner=inner))
+def _start(problem: BatchedProblem, x: Tensor, *, transformation: GradientTransformation) -> Start[FromOptimizerMemory]:
+    _, grad = problem.fn.value_and_grad(x)
+    inner = _over_lanes(transformation.init, _rows_to_tree(problem, x))
+    return Start(row_norm(grad), FromOptimizerMemory(grad=grad, inner=inner))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[FromOptimizerMemory], *, transformation: GradientTransformation
+    problem: BatchedProblem, x: Tensor, state: State[FromOptimizerMemory], *, transformation: GradientTransformation
 ) -> tuple[Tensor, State[FromOptimizerMemory]]:
     old = state.memory
-    params, inner = _over_lanes(transformation.step, _tree(rows, old.grad), old.inner, _tree(rows, x))
-    x = _rows(rows, params)
-    _, grad = rows.fn.value_and_grad(x)
-    return x, state._replace(error=norm(grad), memory=FromOptimizerMemory(grad=grad, inner=inner))
+    params, inner = _over_lanes(
+        transformation.step, _rows_to_tree(problem, old.grad), old.inner, _rows_to_tree(problem, x)
+    )
+    x = _tree_to_rows(problem, params)
+    _, grad = problem.fn.value_and_grad(x)
+    return x, state._replace(error=row_norm(grad), memory=FromOptimizerMemory(grad=grad, inner=inner))
 
 
-def _tree(rows: Rows, x: Tensor) -> Any:
-    """The tree of some rows, with one dimension of lanes in front, whatever the vmaps, and with None for a string: an
-    optimizer takes None alone."""
-    leaves = rows.inputs.unravel(x)
-    batch = len(rows.inputs.batch)
-    return rows.structure.fill({i: t.reshape(x.shape[0], *t.shape[batch:]) for i, t in enumerate(leaves)})
+def _rows_to_tree(problem: BatchedProblem, x: Tensor) -> Tree:
+    """Return the tree of rows, with a single dimension for the lanes and with None in the place of leaves other than
+    tensors: optimizers take no other leaves."""
+    leaves = problem.inputs.unravel(x)
+    batch = len(problem.inputs.batch)
+    return problem.structure.fill({i: t.reshape(x.shape[0], *t.shape[batch:]) for i, t in enumerate(leaves)})
 
 
-def _rows(rows: Rows, tree: Any) -> Tensor:
-    leaves = rows.structure.tensors_of(tree)
-    return rows.inputs.ravel([t.reshape((*rows.inputs.batch, *t.shape[1:])) for t in leaves])
+def _tree_to_rows(problem: BatchedProblem, tree: Tree) -> Tensor:
+    """Return the rows of a tree like `_rows_to_tree`'s."""
+    leaves = problem.structure.tensors_of(tree)
+    return problem.inputs.ravel([t.reshape((*problem.inputs.batch, *t.shape[1:])) for t in leaves])
 
 
-def _over_lanes(fn: Callable[..., Any], *trees: Any) -> Any:
+def _over_lanes(fn: Callable[..., Tree], *trees: Tree) -> Tree:
+    """Apply a function of trees to every lane."""
     leaves, given = pytree.flatten(trees)
+    # A single lane needs no vmap.
     if leaves[0].shape[0] == 1:
         out = fn(*given.unflatten([t[0] for t in leaves]))
         return pytree.map_tensors(lambda t: t[None], out)
+    # The structure of the result is known after the first call.
     made: list[Structure] = []
 
     def on_leaves(leaves: Leaves) -> Leaves:  # vmap takes and returns tensors alone

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, norm, select, times
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, select, vecmat
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._steps.least_squares import gradient, normal_residual, normal_size
+from implicitdiff.solvers._steps.least_squares import normal_gradient, normal_residual, normal_size
 
 
 class GaussNewtonMemory(NamedTuple):
@@ -25,8 +28,8 @@ class GaussNewtonMemory(NamedTuple):
     Attributes:
         residual: ``r(x)``, as one vector of length ``m``.
         jacobian: ``J = dr/dx``, ``(m, n)``.
-        growth: by how much the last steps have made ``|r|`` larger, 1 where one has not; a step counts for at most
-            ``eps^(-1/8)``.
+        growth: factor by which the last consecutive growing steps have increased ``|r|``; 1 after a step without
+            growth. A step counts for at most ``eps^(-1/8)``.
     """
 
     residual: Tensor
@@ -34,17 +37,16 @@ class GaussNewtonMemory(NamedTuple):
     growth: Tensor
 
 
-def gauss_newton(residual_fn: Callable[..., Any], **options: Any) -> Solver:
-    r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` that goes to ``x + argmin_d |r + J d|^2``, ``J = dr/dx``.
+def gauss_newton(residual_fn: Callable[..., Tree], **options: Unpack[SolverOptions]) -> Solver:
+    r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by ``x <- x + argmin_d |r + J d|^2``, ``J = dr/dx``.
 
-    ``r`` may have any length ``m``, at least that of ``x``. Converges quadratically where the residual is zero at the
-    solution, linearly where it is small, and may not converge where it is large or the initial guess is far:
-    `levenberg_marquardt` does. ``J`` must have full column rank. Where it has not, to working precision, so that the
-    step makes ``|r + J d|`` larger than ``|r|``, the status is ``DIVERGED``; so it is where the iterates run off, see
-    `newton`. The least-squares problem is solved by QR.
+    ``r`` must be at least as long as ``x``. Converges quadratically to a solution with zero residual and linearly to
+    a solution with a small residual. May fail for a large residual or a distant initial guess; then use
+    `levenberg_marquardt`. ``J`` must have full column rank: the status is ``DIVERGED`` if the rank is deficient to
+    working precision, so that ``|r + J d|`` exceeds ``|r|``, or if the iterates diverge, see `newton`. The
+    least-squares problem is solved by QR.
 
-    The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included, not
-    that of the Gauss-Newton model.
+    The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included.
 
     Args:
         residual_fn: ``r(x, *args)``, a tree of any tensors.
@@ -61,34 +63,37 @@ def gauss_newton(residual_fn: Callable[..., Any], **options: Any) -> Solver:
         >>> solver.run(torch.tensor([1.0, 0.1]), 2.0 * torch.exp(-0.5 * t))[0]
         tensor([2.0000, 0.5000])
     """
-    method = Method(
+    method = IterativeMethod(
         _start, _step, GaussNewtonMemory, 1_000, residual=normal_residual, size=normal_size, steps_tell=True
     )
-    return make("gauss_newton", _equations.least_squares, (residual_fn,), method, options)
+    return make_solver("gauss_newton", _equations.least_squares_equation, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    residual, jacobian = rows.fn.jacobian(x)
+def _start(problem: BatchedProblem, x: Tensor) -> Start[GaussNewtonMemory]:
+    residual, jacobian = problem.fn.jacobian(x)
     if residual.shape[-1] < x.shape[-1]:
         raise ValueError(
             f"gauss_newton: {residual.shape[-1]} residuals do not determine {x.shape[-1]} unknowns; use "
             "levenberg_marquardt, or add a regularising residual"
         )
-    error = norm(gradient(jacobian, residual))
+    error = row_norm(normal_gradient(jacobian, residual))
     return Start(error, GaussNewtonMemory(residual, jacobian, growth=torch.ones_like(error)))
 
 
-def _step(rows: Rows, x: Tensor, state: State[GaussNewtonMemory]) -> tuple[Tensor, State[GaussNewtonMemory]]:
+def _step(
+    problem: BatchedProblem, x: Tensor, state: State[GaussNewtonMemory]
+) -> tuple[Tensor, State[GaussNewtonMemory]]:
     r, J, _ = state.memory
-    d = -_dense.lstsq(J, r)
-    # A least-squares solution cannot be worse than d = 0.
-    solved = norm(r + times(d, J.mT)) <= 2.0 * norm(r)
+    d = -_dense.lstsq_dense(J, r)
+    # The exact minimum is at most ``|r|``, the value at ``d = 0``.
+    solved = row_norm(r + vecmat(d, J.mT)) <= 2.0 * row_norm(r)
     new_x = select(solved, x + d, x)
-    new_r, J = rows.fn.jacobian(new_x)
-    growth, status = _newton.watch(state, x, new_x, r, new_r, rows.eps)
+    new_r, J = problem.fn.jacobian(new_x)
+    growth, status = _newton.watch_growth(state, x, new_x, r, new_r, problem.eps)
+    # A QR solution worse than ``d = 0`` shows a rank-deficient ``J``.
     status = torch.where(solved, status, int(Status.DIVERGED))
     return new_x, state._replace(
-        error=norm(gradient(J, new_r)),
+        error=row_norm(normal_gradient(J, new_r)),
         status=status,
         progress=state.progress.stepped(d, new_x),
         memory=GaussNewtonMemory(new_r, J, growth),

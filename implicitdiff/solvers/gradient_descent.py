@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.proximal_gradient as _proximal_gradient
-from implicitdiff.solvers._loop.problem import Rows
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.problem import BatchedProblem
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 
 
 def gradient_descent(
-    objective_fn: Callable[..., Any], stepsize: float | None = None, acceleration: bool = True, **options: Any
+    objective_fn: Callable[..., Tensor],
+    stepsize: float | None = None,
+    acceleration: bool = True,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a minimiser of a smooth ``f(x, *args)`` by ``x <- y - stepsize grad f(y)``.
 
-    ``y`` is ``x``, or with Nesterov's acceleration a point ahead of it, ``x + (x - x_before) (t_before - 1) / t``; the
-    momentum starts again where it points uphill. On a convex ``f`` of condition number ``k`` it needs about
-    ``k log(1/tolerance)`` iterations, with acceleration ``sqrt(k) log(1/tolerance)``. For an optimizer of this library
-    in its place see `from_optimizer`.
+    Without acceleration ``y`` is ``x``. With Nesterov's acceleration ``y = x + (x - x_before) (t_before - 1) / t``; the
+    momentum restarts when it points uphill. A convex ``f`` of condition number ``k`` takes about ``k
+    log(1/tolerance)`` iterations, with acceleration ``sqrt(k) log(1/tolerance)``. For steps of an optimizer see
+    `from_optimizer`.
 
     Args:
         objective_fn: ``f(x, *args)``, a real number.
-        stepsize: positive; None finds one by backtracking and lets it grow again. A given one has to be less than
-            ``2 / L``, ``L`` being the largest curvature.
-        acceleration: whether to accelerate, for one more gradient an iteration.
+        stepsize: positive; None for backtracking, with growth between iterations. A fixed step size must be less than
+            ``2 / L``, ``L`` the largest curvature.
+        acceleration: True to accelerate, at the cost of one more gradient per iteration.
         options: see `implicitdiff.solvers`.
 
     Raises:
@@ -44,9 +48,10 @@ def gradient_descent(
         >>> solver.run(torch.zeros(2), torch.tensor([1.0, 3.0]))[0]
         tensor([-0.3333,  1.6667])
     """
-    method = _proximal_gradient.method("gradient_descent", _identity, stepsize, acceleration)
-    return make("gradient_descent", _equations.stationary, (objective_fn,), method, options)
+    method = _proximal_gradient.proximal_gradient_method("gradient_descent", _no_prox, stepsize, acceleration)
+    return make_solver("gradient_descent", _equations.stationary_equation, (objective_fn,), method, options)
 
 
-def _identity(rows: Rows, v: Tensor, stepsize: Tensor) -> Tensor:
+def _no_prox(problem: BatchedProblem, v: Tensor, stepsize: Tensor) -> Tensor:
+    """The proximal operator of 0."""
     return v

@@ -1,10 +1,10 @@
-"""The conditions of Karush, Kuhn and Tucker."""
+"""The Karush-Kuhn-Tucker conditions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.evaluation import gradient
 from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.checks import check_like
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Tree
 
 
 class KKTSolution(NamedTuple):
@@ -20,32 +20,33 @@ class KKTSolution(NamedTuple):
 
     Attributes:
         primal: the minimiser, a tree.
-        dual_eq: the multipliers of the equalities, a tree like ``eq_fn(primal)``; None, or tensors without entries,
-            which can leave a vmap, where there are none.
-        dual_ineq: those of the inequalities, not negative at a solution, a tree like ``ineq_fn(primal)``; likewise.
+        dual_eq: the multipliers of the equalities, a tree like ``eq_fn(primal)``. Without equalities None, or empty
+            tensors, which unlike None can leave a vmap.
+        dual_ineq: the multipliers of the inequalities, nonnegative at a solution, a tree like ``ineq_fn(primal)``;
+            likewise.
     """
 
-    primal: Any
-    dual_eq: Any = None
-    dual_ineq: Any = None
+    primal: Tree
+    dual_eq: Tree = None
+    dual_ineq: Tree = None
 
 
 def make_kkt_optimality_fn(
-    objective_fn: Callable[..., Any],
-    eq_fn: Callable[..., Any] | None = None,
-    ineq_fn: Callable[..., Any] | None = None,
+    objective_fn: Callable[..., Tensor],
+    eq_fn: Callable[..., Tree] | None = None,
+    ineq_fn: Callable[..., Tree] | None = None,
 ) -> Callable[..., KKTSolution]:
-    r"""Make the conditions that a solution of a constrained problem satisfies, for `implicitdiff.custom_root`.
+    r"""Make the optimality conditions of a constrained problem, for `implicitdiff.custom_root`.
 
     A minimiser of ``f(x)`` subject to ``h(x) = 0`` and ``g(x) <= 0`` has, with multipliers ``nu`` and ``lambda``::
 
         grad f(x) + (dh/dx)' nu + (dg/dx)' lambda = 0,    h(x) = 0,    lambda g(x) = 0,
 
-    besides ``g(x) <= 0`` and ``lambda >= 0``, which are no equations: that they hold is left to the solver. Around
-    whatever solver returns a `KKTSolution`, `custom_root` gives the primal and the multipliers their derivatives. The
-    equations determine them where the active constraints are linearly independent, none of them has multiplier zero,
-    and the Lagrangian is convex on their tangent space. Elsewhere their Jacobian is singular, which raises
-    `LinearSolveError`; with ``custom_root(..., solve=solve_lstsq())`` the derivative is then the one of least norm.
+    The inequalities ``g(x) <= 0`` and ``lambda >= 0`` are the solver's responsibility. Applied to any solver that
+    returns a `KKTSolution`, `custom_root` gives the primal and the multipliers their derivatives. The equations
+    determine the derivatives if the active constraints are linearly independent with nonzero multipliers, and the
+    Lagrangian is strictly convex on their tangent space. Otherwise the Jacobian is singular and raises
+    `LinearSolveError`; ``custom_root(..., solve=solve_lstsq())`` gives the derivative of least norm instead.
 
     Args:
         objective_fn: ``f(x, params_obj)``, one real number; x is a tree of real tensors.
@@ -54,13 +55,13 @@ def make_kkt_optimality_fn(
 
     Returns:
         ``optimality_fn(params, params_obj=None, params_eq=None, params_ineq=None)``, a `KKTSolution` like its first
-        argument that is zero at a solution. Parameters that are None are left out of the call, so that functions of
-        ``x`` alone, which capture what they depend on, need none.
+        argument, zero at a solution. Parameters of None are omitted from the call, so functions of ``x`` alone, with
+        captured parameters, are allowed.
 
     Raises:
         TypeError: a function is not callable.
-        ValueError: when called: there is a multiplier without its constraints, or the other way round, or one is no
-            tree like its constraints.
+        ValueError: when called: multipliers without constraints, constraints without multipliers, or multipliers that
+            are not a tree like the constraints.
 
     Reference:
         Nocedal and Wright, "Numerical Optimization", 2nd ed., section 12.3; Blondel et al., "Efficient and Modular
@@ -86,48 +87,52 @@ def make_kkt_optimality_fn(
 
 
 def _optimality(
-    objective_fn: Callable[..., Any],
-    eq_fn: Callable[..., Any] | None,
-    ineq_fn: Callable[..., Any] | None,
+    objective_fn: Callable[..., Tensor],
+    eq_fn: Callable[..., Tree] | None,
+    ineq_fn: Callable[..., Tree] | None,
     params: KKTSolution,
-    params_obj: Any = None,
-    params_eq: Any = None,
-    params_ineq: Any = None,
+    params_obj: Tree = None,
+    params_eq: Tree = None,
+    params_ineq: Tree = None,
 ) -> KKTSolution:
     primal, dual_eq, dual_ineq = params
     h = _constraint(eq_fn, primal, params_eq, dual_eq, "dual_eq")
     g = _constraint(ineq_fn, primal, params_ineq, dual_ineq, "dual_ineq")
 
-    def lagrangian(x: Any) -> Tensor:
-        value: Tensor = _call(objective_fn, x, params_obj)
-        for term in _inner(dual_eq, eq_fn, x, params_eq) + _inner(dual_ineq, ineq_fn, x, params_ineq):
+    # ``f(x) + nu'h(x) + lambda'g(x)`` with fixed multipliers: a single gradient gives the first condition.
+    def lagrangian(x: Tree) -> Tensor:
+        value: Tensor = _call_with_params(objective_fn, x, params_obj)
+        for term in _inner_products(dual_eq, eq_fn, x, params_eq) + _inner_products(dual_ineq, ineq_fn, x, params_ineq):
             value = value + term
         return value
 
     leaves, structure = pytree.flatten(g)
+    # ``lambda_i g_i(x) = 0`` for each constraint.
     complementarity = [d * v for d, v in zip(structure.tensors_of(dual_ineq), leaves, strict=True)]
     return KKTSolution(gradient(lagrangian, primal), h, structure.unflatten(complementarity))
 
 
-def _call(fn: Callable[..., Any], x: Any, params: Any) -> Any:
+def _call_with_params(fn: Callable[..., Tree], x: Tree, params: Tree) -> Tree:
     return fn(x) if params is None else fn(x, params)
 
 
-def _constraint(fn: Callable[..., Any] | None, x: Any, params: Any, dual: Any, name: str) -> Any:
+def _constraint(fn: Callable[..., Tree] | None, x: Tree, params: Tree, dual: Tree, name: str) -> Tree:
+    """Return the values of a constraint function after a comparison with the multipliers."""
+    # Empty tensors are the multipliers of absent constraints, see `KKTSolution`.
     if fn is None and not any(t.numel() for t in pytree.tensors(dual)):
         return dual
     if fn is None or dual is None:
         what = "has no function of constraints, so it must be None" if fn is None else "must not be None"
         raise ValueError(f"make_kkt_optimality_fn: {name} {what}, got {pytree.describe(dual)}")
-    values = _call(fn, x, params)
+    values = _call_with_params(fn, x, params)
     leaves, structure = pytree.flatten(dual)
     check_like(f"make_kkt_optimality_fn: {name_of(fn)}'s result", values, dual, leaves, structure, name)
     return values
 
 
-def _inner(dual: Any, fn: Callable[..., Any] | None, x: Any, params: Any) -> Leaves:
-    """The terms of the inner product, one a leaf."""
+def _inner_products(dual: Tree, fn: Callable[..., Tree] | None, x: Tree, params: Tree) -> Leaves:
+    """Return the terms of the inner product ``dual' fn(x)``, one for each leaf."""
     if fn is None:
         return []
-    leaves, structure = pytree.flatten(_call(fn, x, params))
+    leaves, structure = pytree.flatten(_call_with_params(fn, x, params))
     return [(d * v).sum() for d, v in zip(structure.tensors_of(dual), leaves, strict=True)]

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, newton_step
-from implicitdiff.solvers._loop.options import check_count
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, norm, safe_divide, select
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, objective_newton_step
+from implicitdiff.solvers._loop.options import SolverOptions, check_count
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._steps.line_search import arrive, begin, fell, search, unit_step
+from implicitdiff.solvers._steps.line_search import fields_at, initial_fields, search, unit_step, value_fell
 
 
 class LbfgsMemory(NamedTuple):
@@ -27,14 +28,14 @@ class LbfgsMemory(NamedTuple):
     Attributes:
         value: ``f(x)``.
         grad: ``grad f(x)``, as one vector of length ``n``.
-        magnitude: the largest ``|f|`` so far, by which it is judged how precise its values are.
-        scale: the inverse Hessian is ``scale I`` before the corrections.
-        steps: the last changes ``s`` of ``x``, ``(history, n)``, the latest last; zero where there is none yet.
-        changes: the changes ``y`` of the gradient that belong to them.
-        products: ``s_i'y_j`` in row ``j`` and column ``i <= j``, else zero; ``(history, history)``, on the diagonal 1
-            where there is no step.
-        ahead: the direction that is tried next in the place of ``-H grad f(x)``; zero: none.
-        mark: ``f`` and ``|grad f|`` where the last line search failed, ``(2,)``; infinite if none has.
+        magnitude: the largest ``|f|`` so far, a measure of the rounding of its values.
+        scale: the initial inverse Hessian is ``scale I``.
+        steps: the last changes ``s`` of ``x``, ``(history, n)``, the latest last; zero rows before the history is full.
+        changes: the corresponding changes ``y`` of the gradient.
+        products: ``s_i'y_j`` in row ``j`` and column ``i <= j``, else zero; ``(history, history)``, 1 on the diagonal
+            for absent steps.
+        ahead: the direction of the next step instead of ``-H grad f(x)``; zero for none.
+        mark: ``f`` and ``|grad f|`` at the last failed line search, ``(2,)``; infinite before the first failure.
     """
 
     value: Tensor
@@ -48,18 +49,18 @@ class LbfgsMemory(NamedTuple):
     mark: Tensor
 
 
-def lbfgs(objective_fn: Callable[..., Any], history: int = 10, **options: Any) -> Solver:
+def lbfgs(objective_fn: Callable[..., Tensor], history: int = 10, **options: Unpack[SolverOptions]) -> Solver:
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by limited-memory BFGS.
 
-    It goes along ``-H grad f(x)`` to a point that satisfies the strong Wolfe conditions. ``H`` is what the BFGS
-    updates by the last steps ``s`` and changes ``y`` of the gradient make of ``(s'y / y'y) I``. An iteration takes
-    about one evaluation of ``f`` and its gradient, and ``O(history n)`` more. Pairs with ``s'y <= eps |s| |y|`` are
-    skipped. A lane whose line search fails restarts from the gradient, and fails if it was there already or has got
-    nowhere since the last restart.
+    Steps along ``-H grad f(x)`` to a point that satisfies the strong Wolfe conditions. ``H`` is ``(s'y / y'y) I`` with
+    the BFGS updates by the last steps ``s`` and changes ``y`` of the gradient. An iteration costs about one evaluation
+    of ``f`` and its gradient, and ``O(history n)`` more. Pairs with ``s'y <= eps |s| |y|`` are skipped. A lane whose
+    line search fails restarts from steepest descent; a lane fails that has just restarted, or has made no progress
+    since the last restart.
 
     Args:
-        objective_fn: ``f(x, *args)``, a real number; `x` is a pytree.
-        history: how many steps to remember, at least 1.
+        objective_fn: ``f(x, *args)``, a real number; ``x`` is a pytree.
+        history: the number of steps to remember, at least 1.
         options: see `implicitdiff.solvers`.
 
     Raises:
@@ -83,61 +84,76 @@ def lbfgs(objective_fn: Callable[..., Any], history: int = 10, **options: Any) -
     check_count("lbfgs", "history", history)
 
     start = partial(_start, history=history)
-    held, off = attrgetter("grad"), Status.UNBOUNDED
-    method = Method(start, _step, LbfgsMemory, 10_000, residual=held, newton_step=_newton_step, runs_off=off)
-    return make("lbfgs", _equations.stationary, (objective_fn,), method, options)
+    method = IterativeMethod(
+        start,
+        _step,
+        LbfgsMemory,
+        10_000,
+        residual=attrgetter("grad"),
+        newton_step=_newton_step,
+        runs_off=Status.UNBOUNDED,
+    )
+    return make_solver("lbfgs", _equations.stationary_equation, (objective_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor, *, history: int) -> Start:
-    error, fields = begin(rows, x)
-    none = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start[LbfgsMemory]:
+    error, fields = initial_fields(problem, x)
+    zeros = torch.zeros_like(x)[:, None].repeat(1, history, 1)
     eye = torch.eye(history, dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
     mark = torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2)
     scale = unit_step(fields["grad"])
     return Start(
         error,
         LbfgsMemory(
-            **fields, scale=scale, steps=none, changes=none, products=eye, ahead=torch.zeros_like(x), mark=mark
+            **fields, scale=scale, steps=zeros, changes=zeros, products=eye, ahead=torch.zeros_like(x), mark=mark
         ),
     )
 
 
-def _step(rows: Rows, x: Tensor, state: State[LbfgsMemory]) -> tuple[Tensor, State[LbfgsMemory]]:
+def _step(problem: BatchedProblem, x: Tensor, state: State[LbfgsMemory]) -> tuple[Tensor, State[LbfgsMemory]]:
     old = state.memory
-    direction = _direction(old, old.grad)
-    told = (old.ahead != 0).any(dim=-1)
-    if any_lane(told):
-        direction = select(told, old.ahead, direction)
-    point, failed, status = search(rows, x, state, direction, torch.ones_like(old.value))
-    new = _remember(old, point.x - x, point.grad - old.grad, rows.eps)
-    new = new._replace(**arrive(old, point), ahead=torch.zeros_like(old.ahead))
-    progress = state.progress.fallen(fell(rows, old, point))
-    state = state._replace(error=norm(point.grad), status=status, progress=progress, memory=new)
-    return point.x, _restarted(failed, state, rows.eps) if any_lane(failed) else state
+    direction = _lbfgs_direction(old, old.grad)
+    replaced = (old.ahead != 0).any(dim=-1)
+    # A Newton-type step of the stopping rule replaces the direction once.
+    if any_lane(replaced):
+        direction = select(replaced, old.ahead, direction)
+    point, failed, status = search(problem, x, state, direction, torch.ones_like(old.value))
+    new = _append_pair(old, point.x - x, point.grad - old.grad, problem.eps)
+    new = new._replace(**fields_at(old, point), ahead=torch.zeros_like(old.ahead))
+    progress = state.progress.fallen(value_fell(problem, old, point))
+    state = state._replace(error=row_norm(point.grad), status=status, progress=progress, memory=new)
+    return point.x, _restart_lanes(failed, state, problem.eps) if any_lane(failed) else state
 
 
-def _newton_step(rows: Rows, x: Tensor, memory: LbfgsMemory) -> NewtonStep:
-    step = newton_step(rows, x, memory, lambda v: -_direction(memory, v), few_products(rows, x))
+def _newton_step(problem: BatchedProblem, x: Tensor, memory: LbfgsMemory) -> NewtonStep:
+    """Return a Newton-type step preconditioned by ``H``; the next iteration tries the step."""
+    step = objective_newton_step(problem, x, memory, lambda v: -_lbfgs_direction(memory, v), few_products(problem, x))
     return step._replace(memory=memory._replace(ahead=step.d))
 
 
-def _direction(memory: LbfgsMemory, grad: Tensor) -> Tensor:
-    """``-H g``. The loops of the two-loop recursion are back and forward substitution."""
+def _lbfgs_direction(memory: LbfgsMemory, grad: Tensor) -> Tensor:
+    """Return ``-H g`` (algorithm 7.4); both loops of the two-loop recursion are substitutions with the triangle of the
+    products ``s_i'y_j``."""
     s, y, triangle, grad = memory.steps, memory.changes, memory.products, grad[:, None]
+    # First loop, ``a_i = (s_i'q) / (s_i'y_i)``, ``q = g - sum_(j > i) a_j y_j``: back substitution.
     a = torch.linalg.solve_triangular(triangle.mT, s @ grad.mT, upper=True)
     middle = memory.scale[:, None, None] * (a.mT @ y - grad)
+    # Second loop, ``r <- r + s_i (a_i - y_i'r / s_i'y_i)``: forward substitution with the same triangle. Signs are
+    # those of ``-H g``.
     b = triangle.diagonal(dim1=-2, dim2=-1)[..., None] * a + y @ middle.mT
     b = torch.linalg.solve_triangular(triangle, b, upper=False)
     direction: Tensor = middle - b.mT @ s
     return direction[:, 0]
 
 
-def _remember(memory: LbfgsMemory, s: Tensor, y: Tensor, eps: float) -> LbfgsMemory:
-    """The memory with one pair more, zero where its curvature is not positive."""
-    sy, yy = dot(s, y), dot(y, y)
-    good = (sy > eps * norm(s) * norm(y)) & (yy > 0)
+def _append_pair(memory: LbfgsMemory, s: Tensor, y: Tensor, eps: float) -> LbfgsMemory:
+    """Append a pair to the history; zeros if its curvature is not positive."""
+    sy, yy = row_dot(s, y), row_dot(y, y)
+    # Rounding of ``s'y`` is about ``eps |s| |y|``: a smaller curvature is not resolved.
+    good = (sy > eps * row_norm(s) * row_norm(y)) & (yy > 0)
     s, y = (torch.where(good[:, None], t, 0.0)[:, None] for t in (s, y))
     steps = torch.cat([memory.steps[:, 1:], s], dim=1)
+    # Shift the triangle up and left, and append the row ``s_i'y`` of the new pair.
     last = torch.cat([y @ steps[:, :-1].mT, torch.where(good, sy, 1.0)[:, None, None]], dim=2)
     return memory._replace(
         scale=torch.where(good, safe_divide(sy, yy), memory.scale),
@@ -147,12 +163,14 @@ def _remember(memory: LbfgsMemory, s: Tensor, y: Tensor, eps: float) -> LbfgsMem
     )
 
 
-def _restarted(failed: Tensor, state: State[LbfgsMemory], eps: float) -> State[LbfgsMemory]:
-    """The state whose failed lanes restart from the gradient; a lane fails that was there already, or in which since
-    the last restart neither the value has fallen nor the gradient has halved."""
+def _restart_lanes(failed: Tensor, state: State[LbfgsMemory], eps: float) -> State[LbfgsMemory]:
+    """Restart failed lanes from steepest descent. A lane fails that has just restarted, or whose value has not
+    decreased and gradient has not halved since the last restart."""
     memory = state.memory
     fresh = (memory.steps == 0).all(dim=2).all(dim=1)
-    here = torch.stack([memory.value.detach(), norm(memory.grad)], dim=-1)
+    # Compare with the point of the last restart: a value lower by more than rounding, or half of the gradient, counts
+    # as progress.
+    here = torch.stack([memory.value.detach(), row_norm(memory.grad)], dim=-1)
     noise = 10 * eps * memory.magnitude
     nowhere = (here[:, 0] >= memory.mark[:, 0] - noise) & (2 * here[:, 1] >= memory.mark[:, 1])
     eye = torch.eye(memory.products.shape[1], dtype=memory.products.dtype, device=memory.products.device)

@@ -4,48 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.trust_region as _trust_region
-from implicitdiff.solvers._loop.bounds import Limits, limits_of, limits_on
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.bounds import Bound, limits_of, limits_on
 from implicitdiff.solvers._loop.losses import check_loss_scale, loss_of
-from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, norm, safe_divide, select, times
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select, vecmat
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import Progress, State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.least_squares import (
     Curvature,
     curvature,
     damped,
-    gradient,
     half_squares,
-    newton_step,
+    least_squares_newton_step,
+    normal_gradient,
     normal_residual,
     normal_size,
     rounding_of_cost,
     units_of,
 )
-from implicitdiff.solvers._steps.trust_region import length, root
+from implicitdiff.solvers._steps.region_step import end_in_box, least_weights, step_in_region
+from implicitdiff.solvers._steps.robust_weights import flat_status, gain_of_losses, losses_of, weighted
+from implicitdiff.solvers._steps.trust_region import length, scaling_of
 
 
 class LevenbergMarquardtMemory(NamedTuple):
     """The memory of `levenberg_marquardt`.
 
     Attributes:
-        residual: ``r(x)``, as one vector of length ``m``; with a loss, times weights such that ``J'r`` is the gradient
-            of the cost.
-        jacobian: ``J = dr/dx``, ``(m, n)``; with a loss, times weights such that ``J'J`` is the model of its Hessian.
-        losses: the terms of the cost, ``r^2 / 2`` or what a loss makes of it, ``(m,)``.
-        scale: ``D^2``, the largest squared norms that the columns of ``J`` have had, with weights ``rho'``, ``(n,)``.
-        radius: ``Delta``.
-        refusals: the number of steps that were refused since the last other one, though rounding hides their gain.
-        slow: the number of steps since one that halved the gradient, without those that were refused for their gain.
+        residual: ``r(x)``, as one vector of length ``m``; with a loss, multiplied by weights so that ``J'r`` is the
+            gradient of the cost.
+        jacobian: ``J = dr/dx``, ``(m, n)``; with a loss, multiplied by weights so that ``J'J`` is the model of the
+            Hessian.
+        losses: the terms of the cost, ``(m,)``; ``r^2 / 2`` without a loss.
+        scale: ``D^2``, the largest squared norms of the columns of ``J`` so far, with weights ``rho'``, ``(n,)``.
+        radius: ``Delta``, the radius of the trust region.
+        refusals: the number of steps, with gains hidden by rounding, that were refused since the last accepted step.
+        slow: the number of steps since the last step that halved the gradient, not counting steps refused for their
+            gain.
     """
 
     residual: Tensor
@@ -58,71 +65,70 @@ class LevenbergMarquardtMemory(NamedTuple):
 
 
 def levenberg_marquardt(
-    residual_fn: Callable[..., Any],
+    residual_fn: Callable[..., Tree],
     radius: float = 100.0,
-    bounds: Any = None,
+    bounds: tuple[Bound, Bound] | None = None,
     loss: str | Callable[[Tensor], Tensor] = "linear",
     loss_scale: float | Tensor = 1.0,
-    **options: Any,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
-    r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by Gauss-Newton steps within a trust region, in a box and with a
-    robust loss if need be.
+    r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by Gauss-Newton steps within a trust region, optionally in a box
+    and with a robust loss.
 
     Each iteration solves::
 
         min |r + J d|  subject to  |D d| <= Delta,    J = dr/dx,
 
-    of which the solution is that of ``(J'J + lambda D^2) d = - J' r`` for some ``lambda >= 0``, 0 where the
-    Gauss-Newton step is short enough. It goes to ``x + d`` if that gains at least 1e-4 of what the linear model
-    foretold. ``Delta`` grows and shrinks with the agreement of the two. ``D`` are the norms of the columns of ``J``,
-    the largest so far, so the units of the unknowns do not matter. ``r`` may have any length, also less than ``x`` has,
-    and ``J`` any rank; the derivative of the solution needs a strict minimum.
+    equivalent to ``(J'J + lambda D^2) d = - J' r`` for a ``lambda >= 0``, with ``lambda = 0`` if the Gauss-Newton step
+    lies in the region. The step is accepted if the cost decreases by at least 1e-4 of the model's prediction, and
+    ``Delta`` grows and shrinks with the ratio of the two. ``D`` holds the largest norms of the columns of ``J`` so far,
+    so the units of the unknowns do not matter. ``r`` may have any length, even shorter than ``x``, and ``J`` any rank;
+    the derivative of the solution needs a strict minimum.
 
-    Where the residual is large at the solution, ``J'J`` is not the Hessian of the cost, and such steps gain little. So
-    where four of them have not halved the gradient, or rounding hides what one gains, the next is Newton's, cut to the
-    region, if the Hessian is positive definite: ``n`` products with it, by second derivatives of ``r`` if it has any.
+    If the residual is large at the solution, ``J'J`` is far from the Hessian of the cost, and Gauss-Newton steps gain
+    little. So if four steps have not halved the gradient, or rounding hides the gain of a step, the next step is a
+    Newton step, cut to the region, provided that the Hessian is positive definite. A Newton step costs ``n`` products
+    with the Hessian, by second derivatives of ``r``; without second derivatives all steps are Gauss-Newton steps.
 
     The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included.
 
     Bounds
-        Unknowns at a bound that the gradient holds there stay. The step is solved for the others; those that it would
-        take out of the box are put on their bounds, and it is solved again for what is left. Gain and foretold gain
-        are those of the step that is made. The condition is ``x = clip(x - J' r, lower, upper)``: an unknown at a bound
-        with a gradient that is not zero moves with the bound and with nothing else. Where that gradient is zero, the
-        derivative is that of the side where the unknown stays at its bound; rounding may choose the other one. ``r`` is
-        evaluated in the box alone, but for differences that measure the rounding of the error; the initial guess is
-        moved into it.
+        Unknowns stay at a bound against which the negative gradient presses. The step is solved for the other unknowns;
+        unknowns that would leave the box are moved to their bounds, and the step is solved again for the rest. Gain and
+        predicted gain refer to the final step. The condition is ``x = clip(x - J' r, lower, upper)``: an unknown at a
+        bound with a nonzero gradient moves with the bound only. With a zero gradient the derivative is that of the side
+        that keeps the unknown at the bound, but rounding may select the other side. ``r`` is evaluated in the box only,
+        except for differences that measure the rounding of the error. The initial guess is moved into the box.
 
     Losses
-        With ``z_i = (r_i / loss_scale)^2`` the cost is ``loss_scale^2 sum_i rho(z_i) / 2``, and the condition, of which
-        the derivative is that of the solution, ``J' (rho'(z) r) = 0``. ``rho`` is as in SciPy's `least_squares`::
+        With ``z_i = (r_i / loss_scale)^2`` the cost is ``loss_scale^2 sum_i rho(z_i) / 2``, and the condition, also for
+        the derivative of the solution, is ``J' (rho'(z) r) = 0``. ``rho`` is as in SciPy's `least_squares`::
 
             linear    z                                     huber    z,  2 sqrt(z) - 1 beyond 1
             soft_l1   2 (sqrt(1 + z) - 1)                   cauchy   log(1 + z)
             arctan    arctan(z)                             tukey    (1 - (1 - z)^3) / 3,  1 / 3 beyond 1
 
-        The model of the Hessian is ``J' diag(rho' + 2 z rho'') J`` (Triggs), where the weight is no less than a
-        hundredth of ``rho'``, which keeps it positive; the true cost accepts the steps. The last three losses are not
-        convex: there may be several minima, and a guess should have most of its residuals within the scale. Where
-        ``rho'`` is 0 in all residuals, as Tukey's is where all are beyond the scale, the cost is flat, every point is
-        stationary, and nothing says where to go: a search that begins there has the status ``DIVERGED``. Where fewer
-        residuals than unknowns are within Tukey's scale, the minimum is not strict: the search may converge to one of
-        many points, and the linear solve of its derivative raises.
+        The model of the Hessian is ``J' diag(rho' + 2 z rho'') J`` (Triggs) with weights of at least ``rho' / 100``,
+        hence positive; the true cost decides on the steps. The last three losses are not convex: several minima are
+        possible, and an initial guess should have most residuals within the scale. If ``rho'`` is 0 in all residuals,
+        as Tukey's is beyond the scale, the cost is flat and every point stationary: a search that begins at such a
+        point has the status ``DIVERGED``. If fewer residuals than unknowns are within Tukey's scale, the minimum is not
+        strict: the search may converge to one of many points, and the linear solve of the derivative raises.
 
     Args:
         residual_fn: ``r(x, *args)``, a tree of any tensors.
-        radius: the first ``Delta`` in units of ``|D x|``, of ``|r|`` where ``x`` is zero; positive.
+        radius: the first ``Delta`` in units of ``|D x|``, or of ``|r|`` for a zero ``x``; positive.
         bounds: None, or a pair ``(lower, upper)``, each a number, a tensor that broadcasts to every leaf of ``x``, a
             tree of these like ``x``, or None. They are differentiated and batched like what ``residual_fn`` captures.
         loss: a name, or a function ``rho(z)``, entry by entry and twice differentiable, with ``rho(0) = 0`` and
-            ``rho'(0) = 1``; what it captures is differentiated and batched too.
-        loss_scale: the size of a residual above which it counts as an outlier (SciPy's ``f_scale``), a positive number
-            or a tensor that broadcasts to every leaf of ``r``. It is differentiated and batched.
+            ``rho'(0) = 1``; captured tensors are differentiated and batched too.
+        loss_scale: the size above which a residual counts as an outlier (SciPy's ``f_scale``), a positive number or a
+            tensor that broadcasts to every leaf of ``r``; differentiated and batched.
         options: see `implicitdiff.solvers`.
 
     Raises:
-        ValueError: ``radius`` or ``loss_scale`` is not positive, ``bounds`` is no pair, or there is no such loss.
-            Later: a lower bound exceeds the upper one; a loss is given complex residuals.
+        ValueError: ``radius`` or ``loss_scale`` is not positive, ``bounds`` is not a pair, or the loss is unknown. When
+            solving: a lower bound exceeds the upper bound; the residuals of a loss are complex.
 
     Reference:
         More, "The Levenberg-Marquardt algorithm: implementation and theory", 1978; for the losses Triggs, McLauchlan,
@@ -144,13 +150,13 @@ def levenberg_marquardt(
     _trust_region.check_radius(name, radius)
     check_loss_scale(name, loss_scale)
     robust, bounded = loss != "linear", bounds is not None
-    equation_of: _equations.EquationOf = _equations.least_squares
+    equation_of: _equations.EquationOf = _equations.least_squares_equation
     if robust:
         loss_of(name, loss)
         equation_of = partial(_robust, loss=loss, scale=loss_scale)
-    if bounded:
-        equation_of = partial(_boxed, smooth_of=equation_of, limits=limits_of(name, bounds))
-    method = Method(
+    if bounds is not None:
+        equation_of = partial(_equations.boxed_by, smooth_of=equation_of, limits=limits_of(name, bounds))
+    method = IterativeMethod(
         partial(_start, radius=radius, robust=robust, bounded=bounded),
         partial(_step, robust=robust, bounded=bounded),
         LevenbergMarquardtMemory,
@@ -160,22 +166,22 @@ def levenberg_marquardt(
         steps_tell=True,
         newton_step=partial(_newton_step, robust=robust, bounded=bounded),
     )
-    return make(name, equation_of, (residual_fn,), method, options)
+    return make_solver(name, equation_of, (residual_fn,), method, options)
 
 
-def _robust(fn: Callable[..., Any], loss: Any, scale: Any) -> _equations.Equation:
-    return _equations.robust(fn, loss_of("levenberg_marquardt", loss), scale)
+def _robust(
+    fn: Callable[..., Tree], loss: str | Callable[[Tensor], Tensor], scale: float | Tensor
+) -> _equations.Equation:
+    return _equations.robust_equation(fn, loss_of("levenberg_marquardt", loss), scale)
 
 
-def _boxed(fn: Callable[..., Any], smooth_of: _equations.EquationOf, limits: tuple[Any, Any]) -> _equations.Equation:
-    return _equations.boxed(smooth_of(fn), *limits)
-
-
-def _start(rows: Rows, x: Tensor, *, radius: float, robust: bool, bounded: bool) -> Start:
-    inside = limits_on(rows).clip(x) if bounded else x
-    raw, raw_jacobian = rows.fn.jacobian(inside)
-    measured = rows.function("loss")(inside) if robust else raw
-    residual, jacobian, losses, squares = _weighted(raw, raw_jacobian, measured, robust)
+def _start(
+    problem: BatchedProblem, x: Tensor, *, radius: float, robust: bool, bounded: bool
+) -> Start[LevenbergMarquardtMemory]:
+    inside = limits_on(problem).clip(x) if bounded else x
+    raw, raw_jacobian = problem.fn.jacobian(inside)
+    measured = problem.function("loss")(inside) if robust else raw
+    residual, jacobian, losses, squares = weighted(raw, raw_jacobian, measured, robust)
     memory = LevenbergMarquardtMemory(
         residual=residual,
         jacobian=jacobian,
@@ -185,141 +191,195 @@ def _start(rows: Rows, x: Tensor, *, radius: float, robust: bool, bounded: bool)
         refusals=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device),
         slow=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device),
     )
-    # Of the guess itself, which is no solution outside of the box.
-    error = _error(rows, x, gradient(jacobian, residual), bounded)
-    return Start(error, memory, _flat(measured, error) if robust else None)
+    # The error of the guess itself: a guess outside of the box is no solution.
+    error = _error_at(problem, x, normal_gradient(jacobian, residual), bounded)
+    return Start(error, memory, flat_status(measured, error) if robust else None)
 
 
-def _flat(measured: Tensor, error: Tensor) -> Tensor:
-    """`Status.DIVERGED` where no residual pulls, though there are some, else `Status.RUNNING`."""
-    _, first, _ = measured.detach().chunk(3, dim=-1)
-    flat = (first == 0).all(dim=-1) & (first.shape[-1] > 0)
-    return torch.where(flat & torch.isfinite(error), int(Status.DIVERGED), int(Status.RUNNING))
+def _error_at(problem: BatchedProblem, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
+    """Return the norm of the condition's residual, from the gradient."""
+    return row_norm(limits_on(problem).residual(x, g) if bounded else g)
 
 
-def _error(rows: Rows, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
-    return norm(limits_on(rows).residual(x, g) if bounded else g)
-
-
-def _size_in_box(rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory) -> Tensor:
-    """What the bounds leave of `normal_size`."""
-    limits, J = limits_on(rows), memory.jacobian
-    x, g = limits.clip(x), gradient(J, memory.residual)
-    return norm(limits.residual(x, g - gradient(J, times(x, J.mT))) - limits.residual(x, g))
-
-
-_LEAST = 0.01
-"""The least weight of a residual in the model, relative to that in the gradient."""
-
-
-def _weighted(r: Tensor, J: Tensor, measured: Tensor, robust: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The residuals and the Jacobian with the weights of the loss, its terms, and the squared norms of the columns."""
-    if not robust:
-        return r, J, 0.5 * r.square(), J.square().sum(dim=1)
-    losses, first, second = measured.chunk(3, dim=-1)
-    square = torch.where(second > _LEAST * first, second, _LEAST * first)
-    ignored = square == 0
-    root = torch.where(ignored, 1.0, square).sqrt()
-    squares = (first[..., None] * J.square()).sum(dim=1)
-    r, J = first * r / root, torch.where(ignored, 0.0, root)[..., None] * J
-    return torch.where(ignored, 0.0, r), J, losses, squares
+def _size_in_box(problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory) -> Tensor:
+    """Return the change of the condition's residual for a change ``J'J x`` of the gradient, the analogue of
+    `normal_size`."""
+    limits, J = limits_on(problem), memory.jacobian
+    x, g = limits.clip(x), normal_gradient(J, memory.residual)
+    return row_norm(limits.residual(x, g - normal_gradient(J, vecmat(x, J.mT))) - limits.residual(x, g))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[LevenbergMarquardtMemory], *, robust: bool, bounded: bool
+    problem: BatchedProblem, x: Tensor, state: State[LevenbergMarquardtMemory], *, robust: bool, bounded: bool
 ) -> tuple[Tensor, State[LevenbergMarquardtMemory]]:
-    r, J, losses, scale, radius, refusals, slow = state.memory
-    x = limits_on(rows).clip(x) if bounded else x
-    g, D, noise = gradient(J, r), root(scale), rounding_of_cost(rows, x, r, J, losses)
-    ahead = _ahead(rows, x, state.memory, noise, robust, bounded)
-    trial, foretold = ahead.x, ahead.foretold
-    d = trial - x
-    measured = rows.function("loss")(trial) if robust else rows.fn(trial)
-    gain = _gain(losses, measured) if robust else 0.5 * dot(r - measured, r + measured)
+    old = state.memory
+    x = limits_on(problem).clip(x) if bounded else x
+    noise = rounding_of_cost(problem, x, old.residual, old.jacobian, old.losses)
+    base = _Base(x, normal_residual(old), scaling_of(old.scale), noise)
+    trial = _next_trial(problem, x, old, noise, robust, bounded)
+    found = _evaluate(problem, base, old, trial, robust, bounded)
+    moves = (trial.x != x).any(dim=-1)
+    accepted = found.accepted & moves
+    refusals = torch.where(accepted, 0, old.refusals + found.unresolved)
+    # Stuck: the step rounds to zero, or several steps with unresolved gains have been refused.
+    refused = ~accepted & (~moves | (refusals >= _trust_region.MAX_REFUSALS))
+    radius = _radius_after(state, base, trial, found, accepted)
+    # A refusal by the gain is no slow step: the next step from the same point is shorter.
+    slow = torch.where(accepted & (found.ratio < 0.5), 0, old.slow + (accepted | found.unresolved))
+    memory = old._replace(radius=radius, refusals=refusals, slow=slow)
+    if any_lane(accepted) and found.new is not None:
+        x, memory = select(accepted, trial.x, x), _moved(memory, found.new, accepted)
+    progress = state.progress.fallen(accepted & ~found.unresolved).stepped(trial.whole, x, units_of(memory.jacobian))
+    error = _error_at(problem, x, normal_residual(memory), bounded)
+    ends, arrived = ~accepted | found.unresolved, error <= state.target
+    progress = _with_distance(problem, x, memory, progress, trial, ends, arrived, robust, bounded)
+    status = torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status)
+    return x, state._replace(error=error, progress=progress, status=status, memory=memory)
+
+
+class _Base(NamedTuple):
+    """The start of a step.
+
+    Attributes:
+        x: the point.
+        gradient: ``J' r``.
+        D: the diagonal of ``D``.
+        noise: the rounding of the cost.
+    """
+
+    x: Tensor
+    gradient: Tensor
+    D: Tensor
+    noise: Tensor
+
+
+class _Evaluation(NamedTuple):
+    """The cost at the end of a trial step.
+
+    Attributes:
+        gain: the actual gain.
+        known: True if the residual is finite.
+        unresolved: True if rounding of the cost hides the predicted gain.
+        accepted: True if the step is good enough.
+        ratio: factor of the scaled gradient, ``|D^-1 J' r|`` at the end relative to the start; 1 if not computed.
+        new: the results of `weighted` at the end; None if no lane needs them.
+    """
+
+    gain: Tensor
+    known: Tensor
+    unresolved: Tensor
+    accepted: Tensor
+    ratio: Tensor
+    new: tuple[Tensor, Tensor, Tensor, Tensor] | None
+
+
+def _evaluate(
+    problem: BatchedProblem,
+    base: _Base,
+    memory: LevenbergMarquardtMemory,
+    trial: _Trial,
+    robust: bool,
+    bounded: bool,
+) -> _Evaluation:
+    """Evaluate a trial step; the Jacobian is computed if a lane may accept the step."""
+    r, (x, g, D, noise) = memory.residual, base
+    measured = problem.function("loss")(trial.x) if robust else problem.fn(trial.x)
+    # ``(|r|^2 - |new_r|^2) / 2`` as a product, without cancellation.
+    gain = gain_of_losses(memory.losses, measured) if robust else 0.5 * row_dot(r - measured, r + measured)
     known = torch.isfinite(measured).all(dim=-1)
-    # Below the rounding of the cost the gain says nothing; there the gradient judges.
-    drowned = foretold.abs() <= noise
-    accepted, ratio = (gain > _trust_region.ENOUGH * foretold.clamp(min=0.0)) & known, torch.ones_like(gain)
-    if any_lane(known & (accepted | drowned)):
-        there = select(known, trial, x)
-        new = _weighted(*rows.fn.jacobian(there), select(known, measured, torch.ones_like(measured)), robust)
-        new_r, new_J, new_losses, new_squares = new
-        pulls = _pull(rows, there, gradient(new_J, new_r), bounded), _pull(rows, x, g, bounded)
-        ratio = safe_divide(*(norm(pull / D) for pull in pulls))
-        accepted = torch.where(drowned, known & (ratio < 1.0), accepted)
-    moves = (trial != x).any(dim=-1)
-    accepted = accepted & moves
-    next_refusals = torch.where(accepted, 0, refusals + drowned)
-    refused = ~accepted & (~moves | (next_refusals >= _trust_region.REFUSALS))
-    went = length(D * d)
-    # The first radius is a guess.
-    radius = torch.where(state.iter_num == 0, torch.minimum(radius, went), radius)
-    by_gain = _trust_region.next_radius(radius, went, gain, foretold, dot(d, g), known)
-    calm = torch.where(accepted & (ratio < 0.5), torch.maximum(radius, 2.0 * went), radius)
-    next_radius = torch.where(drowned & known, torch.where(accepted, calm, 0.25 * went), by_gain)
-    next_slow = torch.where(accepted & (ratio < 0.5), 0, slow + (accepted | drowned))
-    memory = state.memory._replace(radius=next_radius, refusals=next_refusals, slow=next_slow)
-    if any_lane(accepted):
-        x, r, J = select(accepted, trial, x), select(accepted, new_r, r), select(accepted, new_J, J)
-        losses = select(accepted, new_losses, losses)
-        scale = torch.maximum(scale, select(accepted, new_squares, scale))
-        memory = memory._replace(residual=r, jacobian=J, losses=losses, scale=scale)
-    progress = state.progress.fallen(accepted & ~drowned).stepped(ahead.whole, x, units_of(memory.jacobian))
-    error = _error(rows, x, gradient(J, r), bounded)
-    progress = _looked(rows, x, memory, progress, ahead, ~accepted | drowned, error <= state.target, robust, bounded)
-    return x, state._replace(
-        error=error,
-        progress=progress,
-        status=torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status),
-        memory=memory,
+    # A predicted gain below rounding of the cost is unresolved: the gradient decides.
+    unresolved = trial.predicted.abs() <= noise
+    accepted = (gain > _trust_region.MIN_GAIN_RATIO * trial.predicted.clamp(min=0.0)) & known
+    if not any_lane(known & (accepted | unresolved)):
+        return _Evaluation(gain, known, unresolved, accepted, torch.ones_like(gain), None)
+    # Lanes outside of the domain evaluate the old point, so that no derivative is nan.
+    there = select(known, trial.x, x)
+    new = weighted(*problem.fn.jacobian(there), select(known, measured, torch.ones_like(measured)), robust)
+    new_g = normal_gradient(new[1], new[0])
+    gradients = _free_gradient(problem, there, new_g, bounded), _free_gradient(problem, x, g, bounded)
+    ratio = safe_divide(*(row_norm(gradient / D) for gradient in gradients))
+    accepted = torch.where(unresolved, known & (ratio < 1.0), accepted)
+    return _Evaluation(gain, known, unresolved, accepted, ratio, new)
+
+
+def _radius_after(
+    state: State[LevenbergMarquardtMemory], base: _Base, trial: _Trial, found: _Evaluation, accepted: Tensor
+) -> Tensor:
+    """Return the radius after a step: by the gain, or by the gradient if rounding hides the gain."""
+    d, radius = trial.x - base.x, state.memory.radius
+    step_length, slope = length(base.D * d), row_dot(d, base.gradient)
+    # MINPACK: after the first step the radius is at most the length of the step.
+    radius = torch.where(state.iter_num == 0, torch.minimum(radius, step_length), radius)
+    by_gain = _trust_region.next_radius(radius, step_length, found.gain, trial.predicted, slope, found.known)
+    # A halved gradient allows a longer step.
+    longer = torch.where(accepted & (found.ratio < 0.5), torch.maximum(radius, 2.0 * step_length), radius)
+    by_gradient = torch.where(accepted, longer, 0.25 * step_length)
+    return torch.where(found.unresolved & found.known, by_gradient, by_gain)
+
+
+def _moved(
+    memory: LevenbergMarquardtMemory, new: tuple[Tensor, Tensor, Tensor, Tensor], accepted: Tensor
+) -> LevenbergMarquardtMemory:
+    """Return the memory with the values of `weighted` at the new point in the accepted lanes."""
+    r, J, losses, squares = new
+    return memory._replace(
+        residual=select(accepted, r, memory.residual),
+        jacobian=select(accepted, J, memory.jacobian),
+        losses=select(accepted, losses, memory.losses),
+        # The largest norms so far, as in MINPACK.
+        scale=torch.maximum(memory.scale, select(accepted, squares, memory.scale)),
     )
 
 
 class _Trial(NamedTuple):
-    """Where a step may lead.
+    """A trial step.
 
     Attributes:
-        x: the point.
-        foretold: what the model gains by it.
-        whole: the step without a region.
-        by_hessian: whether the model has the whole Hessian.
+        x: the end of the step.
+        predicted: the gain predicted by the model.
+        whole: the step without a trust region.
+        by_hessian: True if the model has the full Hessian.
     """
 
     x: Tensor
-    foretold: Tensor
+    predicted: Tensor
     whole: Tensor
     by_hessian: Tensor
 
 
-def _ahead(
-    rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, noise: Tensor, robust: bool, bounded: bool
+def _next_trial(
+    problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, noise: Tensor, robust: bool, bounded: bool
 ) -> _Trial:
-    """The trial of Gauss and Newton, or where it is slow or rounding hides its gain, that of Newton."""
-    trial, slow = _trial(rows, x, memory, bounded), memory.slow
-    asked = (slow >= _SLOW) | ((slow > 0) & (trial.foretold.abs() <= noise))
+    """Return the Gauss-Newton trial, or the Newton trial in lanes with slow progress or gains hidden by rounding."""
+    trial, slow = _gauss_newton_trial(problem, x, memory, bounded), memory.slow
+    # Second derivatives are expensive: ask after several slow steps, or near the end, when rounding hides the
+    # Gauss-Newton gain.
+    asked = (slow >= _SLOW_GRADIENT_STEPS) | ((slow > 0) & (trial.predicted.abs() <= noise))
     if not any_lane(asked):
         return trial
-    g = gradient(memory.jacobian, memory.residual)
-    at = if_twice_differentiable(lambda: _curvature(rows, x, g, robust, bounded))
-    return trial if at is None else _with_hessian(rows, x, memory, at, trial, asked, noise, bounded)
+    g = normal_gradient(memory.jacobian, memory.residual)
+    at = if_twice_differentiable(lambda: _curvature(problem, x, g, robust, bounded))
+    return trial if at is None else _newton_trial(problem, x, memory, at, trial, asked, noise, bounded)
 
 
-def _trial(rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, bounded: bool) -> _Trial:
-    r, J, D, radius = memory.residual, memory.jacobian, root(memory.scale), memory.radius
-    g = gradient(J, r)
-    free = torch.where(limits_on(rows).held(x, g)[:, None], 0.0, J) if bounded else J
-    d, weights, whole = _within(free, r, D, radius, rows.eps)
+def _gauss_newton_trial(problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, bounded: bool) -> _Trial:
+    """Return the end of the Gauss-Newton step within the region."""
+    r, J, D, radius = memory.residual, memory.jacobian, scaling_of(memory.scale), memory.radius
+    g = normal_gradient(J, r)
+    # Zero columns for held unknowns give them a step of zero.
+    free = torch.where(limits_on(problem).held(x, g)[:, None], 0.0, J) if bounded else J
+    d, weights, whole = step_in_region(free, r, D, radius, problem.eps)
     by_hessian = torch.zeros_like(radius, dtype=torch.bool)
     if not bounded:
-        # (|r|^2 - |r + J d|^2) / 2, in a form that does not cancel.
-        return _Trial(x + d, 0.5 * (dot(d, weights * d) - dot(d, g)), whole, by_hessian)
-    trial = _trial_in_box(limits_on(rows), x, r, J, g, weights)
+        # ``(|r|^2 - |r + J d|^2) / 2`` without cancellation, by ``(J'J + lambda D^2) d = -g``.
+        return _Trial(x + d, 0.5 * (row_dot(d, weights * d) - row_dot(d, g)), whole, by_hessian)
+    trial = end_in_box(limits_on(problem), x, r, J, g, weights)
     d = trial - x
-    return _Trial(trial, -dot(d, g) - 0.5 * times(d, J.mT).square().sum(dim=-1), whole, by_hessian)
+    return _Trial(trial, -row_dot(d, g) - 0.5 * vecmat(d, J.mT).square().sum(dim=-1), whole, by_hessian)
 
 
-def _with_hessian(
-    rows: Rows,
+def _newton_trial(
+    problem: BatchedProblem,
     x: Tensor,
     memory: LevenbergMarquardtMemory,
     at: Curvature,
@@ -328,24 +388,26 @@ def _with_hessian(
     noise: Tensor,
     bounded: bool,
 ) -> _Trial:
-    """The trial of Newton's method for the cost in the lanes that are `asked` for it, where the Hessian is positive
-    definite; its step is cut to the radius."""
-    convex, D, radius = at.convex, root(memory.scale), memory.radius
+    """Return the Newton trial in the `asked` lanes with a positive definite Hessian and an end inside of the box, else
+    the other trial."""
+    convex, D, radius = at.convex, scaling_of(memory.scale), memory.radius
     step = at.step(convex)
-    size, promised = length(D * step), -0.5 * dot(step, at.gradient)
-    # Where rounding hides the gain, the radius says nothing: the gradient judges this step.
+    size, promised = length(D * step), -0.5 * row_dot(step, at.gradient)
+    # If rounding hides the gain, the radius carries no information, so do not cut the step.
     limited = (size > radius) & (promised > noise)
     part = torch.where(limited, radius / torch.where(limited, size, 1.0), 1.0)
-    ahead, foretold = x + part[:, None] * step, promised * part * (2.0 - part)
-    inside = (limits_on(rows).clip(ahead) == ahead).all(dim=-1) if bounded else True
+    # The quadratic model along a Newton step: ``m(t) = m(1) t (2 - t)``.
+    ahead, predicted = x + part[:, None] * step, promised * part * (2.0 - part)
+    inside = (limits_on(problem).clip(ahead) == ahead).all(dim=-1) if bounded else True
+    # A Newton step out of the box is not cut to the box: the Gauss-Newton trial handles bounds.
     good = asked & convex & torch.isfinite(ahead).all(dim=-1) & inside
     return _Trial(
-        select(good, ahead, other.x), select(good, foretold, other.foretold), select(good, step, other.whole), good
+        select(good, ahead, other.x), select(good, predicted, other.predicted), select(good, step, other.whole), good
     )
 
 
-def _looked(
-    rows: Rows,
+def _with_distance(
+    problem: BatchedProblem,
     x: Tensor,
     memory: LevenbergMarquardtMemory,
     progress: Progress,
@@ -355,111 +417,77 @@ def _looked(
     robust: bool,
     bounded: bool,
 ) -> Progress:
-    """The progress where the search may end: the step that tells how far x is from the solution is that at x, without a
-    region."""
+    """Record the distance from the solution, the length of the step without a region, in lanes that may end."""
+    # A Gauss-Newton search may end with a long last step, cut by the region: measure the step without the region.
     looks = (ends | arrived) & ~ahead.by_hessian
     if any_lane(looks):
-        step = _distance(rows, x, memory, progress, ends, bounded)
+        step = _distance(problem, x, memory, progress, ends, bounded)
         progress = progress._replace(step=torch.where(looks, step, progress.step))
     looks = arrived & ahead.by_hessian
     if any_lane(looks):
-        step = _whole_distance(rows, x, memory, progress, robust, bounded)
+        step = _whole_distance(problem, x, memory, progress, robust, bounded)
         progress = progress._replace(step=torch.where(looks, torch.maximum(step, progress.step), progress.step))
     return progress
 
 
 def _distance(
-    rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, progress: Progress, ends: Tensor, bounded: bool
+    problem: BatchedProblem,
+    x: Tensor,
+    memory: LevenbergMarquardtMemory,
+    progress: Progress,
+    ends: Tensor,
+    bounded: bool,
 ) -> Tensor:
-    """How far x is from the solution: the length of the step without damping, as `Progress.stepped` has it.
+    """Return the length of the step without damping, in the measure of `Progress.stepped`.
 
-    It is 0 if that step promises next to no gain, as where a Jacobian without full rank makes it long; and at least 1
-    if steps are refused although it promises one, and the value is more than rounding.
+    The length is 0 if the step predicts a negligible gain, as long steps along the null space of a Jacobian do. The
+    length is at least 1 if steps are refused despite a predicted gain and the value exceeds its rounding.
     """
     x, r, J, losses = (t.detach() for t in (x, memory.residual, memory.jacobian, memory.losses))
     if bounded:
-        J = torch.where(limits_on(rows).held(x, gradient(J, r))[:, None], 0.0, J)
-    # Singular values that rounding makes of zero promise no more than a square root of eps.
-    d = damped(J, r, _least_weights(J, memory.scale.detach(), rows.eps))
+        J = torch.where(limits_on(problem).held(x, normal_gradient(J, r))[:, None], 0.0, J)
+    # Singular values that are rounding of 0 predict a gain of at most ``sqrt(eps)`` of the cost.
+    d = damped(J, r, least_weights(J, memory.scale.detach(), problem.eps))
     step = progress.stepped(d, x, units_of(J)).step
-    value, promised = losses.sum(dim=-1), -0.5 * dot(d, gradient(J, r))
-    in_vain = ends & (value > 16.0 * rounding_of_cost(rows, x, r, J, losses))
+    value, promised = losses.sum(dim=-1), -0.5 * row_dot(d, normal_gradient(J, r))
+    # Steps refused although the cost is far above rounding: ``x`` is not near a minimum of the model.
+    in_vain = ends & (value > 16.0 * rounding_of_cost(problem, x, r, J, losses))
     step = torch.where(in_vain, step.clamp(min=1.0), step)
-    return torch.where(promised <= rows.eps**0.5 * value.abs(), 0.0, step)
+    return torch.where(promised <= problem.eps**0.5 * value.abs(), 0.0, step)
 
 
 def _whole_distance(
-    rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, progress: Progress, robust: bool, bounded: bool
+    problem: BatchedProblem,
+    x: Tensor,
+    memory: LevenbergMarquardtMemory,
+    progress: Progress,
+    robust: bool,
+    bounded: bool,
 ) -> Tensor:
-    """The same with the whole Hessian; 0 if that step promises next to no gain."""
-    step = _newton_step(rows, x, memory, robust=robust, bounded=bounded)
+    """Return the length of the Newton step with the full Hessian; 0 if the step predicts a negligible gain."""
+    step = _newton_step(problem, x, memory, robust=robust, bounded=bounded)
     return torch.where(step.counts, progress.stepped(step.d, step.x, step.units).step, 0.0)
 
 
-def _newton_step(rows: Rows, x: Tensor, memory: LevenbergMarquardtMemory, *, robust: bool, bounded: bool) -> NewtonStep:
+def _newton_step(
+    problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, *, robust: bool, bounded: bool
+) -> NewtonStep:
     r, J = memory.residual, memory.jacobian
-    return newton_step(rows, x, r, J, memory.losses, _curvature(rows, x, gradient(J, r), robust, bounded))
+    return least_squares_newton_step(
+        problem, x, r, J, memory.losses, _curvature(problem, x, normal_gradient(J, r), robust, bounded)
+    )
 
 
-def _curvature(rows: Rows, x: Tensor, g: Tensor, robust: bool, bounded: bool) -> Curvature:
-    cost = rows.function("loss").summed(_losses_of) if robust else rows.fn.summed(half_squares)
-    return curvature(x, cost, ~limits_on(rows).held(x, g) if bounded else None)
+def _curvature(problem: BatchedProblem, x: Tensor, g: Tensor, robust: bool, bounded: bool) -> Curvature:
+    """Return the cost to second order in the unknowns that no bound holds."""
+    cost = problem.function("loss").summed(losses_of) if robust else problem.fn.summed(half_squares)
+    return curvature(x, cost, ~limits_on(problem).held(x, g) if bounded else None)
 
 
-def _gain(losses: Tensor, measured: Tensor) -> Tensor:
-    """How much the cost falls; term by term, as the many that do not change would drown the others."""
-    return (losses - _losses_of(measured)).sum(dim=-1)
+def _free_gradient(problem: BatchedProblem, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
+    """Return the gradient, with 0 for unknowns held at a bound."""
+    return limits_on(problem).free_gradient(x, g) if bounded else g
 
 
-def _losses_of(measured: Tensor) -> Tensor:
-    return measured.chunk(3, dim=-1)[0]
-
-
-def _pull(rows: Rows, x: Tensor, g: Tensor, bounded: bool) -> Tensor:
-    """The gradient with zeros where a bound holds against it."""
-    return torch.where(limits_on(rows).held(x, g), 0.0, g) if bounded else g
-
-
-def _trial_in_box(limits: Limits, x: Tensor, r: Tensor, J: Tensor, g: Tensor, weights: Tensor) -> Tensor:
-    """Where the damped step leads. An unknown that it would take out of the box is put on its bound, and the step of
-    the others is solved anew."""
-    held = limits.held(x, g)
-    trial = x
-    for _ in range(min(x.shape[-1], _ROUNDS)):
-        there = times(torch.where(held, trial - x, 0.0), J.mT)
-        step = damped(torch.where(held[:, None], 0.0, J), r + there, weights)
-        aim = torch.where(held, trial, x + step)
-        trial = limits.clip(aim)
-        out = ~held & ((aim > limits.upper) | (aim < limits.lower))
-        if not any_lane(out):
-            break
-        held = held | out
-    return trial
-
-
-_SLOW = 4
-"""After how many steps that have not halved the gradient the whole Hessian makes the next."""
-
-_ROUNDS = 10
-"""How often a step is solved anew."""
-
-
-def _within(J: Tensor, r: Tensor, D: Tensor, radius: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``argmin |r + J d|`` within ``|D d| <= radius``, the weights ``lambda D^2`` of which it is the solution, and the
-    same without the region."""
-    weights = _least_weights(J, D.square(), eps)
-    d = whole = damped(J, r, weights)
-    size = length(D * whole)
-    beyond = size > 1.1 * radius
-    if any_lane(beyond):
-        damping = _trust_region.multiplier(J / D[:, None], r, torch.where(beyond, radius, 0.5 * size))
-        weights = select(beyond, damping[:, None] * D.square(), weights)
-        d = select(beyond, damped(J, r, weights), d)
-    return d, weights, whole
-
-
-def _least_weights(J: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Weights with which a step is unique, whatever the rank of ``J``, and otherwise as without them."""
-    squares = J.square().sum(dim=1)
-    weights: Tensor = eps**1.5 * torch.where(squares > 0, squares, torch.where(scale > 0, scale, 1.0))
-    return weights
+_SLOW_GRADIENT_STEPS = 4
+"""Number of steps without a halved gradient before a step with the full Hessian."""

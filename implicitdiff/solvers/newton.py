@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
 from implicitdiff._implicit.linear import LinearSolver
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, norm
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
 
@@ -24,8 +27,8 @@ class NewtonMemory(NamedTuple):
 
     Attributes:
         residual: ``F(x)``, as one vector.
-        growth: by how much the last steps have made ``|F|`` larger, 1 where one has not; a step counts for at most
-            ``eps^(-1/8)``.
+        growth: factor by which the last consecutive growing steps have increased ``|F|``; 1 after a step without
+            growth. A step counts for at most ``eps^(-1/8)``.
     """
 
     residual: Tensor
@@ -33,28 +36,28 @@ class NewtonMemory(NamedTuple):
 
 
 def newton(
-    residual_fn: Callable[..., Any],
+    residual_fn: Callable[..., Tree],
     linear_solve: LinearSolver | None = None,
     backtracking: bool = False,
-    **options: Any,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a solver of ``F(x, *args) = 0`` by Newton's method, ``x <- x - J^-1 F(x)`` with ``J = dF/dx``.
 
-    Converges quadratically near a solution where ``J`` is non-singular. Each iteration makes ``J`` from products with
-    unit vectors and factorises it, or solves with products alone if a linear solver is given. Where ``J`` is singular
-    the status is ``DIVERGED``, as where the iterates run off: where ``|F|`` has grown by ``1 / eps`` in 8 or more steps
-    in a row that all made it and ``|x|`` larger.
+    Converges quadratically near a solution with a non-singular ``J``. An iteration factorises ``J``, computed from
+    products with unit vectors; with a linear solver an iteration uses products only. The status is ``DIVERGED`` for a
+    singular ``J``, and for diverging iterates: ``|F|`` has grown by a factor ``1 / eps`` in 8 or more consecutive steps
+    that all increased both ``|F|`` and ``|x|``.
 
     Args:
         residual_fn: ``F(x, *args)``, a tree like ``x``.
-        linear_solve: of `implicitdiff.linear_solve`, e.g. ``solve_gmres(rtol=1e-3)``; its own failures are raised by
-            it. None: LU.
-        backtracking: whether to halve a step until the residual gets smaller, which makes it converge from farther
-            away; where no step does, the status is ``LINE_SEARCH_FAILED``.
+        linear_solve: a solver of `implicitdiff.linear_solve`, e.g. ``solve_gmres(rtol=1e-3)``, that raises for its own
+            failures. None for LU.
+        backtracking: True to halve steps until the residual decreases, for convergence from farther away. Lanes without
+            such a step get the status ``LINE_SEARCH_FAILED``.
         options: see `implicitdiff.solvers`.
 
     Raises:
-        TypeError: ``linear_solve`` is no linear solver of this library.
+        TypeError: ``linear_solve`` is not a linear solver of this library.
 
     Reference:
         Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithms 11.1 and 11.4.
@@ -70,21 +73,29 @@ def newton(
     _newton.check_linear_solve("newton", linear_solve)
 
     step = partial(_step, linear_solve=linear_solve, backtracking=backtracking)
-    method = Method(_start, step, NewtonMemory, 1_000, residual=attrgetter("residual"), steps_tell=True)
-    return make("newton", _equations.root, (residual_fn,), method, options)
+    method = IterativeMethod(_start, step, NewtonMemory, 1_000, residual=attrgetter("residual"), steps_tell=True)
+    return make_solver("newton", _equations.root_equation, (residual_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    residual = rows.fn(x)
-    error = norm(residual)
+def _start(problem: BatchedProblem, x: Tensor) -> Start[NewtonMemory]:
+    residual = problem.fn(x)
+    error = row_norm(residual)
     return Start(error, NewtonMemory(residual, growth=torch.ones_like(error)))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[NewtonMemory], *, linear_solve: LinearSolver | None, backtracking: bool
+    problem: BatchedProblem,
+    x: Tensor,
+    state: State[NewtonMemory],
+    *,
+    linear_solve: LinearSolver | None,
+    backtracking: bool,
 ) -> tuple[Tensor, State[NewtonMemory]]:
-    direction = -_newton.solve(rows, x, state.memory.residual, linear_solve)
-    new_x, residual, status = _newton.move(rows, x, state, direction, backtracking)
-    growth, status = _newton.watch(state._replace(status=status), x, new_x, state.memory.residual, residual, rows.eps)
+    direction = -_newton.newton_direction(problem, x, state.memory.residual, linear_solve)
+    new_x, residual, status = _newton.take_step(problem, x, state, direction, backtracking)
+    growth, status = _newton.watch_growth(
+        state._replace(status=status), x, new_x, state.memory.residual, residual, problem.eps
+    )
+    # The full Newton step measures the error of ``x``, even if backtracking has shortened the step.
     progress, memory = state.progress.stepped(direction, new_x), NewtonMemory(residual, growth)
-    return new_x, state._replace(error=norm(residual), status=status, progress=progress, memory=memory)
+    return new_x, state._replace(error=row_norm(residual), status=status, progress=progress, memory=memory)

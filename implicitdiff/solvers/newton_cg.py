@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.newton_step import NewtonStep, newton_step
-from implicitdiff.solvers._loop.options import check_count
-from implicitdiff.solvers._loop.problem import Product, Rows, any_lane, dot, norm, safe_divide
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.newton_step import MAX_PRODUCTS, NewtonStep, objective_newton_step
+from implicitdiff.solvers._loop.options import SolverOptions, check_count
+from implicitdiff.solvers._loop.problem import BatchedProblem, VectorMap, any_lane, row_dot, row_norm, safe_divide
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._steps.line_search import arrive, begin, fell, search, unit_step
+from implicitdiff.solvers._steps.line_search import fields_at, initial_fields, search, unit_step, value_fell
 
 
 class NewtonCgMemory(NamedTuple):
@@ -27,8 +28,8 @@ class NewtonCgMemory(NamedTuple):
     Attributes:
         value: ``f(x)``.
         grad: ``grad f(x)``, as one vector of length ``n``.
-        magnitude: the largest ``|f|`` so far, by which it is judged how precise its values are.
-        first_error: ``|grad f|`` at the initial guess; infinite where the forcing term is to be zero.
+        magnitude: the largest ``|f|`` so far, a measure of the rounding of its values.
+        first_error: ``|grad f|`` at the initial guess; infinite for a forcing term of zero.
     """
 
     value: Tensor
@@ -37,33 +38,35 @@ class NewtonCgMemory(NamedTuple):
     first_error: Tensor
 
 
-def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None, **options: Any) -> Solver:
+def newton_cg(
+    objective_fn: Callable[..., Tensor], inner_maxiter: int | None = None, **options: Unpack[SolverOptions]
+) -> Solver:
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by Newton's method with conjugate gradients.
 
-    The direction ``d`` is what conjugate gradients make of ``hess f(x) d = -g``, ``g = grad f(x)``, until the residual
-    is at most::
+    Conjugate gradients solve ``hess f(x) d = -g``, ``g = grad f(x)``, for the direction ``d`` until the residual is at
+    most::
 
         min(1/2, sqrt(|g| / |g_0|)) |g|,
 
-    ``g_0`` at the initial guess, or a direction ``p`` of negative curvature turns up, which is then added as if its
-    curvature had the other sign. It goes along ``d`` to a point that satisfies the strong Wolfe conditions, trying the
-    whole step first. Converges superlinearly. Each inner iteration takes one product with the Hessian, which is never
-    formed, at about the cost of two gradients.
+    ``g_0`` at the initial guess, or until a direction of negative curvature appears; its step then uses the absolute
+    value of the curvature. A line search along ``d`` finds a point that satisfies the strong Wolfe conditions, with the
+    whole step as the first trial. Converges superlinearly. An inner iteration costs one product with the Hessian, about
+    two gradients; the Hessian is never formed.
 
-    Near a saddle the iterates go away from it. Where ``g`` is zero, at a saddle too, the status is ``CONVERGED``: the
-    curvature is not looked at there.
+    Iterates near a saddle move away from the saddle. At a zero ``g``, even at a saddle, the status is ``CONVERGED``,
+    without a test of the curvature.
 
     Args:
-        objective_fn: ``f(x, *args)``, a real number; `x` is a pytree.
-        inner_maxiter: how many inner iterations there may be in one step; None means twice the number of unknowns.
+        objective_fn: ``f(x, *args)``, a real number; ``x`` is a pytree.
+        inner_maxiter: bound on the inner iterations of a step; None for twice the number of unknowns.
         options: see `implicitdiff.solvers`.
 
     Raises:
         ValueError: ``inner_maxiter`` is less than 1.
 
     Reference:
-        Nocedal and Wright, "Numerical Optimization", 2006, algorithm 7.1; there the forcing term is ``sqrt(|g|)``,
-        which depends on the units of ``f``.
+        Nocedal and Wright, "Numerical Optimization", 2006, algorithm 7.1, with the forcing term ``sqrt(|g|)``,
+        dependent on the units of ``f``.
 
     Example:
         >>> import torch
@@ -78,67 +81,79 @@ def newton_cg(objective_fn: Callable[..., Any], inner_maxiter: int | None = None
         check_count("newton_cg", "inner_maxiter", inner_maxiter)
 
     step = partial(_step, inner_maxiter=inner_maxiter)
-    held, off = attrgetter("grad"), Status.UNBOUNDED
-    method = Method(_start, step, NewtonCgMemory, 1_000, residual=held, newton_step=_newton_step, runs_off=off)
-    return make("newton_cg", _equations.stationary, (objective_fn,), method, options)
+    method = IterativeMethod(
+        _start,
+        step,
+        NewtonCgMemory,
+        1_000,
+        residual=attrgetter("grad"),
+        newton_step=_newton_step,
+        runs_off=Status.UNBOUNDED,
+    )
+    return make_solver("newton_cg", _equations.stationary_equation, (objective_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    error, fields = begin(rows, x)
+def _start(problem: BatchedProblem, x: Tensor) -> Start[NewtonCgMemory]:
+    error, fields = initial_fields(problem, x)
     return Start(error, NewtonCgMemory(**fields, first_error=error))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[NewtonCgMemory], *, inner_maxiter: int | None
+    problem: BatchedProblem, x: Tensor, state: State[NewtonCgMemory], *, inner_maxiter: int | None
 ) -> tuple[Tensor, State[NewtonCgMemory]]:
     active, memory = state.status == Status.RUNNING, state.memory
+    # A forcing term that tends to 0 gives superlinear convergence; relative to the first gradient, so independent of
+    # units.
     forcing = torch.sqrt(safe_divide(state.error, memory.first_error)).clamp(max=0.5)
-    _, grad, product = rows.fn.hessian(x)
-    d = _direction(product, grad, forcing * state.error, active, inner_maxiter or 2 * x.shape[1], rows.eps)
-    point, failed, status = search(rows, x, state, d, torch.ones_like(memory.value))
+    _, grad, product = problem.fn.hessian(x)
+    d = _truncated_newton_direction(
+        product, grad, forcing * state.error, active, inner_maxiter or 2 * x.shape[1], problem.eps
+    )
+    point, failed, status = search(problem, x, state, d, torch.ones_like(memory.value))
     status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), status)
-    memory = memory._replace(**arrive(memory, point))
-    progress = state.progress.fallen(fell(rows, state.memory, point))
-    return point.x, state._replace(error=norm(point.grad), status=status, progress=progress, memory=memory)
+    memory = memory._replace(**fields_at(memory, point))
+    progress = state.progress.fallen(value_fell(problem, state.memory, point))
+    return point.x, state._replace(error=row_norm(point.grad), status=status, progress=progress, memory=memory)
 
 
-def _newton_step(rows: Rows, x: Tensor, memory: NewtonCgMemory) -> NewtonStep:
-    """The step that the forcing term cut short; where it is long, the term is zero from then on."""
-    step = newton_step(rows, x, memory, lambda v: v, min(2 * x.shape[-1], _PRODUCTS))
+def _newton_step(problem: BatchedProblem, x: Tensor, memory: NewtonCgMemory) -> NewtonStep:
+    """Return the step without the forcing term; if the step is long, the forcing term is zero from then on."""
+    step = objective_newton_step(problem, x, memory, lambda v: v, min(2 * x.shape[-1], MAX_PRODUCTS))
     return step._replace(memory=memory._replace(first_error=torch.full_like(memory.first_error, torch.inf)))
 
 
-_PRODUCTS = 60
-"""The most products with the Hessian that are made to see how far the solution is."""
-
-
-def _direction(product: Product, grad: Tensor, target: Tensor, active: Tensor, limit: int, eps: float) -> Tensor:
-    """Conjugate gradients from zero; a lane stops at its target, or where the curvature is not positive. There it goes
-    on along ``p`` as far as a curvature of the other sign would have it, so that steps lead away from a saddle."""
-    d, r, p, rr = torch.zeros_like(grad), grad, -grad, dot(grad, grad)
+def _truncated_newton_direction(
+    product: VectorMap, grad: Tensor, target: Tensor, active: Tensor, limit: int, eps: float
+) -> Tensor:
+    """Run conjugate gradients from zero; a lane stops at its target or at a curvature that is not positive. The last
+    step then uses the absolute value of the curvature, so that iterates leave a saddle."""
+    d, r, p, rr = torch.zeros_like(grad), grad, -grad, row_dot(grad, grad)
     stiffest = torch.zeros_like(rr)
     for count in range(limit):
         image = product(p)
-        curvature = dot(p, image)
-        # What rounding makes of a curvature of zero is none.
-        stiffest = torch.maximum(stiffest, safe_divide(norm(image), norm(p)))
-        none = 4 * eps * stiffest * dot(p, p)
-        positive = active & (curvature > none)
+        curvature = row_dot(p, image)
+        # A curvature of rounding size relative to the stiffest direction counts as zero.
+        stiffest = torch.maximum(stiffest, safe_divide(row_norm(image), row_norm(p)))
+        rounding = 4 * eps * stiffest * row_dot(p, p)
+        positive = active & (curvature > rounding)
         if count == 0:
+            # A first direction without positive curvature: steepest descent.
             d = torch.where(positive[:, None], d, _downhill(p, rr, curvature))
-        bends = positive if count == 0 else active & (curvature.abs() > none)
+        bends = positive if count == 0 else active & (curvature.abs() > rounding)
         a = torch.where(bends, safe_divide(rr, curvature.abs()), 0.0)[:, None]
         d, r = d + a * p, r + a * image
-        active = positive & (norm(r) > target)
+        # After a step along negative curvature a lane stops.
+        active = positive & (row_norm(r) > target)
         if not any_lane(active):
             break
-        new_rr = dot(r, r)
+        new_rr = row_dot(r, r)
+        # Fletcher and Reeves' coefficient for the next conjugate direction.
         p = safe_divide(new_rr, rr)[:, None] * p - r
         rr = new_rr
     return d
 
 
 def _downhill(p: Tensor, rr: Tensor, curvature: Tensor) -> Tensor:
-    """Along the gradient, as far as a curvature of the other sign would have it."""
+    """Return a step along the negative gradient, with the absolute value of the curvature."""
     step = torch.where(curvature == 0, unit_step(p), safe_divide(rr, curvature.abs()))
     return step[:, None] * p

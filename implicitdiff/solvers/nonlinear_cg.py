@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, newton_step
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, norm, safe_divide, select
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, objective_newton_step
+from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._steps.line_search import arrive, begin, fell, search, unit_step
+from implicitdiff.solvers._steps.line_search import fields_at, initial_fields, search, unit_step, value_fell
 
-# Without this restart Rosenbrock's function in ten dimensions takes three times as long.
+# Restart bound (5.52) of Nocedal and Wright; without restarts Rosenbrock's function in ten dimensions takes three times
+# as many steps.
 _CONJUGATE = 0.1
 
 Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,9 +35,9 @@ class NonlinearCgMemory(NamedTuple):
     Attributes:
         value: ``f(x)``.
         grad: ``grad f(x)``, as one vector of length ``n``.
-        magnitude: the largest ``|f|`` so far, by which it is judged how precise its values are.
-        direction: where to go from ``x``.
-        first_step: how far to try first, as far as the last step went.
+        magnitude: the largest ``|f|`` so far, a measure of the rounding of its values.
+        direction: the direction of the next step from ``x``.
+        first_step: the first trial of the next line search, equal to the last step.
     """
 
     value: Tensor
@@ -45,45 +48,47 @@ class NonlinearCgMemory(NamedTuple):
 
 
 def polak_ribiere(grad: Tensor, old_grad: Tensor, old_direction: Tensor) -> Tensor:
-    """``max(0, g'(g - g_old) / g_old'g_old)``, PR+; begins again by itself when a step does not turn the gradient."""
-    return safe_divide(dot(grad, grad - old_grad), dot(old_grad, old_grad)).clamp(min=0.0)
+    """``max(0, g'(g - g_old) / g_old'g_old)``, PR+; close to 0 (a restart) after a step with little change of ``g``."""
+    return safe_divide(row_dot(grad, grad - old_grad), row_dot(old_grad, old_grad)).clamp(min=0.0)
 
 
 def fletcher_reeves(grad: Tensor, old_grad: Tensor, old_direction: Tensor) -> Tensor:
     """``g'g / g_old'g_old``."""
-    return safe_divide(dot(grad, grad), dot(old_grad, old_grad))
+    return safe_divide(row_dot(grad, grad), row_dot(old_grad, old_grad))
 
 
 def hestenes_stiefel(grad: Tensor, old_grad: Tensor, old_direction: Tensor) -> Tensor:
     """``max(0, g'y / d_old'y)`` with ``y = g - g_old``."""
     change = grad - old_grad
-    return safe_divide(dot(grad, change), dot(old_direction, change)).clamp(min=0.0)
+    return safe_divide(row_dot(grad, change), row_dot(old_direction, change)).clamp(min=0.0)
 
 
-def nonlinear_cg(objective_fn: Callable[..., Any], formula: Formula = polak_ribiere, **options: Any) -> Solver:
+def nonlinear_cg(
+    objective_fn: Callable[..., Tensor], formula: Formula = polak_ribiere, **options: Unpack[SolverOptions]
+) -> Solver:
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by nonlinear conjugate gradients.
 
-    With ``g = grad f(x)`` it goes along::
+    With ``g = grad f(x)`` a step goes along::
 
         d = -g + beta d_old
 
-    to a point that satisfies the strong Wolfe conditions with constants 1e-4 and 0.1, which takes about two
-    evaluations of ``f`` and its gradient. It needs memory for a few vectors only. It begins again with ``-g`` where
-    ``|g'g_old| >= 0.1 g'g``, or ``d`` does not descend, or no step along it is found; a lane that finds none along
-    ``-g`` fails.
+    to a point that satisfies the strong Wolfe conditions with constants 1e-4 and 0.1, at the cost of about two
+    evaluations of ``f`` and its gradient. The memory holds a few vectors. The method restarts with ``-g`` if
+    ``|g'g_old| >= 0.1 g'g``, if ``d`` is not a descent direction, or if the line search fails; a lane whose line search
+    along ``-g`` fails has failed.
 
     Args:
-        objective_fn: ``f(x, *args)``, a real number; `x` is a pytree.
+        objective_fn: ``f(x, *args)``, a real number; ``x`` is a pytree.
         formula: ``formula(grad, old_grad, old_direction) -> beta``, from ``(lanes, n)`` to ``(lanes,)``: one of
-            `polak_ribiere`, `fletcher_reeves`, `hestenes_stiefel`, or one's own.
+            `polak_ribiere`, `fletcher_reeves`, `hestenes_stiefel`, or a user's function.
         options: see `implicitdiff.solvers`.
 
     Raises:
-        TypeError: ``formula`` is no function.
+        TypeError: ``formula`` is not a function.
 
     Reference:
-        Nocedal and Wright, "Numerical Optimization", 2006, section 5.2, with the restarts of (5.52), which are due to
-        Powell, "Restart procedures for the conjugate gradient method", Math. Program. 12 (1977).
+        Nocedal and Wright, "Numerical Optimization", 2006, section 5.2, with the restarts of (5.52), due to Powell,
+        "Restart procedures for the conjugate gradient method", Math. Program. 12 (1977).
 
     Example:
         >>> import torch
@@ -98,36 +103,47 @@ def nonlinear_cg(objective_fn: Callable[..., Any], formula: Formula = polak_ribi
         raise TypeError(f"nonlinear_cg: formula must be a function of (grad, old_grad, old_direction), got {formula!r}")
 
     step = partial(_step, formula=formula)
-    held, off = attrgetter("grad"), Status.UNBOUNDED
-    method = Method(_start, step, NonlinearCgMemory, 10_000, residual=held, newton_step=_newton_step, runs_off=off)
-    return make("nonlinear_cg", _equations.stationary, (objective_fn,), method, options)
+    method = IterativeMethod(
+        _start,
+        step,
+        NonlinearCgMemory,
+        10_000,
+        residual=attrgetter("grad"),
+        newton_step=_newton_step,
+        runs_off=Status.UNBOUNDED,
+    )
+    return make_solver("nonlinear_cg", _equations.stationary_equation, (objective_fn,), method, options)
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    error, fields = begin(rows, x)
+def _start(problem: BatchedProblem, x: Tensor) -> Start[NonlinearCgMemory]:
+    error, fields = initial_fields(problem, x)
     grad = fields["grad"]
     return Start(error, NonlinearCgMemory(**fields, direction=-grad, first_step=unit_step(grad)))
 
 
-def _newton_step(rows: Rows, x: Tensor, memory: NonlinearCgMemory) -> NewtonStep:
-    step = newton_step(rows, x, memory, lambda v: v, few_products(rows, x))
+def _newton_step(problem: BatchedProblem, x: Tensor, memory: NonlinearCgMemory) -> NewtonStep:
+    """Return a Newton-type step; the next iteration tries the step."""
+    step = objective_newton_step(problem, x, memory, lambda v: v, few_products(problem, x))
     return step._replace(memory=memory._replace(direction=step.d, first_step=torch.ones_like(memory.first_step)))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[NonlinearCgMemory], *, formula: Formula
+    problem: BatchedProblem, x: Tensor, state: State[NonlinearCgMemory], *, formula: Formula
 ) -> tuple[Tensor, State[NonlinearCgMemory]]:
     memory = state.memory
     g, d = memory.grad, memory.direction
-    point, failed, status = search(rows, x, state, d, memory.first_step, c2=0.1)
-    ahead = formula(point.grad, g, d)[:, None] * d - point.grad
-    conjugate = dot(point.grad, g).abs() < _CONJUGATE * dot(point.grad, point.grad)
-    ahead = select(conjugate & (dot(ahead, point.grad) < 0) & ~failed, ahead, -point.grad)
+    # A tight curvature condition, ``c2 = 0.1``: conjugacy needs an almost exact line search.
+    point, failed, status = search(problem, x, state, d, memory.first_step, c2=0.1)
+    new_direction = formula(point.grad, g, d)[:, None] * d - point.grad
+    # Restart unless consecutive gradients are nearly orthogonal and the new direction descends.
+    conjugate = row_dot(point.grad, g).abs() < _CONJUGATE * row_dot(point.grad, point.grad)
+    new_direction = select(conjugate & (row_dot(new_direction, point.grad) < 0) & ~failed, new_direction, -point.grad)
     first_step = point.step
     if any_lane(failed):
+        # A failure along steepest descent cannot be helped by a restart.
         steepest = (d == -g).all(dim=1)
         status = torch.where(failed & steepest, int(Status.LINE_SEARCH_FAILED), status)
         first_step = torch.where(failed, unit_step(g), first_step)
-    new = NonlinearCgMemory(**arrive(memory, point), direction=ahead, first_step=first_step)
-    progress = state.progress.fallen(fell(rows, memory, point))
-    return point.x, state._replace(error=norm(point.grad), status=status, progress=progress, memory=new)
+    new = NonlinearCgMemory(**fields_at(memory, point), direction=new_direction, first_step=first_step)
+    progress = state.progress.fallen(value_fell(problem, memory, point))
+    return point.x, state._replace(error=row_norm(point.grad), status=status, progress=progress, memory=new)

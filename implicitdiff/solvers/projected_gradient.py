@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.proximal_gradient as _proximal_gradient
-from implicitdiff.solvers._loop.problem import Rows
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.problem import BatchedProblem
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 
 
 def projected_gradient(
-    objective_fn: Callable[..., Any],
-    projection: Callable[[Any], Any],
+    objective_fn: Callable[..., Tensor],
+    projection: Callable[[Tree], Tree],
     stepsize: float | None = None,
     acceleration: bool = True,
-    **options: Any,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a minimiser of a smooth ``f(x, *args)`` over a convex set by ``x <- projection(y - stepsize grad f(y))``.
 
-    `proximal_gradient` with the projection in the place of the proximal operator. Every iterate lies in the set,
-    except an initial guess that does not. The solution is the fixed point of the step of size 1, and is differentiated
-    as such.
+    The iteration of `proximal_gradient` with the projection as the proximal operator. Every iterate after the initial
+    guess lies in the set. The solution is the fixed point of the step of size 1, and differentiated as a fixed point.
 
     Args:
         objective_fn: ``f(x, *args)``, a real number.
         projection: ``projection(v)``, the nearest point of the set, a tree like ``v``; e.g. one of
-            `implicitdiff.projections`. What it captures, such as a radius, is differentiated as well.
+            `implicitdiff.projections`. Captured tensors, such as a radius, are differentiated too.
         stepsize: see `gradient_descent`.
         acceleration: see `gradient_descent`.
         options: see `implicitdiff.solvers`.
@@ -48,9 +49,9 @@ def projected_gradient(
         >>> solver.run(torch.ones(3) / 3, torch.tensor([1.0, 0.5, -2.0]))[0]
         tensor([0.7500, 0.2500, 0.0000])
     """
-    method = _proximal_gradient.method("projected_gradient", _project, stepsize, acceleration)
-    return make("projected_gradient", _equations.projected, (objective_fn, projection), method, options)
+    method = _proximal_gradient.proximal_gradient_method("projected_gradient", _project, stepsize, acceleration)
+    return make_solver("projected_gradient", _equations.projected_equation, (objective_fn, projection), method, options)
 
 
-def _project(rows: Rows, v: Tensor, stepsize: Tensor) -> Tensor:
-    return rows.function("prox")(v)
+def _project(problem: BatchedProblem, v: Tensor, stepsize: Tensor) -> Tensor:
+    return problem.function("prox")(v)

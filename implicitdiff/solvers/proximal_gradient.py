@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.proximal_gradient as _proximal_gradient
-from implicitdiff.solvers._loop.problem import Rows
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.problem import BatchedProblem
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 
 
 def proximal_gradient(
-    objective_fn: Callable[..., Any],
-    prox: Callable[[Any, Any], Any],
+    objective_fn: Callable[..., Tensor],
+    prox: Callable[[Tree, float | Tensor], Tree],
     stepsize: float | None = None,
     acceleration: bool = True,
-    **options: Any,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a minimiser of ``f(x, *args) + g(x)``, ``f`` smooth, by ``x <- prox(y - stepsize grad f(y), stepsize)``.
 
-    ``prox(v, s)`` is the point that minimises ``s g(x) + |x - v|^2 / 2``. Acceleration, with it FISTA, and the choice
-    of the step size are those of `gradient_descent`. The solution is the fixed point of the step of size 1, and is
-    differentiated as such.
+    ``prox(v, s)`` is the minimiser of ``s g(x) + |x - v|^2 / 2``. Acceleration (FISTA) and the choice of the step size
+    are those of `gradient_descent`. The solution is the fixed point of the step of size 1, and differentiated as a
+    fixed point.
 
     Args:
         objective_fn: ``f(x, *args)``, a real number.
-        prox: ``prox(v, stepsize)``, a tree like ``v``, e.g. one of `implicitdiff.prox`; what it captures, such as the
-            strength of a penalty, is differentiated as well.
+        prox: ``prox(v, stepsize)``, a tree like ``v``, e.g. a function of `implicitdiff.prox`; captured tensors, such
+            as the strength of a penalty, are differentiated too.
         stepsize: see `gradient_descent`.
         acceleration: see `gradient_descent`.
         options: see `implicitdiff.solvers`.
@@ -54,9 +56,9 @@ def proximal_gradient(
         >>> torch.func.jacrev(fit)(torch.tensor(1.0))
         tensor([-1.,  0.,  1.])
     """
-    method = _proximal_gradient.method("proximal_gradient", _prox, stepsize, acceleration)
-    return make("proximal_gradient", _equations.proximal, (objective_fn, prox), method, options)
+    method = _proximal_gradient.proximal_gradient_method("proximal_gradient", _prox, stepsize, acceleration)
+    return make_solver("proximal_gradient", _equations.proximal_equation, (objective_fn, prox), method, options)
 
 
-def _prox(rows: Rows, v: Tensor, stepsize: Tensor) -> Tensor:
-    return rows.function("prox")(v, stepsize)
+def _prox(problem: BatchedProblem, v: Tensor, stepsize: Tensor) -> Tensor:
+    return problem.function("prox")(v, stepsize)

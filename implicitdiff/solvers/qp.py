@@ -4,37 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._qp.admm as _admm
+from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.equations import Equation, Functions
-from implicitdiff.solvers._loop.method import Method, Start
-from implicitdiff.solvers._loop.problem import Rows, all_of, any_lane, select
-from implicitdiff.solvers._loop.solver import Solver, make
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.problem import BatchedProblem, all_of, any_lane, select, vecmat
+from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._qp.interior import interior_point
 from implicitdiff.solvers._qp.kkt_solve import solve_kkt
-from implicitdiff.solvers._qp.polish import active_set, picked, polish, precision, put
+from implicitdiff.solvers._qp.polish import active_set, picked, polish, put, regularisation
 from implicitdiff.solvers._qp.program import (
-    Point,
-    Program,
+    PrimalDual,
+    QuadraticProgram,
     certificates,
-    clamp,
+    clamp_to_bounds,
     error_parts,
     factor,
+    kkt_error,
+    kkt_violation,
+    make_point,
+    make_program,
     of_active_rows,
-    point,
-    program,
-    residual,
-    rounding,
-    times,
-    violation,
+    rounding_of_parts,
     without_noise,
 )
 from implicitdiff.solvers.kkt import KKTSolution
@@ -46,13 +48,13 @@ class QPMemory(NamedTuple):
     Attributes:
         image: ``A x`` and ``G x``, ``(m,)``.
         slope: the gradient of the Lagrangian, ``(n,)``.
-        values: what ADMM has in the place of ``image``, at which the constraints hold.
+        values: ADMM's copy of ``image``, within the bounds.
         rho: the step size of ADMM.
-        factor: what an iteration solves with: a Cholesky factor, or without inequalities the inverse of the matrix of
-            the KKT conditions.
-        review: the number of the next iteration after which the active constraints are guessed, what makes a solution
-            impossible is looked for, and ``rho`` is adapted.
-        record: the least error of those that a guess has led to.
+        factor: the factor for the linear systems of the iteration: a Cholesky factor, or without inequalities the
+            inverse of the KKT matrix.
+        review: the number of the next iteration followed by a review: guesses of the active constraints, tests for
+            certificates, and an update of ``rho``.
+        record: the smallest error of an accepted guess.
     """
 
     image: Tensor
@@ -64,66 +66,64 @@ class QPMemory(NamedTuple):
     record: Tensor
 
 
-def qp(**options: Any) -> Solver:
+def qp(**options: Unpack[SolverOptions]) -> Solver:
     r"""Make a solver of convex quadratic programs.
 
-    These are::
+    A program is::
 
         min x'Q x / 2 + c'x    subject to    A x = b,    l <= G x <= h.
 
-    ``solver.run(init, Q, c, A, b, G, h, l)`` returns a `KKTSolution` and the state. What is absent is None, and may be
-    left out at the end; its multipliers are then empty, not None, so that they can leave a vmap. The solution is
-    differentiable in all seven by the KKT conditions::
+    ``solver.run(init, Q, c, A, b, G, h, l)`` returns a `KKTSolution` and the state. Absent arguments are None, and may
+    be omitted at the end. Multipliers of absent constraints are empty tensors, which unlike None can leave a vmap. The
+    solution is differentiable in all seven arguments by the KKT conditions::
 
         Q x + c + A' dual_eq + G' dual_ineq = 0,    A x = b,    clip(G x + dual_ineq, l, h) = G x.
 
-    A row has one multiplier: positive at the upper bound ``h``, negative at the lower bound ``l``, and zero in between.
-    Without ``l`` the last equation is ``min(dual_ineq, h - G x) = 0``. An infinite entry of ``h`` or ``l`` is no bound,
-    and equal entries make the row an equality.
+    A row has a single multiplier: positive at the upper bound ``h``, negative at the lower bound ``l``, zero in
+    between. Without ``l`` the last equation is ``min(dual_ineq, h - G x) = 0``. Infinite entries of ``h`` or ``l`` mean
+    no bound, equal entries an equality.
 
-    Without inequalities these are a linear system, and one factorisation solves it. With them: ADMM, as OSQP has it
-    (over-relaxation, a ``rho`` that adapts). After 10, 20, 40, ... iterations (later if there are more than 100
-    unknowns, and at once if ``init`` has multipliers) the active constraints are guessed, by a step of a proximal
-    method of multipliers from there, or from where an interior-point method arrives, or by a longer search. The
-    equations that hold if these are the ones are solved by iterative refinement, and what that gives is taken where its
-    error is smaller; if the guess is right, it is exact but for rounding.
+    Without inequalities the conditions are a linear system, solved by a single factorisation. With inequalities the
+    method is ADMM as in OSQP, with over-relaxation and an adaptive ``rho``. After 10, 20, 40, ... iterations (later for
+    more than 100 unknowns, at once for an ``init`` with multipliers) the solver guesses the active constraints: by a
+    step of a proximal method of multipliers from the present point, then from the end of an interior-point method, then
+    by a longer search. Iterative refinement solves the equations of the guessed active set, and the result replaces the
+    present point if its error is smaller. For a correct guess the result is exact up to rounding.
 
-    - The units of rows and of unknowns do not matter: a row of ``G``, ``l`` and ``h`` (of ``A`` and ``b``) may be
-      multiplied by any number, and an unknown measured in another unit, without effect on the iterations. Rows and
-      columns are equilibrated, and the errors are those of the scaled program, so ``atol`` is a number without units.
-    - ``Q``, which need not be symmetric, counts as ``(Q + Q') / 2``, also in its derivative. It has to be positive
-      semidefinite on the null space of ``A``. If it is not, then without inequalities the status is ``UNBOUNDED``, and
-      with them, where all of it may be, ``DIVERGED``.
-    - A direction that proves that there is no solution sets ``INFEASIBLE`` or ``UNBOUNDED``, lane by lane. If neither
-      the constraints nor those of the dual can be satisfied, either may be found.
+    - Units of rows and of unknowns do not matter: multiplying a row of ``G``, ``l`` and ``h`` (of ``A`` and ``b``) by a
+      number, or measuring an unknown in another unit, does not affect the iterations. Rows and columns are
+      equilibrated, and errors refer to the scaled program, so ``atol`` has no units.
+    - ``Q`` need not be symmetric; the program and its derivative use ``(Q + Q') / 2``. ``Q`` must be positive
+      semidefinite on the null space of ``A``. Otherwise the status is ``UNBOUNDED`` without inequalities, and
+      ``DIVERGED`` with inequalities.
+    - A certificate, a direction that proves that no solution exists, sets the status ``INFEASIBLE`` or ``UNBOUNDED``,
+      lane by lane. If both the program and its dual are infeasible, either status may result.
     - A linear program has ``Q = 0``.
-    - Linearly dependent active constraints, such as a row given twice, leave the multipliers undetermined. The
-      derivative of the primal is that along changes that keep the dependence, with the multipliers' tangents those of
-      least norm; reverse mode shares it equally among copies of a row. In forward mode a change that makes dependent
-      constraints contradict each other raises `LinearSolveError`, in reverse mode a cotangent of multipliers that are
-      not unique.
-    - Where the minimiser is not unique, the derivative is not either: it raises `LinearSolveError`, or is the one of
-      least norm with ``qp(solve=solve_lstsq())``.
-    - A constraint that touches without pressing (``G x = h`` with a multiplier that is zero but for rounding) has a
-      derivative to each side. In all arguments the one returned is that of the program without this constraint, which
-      holds for changes that make it inactive.
-    - The first error, to which ``rtol`` refers, is that at zero, whatever ``init`` is: of the gradient and of the
-      constraints there the smaller. What is left of either part may be as large as rounding makes it.
-    - Matrices are dense. The factorisations need their entries, so functions in their place are not taken; for
-      ``Q``, ``A`` and ``G`` as products only, differentiate a solver of your own by `make_kkt_optimality_fn` and
-      `implicitdiff.custom_root`.
+    - Linearly dependent active constraints, such as a repeated row, leave the multipliers undetermined. The derivative
+      of the primal refers to changes that keep the dependence, with multipliers' tangents of least norm; reverse mode
+      distributes the derivative equally among copies of a row. `LinearSolveError` is raised in forward mode for a
+      change that makes dependent constraints contradict each other, and in reverse mode for a cotangent of multipliers
+      that are not unique.
+    - The derivative of a minimiser that is not unique raises `LinearSolveError`, or is the derivative of least norm
+      with ``qp(solve=solve_lstsq())``.
+    - A weakly active constraint (``G x = h`` with a multiplier of zero up to rounding) has a derivative for each side.
+      The result, in all arguments, is the derivative of the program without the constraint, valid for changes that make
+      the constraint inactive.
+    - The first error, to which ``rtol`` refers, is the error at zero for any ``init``: the smaller of the errors of the
+      gradient and of the constraints. Each part of the final error may be as large as its rounding.
+    - Matrices are dense, because factorisations need their entries. For ``Q``, ``A`` and ``G`` as functions, write a
+      solver and differentiate by `make_kkt_optimality_fn` and `implicitdiff.custom_root`.
 
-    ``init`` is None for zeros, a tensor like ``c``, or a `KKTSolution`,
-    with None for multipliers that are zero. ``update`` takes and gives a `KKTSolution`. All tensors have one dtype; a
-    batch of problems is vmapped.
+    ``init`` is None for zeros, a tensor like ``c``, or a `KKTSolution` with None for multipliers of zero. ``update``
+    takes and returns a `KKTSolution`. All tensors have the same dtype; vmap solves a batch of programs.
 
     Args:
         options: see `implicitdiff.solvers`. The default of ``solve`` is `solve_auto` with matrices of up to 4000 rows.
 
     Raises (when solving):
-        TypeError: an argument is no real floating-point tensor.
+        TypeError: an argument is not a real floating-point tensor.
         ValueError: shapes, dtypes or devices do not match, or a matrix is given without its right-hand side.
-        ConvergenceError: there is no solution, or none was found, as ``on_failure`` says.
+        ConvergenceError: no solution exists, or the search failed, subject to ``on_failure``.
 
     Raises (when differentiating):
         LinearSolveError: the derivative is not determined.
@@ -147,9 +147,9 @@ def qp(**options: Any) -> Solver:
         >>> qp().run(None, Q, c, None, None, torch.eye(2), h, l)[0].dual_ineq  # at the lower bound of the first row
         tensor([-0.5000,  0.0000])
     """
-    method = Method(_start, _step, QPMemory, 10_000, is_judged=False)
+    method = IterativeMethod(_start, _step, QPMemory, 10_000, is_judged=False)
     solve = options.get("solve") or solve_kkt(options.get("on_failure", "raise"))
-    return make("qp", _kkt, (data,), method, {**options, "solve": solve}, _guess, is_named=True)
+    return make_solver("qp", _kkt, (data,), method, {**options, "solve": solve}, _filled_guess, is_named=True)
 
 
 # --- what the user gives ----------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ _Data = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def data(
-    x: Any,
+    x: KKTSolution,
     Q: Tensor,
     c: Tensor,
     A: Tensor | None = None,
@@ -167,25 +167,25 @@ def data(
     h: Tensor | None = None,
     l: Tensor | None = None,  # noqa: E741
 ) -> _Data:
-    """In the place of the user's function: all that makes a program, symmetric and with everything in it."""
+    """Return the complete data of a program, with a symmetric ``Q``; stands in for a user's function."""
     no_rows, nothing = c.new_zeros((0, *c.shape)), c.new_zeros((0,))
     A, G = (no_rows if t is None else t for t in (A, G))
     b, h, lower = (nothing if t is None else t for t in (b, h, l))
     return 0.5 * (Q + Q.mT), c, A, b, G, h, lower
 
 
-def _guess(
-    init: Any,
-    Q: Any,
-    c: Any,
-    A: Any = None,
-    b: Any = None,
-    G: Any = None,
-    h: Any = None,
-    l: Any = None,  # noqa: E741
+def _filled_guess(
+    init: Tensor | KKTSolution | None,
+    Q: Tensor,
+    c: Tensor,
+    A: Tensor | None = None,
+    b: Tensor | None = None,
+    G: Tensor | None = None,
+    h: Tensor | None = None,
+    l: Tensor | None = None,  # noqa: E741
 ) -> KKTSolution:
-    """The initial guess with everything in it, as far as the shapes allow."""
-    _check({"Q": Q, "c": c, "A": A, "b": b, "G": G, "h": h, "l": l})
+    """Return the initial guess with all parts, of zeros if absent."""
+    _check_data({"Q": Q, "c": c, "A": A, "b": b, "G": G, "h": h, "l": l})
     like = KKTSolution(*(c.new_zeros((0,)) if t is None else torch.zeros_like(t) for t in (c, b, h)))
     given = init if isinstance(init, KKTSolution) else KKTSolution(init)
     filled = KKTSolution(*(zero if t is None else t for t, zero in zip(given, like, strict=True)))
@@ -198,7 +198,7 @@ def _guess(
     return filled
 
 
-def _check(named: dict[str, Any]) -> None:
+def _check_data(named: dict[str, Tensor | None]) -> None:
     for name, t in named.items():
         if not (isinstance(t, Tensor) and t.is_floating_point()) and (t is not None or name in "Qc"):
             raise TypeError(f"qp: {name} must be a real floating-point tensor, got {pytree.describe(t)}")
@@ -206,7 +206,7 @@ def _check(named: dict[str, Any]) -> None:
         if (named[matrix] is None) != (named[vector] is None):
             raise ValueError(f"qp: {matrix} and {vector} go together: give both, or None for both")
     if named["l"] is not None and named["G"] is None:
-        raise ValueError("qp: l are lower bounds of G x: give G and h with it (h may be infinite)")
+        raise ValueError("qp: l are lower bounds of G x: give G and h too (h may be infinite)")
     n, p, m = (t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in (named[name] for name in "cbh"))
     expected = {"Q": (n, n), "c": (n,), "A": (p, n), "b": (p,), "G": (m, n), "h": (m,), "l": (m,)}
     given = {name: t for name, t in named.items() if t is not None}
@@ -220,7 +220,7 @@ def _check(named: dict[str, Any]) -> None:
 
 
 def _kkt(fn: Callable[..., _Data]) -> Equation:
-    def on_trees(functions: Functions, x: KKTSolution, args: tuple[Any, ...]) -> KKTSolution:
+    def on_trees(functions: Functions, x: KKTSolution, args: tuple[Tree, ...]) -> KKTSolution:
         Q, c, A, b, G, h, lower = functions["fn"](x, args)
         return KKTSolution(
             Q @ x.primal + c + A.mT @ x.dual_eq + G.mT @ x.dual_ineq,
@@ -228,208 +228,240 @@ def _kkt(fn: Callable[..., _Data]) -> Equation:
             _complementarity(x.primal, x.dual_ineq, G, h, lower),
         )
 
-    def on_rows(rows: Rows, x: Tensor) -> Tensor:
-        of, n = rows.once(_program), rows.inputs.sizes[0]
-        return torch.cat(violation(of, point(of, x[:, :n], x[:, n:])), dim=-1)
+    def on_rows(problem: BatchedProblem, x: Tensor) -> Tensor:
+        prog, n = problem.once(_program), problem.inputs.sizes[0]
+        return torch.cat(kkt_violation(prog, make_point(prog, x[:, :n], x[:, n:])), dim=-1)
 
     return Equation({"fn": lambda x, args: fn(x, *args)}, on_trees, on_rows)
 
 
 def _complementarity(x: Tensor, y: Tensor, G: Tensor, h: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-    """Zero where the row is at the bound on which ``y`` presses, or ``y`` is zero and the bounds hold.
+    """Return a residual that is zero for rows at the bound on which ``y`` presses, and for rows within bounds with
+    ``y = 0``.
 
-    Which of these it is does not depend on units: the search has set the multipliers to zero that are rounding.
+    The selection of the case depends on no units: the search has already set the multipliers of rounding size to zero.
     """
     up = h - G @ x
     at_upper = y > 0
     if not l.numel():
         return torch.where(at_upper, up, y + up.detach().clamp(max=0))
     down = l - G @ x
-    violation = up.clamp(max=0) + down.clamp(min=0)
-    inactive = torch.where(h == l, 0.5 * (up + down), y + violation.detach())
+    kkt_violation = up.clamp(max=0) + down.clamp(min=0)
+    # An inactive row has residual ``y``, plus its detached violation so that the residual of an infeasible point is not
+    # zero. An equality has the mean of both distances.
+    inactive = torch.where(h == l, 0.5 * (up + down), y + kkt_violation.detach())
     return torch.where(at_upper, up, torch.where(y < 0, down, inactive))
 
 
-def _program(rows: Rows) -> Program:
-    n, p, m = rows.inputs.sizes
-    unused = torch.zeros(math.prod(rows.inputs.batch), n + p + m, dtype=rows.inputs.dtype, device=rows.inputs.device)
-    values = rows.fn(unused)
+def _program(problem: BatchedProblem) -> QuadraticProgram:
+    """Return the program of a problem; the function of the data ignores the unknowns."""
+    n, p, m = problem.inputs.sizes
+    # The unknowns are an argument of every user's function; `data` ignores them.
+    unused = torch.zeros(
+        math.prod(problem.inputs.batch), n + p + m, dtype=problem.inputs.dtype, device=problem.inputs.device
+    )
+    values = problem.fn(unused)
     sizes = [n * n, n, p * n, p, m * n, m]
     Q, c, A, b, G, h, lower = values.split([*sizes, values.shape[-1] - sum(sizes)], dim=-1)
     Q, A, G = (t.unflatten(-1, (k, n)) for t, k in ((Q, n), (A, p), (G, m)))
-    return program(Q, c, A, b, G, h, lower)
+    return make_program(Q, c, A, b, G, h, lower)
 
 
 # --- the iteration ----------------------------------------------------------------------------------------------------
 
 _GUESSES = 3
-"""How many active sets to try in a review."""
+"""Number of active sets to try in a review."""
 
 
-def _first_review(rows: Rows) -> int:
-    """The more unknowns there are, the more iterations a guess costs."""
-    return min(max(rows.inputs.sizes[0] // 10, 10), 100)
+def _first_review(problem: BatchedProblem) -> int:
+    """Return the iteration of the first review; a review is more expensive with more unknowns."""
+    return min(max(problem.inputs.sizes[0] // 10, 10), 100)
 
 
-def _start(rows: Rows, x: Tensor) -> Start:
-    of = rows.once(_program)
-    n, _, inequalities = rows.inputs.sizes
-    at = point(of, x[:, :n], x[:, n:])
-    error, zero = residual(of, at), torch.zeros_like
-    # Of the two parts of the first error, at zero, the smaller that is not zero: a target for the units of the larger
-    # would hide the other.
-    parts = torch.stack(error_parts(of, point(of, zero(at.x), zero(at.y))))
+def _start(problem: BatchedProblem, x: Tensor) -> Start[QPMemory]:
+    prog = problem.once(_program)
+    n, _, inequalities = problem.inputs.sizes
+    at = make_point(prog, x[:, :n], x[:, n:])
+    error, zero = kkt_error(prog, at), torch.zeros_like
+    # Take the smaller nonzero part of the first error, at zero: a target in the units of the larger part would hide the
+    # other part.
+    parts = torch.stack(error_parts(prog, make_point(prog, zero(at.x), zero(at.y))))
     first = torch.where(parts > 0, parts, torch.inf).amin(dim=0)
-    delta, shift = precision(rows.eps)
-    # Q is positive on the null space of A if it is so with A'A added often enough.
-    _, curved = factor(of, torch.where(of.equal, of.rows / delta, 0.0), shift, rows.plain)
+    delta, shift = regularisation(problem.eps)
+    # ``Q + w A'A`` is positive definite for large ``w`` exactly if ``Q`` is positive definite on the null space of
+    # ``A`` (Debreu, Finsler).
+    _, curved = factor(prog, torch.where(prog.equal, prog.rows / delta, 0.0), shift, problem.plain)
     why = int(Status.DIVERGED if inequalities else Status.UNBOUNDED)
     status = torch.where(curved & torch.isfinite(error), why, int(Status.RUNNING))
-    crossed = torch.isposinf(of.l) | torch.isneginf(of.u) | (of.below & of.above & (of.l > of.u))
+    # Bounds that exclude every value.
+    crossed = torch.isposinf(prog.l) | torch.isneginf(prog.u) | (prog.below & prog.above & (prog.l > prog.u))
     status = torch.where(crossed.any(dim=-1), int(Status.INFEASIBLE), status)
+    # Multipliers in ``init`` are worth an immediate guess of the active set.
     rho = torch.full_like(error, _admm.RHO)
     warm = (at.y.detach() != 0).any(dim=-1)
     memory = QPMemory(
         image=at.image,
         slope=at.slope,
-        values=clamp(of, at.image),
+        values=clamp_to_bounds(prog, at.image),
         rho=rho,
-        factor=_admm.factorise(of, rho) if inequalities else _kkt_inverse(of, rows.eps),
-        review=torch.where(warm, 1, _first_review(rows)),
+        factor=_admm.admm_factor(prog, rho) if inequalities else _kkt_inverse(prog, problem.eps),
+        review=torch.where(warm, 1, _first_review(problem)),
         record=torch.full_like(error, torch.inf),
     )
     return Start(error, memory, status, reference=torch.where(torch.isinf(first), error, first))
 
 
-def _step(rows: Rows, x: Tensor, state: State[QPMemory]) -> tuple[Tensor, State[QPMemory]]:
-    of = rows.once(_program)
-    n, _, inequalities = rows.inputs.sizes
-    at = Point(x[:, :n], x[:, n:], state.memory.image, state.memory.slope)
-    new, after = (_alternate if inequalities else _correct)(rows, of, at, state)
+def _step(problem: BatchedProblem, x: Tensor, state: State[QPMemory]) -> tuple[Tensor, State[QPMemory]]:
+    prog = problem.once(_program)
+    n, _, inequalities = problem.inputs.sizes
+    at = PrimalDual(x[:, :n], x[:, n:], state.memory.image, state.memory.slope)
+    new, after = (_admm_step if inequalities else _newton_on_kkt)(problem, prog, at, state)
     running = after.status == Status.RUNNING
-    there = running & (after.error <= after.target)
-    # ADMM alone does not come down to rounding.
+    converged = running & (after.error <= after.target)
+    # ADMM alone does not reach rounding, so test for rounding after reviews only.
     if not inequalities or any_lane(after.memory.review != state.memory.review):
-        there = there | (running & _is_there(rows, of, new, after))
-    if inequalities and any_lane(there):
-        # The derivative takes a row with a multiplier for an active one.
-        new = _chosen(there, point(of, new.x, of_active_rows(of, new)), new)
-        clear = point(of, new.x, without_noise(of, new, rows.eps))
-        new = _chosen(there & _is_there(rows, of, clear, after), clear, new)
-    status = torch.where(there, int(Status.CONVERGED), after.status)
+        converged = converged | (running & _parts_converged(problem, prog, new, after))
+    if inequalities and any_lane(converged):
+        # The derivative treats a row with a nonzero multiplier as active: clear multipliers of inactive rows, then of
+        # weakly active rows if the point stays a solution.
+        new = _select_point(converged, make_point(prog, new.x, of_active_rows(prog, new)), new)
+        clear = make_point(prog, new.x, without_noise(prog, new, problem.eps))
+        new = _select_point(converged & _parts_converged(problem, prog, clear, after), clear, new)
+    status = torch.where(converged, int(Status.CONVERGED), after.status)
     memory = after.memory._replace(image=new.image, slope=new.slope)
     return torch.cat([new.x, new.y], dim=-1), after._replace(status=status, memory=memory)
 
 
-def _chosen(where: Tensor, new: Point, old: Point) -> Point:
-    return Point(*(select(where, a, b) for a, b in zip(new, old, strict=True)))
+def _select_point(where: Tensor, new: PrimalDual, old: PrimalDual) -> PrimalDual:
+    return PrimalDual(*(select(where, a, b) for a, b in zip(new, old, strict=True)))
 
 
-def _is_there(rows: Rows, of: Program, at: Point, state: State[QPMemory]) -> Tensor:
-    # No part of the error can be made smaller than rounding makes it.
-    pairs = zip(error_parts(of, at), rounding(of, at, rows.eps), strict=True)
+def _parts_converged(problem: BatchedProblem, prog: QuadraticProgram, at: PrimalDual, state: State[QPMemory]) -> Tensor:
+    """True in lanes with both parts of the error at most the target or their rounding."""
+    # Rounding bounds each part of the error from below.
+    pairs = zip(error_parts(prog, at), rounding_of_parts(prog, at, problem.eps), strict=True)
     return all_of([part <= torch.maximum(state.target, floor) for part, floor in pairs])
 
 
-def _kkt_inverse(of: Program, eps: float) -> Tensor:
-    """The inverse of ``[[Q, C'], [C, 0]]``, shifted by so little that the corrections make up for it."""
+def _kkt_inverse(prog: QuadraticProgram, eps: float) -> Tensor:
+    """Return the inverse of ``[[Q, C'], [C, 0]]`` with a shift small enough for the iteration to correct."""
     delta = eps**0.75
-    shift = torch.cat([delta * of.columns, -delta / of.rows], dim=-1)
-    upper = torch.cat([of.Q, of.C.mT], dim=-1)
-    lower = torch.cat([of.C, torch.zeros_like(of.C @ of.C.mT)], dim=-1)
-    return _dense.inverse(torch.cat([upper, lower], dim=-2) + torch.diag_embed(shift))
+    # The shift makes the matrix regular also for dependent rows, and in the units of rows and columns.
+    shift = torch.cat([delta * prog.columns, -delta / prog.rows], dim=-1)
+    upper = torch.cat([prog.Q, prog.C.mT], dim=-1)
+    lower = torch.cat([prog.C, torch.zeros_like(prog.C @ prog.C.mT)], dim=-1)
+    return _dense.invert_dense(torch.cat([upper, lower], dim=-2) + torch.diag_embed(shift))
 
 
-def _correct(rows: Rows, of: Program, at: Point, state: State[QPMemory]) -> tuple[Point, State[QPMemory]]:
-    """Newton's method on the linear KKT conditions; once is enough but for rounding."""
-    d = -times(torch.cat([at.slope, at.image - of.u], dim=-1), state.memory.factor.mT)
+def _newton_on_kkt(
+    problem: BatchedProblem, prog: QuadraticProgram, at: PrimalDual, state: State[QPMemory]
+) -> tuple[PrimalDual, State[QPMemory]]:
+    """Make a Newton step on the linear KKT conditions; a single step suffices up to rounding."""
+    d = -vecmat(torch.cat([at.slope, at.image - prog.u], dim=-1), state.memory.factor.mT)
     dx, dy = d.split([at.x.shape[-1], at.y.shape[-1]], dim=-1)
-    new = point(of, at.x + dx, at.y + dy)
-    error = residual(of, new)
+    new = make_point(prog, at.x + dx, at.y + dy)
+    error = kkt_error(prog, new)
+    # A Newton step on a linear system that does not halve the error: the system has no solution, or none within
+    # rounding.
     stuck = (error > state.target) & ~(error < 0.5 * state.error)
-    status = _proved(of, dx, dy, rows.eps, stuck, state.status) if any_lane(stuck) else state.status
+    status = _with_certificates(prog, dx, dy, problem.eps, stuck, state.status) if any_lane(stuck) else state.status
     return new, state._replace(error=error, status=status)
 
 
-def _alternate(rows: Rows, of: Program, at: Point, state: State[QPMemory]) -> tuple[Point, State[QPMemory]]:
-    new, values = _admm.iterate(of, at, state.memory.values, state.memory.rho, state.memory.factor)
-    state = state._replace(error=residual(of, new), memory=state.memory._replace(values=values))
+def _admm_step(
+    problem: BatchedProblem, prog: QuadraticProgram, at: PrimalDual, state: State[QPMemory]
+) -> tuple[PrimalDual, State[QPMemory]]:
+    """Make an iteration of ADMM, and a review if due."""
+    new, values = _admm.admm_iteration(prog, at, state.memory.values, state.memory.rho, state.memory.factor)
+    state = state._replace(error=kkt_error(prog, new), memory=state.memory._replace(values=values))
     due = (state.status == Status.RUNNING) & (state.iter_num + 1 >= state.memory.review) & (state.error > state.target)
     if any_lane(due):
-        status = _proved(of, new.x - at.x, new.y - at.y, rows.eps, due, state.status)
-        new, state = _polished(rows, of, new, state._replace(status=status), due)
-        state = _adapted(rows, of, new, state, due & (state.error > state.target))
+        status = _with_certificates(prog, new.x - at.x, new.y - at.y, problem.eps, due, state.status)
+        new, state = _try_active_sets(problem, prog, new, state._replace(status=status), due)
+        state = _adapt_rho(problem, prog, new, state, due & (state.error > state.target))
     return new, state
 
 
-def _proved(of: Program, dx: Tensor, dy: Tensor, eps: float, asked: Tensor, status: Tensor) -> Tensor:
-    infeasible, unbounded = certificates(of, dx, dy, eps)
+def _with_certificates(
+    prog: QuadraticProgram, dx: Tensor, dy: Tensor, eps: float, asked: Tensor, status: Tensor
+) -> Tensor:
+    """Set the status of the `asked` lanes whose step is a certificate."""
+    infeasible, unbounded = certificates(prog, dx, dy, eps)
     status = torch.where(asked & unbounded, int(Status.UNBOUNDED), status)
     return torch.where(asked & infeasible, int(Status.INFEASIBLE), status)
 
 
-def _polished(rows: Rows, of: Program, at: Point, state: State[QPMemory], due: Tensor) -> tuple[Point, State[QPMemory]]:
-    """The best of the points that some guesses of the active set lead to, where it is better."""
-    again = torch.clamp(2 * (state.iter_num + 1), min=_first_review(rows))
+def _try_active_sets(
+    problem: BatchedProblem, prog: QuadraticProgram, at: PrimalDual, state: State[QPMemory], due: Tensor
+) -> tuple[PrimalDual, State[QPMemory]]:
+    """Try guesses of the active set, and keep the best point if better than the present point."""
+    # Reviews at 10, 20, 40, ...: their total cost is proportional to the iterations.
+    again = torch.clamp(2 * (state.iter_num + 1), min=_first_review(problem))
     memory = state.memory._replace(review=torch.where(due, again, state.memory.review))
     state = state._replace(memory=memory)
     x, y, asked, first = at.x, at.y, due, due & torch.isinf(state.memory.record)
     for guess in range(_GUESSES):
         if not any_lane(asked):
             break
-        lanes = picked(asked, rows.plain)
-        part, near = of.of(lanes), (x[lanes], y[lanes])
+        lanes = picked(asked, problem.plain)
+        part, near = prog.pick(lanes), (x[lanes], y[lanes])
+        # Guess 0 starts from ADMM's point, guess 1 from the interior point (at the first review only), guess 2 searches
+        # longer.
         if guess == 1:
             if not any_lane(asked & first):
                 continue
-            inner_x, inner_y = interior_point(part, rows.eps)
+            inner_x, inner_y = interior_point(part, problem.eps)
             near = select(first[lanes], inner_x, near[0]), select(first[lanes], inner_y, near[1])
             x, y = put(x, asked, lanes, near[0]), put(y, asked, lanes, near[1])
-        ahead = active_set(part, *near, rows.eps, rows.plain, patient=guess > 1)
-        at, state = _taken(rows, part, at, state, ahead, asked, lanes)
+        ahead = active_set(part, *near, problem.eps, problem.plain, patient=guess > 1)
+        at, state = _take_polished(problem, part, at, state, ahead, asked, lanes)
         asked = asked & (state.error > state.target) & (state.status == Status.RUNNING)
     return at, state
 
 
-def _taken(
-    rows: Rows,
-    part: Program,
-    at: Point,
+def _take_polished(
+    problem: BatchedProblem,
+    part: QuadraticProgram,
+    at: PrimalDual,
     state: State[QPMemory],
     ahead: tuple[Tensor, Tensor, Tensor],
     asked: Tensor,
     lanes: Tensor | slice,
-) -> tuple[Point, State[QPMemory]]:
-    """The point that a guess of the active set leads to, in the `asked` lanes, whose program is `part`; `ahead` is what
-    `active_set` gives."""
+) -> tuple[PrimalDual, State[QPMemory]]:
+    """Move the `asked` lanes, whose program is `part`, to the point of an active set; `ahead` is the result of
+    `active_set`."""
     x, y, side = ahead
-    found, dx, dy, broken = polish(part, x, y, side, rows.eps, rows.plain)
+    found, dx, dy, broken = polish(part, x, y, side, problem.eps, problem.plain)
     error, before, target, record = (
-        residual(part, found),
+        kkt_error(part, found),
         state.error[lanes],
         state.target[lanes],
         state.memory.record[lanes],
     )
-    # Every guess that is taken, but for the last, has a tenth of the error of the one before, lest they take turns.
+    # Each accepted guess, except the last, must reduce the error tenfold relative to the last accepted guess; otherwise
+    # guesses could alternate.
     better = ~broken & (error < before) & ((error <= target) | (error < 0.1 * record))
-    values = clamp(part, torch.where(side > 0, part.u, torch.where(side < 0, part.l, found.image)))
-    status = _proved(part, dx, dy, rows.eps, ~broken & (error > target), state.status[lanes])
+    values = clamp_to_bounds(part, torch.where(side > 0, part.u, torch.where(side < 0, part.l, found.image)))
+    status = _with_certificates(part, dx, dy, problem.eps, ~broken & (error > target), state.status[lanes])
 
     def merged(old: Tensor, new: Tensor) -> Tensor:
         return put(old, asked, lanes, select(better, new, old[lanes]))
 
     old = state.memory
     memory = old._replace(record=merged(old.record, error), values=merged(old.values, values))
-    return Point(*(merged(old, new) for old, new in zip(at, found, strict=True))), state._replace(
+    return PrimalDual(*(merged(old, new) for old, new in zip(at, found, strict=True))), state._replace(
         error=merged(state.error, error), status=put(state.status, asked, lanes, status), memory=memory
     )
 
 
-def _adapted(rows: Rows, of: Program, at: Point, state: State[QPMemory], due: Tensor) -> State[QPMemory]:
-    rho = torch.where(due, _admm.balanced(of, at, state.memory.values, state.memory.rho), state.memory.rho)
+def _adapt_rho(
+    problem: BatchedProblem, prog: QuadraticProgram, at: PrimalDual, state: State[QPMemory], due: Tensor
+) -> State[QPMemory]:
+    """Balance ``rho`` in the `due` lanes, with a new factorisation if changed."""
+    rho = torch.where(due, _admm.balanced_rho(prog, at, state.memory.values, state.memory.rho), state.memory.rho)
     changed = rho != state.memory.rho
     if not any_lane(changed):
         return state
-    lanes = picked(changed, rows.plain)
-    lower = put(state.memory.factor, changed, lanes, _admm.factorise(of.of(lanes), rho[lanes]))
+    lanes = picked(changed, problem.plain)
+    lower = put(state.memory.factor, changed, lanes, _admm.admm_factor(prog.pick(lanes), rho[lanes]))
     return state._replace(memory=state.memory._replace(rho=rho, factor=lower))

@@ -7,32 +7,35 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.bounds import limits_of
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.bounds import Bound, limits_of
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.solver import Solver
 from implicitdiff.solvers._scipy import (
-    Engine,
-    Lane,
+    LaneFunctions,
+    ScipyEngine,
     check_scipy_options,
     lookup,
-    make_engine,
+    make_scipy_solver,
 )
 
-_EPS = float(np.finfo(np.float64).eps)
+_FLOAT64_EPS = float(np.finfo(np.float64).eps)
 
 
-def _of_trust_region(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
-    # A small change of |r|^2 tells little of J' r. In a box SciPy scales J' r with the distances from the bounds, and
-    # it takes no number below the precision, whatever the units.
-    return {"ftol": None, "xtol": eps, "gtol": None if bounded or aim < _EPS else aim}
+def _of_trust_region(aim: float, eps: float, bounded: bool) -> dict[str, object]:
+    # `ftol` is off, because a small change of ``|r|^2`` does not bound ``J' r``. In a box SciPy scales ``J' r`` by the
+    # distances from the bounds, so `gtol` has other units; and SciPy refuses a `gtol` below eps.
+    return {"ftol": None, "xtol": eps, "gtol": None if bounded or aim < _FLOAT64_EPS else aim}
 
 
-def _of_minpack(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
-    return {"ftol": eps, "xtol": eps, "gtol": _EPS}
+def _of_minpack(aim: float, eps: float, bounded: bool) -> dict[str, object]:
+    return {"ftol": eps, "xtol": eps, "gtol": _FLOAT64_EPS}
 
 
-_METHODS = {"trf": _of_trust_region, "dogbox": _of_trust_region, "lm": _of_minpack}
+_LEAST_SQUARES_METHODS = {"trf": _of_trust_region, "dogbox": _of_trust_region, "lm": _of_minpack}
 
 _REFUSED = {
     "max_nfev": "give maxiter= to the solver",
@@ -44,27 +47,26 @@ _REFUSED = {
 
 
 def scipy_least_squares(
-    residual_fn: Callable[..., Any],
+    residual_fn: Callable[..., Tree],
     method: str = "trf",
-    bounds: Any = None,
-    scipy_options: Mapping[str, Any] | None = None,
-    **options: Any,
+    bounds: tuple[Bound, Bound] | None = None,
+    scipy_options: Mapping[str, object] | None = None,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
-    r"""Make a solver of ``min |r(x, *args)|^2 / 2``, in a box if need be, by `scipy.optimize.least_squares`.
+    r"""Make a solver of ``min |r(x, *args)|^2 / 2``, optionally in a box, by `scipy.optimize.least_squares`.
 
-    SciPy's solver runs on the host with the Jacobian of `torch`, below every transform, and the solution has the
-    implicit derivatives of the condition ``J' r = 0``, or with bounds of ``x = clip(x - J' r, lower, upper)``: an
-    unknown at a bound moves with the bound, and with nothing else. Under vmap it runs once for each lane, one after
-    the other; the solvers written in this library solve all lanes together. Arrays are float64 on SciPy's side,
-    whatever the dtype and device of ``x``.
+    SciPy's solver runs on the host with the Jacobian of `torch`, below every transform. The solution has the implicit
+    derivatives of the condition ``J' r = 0``, with bounds of ``x = clip(x - J' r, lower, upper)``: an unknown at a
+    bound moves with the bound only. Under vmap SciPy solves lane after lane; this library's own solvers solve all lanes
+    together. SciPy computes in float64 for any dtype and device of ``x``.
 
-    One `update` is the whole search, and its result has the implicit derivatives too. `iter_num` counts evaluations of
-    ``r``, as ``maxiter`` does. SciPy's steps cannot be unrolled: ``run(..., implicit_diff=False)`` is refused.
+    An `update` is the whole search, and its result has the implicit derivatives too. `iter_num` and ``maxiter`` count
+    evaluations of ``r``. SciPy's steps cannot be unrolled: ``run(..., implicit_diff=False)`` is refused.
 
-    Whether a search has converged is decided by the condition's error, whatever SciPy reports; one that stopped by
-    itself before has the status ``LINE_SEARCH_FAILED``. SciPy compares sums of squares, in which rounding hides a
-    ``J' r`` of about the square root of the precision. So the defaults ask SciPy for as much as any solver, but where
-    it stops before, accept what they would be with ``eps^(2/5)``, 5e-7 in float64, in the place of ``eps^(2/3)``.
+    The error of the condition decides about convergence, not SciPy's report. A search that stopped early has the status
+    ``LINE_SEARCH_FAILED``. SciPy compares sums of squares, and rounding of a sum hides a ``J' r`` of about the square
+    root of the precision. So the defaults ask SciPy for the usual target, but after an early stop accept the target
+    with ``eps^(2/5)``, 5e-7 in float64, instead of ``eps^(2/3)``.
 
     Args:
         residual_fn: ``r(x, *args)``, a tree of any shapes.
@@ -72,14 +74,14 @@ def scipy_least_squares(
         bounds: a pair ``(lower, upper)``, each a number, a tensor that broadcasts to every leaf of ``x``, a tree of
             these like ``x``, or None. They are differentiated and batched like what ``residual_fn`` captures. The
             initial guess is moved into the box.
-        scipy_options: other arguments of `scipy.optimize.least_squares`. They go before the tolerances that are
-            otherwise made of ``rtol`` and ``atol``.
+        scipy_options: other arguments of `scipy.optimize.least_squares`, with priority over tolerances from ``rtol``
+            and ``atol``.
         options: see `implicitdiff.solvers`; ``maxiter=None`` allows 200 for each unknown, at least 1000.
 
     Raises:
-        ValueError: SciPy has no such method, it takes no bounds, or these are no pair; ``scipy_options`` has a
-            ``loss``, which `levenberg_marquardt` takes, or what has an argument of its own. Later: a lower bound is not
-            below the upper one.
+        ValueError: SciPy has no such method, the method takes no bounds, or the bounds are not a pair;
+            ``scipy_options`` has a ``loss`` (see `levenberg_marquardt`), or an option with an argument of its own here.
+            When solving: a lower bound is not below the upper bound.
 
     Reference:
         Virtanen et al., "SciPy 1.0", Nature Methods 17 (2020); `scipy.optimize.least_squares`.
@@ -94,20 +96,26 @@ def scipy_least_squares(
         >>> c
         tensor([0.3618, 0.5563], dtype=torch.float64)
     """
-    lookup("scipy_least_squares", method, _METHODS)
+    lookup("scipy_least_squares", method, _LEAST_SQUARES_METHODS)
     own = check_scipy_options("scipy_least_squares", scipy_options, _REFUSED)
-    equation_of = _equations.least_squares
+    equation_of = _equations.least_squares_equation
     if bounds is not None:
         if method.lower() == "lm":
             raise ValueError('scipy_least_squares: method "lm" takes no bounds; use "trf" or "dogbox"')
-        equation_of = partial(_boxed, limits=limits_of("scipy_least_squares", bounds))
-    solve = partial(_solve, method=method.lower(), bounded=bounds is not None, own=own)
-    engine = Engine(solve, "nfev", digits=2 / 5)
-    return make_engine("scipy_least_squares", equation_of, residual_fn, engine, options)
+        equation_of = partial(
+            _equations.boxed_by,
+            smooth_of=_equations.least_squares_equation,
+            limits=limits_of("scipy_least_squares", bounds),
+        )
+    solve = partial(_run_least_squares, method=method.lower(), bounded=bounds is not None, own=own)
+    engine = ScipyEngine(solve, "nfev", digits=2 / 5)
+    return make_scipy_solver("scipy_least_squares", equation_of, residual_fn, engine, options)
 
 
-def _solve(lane: Lane, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, Any]) -> Any:
-    # Takes half a second to import.
+def _run_least_squares(
+    lane: LaneFunctions, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, object]
+) -> Any:
+    # The import takes half a second.
     from scipy.optimize import least_squares
 
     lower, upper = lane.bounds() if bounded else (-np.inf, np.inf)
@@ -118,9 +126,5 @@ def _solve(lane: Lane, aim: float, limit: int, *, method: str, bounded: bool, ow
         bounds=(lower, upper),
         method=method,
         max_nfev=limit,
-        **{**_METHODS[method](aim / lane.x0.size**0.5, lane.eps, bounded), **own},
+        **{**_LEAST_SQUARES_METHODS[method](aim / lane.x0.size**0.5, lane.eps, bounded), **own},
     )
-
-
-def _boxed(fn: Callable[..., Any], limits: tuple[Any, Any]) -> _equations.Equation:
-    return _equations.boxed(_equations.least_squares(fn), *limits)

@@ -7,36 +7,39 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff.solvers._loop.bounds import limits_of
+from implicitdiff.solvers._loop.bounds import Bound, limits_of
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.solver import Solver
 from implicitdiff.solvers._scipy import (
-    Engine,
-    Lane,
+    LaneFunctions,
+    ScipyEngine,
     check_scipy_options,
     lookup,
-    make_engine,
+    make_scipy_solver,
 )
 
-Tolerances = Callable[[float, float, bool], dict[str, Any]]
+MinimizeTolerances = Callable[[float, float, bool], dict[str, object]]
 
 
-class _Row(NamedTuple):
-    """What SciPy's documentation says of a method.
+class _MinimizeMethod(NamedTuple):
+    """Properties of a method of SciPy, from its documentation.
 
     Attributes:
-        tolerances: ``tolerances(aim, eps, bounded)``, the options with which it does not stop before all of ``grad f``
-            is less than `aim`.
-        jac: whether it takes the gradient.
-        hessp: whether it takes products with the Hessian.
-        hess: whether it needs the Hessian as a matrix.
-        bounds: whether it takes bounds.
-        budget: the option that limits it.
-        counts: what in the result this counts.
+        tolerances: ``tolerances(aim, eps, bounded)``, options with which the method runs until every entry of
+            ``grad f`` is at most `aim`.
+        jac: True if the method takes the gradient.
+        hessp: True if the method takes products with the Hessian.
+        hess: True if the method needs the Hessian as a matrix.
+        bounds: True if the method takes bounds.
+        budget: the option that limits the search.
+        counts: the field of the result that the budget limits.
     """
 
-    tolerances: Tolerances
+    tolerances: MinimizeTolerances
     jac: bool = True
     hessp: bool = False
     hess: bool = False
@@ -45,86 +48,85 @@ class _Row(NamedTuple):
     counts: str = "nit"
 
 
-def _by_gradient(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
+def _by_gradient(aim: float, eps: float, bounded: bool) -> dict[str, object]:
     return {"gtol": aim}
 
 
-def _by_euclidean_gradient(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
+def _by_euclidean_gradient(aim: float, eps: float, bounded: bool) -> dict[str, object]:
     return {"gtol": aim, "norm": 2}
 
 
-def _by_interior_point(aim: float, eps: float, bounded: bool) -> dict[str, Any]:
-    # The gradient that it tests is that of the objective with the barrier, which may be far from gone.
+def _by_interior_point(aim: float, eps: float, bounded: bool) -> dict[str, object]:
+    # The tested gradient includes the barrier term, which stays large near a bound: with bounds test the barrier
+    # parameter instead.
     return {"gtol": 0.0 if bounded else aim, "xtol": eps, "barrier_tol": aim}
 
 
-def _by_distance(*options: str) -> Tolerances:
-    """Of methods that know no gradient: the distance of the points where they look."""
+def _by_distance(*options: str) -> MinimizeTolerances:
+    """Return tolerances for methods without gradients: bounds on the distance between trial points."""
     return lambda aim, eps, bounded: dict.fromkeys(options, min(aim, eps ** (2 / 3)))
 
 
-_METHODS = {
-    "nelder-mead": _Row(_by_distance("xatol", "fatol"), jac=False, bounds=True),
-    "powell": _Row(lambda aim, eps, bounded: {"xtol": eps ** (2 / 3), "ftol": eps}, jac=False, bounds=True),
-    "cg": _Row(_by_euclidean_gradient),
-    "bfgs": _Row(_by_euclidean_gradient),
-    "newton-cg": _Row(lambda aim, eps, bounded: {"xtol": eps}, hessp=True),
-    "l-bfgs-b": _Row(lambda aim, eps, bounded: {"gtol": aim, "ftol": 0.0, "maxfun": 10**9}, bounds=True),
-    "tnc": _Row(
+_MINIMIZE_METHODS = {
+    "nelder-mead": _MinimizeMethod(_by_distance("xatol", "fatol"), jac=False, bounds=True),
+    "powell": _MinimizeMethod(lambda aim, eps, bounded: {"xtol": eps ** (2 / 3), "ftol": eps}, jac=False, bounds=True),
+    "cg": _MinimizeMethod(_by_euclidean_gradient),
+    "bfgs": _MinimizeMethod(_by_euclidean_gradient),
+    "newton-cg": _MinimizeMethod(lambda aim, eps, bounded: {"xtol": eps}, hessp=True),
+    "l-bfgs-b": _MinimizeMethod(lambda aim, eps, bounded: {"gtol": aim, "ftol": 0.0, "maxfun": 10**9}, bounds=True),
+    "tnc": _MinimizeMethod(
         lambda aim, eps, bounded: {"gtol": aim, "ftol": 0.0, "xtol": 0.0}, bounds=True, budget="maxfun", counts="nfev"
     ),
-    "cobyla": _Row(_by_distance("tol"), jac=False, bounds=True, counts="nfev"),
-    "cobyqa": _Row(_by_distance("final_tr_radius"), jac=False, bounds=True, budget="maxfev", counts="nfev"),
-    "slsqp": _Row(lambda aim, eps, bounded: {"ftol": eps**2}, bounds=True),
-    "trust-constr": _Row(_by_interior_point, hessp=True, bounds=True),
-    "dogleg": _Row(_by_gradient, hess=True),
-    "trust-ncg": _Row(_by_gradient, hessp=True),
-    # An inexact step may predict no improvement, which ends the search far from the solution.
-    "trust-krylov": _Row(lambda aim, eps, bounded: {"gtol": aim, "inexact": False}, hessp=True),
-    "trust-exact": _Row(_by_gradient, hess=True),
+    "cobyla": _MinimizeMethod(_by_distance("tol"), jac=False, bounds=True, counts="nfev"),
+    "cobyqa": _MinimizeMethod(_by_distance("final_tr_radius"), jac=False, bounds=True, budget="maxfev", counts="nfev"),
+    "slsqp": _MinimizeMethod(lambda aim, eps, bounded: {"ftol": eps**2}, bounds=True),
+    "trust-constr": _MinimizeMethod(_by_interior_point, hessp=True, bounds=True),
+    "dogleg": _MinimizeMethod(_by_gradient, hess=True),
+    "trust-ncg": _MinimizeMethod(_by_gradient, hessp=True),
+    # An inexact step may predict no decrease, and end the search far from the solution.
+    "trust-krylov": _MinimizeMethod(lambda aim, eps, bounded: {"gtol": aim, "inexact": False}, hessp=True),
+    "trust-exact": _MinimizeMethod(_by_gradient, hess=True),
 }
 
 
 def scipy_minimize(
-    objective_fn: Callable[..., Any],
+    objective_fn: Callable[..., Tensor],
     method: str | None = None,
-    bounds: Any = None,
-    scipy_options: Mapping[str, Any] | None = None,
-    **options: Any,
+    bounds: tuple[Bound, Bound] | None = None,
+    scipy_options: Mapping[str, object] | None = None,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
-    r"""Make a solver of ``min f(x, *args)``, in a box if need be, by `scipy.optimize.minimize`.
+    r"""Make a solver of ``min f(x, *args)``, optionally in a box, by `scipy.optimize.minimize`.
 
-    SciPy's solver runs on the host with the gradient of `torch`, with products with the Hessian where the method takes
-    them (Newton-CG, trust-ncg, trust-krylov, trust-constr) or the Hessian where it needs that (dogleg, trust-exact),
-    below every transform. The solution has the implicit derivatives of the condition ``grad f = 0``, or with bounds of
-    ``x = clip(x - grad f, lower, upper)``: an unknown at a bound moves with the bound, and with nothing else. Under
-    vmap it runs once for each lane, one after the other; the solvers written in this library solve all lanes together.
-    Arrays are float64 on SciPy's side, whatever the dtype and device of ``x``.
+    SciPy's solver runs on the host, below every transform, with the gradient of `torch`, with products with the Hessian
+    (Newton-CG, trust-ncg, trust-krylov, trust-constr) or with the Hessian (dogleg, trust-exact). The solution has the
+    implicit derivatives of the condition ``grad f = 0``, with bounds of ``x = clip(x - grad f, lower, upper)``: an
+    unknown at a bound moves with the bound only. Under vmap SciPy solves lane after lane; this library's own solvers
+    solve all lanes together. SciPy computes in float64 for any dtype and device of ``x``.
 
-    One `update` is the whole search, and its result has the implicit derivatives too. `iter_num` counts what
-    ``maxiter`` limits: iterations, or evaluations of ``f`` for TNC, COBYLA and COBYQA. SciPy's steps cannot be
-    unrolled: ``run(..., implicit_diff=False)`` is refused.
+    An `update` is the whole search, and its result has the implicit derivatives too. `iter_num` and ``maxiter`` count
+    iterations, or evaluations of ``f`` for TNC, COBYLA and COBYQA. SciPy's steps cannot be unrolled:
+    ``run(..., implicit_diff=False)`` is refused.
 
-    Whether a search has converged is decided by the condition's error, whatever SciPy reports; one that stopped by
-    itself before has the status ``LINE_SEARCH_FAILED``. SciPy compares values of ``f``, in which rounding hides a
-    gradient of about the square root of the precision. So the defaults ask SciPy for as much as any solver, but where
-    it stops before, accept what they would be with ``eps^(2/5)``, 5e-7 in float64, in the place of ``eps^(2/3)``.
-    Methods that know no gradient may need more than that. Some of SciPy's methods have constants of their own, and fail
-    where ``f`` is very small or large: multiply it by a number.
+    The error of the condition decides about convergence, not SciPy's report. A search that stopped early has the status
+    ``LINE_SEARCH_FAILED``. SciPy compares values of ``f``, and rounding of a value hides a gradient of about the square
+    root of the precision. So the defaults ask SciPy for the usual target, but after an early stop accept the target
+    with ``eps^(2/5)``, 5e-7 in float64, instead of ``eps^(2/3)``. Methods without gradients may need a coarser
+    tolerance. Some of SciPy's methods have constants with units and fail for a very small or large ``f``: multiply
+    ``f`` by a number.
 
     Args:
         objective_fn: ``f(x, *args)``, one number.
-        method: any of `scipy.optimize.minimize`'s; None is BFGS, or with bounds L-BFGS-B.
+        method: a method of `scipy.optimize.minimize`; None for BFGS, with bounds for L-BFGS-B.
         bounds: a pair ``(lower, upper)``, each a number, a tensor that broadcasts to every leaf of ``x``, a tree of
             these like ``x``, or None. They are differentiated and batched like what ``objective_fn`` captures. The
             initial guess is moved into the box.
-        scipy_options: the method's own options. They go before the tolerances that are otherwise made of ``rtol`` and
-            ``atol``.
+        scipy_options: the method's own options, with priority over tolerances from ``rtol`` and ``atol``.
         options: see `implicitdiff.solvers`; ``maxiter=None`` allows 200 for each unknown, at least 1000.
 
     Raises:
-        ValueError: SciPy has no such method, it takes no bounds, or these are no pair; the budget is among
-            ``scipy_options``. Later: a lower bound exceeds the upper one.
+        ValueError: SciPy has no such method, the method takes no bounds, or the bounds are not a pair; the budget is
+            among ``scipy_options``. When solving: a lower bound exceeds the upper bound.
 
     Reference:
         Virtanen et al., "SciPy 1.0", Nature Methods 17 (2020); `scipy.optimize.minimize`.
@@ -140,24 +142,28 @@ def scipy_minimize(
         tensor([1.5000, 0.5000])
     """
     chosen = method or ("BFGS" if bounds is None else "L-BFGS-B")
-    row = lookup("scipy_minimize", chosen, _METHODS)
+    row = lookup("scipy_minimize", chosen, _MINIMIZE_METHODS)
     own = check_scipy_options("scipy_minimize", scipy_options, {row.budget: "give maxiter= to the solver"})
-    equation_of = _equations.stationary
+    equation_of = _equations.stationary_equation
     if bounds is not None:
         if not row.bounds:
-            takers = ", ".join(name for name, row in _METHODS.items() if row.bounds)
+            takers = ", ".join(name for name, row in _MINIMIZE_METHODS.items() if row.bounds)
             raise ValueError(f"scipy_minimize: method {chosen!r} takes no bounds; use one of {takers}")
-        equation_of = partial(_boxed, limits=limits_of("scipy_minimize", bounds))
-    solve = partial(_solve, method=chosen, bounded=bounds is not None, own=own)
-    engine = Engine(solve, row.counts, digits=2 / 5)
-    return make_engine("scipy_minimize", equation_of, objective_fn, engine, options)
+        equation_of = partial(
+            _equations.boxed_by, smooth_of=_equations.stationary_equation, limits=limits_of("scipy_minimize", bounds)
+        )
+    solve = partial(_run_minimize, method=chosen, bounded=bounds is not None, own=own)
+    engine = ScipyEngine(solve, row.counts, digits=2 / 5)
+    return make_scipy_solver("scipy_minimize", equation_of, objective_fn, engine, options)
 
 
-def _solve(lane: Lane, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, Any]) -> Any:
-    # Takes half a second to import.
+def _run_minimize(
+    lane: LaneFunctions, aim: float, limit: int, *, method: str, bounded: bool, own: Mapping[str, object]
+) -> Any:
+    # The import takes half a second.
     from scipy.optimize import Bounds, minimize
 
-    row = lookup("scipy_minimize", method, _METHODS)
+    row = lookup("scipy_minimize", method, _MINIMIZE_METHODS)
     limits = lane.bounds() if bounded else None
     return minimize(
         lane.objective_and_gradient if row.jac else lane.objective,
@@ -169,7 +175,3 @@ def _solve(lane: Lane, aim: float, limit: int, *, method: str, bounded: bool, ow
         bounds=None if limits is None else Bounds(*limits),
         options={**row.tolerances(aim / lane.x0.size**0.5, lane.eps, bounded), row.budget: limit, **own},
     )
-
-
-def _boxed(fn: Callable[..., Any], limits: tuple[Any, Any]) -> _equations.Equation:
-    return _equations.boxed(_equations.stationary(fn), *limits)

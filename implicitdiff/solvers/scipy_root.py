@@ -7,43 +7,46 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.solver import Solver
-from implicitdiff.solvers._scipy import Engine, Lane, check_scipy_options, lookup, make_engine
+from implicitdiff.solvers._scipy import LaneFunctions, ScipyEngine, check_scipy_options, lookup, make_scipy_solver
 
-Tolerances = Callable[[float, float], dict[str, Any]]
+RootTolerances = Callable[[float, float], dict[str, object]]
 
 
-class _Row(NamedTuple):
-    """What SciPy's documentation says of a method.
+class _RootMethod(NamedTuple):
+    """Properties of a method of SciPy, from its documentation.
 
     Attributes:
-        jac: whether it takes the Jacobian.
-        budget: the option that limits it.
-        counts: what in the result this counts.
-        tolerances: ``tolerances(aim, eps)``, the options with which it does not stop before ``|F| <= aim``.
+        jac: True if the method takes the Jacobian.
+        budget: the option that limits the search.
+        counts: the field of the result that the budget limits.
+        tolerances: ``tolerances(aim, eps)``, options with which the method runs until ``|F| <= aim``.
     """
 
     jac: bool
     budget: str
     counts: str
-    tolerances: Tolerances
+    tolerances: RootTolerances
 
 
-def _by_residual(aim: float, eps: float) -> dict[str, Any]:
+def _by_residual(aim: float, eps: float) -> dict[str, object]:
     return {"fatol": aim, "tol_norm": np.linalg.norm}
 
 
-def _krylov(aim: float, eps: float) -> dict[str, Any]:
-    # Its products with the Jacobian are differences of the values.
+def _krylov(aim: float, eps: float) -> dict[str, object]:
+    # Products with the Jacobian are differences of values; this length balances truncation and rounding.
     return {**_by_residual(aim, eps), "jac_options": {"rdiff": eps**0.5}}
 
 
-_QUASI_NEWTON = _Row(False, "maxiter", "nit", _by_residual)
-_METHODS = {
-    "hybr": _Row(True, "maxfev", "nfev", lambda aim, eps: {"xtol": eps}),
-    "lm": _Row(True, "maxiter", "nfev", lambda aim, eps: {"xtol": eps, "ftol": eps, "gtol": eps}),
+_QUASI_NEWTON = _RootMethod(False, "maxiter", "nit", _by_residual)
+_ROOT_METHODS = {
+    "hybr": _RootMethod(True, "maxfev", "nfev", lambda aim, eps: {"xtol": eps}),
+    "lm": _RootMethod(True, "maxiter", "nfev", lambda aim, eps: {"xtol": eps, "ftol": eps, "gtol": eps}),
     "broyden1": _QUASI_NEWTON,
     "broyden2": _QUASI_NEWTON,
     "anderson": _QUASI_NEWTON,
@@ -51,35 +54,33 @@ _METHODS = {
     "diagbroyden": _QUASI_NEWTON,
     "excitingmixing": _QUASI_NEWTON,
     "krylov": _QUASI_NEWTON._replace(tolerances=_krylov),
-    "df-sane": _Row(False, "maxfev", "nfev", lambda aim, eps: {"fatol": aim, "ftol": 0.0}),
+    "df-sane": _RootMethod(False, "maxfev", "nfev", lambda aim, eps: {"fatol": aim, "ftol": 0.0}),
 }
 
 
 def scipy_root(
-    residual_fn: Callable[..., Any],
+    residual_fn: Callable[..., Tree],
     method: str = "hybr",
-    scipy_options: Mapping[str, Any] | None = None,
-    **options: Any,
+    scipy_options: Mapping[str, object] | None = None,
+    **options: Unpack[SolverOptions],
 ) -> Solver:
     r"""Make a solver of ``F(x, *args) = 0``, as many equations as unknowns, by `scipy.optimize.root`.
 
-    SciPy's solver runs on the host with the Jacobian of `torch` (``hybr`` and ``lm`` take one), below every transform,
-    and the solution has the implicit derivatives of ``F``. Under vmap it runs once for each lane, one after the other;
-    the solvers written in this library solve all lanes together. Arrays are float64 on SciPy's side, whatever the
-    dtype and device of ``x``.
+    SciPy's solver runs on the host, below every transform, with the Jacobian of `torch` for ``hybr`` and ``lm``. The
+    solution has the implicit derivatives of ``F``. Under vmap SciPy solves lane after lane; this library's own solvers
+    solve all lanes together. SciPy computes in float64 for any dtype and device of ``x``.
 
-    One `update` is the whole search, and its result has the implicit derivatives too. `iter_num` counts what
-    ``maxiter`` limits: iterations, or evaluations of ``F`` for ``hybr``, ``lm`` and ``df-sane``. SciPy's steps cannot
-    be unrolled: ``run(..., implicit_diff=False)`` is refused.
+    An `update` is the whole search, and its result has the implicit derivatives too. `iter_num` and ``maxiter`` count
+    iterations, or evaluations of ``F`` for ``hybr``, ``lm`` and ``df-sane``. SciPy's steps cannot be unrolled:
+    ``run(..., implicit_diff=False)`` is refused.
 
-    Whether a search has converged is decided by ``|F|``, whatever SciPy reports; one that stopped by itself before has
-    the status ``LINE_SEARCH_FAILED``.
+    The error ``|F|`` decides about convergence, not SciPy's report. A search that stopped early has the status
+    ``LINE_SEARCH_FAILED``.
 
     Args:
         residual_fn: ``F(x, *args)``, a tree like ``x``.
-        method: any of `scipy.optimize.root`'s.
-        scipy_options: the method's own options. They go before the tolerances that are otherwise made of ``rtol`` and
-            ``atol``.
+        method: a method of `scipy.optimize.root`.
+        scipy_options: the method's own options, with priority over tolerances from ``rtol`` and ``atol``.
         options: see `implicitdiff.solvers`; ``maxiter=None`` allows 200 for each unknown, at least 1000.
 
     Raises:
@@ -98,17 +99,17 @@ def scipy_root(
         >>> torch.func.grad(lambda shift: solver.run(torch.tensor(0.5), shift)[0])(torch.tensor(1.0))
         tensor(0.0824)
     """
-    row = lookup("scipy_root", method, _METHODS)
+    row = lookup("scipy_root", method, _ROOT_METHODS)
     own = check_scipy_options("scipy_root", scipy_options, {row.budget: "give maxiter= to the solver"})
-    engine = Engine(partial(_solve, method=method, own=own), row.counts)
-    return make_engine("scipy_root", _equations.root, residual_fn, engine, options)
+    engine = ScipyEngine(partial(_run_root, method=method, own=own), row.counts)
+    return make_scipy_solver("scipy_root", _equations.root_equation, residual_fn, engine, options)
 
 
-def _solve(lane: Lane, aim: float, limit: int, *, method: str, own: Mapping[str, Any]) -> Any:
-    # Takes half a second to import.
+def _run_root(lane: LaneFunctions, aim: float, limit: int, *, method: str, own: Mapping[str, object]) -> Any:
+    # The import takes half a second.
     from scipy.optimize import root
 
-    row = lookup("scipy_root", method, _METHODS)
+    row = lookup("scipy_root", method, _ROOT_METHODS)
     return root(
         lane.residual,
         lane.x0,

@@ -1,6 +1,7 @@
-"""Linear systems with a matrix at hand, differentiable under every transform.
+"""Linear systems with a dense matrix, differentiable under every transform.
 
-torch's own solves are wrong under nested forward mode (pytorch #196695, #192540), and under vmap of it.
+torch's own solves have wrong derivatives under nested forward mode (pytorch #196695, #192540), and under vmap of
+forward mode. So the solution is an implicit primitive with a derivative of its own.
 """
 
 from __future__ import annotations
@@ -17,25 +18,26 @@ from implicitdiff._torch.settings import full_precision
 from implicitdiff._torch.trees import Leaves
 
 
-def solve(a: Tensor, b: Tensor) -> Tensor:
-    """``A^-1 b`` for rows ``b`` of shape ``(lanes, n)``; not finite in the lanes where ``A`` is singular."""
+def solve_dense(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``A^-1 b`` for rows ``b``, shape ``(lanes, n)``; entries are nan in lanes with a singular ``A``."""
     return solve_problem(_Square(), [a, b[..., None]])[0][..., 0]
 
 
-def inverse(a: Tensor) -> Tensor:
-    """``A^-1``, as `solve` would give it."""
+def invert_dense(a: Tensor) -> Tensor:
+    """Return ``A^-1``; entries are nan in lanes with a singular ``A``."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     return solve_problem(_Square(), [a, eye.expand_as(a)])[0]
 
 
-def lstsq(a: Tensor, b: Tensor) -> Tensor:
-    """The least-squares solutions of ``A x = b``, ``A`` of full column rank and at least as many rows."""
+def lstsq_dense(a: Tensor, b: Tensor) -> Tensor:
+    """Return the least-squares solutions of ``A x = b``; ``A`` has full column rank and at least as many rows as
+    columns."""
     return solve_problem(_LeastSquares(), [a, b[..., None]])[0][..., 0]
 
 
 @dataclass(frozen=True)
 class _Square(Problem):
-    """``A X - B = 0``."""
+    """The linear system ``A X - B = 0`` with a square matrix."""
 
     def residual(self, x: Leaves, theta: Leaves) -> Leaves:
         a, b = theta
@@ -48,19 +50,21 @@ class _Square(Problem):
 
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
         a = theta[0]
+        # Solve by the primitive again, so that derivatives of any order exist.
         return solve_problem(self, [a.mT if adjoint else a, b[0]])
 
     def batched(self, dims: Dims, size: int) -> tuple[Problem, Dims, int]:
         return self, (-1,) * len(dims), 0
 
     def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, Tensor]:
+        # Cotangents of ``A`` and ``B`` in ``u'(A X - B)``.
         grads = {0: lambda: u[0] @ x[0].mT, 1: lambda: -u[0]}
         return {i: grads[i]() for i in wanted}
 
 
 @dataclass(frozen=True)
 class _LeastSquares(_Square):
-    """``A'(A X - B) = 0``."""
+    """The normal equations ``A'(A X - B) = 0`` of a least-squares problem."""
 
     def residual(self, x: Leaves, theta: Leaves) -> Leaves:
         a, b = theta
@@ -68,7 +72,7 @@ class _LeastSquares(_Square):
 
     def primal(self, theta: Leaves) -> Leaves:
         a, b = theta
-        # The orthogonal factor is applied and never formed.
+        # QR with the orthogonal factor applied as reflections, never formed as a matrix.
         factors, tau = torch.geqrf(a)
         n = a.shape[-1]
         rhs = torch.ormqr(factors, tau, b, transpose=True)[..., :n, :]
@@ -77,6 +81,8 @@ class _LeastSquares(_Square):
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
         a = theta[0]
         with full_precision():
+            # Derivative of the residual in ``X``: ``A'A``, outside of autocast, whose half precision is too coarse for
+            # the product.
             return solve_problem(_Square(), [a.mT @ a, b[0]])
 
     def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, Tensor]:

@@ -20,7 +20,7 @@ class SolverFunction:
     `run`.
 
     Attributes:
-        maker: has a method for each of the four, see `_solver.Maker`.
+        maker: has a method for each of the four, see `_solver.SolverImpl`.
         field: which field of `Solver` this is.
     """
 

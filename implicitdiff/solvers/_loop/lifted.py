@@ -25,13 +25,13 @@ from implicitdiff._torch.modes import uncached
 from implicitdiff._torch.trees import Leaves
 from implicitdiff._torch.values import refuse_valueless
 from implicitdiff.solvers._loop.equations import Equation
-from implicitdiff.solvers._loop.problem import Part, RowFunction, Rows
+from implicitdiff.solvers._loop.problem import BatchedProblem, RowFunction, UserFunction
 
-Search = Callable[[Rows, Tensor], tuple[Tensor, Any]]
-"""``search(rows, x) -> (x, state)``."""
+Search = Callable[[BatchedProblem, Tensor], tuple[Tensor, Any]]
+"""``search(problem, x) -> (x, state)``."""
 
 
-class Closed:
+class LiftedProblem:
     """The equation of a search, and the user's functions in it, as pure functions of explicit operands.
 
     The functions are lifted once, at the initial guess: the search takes the vmaps off their operands, and the
@@ -95,9 +95,9 @@ class Closed:
         with _modes.without_own_modes(), uncached(), functorch.nothing_running(), _settings.full_precision():
             operands = functorch.out_of_inference(operands)
             x = [_everywhere(t, [dims[i] for dims in levels], lanes) for i, t in enumerate(operands[:n])]
-            rows = self._rows(x, operands[n:], [dims[n:] for dims in levels], lanes)
-            found, state = solve(rows, rows.inputs.ravel(x))
-            solution = rows.inputs.unravel(found)
+            problem = self._rows(x, operands[n:], [dims[n:] for dims in levels], lanes)
+            found, state = solve(problem, problem.inputs.ravel(x))
+            solution = problem.inputs.unravel(found)
             leaves, nesting = pytree.flatten(state)
             state = nesting.unflatten([t.reshape((*lanes, *t.shape[1:])) for t in leaves])
         # The lanes of the outermost vmap lie in front.
@@ -106,8 +106,8 @@ class Closed:
             state = pytree.map_tensors(partial(functorch.add_layer, dim=0, of=layer), state)
         return solution, state
 
-    def _rows(self, x: Leaves, theta: Leaves, levels: list[Dims], lanes: tuple[int, ...]) -> Rows:
-        def lane(i: int) -> Rows:
+    def _rows(self, x: Leaves, theta: Leaves, levels: list[Dims], lanes: tuple[int, ...]) -> BatchedProblem:
+        def lane(i: int) -> BatchedProblem:
             at = tuple(int(k) for k in torch.unravel_index(torch.tensor(i), lanes))
             outermost_first = zip(theta, *levels[::-1], strict=True)
             own = [t[tuple(k for k, d in zip(at, dims, strict=True) if d is not None)] for t, *dims in outermost_first]
@@ -117,11 +117,11 @@ class Closed:
         functions = {name: self._over_lanes(name, theta, levels) for name in self.equation.functions}
         if not lanes:
             one_by_one = self.lifted.alone is not None
-            return Rows(functions, inputs, self.structure, True, self.equation.on_rows, one_by_one=one_by_one)
+            return BatchedProblem(functions, inputs, self.structure, True, self.equation.on_rows, one_by_one=one_by_one)
         jacobians = {name: self._jacobian_over_lanes(name, theta, levels) for name in functions}
-        return Rows(functions, inputs, self.structure, True, self.equation.on_rows, lane, jacobians)
+        return BatchedProblem(functions, inputs, self.structure, True, self.equation.on_rows, lane, jacobians)
 
-    def _over_lanes(self, name: str, theta: Leaves, levels: list[Dims]) -> Part:
+    def _over_lanes(self, name: str, theta: Leaves, levels: list[Dims]) -> UserFunction:
         fn = over_levels(self._one_lane(name), [(0, list(dims), 0) for dims in levels])
         return lambda x, more: fn(x, theta, more)
 

@@ -1,11 +1,11 @@
-"""Robust losses of residuals: ``rho(z)`` of ``z = (r / scale)^2``, with ``rho(z) = z`` near zero."""
+"""Robust losses ``rho(z)`` of squared residuals ``z = (r / scale)^2``, with ``rho(z) = z`` to first order at 0."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ Elementwise = Callable[[Tensor], Tensor]
 
 
 class Loss(NamedTuple):
-    """A loss, entry by entry, and its derivatives.
+    """A loss and its derivatives, entry by entry.
 
     Attributes:
         rho: ``rho(z)``.
@@ -33,12 +33,14 @@ class Loss(NamedTuple):
 
 
 def _inside(z: Tensor, value: Elementwise, outside: float | Elementwise) -> Tensor:
-    """``value(z)`` up to 1, else another; neither is evaluated where it does not hold. NaN stays NaN."""
+    """Return ``value(z)`` for ``z <= 1`` and ``outside(z)`` beyond; nan stays nan."""
     beyond = z > 1
+    # Evaluate neither branch outside of its interval: `torch.where` differentiates both branches.
     other = outside if isinstance(outside, float) else outside(torch.where(beyond, z, 1.0))
     return torch.where(beyond, other, value(torch.where(beyond, 0.0, z)))
 
 
+# Formulas as in SciPy's `least_squares`, with Tukey's biweight scaled to ``rho'(0) = 1``.
 _LOSSES = {
     "linear": Loss(lambda z: z, torch.ones_like, torch.zeros_like),
     "soft_l1": Loss(
@@ -59,17 +61,18 @@ _LOSSES = {
 }
 
 
-def loss_of(name: str, loss: Any) -> Loss:
-    """The loss that a user named, or that of a function ``rho(z)``."""
+def loss_of(name: str, loss: str | Elementwise) -> Loss:
+    """Return the loss of a name, or of a user's function ``rho(z)`` with derivatives by autograd."""
     if isinstance(loss, str) and loss in _LOSSES:
         return _LOSSES[loss]
     if not callable(loss):
         raise ValueError(f"{name}: loss must be one of {', '.join(_LOSSES)}, or a function rho(z), got {loss!r}")
-    first = partial(_derivative, partial(_checked, loss))
-    return Loss(partial(_checked, loss), first, partial(_derivative, first))
+    first = partial(_entrywise_derivative, partial(_checked, loss))
+    return Loss(partial(_checked, loss), first, partial(_entrywise_derivative, first))
 
 
 def _checked(loss: Elementwise, z: Tensor) -> Tensor:
+    """Return ``loss(z)``; raise ValueError unless the result is a floating-point tensor of the shape of `z`."""
     value = loss(z)
     if not (isinstance(value, Tensor) and value.shape == z.shape and value.is_floating_point()):
         raise ValueError(
@@ -79,35 +82,37 @@ def _checked(loss: Elementwise, z: Tensor) -> Tensor:
     return value
 
 
-def _derivative(fn: Elementwise, z: Tensor) -> Tensor:
-    """Of a function that acts entry by entry."""
+def _entrywise_derivative(fn: Elementwise, z: Tensor) -> Tensor:
+    """Return the derivative of a function that acts entry by entry."""
     slope: Tensor = gradient(lambda z: fn(z).sum(), z)
     return slope
 
 
-def check_loss_scale(name: str, scale: Any) -> None:
-    """Refuse what is no number > 0, and no tensor; tensors may have values later only."""
+def check_loss_scale(name: str, scale: object) -> None:
+    """Raise ValueError unless the scale is a finite number > 0 or a tensor; a tensor's values are checked later."""
     good = isinstance(scale, (int, float)) and not isinstance(scale, bool) and 0 < scale < math.inf
     if not (good or isinstance(scale, Tensor)):
         raise ValueError(f"{name}: loss_scale must be a finite number > 0 or a tensor of these, got {scale!r}")
 
 
-def relative_squares(residual: Tensor, scale: Any) -> tuple[Tensor, Tensor]:
-    """``(r / scale)^2``, and the scale as a tensor like ``r``."""
+def relative_squares(residual: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``(r / scale)^2``, and the scale as a tensor with the dtype of ``r``."""
     if residual.is_complex():
-        raise ValueError(f"a loss is one of real residuals, got {pytree.describe(residual)}; stack their two parts")
+        raise ValueError(
+            f"a loss needs real residuals, got {pytree.describe(residual)}; stack real and imaginary parts"
+        )
     if isinstance(scale, Tensor):
         if not broadcasts(scale.shape, residual.shape):
             raise ValueError(
-                f"loss_scale must be a number or a tensor that broadcasts to the residuals, but these have the shape "
-                f"{list(residual.shape)}, and it has {list(scale.shape)}"
+                f"loss_scale must be a number or a tensor that broadcasts to the residuals of shape "
+                f"{list(residual.shape)}, got shape {list(scale.shape)}"
             )
         if not holds(scale > 0):
             raise ValueError(f"loss_scale must be positive in every entry, got {pytree.describe(scale)}")
-        # One entry, not none: torch does not divide a vector by a number of each lane where there is no lane.
+        # Shape (1,) in the place of (): under a vmap of size 0, torch cannot divide a vector by a batched scalar.
         like = (scale.reshape(1) if residual.dim() and not scale.dim() else scale).to(residual.dtype)
     else:
         like = torch.full((), scale, dtype=residual.dtype, device=residual.device)
     squares = (residual / like).square()
-    # An infinite residual is no outlier.
+    # Report an infinite residual as a failure: a robust loss would treat the residual as an outlier with a finite cost.
     return torch.where(torch.isfinite(squares), squares, torch.nan), like

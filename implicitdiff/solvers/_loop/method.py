@@ -1,63 +1,71 @@
-"""What a solver's file defines: an iteration on rows."""
+"""The definition of an iterative method, as each solver's file fills in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic
 
 from torch import Tensor
+from typing_extensions import NamedTuple, TypeVar  # generic tuples and defaults need Python 3.11 and 3.13
 
 from implicitdiff.solvers._loop.newton_step import NewtonStep
-from implicitdiff.solvers._loop.problem import Rows
+from implicitdiff.solvers._loop.problem import BatchedProblem
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 
+MethodMemory = TypeVar("MethodMemory", default=Any)
+"""The class of a method's memory; `IterativeMethod` alone stands for any."""
 
-class Start(NamedTuple):
+
+class Start(NamedTuple, Generic[MethodMemory]):
     """A method at an initial guess.
 
     Attributes:
-        error: the norm of the residual of the equation there, ``(lanes,)``.
-        memory: what the method remembers.
-        status: a `Status` other than ``RUNNING``, where the method cannot begin; None: it can.
-        reference: what the default target and ``rtol`` are relative to; None: ``error``.
+        error: norm of the residual of the equation at the guess, ``(lanes,)``.
+        memory: the method's memory.
+        status: a `Status` per lane, other than ``RUNNING`` if the method cannot begin in a lane; None if the method can
+            begin in all.
+        reference: the error to which ``rtol`` and the default target refer; None for ``error``.
     """
 
     error: Tensor
-    memory: Any
+    memory: MethodMemory
     status: Tensor | None = None
     reference: Tensor | None = None
 
 
-class Method(NamedTuple):
-    """An iteration on rows, and what the stopping rule asks of it.
+class IterativeMethod(NamedTuple, Generic[MethodMemory]):
+    """An iteration on rows, with the properties that the stopping rule uses.
 
     Attributes:
-        start: ``start(rows, x)``.
-        step: ``step(rows, x, state) -> (x, state)``. Sets the new ``error``, that of the new ``x``, the ``memory``, and
-            ``status`` where it fails; the rest is the loop's. What it does in lanes that have stopped is thrown away,
-            but must be finite, since transforms differentiate it.
+        start: ``start(problem, x)``.
+        step: ``step(problem, x, state) -> (x, state)``. Returns the new ``x``, and the state with the new ``error`` and
+            ``memory``, and with ``status`` changed in lanes that fail; the loop updates the other fields. The loop
+            discards the results of lanes that have stopped, but these results must be finite because transforms
+            differentiate them.
         memory: the class of the memory.
-        default_maxiter: how many iterations ``maxiter=None`` allows.
-        residual: ``residual(memory)``, the residual of the equation at the current unknowns, if the memory holds it.
-        size: ``size(rows, x, memory)``, ``|J x|`` for the Jacobian ``J`` of the residual, if the memory holds it.
-        steps_tell: whether the length of a step measures the error of ``x``, as in Newton's method; such a method sets
-            it by `Progress.stepped`.
-        newton_step: ``newton_step(rows, x, memory)``, a step of Newton's kind at x, for methods whose own steps say
-            nothing, or nothing where they fail. It may use second derivatives.
-        runs_off: the status of a search that goes away from everything, though its error falls.
-        is_judged: whether the stopping rule judges the error; False: the method itself does.
-        only_implicit: why ``implicit_diff=False`` makes no sense, if it makes none.
+        default_maxiter: the limit of iterations for ``maxiter=None``.
+        residual: ``residual(memory)``, the residual of the equation at the current unknowns; None if the memory does
+            not hold the residual.
+        size: ``size(problem, x, memory)``, ``|J x|`` with ``J`` the Jacobian of the residual; None to measure ``|J x|``
+            by a difference.
+        steps_tell: True if the length of a step measures the error of ``x``, as in Newton's method. Such a method calls
+            `Progress.stepped` at each step.
+        newton_step: ``newton_step(problem, x, memory)``, a Newton-type step at `x` for methods whose own steps do not
+            measure the error of ``x``, or do not after a failure. May use second derivatives.
+        runs_off: the status of a search whose iterates go to infinity while the error falls.
+        is_judged: True if the stopping rule judges the error; False if the method itself does.
+        only_implicit: the reason why ``implicit_diff=False`` is refused; None if allowed.
     """
 
-    start: Callable[[Rows, Tensor], Start]
-    step: Callable[[Rows, Tensor, State[Any]], tuple[Tensor, State[Any]]]
-    memory: type[Any]
+    start: Callable[[BatchedProblem, Tensor], Start[MethodMemory]]
+    step: Callable[[BatchedProblem, Tensor, State[MethodMemory]], tuple[Tensor, State[MethodMemory]]]
+    memory: type[MethodMemory]
     default_maxiter: int
-    residual: Callable[[Any], Tensor] | None = None
-    size: Callable[[Rows, Tensor, Any], Tensor] | None = None
+    residual: Callable[[MethodMemory], Tensor] | None = None
+    size: Callable[[BatchedProblem, Tensor, MethodMemory], Tensor] | None = None
     steps_tell: bool = False
-    newton_step: Callable[[Rows, Tensor, Any], NewtonStep] | None = None
+    newton_step: Callable[[BatchedProblem, Tensor, MethodMemory], NewtonStep] | None = None
     runs_off: Status = Status.DIVERGED
     is_judged: bool = True
     only_implicit: str | None = None

@@ -1,28 +1,38 @@
-"""A step of Newton's kind for methods that make none: how far their iterate may be from a minimum."""
+"""A Newton-type step for minimisers without one of their own, as a measure of the distance from a minimum."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import Product, Rows, any_lane, dot, norm, safe_divide, scattered
+from implicitdiff.solvers._loop.problem import (
+    BatchedProblem,
+    ResultT,
+    VectorMap,
+    any_lane,
+    row_dot,
+    row_norm,
+    safe_divide,
+    scattered_signs,
+)
+from implicitdiff.solvers._loop.state import ObjectiveMemory
 
 
 class NewtonStep(NamedTuple):
     """A step from ``x``.
 
     Attributes:
-        x: where it begins.
-        d: about ``-H^-1 g``.
-        promises: whether the quadratic model promises a gain by it that is more than next to nothing beside the value.
-        counts: whether that is also more than rounding makes of one.
+        x: the start of the step.
+        d: the step, about ``-H^-1 g``.
+        promises: True if the quadratic model predicts a gain that is more than a small fraction of the objective.
+        counts: True if the predicted gain also exceeds rounding of the objective.
         size: ``|H x|``.
-        bends_down: whether a curvature is negative, and not by rounding; so there is no minimum near.
-        memory: the memory of the method that tries this step next.
-        units: in which the step is measured; None: those of the unknowns.
+        bends_down: True if a curvature is negative beyond rounding, so that no minimum is near.
+        memory: the method's memory with this step to be tried next; None if the method does not try the step.
+        units: scale of each unknown for the length of the step; None for the unknowns' own.
     """
 
     x: Tensor
@@ -35,72 +45,95 @@ class NewtonStep(NamedTuple):
     units: Tensor | None = None
 
 
-Made = TypeVar("Made")
+MAX_PRODUCTS = 60
+"""Bound on the Hessian products of a step by a method that computes such steps anyway."""
 
 
-def if_twice_differentiable(make: Callable[[], Made]) -> Made | None:
-    """What takes second derivatives; None where a function has first ones alone, as a function of autograd may."""
+def if_twice_differentiable(make: Callable[[], ResultT]) -> ResultT | None:
+    """Return ``make()``, or None if the user's function has first derivatives only, as an `torch.autograd.Function`
+    may."""
     try:
         return make()
     except (RuntimeError, NotImplementedError):
         return None
 
 
-def few_products(rows: Rows, x: Tensor) -> int:
-    """How many products a method makes that makes none otherwise: more in float32, which determines less."""
-    return min(2 * x.shape[-1], 8 if rows.eps < 1e-10 else 16)
+def few_products(problem: BatchedProblem, x: Tensor) -> int:
+    """Return the number of Hessian products for a method that makes no others; more in float32, whose gradients
+    determine less."""
+    return min(2 * x.shape[-1], 8 if problem.eps < 1e-10 else 16)
 
 
-def newton_step(rows: Rows, x: Tensor, memory: Any, precondition: Product, products: int) -> NewtonStep:
-    """`conjugate_gradients` for an objective, by one evaluation."""
-    _, grad, product = rows.fn.hessian(x)
-    step, gain = conjugate_gradients(x, grad, product, precondition, products, eps=rows.eps)
+def objective_newton_step(
+    problem: BatchedProblem, x: Tensor, memory: ObjectiveMemory, precondition: VectorMap, products: int
+) -> NewtonStep:
+    """Return the step of `truncated_cg` for an objective, at the cost of one evaluation and the products."""
+    _, grad, product = problem.fn.hessian(x)
+    step, gain = truncated_cg(x, grad, product, precondition, products, eps=problem.eps)
     value = memory.value.detach()
-    counts = promises = gain > rows.eps**0.5 * value.abs()
-    # The terms that cancel in a value are about as large as |x||H x|, and no larger than the largest value so far.
-    terms = torch.minimum(norm(x) * step.size, memory.magnitude)
-    doubtful = counts & (norm(step.d) > rows.eps ** (2 / 5) * norm(x)) & (gain <= rows.eps**0.5 * terms)
+    # A gain below ``sqrt(eps)`` of the value is what the null space of a Hessian gives.
+    counts = promises = gain > problem.eps**0.5 * value.abs()
+    # The objective may be a small difference of large terms. Their size is about ``|x| |H x|``, and at most the largest
+    # value seen.
+    terms = torch.minimum(row_norm(x) * step.size, memory.magnitude)
+    # Spend an evaluation only if the answer matters: a long step with a gain near rounding.
+    doubtful = counts & (row_norm(step.d) > problem.eps ** (2 / 5) * row_norm(x)) & (gain <= problem.eps**0.5 * terms)
     if any_lane(doubtful):
-        moved = rows.fn(x.detach() + 4 * rows.eps * scattered(x) * x.detach())[:, 0].detach()
+        # Measure the rounding of the objective: the change of its value if every unknown moves by 4 units in the last
+        # place.
+        moved = problem.fn(x.detach() + 4 * problem.eps * scattered_signs(x) * x.detach())[:, 0].detach()
         counts = counts & ~(doubtful & (gain <= 16.0 * (moved - value).abs()))
     return step._replace(promises=promises, counts=counts)
 
 
-def conjugate_gradients(
+def truncated_cg(
     x: Tensor,
     grad: Tensor,
-    product: Product,
-    precondition: Product,
+    product: VectorMap,
+    precondition: VectorMap,
     products: int,
     *,
     eps: float,
 ) -> tuple[NewtonStep, Tensor]:
-    """What conjugate gradients make of ``H d = -g`` with so many products, and what the quadratic model promises to
-    gain by it.
+    """Solve ``H d = -g`` approximately by preconditioned conjugate gradients; return the step and the gain that the
+    quadratic model predicts.
 
-    A gradient tells little of the directions in which an objective is flat beside others, and a quasi-Newton method
-    knows the curvature of the directions it took. Preconditioned by its inverse Hessian, conjugate gradients see the
-    others first. Where the curvature is negative, the step goes as far as one of the other sign would have it.
+    A small gradient is a poor measure of the distance along directions in which an objective is much flatter than in
+    others, and a quasi-Newton method knows the curvature of its own steps only. Preconditioned by the method's inverse
+    Hessian, conjugate gradients find the other directions first. Along a direction of negative curvature the step uses
+    the absolute value of the curvature.
+
+    Args:
+        x: the start of the step.
+        grad: the gradient ``g`` at `x`.
+        product: ``v -> H v``.
+        precondition: an approximation of ``v -> H^-1 v``.
+        products: bound on the number of products.
+        eps: machine epsilon of the objective's values.
     """
     d, r, z = torch.zeros_like(grad), grad, precondition(grad)
-    p, rz = -z, dot(grad, z)
+    p, rz = -z, row_dot(grad, z)
     gain, stiffest = torch.zeros_like(rz), torch.zeros_like(rz)
     bends_down = torch.zeros_like(rz, dtype=torch.bool)
     active = (rz > 0) & torch.isfinite(rz)
     for _ in range(products):
         image = product(p)
-        curvature = dot(p, image)
-        stiffest = torch.maximum(stiffest, safe_divide(norm(image), norm(p)))
-        bends_down = bends_down | (active & (curvature < -(eps**0.5) * stiffest * dot(p, p)))
+        curvature = row_dot(p, image)
+        stiffest = torch.maximum(stiffest, safe_divide(row_norm(image), row_norm(p)))
+        # A curvature of rounding size relative to the stiffest direction is not negative.
+        bends_down = bends_down | (active & (curvature < -(eps**0.5) * stiffest * row_dot(p, p)))
         bends = active & (curvature != 0)
         a = torch.where(bends, safe_divide(rz, curvature.abs()), 0.0)
         d, r = d + a[:, None] * p, r + a[:, None] * image
+        # Each CG step lowers the model by ``a r'z / 2``, without cancellation.
         gain = gain + 0.5 * a * rz
         z = precondition(r)
-        rz, before = dot(r, z), rz
+        rz, before = row_dot(r, z), rz
+        # Stop a lane after a step along negative curvature: conjugate gradients assume a positive definite matrix.
         active = bends & (curvature > 0) & (rz > 0) & torch.isfinite(rz)
         if not any_lane(active):
             break
         p = safe_divide(rz, before)[:, None] * p - z
-    size = norm(product(x))
+    # One more product: ``|H x|``, the scale of the residual test, without a difference.
+    size = row_norm(product(x))
     return NewtonStep(x, d, gain > 0, gain > 0, size, bends_down), gain

@@ -1,4 +1,4 @@
-"""What every solver is made with, and the checks of options."""
+"""The options of every solver, and checks of options."""
 
 from __future__ import annotations
 
@@ -6,16 +6,27 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TypedDict, TypeGuard
 
 from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.linear_problem import Solve
-from implicitdiff.solvers._loop.status import OnFailure
+from implicitdiff.linear_solve._outcome import OnFailure
+
+
+class SolverOptions(TypedDict, total=False):
+    """The keyword arguments of every factory; the fields and defaults are those of `Options`."""
+
+    rtol: float | None
+    atol: float | None
+    maxiter: int | None
+    check_every: int
+    solve: Solve | None
+    on_failure: OnFailure
 
 
 @dataclass(frozen=True)
 class Options:
-    """What every solver is made with; see `implicitdiff.solvers`."""
+    """The options of every solver; `implicitdiff.solvers` describes each."""
 
     rtol: float | None = None
     atol: float | None = None
@@ -25,7 +36,7 @@ class Options:
     on_failure: OnFailure = "raise"
 
     def check(self, name: str) -> None:
-        """Refuse what makes no sense."""
+        """Raise ValueError or TypeError for options out of their range."""
         for option, value in (("rtol", self.rtol), ("atol", self.atol)):
             if value is not None and not (_is_number(value) and 0 <= value < math.inf):
                 raise ValueError(f"{name}: {option} must be a finite number >= 0 or None, got {value!r}")
@@ -42,16 +53,17 @@ class Options:
             raise ValueError(f'{name}: on_failure must be "raise", "warn" or "ignore", got {self.on_failure!r}')
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _takes_two(fn: Any) -> bool:
+def _takes_two(fn: Callable[..., object]) -> bool:
     try:
+        # Catches a factory without parentheses, ``solve=solve_gmres``.
         inspect.signature(fn).bind(None, None)
     except ValueError:  # some builtins have no signature
         return True
@@ -60,23 +72,23 @@ def _takes_two(fn: Any) -> bool:
     return True
 
 
-def check_count(name: str, option: str, value: Any) -> None:
-    """Refuse what is no integer >= 1."""
+def check_count(name: str, option: str, value: object) -> None:
+    """Raise ValueError if an option is no integer >= 1."""
     if not (_is_integer(value) and value >= 1):
         raise ValueError(f"{name}: {option} must be an integer >= 1, got {value!r}")
 
 
-def check_number(name: str, option: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
-    """Refuse what is no number, or not one that is wanted."""
+def check_number(name: str, option: str, value: object, wanted: str, holds: Callable[[float], bool]) -> None:
+    """Raise ValueError if an option is no number, or `holds` is false for the number; `wanted` describes the range."""
     if not (_is_number(value) and holds(value)):
         raise ValueError(f"{name}: {option} must be {wanted}, got {value!r}")
 
 
-def options_of(name: str, given: Any) -> Options:
-    """The options that were given by keyword, checked."""
+def options_of(name: str, given: SolverOptions) -> Options:
+    """Return the checked options from keyword arguments; raise TypeError for an unknown name."""
     known = [option.name for option in fields(Options)]
     if unknown := [option for option in given if option not in known]:
-        raise TypeError(f"{name}: there is no option {unknown[0]!r}; those of every solver are {', '.join(known)}")
+        raise TypeError(f"{name}: unknown option {unknown[0]!r}; the options of every solver are {', '.join(known)}")
     options = Options(**given)
     options.check(name)
     return options

@@ -1,80 +1,86 @@
-"""What a solver's method sees of a problem.
+"""A user's problem in the form in which the solvers' iterations use it.
 
-A method never meets a pytree, a transform or a batch: it gets the user's functions as functions of rows of real
-numbers, ``(lanes, n)``, one row for each lane of vmap, and returns rows. The same lines then serve a batch of plain
-tensors below every transform, and one lane in the caller's frame whose steps are differentiated.
+An iteration never handles a pytree, a transform or a batch. `BatchedProblem` gives the user's functions as functions of
+rows of real numbers, shape ``(lanes, n)``: one row for each lane, and a lane is one problem of a vmapped batch. The
+same code then serves a batch of plain tensors below every transform and a single lane in the caller's frame, whose
+steps are differentiated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.operators import with_vectors
 from implicitdiff._implicit.system import Vectors
-from implicitdiff._torch.trees import Leaves, Structure
+from implicitdiff._torch.trees import Leaves, Structure, Tree
 
-Product = Callable[[Tensor], Tensor]
-Part = Callable[[Leaves, Leaves], Leaves]
-"""``part(x, more) -> leaves`` on leaves with the lanes in front; `more` holds numbers, one for each lane."""
+ResultT = TypeVar("ResultT")
+VectorMap = Callable[[Tensor], Tensor]
+"""A map of rows, ``(lanes, n) -> (lanes, m)``."""
+UserFunction = Callable[[Leaves, Leaves], Leaves]
+"""``function(x, more) -> leaves``, all leaves with the lanes in front; `more` holds one number for each lane."""
 
 
 class RowFunction:
-    """A function ``(lanes, n) -> (lanes, m)``, lane by lane, and its derivatives in the first argument.
+    """A function ``(lanes, n) -> (lanes, m)``, applied lane by lane, with its derivatives in the first argument.
 
     Args:
-        part: the function on leaves.
-        inputs: the leaves as rows.
-        plain: whether nothing but plain autograd is needed for its derivatives, and nothing differentiates them.
-        one_by_one: whether its products take one vector at a time, as no vmap may run.
-        jacobian_over_lanes: the value and the Jacobian of leaves, if there is a better way to them.
+        function: the function on leaves.
+        inputs: conversion between leaves and rows.
+        plain: True if plain autograd is enough for the derivatives and nothing differentiates their results.
+        jacobian_over_lanes: a faster way to the value and the Jacobian, as a function of leaves; None if there is no
+            faster way.
+        one_by_one: True if products must take one vector at a time, because no vmap may run.
     """
 
     def __init__(
         self,
-        part: Part,
+        function: UserFunction,
         inputs: Vectors,
         plain: bool,
         jacobian_over_lanes: Callable[[Leaves], tuple[Tensor, Tensor]] | None = None,
         one_by_one: bool = False,
     ) -> None:
-        self.part, self.inputs, self.plain, self.one_by_one = part, inputs, plain, one_by_one
+        self.function, self.inputs, self.plain, self.one_by_one = function, inputs, plain, one_by_one
         self._jacobian_over_lanes = jacobian_over_lanes
         self._outputs: Vectors | None = None
 
     def __call__(self, x: Tensor, *more: Tensor) -> Tensor:
-        """Its value; `more` are numbers of shape ``(lanes,)``."""
+        """Return the values; `more` holds one number for each lane, shape ``(lanes,)``."""
         batch = self.inputs.batch
-        leaves = self.part(self.inputs.unravel(x), [m.reshape(batch) for m in more])
+        leaves = self.function(self.inputs.unravel(x), [m.reshape(batch) for m in more])
         if self._outputs is None:
             self._outputs = Vectors(leaves, batch)
         return self._outputs.ravel(leaves).to(x.dtype)
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(lanes,)`` and ``(lanes, n)``, of a function to the reals."""
+        """Return the values ``(lanes,)`` and gradients ``(lanes, n)`` of a real-valued function."""
         value, pull = self.pull(x)
         return value[:, 0], pull(torch.ones_like(value))
 
-    def pull(self, x: Tensor) -> tuple[Tensor, Product]:
-        """The value, and ``u -> J' u``."""
+    def pull(self, x: Tensor) -> tuple[Tensor, VectorMap]:
+        """Return the value and the pullback ``u -> J' u``."""
         if not self.plain:
-            return _vjp(self, x)
+            return _value_and_pullback(self, x)
         with functorch.recording():
             (x,) = functorch.recordable([x])
             y = self(x.requires_grad_())
-        return y.detach(), lambda u: _pulled(y, x, u)
+        return y.detach(), lambda u: _detached_product(y, x, u)
 
-    def linearise(self, x: Tensor) -> tuple[Tensor, Product, Product]:
-        """The value, ``v -> J v`` and ``u -> J' u``."""
+    def linearise(self, x: Tensor) -> tuple[Tensor, VectorMap, VectorMap]:
+        """Return the value, the product ``v -> J v`` and the pullback ``u -> J' u``."""
         if not self.plain:
-            y, pull = _vjp(self, x)
-            # The pullback is linear; pulled back in turn, it gives the product with the Jacobian.
-            return y, _vjp(pull, torch.zeros_like(y))[1], pull
+            y, pull = _value_and_pullback(self, x)
+            # The pullback ``u -> J' u`` is linear, so its own pullback is ``v -> J v``: two reverse passes in the place
+            # of forward mode, for functions of autograd without a jvp.
+            return y, _value_and_pullback(pull, torch.zeros_like(y))[1], pull
         with functorch.recording():
             (x,) = functorch.recordable([x])
             y = self(x.requires_grad_())
@@ -82,42 +88,44 @@ class RowFunction:
         @cache
         def transposed() -> tuple[Tensor, Tensor]:
             with functorch.recording():
+                # ``J' u`` as a function of ``u``, to be differentiated once more; any ``u`` will do, since the function
+                # is linear.
                 u = torch.zeros_like(y).requires_grad_()
-                return _grad(y, x, u, create_graph=True), u
+                return _autograd_product(y, x, u, create_graph=True), u
 
         def push(v: Tensor) -> Tensor:
             g, u = transposed()
-            return _pulled(g, u, v)
+            return _detached_product(g, u, v)
 
-        return y.detach(), push, lambda u: _pulled(y, x, u)
+        return y.detach(), push, lambda u: _detached_product(y, x, u)
 
-    def hessian(self, x: Tensor) -> tuple[Tensor, Tensor, Product]:
-        """The value, the gradient, and ``v -> H v``, of a function to the reals."""
+    def hessian(self, x: Tensor) -> tuple[Tensor, Tensor, VectorMap]:
+        """Return the value, the gradient and the product ``v -> H v`` of a real-valued function."""
         if not self.plain:
-            grad, product = _vjp(lambda x: self.value_and_grad(x)[1], x)
+            grad, product = _value_and_pullback(lambda x: self.value_and_grad(x)[1], x)
             return self(x)[:, 0], grad, product
         with functorch.recording():
             (x,) = functorch.recordable([x])
             y = self(x.requires_grad_())
-            g = _grad(y, x, torch.ones_like(y), create_graph=True)
-        return y.detach()[:, 0], g.detach(), lambda v: _pulled(g, x, v)
+            g = _autograd_product(y, x, torch.ones_like(y), create_graph=True)
+        return y.detach()[:, 0], g.detach(), lambda v: _detached_product(g, x, v)
 
     def curvature(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient and the Hessian, ``(lanes, n, n)``, of a function to the reals."""
+        """Return the gradient and the Hessian ``(lanes, n, n)`` of a real-valued function."""
         _, grad, product = self.hessian(x)
         return grad, self._images(product, x).permute(1, 0, 2)
 
-    def summed(self, terms: Product) -> RowFunction:
-        """The function to the reals that adds the terms that are made of the values."""
+    def summed(self, terms: VectorMap) -> RowFunction:
+        """Return the real-valued function ``x -> sum_i terms(self(x))_i``."""
         batch = self.inputs.batch
 
-        def part(leaves: Leaves, more: Leaves) -> Leaves:
+        def function(leaves: Leaves, more: Leaves) -> Leaves:
             return [terms(self(self.inputs.ravel(leaves))).sum(dim=-1).reshape(batch)]
 
-        return RowFunction(part, self.inputs, self.plain, one_by_one=self.one_by_one)
+        return RowFunction(function, self.inputs, self.plain, one_by_one=self.one_by_one)
 
     def jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value and ``J`` as ``(lanes, m, n)``, from products with as few vectors as rows or columns."""
+        """Return the value and ``J``, shape ``(lanes, m, n)``, from ``min(m, n)`` products with unit vectors."""
         lanes, n = x.shape
         if self._jacobian_over_lanes is not None:
             y, matrix = self._jacobian_over_lanes(self.inputs.unravel(x))
@@ -125,30 +133,31 @@ class RowFunction:
             return y.reshape(lanes, m).to(x.dtype), matrix.reshape(lanes, m, n).to(x.dtype)
         y, push, pull = self.linearise(x)
         if not y.numel() * n:
-            return y, y[..., None] * x[:, None]  # no entries, and what they hang on
+            return y, y[..., None] * x[:, None]  # an empty matrix that keeps the autograd history
         if y.shape[-1] <= n:
             return y, self._images(pull, y).permute(1, 0, 2)
         return y, self._images(push, x).permute(1, 2, 0)
 
-    def _images(self, product: Product, like: Tensor) -> Tensor:
-        """The products with the unit vectors, in front of the lanes."""
+    def _images(self, product: VectorMap, like: Tensor) -> Tensor:
+        """Return the products with all unit vectors, shape ``(n, lanes, m)``."""
         lanes, n = like.shape
         basis = torch.eye(n, dtype=like.dtype, device=like.device)[:, None, :].expand(n, lanes, n)
         if n == 1:
             return product(basis[0])[None]
-        # What is held at once is bounded.
-        at_once = max(1, _HELD_AT_ONCE // (lanes * n))
+        # Bound the memory of vmapped products: at most this many entries are held at once.
+        # Vectors per chunk; None, no chunks, if all fit.
+        at_once = max(1, _MAX_ENTRIES_AT_ONCE // (lanes * n))
         images: Tensor = with_vectors(product, self.one_by_one, at_once if at_once < n else None)(basis)
         return images
 
 
-def _vjp(fn: Product, x: Tensor) -> tuple[Tensor, Product]:
+def _value_and_pullback(fn: VectorMap, x: Tensor) -> tuple[Tensor, VectorMap]:
     pair: Any = torch.func.vjp(fn, x)
     value, pull = pair
 
     def product(u: Tensor) -> Tensor:
-        # As where derivatives are formed: with gradients off, torch takes formulas some of which are wrong in a vmap
-        # (that of `eigvals`).
+        # Run the pullback with gradients on: with gradients off, torch chooses formulas of which some are wrong under
+        # vmap (the backward of `torch.linalg.eigvals` is one).
         with torch.enable_grad():
             result: Tensor = pull(u)[0]
         return result
@@ -156,116 +165,128 @@ def _vjp(fn: Product, x: Tensor) -> tuple[Tensor, Product]:
     return value, product
 
 
-def _pulled(y: Tensor, x: Tensor, u: Tensor) -> Tensor:
-    return _grad(y, x, u, create_graph=functorch.depth() > 0).detach()
+def _detached_product(y: Tensor, x: Tensor, u: Tensor) -> Tensor:
+    return _autograd_product(y, x, u, create_graph=functorch.depth() > 0).detach()
 
 
-def _grad(y: Tensor, x: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
+def _autograd_product(y: Tensor, x: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
     if not y.requires_grad:
         return torch.zeros_like(x)
     (grad,) = functorch.gradients((y,), (x,), (u,), create_graph=create_graph)
     return torch.zeros_like(x) if grad is None else grad
 
 
-_HELD_AT_ONCE = 2**22
+_MAX_ENTRIES_AT_ONCE = 2**22
 
 
-class Rows:
-    """A problem as a method sees it.
+class BatchedProblem:
+    """A user's problem as functions of rows.
 
     Attributes:
         fn: the first of the user's functions.
-        inputs: turns the leaves of the unknowns into rows and back.
+        inputs: conversion between the leaves of the unknowns and rows.
         structure: the tree of these leaves.
-        plain: whether the rows are plain tensors below every transform, where nothing is differentiated.
-        eps: the precision of the least precise leaf.
-        residual: the residual of the equation, ``residual(rows, x)``.
+        plain: True if rows are plain tensors below every transform, so that nothing differentiates the iteration.
+        eps: machine epsilon of the least precise leaf.
+        residual: the residual of the equation, ``residual(problem, x)``.
     """
 
     def __init__(
         self,
-        functions: dict[str, Part],
+        functions: dict[str, UserFunction],
         inputs: Vectors,
         structure: Structure,
         plain: bool,
-        residual: Callable[[Rows, Tensor], Tensor],
-        lane: Callable[[int], Rows] | None = None,
+        residual: Callable[[BatchedProblem, Tensor], Tensor],
+        lane: Callable[[int], BatchedProblem] | None = None,
         jacobians: dict[str, Callable[[Leaves], tuple[Tensor, Tensor]]] | None = None,
         one_by_one: bool = False,
     ) -> None:
         self._functions = {
-            name: RowFunction(part, inputs, plain, (jacobians or {}).get(name), one_by_one)
-            for name, part in functions.items()
+            name: RowFunction(function, inputs, plain, (jacobians or {}).get(name), one_by_one)
+            for name, function in functions.items()
         }
         self.fn = self._functions["fn"]
         self.inputs, self.structure, self.plain = inputs, structure, plain
         self.eps = inputs.eps
         self.residual = residual
         self._lane = lane
-        self._once: dict[Any, Any] = {}
+        self._once: dict[Callable[[BatchedProblem], Any], Any] = {}
 
     def function(self, name: str) -> RowFunction:
-        """Another of the user's functions."""
+        """Return a user's function by name."""
         return self._functions[name]
 
-    def lane(self, i: int) -> Rows:
-        """The problem of one lane, alone; below the transforms only."""
+    def lane(self, i: int) -> BatchedProblem:
+        """Return the problem of a single lane; available below the transforms only."""
         return self if self._lane is None else self._lane(i)
 
-    def once(self, make: Callable[[Rows], Any]) -> Any:
-        """``make(rows)``, which depends on the problem alone and is computed when it is first asked for."""
+    def once(self, make: Callable[[BatchedProblem], ResultT]) -> ResultT:
+        """Return ``make(problem)``, computed at the first call and kept; the result must depend on the problem
+        alone."""
         if make not in self._once:
             self._once[make] = make(self)
-        return self._once[make]
+        result: ResultT = self._once[make]
+        return result
 
 
-def norm(x: Tensor) -> Tensor:
-    """The Euclidean norms of rows, ``(lanes, n) -> (lanes,)``, as numbers without a derivative."""
+def row_norm(x: Tensor) -> Tensor:
+    """Return the Euclidean norms of rows, ``(lanes, n) -> (lanes,)``, detached from autograd."""
     x = x.detach()
-    # In float64, in which the square of no float32 is out of range.
+    # In float64 no square of a float32 number overflows or underflows.
     size: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
     return size.to(x.dtype)
 
 
-def scattered(x: Tensor) -> Tensor:
-    """A sign for each unknown, ``(n,)``, without a pattern: along a common one, the terms of a function may cancel."""
+def scattered_signs(x: Tensor) -> Tensor:
+    """Return a sign for each unknown, ``(n,)``, in an irregular pattern: along a regular pattern the terms of a
+    function may cancel."""
     places = torch.arange(x.shape[-1], dtype=torch.float64, device=x.device)
     return torch.where(torch.cos(places**2) < 0, -1.0, 1.0).to(x.dtype)
 
 
 def largest_entry(x: Tensor) -> Tensor:
-    """``max |x_i|``, row by row, ``(lanes,)``; 0 where there is none."""
+    """Return ``max_i |x_i|`` of each row, ``(lanes,)``; 0 for rows of length zero."""
     return x.abs().amax(dim=-1) if x.shape[-1] else x.sum(dim=-1)
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, ``(lanes,)``."""
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner products of rows, ``(lanes,)``."""
     return (a * b).sum(dim=-1)
 
 
-def times(x: Tensor, matrix: Tensor) -> Tensor:
-    """``x' A``, row by row, for ``A`` of shape ``(lanes, n, m)``; so written, as batched products with a column on the
-    right take several times as long on a CPU."""
+def vecmat(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return ``x' A`` for each lane, ``A`` of shape ``(lanes, n, m)``."""
+    # Written with a row on the left: batched products with a column on the right take several times as long on a CPU.
     product: Tensor = x[:, None] @ matrix
     return product[:, 0]
 
 
 def safe_divide(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b``, and 0, with no derivative, where ``b`` is 0."""
+    """Return ``a / b``; the result is 0, with derivative 0, at entries with ``b = 0``."""
+    # Both branches of `torch.where` are differentiated, so the divisor must not be 0 in the branch that is not taken.
     zero = b == 0
     return torch.where(zero, 0.0, a / torch.where(zero, 1.0, b))
 
 
 def any_lane(flag: Tensor) -> bool:
-    """Whether a flag is up in any lane, of this frame or of a vmap round it."""
+    """True if a flag is set in any lane, of this frame or of a surrounding vmap."""
     return functorch.is_any(flag)
 
 
 def select(where: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """``new`` in the lanes where a ``(lanes,)`` flag is up, else ``old``; both have the lanes in front."""
+    """Return ``new`` in the lanes with a set flag ``(lanes,)`` and ``old`` in the others; lanes are the first dimension
+    of both."""
     return torch.where(where.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
 
 
+def select_tree(where: Tensor, new: Tree, old: Tree) -> Tree:
+    """Apply `select` to every tensor of two trees of one structure; a tensor that both trees share is not copied."""
+    leaves, structure = pytree.flatten(new)
+    pairs = zip(leaves, structure.tensors_of(old), strict=True)
+    return structure.unflatten([a if a is b else select(where, a, b) for a, b in pairs])
+
+
 def all_of(flags: Sequence[Tensor]) -> Tensor:
-    """The lanes in which all flags are up."""
+    """Return the lanes in which all flags are set."""
     return torch.stack(list(flags)).all(dim=0)

@@ -1,4 +1,4 @@
-"""What is seen of a search while it runs."""
+"""Reports of a running search: history of errors, progress bar and callback."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.trees import Tree
+from implicitdiff.solvers._loop.state import MemoryT, State
 from implicitdiff.solvers._loop.status import Status
 
-Callback = Callable[[int, Any, Any], Any]
+Callback = Callable[[int, Tree, State[Any]], object]
 """``callback(iter_num, params, state)``."""
 
 
 class Report:
-    """A history of errors, a progress bar and a callback, as far as they are asked for.
+    """A history of errors, a progress bar and a callback, each if requested.
 
     Args:
-        name: of the solver.
-        limit: how many iterations there may be.
-        keeps: whether to keep the errors.
-        verbose: whether to show a bar.
-        callback: what to call.
+        name: the solver's name.
+        limit: bound on the number of iterations.
+        keeps: True to keep the errors.
+        verbose: True to show a bar.
+        callback: the user's function, or None.
     """
 
     def __init__(self, name: str, limit: int, keeps: bool, verbose: bool, callback: Callback | None) -> None:
@@ -35,18 +37,23 @@ class Report:
         self.bar = _bar(name, limit) if verbose else None
 
     def over(self, lanes: tuple[int, ...]) -> Report:
-        """The report of a search whose state has one row for each of these lanes."""
+        """Set the batch shape of the lanes that a state holds as rows; return the report."""
         self.lanes = lanes
         return self
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
 
-    def see(self, state: Any, params: Callable[[], Any], error: Tensor) -> int:
-        """Take note of a state with plain tensors, and of its error as the caller's frame has it; returns how many
-        lanes are still running."""
+    def see(self, state: State[MemoryT], params: Callable[[], Tree], error: Tensor) -> int:
+        """Record a state of plain tensors and return the number of lanes still running.
+
+        Args:
+            state: the state, lanes in front.
+            params: makes the unknowns for the callback.
+            error: the state's error in the caller's frame, with autograd history, for the history of errors.
+        """
         running = int((state.status == Status.RUNNING).sum())
         if self.keeps:
             self.errors.append(error)
@@ -54,19 +61,20 @@ class Report:
             self._show(state, params)
         return running
 
-    def _show(self, state: Any, params: Callable[[], Any]) -> None:
+    def _show(self, state: State[MemoryT], params: Callable[[], Tree]) -> None:
         at = int(state.iter_num.max())
         if self.bar is not None:
             self.bar.set_postfix(error=f"{float(state.error.max()):.1e}", refresh=False)
             self.bar.update(at - self.bar.n)
         if self.callback is not None:
             lanes = self.lanes
+            # Below the transforms the lanes are a single dimension: give the callback the shape of the vmaps.
             if lanes is not None:
                 state = pytree.map_tensors(lambda t: t.reshape((*lanes, *t.shape[1:])), state)
             self.callback(at, params(), state)
 
-    def into(self, state: Any) -> Any:
-        """The state with the errors that were kept, ``(..., iterations + 1)``."""
+    def into(self, state: State[MemoryT]) -> State[MemoryT]:
+        """Return the state with the recorded errors as ``history``, shape ``(..., iterations + 1)``."""
         return state._replace(history=torch.stack(self.errors, dim=-1)) if self.keeps else state
 
 
@@ -75,5 +83,5 @@ def _bar(name: str, limit: int) -> Any:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError(f"{name}: verbose=True shows its progress with tqdm: pip install tqdm") from error
-    # Short runs show none.
+    # A delay of one second keeps short runs without a bar.
     return tqdm(desc=name, total=limit, delay=1.0, unit="it")

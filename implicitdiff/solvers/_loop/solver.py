@@ -29,14 +29,14 @@ from implicitdiff._unroll import unroll
 from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.solvers._loop.equations import EquationOf
 from implicitdiff.solvers._loop.function import LastByKeyword, SolverFunction
-from implicitdiff.solvers._loop.lifted import Closed
-from implicitdiff.solvers._loop.method import Method
+from implicitdiff.solvers._loop.lifted import LiftedProblem
+from implicitdiff.solvers._loop.method import IterativeMethod
 from implicitdiff.solvers._loop.options import Options, check_count, options_of
-from implicitdiff.solvers._loop.problem import Part, Rows, any_lane, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, UserFunction, any_lane, select, select_tree
 from implicitdiff.solvers._loop.report import Callback, Report
 from implicitdiff.solvers._loop.state import State
-from implicitdiff.solvers._loop.status import Status, settle
-from implicitdiff.solvers._loop.termination import PATIENCE, Termination, Told
+from implicitdiff.solvers._loop.status import Status, report_failures
+from implicitdiff.solvers._loop.termination import PATIENCE, Termination, Verdict
 
 
 class Solver(NamedTuple):
@@ -58,7 +58,7 @@ class Solver(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Maker:
+class SolverImpl:
     """What a factory has made: computes the four functions of a `Solver`, with the arguments of the user's as a tuple.
 
     Attributes:
@@ -77,7 +77,7 @@ class Maker:
     name: str
     equation_of: EquationOf
     functions: tuple[Callable[..., Any], ...]
-    method: Method
+    method: IterativeMethod
     options: Options
     guess: Callable[..., Any] | None = None
     is_named: bool = False
@@ -88,7 +88,7 @@ class Maker:
         limit = self.method.default_maxiter if maxiter is None else maxiter
         object.__setattr__(self, "termination", Termination(rtol, atol, limit, is_budget=maxiter is not None))
 
-    def with_last_by_keyword(self, names: tuple[str, ...]) -> Maker:
+    def with_last_by_keyword(self, names: tuple[str, ...]) -> SolverImpl:
         """The same, where the last arguments are those that the user's function takes by these keywords."""
         fn, *others = self.functions
         return replace(self, functions=(LastByKeyword(fn, names), *others))
@@ -102,20 +102,20 @@ class Maker:
     @_settings.outside_autocast
     def init(self, params: Any, args: tuple[Any, ...]) -> Any:
         """The state at an initial guess."""
-        x, rows, _ = self._frame(params, args)
+        x, problem, _ = self._frame(params, args)
         with _settings.full_precision():
-            return _unbatched(self._start(rows, x))
+            return _unbatched(self._start(problem, x))
 
     @_modes.one_operation
     @_settings.outside_autocast
     def update(self, params: Any, state: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
         """One iteration, ``(params, state)``."""
-        x, rows, structure = self._frame(params, args)
+        x, problem, structure = self._frame(params, args)
         with _settings.full_precision():
             old = pytree.map_tensors(lambda t: t[None], state)
-            x, state = self._step(rows, x, old, mask=True)
-            state = self._looked(rows, x, state)
-        return structure.unflatten(rows.inputs.unravel(x)), _unbatched(state)
+            x, state = self._step(problem, x, old, mask=True)
+            state = self._with_rounding_measured(problem, x, state)
+        return structure.unflatten(problem.inputs.unravel(x)), _unbatched(state)
 
     @_modes.one_operation
     @_settings.outside_autocast
@@ -144,32 +144,32 @@ class Maker:
 
     # --- the iteration ----------------------------------------------------------------------------------------------
 
-    def _start(self, rows: Rows, x: Tensor) -> State[Any]:
-        return self.termination.begin(self.method, rows, x, self.method.start(rows, x))
+    def _start(self, problem: BatchedProblem, x: Tensor) -> State[Any]:
+        return self.termination.begin(self.method, problem, x, self.method.start(problem, x))
 
-    def _step(self, rows: Rows, x: Tensor, state: State[Any], *, mask: bool) -> tuple[Tensor, State[Any]]:
+    def _step(self, problem: BatchedProblem, x: Tensor, state: State[Any], *, mask: bool) -> tuple[Tensor, State[Any]]:
         """One iteration; with `mask` it leaves the lanes alone that have stopped."""
-        new_x, new = self.method.step(rows, x, state)
-        new = self.termination.advance(self.method, rows, x, new_x, new)
+        new_x, new = self.method.step(problem, x, state)
+        new = self.termination.advance(self.method, problem, x, new_x, new)
         if not mask:
             return new_x, new
         active = state.status == Status.RUNNING
-        return select(active, new_x, x), _select_all(active, new, state)
+        return select(active, new_x, x), select_tree(active, new, state)
 
-    def _looked(self, rows: Rows, x: Tensor, state: State[Any]) -> State[Any]:
+    def _with_rounding_measured(self, problem: BatchedProblem, x: Tensor, state: State[Any]) -> State[Any]:
         """The state with the rounding floor measured where it is due."""
-        return self.termination.look(self.method, rows, x, state, self.termination.idle(state))
+        return self.termination.measure_rounding(self.method, problem, x, state, self.termination.idle(state))
 
     # --- in the caller's frame --------------------------------------------------------------------------------------
 
-    def _frame(self, params: Any, args: tuple[Any, ...]) -> tuple[Tensor, Rows, Structure]:
+    def _frame(self, params: Any, args: tuple[Any, ...]) -> tuple[Tensor, BatchedProblem, Structure]:
         leaves, structure = pytree.flatten(params)
         check_unknowns(f"{self.name}: the initial guess", leaves, structure)
         refuse_missing(self.name, [*leaves, *pytree.tensors(args)])
         equation = self.equation_of(*self.functions)
         inputs = Vectors(leaves, ())
 
-        def on_leaves(function: Callable[..., Any]) -> Part:
+        def on_leaves(function: Callable[..., Any]) -> UserFunction:
             def fn(x: Leaves, more: Leaves) -> Leaves:
                 before = [_modes.version(t) for t in x]
                 with _modes.heard():
@@ -181,8 +181,8 @@ class Maker:
             return fn
 
         on = {name: on_leaves(elementary()(function)) for name, function in equation.functions.items()}
-        rows = Rows(on, inputs, structure, functorch.nothing_records(), equation.on_rows)
-        return inputs.ravel(leaves), rows, structure
+        problem = BatchedProblem(on, inputs, structure, functorch.nothing_records(), equation.on_rows)
+        return inputs.ravel(leaves), problem, structure
 
     def _unrolled(
         self, params: Any, args: tuple[Any, ...], checkpoint_every: int | None, report: Report
@@ -203,12 +203,12 @@ class Maker:
             )
         first_x, _, _ = self._frame(params, args)
 
-        def judge(params: Any, state: State[Any], told: Told) -> tuple[State[Any], Told]:
-            x, rows, _ = self._frame(params, args)
+        def judge(params: Any, state: State[Any], verdict: Verdict) -> tuple[State[Any], Verdict]:
+            x, problem, _ = self._frame(params, args)
             with _settings.full_precision():
-                one = pytree.map_tensors(lambda t: t[None], (state, told))
-                judged: tuple[State[Any], Told] = _unbatched(
-                    self.termination.judge(self.method, rows, first_x, x, *one)
+                one = pytree.map_tensors(lambda t: t[None], (state, verdict))
+                judged: tuple[State[Any], Verdict] = _unbatched(
+                    self.termination.judge(self.method, problem, first_x, x, *one)
                 )
             return judged
 
@@ -220,53 +220,53 @@ class Maker:
         with contextlib.closing(report):
             params, state = _until_stopped(params, state, frame)
         state = pytree.map_tensors(Tensor.detach, state)
-        self._settle(_plain(state))
+        self._report_failures(_plain(state))
         return params, report.into(state)
 
     # --- below the transforms ---------------------------------------------------------------------------------------
 
     def _implicit(self, params: Any, args: tuple[Any, ...], report: Report) -> tuple[Any, Any]:
         options = self.options
-        closed = Closed(self.name, self.equation_of(*self.functions), params, args)
+        closed = LiftedProblem(self.name, self.equation_of(*self.functions), params, args)
 
-        def search(rows: Rows, x: Tensor) -> tuple[Tensor, Any]:
-            return self._loop(rows, x, closed.structure, report)
+        def search(problem: BatchedProblem, x: Tensor) -> tuple[Tensor, Any]:
+            return self._loop(problem, x, closed.structure, report)
 
         x, state = closed.search(search)
         if functorch.nothing_records():
             return closed.structure.unflatten(x), state
         return closed.attached(x, options.solve or solve_auto(on_failure=options.on_failure)), state
 
-    def _loop(self, rows: Rows, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
-        lanes, every = rows.inputs.batch, 1 if report.keeps else self.options.check_every
+    def _loop(self, problem: BatchedProblem, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
+        lanes, every = problem.inputs.batch, 1 if report.keeps else self.options.check_every
         first_x, count, resumed = x, 0, False
 
         def see(x: Tensor, state: State[Any]) -> int:
-            return report.see(state, lambda: structure.unflatten(rows.inputs.unravel(x)), state.error)
+            return report.see(state, lambda: structure.unflatten(problem.inputs.unravel(x)), state.error)
 
         def advance(x: Tensor, state: State[Any], running: int) -> tuple[Tensor, State[Any]]:
             nonlocal count
             mask = every > 1 or running < state.status.numel()
             for _ in range(every):
-                x, state = self._step(rows, x, state, mask=mask)
+                x, state = self._step(problem, x, state, mask=mask)
                 count += 1
                 # Lanes that were told to run on count by themselves. The others do not, which saves a look.
                 if resumed or count % PATIENCE == 0:
-                    state = self._looked(rows, x, state)
+                    state = self._with_rounding_measured(problem, x, state)
             return x, state
 
-        def judge(x: Tensor, state: State[Any], told: Told) -> tuple[State[Any], Told]:
+        def judge(x: Tensor, state: State[Any], verdict: Verdict) -> tuple[State[Any], Verdict]:
             nonlocal resumed
             resumed = True
-            return self.termination.judge(self.method, rows, first_x, x, state, told)
+            return self.termination.judge(self.method, problem, first_x, x, state, verdict)
 
         with contextlib.closing(report.over(lanes)):
-            x, state = _until_stopped(x, self._start(rows, x), _Frame(see, advance, judge))
-        self._settle(state if lanes else state._replace(status=state.status[0]))
+            x, state = _until_stopped(x, self._start(problem, x), _Frame(see, advance, judge))
+        self._report_failures(state if lanes else state._replace(status=state.status[0]))
         return x, report.into(state)
 
-    def _settle(self, state: Any) -> None:
-        settle(self.name, state, self.options.on_failure, budget=self.options.maxiter is not None)
+    def _report_failures(self, state: Any) -> None:
+        report_failures(self.name, state, self.options.on_failure, budget=self.options.maxiter is not None)
 
 
 class _Frame(NamedTuple):
@@ -275,33 +275,33 @@ class _Frame(NamedTuple):
     Attributes:
         see: ``see(x, state)``, how many lanes are still running.
         advance: ``advance(x, state, running) -> (x, state)``, some iterations.
-        judge: ``judge(x, state, told) -> (state, told)``, where every lane has stopped.
+        judge: ``judge(x, state, verdict) -> (state, verdict)``, where every lane has stopped.
     """
 
     see: Callable[[Any, State[Any]], int]
     advance: Callable[[Any, State[Any], int], tuple[Any, State[Any]]]
-    judge: Callable[[Any, State[Any], Told], tuple[State[Any], Told]]
+    judge: Callable[[Any, State[Any], Verdict], tuple[State[Any], Verdict]]
 
 
 def _until_stopped(x: Any, state: State[Any], frame: _Frame) -> tuple[Any, State[Any]]:
     """The loop of every search."""
-    told = Told.nobody(state)
+    verdict = Verdict.initial(state)
     while running := frame.see(x, state):
         x, state = frame.advance(x, state, running)
         if not any_lane(state.status == Status.RUNNING):
-            state, told = frame.judge(x, state, told)
+            state, verdict = frame.judge(x, state, verdict)
     return x, state
 
 
-def make(
+def make_solver(
     name: str,
     equation_of: EquationOf,
     functions: tuple[Callable[..., Any], ...],
-    method: Method,
+    method: IterativeMethod,
     options: Any,
     guess: Callable[..., Any] | None = None,
     is_named: bool = False,
-    kind: type[Maker] = Maker,
+    kind: type[SolverImpl] = SolverImpl,
 ) -> Solver:
     """A solver from a method and the equation that its solutions satisfy.
 
@@ -313,7 +313,7 @@ def make(
         functions: those.
         method: the iteration.
         options: of `Options`.
-        guess, is_named: see `Maker`.
+        guess, is_named: see `SolverImpl`.
         kind: the class of the maker.
     """
     for fn in functions:
@@ -329,17 +329,10 @@ def _unbatched(state: Any) -> Any:
     return pytree.map_tensors(lambda t: t[0], state)
 
 
-def _select_all(active: Tensor, new: Any, old: Any) -> Any:
-    """`select`, tensor by tensor; what no step changes is not copied."""
-    leaves, structure = pytree.flatten(new)
-    pairs = zip(leaves, structure.tensors_of(old), strict=True)
-    return structure.unflatten([a if a is b else select(active, a, b) for a, b in pairs])
-
-
 def _plain(tree: Any) -> Any:
     """The values of a tree in the caller's frame, the lanes of its vmaps in front."""
-    return pytree.map_tensors(_value, tree)
+    return pytree.map_tensors(_plain_value, tree)
 
 
-def _value(tensor: Tensor) -> Tensor:
+def _plain_value(tensor: Tensor) -> Tensor:
     return functorch.without_batch_layers([functorch.plain_under_vmap(functorch.alive(tensor))])[0][0]

@@ -1,34 +1,78 @@
-"""The state of a solver: one header for all methods, and the memory of one."""
+"""The state of a solver: the same fields for every method, and one field for the memory of the method."""
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import NamedTuple  # on Python 3.10, generic ones; torch depends on it
+from typing_extensions import NamedTuple  # typing's own cannot be generic on Python 3.10; torch requires this package
 
-from implicitdiff.solvers._loop.problem import largest_entry, norm, safe_divide
+from implicitdiff.solvers._loop.problem import largest_entry, row_norm, safe_divide
 from implicitdiff.solvers._loop.status import Status
 
-Memory = TypeVar("Memory")
+MemoryT = TypeVar("MemoryT")
+
+
+class ObjectiveMemory(Protocol):
+    """The fields of a minimiser's memory that a line search reads.
+
+    Attributes:
+        value: the objective.
+        grad: its gradient.
+        magnitude: the largest absolute value of the objective so far.
+    """
+
+    @property
+    def value(self) -> Tensor: ...
+    @property
+    def grad(self) -> Tensor: ...
+    @property
+    def magnitude(self) -> Tensor: ...
+
+
+class ResidualMemory(Protocol):
+    """A memory with the residual of a system of equations."""
+
+    @property
+    def residual(self) -> Tensor: ...
+
+
+class GrowthMemory(Protocol):
+    """A memory with the growth of the residual, see `newton`."""
+
+    @property
+    def growth(self) -> Tensor: ...
+
+
+class JacobianMemory(ResidualMemory, Protocol):
+    """A memory with a residual and a Jacobian."""
+
+    @property
+    def jacobian(self) -> Tensor: ...
+
+
+ObjectiveMemoryT = TypeVar("ObjectiveMemoryT", bound=ObjectiveMemory)
+ResidualMemoryT = TypeVar("ResidualMemoryT", bound=ResidualMemory)
+GrowthMemoryT = TypeVar("GrowthMemoryT", bound=GrowthMemory)
 
 
 class Progress(NamedTuple):
-    """What the stopping rule remembers of a search, see `implicitdiff.solvers`.
+    """Progress of a search as the stopping rule of `implicitdiff.solvers` tracks it.
 
     Attributes:
-        best: the least error so far, but for what is less by a tenth or less.
-        idle: the number of iterations since that, or since a step that lowered the value by more than its rounding.
-        still: the number of steps of length zero since the last other one.
-        step: the length of the last step that a method of Newton's kind would make, relative to the unknowns,
-            ``|d| / max(|x|, eps^(1/6) |reach|)``; for least squares that of the unknown with the largest,
-            ``c |d| / max(c |x|, eps^(1/3) |c reach|)``, ``c`` the norm of its column of the Jacobian; 0 before the
-            first step, and for other methods.
-        reach: the largest absolute values that the unknowns have had, ``(n,)``, less by a tenth after each step, for
-            methods of Newton's kind: where the solution is zero, steps are small against these. Empty for others.
-        patience: ``idle`` at which the rounding floor is measured next.
-        floor: the rounding floor of ``error`` where it was last measured; 0 if never.
+        best: the smallest error so far; decreases of less than a tenth are ignored.
+        idle: the number of iterations since the last update of ``best``, or since a step that lowered the objective by
+            more than rounding.
+        still: the number of steps of length zero in a row.
+        step: the length of the last Newton-type step relative to the unknowns, ``|d| / max(|x|, eps^(1/6) |reach|)``.
+            For least squares the largest over the unknowns of ``c |d| / max(c |x|, eps^(1/3) |c reach|)``, ``c`` being
+            the norm of the unknown's column of the Jacobian. 0 before the first step, and for methods without
+            Newton-type steps.
+        reach: the largest absolute values of the unknowns so far, ``(n,)``, multiplied by 0.9 after each step: the
+            scale of a step if the solution is zero. Empty for methods without Newton-type steps.
+        patience: the value of ``idle`` at which the rounding floor is measured next.
+        floor: the rounding floor of ``error`` at its last measurement; 0 before the first.
     """
 
     best: Tensor
@@ -40,35 +84,38 @@ class Progress(NamedTuple):
     floor: Tensor
 
     def stepped(self, d: Tensor, x: Tensor, units: Tensor | None = None) -> Progress:
-        """The same after a step ``d`` of Newton's kind to ``x``, whether the whole of it was made or not; with the
-        norms of the columns of a Jacobian as `units`, each unknown is looked at by itself."""
-        # A search may begin far away.
+        """Return the progress after a Newton-type step `d` at `x`; the search may have made a part of the step only.
+
+        `units` are norms of the columns of a Jacobian; with `units` the step is measured unknown by unknown.
+        """
+        # The decay forgets an initial guess far from the solution.
         reach, eps = torch.maximum(0.9 * self.reach, x.detach().abs()), torch.finfo(x.dtype).eps
+        # Compare with ``eps^(1/6)`` of the largest values so far if the solution is zero.
         if units is None:
-            step = safe_divide(norm(d), torch.maximum(norm(x), eps ** (1 / 6) * norm(reach)))
+            step = safe_divide(row_norm(d), torch.maximum(row_norm(x), eps ** (1 / 6) * row_norm(reach)))
         else:
             d, x, far = units * d.detach().abs(), units * x.detach().abs(), units * reach
-            least = eps ** (1 / 3) * norm(far)[:, None]
+            least = eps ** (1 / 3) * row_norm(far)[:, None]
             step = largest_entry(safe_divide(d, torch.maximum(x, least)))
         return self._replace(step=step, reach=reach)
 
     def fallen(self, where: Tensor) -> Progress:
-        """The same after a step that lowered the value by more than its rounding, in some lanes."""
-        # The step itself is counted later.
+        """Return the progress after a step that lowered the objective by more than rounding in the flagged lanes."""
+        # `idle` becomes 0 when the stopping rule counts this iteration.
         return self._replace(idle=torch.where(where, -1, self.idle))
 
 
-class State(NamedTuple, Generic[Memory]):
+class State(NamedTuple, Generic[MemoryT]):
     """The state of every solver; each tensor has one value for each lane of a vmap.
 
     Attributes:
-        iter_num: iterations so far.
-        error: the Euclidean norm of the optimality condition at the current unknowns.
+        iter_num: the number of iterations so far.
+        error: Euclidean norm of the optimality condition at the current unknowns.
         target: the error at which the search ends.
         status: a `Status`.
         history: the errors of a run with ``keep_history=True``, ``(iterations + 1,)``, else empty.
-        progress: what the stopping rule remembers, a `Progress`.
-        memory: what the method remembers, such as an `LbfgsMemory`.
+        progress: the stopping rule's `Progress`.
+        memory: the memory of the method, such as an `LbfgsMemory`.
     """
 
     iter_num: Tensor
@@ -77,9 +124,9 @@ class State(NamedTuple, Generic[Memory]):
     status: Tensor
     history: Tensor
     progress: Progress
-    memory: Memory
+    memory: MemoryT
 
     @property
     def converged(self) -> Tensor:
-        """Whether ``status`` is ``CONVERGED``, a boolean tensor."""
+        """True where ``status`` is ``CONVERGED``, a boolean tensor."""
         return self.status == Status.CONVERGED

@@ -1,34 +1,32 @@
-"""What became of a search, lane by lane, and how it is said."""
+"""Outcomes of a search, lane by lane, and their report as an error or a warning."""
 
 from __future__ import annotations
 
 import enum
 import inspect
 import warnings
-from typing import Any, Literal
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from implicitdiff.errors import ConvergenceError, ConvergenceWarning
-
-OnFailure = Literal["raise", "warn", "ignore"]
+from implicitdiff.linear_solve._outcome import OnFailure
 
 
 class Status(enum.IntEnum):
     """The values of a state's `status`.
 
     Attributes:
-        RUNNING: not there yet.
+        RUNNING: not finished.
         CONVERGED: the error has reached its target, and ``x`` the solution as far as the method can tell.
-        BUDGET_SPENT: `maxiter` iterations were made, or so many as ``maxiter=None`` allows.
-        DIVERGED: a value is not finite, or the method has nowhere to go on from (a singular matrix).
+        BUDGET_SPENT: the search has made `maxiter` iterations, or the limit of ``maxiter=None``.
+        DIVERGED: a value is not finite, or the method cannot continue (a singular matrix).
         LINE_SEARCH_FAILED: no step along the method's direction is good enough.
         INFEASIBLE: no point satisfies the constraints.
-        UNBOUNDED: the objective has no minimum: on the feasible set it has no lower bound, or it falls towards one at
-            infinity.
-        STALLED: no progress is possible in this precision: the error is rounding above the target or far from a
-            solution that is not determined any better, or steps have length zero.
+        UNBOUNDED: the objective has no minimum: no lower bound on the feasible set, or an infimum at infinity only.
+        STALLED: no progress is possible in this precision: rounding keeps the error above its target or far from a
+            poorly determined solution, or steps have length zero.
     """
 
     RUNNING = 0
@@ -42,32 +40,51 @@ class Status(enum.IntEnum):
 
 
 _ADVICE = {
-    Status.BUDGET_SPENT: "no convergence; the problem may have no solution, or this method may not suit it: look at "
+    Status.BUDGET_SPENT: "no convergence; the problem may have no solution, or the method may be unsuitable: inspect "
     "the errors (keep_history=True), try another solver, another initial guess, or a larger rtol or atol",
     Status.DIVERGED: "the iterates are not finite, a matrix is singular, or a quadratic program is not convex: try "
     "another initial guess, a smaller step, or a solver with a line search",
-    Status.LINE_SEARCH_FAILED: "no step makes the error smaller; the function may not be smooth there, or its values "
-    "may be too imprecise for these rtol and atol",
-    Status.STALLED: "no further progress in this precision: the tolerances ask for less than rounding, the problem is "
-    "ill-conditioned, or steps have become zero; ask for less, use float64, or scale the problem",
+    Status.LINE_SEARCH_FAILED: "no step decreases the error; the function may not be smooth at this point, or its "
+    "values too imprecise for rtol and atol",
+    Status.STALLED: "no further progress in this precision: the tolerances are below rounding, the problem is "
+    "ill-conditioned, or steps have become zero; raise the tolerances, use float64, or scale the problem",
     Status.INFEASIBLE: "no point satisfies the constraints",
-    Status.UNBOUNDED: "the objective has no minimum: it falls without end, or towards a bound at infinity",
+    Status.UNBOUNDED: "the objective has no minimum: values decrease without bound, or towards an infimum at infinity",
 }
 
 
+class SearchOutcome(Protocol):
+    """The fields of a state that `report_failures` reads; lanes in front."""
+
+    @property
+    def iter_num(self) -> Tensor: ...
+    @property
+    def error(self) -> Tensor: ...
+    @property
+    def target(self) -> Tensor: ...
+    @property
+    def status(self) -> Tensor: ...
+
+
 def is_any_of(status: Tensor, *which: Status) -> Tensor:
-    """Whether a status is one of some."""
+    """True in the lanes whose status is among `which`."""
     return torch.stack([status == int(s) for s in which]).any(dim=0)
 
 
-def settle(name: str, state: Any, on_failure: OnFailure, *, budget: bool) -> None:
-    """Say so if a lane failed. With an integer budget, not to have converged within it is no failure.
+def report_failures(name: str, state: SearchOutcome, on_failure: OnFailure, *, budget: bool) -> None:
+    """Raise or warn if a lane failed.
+
+    With an integer budget (``maxiter`` given by the user), ``BUDGET_SPENT`` and ``STALLED`` are no failures.
 
     Args:
-        name: of the solver.
-        state: with plain tensors, the lanes in front.
-        on_failure: what the user asked for.
-        budget: whether the number of iterations was the user's.
+        name: the solver's name.
+        state: a state of plain tensors, lanes in front.
+        on_failure: the user's choice of raising, warning or neither.
+        budget: True if the user gave ``maxiter``.
+
+    Raises:
+        ConvergenceError: a lane failed and `on_failure` is ``"raise"``; describes the lane with the largest
+            ``error / target``.
     """
     status = state.status.reshape(-1)
     good = (Status.CONVERGED, Status.BUDGET_SPENT, Status.STALLED) if budget else (Status.CONVERGED,)
@@ -76,6 +93,7 @@ def settle(name: str, state: Any, on_failure: OnFailure, *, budget: bool) -> Non
         return
     lanes = failed.nonzero()[:, 0].tolist()
     error, target = state.error.reshape(-1), state.target.reshape(-1)
+    # Describe the lane with the largest excess over its target; nan counts as infinite.
     excess = torch.where(failed, error / target, -torch.inf).nan_to_num(nan=torch.inf)
     worst = int(excess.argmax())
     why = Status(int(status[worst]))
@@ -102,7 +120,8 @@ def settle(name: str, state: Any, on_failure: OnFailure, *, budget: bool) -> Non
 
 
 def _level_of_caller() -> int:
-    """How far up the stack the user's code is."""
+    """Return the number of stack frames between this function and the user's code, for `warnings.warn`."""
+    # A warning points at the user's call: skip the frames of this library and of torch.
     level, frame = 0, inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("implicitdiff", "torch"):
         level, frame = level + 1, frame.f_back

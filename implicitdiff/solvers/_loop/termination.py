@@ -1,51 +1,51 @@
-"""The stopping rule of all searches: the target, the judgement, the rounding floor and the status.
+"""The stopping rule of all searches: target of the error, rounding floor and status.
 
-A search has CONVERGED at ``x`` when a change of the unknowns by ``p`` of themselves would explain the residual,
+A search has CONVERGED at ``x`` if a relative change ``p`` of the unknowns would explain the residual,
 
     |F(x)| <= p |J x|,    p = max(4 eps, 4e-11),
 
-or when the residual is no more than its own rounding. ``F`` is the residual of the equation, ``J`` its Jacobian. A
-method whose steps measure the error of ``x`` (those of Newton's kind) must besides have made a last step of at most
-``eps^(1/3) |x|``: the error that is left is about the square of that. A tolerance that the user gives takes the place
-of the first condition. A search that cannot get closer has STALLED.
+or if the residual is no larger than its own rounding. ``F`` is the residual of the equation, ``J`` its Jacobian. A
+method whose steps measure the error of ``x`` (a Newton-type method) must also have made a last step of at most
+``eps^(1/3) |x|``: convergence is quadratic, so the remaining error is about the square of that step. A user's tolerance
+replaces the first condition. A search that cannot decrease the error further has STALLED.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import implicitdiff._torch.trees as pytree
-from implicitdiff.solvers._loop.equations import Composite, Residual
-from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.equations import Composite
+from implicitdiff.solvers._loop.measures import change_with_x, precision, rounding_floor, solution_scale
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
-from implicitdiff.solvers._loop.problem import Rows, any_lane, norm, scattered, select
-from implicitdiff.solvers._loop.state import Progress, State
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select_tree
+from implicitdiff.solvers._loop.state import MemoryT, Progress, State
 from implicitdiff.solvers._loop.status import Status, is_any_of
 
 PATIENCE = 4
-"""After how many iterations without a smaller error the rounding floor is measured first."""
-_LESS = 0.9
-"""What an error has to be multiplied by to count as smaller."""
-_STILL = 16
-"""How many steps of length zero in a row there may be."""
+"""Number of iterations without a smaller error before the first measurement of the rounding floor."""
+_DECREASE = 0.9
+"""Factor by which an error must decrease to count as smaller."""
+_MAX_ZERO_STEPS = 16
+"""Bound on the number of steps of length zero in a row."""
 
 _RELIABLE = 1e-3
-"""``|F(x)| / |J x|`` at which ``|J x|`` is that of the solution."""
-_FARTHER = 0.1
-"""The part of its error that a search has to reach which is near its target, but not near the solution."""
+"""Value of ``|F(x)| / |J x|`` below which ``|J x|`` is about the value at the solution."""
+_NEXT_TARGET = 0.1
+"""Factor from the error to the next target, for a search near its target but far from the solution."""
 
 
 class _Powers(NamedTuple):
-    """Powers of ``eps`` that bound the length of a step of Newton's kind, relative to ``x``.
+    """Bounds ``eps^power`` on the length of a Newton-type step relative to ``x``.
 
     Attributes:
-        near: where the search has come to its target.
-        failed: where rounding refuses the next step.
-        sure: where the search need not be looked at again.
+        near: for a search whose error has reached the target.
+        failed: for a search whose next step fails because of rounding.
+        sure: for a search that needs no second measurement of ``|J x|``.
     """
 
     near: float
@@ -53,19 +53,19 @@ class _Powers(NamedTuple):
     sure: float
 
 
-_OWN_STEPS = _Powers(near=1 / 3, failed=1 / 6, sure=1 / 2)
-"""Of a method that has made the step: the error that is left is about its square."""
-_TRIALS = _Powers(near=2 / 5, failed=2 / 5, sure=1 / 2)
-"""Of a method that has not: the step is the error."""
+_OWN_STEP_POWERS = _Powers(near=1 / 3, failed=1 / 6, sure=1 / 2)
+"""For methods with steps of their own: the step is already made, and the remaining error is about its square."""
+_TRIAL_STEP_POWERS = _Powers(near=2 / 5, failed=2 / 5, sure=1 / 2)
+"""For methods without: the step is not made, so the step itself is the error."""
 
 
-class Told(NamedTuple):
-    """What the rule remembers of the lanes that it told to run on.
+class Verdict(NamedTuple):
+    """Lane by lane, the measurements at the last decision to continue a search beyond its target.
 
     Attributes:
-        error: when a lane was last told so; at first infinite, and 0 where its target is final.
-        ratio: ``|F(x)| / |J x|`` then; at first 0.
-        length: ``|x|`` then.
+        error: the error at that time; infinite before the first decision, 0 in lanes whose target is final.
+        ratio: ``|F(x)| / |J x|`` at that time; 0 before the first decision.
+        length: ``|x|`` at that time.
     """
 
     error: Tensor
@@ -73,26 +73,21 @@ class Told(NamedTuple):
     length: Tensor
 
     @classmethod
-    def nobody(cls, state: State[Any]) -> Told:
-        """At the beginning."""
-        none = torch.zeros_like(state.error)
-        return cls(error=torch.full_like(none, torch.inf), ratio=none, length=none)
-
-
-def precision(eps: float) -> float:
-    """``p``, the relative change of the unknowns that may explain the residual of a solution."""
-    return max(4.0 * eps, 4e-11)
+    def initial(cls, state: State[MemoryT]) -> Verdict:
+        """Return the verdict before the first decision."""
+        zeros = torch.zeros_like(state.error)
+        return cls(error=torch.full_like(zeros, torch.inf), ratio=zeros, length=zeros)
 
 
 @dataclass(frozen=True)
 class Termination:
-    """The rule with a user's tolerances.
+    """The stopping rule with a user's tolerances.
 
     Attributes:
-        rtol: relative to the error of the initial guess; None: not given.
-        atol: in units of the error; None: not given.
+        rtol: tolerance relative to the error of the initial guess; None if not given.
+        atol: tolerance in units of the error; None if not given.
         limit: the largest number of iterations.
-        is_budget: whether the user gave the limit, so that reaching it is no failure.
+        is_budget: True if the user gave the limit; reaching a user's limit is no failure.
     """
 
     rtol: float | None
@@ -102,97 +97,118 @@ class Termination:
 
     @property
     def is_default(self) -> bool:
-        """Whether the user gave no tolerance."""
+        """True if the user gave no tolerance."""
         return self.rtol is None and self.atol is None
 
     # --- without an evaluation ----------------------------------------------------------------------------------------
 
-    def begin(self, method: Method, rows: Rows, x: Tensor, start: Start) -> State[Any]:
-        """The state at an initial guess; with default tolerances this takes an evaluation to measure ``|J x|``."""
+    def begin(
+        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, start: Start[MemoryT]
+    ) -> State[MemoryT]:
+        """Return the state at an initial guess; default tolerances cost one evaluation that measures ``|J x|``."""
         error = start.error.detach()
-        zero, none = torch.zeros_like(error, dtype=torch.int64), torch.zeros_like(error)
+        zero, zeros = torch.zeros_like(error, dtype=torch.int64), torch.zeros_like(error)
+        # Only Newton-type steps are measured against `reach`; other methods carry an empty tensor.
         near = method.steps_tell or method.newton_step is not None
         state = State(
             iter_num=zero,
             error=error,
-            target=self._first_target(method, rows, x, start),
+            target=self._first_target(method, problem, x, start),
             status=zero if start.status is None else start.status,
             history=error.new_zeros((error.shape[0], 0)),
             progress=Progress(
                 best=error,
                 idle=zero,
                 still=zero,
-                step=none,
+                step=zeros,
                 reach=x.detach().abs() if near else x.new_zeros((x.shape[0], 0)),
                 patience=zero + PATIENCE,
-                floor=none,
+                floor=zeros,
             ),
             memory=start.memory,
         )
         return self._advanced(state, error <= state.target)
 
-    def advance(self, method: Method, rows: Rows, x: Tensor, new_x: Tensor, new: State[Any]) -> State[Any]:
-        """The state after a step from ``x`` to ``new_x``, from that which the method gave."""
+    def advance(
+        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, new_x: Tensor, new: State[MemoryT]
+    ) -> State[MemoryT]:
+        """Return the state after a step from `x` to `new_x`; `new` is the state as the method returned it."""
         error = new.error.detach()
         new = new._replace(iter_num=new.iter_num + 1, error=error)
         reached = error <= new.target
         if not method.is_judged:
             return self._advanced(new, reached)
-        new = new._replace(progress=_progress(x.detach(), new_x.detach(), error, new.progress))
+        # Measures of progress for the tests of a stall and of the last step.
+        new = new._replace(progress=_next_progress(x.detach(), new_x.detach(), error, new.progress))
+        # A small residual alone is not enough for a Newton-type method: for a nearly singular Jacobian the error of
+        # ``x`` may be large. Wait for a short step.
         if method.steps_tell and self.is_default:
-            reached = reached & _is_settled(method, rows, new, "near")
+            reached = reached & _is_settled(method, problem, new, "near")
         new = self._advanced(new, reached)
-        stands = (new.status == Status.RUNNING) & (new.progress.still >= _STILL) & self._may_stall(new)
+        stands = (new.status == Status.RUNNING) & (new.progress.still >= _MAX_ZERO_STEPS) & self._may_stall(new)
         return new._replace(status=torch.where(stands, int(Status.STALLED), new.status))
 
-    def idle(self, state: State[Any]) -> Tensor:
-        """The lanes whose rounding floor is due to be measured."""
+    def idle(self, state: State[MemoryT]) -> Tensor:
+        """Return the lanes whose rounding floor is due for measurement."""
+        # At multiples of PATIENCE only, the iterations at which the loop of `run` tests, so that a loop over `update`
+        # makes the same decisions.
         patient = state.progress.idle >= state.progress.patience
         return (state.status == Status.RUNNING) & patient & (state.iter_num % PATIENCE == 0)
 
-    def _advanced(self, state: State[Any], reached: Tensor) -> State[Any]:
+    def _advanced(self, state: State[MemoryT], reached: Tensor) -> State[MemoryT]:
         status = torch.where(state.iter_num >= self.limit, int(Status.BUDGET_SPENT), int(Status.RUNNING))
         status = torch.where(reached, int(Status.CONVERGED), status)
         status = torch.where(torch.isfinite(state.error), status, int(Status.DIVERGED))
-        # A line search that fails may have found a solution.
+        # A failed line search may have stopped at a solution.
         arrived = (state.status == Status.LINE_SEARCH_FAILED) & (status == Status.CONVERGED)
         return state._replace(status=torch.where((state.status == Status.RUNNING) | arrived, status, state.status))
 
-    def _may_stall(self, state: State[Any]) -> Tensor:
-        """Where the search has a target: with zero tolerances and a budget it makes so many iterations."""
+    def _may_stall(self, state: State[MemoryT]) -> Tensor:
+        """True in lanes that may stop before the limit. Zero tolerances with a budget ask for exactly that many
+        iterations."""
         return (state.target > 0) | (not self.is_budget)
 
-    def _first_target(self, method: Method, rows: Rows, x: Tensor, start: Start) -> Tensor:
+    def _first_target(
+        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, start: Start[MemoryT]
+    ) -> Tensor:
         error = start.error.detach() if start.reference is None else start.reference.detach()
+        # With `atol` the error has units, and no measurement of ``|J x|`` is necessary.
         if self.atol is not None:
             return torch.clamp((self.rtol or 0.0) * error, min=self.atol)
-        p = precision(rows.eps)
+        p = precision(problem.eps)
         target = (p if self.rtol is None else self.rtol) * error
         if not method.is_judged:
             return target
-        size = _first_size(method, rows, x, start.memory)
+        # A difference that leaves the domain gives no size: keep the target relative to the first error.
+        size = _first_size(method, problem, x, start.memory)
         return torch.maximum(target, torch.where(torch.isfinite(size), p * size, 0.0))
 
     # --- with evaluations ---------------------------------------------------------------------------------------------
 
-    def look(self, method: Method, rows: Rows, x: Tensor, state: State[Any], asked: Tensor) -> State[Any]:
-        """The state with the rounding floor measured in the lanes that are asked for; they end where their error is no
-        more than that. Takes two evaluations."""
+    def measure_rounding(
+        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, state: State[MemoryT], asked: Tensor
+    ) -> State[MemoryT]:
+        """Measure the rounding floor in the `asked` lanes, by two evaluations; lanes whose error is at most the floor
+        end."""
         asked = asked & self._may_stall(state)
         if not (method.is_judged and any_lane(asked)):
             return state
-        floor = rounding(rows.residual, rows, x, _residual(method, rows, x, state))
+        floor = rounding_floor(problem.residual, problem, x, _current_residual(method, problem, x, state))
         old = state.progress
         progress = old._replace(
-            floor=torch.where(asked, floor, old.floor), patience=torch.where(asked, 2 * old.idle, old.patience)
+            floor=torch.where(asked, floor, old.floor),
+            # Double the patience: measurements after 4, 8, 16, ... idle iterations cost a vanishing share.
+            patience=torch.where(asked, 2 * old.idle, old.patience),
         )
-        # Only here: at another point the floor may be another.
-        there = asked & (state.error <= floor)
-        good = there & self.is_default
+        # Valid at this point only: the floor depends on ``x``.
+        at_floor = asked & (state.error <= floor)
+        # With a user's tolerances rounding above the target is a stall, with default tolerances convergence, unless a
+        # Newton-type step shows that ``x`` is far from a solution.
+        good = at_floor & self.is_default
         if any_lane(good):
-            state = _with_step(state, _newton_step(method, rows, x, state), good, good)
-            good = good & _is_settled(method, rows, state, "failed")
-        status = torch.where(there, int(Status.STALLED), state.status)
+            state = _with_step(state, _distance_step(method, problem, x, state), good, good)
+            good = good & _is_settled(method, problem, state, "failed")
+        status = torch.where(at_floor, int(Status.STALLED), state.status)
         return state._replace(
             status=torch.where(good, int(Status.CONVERGED), status),
             target=torch.where(good, floor, state.target),
@@ -200,117 +216,136 @@ class Termination:
         )
 
     def judge(
-        self, method: Method, rows: Rows, first_x: Tensor, x: Tensor, state: State[Any], told: Told
-    ) -> tuple[State[Any], Told]:
-        """The state where every lane has stopped, some of which may have to run on.
+        self,
+        method: IterativeMethod[MemoryT],
+        problem: BatchedProblem,
+        first_x: Tensor,
+        x: Tensor,
+        state: State[MemoryT],
+        verdict: Verdict,
+    ) -> tuple[State[MemoryT], Verdict]:
+        """Decide, after every lane has stopped, which lanes continue.
 
-        A default target was made at the initial guess, and a poor guess makes a coarse target. So ``|J x|`` is measured
-        again where the target is reached, and a lane runs on as long as that halves its error, until ``|J x|`` is
-        reliable. A lane that failed with default tolerances has converged where its error is ``eps^(2/3) |J x|`` or
-        rounding.
+        The initial guess sets a default target, and a poor guess sets a coarse target. So ``|J x|`` is measured again
+        at the target, and a lane continues as long as its error halves, until the measurement is reliable. With default
+        tolerances a lane that failed has converged if its error is at most ``eps^(2/3) |J x|`` or rounding.
 
         Args:
             method: the method.
-            rows: the problem.
+            problem: the problem.
             first_x: the initial guess.
             x: the unknowns.
-            state: the state there.
-            told: of earlier judgements; returned with the state.
+            state: the state at `x`.
+            verdict: the verdict of earlier calls.
+
+        Returns:
+            The state, with status ``RUNNING`` in the lanes that continue, and the new verdict.
         """
         if not method.is_judged:
-            return state, told
+            return state, verdict
+        # A failed lane may be at a solution, and a lane at its target may have a target that is too coarse. Lanes
+        # accepted at the rounding floor are final.
         failed = is_any_of(state.status, Status.LINE_SEARCH_FAILED, Status.BUDGET_SPENT) & (state.iter_num > 0)
         failed = failed & self._may_stall(state)
         reached = (state.status == Status.CONVERGED) & (state.iter_num > 0) & (state.target != state.progress.floor)
-        # A lane that came near the solution on its way to its last target is there now.
-        reached = reached & ~((told.error == 0) & _is_settled(method, rows, state, "sure"))
+        # Skip lanes with a final target whose last step was very short.
+        reached = reached & ~((verdict.error == 0) & _is_settled(method, problem, state, "sure"))
         if self.is_default and any_lane(failed | reached):
-            coarse = reached & (told.error > 0)
-            # A method of Newton's kind that came to its target has made a step.
+            # Error 0 in the verdict marks a final target: measuring ``|J x|`` again would not change the target.
+            coarse = reached & (verdict.error > 0)
+            # A Newton-type method at its target has just made a step.
             asked = failed if method.steps_tell else failed | reached
-            step = _newton_step(method, rows, x, state) if any_lane(asked) else None
+            step = _distance_step(method, problem, x, state) if any_lane(asked) else None
             state = _with_step(state, step, asked, failed)
-            state, told = self._measured_again(method, rows, first_x, x, state, step, failed, coarse, told)
-            state, told = self._stepped(method, rows, state, step, failed, reached, told)
+            state, verdict = self._measured_again(method, problem, first_x, x, state, step, failed, coarse, verdict)
+            state, verdict = self._stepped(method, problem, state, step, failed, reached, verdict)
             failed = failed & (state.status != Status.CONVERGED)
-        return self.look(method, rows, x, state, failed), told
+        return self.measure_rounding(method, problem, x, state, failed), verdict
 
     def _measured_again(
         self,
-        method: Method,
-        rows: Rows,
+        method: IterativeMethod[MemoryT],
+        problem: BatchedProblem,
         first_x: Tensor,
         x: Tensor,
-        state: State[Any],
+        state: State[MemoryT],
         step: NewtonStep | None,
         failed: Tensor,
         reached: Tensor,
-        told: Told,
-    ) -> tuple[State[Any], Told]:
-        """The state with ``|J x|`` measured at x; lanes that `reached` a coarse target run on.
+        verdict: Verdict,
+    ) -> tuple[State[MemoryT], Verdict]:
+        """Measure ``|J x|`` at `x`; lanes that have `reached` a coarse target continue towards a finer target.
 
-        There is no solution near a lane that was told so before, has gone farther away, and for which ``|J x|`` has
-        become smaller as the error has.
+        A lane goes to infinity if, since the last decision, ``|x|`` has grown while ``|J x|`` has shrunk about as much
+        as the error; the lane gets the status ``method.runs_off``.
         """
         if not any_lane(failed | reached):
-            return state, told
-        error, here = state.error, _residual(method, rows, x, state)
-        size, known = scale(rows, x, here, first_x, error, None if step is None else step.size)
-        fine, rough = precision(rows.eps) * size, rows.eps ** (2 / 3) * size
-        again = reached & (error > fine) & (2 * error < told.error) & (size > 0)
-        ratio, length = error / size, norm(x)
-        off = again & (told.ratio > 0) & (ratio > 0.1 * told.ratio) & (length > 1.2 * told.length)
+            return state, verdict
+        error, here = state.error, _current_residual(method, problem, x, state)
+        size, known = solution_scale(problem, x, here, first_x, error, None if step is None else step.size)
+        fine, rough = precision(problem.eps) * size, problem.eps ** (2 / 3) * size
+        # Continue above the finer target, as long as each round has halved the error. A size of 0 or nan gives no
+        # target.
+        again = reached & (error > fine) & (2 * error < verdict.error) & (size > 0)
+        ratio, length = error / size, row_norm(x)
+        off = again & (verdict.ratio > 0) & (ratio > 0.1 * verdict.ratio) & (length > 1.2 * verdict.length)
         again = again & ~off
-        # Rounding is hardly ever more than this.
-        if any_lane(again & (error <= 256.0 * rows.eps * size)):
-            again = again & (error > rounding(rows.residual, rows, x, here))
+        # Rounding rarely exceeds 256 eps of the scale; the bound saves two evaluations in most searches.
+        if any_lane(again & (error <= 256.0 * problem.eps * size)):
+            again = again & (error > rounding_floor(problem.residual, problem, x, here))
+        # A failed line search leaves more error than a regular end: accept two thirds of the digits.
         good = failed & (error <= rough)
         state = self._running_on(state, again)
         state = state._replace(
             target=torch.where(again, fine, torch.where(good, rough, state.target)),
             status=torch.where(off, int(method.runs_off), state.status),
         )
+        # Close to the solution ``|J x|`` changes little, so the next target is final.
         is_final = known & (ratio <= _RELIABLE)
-        return state, Told(
-            error=torch.where(again, torch.where(is_final, 0.0, error), told.error),
-            ratio=torch.where(again, ratio, told.ratio),
-            length=torch.where(again, length, told.length),
+        return state, Verdict(
+            error=torch.where(again, torch.where(is_final, 0.0, error), verdict.error),
+            ratio=torch.where(again, ratio, verdict.ratio),
+            length=torch.where(again, length, verdict.length),
         )
 
     def _stepped(
         self,
-        method: Method,
-        rows: Rows,
-        state: State[Any],
+        method: IterativeMethod[MemoryT],
+        problem: BatchedProblem,
+        state: State[MemoryT],
         step: NewtonStep | None,
         failed: Tensor,
         reached: Tensor,
-        told: Told,
-    ) -> tuple[State[Any], Told]:
-        """The state with the length of a step of Newton's kind where it has come near its target; a lane that is far
-        from the solution all the same tries this step."""
+        verdict: Verdict,
+    ) -> tuple[State[MemoryT], Verdict]:
+        """Judge lanes near their target by the length of a Newton-type step.
+
+        A lane that is still far from the solution continues and tries the step next.
+        """
         good, reached = failed & (state.error <= state.target), reached & (state.status == Status.CONVERGED)
         if not any_lane(good | reached):
-            return state, told
-        good = good & _is_settled(method, rows, state, "failed")
+            return state, verdict
+        good = good & _is_settled(method, problem, state, "failed")
         state = state._replace(status=torch.where(good, int(Status.CONVERGED), state.status))
         if step is None or method.steps_tell:
-            return state, told
-        far = reached & ~_is_settled(method, rows, state, "near")
+            return state, verdict
+        # A gradient method may meet its target far from the solution along directions of small curvature. Continue to a
+        # tenth of the error, starting with the Newton-type step.
+        far = reached & ~_is_settled(method, problem, state, "near")
         state = self._running_on(state, far)._replace(
-            target=torch.where(far, _FARTHER * state.error, state.target),
-            memory=_select_all(far, step.memory, state.memory),
+            target=torch.where(far, _NEXT_TARGET * state.error, state.target),
+            memory=select_tree(far, step.memory, state.memory),
         )
-        return state, told._replace(error=torch.where(far, 0.0, told.error))
+        return state, verdict._replace(error=torch.where(far, 0.0, verdict.error))
 
-    def _running_on(self, state: State[Any], where: Tensor) -> State[Any]:
+    def _running_on(self, state: State[MemoryT], where: Tensor) -> State[MemoryT]:
         on = torch.where(state.iter_num < self.limit, int(Status.RUNNING), int(Status.BUDGET_SPENT))
         return state._replace(status=torch.where(where, on, state.status))
 
 
-def _progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Progress:
-    # Rounding makes an error a little smaller now and then.
-    better, stays = error < _LESS * old.best, (new_x == x).all(dim=-1)
+def _next_progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Progress:
+    # Rounding lowers an error slightly now and then, so require a decrease by a tenth.
+    better, stays = error < _DECREASE * old.best, (new_x == x).all(dim=-1)
     return old._replace(
         best=torch.where(better, error, old.best),
         idle=torch.where(better, 0, old.idle + 1),
@@ -318,32 +353,36 @@ def _progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Progres
     )
 
 
-def _is_settled(method: Method, rows: Rows, state: State[Any], when: str) -> Tensor:
-    """Whether the last step of Newton's kind was so short that ``x`` is near the solution."""
-    powers = _OWN_STEPS if method.newton_step is None else _TRIALS
-    settled: Tensor = state.progress.step <= rows.eps ** getattr(powers, when)
+def _is_settled(method: IterativeMethod[MemoryT], problem: BatchedProblem, state: State[MemoryT], when: str) -> Tensor:
+    """True in lanes whose last Newton-type step was short enough for ``x`` to be near the solution."""
+    powers = _OWN_STEP_POWERS if method.newton_step is None else _TRIAL_STEP_POWERS
+    settled: Tensor = state.progress.step <= problem.eps ** getattr(powers, when)
     return settled
 
 
-def _residual(method: Method, rows: Rows, x: Tensor, state: State[Any]) -> Tensor:
-    """The residual at ``x``, which many memories hold."""
-    return (rows.residual(rows, x) if method.residual is None else method.residual(state.memory)).detach()
+def _current_residual(
+    method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, state: State[MemoryT]
+) -> Tensor:
+    """Return the residual at ``x``, from the memory if the memory holds it."""
+    return (problem.residual(problem, x) if method.residual is None else method.residual(state.memory)).detach()
 
 
-def _newton_step(method: Method, rows: Rows, x: Tensor, state: State[Any]) -> NewtonStep | None:
-    """A step of Newton's kind, if the method can make one."""
+def _distance_step(
+    method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, state: State[MemoryT]
+) -> NewtonStep | None:
+    """Return a Newton-type step, or None if the method or the user's function does not provide one."""
     make = method.newton_step
-    return None if make is None else if_twice_differentiable(lambda: make(rows, x, state.memory))
+    return None if make is None else if_twice_differentiable(lambda: make(problem, x, state.memory))
 
 
-def _with_step(state: State[Any], step: NewtonStep | None, where: Tensor, failed: Tensor) -> State[Any]:
-    """The state with the length of a step in some lanes; 0 if it promises next to no gain, as where a Hessian without
-    full rank makes it long; at least 1 where there is no minimum near."""
+def _with_step(state: State[MemoryT], step: NewtonStep | None, where: Tensor, failed: Tensor) -> State[MemoryT]:
+    """Record the length of a step in some lanes: 0 if the predicted gain is negligible, as for long steps along the
+    null space of a Hessian; at least 1 if a curvature is negative, so that no minimum is near."""
     if step is None:
         return state
-    # A Hessian that is not finite says nothing.
+    # Ignore a step from a Hessian that is not finite.
     where = where & torch.isfinite(step.size)
-    # Where a search failed, a gain that rounding hides is a reason not to know.
+    # After a failure, a predicted gain below rounding leaves the distance unknown, so only `promises` counts.
     counts = torch.where(failed, step.promises, step.counts)
     progress = state.progress.stepped(step.d, step.x, step.units)
     length = torch.where(counts, progress.step, 0.0)
@@ -351,100 +390,12 @@ def _with_step(state: State[Any], step: NewtonStep | None, where: Tensor, failed
     return state._replace(progress=state.progress._replace(step=torch.where(where, length, state.progress.step)))
 
 
-def _select_all(where: Tensor, new: Any, old: Any) -> Any:
-    leaves, structure = pytree.flatten(new)
-    pairs = zip(leaves, structure.tensors_of(old), strict=True)
-    return structure.unflatten([a if a is b else select(where, a, b) for a, b in pairs])
-
-
-def _first_size(method: Method, rows: Rows, x: Tensor, memory: Any) -> Tensor:
+def _first_size(method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, memory: MemoryT) -> Tensor:
     if method.size is not None:
-        size = method.size(rows, x, memory).detach()
-        if not isinstance(rows.residual, Composite):
+        size = method.size(problem, x, memory).detach()
+        if not isinstance(problem.residual, Composite):
             return size
-        # A residual under constraints is no longer than the way to their boundary, whatever its gradient is.
-        return torch.minimum(size, norm(x) / precision(rows.eps) ** 0.5)
-    here = rows.residual(rows, x) if method.residual is None else method.residual(memory)
-    return norm(change(rows.residual, rows, x, here.detach(), is_guess=True))
-
-
-# --- what a residual is small against ---------------------------------------------------------------------------------
-
-
-def change(residual: Residual, rows: Rows, x: Tensor, here: Tensor, *, is_guess: bool = False) -> Tensor:
-    """``J x`` to a few digits, for the Jacobian ``J`` of a residual whose value ``here`` is given.
-
-    By a difference, as the derivative of a gradient is more than the user's function may have; where the domain ends
-    before that, the other way, or not so far. The difference with a long step is rough where the residual is curved,
-    and that with a short one where it has a kink nearby, which makes it too large. So an initial guess that the short
-    one would take for a solution is judged by the smaller of the two.
-    """
-    x = x.detach()
-
-    def slope(step: float) -> Tensor:
-        return (residual(rows, x + step * x) - here).detach() / step
-
-    long, far, near = (rows.eps**power for power in (1 / 3, 1 / 2, 2 / 3))
-    difference = slope(far)
-    for step in (-far, near, -near):
-        outside = ~torch.isfinite(difference).all(dim=-1)
-        if not any_lane(outside):
-            break
-        difference = select(outside, slope(step), difference)
-    if not (is_guess and any_lane(norm(here) <= precision(rows.eps) * norm(difference))):
-        return difference
-    other = slope(long)
-    return select(norm(other) < norm(difference), other, difference)
-
-
-def composite_size(rows: Rows, x: Tensor, gradient: Tensor) -> Tensor:
-    """How much a `Composite` residual changes where its gradient changes by ``H x``."""
-    composite = rows.residual
-    assert isinstance(composite, Composite)
-    unbalanced = gradient - change(composite.gradient, rows, x, gradient, is_guess=True)
-    return norm(composite.away(rows, x, unbalanced) - composite.away(rows, x, gradient))
-
-
-def scale(
-    rows: Rows, x: Tensor, here: Tensor, first_x: Tensor, error: Tensor, size: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``|J x|``, unless it is given, at a point that may be a solution, after a search from ``first_x``; and whether it
-    is that.
-
-    Where that is hardly more than the error, the solution may be zero. There ``|J (first_x - x)|`` counts, with more
-    digits, as it may be large.
-    """
-    x, back, step = x.detach(), (first_x - x).detach(), rows.eps ** (1 / 2)
-    size = norm(change(rows.residual, rows, x, here)) if size is None else size
-    small = ~(size > 100 * error)
-    if not any_lane(small):
-        return size, ~small
-    # No further than `change` goes, where that is anywhere.
-    ratio = (norm(x) / norm(back)).nan_to_num(nan=1.0).clamp(max=1.0)
-    step = step * torch.where(ratio < rows.eps ** (1 / 4), 1.0, ratio)
-    way = norm(rows.residual(rows, x + step[:, None] * back) - here) / step
-    return torch.where(small, torch.fmax(size, rows.eps ** (1 / 6) * way), size), ~small
-
-
-def rounding(residual: Residual, rows: Rows, x: Tensor, here: Tensor) -> Tensor:
-    """The rounding floor: the change of the residual when every unknown moves by 4 units in the last place.
-
-    Constraints may keep a residual small whatever its gradient is, so there the gradient is what moves.
-    """
-    x = x.detach()
-    own = norm(_noise(residual, rows, x, here))
-    if not isinstance(residual, Composite):
-        return own
-    gradient = residual.gradient(rows, x).detach()
-    moved = residual.away(rows, x, gradient + _noise(residual.gradient, rows, x, gradient))
-    return torch.maximum(own, norm(moved - here))
-
-
-def _noise(residual: Residual, rows: Rows, x: Tensor, here: Tensor) -> Tensor:
-    """Where a longer move changes the residual by less than in proportion, there is a kink, and the jump there is no
-    rounding."""
-    way = rows.eps * scattered(x) * x
-    short, long = ((residual(rows, x + units * way) - here).detach() for units in (4, 1024))
-    part = norm(long) / 256 / norm(short)
-    # Not so if the domain ends in between.
-    return short * torch.where(part < 1, part, 1.0)[:, None]
+        # A residual under constraints is at most the distance to the boundary, whatever its gradient.
+        return torch.minimum(size, row_norm(x) / precision(problem.eps) ** 0.5)
+    here = problem.residual(problem, x) if method.residual is None else method.residual(memory)
+    return row_norm(change_with_x(problem.residual, problem, x, here.detach(), is_guess=True))

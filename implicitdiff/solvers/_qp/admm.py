@@ -1,58 +1,68 @@
-"""The alternating direction method of multipliers for quadratic programs, as OSQP has it."""
+"""The alternating direction method of multipliers for quadratic programs, as in OSQP."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._qp.program import Point, Program, factor, solve, times
+from implicitdiff.solvers._loop.problem import vecmat
+from implicitdiff.solvers._qp.program import PrimalDual, QuadraticProgram, cholesky_solve, factor
 
 _ALPHA = 1.6
-"""Over-relaxation."""
+"""Over-relaxation parameter."""
 _SIGMA = 1e-6
-"""The proximal term."""
+"""Weight of the proximal term."""
 _EQUALITIES = 1e3
-"""How much more weight an equality has than an inequality."""
+"""Ratio of the weight of an equality to the weight of an inequality."""
 RHO = 0.125
-"""The weight of an inequality, at first; powers of two throughout."""
+"""Initial weight of an inequality; ``rho`` stays a power of two."""
 
 
-def factorise(of: Program, rho: Tensor) -> Tensor:
-    """What an iteration solves with."""
-    return factor(of, _penalties(of, rho), _SIGMA, plain=False)[0]
+def admm_factor(prog: QuadraticProgram, rho: Tensor) -> Tensor:
+    """Return the Cholesky factor of the linear system of every iteration."""
+    return factor(prog, _penalties(prog, rho), _SIGMA, plain=False)[0]
 
 
-def _penalties(of: Program, rho: Tensor) -> Tensor:
-    return rho[:, None] * torch.where(of.equal, _EQUALITIES * of.rows, of.rows)
+def _penalties(prog: QuadraticProgram, rho: Tensor) -> Tensor:
+    return rho[:, None] * torch.where(prog.equal, _EQUALITIES * prog.rows, prog.rows)
 
 
-def iterate(of: Program, at: Point, z: Tensor, rho: Tensor, lower: Tensor) -> tuple[Point, Tensor]:
-    """One iteration; `z` are values in the place of ``C x`` that satisfy the constraints.
+def admm_iteration(
+    prog: QuadraticProgram, at: PrimalDual, z: Tensor, rho: Tensor, lower: Tensor
+) -> tuple[PrimalDual, Tensor]:
+    """Return the point after one iteration, and the new `z`; `z` is the copy of ``C x`` that satisfies the bounds.
 
-    Algorithm 1, written with the step of x, so that the residuals of the last iteration are its right-hand side.
+    Algorithm 1 of OSQP, written for the step of ``x``: the residuals of the last iteration are then the right-hand
+    side.
     """
-    weights = _penalties(of, rho)
-    x = at.x - _ALPHA * solve(lower, at.slope + times(weights * (at.image - z), of.C))
-    image = times(x, of.C.mT)
+    weights = _penalties(prog, rho)
+    x = at.x - _ALPHA * cholesky_solve(lower, at.slope + vecmat(weights * (at.image - z), prog.C))
+    image = vecmat(x, prog.C.mT)
+    # ``alpha C x~ + (1 - alpha) z``, in which ``x~ = at.x + (x - at.x) / alpha``.
     relaxed = image + (1.0 - _ALPHA) * (z - at.image)
-    pressed = at.y + weights * (relaxed - of.u)
-    touches = of.equal | (of.above & (pressed > 0))
+    # The projection ``z = clamp(relaxed + y / w, l, u)`` and ``y + w (relaxed - z)``, written bound by bound so that
+    # the multiplier of an inactive row is exactly 0.
+    pressed = at.y + weights * (relaxed - prog.u)
+    touches = prog.equal | (prog.above & (pressed > 0))
     y = torch.where(touches, pressed, 0.0)
-    z = torch.where(touches, of.u, relaxed + at.y / weights)
-    if of.two_sided:
-        pressed = at.y + weights * (relaxed - of.l)
-        touches = of.below & ~touches & (pressed < 0)
-        y, z = torch.where(touches, pressed, y), torch.where(touches, of.l, z)
-    return Point(x, y, image, times(x, of.Q) + of.c + times(y, of.C)), z
+    z = torch.where(touches, prog.u, relaxed + at.y / weights)
+    if prog.two_sided:
+        pressed = at.y + weights * (relaxed - prog.l)
+        touches = prog.below & ~touches & (pressed < 0)
+        y, z = torch.where(touches, pressed, y), torch.where(touches, prog.l, z)
+    return PrimalDual(x, y, image, vecmat(x, prog.Q) + prog.c + vecmat(y, prog.C)), z
 
 
-def balanced(of: Program, at: Point, z: Tensor, rho: Tensor) -> Tensor:
-    """The ``rho`` that would make the relative residuals equal, if it is another by far; section 5.2."""
-    row, column = of.rows.sqrt(), of.columns.rsqrt()
-    pull = times(at.y, of.C)
+def balanced_rho(prog: QuadraticProgram, at: PrimalDual, z: Tensor, rho: Tensor) -> Tensor:
+    """Return the ``rho`` that would balance the relative residuals if far from the present ``rho``, else the latter;
+    OSQP, section 5.2."""
+    row, column = prog.rows.sqrt(), prog.columns.rsqrt()
+    pull = vecmat(at.y, prog.C)
     primal = _relative(row, at.image - z, at.image, z)
-    dual = _relative(column, at.slope, pull, at.slope - of.c - pull, of.c)
+    dual = _relative(column, at.slope, pull, at.slope - prog.c - pull, prog.c)
     wanted = rho * (primal / dual).sqrt().clamp(1 / 8, 8)
+    # A power of two within a factor of 8 of the present value; ignore changes by less than a factor of 4, which cost a
+    # factorisation.
     wanted = torch.exp2(torch.round(torch.log2(wanted))).clamp(2.0**-20, 2.0**20)
     far = (wanted >= 4 * rho) | (wanted <= rho / 4)
     return torch.where(far, wanted, rho)

@@ -1,4 +1,4 @@
-"""The linear systems of the derivatives of quadratic programs."""
+"""Linear systems of the derivatives of quadratic programs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.linear_problem import LinearProblem
 from implicitdiff._implicit.system import System
 from implicitdiff._torch.trees import Leaves
-from implicitdiff.linear_solve._direct import factorised, materialised
-from implicitdiff.linear_solve._outcome import OnFailure, settle
+from implicitdiff.linear_solve._direct import factorised, inverse_or_one, materialised
+from implicitdiff.linear_solve._outcome import OnFailure, report_failed_solves
 from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.linear_solve.lu import lu
 
-_DENSE = 4000
-"""The most unknowns for which the matrix is materialised."""
+_MAX_DENSE = 4000
+"""Largest number of unknowns with a dense matrix."""
 _NO_DERIVATIVE = (
     "the active constraints and the curvature do not determine the derivative: the minimiser is not unique, or a "
     "cotangent asks for multipliers that are not, or the constraints contradict each other along a tangent; for a "
@@ -29,38 +29,42 @@ _NO_DERIVATIVE = (
 
 
 def solve_kkt(on_failure: OnFailure) -> LinearSolver:
-    """Make the default ``solve`` of `qp`: `solve_auto` with matrices of up to 4000 rows, which also solves a singular
-    system as far as the solution is determined.
+    """Make the default ``solve`` of `qp`: `solve_auto`, dense up to 4000 rows, extended to singular systems with a
+    determined solution.
 
     Linearly dependent constraints make the matrix ``M`` of the KKT conditions singular: its null space holds
-    multipliers that cancel. A system ``M v = r`` is solved where ``r`` is in the range of ``M`` and the null space of
-    ``M`` has no part in the primal. The primal part of ``v`` is then unique, and the multipliers are those of least
-    norm. The range of the adjoint holds the cotangents of all that is unique, so reverse mode refuses a cotangent of
-    anything else.
+    multipliers that cancel. A system ``M v = r`` is solved if ``r`` is in the range of ``M`` and the null space of
+    ``M`` has no primal part. Then the primal part of ``v`` is unique, and the multipliers are those of least norm. The
+    range of the adjoint holds the cotangents of all unique quantities, so reverse mode refuses a cotangent of any other
+    quantity.
     """
-    return LinearSolver("solve_auto", partial(_solve, unknowns=0, on_failure=on_failure), kind=KKTProblem)
+    return LinearSolver("solve_auto", partial(_solve_kkt_system, unknowns=0, on_failure=on_failure), kind=KKTProblem)
 
 
 @dataclass(frozen=True)
 class KKTProblem(LinearProblem):
-    """A system whose first leaf is the primal."""
+    """A linear system whose first leaf is the primal."""
 
     def primal(self, theta: Leaves) -> Leaves:
+        """Solve, with the number of primal unknowns passed to the algorithm."""
         assert isinstance(self.solver, LinearSolver)
+        # The first leaf holds the primal of every lane and column: divide by their number.
         batch = math.prod(theta[0].shape[: len(self.lanes) + len(self.columns)])
         algorithm: Any = partial(self.solver.algorithm, unknowns=theta[0].numel() // max(1, batch))  # type: ignore[call-arg]
         return LinearProblem.primal(replace(self, solver=replace(self.solver, algorithm=algorithm)), theta)
 
 
-def _solve(system: System, *, unknowns: int, on_failure: OnFailure) -> Tensor:
+def _solve_kkt_system(system: System, *, unknowns: int, on_failure: OnFailure) -> Tensor:
+    """Solve by LU or least norm; by GMRES beyond the size for dense matrices."""
     n = system.b.shape[-1]
-    if n > _DENSE or system.lanes * n * n > 2**27:
+    if n > _MAX_DENSE or system.lanes * n * n > 2**27:
         return solve_auto(dense_up_to=0, on_failure=on_failure).algorithm(system)
     outcome = materialised(system, partial(_lu_or_least_norm, unknowns), _NO_DERIVATIVE)
-    return settle("solve_auto (LU)", outcome, system, on_failure)
+    return report_failed_solves("solve_auto (LU)", outcome, system, on_failure)
 
 
 def _lu_or_least_norm(unknowns: int, a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Solve by LU, and lanes with a singular matrix by least norm."""
     x, broken = factorised(lu)(a, b, eps)
     lanes = (broken & torch.isfinite(a).all(dim=(-2, -1))).nonzero()[:, 0]
     if not lanes.numel():
@@ -70,12 +74,13 @@ def _lu_or_least_norm(unknowns: int, a: Tensor, b: Tensor, eps: float) -> tuple[
 
 
 def _least_norm(unknowns: int, a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The solutions of least norm, and where the system has none or their first `unknowns` entries are not unique.
+    """Return the solutions of least norm, and flags of systems without a solution or with an undetermined primal.
 
-    Rows and columns are scaled to largest entry 1, so that the rank does not depend on units.
+    The first `unknowns` entries are the primal. Rows and columns are scaled to largest entry 1, so that the rank does
+    not depend on units.
     """
-    row = _inverse_or_one(a.abs().amax(dim=-1, keepdim=True))
-    column = _inverse_or_one((row * a).abs().amax(dim=-2, keepdim=True))
+    row = inverse_or_one(a.abs().amax(dim=-1, keepdim=True))
+    column = inverse_or_one((row * a).abs().amax(dim=-2, keepdim=True))
     left, s, right = torch.linalg.svd(row * a * column)
     null = s <= eps**0.75 * s[:, :1]
     inside = left.mT @ (row * b)
@@ -83,17 +88,15 @@ def _least_norm(unknowns: int, a: Tensor, b: Tensor, eps: float) -> tuple[Tensor
     outside = torch.where(null[..., None], inside, 0.0)
     sizes = torch.linalg.vector_norm(torch.stack([outside, inside]), dim=-2)
     free = torch.where(null[..., None], right, 0.0)[..., :unknowns].abs().amax(dim=(-2, -1))
+    # No solution: ``b`` has a part outside of the range. Undetermined: the null space has a primal part.
     undetermined = (sizes[0] > eps**0.5 * sizes[1]).any(dim=-1) | (free > eps**0.5)
-    # A basis of the null space in the units of the system; the other columns are zero.
+    # Null space in the original units; other columns are zero. The least norm must refer to these units, not to the
+    # scaled ones, so project the null space out.
     basis = column.mT * torch.where(null[:, None], right.mT, 0.0)
     return column.mT * x - _projected(basis, column.mT * x), undetermined
 
 
 def _projected(basis: Tensor, x: Tensor) -> Tensor:
-    """The nearest vectors in the space that is spanned by some columns, those of the others being zero."""
+    """Project vectors onto the span of the nonzero columns of `basis`."""
     nearest: Tensor = basis @ (torch.linalg.pinv(basis) @ x)
     return nearest
-
-
-def _inverse_or_one(size: Tensor) -> Tensor:
-    return torch.where(size > 0, 1.0 / size, 1.0)

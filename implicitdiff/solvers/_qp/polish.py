@@ -1,89 +1,101 @@
-"""From a rough solution of a quadratic program to the precision of the dtype."""
+"""Steps from a rough solution of a quadratic program to the precision of the dtype."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import any_lane, dot, safe_divide, select
-from implicitdiff.solvers._qp.program import Point, Program, cholesky, factor, gram, point, solve, times
+from implicitdiff.solvers._loop.problem import any_lane, row_dot, safe_divide, select, vecmat
+from implicitdiff.solvers._qp.program import (
+    PrimalDual,
+    QuadraticProgram,
+    cholesky_factor,
+    cholesky_solve,
+    factor,
+    gram,
+    make_point,
+)
 
-_LINKS = 50
-"""How many active sets to try in a step."""
-_DELTAS = [10.0**-k for k in range(1, 7)]
-"""The inverse lengths of the steps that come before the last."""
+_MAX_SETS = 50
+"""Bound on the number of active sets in a proximal step."""
+_FIRST_DELTAS = [10.0**-k for k in range(1, 7)]
+"""Inverse lengths of the proximal steps before the last."""
 _REFINEMENTS = 4
-"""How many steps to make with the last of them."""
+"""Number of refinement steps."""
 
 
-def precision(eps: float) -> tuple[float, float]:
-    """The regularisation of the multipliers and of the unknowns: so little that a few steps make up for it, so much
-    that its inverse does not drown in rounding what it multiplies."""
+def regularisation(eps: float) -> tuple[float, float]:
+    """Return the regularisation of the multipliers and of the unknowns: small enough for a few steps of refinement to
+    correct, large enough for the inverse not to amplify rounding beyond the data."""
     return 10 * eps**0.5, eps**0.5
 
 
 def polish(
-    of: Program, x: Tensor, y: Tensor, side: Tensor, eps: float, plain: bool
-) -> tuple[Point, Tensor, Tensor, Tensor]:
-    """The point where the active constraints are equalities, the last steps of x and of y towards it, and where that
-    fails. `side` is 1 for rows at their upper bound, -1 for rows at their lower bound, 0 for inactive rows.
+    prog: QuadraticProgram, x: Tensor, y: Tensor, side: Tensor, eps: float, plain: bool
+) -> tuple[PrimalDual, Tensor, Tensor, Tensor]:
+    """Return the point at which the active constraints hold as equalities, the last steps of ``x`` and ``y``, and the
+    flags of lanes without a factorisation.
 
-    Iterative refinement with the regularised matrix of OSQP's polishing (section 4), its multipliers eliminated; in
-    other words the method of multipliers with very long steps.
+    `side` is 1 for rows active at the upper bound, -1 for rows active at the lower bound, 0 for inactive rows. The
+    method is iterative refinement with the regularised matrix of OSQP's polishing (section 4), with multipliers
+    eliminated; equivalently the method of multipliers with very long steps.
     """
-    delta, shift = precision(eps)
-    # The result does not depend on the metric: no derivative flows through the weights.
-    of = of._replace(rows=of.rows.detach(), columns=of.columns.detach())
+    delta, shift = regularisation(eps)
+    # The solution does not depend on the metric, so the weights need no derivative.
+    prog = prog._replace(rows=prog.rows.detach(), columns=prog.columns.detach())
     active = side != 0
-    weights = torch.where(active, of.rows / delta, 0.0)
-    lower, broken = factor(of, weights, shift, plain)
-    x, y, image, slope = point(of, x, torch.where(active, y, 0.0))
-    excess, dx, dy = image - torch.where(side < 0, of.l, of.u), x, y
+    weights = torch.where(active, prog.rows / delta, 0.0)
+    lower, broken = factor(prog, weights, shift, plain)
+    x, y, image, slope = make_point(prog, x, torch.where(active, y, 0.0))
+    excess, dx, dy = image - torch.where(side < 0, prog.l, prog.u), x, y
     for _ in range(_REFINEMENTS):
-        dx = -solve(lower, slope + times(weights * excess, of.C))
-        # In increments: weights this large would make noise of the rounding of a sum.
-        excess = excess + times(dx, of.C.mT)
+        dx = -cholesky_solve(lower, slope + vecmat(weights * excess, prog.C))
+        # Update by increments: the weights are large, and would amplify the rounding of a new sum ``C x - u``.
+        excess = excess + vecmat(dx, prog.C.mT)
         dy = weights * excess
-        slope = slope + times(dx, of.Q) + times(dy, of.C)
+        slope = slope + vecmat(dx, prog.Q) + vecmat(dy, prog.C)
         x, y = x + dx, y + dy
-    return point(of, x, y), dx, dy, broken
+    return make_point(prog, x, y), dx, dy, broken
 
 
 def active_set(
-    of: Program, x: Tensor, y: Tensor, eps: float, plain: bool, *, patient: bool
+    prog: QuadraticProgram, x: Tensor, y: Tensor, eps: float, plain: bool, *, patient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where steps of the proximal method of multipliers lead from a point, and which constraints are active there, as
-    `polish` takes them.
+    """Guess the active constraints by steps of the proximal method of multipliers; return the last ``x``, ``y`` and
+    `side` as in `polish`.
 
     With weights ``w`` a step minimises
 
         x'Qx / 2 + c'x + shift |x - x0|^2 / 2 + sum w (v - clamp(v, l, u))^2 / 2,    v = C x + y0 / w,
 
-    and has the multipliers ``w (v - clamp(v, l, u))``. Near a solution one long step will do, from the point where the
-    constraints with multipliers are equalities; a `patient` search makes longer and longer steps from the point itself.
-    `plain`: rows are plain tensors, so that lanes can be left out.
+    and its multipliers are ``w (v - clamp(v, l, u))``. Near a solution a single long step suffices, from the point at
+    which the constraints with multipliers are equalities. A `patient` search makes steps of increasing length from the
+    given point. `plain` is True for plain tensors, whose inactive lanes can be skipped.
 
     Hermans, Themelis and Patrinos, "QPALM: a proximal augmented Lagrangian method for nonconvex quadratic programs",
     Math. Prog. Comp. 14 (2022).
     """
-    of, x, y = of.detach(), x.detach(), y.detach()
-    side = _side(of, y, y)
-    rows = gram(of.C, of.rows * side.abs(), plain)
-    last, shift = precision(eps)
-    deltas = [d for d in _DELTAS if d > 3 * last] if patient else []
+    prog, x, y = prog.detach(), x.detach(), y.detach()
+    side = _side(prog, y, y)
+    rows = gram(prog.C, prog.rows * side.abs(), plain)
+    last, shift = regularisation(eps)
+    # Longer and longer steps: each proximal problem starts near its solution.
+    deltas = [d for d in _FIRST_DELTAS if d > 3 * last] if patient else []
     for delta in (*deltas, last):
-        x, y, side, rows = _advance(of, x, y, side, rows, delta, shift / last * delta, plain, jump=not patient)
+        # The proximal weight of ``x`` shrinks with `delta` in proportion, down to `shift`.
+        x, y, side, rows = _proximal_step(prog, x, y, side, rows, delta, shift / last * delta, plain, jump=not patient)
     return x, y, side
 
 
-def _side(of: Program, above: Tensor, below: Tensor) -> Tensor:
-    """The sides of the rows whose bounds are exceeded by so much."""
-    up = of.equal | (of.above & (above > 0))
-    return up.to(above.dtype) - (of.below & ~up & (below < 0)).to(above.dtype)
+def _side(prog: QuadraticProgram, above: Tensor, below: Tensor) -> Tensor:
+    """Return the sides of the rows that exceed a bound; `above` and `below` are the excesses over the upper and lower
+    bound."""
+    up = prog.equal | (prog.above & (above > 0))
+    return up.to(above.dtype) - (prog.below & ~up & (below < 0)).to(above.dtype)
 
 
-def _advance(
-    of: Program,
+def _proximal_step(
+    prog: QuadraticProgram,
     x0: Tensor,
     y0: Tensor,
     side: Tensor,
@@ -94,70 +106,80 @@ def _advance(
     *,
     jump: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One step, by Newton's method with an exact line search, which converges from anywhere.
+    """Make one proximal step, by Newton's method with exact line search, which converges from any point.
 
-    It starts at x0, or with a `jump` to where the minimum is if the constraints of `side` are the right ones; `rows` is
-    ``C' diag(rows) C`` of these.
+    The start is `x0`, or with `jump` the minimum for the active constraints of `side`. `rows` is ``C' diag(rows) C`` of
+    these constraints.
     """
-    weights = of.rows / delta
+    weights = prog.rows / delta
     ahead = y0 / weights
-    x, v = x0, times(x0, of.C.mT) + ahead
+    x, v = x0, vecmat(x0, prog.C.mT) + ahead
     open_lanes = torch.ones_like(x[:, 0], dtype=torch.bool)
-    for link in range(_LINKS // 2 if jump else _LINKS):
+    for link in range(_MAX_SETS // 2 if jump else _MAX_SETS):
         if not any_lane(open_lanes):
             break
         lanes = picked(open_lanes, plain)
-        part, w, was, inner = of.of(lanes), weights[lanes], side[lanes], rows[lanes]
+        part, w, was, inner = prog.pick(lanes), weights[lanes], side[lanes], rows[lanes]
+        # Hessian and gradient of the proximal problem on the present piece.
         matrix = part.Q + torch.diag_embed(shift * part.columns) + inner / delta
-        slope = times(x[lanes], part.Q) + part.c + shift * part.columns * (x[lanes] - x0[lanes])
-        d = -solve(cholesky(matrix)[0], slope + times(w * _excess(part, v[lanes], was), part.C))
+        slope = vecmat(x[lanes], part.Q) + part.c + shift * part.columns * (x[lanes] - x0[lanes])
+        d = -cholesky_solve(cholesky_factor(matrix)[0], slope + vecmat(w * _excess(part, v[lanes], was), part.C))
+        # The first step of a jump goes to the minimum for the given active set, without line search.
         if link or not jump:
-            bend = dot(d, times(d, part.Q) + shift * part.columns * d)
-            d = d * _search(part, v[lanes], times(d, part.C.mT), w, dot(d, slope), bend)[:, None]
+            bend = row_dot(d, vecmat(d, part.Q) + shift * part.columns * d)
+            d = d * _exact_line_search(part, v[lanes], vecmat(d, part.C.mT), w, row_dot(d, slope), bend)[:, None]
         new_x = x[lanes] + d
-        new_v = times(new_x, part.C.mT) + ahead[lanes]
+        new_v = vecmat(new_x, part.C.mT) + ahead[lanes]
         new = _side(part, new_v - part.u, new_v - part.l)
+        # Update ``C' diag(rows) C`` by the rows whose activity has changed; the factors ``|new| - |was|`` are 1, 0 or
+        # -1.
         new_inner = inner + gram(part.C, part.rows * (new.abs() - was.abs()), plain)
         changes = (x, new_x), (v, new_v), (side, new), (rows, new_inner), (open_lanes, (new != was).any(dim=-1))
         x, v, side, rows, open_lanes = (put(old, open_lanes, lanes, value) for old, value in changes)
-    return x, weights * _excess(of, v, side), side, rows
+    return x, weights * _excess(prog, v, side), side, rows
 
 
-def _excess(of: Program, v: Tensor, side: Tensor) -> Tensor:
-    """How far the rows of `side` are from their bounds."""
-    return torch.where(side > 0, v - of.u, torch.where(side < 0, v - of.l, 0.0))
+def _excess(prog: QuadraticProgram, v: Tensor, side: Tensor) -> Tensor:
+    """Return the distances of the rows from the bounds of `side`; 0 for inactive rows."""
+    return torch.where(side > 0, v - prog.u, torch.where(side < 0, v - prog.l, 0.0))
 
 
 def picked(flag: Tensor, plain: bool) -> Tensor | slice:
-    """The lanes in which a flag is up; all, where what they are cannot be looked at."""
+    """Return the indices of the flagged lanes; all lanes for tensors whose values cannot be read."""
     return flag.nonzero()[:, 0] if plain else slice(None)
 
 
 def put(old: Tensor, flag: Tensor, lanes: Tensor | slice, new: Tensor) -> Tensor:
-    """`old` with new values, which belong to the lanes that were picked, where the flag is up."""
+    """Return `old` with new values in the flagged lanes; `new` has the lanes of `picked`."""
     return select(flag, new, old) if isinstance(lanes, slice) else old.index_copy(0, lanes, new)
 
 
-def _search(of: Program, v: Tensor, push: Tensor, w: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
-    """The ``t`` where ``slope + bend t + sum w push (v + t push - clamp(v + t push, l, u))`` is zero, which increases
-    and is linear between the points where a constraint comes or goes."""
-    equal = of.equal
-    bounds = [(v - of.u, push, torch.where(of.above, w, 0.0))]
-    if of.two_sided:
-        # A lower bound is an upper bound of the other sign.
+def _exact_line_search(
+    prog: QuadraticProgram, v: Tensor, push: Tensor, w: Tensor, slope: Tensor, bend: Tensor
+) -> Tensor:
+    """Return the ``t`` with ``slope + bend t + sum w push (v + t push - clamp(v + t push, l, u)) = 0``.
+
+    The left side is increasing and piecewise linear; a piece ends at a point at which a constraint becomes active or
+    inactive.
+    """
+    equal = prog.equal
+    bounds = [(v - prog.u, push, torch.where(prog.above, w, 0.0))]
+    if prog.two_sided:
+        # A lower bound of ``v`` is an upper bound of ``-v``.
         equal = torch.cat([equal, torch.zeros_like(equal)], dim=-1)
-        bounds.append((of.l - v, -push, torch.where(of.below & ~of.equal, w, 0.0)))
+        bounds.append((prog.l - v, -push, torch.where(prog.below & ~prog.equal, w, 0.0)))
     v, push, w = (torch.cat(both, dim=-1) for both in zip(*bounds, strict=True))
     at = -safe_divide(v, push)
     turns = ~equal & (push != 0) & (at > 0)
     on = equal | (v > 0) | ((v == 0) & (push > 0))
-    # What every constraint adds to the two coefficients, at first and from its turn on.
+    # Contributions of each constraint to the slope and the bend: now, and the change at its turning point.
     both = torch.stack([w * push * v, w * push * push])
     now = torch.stack([slope, bend]) + torch.where(on, both, 0.0).sum(dim=-1)
     at, order = torch.where(turns, at, torch.inf).sort(dim=-1)
     change = torch.where(turns, torch.where(on, -both, both), 0.0).gather(-1, order.expand_as(both))
     slopes, bends = torch.cat([now[..., None], now[..., None] + change.cumsum(dim=-1)], dim=-1)
     end = torch.cat([at, torch.full_like(at[:, :1], torch.inf)], dim=-1)
+    # The zero lies in the first piece with a nonnegative value at the end.
     reached = torch.isinf(end) | (slopes + bends * torch.where(torch.isinf(end), 0.0, end) >= 0)
     piece = reached.to(torch.uint8).argmax(dim=-1, keepdim=True)
     return -safe_divide(slopes.gather(-1, piece), bends.gather(-1, piece))[:, 0]

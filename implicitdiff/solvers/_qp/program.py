@@ -1,9 +1,9 @@
-"""Quadratic programs as rows, their optimality, and the proofs that they have no solution.
+"""Quadratic programs in a form with stacked constraints, their optimality, and certificates of infeasibility.
 
-A program has its constraints stacked, ``l <= C x <= u``, with one multiplier ``y`` for each row: ``y > 0`` where the
-row is at ``u``, ``y < 0`` where it is at ``l``. Scaling, ``x = D x'`` and ``C' = E C D``, would change nothing in the
-methods but the metrics in which they measure, so the data stays as it is and ``D^-2`` and ``E^2`` are weights. They
-change with the units of rows and columns as the data does, so that no method, and no error, depends on these units.
+A program has the constraints ``l <= C x <= u`` with one multiplier ``y`` for each row: ``y > 0`` for a row at ``u``,
+``y < 0`` for a row at ``l``. A scaling ``x = D x'``, ``C' = E C D`` would change nothing in the methods but their
+metrics, so the data stays unscaled and ``D^-2`` and ``E^2`` are weights. The weights change with the units of rows and
+columns as the data does, so no method, and no error, depends on these units.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import any_lane, dot, largest_entry, norm, safe_divide, select
+from implicitdiff.solvers._loop.problem import any_lane, largest_entry, row_dot, row_norm, safe_divide, select, vecmat
 
 
-class Program(NamedTuple):
-    """``min x'Qx / 2 + c'x`` subject to ``l <= C x <= u``; lanes in front.
+class QuadraticProgram(NamedTuple):
+    """The program ``min x'Qx / 2 + c'x`` subject to ``l <= C x <= u``; lanes in front.
 
     Attributes:
-        Q: symmetric.
+        Q: the Hessian, symmetric.
         c: the linear term.
-        C: the matrix of the constraints; a row without a finite bound is zero.
-        l: the lower bounds, 0 where there is none.
-        u: the upper bounds, 1 where there is none.
-        below: which rows have a lower bound.
-        above: which rows have an upper bound.
-        equal: which rows are equalities, ``l = u``.
+        C: the matrix of the constraints; zero in rows without a finite bound.
+        l: the lower bounds; 0 in rows without a lower bound.
+        u: the upper bounds; 1 in rows without an upper bound.
+        below: flags of the rows with a lower bound.
+        above: flags of the rows with an upper bound.
+        equal: flags of the equalities, ``l = u``.
         columns: the weights ``D^-2`` of the unknowns, times `scale`.
         rows: the weights ``E^2`` of the constraints, times `scale`.
         scale: the size of the scaled objective, ``(lanes,)``.
-        per_gradient: ``D / scale``, what a gradient is multiplied by in the scaled program; without a derivative.
-        per_row: ``E``, what a row is multiplied by; without a derivative.
-        two_sided: whether rows other than equalities may have a lower bound.
+        per_gradient: ``D / scale``, the factor of a gradient in the scaled program; without a derivative.
+        per_row: ``E``, the factor of a row in the scaled program; without a derivative.
+        two_sided: True if inequalities may have a lower bound.
     """
 
     Q: Tensor
@@ -51,16 +51,16 @@ class Program(NamedTuple):
     per_row: Tensor
     two_sided: bool
 
-    def of(self, lanes: Tensor | slice) -> Program:
-        """The programs of some lanes."""
-        return Program._make([*(t[lanes] for t in self[:-1]), self.two_sided])
+    def pick(self, lanes: Tensor | slice) -> QuadraticProgram:
+        """Return the programs of some lanes."""
+        return QuadraticProgram._make([*(t[lanes] for t in self[:-1]), self.two_sided])
 
-    def detach(self) -> Program:
-        return Program._make([*(t.detach() for t in self[:-1]), self.two_sided])
+    def detach(self) -> QuadraticProgram:
+        return QuadraticProgram._make([*(t.detach() for t in self[:-1]), self.two_sided])
 
 
-class Point(NamedTuple):
-    """A primal ``x`` and a dual ``y`` with ``image = C x`` and ``slope = Q x + c + C'y``."""
+class PrimalDual(NamedTuple):
+    """A primal point ``x`` and a dual point ``y``, with ``image = C x`` and ``slope = Q x + c + C'y``."""
 
     x: Tensor
     y: Tensor
@@ -68,7 +68,7 @@ class Point(NamedTuple):
     slope: Tensor
 
 
-def program(
+def make_program(
     Q: Tensor,
     c: Tensor,
     A: Tensor,
@@ -76,52 +76,62 @@ def program(
     G: Tensor,
     h: Tensor,
     l: Tensor,  # noqa: E741
-) -> Program:
-    """The program with these constraints, and its scaling; `l` has one entry for each of `h`, or none."""
+) -> QuadraticProgram:
+    """Return the program with these constraints, with its scaling; `l` has as many entries as `h`, or no entries."""
     two_sided = l.shape[-1] > 0
     lower = l if two_sided else torch.full_like(h, -torch.inf)
     C, u, lower = torch.cat([A, G], dim=-2), torch.cat([b, h], dim=-1), torch.cat([b, lower], dim=-1)
     above, below = ~torch.isposinf(u), ~torch.isneginf(lower)
+    # Neutral data in the place of infinite bounds, whose products would be nan: a zero row, bounds 0 and 1.
     C = torch.where((above | below)[..., None], C, 0.0)
     u, lower = torch.where(above, u, 1.0), torch.where(below, lower, 0.0)
     equal = above & below & (u == lower)
     equal = equal | (torch.arange(C.shape[-2], device=C.device) < A.shape[-2])
     sizes = torch.maximum(torch.where(above, u.abs(), 0.0), lower.abs())
-    columns, rows, scale = _weights(Q.abs(), c.abs(), C.abs(), sizes)
+    columns, rows, scale = _equilibrate(Q.abs(), c.abs(), C.abs(), sizes)
     size = scale.detach()[:, None]
     units = (columns.detach() * size).rsqrt(), (rows.detach() / size).sqrt()
-    return Program(Q, c, C, lower, u, below, above, equal, columns, rows, scale, *units, two_sided)
+    return QuadraticProgram(Q, c, C, lower, u, below, above, equal, columns, rows, scale, *units, two_sided)
 
 
-def _weights(Q: Tensor, c: Tensor, C: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ruiz equilibration of ``[[Q, C'], [C, 0]]`` in the 1-norm, which takes nothing but products; then the size of the
-    objective, as in section 5.1 of OSQP. All arguments are absolute values."""
+def _equilibrate(Q: Tensor, c: Tensor, C: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights ``D^-2``, ``E^2`` and the size of the objective; all arguments are absolute values.
+
+    Ruiz equilibration of ``[[Q, C'], [C, 0]]`` in the 1-norm, by products only; then the size of the objective as in
+    section 5.1 of OSQP.
+    """
     D, E = _units(Q, c, C, bounds)
+    # Ten passes, as in OSQP's default.
     for _ in range(10):
-        column, row = D * (times(D, Q) + times(E, C)), E * times(D, C.mT)
+        column, row = D * (vecmat(D, Q) + vecmat(E, C)), E * vecmat(D, C.mT)
+        # One pass: divide each row and column by the root of its norm.
         D, E = (v / torch.where(s > 0, s, 1.0).sqrt() for v, s in ((D, column), (E, row)))
-    # What is left is a common factor of all unknowns; by this, bounds are of size 1, or if they are far less than the
-    # minimum without them, or zero, the two terms of the objective are nearly of one size.
+    # The remaining freedom is a common factor of all unknowns. Choose the factor that gives the bounds size 1. If the
+    # bounds are zero or far below the unconstrained minimum, choose the factor that balances the two terms of the
+    # objective.
     unit = safe_divide((E * bounds).sum(dim=-1), (bounds > 0).sum(dim=-1).to(E.dtype))[:, None]
-    bend, gain = D * times(D, Q), D * c
+    bend, gain = D * vecmat(D, Q), D * c
     free = safe_divide(gain.sum(dim=-1), bend.sum(dim=-1))[:, None]
     unit = torch.where(unit > 0, torch.maximum(unit, 1e-3 * free), free)
     unit = torch.where(unit > 0, unit, 1.0)
     D, E = D * unit, E / unit
-    size = torch.maximum((D * times(D, Q)).sum(dim=-1) / max(1, D.shape[-1]), largest_entry(D * c))
+    # Cost scaling of OSQP, algorithm 2: the mean column norm of ``Q`` or the norm of ``c``.
+    size = torch.maximum((D * vecmat(D, Q)).sum(dim=-1) / max(1, D.shape[-1]), largest_entry(D * c))
     size = torch.where(size > 0, size, 1.0)
     return size[:, None] / D**2, size[:, None] * E**2, size
 
 
 def _units(Q: Tensor, c: Tensor, C: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the equilibration starts from: a ``D`` and an ``E`` in the units of the columns and rows.
+    """Return initial values of ``D`` and ``E`` in the units of the columns and rows.
 
-    Equilibration has many limits, so it must not start from numbers without units. An unknown with curvature is
-    measured by that, a row by the unknowns in it, and another unknown by its rows. Rows without any such unknown are
-    measured by their bounds, and what is left by what the others gain in the linear term.
+    Equilibration has many limits, and the limit depends on the initial values; initial values without units would make
+    the result depend on units. The unit of an unknown with curvature comes from its curvature, the unit of a row from
+    the unknowns in the row, the unit of any other unknown from its rows. The bounds give the unit of rows without such
+    unknowns, and the gain of the others in the linear term gives the unit of the remaining unknowns.
     """
     curvature = Q.diagonal(dim1=-2, dim2=-1)
     D = torch.where(curvature > 0, _inverse(curvature).sqrt(), 0.0)
+    # In this order: unknowns with curvature, then rows with bounds, then the linear term.
     D, E = _propagated(D, torch.zeros_like(bounds), C)
     D, E = _propagated(D, torch.where(E > 0, E, _inverse(bounds)), C)
     gain = largest_entry(D * c)[:, None]
@@ -130,10 +140,10 @@ def _units(Q: Tensor, c: Tensor, C: Tensor, bounds: Tensor) -> tuple[Tensor, Ten
 
 
 def _propagated(D: Tensor, E: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """The units with those that rows and unknowns give each other, as long as there are any."""
+    """Propagate units from rows to unknowns and back until no new unit appears."""
     for _ in range(C.shape[-2]):
-        rows = torch.where(E > 0, E, _inverse(times(D, C.mT)))
-        columns = torch.where(D > 0, D, _inverse(times(rows, C)))
+        rows = torch.where(E > 0, E, _inverse(vecmat(D, C.mT)))
+        columns = torch.where(D > 0, D, _inverse(vecmat(rows, C)))
         new = ((rows > 0) & (E <= 0)).any(dim=-1) | ((columns > 0) & (D <= 0)).any(dim=-1)
         if not any_lane(new):
             break
@@ -145,59 +155,59 @@ def _inverse(a: Tensor) -> Tensor:
     return safe_divide(torch.ones_like(a), a)
 
 
-def times(v: Tensor, matrix: Tensor) -> Tensor:
-    """``M'v``, row by row; in this form it is fast for many small matrices."""
-    return (v[:, None] @ matrix)[:, 0]
+def make_point(prog: QuadraticProgram, x: Tensor, y: Tensor) -> PrimalDual:
+    """Return the point with the coordinates ``x`` and ``y``."""
+    return PrimalDual(x, y, vecmat(x, prog.C.mT), vecmat(x, prog.Q) + prog.c + vecmat(y, prog.C))
 
 
-def point(of: Program, x: Tensor, y: Tensor) -> Point:
-    """The point of these coordinates."""
-    return Point(x, y, times(x, of.C.mT), times(x, of.Q) + of.c + times(y, of.C))
-
-
-def scaled(of: Program) -> tuple[Program, Tensor, Tensor]:
-    """The scaled program, and what its primal and dual are multiplied by."""
-    per_gradient, per_row = of.per_gradient, of.per_row
-    D = per_gradient * of.scale[:, None]
-    Q, C = per_gradient[..., None] * of.Q * D[:, None], per_row[..., None] * of.C * D[:, None]
+def scaled(prog: QuadraticProgram) -> tuple[QuadraticProgram, Tensor, Tensor]:
+    """Return the scaled program, and the factors from its primal and dual to those of the program."""
+    per_gradient, per_row = prog.per_gradient, prog.per_row
+    # From ``D / scale`` to ``D``.
+    D = per_gradient * prog.scale[:, None]
+    Q, C = per_gradient[..., None] * prog.Q * D[:, None], per_row[..., None] * prog.C * D[:, None]
     one = torch.ones_like
-    bounds = of.l * per_row, of.u * per_row
-    within = of._replace(Q=Q, c=of.c * per_gradient, C=C, l=bounds[0], u=bounds[1], columns=one(D), rows=one(per_row))
+    bounds = prog.l * per_row, prog.u * per_row
+    within = prog._replace(
+        Q=Q, c=prog.c * per_gradient, C=C, l=bounds[0], u=bounds[1], columns=one(D), rows=one(per_row)
+    )
     return (
-        within._replace(scale=one(of.scale), per_gradient=one(D), per_row=one(per_row)),
+        within._replace(scale=one(prog.scale), per_gradient=one(D), per_row=one(per_row)),
         D,
-        per_row * of.scale[:, None],
+        per_row * prog.scale[:, None],
     )
 
 
-def clamp(of: Program, values: Tensor) -> Tensor:
-    """The values nearest to these at which the constraints hold."""
-    low = torch.where(of.below & (values < of.l), of.l, values)
-    return torch.where(of.above & (low > of.u), of.u, low)
+def clamp_to_bounds(prog: QuadraticProgram, values: Tensor) -> Tensor:
+    """Return the nearest values that satisfy the bounds."""
+    low = torch.where(prog.below & (values < prog.l), prog.l, values)
+    return torch.where(prog.above & (low > prog.u), prog.u, low)
 
 
-def residual(of: Program, at: Point) -> Tensor:
-    """The norm of what the KKT conditions make zero, in the scaled program."""
-    return norm(torch.stack(error_parts(of, at), dim=-1))
+def kkt_error(prog: QuadraticProgram, at: PrimalDual) -> Tensor:
+    """Return the norm of the KKT violation in the scaled program."""
+    return row_norm(torch.stack(error_parts(prog, at), dim=-1))
 
 
-def factor(of: Program, weights: Tensor, shift: float, plain: bool) -> tuple[Tensor, Tensor]:
-    """The `cholesky` of ``Q + shift D^-2 + C' diag(weights) C``."""
-    return cholesky(of.Q + torch.diag_embed(shift * of.columns) + gram(of.C, weights, plain))
+def factor(prog: QuadraticProgram, weights: Tensor, shift: float, plain: bool) -> tuple[Tensor, Tensor]:
+    """Return the `cholesky_factor` of ``Q + shift D^-2 + C' diag(weights) C``."""
+    return cholesky_factor(prog.Q + torch.diag_embed(shift * prog.columns) + gram(prog.C, weights, plain))
 
 
 def gram(C: Tensor, weights: Tensor, plain: bool) -> Tensor:
-    """``C' diag(weights) C``; where the weights can be looked at, without the rows that have none."""
+    """Return ``C' diag(weights) C``; for plain tensors without the rows of weight zero."""
     if plain and weights.numel():
-        there = weights != 0
-        rows = there.to(torch.uint8).topk(int(there.sum(dim=-1).max()), dim=-1, sorted=False).indices
+        weighted = weights != 0
+        # Gather as many rows as the fullest lane has; `topk` puts rows with a weight first.
+        rows = weighted.to(torch.uint8).topk(int(weighted.sum(dim=-1).max()), dim=-1, sorted=False).indices
         if 2 * rows.shape[-1] < C.shape[-2]:
             C, weights = C.gather(-2, rows[..., None].expand(-1, -1, C.shape[-1])), weights.gather(-1, rows)
     return (C.mT * weights[:, None]) @ C
 
 
-def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower factor, and where there is none, so that it is another's."""
+def cholesky_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lower Cholesky factor and the flags of lanes without a factor; the identity replaces the factor in
+    these lanes."""
     lower, info = torch.linalg.cholesky_ex(matrix)
     broken = info != 0
     if any_lane(broken):
@@ -206,83 +216,89 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return lower, broken
 
 
-def solve(lower: Tensor, b: Tensor) -> Tensor:
-    """``(L L')^-1 b``."""
+def cholesky_solve(lower: Tensor, b: Tensor) -> Tensor:
+    """Return ``(L L')^-1 b``."""
     half = torch.linalg.solve_triangular(lower, b[..., None], upper=False)
     whole: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
     return whole[..., 0]
 
 
-def error_parts(of: Program, at: Point) -> tuple[Tensor, Tensor]:
-    """The norms of the two parts of `violation`."""
-    slope, gap = violation(of, at)
-    return norm(slope), norm(gap)
+def error_parts(prog: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tensor]:
+    """Return the norms of the two parts of `kkt_violation`."""
+    slope, gap = kkt_violation(prog, at)
+    return row_norm(slope), row_norm(gap)
 
 
-def violation(of: Program, at: Point) -> tuple[Tensor, Tensor]:
-    """The gradient of the Lagrangian, and ``clamp(C x + y, l, u) - C x``, which is zero where the constraints and
-    complementarity hold; both in the scaled program, in which their entries can be compared."""
-    per_gradient, per_row = of.per_gradient, of.per_row
-    image, y = at.image.detach(), at.y.detach() / (per_row * of.scale.detach()[:, None])
-    up = torch.where(of.above, per_row * (of.u.detach() - image), torch.inf)
-    down = torch.where(of.below, per_row * (of.l.detach() - image), -torch.inf)
-    gap = torch.where(of.equal, up, torch.minimum(torch.maximum(y, down), up))
+def kkt_violation(prog: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the Lagrangian, and ``clamp(C x + y, l, u) - C x``, zero if the constraints and
+    complementarity hold; both in the scaled program, in which entries are comparable."""
+    per_gradient, per_row = prog.per_gradient, prog.per_row
+    image, y = at.image.detach(), at.y.detach() / (per_row * prog.scale.detach()[:, None])
+    # ``clamp(C x + y, l, u) - C x`` as the median of ``y`` and the two distances, without the rounding of ``C x``.
+    up = torch.where(prog.above, per_row * (prog.u.detach() - image), torch.inf)
+    down = torch.where(prog.below, per_row * (prog.l.detach() - image), -torch.inf)
+    gap = torch.where(prog.equal, up, torch.minimum(torch.maximum(y, down), up))
     return per_gradient * at.slope, gap
 
 
-def without_noise(of: Program, at: Point, eps: float) -> Tensor:
-    """The multipliers, and 0 for those of inequalities that are less than the slack, or hardly more than what rounding
-    may make of a multiplier, so that a constraint that touches without pressing has none."""
-    y, slack = _pressure(of, at)
-    terms = times(at.x.abs(), of.Q.abs()) + of.c.abs() + times(at.y.abs(), of.C.abs())
-    noise = eps**0.75 * largest_entry(of.per_gradient * terms)
-    return torch.where(of.equal | (y > torch.maximum(slack, noise[:, None])), at.y, 0.0)
+def without_noise(prog: QuadraticProgram, at: PrimalDual, eps: float) -> Tensor:
+    """Return the multipliers, with 0 for inequalities whose multiplier is below the slack or at the level of rounding:
+    a weakly active constraint has multiplier zero."""
+    y, slack = _pressure(prog, at)
+    terms = vecmat(at.x.abs(), prog.Q.abs()) + prog.c.abs() + vecmat(at.y.abs(), prog.C.abs())
+    # A multiplier is determined to about ``eps`` of the gradient's terms; ``eps^(3/4)`` leaves a margin.
+    noise = eps**0.75 * largest_entry(prog.per_gradient * terms)
+    return torch.where(prog.equal | (y > torch.maximum(slack, noise[:, None])), at.y, 0.0)
 
 
-def of_active_rows(of: Program, at: Point) -> Tensor:
-    """The multipliers, and 0 for those of inequalities that are less than the slack. These are a part of the error, so
-    at a solution they are no more than its target."""
-    y, slack = _pressure(of, at)
-    return torch.where(of.equal | (y > slack), at.y, 0.0)
+def of_active_rows(prog: QuadraticProgram, at: PrimalDual) -> Tensor:
+    """Return the multipliers, with 0 for inequalities whose multiplier is below the slack. The difference is a part of
+    the error, so at most the target at a solution."""
+    y, slack = _pressure(prog, at)
+    return torch.where(prog.equal | (y > slack), at.y, 0.0)
 
 
-def _pressure(of: Program, at: Point) -> tuple[Tensor, Tensor]:
-    """The sizes of the multipliers and of the slacks at the bounds that they press on, in the scaled program."""
-    slack = of.per_row * (torch.where(at.y > 0, of.u, of.l) - at.image).abs()
-    return at.y.abs() / (of.per_row * of.scale[:, None]), slack
+def _pressure(prog: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tensor]:
+    """Return the sizes of the multipliers, and of the slacks at the bounds on which the multipliers press, in the
+    scaled program."""
+    slack = prog.per_row * (torch.where(at.y > 0, prog.u, prog.l) - at.image).abs()
+    return at.y.abs() / (prog.per_row * prog.scale[:, None]), slack
 
 
-def rounding(of: Program, at: Point, eps: float) -> tuple[Tensor, Tensor]:
-    """What rounding alone may make of the two."""
-    per_gradient, per_row = of.per_gradient, of.per_row
-    x, y, C = at.x.detach().abs(), at.y.detach().abs(), of.C.detach().abs()
-    slope = times(x, of.Q.detach().abs()) + of.c.detach().abs() + times(y, C)
-    image = times(x, C.mT) + torch.maximum(torch.where(of.above, of.u, 0.0), of.l.abs()).detach().abs()
-    return 2.0 * eps * norm(per_gradient * slope), 2.0 * eps * norm(per_row * image)
+def rounding_of_parts(prog: QuadraticProgram, at: PrimalDual, eps: float) -> tuple[Tensor, Tensor]:
+    """Return bounds on the rounding of the two norms of `error_parts`."""
+    per_gradient, per_row = prog.per_gradient, prog.per_row
+    x, y, C = at.x.detach().abs(), at.y.detach().abs(), prog.C.detach().abs()
+    slope = vecmat(x, prog.Q.detach().abs()) + prog.c.detach().abs() + vecmat(y, C)
+    image = vecmat(x, C.mT) + torch.maximum(torch.where(prog.above, prog.u, 0.0), prog.l.abs()).detach().abs()
+    return 2.0 * eps * row_norm(per_gradient * slope), 2.0 * eps * row_norm(per_row * image)
 
 
-def certificates(of: Program, dx: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Where a step of a method of multipliers proves a program infeasible, and where unbounded.
+def certificates(prog: QuadraticProgram, dx: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the lanes in which a step of a method of multipliers proves a program infeasible, and unbounded.
 
-    If x is feasible, ``u'max(y, 0) + l'min(y, 0) >= x'C'y`` for all y that press on bounds alone; if x and y solve the
-    program, ``c'd >= -x'Qd - y'Cd`` for all d with ``C d`` as it is for a feasible direction. Where a left side is
-    negative, and what x and y are multiplied by is almost zero, no solution has a norm that can be told from infinity.
+    For a feasible ``x``, ``u'max(y, 0) + l'min(y, 0) >= x'C'y`` for all ``y`` with no entry at an infinite bound. For a
+    solution ``x, y``, ``c'd >= -x'Qd - y'Cd`` for all ``d`` along which every point stays feasible. If the left side is
+    negative while the factors ``C'y`` of ``x``, or ``Qd`` and ``Cd`` of ``x`` and ``y``, almost vanish, a solution
+    would have a norm beyond ``eps^-0.6``, not distinguishable from infinity.
 
-    Stellato et al., "OSQP", section 3.4: the steps converge to such directions where the program has no solution.
+    Stellato et al., "OSQP", section 3.4: the steps converge to such directions if the program has no solution.
     """
-    bound = eps**-0.6 * of.scale.sqrt()
-    dx, dy, scale = dx.detach(), dy.detach(), of.columns.rsqrt()
-    dy = torch.where(of.below, dy, dy.clamp(min=0))
-    dy = torch.where(of.above, dy, dy.clamp(max=0))
-    climb = times(dx, of.C.mT)
-    climb = torch.where(of.above, climb, climb.clamp(max=0))
-    climb = torch.where(of.below, climb, climb.clamp(min=0)) * of.rows.sqrt()
-    bend = torch.cat([times(dx, of.Q) * scale, climb], dim=-1)
-    infeasible = bound * norm(times(dy, of.C) * scale) < -_clear(torch.where(dy < 0, of.l, of.u), dy, eps)
-    return infeasible, bound * norm(bend) < -_clear(of.c, dx, eps)
+    # The norm above which a solution counts as infinite, in the scaled program.
+    bound = eps**-0.6 * prog.scale.sqrt()
+    dx, dy, scale = dx.detach(), dy.detach(), prog.columns.rsqrt()
+    # An infinite bound cannot press: project the direction onto the recession cones.
+    dy = torch.where(prog.below, dy, dy.clamp(min=0))
+    dy = torch.where(prog.above, dy, dy.clamp(max=0))
+    climb = vecmat(dx, prog.C.mT)
+    climb = torch.where(prog.above, climb, climb.clamp(max=0))
+    climb = torch.where(prog.below, climb, climb.clamp(min=0)) * prog.rows.sqrt()
+    bend = torch.cat([vecmat(dx, prog.Q) * scale, climb], dim=-1)
+    infeasible = bound * row_norm(vecmat(dy, prog.C) * scale) < -_clear(torch.where(dy < 0, prog.l, prog.u), dy, eps)
+    return infeasible, bound * row_norm(bend) < -_clear(prog.c, dx, eps)
 
 
 def _clear(a: Tensor, b: Tensor, eps: float) -> Tensor:
-    """``a'b``, and 0 where that may be rounding."""
-    value = dot(a, b)
-    return torch.where(value.abs() > 1e3 * eps * dot(a.abs(), b.abs()), value, 0.0)
+    """Return ``a'b``, or 0 if rounding could change the sign."""
+    value = row_dot(a, b)
+    return torch.where(value.abs() > 1e3 * eps * row_dot(a.abs(), b.abs()), value, 0.0)

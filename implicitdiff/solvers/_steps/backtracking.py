@@ -1,4 +1,4 @@
-"""Backtracking: halve a step, lane by lane, until it is good enough."""
+"""Backtracking: a step is halved, lane by lane, until the new point is acceptable."""
 
 from __future__ import annotations
 
@@ -7,51 +7,54 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, select
 
-Point = tuple[Tensor, ...]
-"""Where a step leads, and what is known there; all with the lanes in front."""
+TrialPoint = tuple[Tensor, ...]
+"""A trial point with the values computed at the point, all with the lanes in front."""
 
 GROWTH = 1.25
-"""What the last size of a step is multiplied by before the next."""
+"""Factor from the last step size to the next first trial."""
 HALVINGS = 60
+"""Default bound on the number of halvings."""
 
 
 def backtrack(
-    at: Callable[[Tensor], Point],
-    enough: Callable[[Point, Tensor], Tensor],
+    at: Callable[[Tensor], TrialPoint],
+    enough: Callable[[TrialPoint, Tensor], Tensor],
     size: Tensor,
     active: Tensor,
     halvings: int = HALVINGS,
-) -> tuple[Point, Tensor, Tensor]:
-    """The first of the steps ``size, size / 2, ...`` that is good enough.
+) -> tuple[TrialPoint, Tensor, Tensor]:
+    """Return the first acceptable of the steps ``size, size / 2, ...``.
 
     Args:
-        at: the point of a size.
-        enough: whether a point, and the size that led to it, will do.
+        at: returns the point for a step size.
+        enough: True in lanes whose point, for the given size, is acceptable.
         size: the first size, ``(lanes,)``.
-        active: the lanes that count; the others keep their first point.
-        halvings: how many there may be.
+        active: the lanes to search; the others keep their first point.
+        halvings: bound on the number of halvings.
 
     Returns:
-        The points, the sizes, and the active lanes in which no size will do.
+        The points, the sizes, and the active lanes without an acceptable size.
     """
     new = at(size)
     refused = active & ~enough(new, size)
     for _ in range(halvings):
         if not any_lane(refused):
             break
+        # All lanes are evaluated again, but only refused lanes take the new point.
         size = torch.where(refused, size / 2, size)
         new = tuple(select(refused, a, b) for a, b in zip(at(size), new, strict=True))
         refused = refused & ~enough(new, size)
     return new, size, refused
 
 
-def lies_below(rows: Rows, old: Point, new: Point, bound: Tensor) -> Tensor:
-    """Whether the objective at a new point lies below its linearisation at the old one plus `bound`; the points are
-    ``(x, value, grad)``."""
+def lies_below(problem: BatchedProblem, old: TrialPoint, new: TrialPoint, bound: Tensor) -> Tensor:
+    """True in lanes whose objective at the new point is at most its linearisation at the old point plus `bound`; points
+    are ``(x, value, grad)``."""
     d = new[0] - old[0]
-    below = new[1] <= old[1] + dot(old[2], d) + bound
-    # Where rounding drowns the values, the gradients tell.
-    drowned = bound <= 100.0 * rows.eps * torch.maximum(old[1].abs(), new[1].abs())
-    return torch.where(drowned, dot(d, new[2] - old[2]) <= 2.0 * bound, below)
+    below = new[1] <= old[1] + row_dot(old[2], d) + bound
+    # If rounding of the values exceeds the bound, compare gradients: for a quadratic ``f``, ``f(new) - f(old) - g'd``
+    # is ``(g_new - g)'d / 2``.
+    unresolved = bound <= 100.0 * problem.eps * torch.maximum(old[1].abs(), new[1].abs())
+    return torch.where(unresolved, row_dot(d, new[2] - old[2]) <= 2.0 * bound, below)

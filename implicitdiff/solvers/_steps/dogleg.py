@@ -1,4 +1,5 @@
-"""Powell's dogleg: a step within a trust region, between that down the gradient and that of Gauss and Newton."""
+"""Powell's dogleg: a step within a trust region, on the path from the steepest-descent minimum to the Gauss-Newton
+step."""
 
 from __future__ import annotations
 
@@ -8,24 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, safe_divide, select, times
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, safe_divide, select, vecmat
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._steps.backtracking import Point, backtrack
-from implicitdiff.solvers._steps.least_squares import damped, gradient, rounding_of_cost, units_of
-from implicitdiff.solvers._steps.trust_region import ENOUGH, REFUSALS, first_radius, length, root
+from implicitdiff.solvers._steps.backtracking import TrialPoint, backtrack
+from implicitdiff.solvers._steps.least_squares import damped, normal_gradient, rounding_of_cost, units_of
+from implicitdiff.solvers._steps.trust_region import MAX_REFUSALS, MIN_GAIN_RATIO, first_radius, length, scaling_of
 
-_DROWNED = 4.0
-"""The foretold gain, in units of the rounding of the cost, below which the gradient judges a step.
-
-One that loses more than a unit is refused all the same: else a step that the gradient likes and one back that the cost
-likes would alternate.
-"""
-_FADES = 0.95
-"""What is left of a norm of a column after a step: a search may begin where it is far from that at the solution."""
+_UNRESOLVED_GAIN = 4.0
+"""Predicted gain, in units of the rounding of the cost, below which the gradient judges a step."""
+_SCALE_DECAY = 0.95
+"""Factor of the norm of a column after a step, because the norms at an initial guess may be far from the norms at the
+solution."""
 
 WholeStep = Callable[[Tensor, Tensor], Tensor]
-"""``whole(A, r)``: the ``s`` that makes ``|r + A s|`` least, whatever the rank of ``A``."""
+"""``whole(A, r)``: the minimiser ``s`` of ``|r + A s|``, for any rank of ``A``."""
 
 
 class DoglegMemory(NamedTuple):
@@ -35,10 +33,10 @@ class DoglegMemory(NamedTuple):
         residual: ``r(x)``, as one vector of length ``m``.
         jacobian: ``J = dr/dx``, ``(m, n)``.
         scale: ``D^2``, the squared norms of the columns of ``J``, at least 0.95 of the last ``D``, ``(n,)``.
-        radius: of the trust region, the largest ``|D d|`` of a step ``d``.
-        refusals: the number of steps in a row that were refused though they seemed good, as rounding hides the gain or
-            the Jacobian is not finite.
-        slow: the number of steps in a row that made ``|r|`` smaller by less than a thousandth.
+        radius: the radius of the trust region, a bound on ``|D d|`` for steps ``d``.
+        refusals: the number of consecutive steps that were refused although they seemed good: rounding hides the gain,
+            or the Jacobian is not finite.
+        slow: the number of consecutive steps that lowered ``|r|`` by less than a thousandth.
     """
 
     residual: Tensor
@@ -50,86 +48,93 @@ class DoglegMemory(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A step from ``x``.
+    """A trial step from ``x``.
 
     Attributes:
-        x: where it leads.
-        residual: there; that at the old ``x`` where it is not finite.
+        x: the end of the step.
+        residual: the residual at the end; the old residual in lanes with a residual that is not finite.
         length: ``|D d|``.
-        foretold: what ``|r + J d|^2 / 2`` says that the step gains.
-        gain: what it does gain; minus infinity where the residual is not finite.
-        drowned: whether rounding of ``|r|^2 / 2`` hides what is foretold.
-        loses: whether the step makes that larger by more than rounding.
+        predicted: the gain predicted by the model ``|r + J d|^2 / 2``.
+        gain: the actual gain; minus infinity in lanes with a residual that is not finite.
+        unresolved: True if rounding of ``|r|^2 / 2`` hides the predicted gain.
+        loses: True if the cost increases by more than rounding.
         whole: the step without a trust region.
-        promised: what it gains by the model, relative to ``|r|^2 / 2``.
+        promised: the gain predicted for the whole step, relative to ``|r|^2 / 2``.
     """
 
     x: Tensor
     residual: Tensor
     length: Tensor
-    foretold: Tensor
+    predicted: Tensor
     gain: Tensor
-    drowned: Tensor
+    unresolved: Tensor
     loses: Tensor
     whole: Tensor
     promised: Tensor
 
     @property
     def known(self) -> Tensor:
-        """Whether the residual is finite."""
+        """True if the residual is finite."""
         return self.gain > -torch.inf
 
     @property
-    def hidden(self) -> Tensor:
-        """Whether rounding hides the gain, so that the gradient judges."""
-        return self.known & self.drowned & ~self.loses
+    def by_gradient(self) -> Tensor:
+        """True if rounding hides the gain, so that the gradient must judge the step."""
+        # A step that loses more than rounding is refused: otherwise a step that the gradient accepts and a step back
+        # that the cost accepts could alternate.
+        return self.known & self.unresolved & ~self.loses
 
     @property
     def good(self) -> Tensor:
-        """Whether the gain is a part of what was foretold."""
-        return self.gain > ENOUGH * self.foretold
+        """True if the gain is a sufficient part of the prediction."""
+        return self.gain > MIN_GAIN_RATIO * self.predicted
 
 
-def begin(rows: Rows, x: Tensor, radius: float) -> DoglegMemory:
-    """The memory at an initial guess."""
-    residual, jacobian = rows.fn.jacobian(x)
+def initial_memory(problem: BatchedProblem, x: Tensor, radius: float) -> DoglegMemory:
+    """Return the memory at an initial guess."""
+    residual, jacobian = problem.fn.jacobian(x)
     scale = jacobian.square().sum(dim=1)
-    none = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    zeros = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     first = radius * first_radius(x, residual, scale)
-    return DoglegMemory(residual, jacobian, scale, first, refusals=none, slow=none)
+    return DoglegMemory(residual, jacobian, scale, first, refusals=zeros, slow=zeros)
 
 
-def attempt(rows: Rows, x: Tensor, state: State[DoglegMemory], whole: WholeStep) -> tuple[Trial, Tensor]:
-    """A dogleg step from ``x`` that gains enough, or so little that rounding hides it, and its radius, which is halved
-    until there is one. Each radius takes an evaluation."""
+def try_dogleg(
+    problem: BatchedProblem, x: Tensor, state: State[DoglegMemory], whole: WholeStep
+) -> tuple[Trial, Tensor]:
+    """Return an acceptable dogleg step from ``x``, or a step whose gain rounding hides, and its radius. The radius is
+    halved until the step is acceptable, at the cost of one evaluation each."""
     r, J, scale, radius, *_ = state.memory
-    D, noise = root(scale), rounding_of_cost(rows, x, r, J, 0.5 * r.square())
-    path = _path(J / D[:, None], r, whole)
+    D, noise = scaling_of(scale), rounding_of_cost(problem, x, r, J, 0.5 * r.square())
+    path = _dogleg_path(J / D[:, None], r, whole)
 
     def at(radius: Tensor) -> Trial:
-        s, foretold = path.step(radius)
+        s, predicted = path.step(radius)
         new_x = x + s / D
-        new_r = rows.fn(new_x)
+        new_r = problem.fn(new_x)
         known = torch.isfinite(new_r).all(dim=-1)
         if any_lane(~known):
-            # No derivative may pass through what is not finite, not even one that is multiplied by zero.
+            # Evaluate again without the points outside of the domain: ``0 * inf`` in the backward of a masked value is
+            # nan.
             new_x = select(known, new_x, x)
-            new_r = select(known, new_r, r) if rows.plain else rows.fn(new_x)
-        gain = torch.where(known, 0.5 * dot(r - new_r, r + new_r), -torch.inf)
-        promised = safe_divide(path.gain(path.full), 0.5 * dot(r, r))
-        drowned = foretold <= _DROWNED * noise
-        return Trial(new_x, new_r, length(s), foretold, gain, drowned, gain < -noise, path.full / D, promised)
+            new_r = select(known, new_r, r) if problem.plain else problem.fn(new_x)
+        # ``(|r|^2 - |new_r|^2) / 2`` as a product, without cancellation.
+        gain = torch.where(known, 0.5 * row_dot(r - new_r, r + new_r), -torch.inf)
+        promised = safe_divide(path.gain(path.full), 0.5 * row_dot(r, r))
+        unresolved = predicted <= _UNRESOLVED_GAIN * noise
+        return Trial(new_x, new_r, length(s), predicted, gain, unresolved, gain < -noise, path.full / D, promised)
 
-    def enough(new: Point, radius: Tensor) -> Tensor:
+    def enough(new: TrialPoint, radius: Tensor) -> Tensor:
         trial = Trial(*new)
-        return trial.good | trial.hidden
+        return trial.good | trial.by_gradient
 
     farthest = torch.minimum(radius, length(path.full))
     new, halved, _ = backtrack(at, enough, farthest, state.status == Status.RUNNING)
+    # The search starts inside of the region; unless halved, the region stays as large as before.
     return Trial(*new), torch.where(halved < farthest, halved, radius)
 
 
-def conclude(
+def finish_step(
     x: Tensor,
     state: State[DoglegMemory],
     trial: Trial,
@@ -137,43 +142,50 @@ def conclude(
     accepted: Tensor,
     at_trial: tuple[Tensor, ...],
 ) -> tuple[Tensor, State[DoglegMemory]]:
-    """The next point and its memory, with the status where no step will be accepted any more; the error is left.
+    """Return the next point and state, without the error; lanes without further acceptable steps get the status
+    LINE_SEARCH_FAILED.
 
     Args:
-        x, state: the step's.
-        trial, radius: what `attempt` made of them.
-        accepted: whether to go there.
-        at_trial: the residual and the Jacobian there, in the lanes where that may be.
+        x: the start of the step.
+        state: the state at `x`.
+        trial: the step of `try_dogleg`.
+        radius: its radius.
+        accepted: True in lanes that shall go to the end of the step.
+        at_trial: the residual and the Jacobian at the end, in lanes that may go there.
     """
     old = state.memory
     r, J = at_trial
-    promising = (trial.good | trial.hidden) & (trial.x != x).any(dim=-1)
+    # A step that rounds to zero cannot help.
+    promising = (trial.good | trial.by_gradient) & (trial.x != x).any(dim=-1)
     accepted = accepted & promising & torch.isfinite(J).flatten(1).all(dim=-1)
+    # Stuck: no promising step at any radius, or several promising steps refused in a row.
     refusals = torch.where(accepted, 0, old.refusals + 1)
-    stuck = ~accepted & (~promising | (refusals >= REFUSALS))
+    stuck = ~accepted & (~promising | (refusals >= MAX_REFUSALS))
     r, J = select(accepted, r, old.residual), select(accepted, J, old.jacobian)
-    slow = trial.gain < 1e-3 * dot(old.residual, old.residual)
+    # ``(|r|^2 - |r_new|^2) / 2 < |r|^2 / 1000``: ``|r|`` decreases by less than a thousandth.
+    slow = trial.gain < 1e-3 * row_dot(old.residual, old.residual)
     memory = DoglegMemory(
         residual=r,
         jacobian=J,
-        scale=torch.maximum(_FADES**2 * old.scale, J.square().sum(dim=1)),
-        radius=torch.where(accepted, _next_radius(radius, trial), 0.25 * trial.length),
+        scale=torch.maximum(_SCALE_DECAY**2 * old.scale, J.square().sum(dim=1)),
+        radius=torch.where(accepted, _dogleg_radius(radius, trial), 0.25 * trial.length),
         refusals=refusals,
         slow=torch.where(slow, old.slow + 1, 0),
     )
     status = torch.where(stuck, int(Status.LINE_SEARCH_FAILED), state.status)
     x = select(accepted, trial.x, x)
     eps = torch.finfo(x.dtype).eps
-    progress = state.progress.fallen(accepted & ~trial.drowned)
+    progress = state.progress.fallen(accepted & ~trial.unresolved)
     progress = progress.stepped(trial.whole, x, units_of(memory.jacobian))
-    # A step that promises nothing is long where the Jacobian has not full rank.
+    # Ignore a long step along the null space of a Jacobian, which predicts no gain.
     progress = progress._replace(step=torch.where(trial.promised <= eps ** (2 / 3), 0.0, progress.step))
     return x, state._replace(status=status, progress=progress, memory=memory)
 
 
 class _Path(NamedTuple):
-    """The dogleg: from 0 down the gradient ``g`` to the minimum of ``|r + A s|``, the Cauchy step, and on to that over
-    all ``s``, the full step. Along it ``|s|`` grows and ``|r + A s|`` falls."""
+    """The dogleg path: from 0 along ``-g`` to the minimum of ``|r + A s|`` on that line, the Cauchy step, then straight
+    to the minimum over all ``s``, the full step. Along the path ``|s|`` increases and ``|r + A s|`` decreases (Nocedal
+    and Wright, 2nd ed., lemma 4.2)."""
 
     A: Tensor
     g: Tensor
@@ -181,12 +193,13 @@ class _Path(NamedTuple):
     full: Tensor
 
     def step(self, radius: Tensor) -> tuple[Tensor, Tensor]:
-        """The last ``s`` with ``|s| <= radius``, and ``(|r|^2 - |r + A s|^2) / 2``."""
+        """Return the last ``s`` of the path with ``|s| <= radius``, and its `gain`."""
         way = self.full - self.cauchy
+        # Three cases: the full step is inside, the Cauchy step is outside, or the boundary lies between the two.
         reaches, beyond = length(self.full) <= radius, length(self.cauchy) >= radius
-        # |cauchy + share way| = radius, in a form that does not cancel.
-        a, b = dot(way, way), dot(self.cauchy, way)
-        c = torch.where(reaches | beyond, 0.0, radius.square() - dot(self.cauchy, self.cauchy))
+        # Solve ``|cauchy + share way| = radius``, ``a share^2 + 2 b share = c``, by the root that does not cancel.
+        a, b = row_dot(way, way), row_dot(self.cauchy, way)
+        c = torch.where(reaches | beyond, 0.0, radius.square() - row_dot(self.cauchy, self.cauchy))
         square = b.square() + a * c
         share = safe_divide(c, b + torch.sqrt(torch.where(square > 0, square, 1.0)))
         down = -safe_divide(radius, length(self.g))[:, None] * self.g
@@ -194,30 +207,33 @@ class _Path(NamedTuple):
         return s, self.gain(s)
 
     def gain(self, s: Tensor) -> Tensor:
-        """``(|r|^2 - |r + A s|^2) / 2``."""
-        change = times(s, self.A.mT)
-        return -dot(self.g, s) - 0.5 * dot(change, change)
+        """Return ``(|r|^2 - |r + A s|^2) / 2``."""
+        change = vecmat(s, self.A.mT)
+        return -row_dot(self.g, s) - 0.5 * row_dot(change, change)
 
 
-def _path(A: Tensor, r: Tensor, whole: WholeStep) -> _Path:
-    g = gradient(A, r)
-    ratio = safe_divide(length(g), length(times(g, A.mT)))
+def _dogleg_path(A: Tensor, r: Tensor, whole: WholeStep) -> _Path:
+    """Make the path of ``|r + A s|``."""
+    g = normal_gradient(A, r)
+    # The minimum of ``|r - t A g|`` is at ``t = |g|^2 / |A g|^2``.
+    ratio = safe_divide(length(g), length(vecmat(g, A.mT)))
     return _Path(A, g, cauchy=-ratio.square()[:, None] * g, full=whole(A, r))
 
 
-def _next_radius(radius: Tensor, trial: Trial) -> Tensor:
-    """By the ratio of the gain and what was foretold; where rounding hides them, the radius stays."""
-    ratio = torch.where(trial.drowned, 0.3, safe_divide(trial.gain, trial.foretold))
+def _dogleg_radius(radius: Tensor, trial: Trial) -> Tensor:
+    """Return the next radius by the ratio of actual and predicted gain; a ratio hidden by rounding keeps the radius."""
+    ratio = torch.where(trial.unresolved, 0.3, safe_divide(trial.gain, trial.predicted))
+    # Thresholds and factors as in MINPACK's hybrj.
     longer = torch.where(ratio > 0.5, torch.maximum(radius, 2.0 * trial.length), radius)
     return torch.where(ratio < 0.1, 0.5 * trial.length, longer)
 
 
-def least(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
-    """``argmin |r + A s|^2 + mu^2 |C s|^2``, which is unique whatever the rank of ``A``; ``C`` are the norms of its
-    columns.
+def regularised_step(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
+    """Return ``argmin |r + A s|^2 + mu^2 |C s|^2``, unique for any rank of ``A``; ``C`` holds the norms of the columns
+    of ``A``.
 
-    A singular value of less than ``mu = eps^(2/3)`` counts as none, if the columns have norm 1. Where ``A`` determines
-    nothing, rounding moves the step by about ``eps |r| / mu``.
+    ``mu = eps^(2/3)`` treats singular values below ``mu``, of ``A`` with columns of norm 1, as zero. Along a null space
+    of ``A`` rounding moves the step by about ``eps |r| / mu``.
     """
     squares = A.square().sum(dim=1)
     return damped(A, r, eps ** (4 / 3) * torch.where(squares > 0, squares, 1.0))

@@ -3,45 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, largest_entry, norm, safe_divide, select
+from implicitdiff.solvers._loop.problem import (
+    BatchedProblem,
+    any_lane,
+    largest_entry,
+    row_dot,
+    row_norm,
+    safe_divide,
+    select,
+)
+from implicitdiff.solvers._loop.state import ObjectiveMemory, ObjectiveMemoryT, State
 from implicitdiff.solvers._loop.status import Status
 
-_TRIALS = 30
-# Values that differ by less, in units of their precision, say nothing.
-_NOISE = 10
-# How far inside a bracket a trial has to be, and how far beyond the last point it may be, as in MINPACK's dcsrch.
-_INSIDE = (0.1, 0.9)
-_BEYOND = (1.1, 4.0)
-# Where that leads nowhere, the first trial was in quite other units.
-_PATIENCE, _FAR_BEYOND = 6, 100.0
+_MAX_TRIALS = 30
+# Values closer than this number of units in the last place count as equal.
+_NOISE_ULPS = 10
+# Limits of a trial as fractions of the bracket, and as multiples beyond the last point, as in MINPACK's dcsrch.
+_BRACKET_MARGINS = (0.1, 0.9)
+_EXTRAPOLATION = (1.1, 4.0)
+# After this many trials without a bracket the first trial had the wrong scale: extrapolate farther.
+_SLOW_TRIALS, _FAR_EXTRAPOLATION = 6, 100.0
 
 
 class Segment(NamedTuple):
-    """A line that ends.
+    """A line of finite length.
 
     Attributes:
-        largest: the step to its end, ``(lanes,)``, at least the first trial.
-        at: ``at(step)``, the point ``x + step d`` but for rounding; a step of zero leads to ``x``.
+        largest: the step to the end of the line, ``(lanes,)``, at least the first trial.
+        at: ``at(step)``, the point ``x + step d`` up to rounding; step 0 gives ``x`` exactly.
     """
 
     largest: Tensor
     at: Callable[[Tensor], Tensor]
 
 
-class Point(NamedTuple):
+class LinePoint(NamedTuple):
     """A point ``x + step d`` of a line.
 
     Attributes:
-        step: ``(lanes,)``.
+        step: the step, ``(lanes,)``.
         x: the point.
-        value: of the objective.
-        slope: its derivative along the line.
-        grad: its gradient.
+        value: the objective at the point.
+        slope: the derivative of the objective along the line.
+        grad: the gradient of the objective.
     """
 
     step: Tensor
@@ -50,51 +59,52 @@ class Point(NamedTuple):
     slope: Tensor
     grad: Tensor
 
-    def pick(self, where: Tensor, other: Point) -> Point:
-        """The other point in the lanes where a flag is up."""
-        return Point(*(select(where, b, a) for a, b in zip(self, other, strict=True)))
+    def pick(self, where: Tensor, other: LinePoint) -> LinePoint:
+        """Return the other point in the flagged lanes."""
+        return LinePoint(*(select(where, b, a) for a, b in zip(self, other, strict=True)))
 
 
 def search(
-    rows: Rows,
+    problem: BatchedProblem,
     x: Tensor,
-    state: Any,
+    state: State[ObjectiveMemoryT],
     direction: Tensor,
     first_step: Tensor,
     c1: float = 1e-4,
     c2: float = 0.9,
     segment: Segment | None = None,
-) -> tuple[Point, Tensor, Tensor]:
-    """A point with ``f(x + a d) <= f(x) + c1 a g'd`` and ``|grad f(x + a d)'d| <= c2 |g'd|``.
+) -> tuple[LinePoint, Tensor, Tensor]:
+    """Find a point with ``f(x + a d) <= f(x) + c1 a g'd`` and ``|grad f(x + a d)'d| <= c2 |g'd|``.
 
-    Nocedal and Wright's algorithms 3.5 and 3.6 in one: an interval runs from the best point so far to another one,
-    which lies behind it until one beyond a minimum is known. Where values differ by no more than rounding, the first
-    condition is taken to hold, as in Hager and Zhang's approximate conditions: near a minimum, slopes have twice the
-    digits that values have. A lane that has made 30 trials in vain takes the best point that it has seen.
+    Algorithms 3.5 and 3.6 of Nocedal and Wright in a single loop: an interval extends from the best point so far to
+    another point; the latter lies behind the best point until a point beyond a minimum is known. If values differ by no
+    more than rounding, the first condition counts as satisfied, as in Hager and Zhang's approximate conditions: near a
+    minimum, slopes have twice as many correct digits as values. A lane returns its best point after 30 trials.
 
     Args:
-        rows: the problem.
-        x: where to start.
-        state: with a `Memory` of x; lanes that are not running stay where they are. Its ``magnitude`` is the largest
-            ``|f|`` so far: values that are small as differences of large terms, say at a
-            minimum that is 0, are no more precise than that.
-        direction: where to.
+        problem: the problem.
+        x: the start.
+        state: a state whose memory has the fields of `initial_fields`; lanes that are not running stay at ``x``. The
+            memory's ``magnitude`` is the largest ``|f|`` so far: a small value, as the difference of large terms, is no
+            more precise than these terms.
+        direction: the direction ``d``.
         first_step: the first trial, ``(lanes,)``.
-        c1: sufficient decrease, less than ``c2``.
-        c2: curvature, less than 1.
-        segment: where the line ends; the second condition holds there if the objective still falls. None: nowhere.
+        c1: constant of the sufficient decrease, less than ``c2``.
+        c2: constant of the curvature condition, less than 1.
+        segment: the line if finite; at its end the second condition holds if the objective still decreases. None for an
+            infinite line.
 
     Returns:
-        The point, the lanes in which it does not satisfy the conditions, and the status, `Status.UNBOUNDED` where
-        values go down and down.
+        The point, the lanes without a point that satisfies the conditions, and the status: `Status.UNBOUNDED` in lanes
+            whose values decrease without end.
 
     Reference:
         Nocedal and Wright, "Numerical Optimization", 2006, section 3.5; Hager and Zhang, "A new conjugate gradient
-        method with guaranteed descent and an efficient line search", SIAM J. Optim. 16 (2005), section 4.
+            method with guaranteed descent and an efficient line search", SIAM J. Optim. 16 (2005), section 4.
     """
-    line = _Line(rows, x, state.memory, direction, c1, c2, segment)
+    line = _Line(problem, x, state.memory, direction, c1, c2, segment)
     active = state.status == Status.RUNNING
-    # A lane that has stopped must not leave the domain: zero times the derivative there need not be zero.
+    # Evaluate stopped lanes at ``x``, inside of the domain: the backward multiplies by zero, and ``0 * inf`` is nan.
     trial = line.at(torch.where(active, first_step, 0.0))
     low, flat = line.test(trial, line.start)
     if any_lane(active & ~(low & flat)):
@@ -103,116 +113,138 @@ def search(
 
 
 def unit_step(grad: Tensor) -> Tensor:
-    """``min(1, 1 / |g|)``: how far to go down a gradient as long as nothing is known of the curvature."""
+    """Return ``min(1, 1 / |g|)``, the first step along a negative gradient without knowledge of the curvature."""
     largest = largest_entry(grad.detach())
-    # The squares of tiny or huge gradients are not numbers; the derivative is that of the whole, this cancels out.
+    # Divide by the largest entry, because squares of tiny or huge gradients underflow or overflow. The scale cancels,
+    # so needs no derivative.
     largest = torch.where(largest > 0, largest, 1.0)
     square = (grad / largest[:, None]).square().sum(dim=-1)
     length = largest * torch.sqrt(torch.where(square > 0, square, 1.0))
     return torch.where(length > 1, 1 / length, 1.0)
 
 
-def begin(rows: Rows, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The error at an initial guess, and the fields of a memory that `search` asks for."""
-    value, grad = rows.fn.value_and_grad(x)
-    # The gradient of a value that is not a number may be finite.
-    error = torch.where(torch.isfinite(value), norm(grad), torch.nan)
+def initial_fields(problem: BatchedProblem, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the error at an initial guess, and the memory's fields that `search` needs."""
+    value, grad = problem.fn.value_and_grad(x)
+    # The gradient of an infinite value may be finite: report such a guess as not finite.
+    error = torch.where(torch.isfinite(value), row_norm(grad), torch.nan)
     return error, {"value": value, "grad": grad, "magnitude": value.detach().abs()}
 
 
-def arrive(memory: Any, point: Point) -> dict[str, Tensor]:
-    """These fields at a new point."""
+def fields_at(memory: ObjectiveMemory, point: LinePoint) -> dict[str, Tensor]:
+    """Return the memory's fields that `search` needs, at a new point."""
     magnitude = torch.maximum(memory.magnitude, point.value.detach().abs())
     return {"value": point.value, "grad": point.grad, "magnitude": magnitude}
 
 
-def fell(rows: Rows, memory: Any, point: Point) -> Tensor:
-    """Whether the value is lower at a new point, by more than its rounding."""
-    lower: Tensor = point.value.detach() < memory.value.detach() - _NOISE * rows.eps * memory.magnitude
+def value_fell(problem: BatchedProblem, memory: ObjectiveMemory, point: LinePoint) -> Tensor:
+    """True in lanes whose value is lower at the new point by more than its rounding."""
+    lower: Tensor = point.value.detach() < memory.value.detach() - _NOISE_ULPS * problem.eps * memory.magnitude
     return lower
 
 
 class _Line:
-    """The objective along a line, and the conditions."""
+    """The objective along a line, with the conditions of the search."""
 
     def __init__(
-        self, rows: Rows, x: Tensor, memory: Any, direction: Tensor, c1: float, c2: float, segment: Segment | None
+        self,
+        problem: BatchedProblem,
+        x: Tensor,
+        memory: ObjectiveMemory,
+        direction: Tensor,
+        c1: float,
+        c2: float,
+        segment: Segment | None,
     ) -> None:
         value = memory.value
-        self.rows, self.direction, self.c1, self.c2, self.segment = rows, direction, c1, c2, segment
-        self.start = Point(torch.zeros_like(value), x, value, dot(memory.grad, direction), memory.grad)
-        self.noise = _NOISE * rows.eps * memory.magnitude
+        self.problem, self.direction, self.c1, self.c2, self.segment = problem, direction, c1, c2, segment
+        self.start = LinePoint(torch.zeros_like(value), x, value, row_dot(memory.grad, direction), memory.grad)
+        self.noise = _NOISE_ULPS * problem.eps * memory.magnitude
 
-    def at(self, step: Tensor) -> Point:
+    def at(self, step: Tensor) -> LinePoint:
+        """Evaluate the objective at a step."""
         x = self.start.x + step[:, None] * self.direction if self.segment is None else self.segment.at(step)
-        value, grad = self.rows.fn.value_and_grad(x)
-        return Point(step, x, value, dot(grad, self.direction), grad)
+        value, grad = self.problem.fn.value_and_grad(x)
+        return LinePoint(step, x, value, row_dot(grad, self.direction), grad)
 
-    def finite(self, trial: Point) -> Point:
-        """The trial with infinity as the value of what is not finite."""
+    def finite(self, trial: LinePoint) -> LinePoint:
+        """Return the trial with infinity as the value in lanes with a value or slope that is not finite."""
         finite = torch.isfinite(trial.value) & torch.isfinite(trial.slope)
         step = trial.step
-        if not self.rows.plain and any_lane(~finite):
-            # No derivative may pass through such a point, not even one that is multiplied by zero.
+        if not self.problem.plain and any_lane(~finite):
+            # Evaluate again without the points outside of the domain: ``0 * inf`` in the backward of a masked value is
+            # nan.
             trial = self.at(torch.where(finite, step, 0.0))
         return trial._replace(step=step, value=torch.where(finite, trial.value, torch.inf))
 
-    def test(self, trial: Point, best: Point) -> tuple[Tensor, Tensor]:
-        """Whether the value is low enough, and the slope flat enough."""
+    def test(self, trial: LinePoint, best: LinePoint) -> tuple[Tensor, Tensor]:
+        """Return two flags: the value is low enough, and the slope is flat enough."""
         change = trial.value - self.start.value
+        # Sufficient decrease, or no change beyond rounding (approximate Wolfe condition).
         enough = (change <= self.c1 * trial.step * self.start.slope) | (change.abs() <= self.noise)
         low = enough & (trial.value <= best.value + self.noise) & (change > -torch.inf)
         flat = trial.slope.abs() < -self.c2 * self.start.slope
         if self.segment is not None:
+            # At the end of a finite line a descending slope is acceptable.
             flat = flat | ((trial.step >= self.segment.largest) & (trial.slope < 0))
         return low, flat
 
     def within(self, step: Tensor) -> Tensor:
-        """The step, or that to the end of the line."""
+        """Return the step, or the step to the end of the line if smaller."""
         if self.segment is None:
             return step
         return torch.where(step > self.segment.largest, self.segment.largest, step)
 
 
-def _zoom(line: _Line, trial: Point, active: Tensor, status: Tensor) -> tuple[Point, Tensor, Tensor]:
+def _zoom(line: _Line, trial: LinePoint, active: Tensor, status: Tensor) -> tuple[LinePoint, Tensor, Tensor]:
+    """Continue the search from the first trial, in lanes whose first trial fails a condition."""
     best = other = line.start
     bracketed = torch.zeros_like(active)
+    # A direction that does not descend fails at once.
     searching = active & (line.start.slope < 0)
-    for count in range(1, _TRIALS + 1):
+    for count in range(1, _MAX_TRIALS + 1):
+        # An objective of minus infinity ends the search.
         status = torch.where(searching & (trial.value == -torch.inf), int(Status.UNBOUNDED), status)
         searching = searching & (status == Status.RUNNING)
         trial = line.finite(trial)
         low, flat = line.test(trial, best)
+        # Direction from the best point to the other end of the bracket; forward before a bracket is known.
         ahead = torch.where(bracketed, torch.sign(other.step - best.step), 1.0)
         moved, beyond = searching & low, searching & ~low
+        # The best point moved past a minimum: the old best point becomes the other end of the bracket.
         turned = moved & (trial.slope * ahead >= 0)
         other = other.pick(turned | (moved & ~bracketed), best).pick(beyond, trial)
         best = best.pick(moved, trial)
         bracketed = bracketed | turned | beyond
         searching = searching & ~(moved & flat)
-        if count == _TRIALS or not any_lane(searching):
+        if count == _MAX_TRIALS or not any_lane(searching):
             break
-        beyond_by = _BEYOND[1] if count < _PATIENCE else _FAR_BEYOND
-        fraction = _fraction(best, other, bracketed, line.noise, beyond_by, bisect=count % 3 == 0)
+        beyond_by = _EXTRAPOLATION[1] if count < _SLOW_TRIALS else _FAR_EXTRAPOLATION
+        fraction = _next_fraction(best, other, bracketed, line.noise, beyond_by, bisect=count % 3 == 0)
+        # Stopped lanes evaluate their best point again, inside of the domain.
         step = line.within(best.step + fraction * (other.step - best.step))
         trial = line.at(torch.where(searching, step, best.step))
-    # However far it went, it is as steep as at the start.
+    # Without a bracket after all extrapolations, the objective decreases as steeply as at the start.
     status = torch.where(searching & ~bracketed, int(Status.UNBOUNDED), status)
     failed = searching | (active & ~(line.start.slope < 0))
     return best, failed & (status == Status.RUNNING), status
 
 
-def _fraction(best: Point, other: Point, bracketed: Tensor, noise: Tensor, farthest: float, *, bisect: bool) -> Tensor:
-    """Where to try next, the best point being at 0 and the other at 1: at the minimum of the cubic through both.
+def _next_fraction(
+    best: LinePoint, other: LinePoint, bracketed: Tensor, noise: Tensor, farthest: float, *, bisect: bool
+) -> Tensor:
+    """Return the next trial as a fraction of the interval from the best point (0) to the other point (1).
 
-    Every third trial bisects, so that the bracket shrinks.
+    The trial is the minimum of the cubic with the values and slopes of both points; every third trial bisects, so that
+    brackets shrink.
     """
     width = other.step - best.step
     known = torch.isfinite(other.value)
     p, q = best.slope * width, other.slope * width
     rise = torch.where(known, other.value, best.value) - best.value
-    # Where values say nothing, the cubic is the parabola that has the two slopes.
+    # If rounding hides the difference of the values, use the parabola with the two slopes: its rise is their mean.
     rise = torch.where(rise.abs() <= noise, 0.5 * (p + q), rise)
+    # Scale the cubic's coefficients, against overflow of their squares.
     size = torch.stack([p, q, rise]).detach().abs().amax(dim=0)
     size = torch.where(size > 0, size, 1.0)
     p, q, rise = p / size, q / size, rise / size
@@ -220,9 +252,11 @@ def _fraction(best: Point, other: Point, bracketed: Tensor, noise: Tensor, farth
     square = middle.square() - p * q
     known = known & (square > 0)
     root = torch.sqrt(torch.where(known, square, 1.0))
+    # (3.59) of Nocedal and Wright, with the interval scaled to [0, 1].
     at = 1 - safe_divide(q + root - middle, q - p + 2 * root)
+    # Before a bracket is known only an extrapolation (``at < 0``) makes sense.
     known = known & torch.where(bracketed, not bisect, at < 0)
-    lower = torch.where(bracketed, _INSIDE[0], -farthest)
-    upper = torch.where(bracketed, _INSIDE[1], -_BEYOND[0])
+    lower = torch.where(bracketed, _BRACKET_MARGINS[0], -farthest)
+    upper = torch.where(bracketed, _BRACKET_MARGINS[1], -_EXTRAPOLATION[0])
     at = torch.where(at < lower, lower, torch.where(at > upper, upper, at))
     return torch.where(known, at, torch.where(bracketed, 0.5, -farthest))

@@ -1,34 +1,33 @@
-"""Broyden's inverse Jacobian as a first guess and a sum of outer products, ``H = H0 + sum_j u_j v_j'``."""
+"""Broyden's inverse Jacobian as an initial inverse and a sum of outer products, ``H = H0 + sum_j u_j v_j'``."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import dot, safe_divide, select
-
-Product = Callable[[Tensor], Tensor]
+from implicitdiff.solvers._loop.problem import VectorMap, row_dot, safe_divide, select
 
 
-def product(first: Product, u: Tensor, v: Tensor, x: Tensor) -> Tensor:
-    """``H x``; `u` and `v` are ``(lanes, history, n)``."""
+def apply_inverse(first: VectorMap, u: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    """Return ``H x``; `first` is ``x -> H0 x``, and `u` and `v` have the shape ``(lanes, history, n)``."""
     return first(x) + (x[:, None] @ v.mT @ u)[:, 0]
 
 
-def updated(
-    first: Product, first_adjoint: Product, u: Tensor, v: Tensor, rank: Tensor, s: Tensor, y: Tensor
+def broyden_update(
+    first: VectorMap, first_adjoint: VectorMap, u: Tensor, v: Tensor, rank: Tensor, s: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``u``, ``v`` and their number after a step ``s`` that changed the residual by ``y``.
+    """Return the new ``u``, ``v`` and rank after a step ``s`` that changed the residual by ``y``.
 
-    Broyden's good update, ``H + (s - H y) s'H / (s'H y)``. Where there is no room left it starts again from ``H0``.
+    Broyden's good update ``H + (s - H y) s'H / (s'H y)``, in Sherman and Morrison's form. A full history restarts from
+    ``H0``.
     """
     full = rank >= u.shape[1]
     u, v = (select(full, torch.zeros_like(t), t) for t in (u, v))
     rank = torch.where(full, 0, rank)
-    Hy = product(first, u, v, y)
-    sH = product(first_adjoint, v, u, s)
-    new_u = safe_divide((s - Hy).T, dot(sH, y)).T
+    Hy = apply_inverse(first, u, v, y)
+    sH = apply_inverse(first_adjoint, v, u, s)
+    # The vectors of the new term: ``u = (s - H y) / (s'H y)`` and ``v = H's``.
+    new_u = safe_divide((s - Hy).T, row_dot(sH, y)).T
+    # Lanes may have different ranks, so each writes to its own row.
     here = (torch.arange(u.shape[1], device=u.device) == rank[:, None])[..., None]
     return torch.where(here, new_u[:, None], u), torch.where(here, sH[:, None], v), rank + 1

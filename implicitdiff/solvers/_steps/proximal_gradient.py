@@ -1,4 +1,4 @@
-"""The proximal gradient iteration, of which gradient descent and projected gradient are special cases."""
+"""The proximal gradient iteration, with gradient descent and projected gradient as special cases."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from implicitdiff.solvers._loop.equations import Composite
-from implicitdiff.solvers._loop.method import Method, Start
+from implicitdiff.solvers._loop.measures import change_with_x, composite_size
+from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import check_number
-from implicitdiff.solvers._loop.problem import Rows, any_lane, dot, norm, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, select
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._loop.termination import change, composite_size
-from implicitdiff.solvers._steps.backtracking import GROWTH, Point, backtrack, lies_below
+from implicitdiff.solvers._steps.backtracking import GROWTH, TrialPoint, backtrack, lies_below
 
-Prox = Callable[[Rows, Tensor, Tensor], Tensor]
-"""``prox(rows, v, stepsize) -> x``, with stepsizes of shape ``(lanes,)``."""
+Prox = Callable[[BatchedProblem, Tensor, Tensor], Tensor]
+"""``prox(problem, v, stepsize) -> x``, step sizes of shape ``(lanes,)``."""
 
 
 class ProximalGradientMemory(NamedTuple):
@@ -29,11 +29,11 @@ class ProximalGradientMemory(NamedTuple):
 
     Attributes:
         residual: ``grad f(x)``, or ``x - prox(x - grad f(x), 1)``, as one vector.
-        stepsize: the length of the last step along the negative gradient.
-        point: where the next step starts from, ``x`` itself without acceleration; one vector of length ``n``.
+        stepsize: the size of the last step along the negative gradient.
+        point: the start of the next step, one vector of length ``n``; ``x`` itself without acceleration.
         value: ``f(point)``.
-        grad: its gradient.
-        momentum: the sequence ``t`` of Nesterov's acceleration; 1 where it has just begun.
+        grad: ``grad f(point)``.
+        momentum: the sequence ``t`` of Nesterov's acceleration; 1 after a restart.
     """
 
     residual: Tensor
@@ -45,93 +45,111 @@ class ProximalGradientMemory(NamedTuple):
 
 
 def check_stepsize(name: str, stepsize: float | None) -> None:
-    """Refuse what is no size of a step."""
+    """Raise ValueError unless the step size is None or a finite number > 0."""
     if stepsize is not None:
         check_number(
             name, "stepsize", stepsize, "a finite number > 0, or None for a line search", lambda s: 0 < s < math.inf
         )
 
 
-def method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) -> Method:
-    """Proximal gradient with a backtracking line search, or a given step size, and Nesterov's acceleration.
+def proximal_gradient_method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) -> IterativeMethod:
+    """Make a proximal gradient method with a fixed step size or backtracking, optionally with Nesterov's acceleration.
 
-    Beck and Teboulle, SIAM J. Imaging Sciences 2 (2009); the momentum starts again where it points uphill, after
-    O'Donoghue and Candes, Found. Comput. Math. 15 (2015), gradient scheme.
+    FISTA of Beck and Teboulle, SIAM J. Imaging Sciences 2 (2009). The momentum restarts if the last step goes uphill:
+    gradient scheme of O'Donoghue and Candes, Found. Comput. Math. 15 (2015).
     """
     check_stepsize(name, stepsize)
     start = partial(_start, stepsize=stepsize or 1.0)
     step = partial(_step, prox=prox, search=stepsize is None, acceleration=acceleration)
-    held, off = attrgetter("residual"), Status.UNBOUNDED
-    return Method(start, step, ProximalGradientMemory, 100_000, residual=held, size=_size, runs_off=off)
+    return IterativeMethod(
+        start,
+        step,
+        ProximalGradientMemory,
+        100_000,
+        residual=attrgetter("residual"),
+        size=_size,
+        runs_off=Status.UNBOUNDED,
+    )
 
 
-def _start(rows: Rows, x: Tensor, *, stepsize: float) -> Start:
-    value, grad = rows.fn.value_and_grad(x)
+def _start(problem: BatchedProblem, x: Tensor, *, stepsize: float) -> Start[ProximalGradientMemory]:
+    value, grad = problem.fn.value_and_grad(x)
     one = torch.ones_like(value)
-    residual = _residual(rows, x, grad)
-    return Start(norm(residual), ProximalGradientMemory(residual, one * stepsize, x, value, grad, momentum=one))
+    residual = _optimality_residual(problem, x, grad)
+    return Start(row_norm(residual), ProximalGradientMemory(residual, one * stepsize, x, value, grad, momentum=one))
 
 
-def _residual(rows: Rows, x: Tensor, grad: Tensor) -> Tensor:
-    return rows.residual.away(rows, x, grad) if isinstance(rows.residual, Composite) else grad
+def _optimality_residual(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
+    """Return the residual of the equation, from the gradient at `x`."""
+    return problem.residual.prox_residual(problem, x, grad) if isinstance(problem.residual, Composite) else grad
 
 
-def _size(rows: Rows, x: Tensor, memory: ProximalGradientMemory) -> Tensor:
-    """At the initial guess, where ``point`` is ``x``."""
-    if isinstance(rows.residual, Composite):
-        return composite_size(rows, x, memory.grad)
-    return norm(change(rows.residual, rows, x, memory.grad, is_guess=True))
+def _size(problem: BatchedProblem, x: Tensor, memory: ProximalGradientMemory) -> Tensor:
+    """Return ``|J x|`` at the initial guess, where ``point`` is ``x``."""
+    if isinstance(problem.residual, Composite):
+        return composite_size(problem, x, memory.grad)
+    return row_norm(change_with_x(problem.residual, problem, x, memory.grad, is_guess=True))
 
 
 def _step(
-    rows: Rows, x: Tensor, state: State[ProximalGradientMemory], *, prox: Prox, search: bool, acceleration: bool
+    problem: BatchedProblem,
+    x: Tensor,
+    state: State[ProximalGradientMemory],
+    *,
+    prox: Prox,
+    search: bool,
+    acceleration: bool,
 ) -> tuple[Tensor, State[ProximalGradientMemory]]:
-    (new_x, value, grad), size, failed = _descend(rows, prox, state, search)
-    residual = _residual(rows, new_x, grad)
+    (new_x, value, grad), size, failed = _descend(problem, prox, state, search)
+    residual = _optimality_residual(problem, new_x, grad)
     memory = ProximalGradientMemory(residual, size, new_x, value, grad, state.memory.momentum)
     if acceleration:
-        memory = _accelerate(rows, x, state.memory, memory)
+        memory = _accelerate(problem, x, state.memory, memory)
     status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status)
-    return new_x, state._replace(error=norm(residual), status=status, memory=memory)
+    return new_x, state._replace(error=row_norm(residual), status=status, memory=memory)
 
 
 def _descend(
-    rows: Rows, prox: Prox, state: State[ProximalGradientMemory], search: bool
-) -> tuple[Point, Tensor, Tensor]:
-    """A step from ``point``, its size, and the lanes in which no size will do."""
+    problem: BatchedProblem, prox: Prox, state: State[ProximalGradientMemory], search: bool
+) -> tuple[TrialPoint, Tensor, Tensor]:
+    """Return the next point from ``point``, the step size, and the lanes without an acceptable size."""
     memory = state.memory
 
-    def at(size: Tensor) -> Point:
-        x = prox(rows, memory.point - size[:, None] * memory.grad, size)
-        return (x, *rows.fn.value_and_grad(x))
+    def at(size: Tensor) -> TrialPoint:
+        x = prox(problem, memory.point - size[:, None] * memory.grad, size)
+        return (x, *problem.fn.value_and_grad(x))
 
-    def enough(new: Point, size: Tensor) -> Tensor:
+    def enough(new: TrialPoint, size: Tensor) -> Tensor:
         d = new[0] - memory.point
-        return lies_below(rows, (memory.point, memory.value, memory.grad), new, dot(d, d) / (2.0 * size))
+        # Upper bound of the model: ``f(point) + g'd + |d|^2 / (2 size)``.
+        return lies_below(problem, (memory.point, memory.value, memory.grad), new, row_dot(d, d) / (2.0 * size))
 
     if not search:
         return at(memory.stepsize), memory.stepsize, torch.zeros_like(state.status, dtype=torch.bool)
+    # Let the size grow again before each search, except for the first guess.
     size = torch.where(state.iter_num > 0, GROWTH * memory.stepsize, memory.stepsize)
     return backtrack(at, enough, size, state.status == Status.RUNNING)
 
 
 def _accelerate(
-    rows: Rows, x: Tensor, old: ProximalGradientMemory, new: ProximalGradientMemory
+    problem: BatchedProblem, x: Tensor, old: ProximalGradientMemory, new: ProximalGradientMemory
 ) -> ProximalGradientMemory:
-    """The memory with its point ahead of the new one, which it is given with."""
+    """Move the start of the next step ahead of the new iterate, ``new.point``, by Nesterov's extrapolation."""
     new_x = new.point
-    uphill = dot(old.point - new_x, new_x - x) > 0
+    # The gradient mapping at the last start is along ``point - new_x``: restart if the last step goes against it.
+    uphill = row_dot(old.point - new_x, new_x - x) > 0
     t = torch.where(uphill, 1.0, old.momentum)
+    # (4.2) and (4.3) of Beck and Teboulle.
     next_t = (1.0 + torch.sqrt(1.0 + 4.0 * t**2)) / 2.0
     ahead = new_x + ((t - 1.0) / next_t)[:, None] * (new_x - x)
-    value, grad = rows.fn.value_and_grad(ahead)
+    value, grad = problem.fn.value_and_grad(ahead)
     outside = ~(torch.isfinite(value) & torch.isfinite(grad).all(dim=-1))
     if any_lane(outside):
-        # Momentum leaves the domain where the iterates stay inside: it begins again.
-        if not rows.plain:
-            # No derivative may pass through such a point, not even one that is multiplied by zero.
+        # The extrapolated point may leave the domain although all iterates are inside: restart the momentum.
+        if not problem.plain:
+            # Evaluate again without the points outside: ``0 * inf`` in the backward of a masked value is nan.
             ahead = select(outside, new_x, ahead)
-            value, grad = rows.fn.value_and_grad(ahead)
+            value, grad = problem.fn.value_and_grad(ahead)
         pairs = ((new_x, ahead), (new.value, value), (new.grad, grad))
         ahead, value, grad = (select(outside, inside, out) for inside, out in pairs)
         next_t = torch.where(outside, 1.0, next_t)

@@ -1,4 +1,4 @@
-"""What methods with a trust region share: its first radius, the next one, and the shortest step of least squares."""
+"""Parts of the trust-region methods: radii, and the step of least squares within a region."""
 
 from __future__ import annotations
 
@@ -12,109 +12,134 @@ from implicitdiff._implicit.operators import Dims
 from implicitdiff._implicit.primitive import Problem, solve_problem
 from implicitdiff._torch.trees import Leaves
 from implicitdiff.solvers._loop.options import check_number
-from implicitdiff.solvers._loop.problem import any_lane, dot, largest_entry, safe_divide
+from implicitdiff.solvers._loop.problem import any_lane, largest_entry, row_dot, safe_divide
 from implicitdiff.solvers._steps.least_squares import damped
 
-ENOUGH = 1e-4
-"""The part of the foretold gain that a step has to make, as in MINPACK."""
-REFUSALS = 5
-"""After how many refusals in a row of steps that seemed good a search ends."""
-_ROUNDS = 100
-"""How many steps of Newton's method the multiplier may take; it takes less than ten."""
+MIN_GAIN_RATIO = 1e-4
+"""Smallest ratio of actual and predicted gain of an accepted step, as in MINPACK."""
+MAX_REFUSALS = 5
+"""Number of consecutive refusals of steps that seemed good, after which a search ends."""
+_MAX_NEWTON_STEPS = 100
+"""Bound on the Newton steps for the multiplier; fewer than ten are usual."""
 
 
 def check_radius(name: str, radius: float) -> None:
+    """Raise ValueError unless the radius is a finite number > 0."""
     check_number(name, "radius", radius, "a finite number > 0", lambda r: 0 < r < math.inf)
 
 
 def first_radius(x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-    """``|D x|``, and where that is next to nothing ``|r|``: it has the same units (in MINPACK, 1 does)."""
-    size, other = length(root(scale) * x), length(residual)
+    """Return ``|D x|``, or ``|r|``, of the same units, if ``|D x|`` is negligible (MINPACK takes 1)."""
+    size, other = length(scaling_of(scale) * x), length(residual)
     return torch.where(size > torch.finfo(x.dtype).eps * other, size, other)
 
 
-def next_radius(radius: Tensor, went: Tensor, gain: Tensor, foretold: Tensor, slope: Tensor, known: Tensor) -> Tensor:
-    """After a step of the length ``went``: longer where it gained what was foretold; where it gained much less, about
-    as long as the step that makes least the parabola through what is known along it. ``slope`` is the derivative
-    along the step."""
-    agreement = torch.where(known, safe_divide(gain, foretold), -torch.inf)
+def next_radius(
+    radius: Tensor, step_length: Tensor, gain: Tensor, predicted: Tensor, slope: Tensor, known: Tensor
+) -> Tensor:
+    """Return the radius after a step.
+
+    The radius grows if the actual gain is near the prediction. After a much smaller gain the radius becomes the length
+    of the step to the minimum of the parabola through the known values along the step, as in MINPACK's lmder.
+
+    Args:
+        radius: the radius of the step.
+        step_length: the length of the step in the norm of the region.
+        gain: the actual gain.
+        predicted: the gain predicted by the model.
+        slope: the derivative of the cost along the whole step.
+        known: False in lanes whose new residual is not finite.
+    """
+    agreement = torch.where(known, safe_divide(gain, predicted), -torch.inf)
     loses = known & (gain < 0)
     below = torch.where(loses, slope + gain, -1.0)
+    # The parabola with value 0 and slope at 0 and value ``-gain`` at 1 has its minimum at
+    # ``slope / (2 (slope + gain))``.
     part = torch.where(loses, (0.5 * slope / torch.where(below < 0, below, -1.0)).clamp(0.1, 0.5), 0.5)
-    shorter = torch.where(known, part, 0.1) * torch.minimum(radius, 10.0 * went)
-    longer = torch.where(agreement >= 0.75, 2.0 * went, radius)
+    shorter = torch.where(known, part, 0.1) * torch.minimum(radius, 10.0 * step_length)
+    # Thresholds 1/4 and 3/4 and the factors as in MINPACK's lmder.
+    longer = torch.where(agreement >= 0.75, 2.0 * step_length, radius)
     return torch.where(agreement <= 0.25, shorter, longer)
 
 
 def length(x: Tensor) -> Tensor:
-    """The norms of rows with their derivatives; 0 has none."""
+    """Return the norms of rows with their derivatives; the derivative is 0 for zero rows."""
+    # Divide by the largest entry first, against overflow of the squares; the scale cancels, so needs no derivative.
     size = largest_entry(x.detach())
     size = torch.where((size > 0) & torch.isfinite(size), size, 1.0)
     square = (x / size[..., None]).square().sum(dim=-1)
     return torch.where(square > 0, size * torch.sqrt(torch.where(square > 0, square, 1.0)), square)
 
 
-def root(scale: Tensor) -> Tensor:
-    """``D``, 1 for the unknowns on which nothing has depended so far."""
+def scaling_of(scale: Tensor) -> Tensor:
+    """Return the diagonal of ``D`` from ``D^2``; 1 for unknowns on which no residual has depended so far."""
     return torch.where(scale > 0, scale, 1.0).sqrt()
 
 
 def multiplier(A: Tensor, r: Tensor, radius: Tensor) -> Tensor:
-    """The ``lambda > 0`` with ``|s| = radius`` for ``s = -(A'A + lambda)^-1 A'r``, where the least-squares step is
-    longer than that."""
+    """Return ``lambda > 0`` with ``|s| = radius`` for ``s = -(A'A + lambda)^-1 A'r``; the least-squares step must be
+    longer than `radius`."""
     return solve_problem(_Multiplier(), [A, r, radius])[0]
 
 
 @dataclass(frozen=True)
 class _Multiplier(Problem):
-    """``|s(lambda, A, r)|^2 / radius^2 - 1 = 0``."""
+    """The secular equation ``|s(lambda, A, r)|^2 / radius^2 - 1 = 0``."""
 
     def residual(self, x: Leaves, theta: Leaves) -> Leaves:
         A, r, radius = theta
-        return [(_step(A, r, x[0]) / radius[..., None]).square().sum(dim=-1) - 1.0]
+        return [(_damped_step(A, r, x[0]) / radius[..., None]).square().sum(dim=-1) - 1.0]
 
     def primal(self, theta: Leaves) -> Leaves:
         A, r, radius = (t.double() for t in theta)
+        # `eigh` raises for a matrix that is not finite: solve lanes of zeros instead, and return nan.
         known = torch.isfinite(A).flatten(-2).all(dim=-1)
         A = torch.where(known[..., None, None], A, 0.0)
         values, vectors = torch.linalg.eigh(A.mT @ A)
         values, part = values.clamp(min=0.0), (vectors.mT @ (A.mT @ r[..., None]))[..., 0]
-        damping = _newton(values, part, radius)
-        # A'A has lost the singular values that matter to a smaller multiplier.
+        damping = _newton_for_multiplier(values, part, radius)
+        # ``A'A`` squares the condition number: singular values below ``sqrt(eps) |A|`` are lost, and a small multiplier
+        # depends on them. Repeat with the singular values of ``A``.
         lost = damping < 1e-8 * values[..., -1]
         if any_lane(lost & known):
             U, S, _ = torch.linalg.svd(A, full_matrices=False)
-            exact = _newton(S.square(), S * (U.mT @ r[..., None])[..., 0], radius)
+            exact = _newton_for_multiplier(S.square(), S * (U.mT @ r[..., None])[..., 0], radius)
             damping = torch.where(lost, exact, damping)
         return [torch.where(known, damping, torch.nan).to(theta[0].dtype)]
 
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
         A, r, radius = theta
-        s = _step(A, r, x[0])
-        # (A'A + lambda)^-1 s, in the same way.
+        s = _damped_step(A, r, x[0])
+        # ``(A'A + lambda)^-1 s`` as a least-squares solution, so that ``A'A`` is not formed.
         moved = damped(A, torch.zeros_like(r), x[0][..., None].expand_as(s), -s / x[0].sqrt()[..., None])
-        slope = -2.0 * dot(s / radius[..., None], moved / radius[..., None])
+        # Derivative of the residual in lambda: ``-2 s'(A'A + lambda)^-1 s / radius^2``.
+        slope = -2.0 * row_dot(s / radius[..., None], moved / radius[..., None])
         return [b[0] / torch.where(slope < 0, slope, -1.0)]
 
     def batched(self, dims: Dims, size: int) -> tuple[Problem, Dims, int]:
         return self, (-1,) * len(dims), 0
 
 
-def _step(A: Tensor, r: Tensor, multiplier: Tensor) -> Tensor:
+def _damped_step(A: Tensor, r: Tensor, multiplier: Tensor) -> Tensor:
     return damped(A, r, multiplier[..., None].expand_as(A[..., 0, :]))
 
 
-def _newton(values: Tensor, part: Tensor, radius: Tensor) -> Tensor:
-    """The ``lambda`` with ``|s| = radius``, ``s = part / (values + lambda)``: Newton's method for ``1 / radius - 1 /
-    |s|``, which is convex, from where ``|s|`` is greater."""
+def _newton_for_multiplier(values: Tensor, part: Tensor, radius: Tensor) -> Tensor:
+    """Return ``lambda`` with ``|s| = radius``, ``s = part / (values + lambda)``.
+
+    Newton's method for ``1 / radius - 1 / |s| = 0``, a convex function of ``lambda``, from a point with
+    ``|s| > radius``, so that the iterates increase monotonically (Nocedal and Wright, 2nd ed., algorithm 4.3).
+    """
     eps = torch.finfo(values.dtype).eps
+    # Start next to the pole at 0, left of the solution.
     damping = eps**2 * values.amax(dim=-1)
-    for _ in range(_ROUNDS):
+    for _ in range(_MAX_NEWTON_STEPS):
         poles = values + damping[..., None]
         s = torch.where(part == 0, 0.0, part / poles)
         size = length(s)
         step = (size / radius - 1.0) / ((s / size[..., None]).square() / poles).sum(dim=-1)
         new = torch.where(step > 0, damping + step, damping)
+        # Monotone iterates: stop when no lane increases.
         if not any_lane(new > damping * (1.0 + 4.0 * eps)):
             break
         damping = new
