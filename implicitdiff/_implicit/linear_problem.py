@@ -15,7 +15,7 @@ import implicitdiff._torch.levels as _functorch
 from implicitdiff._closures.below import below_autodiff
 from implicitdiff._closures.lift import Lifted, confirm, lift
 from implicitdiff._implicit.checks import check_like
-from implicitdiff._implicit.linearisation import ByAutograd, ByFunctorch, Linearisation, Product
+from implicitdiff._implicit.linearisation import ByFunctorch, Linearisation, OfOperands, Product
 from implicitdiff._implicit.operators import Adjoint, Dims, Lane, Matvec, Operator
 from implicitdiff._implicit.primitive import Problem, attach, solve_problem, solve_quietly
 from implicitdiff._implicit.system import System, first_column, make_system, map_columns
@@ -283,7 +283,7 @@ class BoundMatvec:
             product = self.operator.products(_modes.alias(self.operands), leaves).matvec()
             return self.structure.unflatten(product(leaves))
         if self.product is None:
-            by: type[Linearisation] = ByAutograd if _functorch.depth() == 0 else ByFunctorch
+            by: type[Linearisation] = OfOperands if _functorch.depth() == 0 else ByFunctorch
             self.product = self.operator.products(self.operands, leaves, by).matvec()
         return self.structure.unflatten(self.product(leaves))
 

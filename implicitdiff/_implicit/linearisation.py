@@ -35,6 +35,11 @@ class Linearisation(ABC):
     def __init__(self, fn: Residual, x: Leaves, theta: Leaves) -> None:
         self.fn, self.x, self.theta = fn, x, theta
 
+    @property
+    @abstractmethod
+    def values(self) -> Leaves:
+        """``fn(x, theta)``, as the context of the caller sees it."""
+
     @abstractmethod
     def pull(self) -> Product:
         """Return ``u -> J^T u``."""
@@ -47,18 +52,34 @@ class Linearisation(ABC):
         mode is the other way to it, but does not nest everywhere.
         """
 
+    @abstractmethod
+    def of_gradient(self) -> Linearisation:
+        """Return the linearisation of the gradient of the sum of the values. Its `values` are the gradient, and its
+        Jacobian is the Hessian, which is symmetric: `pull` gives the product."""
+
 
 class ByFunctorch(Linearisation):
     """The linearisation by `torch.func.vjp`, under any transform."""
 
+    @property
+    def values(self) -> Leaves:
+        return list(self._pair[0])
+
     def pull(self) -> Product:
         _, pull = self._pair
-        return lambda u: list(pull(*u))
+        return lambda u: _with_gradients_on(lambda: pull(*u))
 
     def push(self) -> Product:
         values, pull = self._pair
         push: Any = torch.func.vjp(pull, *map(torch.zeros_like, values))[1]
-        return lambda v: list(push(tuple(v)))
+        return lambda v: _with_gradients_on(lambda: push(tuple(v)))
+
+    def of_gradient(self) -> ByFunctorch:
+        def gradient(x: Leaves, theta: Leaves) -> Leaves:
+            at = ByFunctorch(self.fn, x, theta)
+            return at.pull()([torch.ones_like(t) for t in at.values])
+
+        return ByFunctorch(gradient, self.x, self.theta)
 
     @cached_property
     def _pair(self) -> tuple[tuple[torch.Tensor, ...], Callable[..., tuple[torch.Tensor, ...]]]:
@@ -67,8 +88,21 @@ class ByFunctorch(Linearisation):
         return values, lambda *u: pull(u)
 
 
+def _with_gradients_on(product: Callable[[], Sequence[torch.Tensor]]) -> Leaves:
+    # With gradients off, torch takes formulas of which some are wrong under vmap: that of `torch.linalg.eigvals`.
+    if torch.is_grad_enabled():
+        return list(product())
+    with torch.enable_grad():
+        return [t.detach() for t in product()]
+
+
 class ByAutograd(Linearisation):
-    """The linearisation by one graph of autograd, which lives as long as the object; on plain tensors."""
+    """The linearisation by one graph of autograd, which lives as long as the object; on plain tensors, without a
+    derivative of its own."""
+
+    @property
+    def values(self) -> Leaves:
+        return [t.detach() for t in self._graph[1]]
 
     def pull(self) -> Product:
         x, y = self._graph
@@ -81,16 +115,39 @@ class ByAutograd(Linearisation):
             pulled = vector_jacobian_product(y, x, u, create_graph=True)
         return lambda v: vector_jacobian_product(pulled, u, v)
 
+    def of_gradient(self) -> ByAutograd:
+        x, y = self._graph
+        with functorch.recording():
+            gradient = vector_jacobian_product(y, x, [torch.ones_like(t) for t in y], create_graph=True)
+        at = object.__new__(ByAutograd)
+        at.__dict__["_graph"] = x, gradient
+        return at
+
     @cached_property
     def _graph(self) -> tuple[Leaves, Leaves]:
+        return self._record()
+
+    def _record(self) -> tuple[Leaves, Leaves]:
+        """Return the leaves ``x`` of a new graph, and its results."""
         with functorch.recording():
             x = [t.requires_grad_() for t in functorch.recordable(self.x)]
-            y = self.fn(x, functorch.recordable(self.theta))
+            return x, self.fn(x, functorch.recordable(self.theta))
+
+
+class OfOperands(ByAutograd):
+    """The linearisation of a function that must depend on its operands alone.
+
+    Raises (when it linearises):
+        StrangerError: the function depends on another tensor that is differentiated.
+    """
+
+    def _record(self) -> tuple[Leaves, Leaves]:
+        x, y = super()._record()
         refuse_strangers(x, y)
         return x, y
 
 
-class WithOperands(ByAutograd):
+class WithOperands(OfOperands):
     """The same graph for ``J`` and for ``d fn / d theta``.
 
     Attributes:
@@ -106,8 +163,7 @@ class WithOperands(ByAutograd):
         _, y = self._graph
         return vector_jacobian_product(y, self.wanted, u)
 
-    @cached_property
-    def _graph(self) -> tuple[Leaves, Leaves]:
+    def _record(self) -> tuple[Leaves, Leaves]:
         with functorch.recording():
             x = [t.requires_grad_() for t in functorch.recordable(self.x)]
             for t in self.wanted:
@@ -168,8 +224,11 @@ def vector_jacobian_product(y: Leaves, x: Leaves, u: Leaves, *, create_graph: bo
     if not pairs:
         return [torch.zeros_like(t) for t in x]
     ys, us = zip(*pairs, strict=True)
-    grads = functorch.gradients(ys, x, us, create_graph=create_graph)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(x, grads, strict=True)]
+    # Under vmap with gradients on, for the reason given in `_with_gradients_on`.
+    is_batched = not create_graph and functorch.depth() > 0
+    grads = functorch.gradients(ys, x, us, create_graph=create_graph or is_batched)
+    pulled = [torch.zeros_like(t) if g is None else g for t, g in zip(x, grads, strict=True)]
+    return [t.detach() for t in pulled] if is_batched else pulled
 
 
 class StrangerError(RuntimeError):

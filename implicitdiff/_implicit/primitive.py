@@ -24,7 +24,7 @@ import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.settings as _settings
 from implicitdiff._closures.lift import one_derivative
-from implicitdiff._implicit.linearisation import ByAutograd, ByFunctorch, Linearisation, Residual
+from implicitdiff._implicit.linearisation import ByFunctorch, Linearisation, OfOperands, Residual
 from implicitdiff._implicit.operators import Dims
 from implicitdiff._torch.trees import Leaves
 
@@ -83,14 +83,14 @@ class Problem(ABC):
 
     def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
         """``(d residual / d theta)^H u`` for the operands whose positions are `wanted`."""
-        by: type[Linearisation] = ByAutograd if functorch.is_quiet([*x, *theta], u) else ByFunctorch
+        by: type[Linearisation] = OfOperands if functorch.is_quiet([*x, *theta], u) else ByFunctorch
         pull = by(self._of(x, theta, wanted), [theta[i] for i in wanted], []).pull()
         return dict(zip(wanted, pull(u), strict=True))
 
     def pushforward(self, x: Leaves, theta: Leaves, tangents: dict[int, torch.Tensor]) -> Leaves:
         """``(d residual / d theta) theta'`` for the tangents given by position."""
         given = list(tangents.values())
-        by: type[Linearisation] = ByAutograd if functorch.is_quiet([*x, *theta], given) else ByFunctorch
+        by: type[Linearisation] = OfOperands if functorch.is_quiet([*x, *theta], given) else ByFunctorch
         return by(self._of(x, theta, list(tangents)), [theta[i] for i in tangents], []).push()(given)
 
     def _of(self, x: Leaves, theta: Leaves, positions: Sequence[int]) -> Residual:

@@ -15,7 +15,7 @@ from functools import cache, partial, reduce
 import torch
 from torch import Tensor
 
-from implicitdiff._implicit.linearisation import ByAutograd, Product
+from implicitdiff._implicit.linearisation import OfOperands, Product
 from implicitdiff._implicit.operators import Lane, Operator, Products, with_vectors
 from implicitdiff._torch.lanes import over_levels, vmap
 from implicitdiff._torch.trees import Leaves
@@ -143,7 +143,7 @@ def make_system(
     one = [domain, range_]
     if columns:
         one = [Vectors(one_column[block], lanes, whole.dtype) for block in blocks[:2]]
-    products = operator.block_products(operands, one_column, ByAutograd)
+    products = operator.block_products(operands, one_column, OfOperands)
 
     def rows(make: Callable[[], Product], source: Vectors, to: Vectors) -> Rows:
         product = cache(lambda: map_columns(make(), len(lanes), len(columns)))

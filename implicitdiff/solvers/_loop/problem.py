@@ -17,6 +17,7 @@ from torch import Tensor
 
 import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.trees as pytree
+from implicitdiff._implicit.linearisation import ByAutograd, ByFunctorch, Linearisation, Product
 from implicitdiff._implicit.operators import with_vectors
 from implicitdiff._implicit.system import Vectors
 from implicitdiff._torch.trees import Leaves, Structure, Tree
@@ -51,6 +52,7 @@ class RowFunction:
         self.function, self.inputs, self.plain, self.one_by_one = function, inputs, plain, one_by_one
         self._jacobian_over_lanes = jacobian_over_lanes
         self._outputs: Vectors | None = None
+        self._by: type[Linearisation] = ByAutograd if plain else ByFunctorch
 
     def __call__(self, x: Tensor, *more: Tensor) -> Tensor:
         """Return the values; `more` holds one number for each lane, shape ``(lanes,)``."""
@@ -67,48 +69,23 @@ class RowFunction:
 
     def pull(self, x: Tensor) -> tuple[Tensor, VectorMap]:
         """Return the value and the pullback ``u -> J' u``."""
-        if not self.plain:
-            return _value_and_pullback(self, x)
-        with functorch.recording():
-            (x,) = functorch.recordable([x])
-            y = self(x.requires_grad_())
-        return y.detach(), lambda u: _detached_product(y, x, u)
+        at = self._at(x)
+        return at.values[0], _on_one(at.pull())
 
     def linearise(self, x: Tensor) -> tuple[Tensor, VectorMap, VectorMap]:
         """Return the value, the product ``v -> J v`` and the pullback ``u -> J' u``."""
-        if not self.plain:
-            y, pull = _value_and_pullback(self, x)
-            # The pullback ``u -> J' u`` is linear, so its own pullback is ``v -> J v``: two reverse passes in the place
-            # of forward mode, for functions of autograd without a jvp.
-            return y, _value_and_pullback(pull, torch.zeros_like(y))[1], pull
-        with functorch.recording():
-            (x,) = functorch.recordable([x])
-            y = self(x.requires_grad_())
-
-        @cache
-        def transposed() -> tuple[Tensor, Tensor]:
-            with functorch.recording():
-                # ``J' u`` as a function of ``u``, to be differentiated once more; any ``u`` will do, since the function
-                # is linear.
-                u = torch.zeros_like(y).requires_grad_()
-                return _autograd_product(y, x, u, create_graph=True), u
-
-        def push(v: Tensor) -> Tensor:
-            g, u = transposed()
-            return _detached_product(g, u, v)
-
-        return y.detach(), push, lambda u: _detached_product(y, x, u)
+        at = self._at(x)
+        push = cache(at.push)
+        return at.values[0], lambda v: push()([v])[0], _on_one(at.pull())
 
     def hessian(self, x: Tensor) -> tuple[Tensor, Tensor, VectorMap]:
         """Return the value, the gradient and the product ``v -> H v`` of a real-valued function."""
-        if not self.plain:
-            grad, product = _value_and_pullback(lambda x: self.value_and_grad(x)[1], x)
-            return self(x)[:, 0], grad, product
-        with functorch.recording():
-            (x,) = functorch.recordable([x])
-            y = self(x.requires_grad_())
-            g = _autograd_product(y, x, torch.ones_like(y), create_graph=True)
-        return y.detach()[:, 0], g.detach(), lambda v: _detached_product(g, x, v)
+        at = self._at(x)
+        slope = at.of_gradient()
+        return at.values[0][:, 0], slope.values[0], _on_one(slope.pull())
+
+    def _at(self, x: Tensor) -> Linearisation:
+        return self._by(lambda x, _: [self(x[0])], [x], [])
 
     def curvature(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient and the Hessian ``(lanes, n, n)`` of a real-valued function."""
@@ -151,29 +128,8 @@ class RowFunction:
         return images
 
 
-def _value_and_pullback(fn: VectorMap, x: Tensor) -> tuple[Tensor, VectorMap]:
-    pair: Any = torch.func.vjp(fn, x)
-    value, pull = pair
-
-    def product(u: Tensor) -> Tensor:
-        # Run the pullback with gradients on: with gradients off, torch chooses formulas of which some are wrong under
-        # vmap (the backward of `torch.linalg.eigvals` is one).
-        with torch.enable_grad():
-            result: Tensor = pull(u)[0]
-        return result
-
-    return value, product
-
-
-def _detached_product(y: Tensor, x: Tensor, u: Tensor) -> Tensor:
-    return _autograd_product(y, x, u, create_graph=functorch.depth() > 0).detach()
-
-
-def _autograd_product(y: Tensor, x: Tensor, u: Tensor, *, create_graph: bool = False) -> Tensor:
-    if not y.requires_grad:
-        return torch.zeros_like(x)
-    (grad,) = functorch.gradients((y,), (x,), (u,), create_graph=create_graph)
-    return torch.zeros_like(x) if grad is None else grad
+def _on_one(product: Product) -> VectorMap:
+    return lambda v: product([v])[0]
 
 
 _MAX_ENTRIES_AT_ONCE = 2**22
