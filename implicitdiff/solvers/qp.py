@@ -255,16 +255,12 @@ def _complementarity(x: Tensor, y: Tensor, G: Tensor, h: Tensor, l: Tensor) -> T
 
 def _program(problem: BatchedProblem) -> QuadraticProgram:
     """Return the program of a problem; the function of the data ignores the unknowns."""
-    n, p, m = problem.inputs.sizes
+    inputs = problem.inputs
+    lanes = math.prod(inputs.batch)
     # The unknowns are an argument of every user's function; `data` ignores them.
-    unused = torch.zeros(
-        math.prod(problem.inputs.batch), n + p + m, dtype=problem.inputs.dtype, device=problem.inputs.device
-    )
-    values = problem.fn(unused)
-    sizes = [n * n, n, p * n, p, m * n, m]
-    Q, c, A, b, G, h, lower = values.split([*sizes, values.shape[-1] - sum(sizes)], dim=-1)
-    Q, A, G = (t.unflatten(-1, (k, n)) for t, k in ((Q, n), (A, p), (G, m)))
-    return make_program(Q, c, A, b, G, h, lower)
+    unused = torch.zeros(lanes, inputs.dimension, dtype=inputs.dtype, device=inputs.device)
+    leaves = problem.fn.leaves(unused)
+    return make_program(*[t.reshape(lanes, *t.shape[len(inputs.batch) :]).to(inputs.dtype) for t in leaves])
 
 
 # --- the iteration ----------------------------------------------------------------------------------------------------

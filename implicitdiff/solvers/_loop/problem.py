@@ -56,11 +56,14 @@ class RowFunction:
 
     def __call__(self, x: Tensor, *more: Tensor) -> Tensor:
         """Return the values; `more` holds one number for each lane, shape ``(lanes,)``."""
-        batch = self.inputs.batch
-        leaves = self.function(self.inputs.unravel(x), [m.reshape(batch) for m in more])
+        leaves = self.leaves(x, *more)
         if self._outputs is None:
-            self._outputs = Vectors(leaves, batch)
+            self._outputs = Vectors(leaves, self.inputs.batch)
         return self._outputs.ravel(leaves).to(x.dtype)
+
+    def leaves(self, x: Tensor, *more: Tensor) -> Leaves:
+        """Return the leaves of the values, with the dimensions of the batch in front."""
+        return self.function(self.inputs.unravel(x), [m.reshape(self.inputs.batch) for m in more])
 
     def value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the values ``(lanes,)`` and gradients ``(lanes, n)`` of a real-valued function."""
