@@ -1,9 +1,8 @@
-"""The library's own exception and warning types."""
+"""Exceptions and warnings of the library."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 __all__ = [
     "ConvergenceError",
@@ -16,14 +15,14 @@ __all__ = [
 
 
 class LinearSolveError(RuntimeError):
-    """A linear solve broke down or met its safety net before its target.
+    """A linear solve broke down, or reached the default limit of iterations before its target.
 
     Attributes:
         solver: name of the linear solver, e.g. ``"solve_cg"``.
-        residual: largest residual norm among the failed systems, in the units of the right-hand side.
-        target: the residual norm that this system had to reach.
-        failed: how many systems failed.
-        total: how many systems were solved together (lanes of ``vmap`` times right-hand sides).
+        residual: residual norm of the worst failed system, in the units of the right-hand side.
+        target: the residual norm required of this system.
+        failed: number of systems that failed.
+        total: number of systems solved together (lanes of ``vmap`` times right-hand sides).
         iterations: iterations used (0 for a direct solver).
     """
 
@@ -38,12 +37,12 @@ class LinearSolveError(RuntimeError):
         self.total = total
         self.iterations = iterations
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return partial(type(self), **vars(self)), self.args
 
 
 class LinearSolveWarning(RuntimeWarning):
-    """What `LinearSolveError` says, under ``on_failure="warn"``."""
+    """Issued instead of a `LinearSolveError` with ``on_failure="warn"``."""
 
 
 class NotARootError(RuntimeError):
@@ -51,9 +50,9 @@ class NotARootError(RuntimeError):
 
     Attributes:
         residual: largest residual norm among the failed lanes.
-        check: the tolerance it was held against.
-        failed: how many lanes failed.
-        total: how many lanes there were.
+        check: the tolerance of the check.
+        failed: number of lanes that failed.
+        total: number of lanes.
     """
 
     def __init__(self, message: str, *, residual: float, check: float, failed: int, total: int) -> None:
@@ -63,26 +62,28 @@ class NotARootError(RuntimeError):
         self.failed = failed
         self.total = total
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return partial(type(self), **vars(self)), self.args
 
 
 class TransformError(RuntimeError):
-    """A derivative or a batch was asked for that takes a transform of torch.func, of a function that torch.func cannot
-    transform. The message names the operation."""
+    """A derivative or batch needs a transform of torch.func that fails for the user's function.
+
+    The message names the operation.
+    """
 
 
 class ConvergenceError(RuntimeError):
     """A solver stopped before its target.
 
     Attributes:
-        solver: name of the solver and of the function that it was given.
-        status: why, of the lane that is worst; an `implicitdiff.solvers.Status`.
-        iterations: how many that lane took.
-        error: its error, in the units of the optimality condition.
-        target: what the error had to reach.
-        lanes: the numbers of the lanes that failed, counted over all vmaps.
-        total: how many lanes there were.
+        solver: name of the solver and of the user's function.
+        status: reason of the failure in the worst lane; an `implicitdiff.solvers.Status`.
+        iterations: number of iterations of the worst lane.
+        error: error of the worst lane, in the units of the optimality condition.
+        target: the error required of the worst lane.
+        lanes: indices of the lanes that failed, counted over all vmaps.
+        total: number of lanes.
     """
 
     def __init__(
@@ -106,9 +107,9 @@ class ConvergenceError(RuntimeError):
         self.lanes = lanes
         self.total = total
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return partial(type(self), **vars(self)), self.args
 
 
 class ConvergenceWarning(RuntimeWarning):
-    """What `ConvergenceError` says, under ``on_failure="warn"``."""
+    """Issued instead of a `ConvergenceError` with ``on_failure="warn"``."""

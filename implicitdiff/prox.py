@@ -1,18 +1,18 @@
-"""Proximal operators: the point that trades a penalty ``g`` for the distance from ``v``.
+"""Proximal operators: minimisers of a penalty plus half of a squared distance.
 
-That is::
+For a penalty ``g``::
 
     prox(v, s) = argmin over x of  s g(x) + |x - v|^2 / 2
 
-Each takes ``v`` first, a floating-point tensor or a tree of them, and then the number ``s`` that multiplies the
-penalty; a solver passes its step size there. The strengths of the penalty go by keyword, so that
-``functools.partial(prox.lasso, strength=0.1)`` and ``lambda v, s: prox.lasso(v, 0.1 * s)`` are the same operator.
-All of these numbers are at least 0; each may be a number, a tensor, or a tree of them that is nested like ``v`` or cut
-off above. The result is a tree like ``v``, with its dtypes.
+The first argument ``v`` is a floating-point tensor or a tree of such tensors. The second, ``s``, multiplies the
+penalty; a solver passes its step size. Strengths of the penalty are keyword arguments, so that
+``functools.partial(prox.lasso, strength=0.1)`` and ``lambda v, s: prox.lasso(v, 0.1 * s)`` are one operator. Each is at
+least 0: a number, a tensor, or a tree of these, nested like ``v`` or a prefix of ``v``. The result is a tree like
+``v``, with its dtypes.
 
-They compose with all transforms of torch.func, to any order, and are differentiated in their numbers as well. Where a
-derivative jumps, it is that of the side on which the entry, or the group, is not zero; at a threshold of zero that is
-the identity, with derivative 1.
+Proximal operators compose with all transforms of torch.func, to any order, and have derivatives in ``s`` and the
+strengths. Where a derivative jumps, the result is the derivative of the side on which the entry, or the group, is not
+zero; with a threshold of zero this is the identity, of derivative 1.
 
 Reference:
     Parikh and Boyd, "Proximal Algorithms", 2014, section 6.5.
@@ -21,29 +21,30 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from implicitdiff._torch.trees import Tree
 from implicitdiff.projections._balls import l2_ball
 from implicitdiff.projections._point import Point
 
 __all__ = ["elastic_net", "group_lasso", "lasso", "non_negative_lasso", "non_negative_ridge", "ridge"]
 
 
-def lasso(v: Any, threshold: Any = 1.0, *, strength: Any = 1.0) -> Any:
-    """Soft thresholding, of the penalty ``g(x) = strength |x|_1``.
+def lasso(v: Tree, threshold: Tree = 1.0, *, strength: Tree = 1.0) -> Tree:
+    """Soft thresholding, for the penalty ``g(x) = strength |x|_1``.
 
-    That is ``sign(v) max(|v| - threshold strength, 0)``, entry by entry.
+    The result is ``sign(v) max(|v| - threshold strength, 0)``, entry by entry.
 
     Args:
         v: a tensor or a tree.
         threshold: multiplies the penalty. A tensor broadcasts to the leaf.
-        strength: of the penalty, likewise.
+        strength: strength of the penalty, likewise.
 
     Raises:
-        ValueError: a number is negative, or does not fit ``v``.
+        ValueError: an argument is negative, or does not fit ``v``.
 
     Example:
         >>> from implicitdiff import prox
@@ -53,18 +54,18 @@ def lasso(v: Any, threshold: Any = 1.0, *, strength: Any = 1.0) -> Any:
     return _leaf_by_leaf("lasso", _shrink, v, threshold=threshold, strength=strength)
 
 
-def ridge(v: Any, stepsize: Any = 1.0, *, strength: Any = 1.0) -> Any:
-    """Shrinkage towards zero, of the penalty ``g(x) = strength |x|^2 / 2``.
+def ridge(v: Tree, stepsize: Tree = 1.0, *, strength: Tree = 1.0) -> Tree:
+    """Shrinkage towards zero, for the penalty ``g(x) = strength |x|^2 / 2``.
 
-    That is ``v / (1 + stepsize strength)``, entry by entry.
+    The result is ``v / (1 + stepsize strength)``, entry by entry.
 
     Args:
         v: a tensor or a tree.
         stepsize: multiplies the penalty. A tensor broadcasts to the leaf.
-        strength: of the penalty, likewise.
+        strength: strength of the penalty, likewise.
 
     Raises:
-        ValueError: a number is negative, or does not fit ``v``.
+        ValueError: an argument is negative, or does not fit ``v``.
 
     Example:
         >>> from implicitdiff import prox
@@ -74,18 +75,18 @@ def ridge(v: Any, stepsize: Any = 1.0, *, strength: Any = 1.0) -> Any:
     return _leaf_by_leaf("ridge", lambda v, s, c: v / (1 + s * c), v, stepsize=stepsize, strength=strength)
 
 
-def non_negative_lasso(v: Any, threshold: Any = 1.0, *, strength: Any = 1.0) -> Any:
-    """One-sided soft thresholding, of the penalty ``g(x) = strength sum(x)`` on ``x >= 0``.
+def non_negative_lasso(v: Tree, threshold: Tree = 1.0, *, strength: Tree = 1.0) -> Tree:
+    """One-sided soft thresholding, for the penalty ``g(x) = strength sum(x)`` on ``x >= 0``.
 
-    That is ``max(v - threshold strength, 0)``, entry by entry.
+    The result is ``max(v - threshold strength, 0)``, entry by entry.
 
     Args:
         v: a tensor or a tree.
         threshold: multiplies the penalty. A tensor broadcasts to the leaf.
-        strength: of the penalty, likewise.
+        strength: strength of the penalty, likewise.
 
     Raises:
-        ValueError: a number is negative, or does not fit ``v``.
+        ValueError: an argument is negative, or does not fit ``v``.
 
     Example:
         >>> from implicitdiff import prox
@@ -100,18 +101,18 @@ def non_negative_lasso(v: Any, threshold: Any = 1.0, *, strength: Any = 1.0) -> 
     return _leaf_by_leaf("non_negative_lasso", shrink, v, threshold=threshold, strength=strength)
 
 
-def non_negative_ridge(v: Any, stepsize: Any = 1.0, *, strength: Any = 1.0) -> Any:
-    """Shrinkage of what is positive, of the penalty ``g(x) = strength |x|^2 / 2`` on ``x >= 0``.
+def non_negative_ridge(v: Tree, stepsize: Tree = 1.0, *, strength: Tree = 1.0) -> Tree:
+    """Shrinkage of positive entries, for the penalty ``g(x) = strength |x|^2 / 2`` on ``x >= 0``.
 
-    That is ``max(v, 0) / (1 + stepsize strength)``, entry by entry.
+    The result is ``max(v, 0) / (1 + stepsize strength)``, entry by entry.
 
     Args:
         v: a tensor or a tree.
         stepsize: multiplies the penalty. A tensor broadcasts to the leaf.
-        strength: of the penalty, likewise.
+        strength: strength of the penalty, likewise.
 
     Raises:
-        ValueError: a number is negative, or does not fit ``v``.
+        ValueError: an argument is negative, or does not fit ``v``.
 
     Example:
         >>> from implicitdiff import prox
@@ -125,19 +126,19 @@ def non_negative_ridge(v: Any, stepsize: Any = 1.0, *, strength: Any = 1.0) -> A
     return _leaf_by_leaf("non_negative_ridge", shrink, v, stepsize=stepsize, strength=strength)
 
 
-def elastic_net(v: Any, stepsize: Any = 1.0, *, l1: Any = 1.0, l2: Any = 1.0) -> Any:
-    """Soft thresholding and then shrinkage, of the penalty ``g(x) = l1 |x|_1 + l2 |x|^2 / 2``.
+def elastic_net(v: Tree, stepsize: Tree = 1.0, *, l1: Tree = 1.0, l2: Tree = 1.0) -> Tree:
+    """Soft thresholding, then shrinkage, for the penalty ``g(x) = l1 |x|_1 + l2 |x|^2 / 2``.
 
-    That is ``sign(v) max(|v| - stepsize l1, 0) / (1 + stepsize l2)``, entry by entry.
+    The result is ``sign(v) max(|v| - stepsize l1, 0) / (1 + stepsize l2)``, entry by entry.
 
     Args:
         v: a tensor or a tree.
         stepsize: multiplies the whole penalty. A tensor broadcasts to the leaf.
-        l1: the strength of the first part, likewise.
-        l2: the strength of the second, likewise.
+        l1: strength of the 1-norm, likewise.
+        l2: strength of the squared 2-norm, likewise.
 
     Raises:
-        ValueError: a number is negative, or does not fit ``v``.
+        ValueError: an argument is negative, or does not fit ``v``.
 
     Reference:
         Zou and Hastie, "Regularization and Variable Selection via the Elastic Net", 2005.
@@ -154,19 +155,19 @@ def elastic_net(v: Any, stepsize: Any = 1.0, *, l1: Any = 1.0, l2: Any = 1.0) ->
     return _leaf_by_leaf("elastic_net", shrink, v, stepsize=stepsize, l1=l1, l2=l2)
 
 
-def group_lasso(v: Any, threshold: Any = 1.0, *, strength: Any = 1.0) -> Any:
-    """Block soft thresholding, of the penalty ``g(x) = strength |x|_2``, each tensor being one group.
+def group_lasso(v: Tree, threshold: Tree = 1.0, *, strength: Tree = 1.0) -> Tree:
+    """Block soft thresholding, for the penalty ``g(x) = strength |x|_2``, with one group a tensor.
 
-    That is ``v max(1 - threshold strength / |v|, 0)``, which is zero, with its derivative, at ``v = 0``. For groups
-    that are the rows of one tensor, take ``torch.func.vmap``.
+    The result is ``v max(1 - threshold strength / |v|, 0)``, zero at ``v = 0``, with derivative zero. For groups that
+    are rows of one tensor, use ``torch.func.vmap``.
 
     Args:
-        v: a tensor or a tree, of one group a leaf.
-        threshold: multiplies the penalty. A tensor is a scalar.
-        strength: of the penalty, likewise.
+        v: a tensor or a tree, with one group a leaf.
+        threshold: multiplies the penalty. A tensor has to be a scalar.
+        strength: strength of the penalty, likewise.
 
     Raises:
-        ValueError: a number is negative, or does not fit ``v``.
+        ValueError: an argument is negative, or does not fit ``v``.
 
     Reference:
         Yuan and Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006.
@@ -178,17 +179,18 @@ def group_lasso(v: Any, threshold: Any = 1.0, *, strength: Any = 1.0) -> Any:
     """
 
     def shrink(v: Tensor, threshold: Tensor, strength: Tensor) -> Tensor:
-        # Moreau's decomposition: the ball is that of the dual norm.
+        # Moreau's decomposition: v - prox(v) projects onto the ball of the dual norm, here the 2-norm too.
         return v - cast(Tensor, l2_ball(v, (threshold * strength).reshape(())))
 
     return _leaf_by_leaf("group_lasso", shrink, v, scalar=True, threshold=threshold, strength=strength)
 
 
 def _shrink(v: Tensor, threshold: Tensor, strength: Tensor) -> Tensor:
+    # At |v| = threshold the branch with derivative 1 is taken, the side on which x is not zero.
     threshold = threshold * strength
     return torch.where(v.abs() < threshold, 0.0, v - threshold * v.sign())
 
 
-def _leaf_by_leaf(function: str, fn: Callable[..., Tensor], v: Any, *, scalar: bool = False, **numbers: Any) -> Any:
+def _leaf_by_leaf(function: str, fn: Callable[..., Tensor], v: Tree, *, scalar: bool = False, **numbers: Tree) -> Tree:
     point = Point.of(function, v)
     return point.map(fn, *(point.operands(name, x, scalar=scalar, least=0.0) for name, x in numbers.items()))

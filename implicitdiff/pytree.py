@@ -1,17 +1,17 @@
-"""Arithmetic of pytrees: nested containers of tensors as vectors.
+"""Vector arithmetic on pytrees, nested containers of tensors.
 
-Every function goes leaf by leaf, is differentiable, and works under every transform of torch.func.
+All functions act leaf by leaf, are differentiable, and work under every transform of torch.func.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 import implicitdiff._torch.trees as _pytree
+from implicitdiff._torch.trees import Tree
 
 __all__ = [
     "tree_add",
@@ -30,10 +30,10 @@ __all__ = [
 Scalar = torch.Tensor | float | complex
 
 
-def tree_map(fn: Callable[..., torch.Tensor], tree: Any, *others: Any) -> Any:
-    """The tree of ``fn(leaf, *leaves of others)`` over the tensors of trees that are nested alike.
+def tree_map(fn: Callable[..., torch.Tensor], tree: Tree, *others: Tree) -> Tree:
+    """Apply ``fn(leaf, *leaves of others)`` to the tensors of trees of equal nesting, and return the tree of results.
 
-    What is no tensor stays as it is in the first tree.
+    Leaves of the first tree that are not tensors are kept.
 
     Raises:
         ValueError: the trees are nested differently.
@@ -51,53 +51,54 @@ def tree_map(fn: Callable[..., torch.Tensor], tree: Any, *others: Any) -> Any:
             columns.append(structure.tensors_of(other))
         except ValueError:
             raise _unlike(tree, other) from None
+        # `tensors_of` accepts a tensor where the first tree has another leaf, which would be dropped silently.
         if len(_pytree.tensors(other)) != len(leaves):
             raise _unlike(tree, other)
     return structure.unflatten([fn(*row) for row in zip(*columns, strict=True)])
 
 
-def tree_add(x: Any, y: Any) -> Any:
-    """``x + y``."""
+def tree_add(x: Tree, y: Tree) -> Tree:
+    """Return ``x + y``."""
     return tree_map(torch.add, x, y)
 
 
-def tree_sub(x: Any, y: Any) -> Any:
-    """``x - y``."""
+def tree_sub(x: Tree, y: Tree) -> Tree:
+    """Return ``x - y``."""
     return tree_map(torch.sub, x, y)
 
 
-def tree_mul(x: Any, y: Any) -> Any:
-    """``x * y``, entry by entry."""
+def tree_mul(x: Tree, y: Tree) -> Tree:
+    """Return ``x * y``, entry by entry."""
     return tree_map(torch.mul, x, y)
 
 
-def tree_div(x: Any, y: Any) -> Any:
-    """``x / y``, entry by entry."""
+def tree_div(x: Tree, y: Tree) -> Tree:
+    """Return ``x / y``, entry by entry."""
     return tree_map(torch.div, x, y)
 
 
-def tree_neg(x: Any) -> Any:
-    """``-x``."""
+def tree_neg(x: Tree) -> Tree:
+    """Return ``-x``."""
     return tree_map(torch.neg, x)
 
 
-def tree_scalar_mul(scalar: Scalar, x: Any) -> Any:
-    """``scalar * x``."""
+def tree_scalar_mul(scalar: Scalar, x: Tree) -> Tree:
+    """Return ``scalar * x``."""
     return tree_map(lambda leaf: scalar * leaf, x)
 
 
-def tree_add_scalar_mul(x: Any, scalar: Scalar, y: Any) -> Any:
-    """``x + scalar * y``."""
+def tree_add_scalar_mul(x: Tree, scalar: Scalar, y: Tree) -> Tree:
+    """Return ``x + scalar * y``."""
     return tree_map(lambda a, b: a + scalar * b, x, y)
 
 
-def tree_zeros_like(x: Any) -> Any:
-    """Zeros like the tensors of ``x``."""
+def tree_zeros_like(x: Tree) -> Tree:
+    """Return zeros like the tensors of ``x``."""
     return tree_map(torch.zeros_like, x)
 
 
-def tree_vdot(x: Any, y: Any) -> torch.Tensor:
-    """The inner product ``sum(conj(x) * y)`` over all entries of all leaves, a scalar tensor.
+def tree_vdot(x: Tree, y: Tree) -> torch.Tensor:
+    """Return the inner product ``sum(conj(x) * y)`` over all entries of all leaves, a scalar tensor.
 
     Raises:
         ValueError: the trees are nested differently, have leaves of different shapes, or hold no tensor.
@@ -108,14 +109,14 @@ def tree_vdot(x: Any, y: Any) -> torch.Tensor:
         >>> tree_vdot([torch.tensor([1.0, 2.0]), torch.tensor(3.0)], [torch.ones(2), torch.tensor(2.0)])
         tensor(9.)
     """
-    products = _pytree.tensors(tree_map(_inner, x, y))
+    products = _pytree.tensors(tree_map(_leaf_vdot, x, y))
     if not products:
         raise ValueError(f"tree_vdot: a tree with tensors is needed, got {_pytree.describe(x)}")
     return functools.reduce(torch.add, products)
 
 
-def tree_l2_norm(x: Any) -> torch.Tensor:
-    """The Euclidean norm over all entries of all leaves, a scalar tensor; its derivative at zero is zero.
+def tree_l2_norm(x: Tree) -> torch.Tensor:
+    """Return the Euclidean norm over all entries of all leaves, a scalar tensor with derivative zero at zero.
 
     Raises:
         ValueError: the tree holds no tensor.
@@ -133,13 +134,13 @@ def tree_l2_norm(x: Any) -> torch.Tensor:
     return norm
 
 
-def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _leaf_vdot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.shape != b.shape:
         raise ValueError(f"tree_vdot: leaves must be of the same shapes, got {list(a.shape)} and {list(b.shape)}")
     return (a.conj() * b).sum()
 
 
-def _unlike(tree: Any, other: Any) -> ValueError:
+def _unlike(tree: Tree, other: Tree) -> ValueError:
     return ValueError(
         f"trees must be nested alike, with tensors in the same places: got {_pytree.describe(tree)} and "
         f"{_pytree.describe(other)}"

@@ -1,9 +1,9 @@
-"""Schedules: numbers that depend on how many updates there were.
+"""Schedules: hyper-parameters as functions of the number of updates so far.
 
 A schedule is a function ``schedule(count) -> value`` of an integer or an integer tensor; the value is a float64 tensor
-of the shape of ``count``. It goes wherever an optimizer takes a number, e.g. ``adam(lr=cosine(1e-3, 1000))``, and into
-`implicitdiff.optim.scale_by_schedule`. Numbers given to a schedule may be scalar tensors, which are
-then differentiated. Schedules can be pickled.
+of the shape of ``count``. Optimizers accept a schedule for every number, e.g. ``adam(lr=cosine(1e-3, 1000))``, and so
+does `implicitdiff.optim.scale_by_schedule`. Arguments of a schedule may be scalar tensors, with derivatives. Schedules
+can be pickled.
 """
 
 from __future__ import annotations
@@ -14,41 +14,44 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from implicitdiff._torch.trees import Number
+
 __all__ = ["constant", "cosine", "exponential", "linear", "piecewise", "polynomial", "warmup"]
 
-Number = float | torch.Tensor
 Count = int | torch.Tensor
 Schedule = Callable[[Count], torch.Tensor]
 
 
 def constant(value: Number) -> Schedule:
-    """Always ``value``.
+    """Constant ``value``.
 
     Example:
         >>> from implicitdiff.schedule import constant
         >>> constant(0.1)(3)
         tensor(0.1000, dtype=torch.float64)
     """
+    # Partial functions can be pickled, closures cannot.
     return functools.partial(_constant, value)
 
 
 def _constant(value: Number, count: Count) -> torch.Tensor:
+    # Broadcast to the shape of `count`, in float64.
     return value + 0 * _float(count)
 
 
 def polynomial(
     init_value: Number, end_value: Number, power: Number, transition_steps: int, *, begin: int = 0
 ) -> Schedule:
-    """From ``init_value`` to ``end_value`` along a power of the time that is left.
+    """Polynomial decay from ``init_value`` to ``end_value``.
 
-    That is::
+    The value is::
 
         end_value + (init_value - end_value) (1 - s)^power,    s = clamp((count - begin) / transition_steps, 0, 1)
 
     Args:
         power: 1 is a straight line; 2 flattens at the end.
-        transition_steps: how many updates the way takes; at least 1.
-        begin: how many updates to stay at ``init_value`` before.
+        transition_steps: number of updates from ``init_value`` to ``end_value``; at least 1.
+        begin: number of updates at ``init_value`` before the decay.
 
     Example:
         >>> from implicitdiff.schedule import polynomial
@@ -62,7 +65,8 @@ def polynomial(
 def _polynomial(
     init_value: Number, end_value: Number, power: Number, transition_steps: int, begin: int, count: Count
 ) -> torch.Tensor:
-    left = 1 - _progress(count, begin, transition_steps)
+    # As a convex combination, which gives both ends exactly.
+    left = 1 - _elapsed_share(count, begin, transition_steps)
     return end_value * (1 - left**power) + init_value * left**power
 
 
@@ -89,10 +93,10 @@ def exponential(
     """Geometric decay: ``init_value * decay_rate^((count - begin) / transition_steps)``.
 
     Args:
-        decay_rate: the factor of each ``transition_steps`` updates, positive.
-        begin: how many updates to stay at ``init_value`` before.
+        decay_rate: the factor for ``transition_steps`` updates, positive.
+        begin: number of updates at ``init_value`` before the decay.
         staircase: round the exponent down to an integer.
-        end_value: where it stops, from either side.
+        end_value: bound of the value: from below for a ``decay_rate`` less than 1, else from above.
 
     Example:
         >>> from implicitdiff.schedule import exponential
@@ -118,14 +122,15 @@ def _exponential(
     value = init_value * decay_rate ** (exponent.floor() if staircase else exponent)
     if end_value is None:
         return value
+    # decay_rate may be a tensor, also under vmap, so the side of the bound is selected by torch.where.
     falls = torch.as_tensor(decay_rate, device=value.device) < 1
     return torch.where(falls, value.clamp(min=end_value), value.clamp(max=end_value))
 
 
 def cosine(init_value: Number, decay_steps: int, *, alpha: Number = 0.0, begin: int = 0) -> Schedule:
-    """Half a cosine from ``init_value`` to ``alpha * init_value``.
+    """Half a period of a cosine from ``init_value`` to ``alpha * init_value``.
 
-    That is::
+    The value is::
 
         init_value ((1 - alpha) (1 + cos(pi s)) / 2 + alpha),    s = clamp((count - begin) / decay_steps, 0, 1)
 
@@ -142,16 +147,16 @@ def cosine(init_value: Number, decay_steps: int, *, alpha: Number = 0.0, begin: 
 
 
 def _cosine(init_value: Number, decay_steps: int, alpha: Number, begin: int, count: Count) -> torch.Tensor:
-    fall = (1 + torch.cos(math.pi * _progress(count, begin, decay_steps))) / 2
+    fall = (1 + torch.cos(math.pi * _elapsed_share(count, begin, decay_steps))) / 2
     return init_value * ((1 - alpha) * fall + alpha)
 
 
 def warmup(schedule: Schedule, warmup_steps: int, *, init_value: Number = 0.0) -> Schedule:
-    """A straight line from ``init_value`` to where a schedule starts, then that schedule.
+    """A straight line from ``init_value`` to the first value of a schedule, then the schedule.
 
     Args:
-        schedule: what follows; it counts from the end of the warm-up.
-        warmup_steps: how many updates the line takes; at least 1.
+        schedule: the schedule that follows, with its count from the end of the warm-up.
+        warmup_steps: number of updates of the line; at least 1.
 
     Reference:
         Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", 2017, section 2.2.
@@ -166,18 +171,18 @@ def warmup(schedule: Schedule, warmup_steps: int, *, init_value: Number = 0.0) -
 
 
 def _warmed(schedule: Schedule, warmup_steps: int, init_value: Number, count: Count) -> torch.Tensor:
-    count = _tensor(count)
-    share = _progress(count, 0, warmup_steps)
+    count = _count_tensor(count)
+    share = _elapsed_share(count, 0, warmup_steps)
     rising = init_value + (schedule(torch.zeros_like(count)) - init_value) * share
     return torch.where(count < warmup_steps, rising, schedule((count - warmup_steps).clamp(min=0)))
 
 
 def piecewise(schedules: Sequence[Schedule | float], boundaries: Sequence[int]) -> Schedule:
-    """One schedule after the other, each counting from its own start.
+    """A sequence of schedules, each with its count from its own start.
 
     Args:
-        schedules: schedules or numbers, one more than there are boundaries.
-        boundaries: after how many updates the next one begins, increasing.
+        schedules: schedules or numbers, one more than boundaries.
+        boundaries: numbers of updates at which the next schedule starts, increasing.
 
     Raises:
         ValueError: the numbers of schedules and boundaries do not fit, or the boundaries do not increase.
@@ -189,17 +194,18 @@ def piecewise(schedules: Sequence[Schedule | float], boundaries: Sequence[int]) 
     """
     if len(schedules) != len(boundaries) + 1 or list(boundaries) != sorted({0, *boundaries} - {0}):
         raise ValueError(
-            "piecewise: there has to be one schedule more than boundaries, and these have to be positive and increase, "
-            f"but there are {len(schedules)} schedules and boundaries {list(boundaries)}"
+            "piecewise: there has to be one schedule more than boundaries, and boundaries have to be positive and "
+            f"increase, but there are {len(schedules)} schedules and boundaries {list(boundaries)}"
         )
     pieces = [functools.partial(_widened, piece) if callable(piece) else constant(piece) for piece in schedules]
     return functools.partial(_joined, pieces, list(boundaries))
 
 
 def _joined(pieces: Sequence[Schedule], boundaries: Sequence[int], count: Count) -> torch.Tensor:
-    count = _tensor(count)
+    count = _count_tensor(count)
     value = pieces[0](count)
     for piece, start in zip(pieces[1:], boundaries, strict=True):
+        # All pieces are evaluated, as `count` may be traced; counts before a start are clamped to 0.
         value = torch.where(count < start, value, piece((count - start).clamp(min=0)))
     return value
 
@@ -208,16 +214,16 @@ def _widened(schedule: Callable[[Count], Number], count: Count) -> torch.Tensor:
     return schedule(count) + 0 * _float(count)
 
 
-def _progress(count: Count, begin: int, steps: int) -> torch.Tensor:
+def _elapsed_share(count: Count, begin: int, steps: int) -> torch.Tensor:
     return ((_float(count) - begin) / steps).clamp(0, 1)
 
 
 def _float(count: Count) -> torch.Tensor:
-    return _tensor(count).double()
+    return _count_tensor(count).double()
 
 
-def _tensor(count: Count) -> torch.Tensor:
-    # Not `as_tensor`, which moves a tensor to the default device.
+def _count_tensor(count: Count) -> torch.Tensor:
+    # `torch.as_tensor` would move a tensor to the default device.
     return count if isinstance(count, torch.Tensor) else torch.tensor(count, device="cpu")
 
 

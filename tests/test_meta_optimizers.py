@@ -360,7 +360,7 @@ def test_a_state_of_another_optimizer_is_refused():
     inner = idf.MetaAdam(net, lr=0.1)
     before = inner.state_dict()
     for other in (idf.MetaSGD(net, lr=0.1, momentum=0.9), idf.MetaAdam(net[0], lr=0.1)):
-        with pytest.raises(ValueError, match="not one of this optimizer"):
+        with pytest.raises(ValueError, match="does not belong to this optimizer"):
             inner.load_state_dict(other.state_dict())
     assert inner.state_dict() is before
 

@@ -1560,7 +1560,7 @@ def test_meta_modules_and_children_have_names():
 
 
 NO_CLASS = {
-    "no solve": ({"objective": method}, r"Inner does not define solve\(\), and needs it; if it is a base"),
+    "no solve": ({"objective": method}, r"Inner does not define solve\(\), and needs it; declare a base class"),
     "no condition": ({"solve": method}, r"Inner defines neither objective\(\) nor optimality\(\), and needs one"),
     "nothing": ({}, r"does not define solve.* and defines neither objective"),
     "a number": ({"solve": method, "objective": 3}, r"Inner: objective has to be a method, def.*got int"),
@@ -1677,7 +1677,7 @@ def test_inner_parameters_read_in_another_way_than_as_attributes_are_refused():
 
     for kind in (Listed, Bound):
         module = kind(leaf())
-        with pytest.raises(ValueError, match=r"inner parameter 'w' is read in another way than as an attribute"):
+        with pytest.raises(ValueError, match=r"inner parameter 'w' is read otherwise than as an attribute"):
             module.solve(X, Y)
         assert module.w.is_leaf and not module.w.any()
 

@@ -287,7 +287,7 @@ def test_injected_hyperparameters_and_schedules_are_counted_in_the_state():
 
 
 def test_the_hyperparameters_of_a_transformation_are_not_a_groups():
-    with pytest.raises(ValueError, match="'lr', which would not be used"):
+    with pytest.raises(ValueError, match="got 'lr'; pass hyper-parameters"):
         idf.Optimizer([{"params": start(), "lr": 0.1}], idf.sgd(0.5))
     with pytest.raises(TypeError, match="must be a GradientTransformation"):
         idf.Optimizer(start(), 0.1)
@@ -665,8 +665,8 @@ def test_a_state_that_does_not_fit_a_transformation_is_refused_and_changes_nothi
     turned = idf.Optimizer(params[::-1], idf.adam())
     for optimizer in (per_parameter, other, turned):
         run(optimizer, params, range(1))
-    unlike = "none of this transformation"
-    for wrong, match in [(per_parameter, "one for each parameter"), (other, unlike), (turned, unlike)]:
+    unlike = "does not belong to this transformation"
+    for wrong, match in [(per_parameter, "a state for each parameter"), (other, unlike), (turned, unlike)]:
         given = wrong.state_dict()
         with pytest.raises(ValueError, match=match):
             ours.load_state_dict(given)
@@ -904,9 +904,9 @@ def test_a_func_optimizer_goes_on_from_its_state():
     other.load_state_dict(optimizer.state_dict())
     loss = (q**3).sum()
     assert torch.equal(optimizer.step(loss, q), other.step((q**3).sum(), q))
-    with pytest.raises(ValueError, match="not one of this optimizer"):
+    with pytest.raises(ValueError, match="does not belong to this optimizer"):
         optimizer.load_state_dict(idf.sgd(0.1).init(p))
-    with pytest.raises(ValueError, match="not one of this optimizer"):
+    with pytest.raises(ValueError, match="does not belong to this optimizer"):
         optimizer.load_state_dict(idf.adam(0.1).init(torch.ones(3, dtype=F64)))
 
 

@@ -738,7 +738,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "zero on the sphere": (
         lambda: projections.l2_sphere(0 * X),
         ValueError,
-        "l2_sphere: v has to be other than zero, to which all points of the sphere are equally near, but it is zero",
+        "l2_sphere: v has to be other than zero, since all points of the sphere are equally near to zero",
     ),
     "a lane of zero on the sphere": (
         lambda: vmap(projections.l2_sphere)(torch.stack([X, 0 * X])),

@@ -649,12 +649,12 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "sums of another total": (
         lambda: transport(M, 1.0, 1.0),
         ValueError,
-        "transport: row_sums and column_sums have to have the same total",
+        "transport: row_sums and column_sums have to have equal totals",
     ),
     "a lane of another total": (
         lambda: vmap(lambda a: transport(M, a, 1.0))(tensor([1.5, 1.4])),
         ValueError,
-        "transport: row_sums and column_sums have to have the same total",
+        "transport: row_sums and column_sums have to have equal totals",
     ),
     "no values": (lambda: birkhoff(torch.ones(2, 2, device="meta")), NotImplementedError, "birkhoff: what it does"),
 }

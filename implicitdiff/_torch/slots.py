@@ -1,4 +1,4 @@
-"""Where a module keeps its tensors."""
+"""The dictionaries in which a module keeps its tensors."""
 
 from __future__ import annotations
 
@@ -11,46 +11,53 @@ from torch import nn
 
 
 @dataclass
-class Place:
-    """A tensor of a module, and everywhere that it is kept: tied weights have several places.
+class ParameterSlot:
+    """A tensor of a module with every dictionary entry that holds it. Tied weights have several entries.
 
     Attributes:
-        tensor: what is there.
-        slots: the module's dictionaries that hold it, each with its key there.
+        tensor: the tensor that the entries held when the slot was made.
+        entries: pairs of a dictionary of a submodule (``_parameters`` or ``_buffers``) and the key in it.
     """
 
     tensor: torch.Tensor
-    slots: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    entries: list[tuple[dict[str, Any], str]] = field(default_factory=list)
 
     def put(self, tensor: torch.Tensor | None) -> None:
-        """Keep another tensor there, a parameter or not, or none."""
-        for held, key in self.slots:
+        """Write a tensor, or None, into all entries.
+
+        The write bypasses ``nn.Module.__setattr__``, which refuses tensors that are no ``nn.Parameter``.
+        """
+        for held, key in self.entries:
             held[key] = tensor
 
 
-def parameters_of(module: nn.Module) -> dict[str, Place]:
-    """The parameters of a module by the names that ``named_parameters`` gives them; frozen ones are among them."""
-    return _places(module, lambda part: part._parameters)
+def parameters_of(module: nn.Module) -> dict[str, ParameterSlot]:
+    """Return all parameters, frozen ones included, by the names of ``named_parameters``."""
+    return _slots_in(module, lambda part: part._parameters)
 
 
-def listed_parameters_of(module: nn.Module) -> dict[str, Place]:
-    """Those parameters that ``module.parameters()`` lists: an `implicitdiff.nn.MetaGradientModule` lists its own."""
+def listed_parameters_of(module: nn.Module) -> dict[str, ParameterSlot]:
+    """Return the parameters that ``module.parameters()`` lists.
+
+    An `implicitdiff.nn.MetaGradientModule` lists its inner parameters and no meta-parameters.
+    """
     listed = set(map(id, module.parameters()))
-    return {name: place for name, place in parameters_of(module).items() if id(place.tensor) in listed}
+    return {name: slot for name, slot in parameters_of(module).items() if id(slot.tensor) in listed}
 
 
-def buffers_of(module: nn.Module) -> dict[str, Place]:
-    """The buffers of a module, those that are not saved among them."""
-    return _places(module, lambda part: part._buffers)
+def buffers_of(module: nn.Module) -> dict[str, ParameterSlot]:
+    """Return all buffers by name, non-persistent ones included."""
+    return _slots_in(module, lambda part: part._buffers)
 
 
-def _places(module: nn.Module, held_by: Callable[[nn.Module], dict[str, Any]]) -> dict[str, Place]:
-    found: dict[int, tuple[str, Place]] = {}
+def _slots_in(module: nn.Module, held_by: Callable[[nn.Module], dict[str, Any]]) -> dict[str, ParameterSlot]:
+    found: dict[int, tuple[str, ParameterSlot]] = {}
     for path, part in module.named_modules():
         held = held_by(part)
         for key, tensor in held.items():
             if tensor is not None:
                 name = f"{path}.{key}" if path else key
-                _, place = found.setdefault(id(tensor), (name, Place(tensor)))
-                place.slots.append((held, key))
+                # Tied tensors are known by identity and named after their first entry, as in `named_parameters`.
+                _, slot = found.setdefault(id(tensor), (name, ParameterSlot(tensor)))
+                slot.entries.append((held, key))
     return dict(found.values())

@@ -1,7 +1,7 @@
-"""Products with sparse matrices under torch's transforms, which refuse sparse layouts.
+"""Products with sparse matrices under transforms of torch.func.
 
-torch differentiates ``S @ v`` in reverse mode alone, and batches few of its spellings. Where a transform runs, the
-product is taken as gathers and sums of dense tensors, which every transform knows::
+torch differentiates ``S @ v`` in reverse mode alone, and has batching rules for few spellings. Under a transform the
+product is computed by gathers and sums of dense tensors, which every transform supports::
 
     (S v)_i = sum over the entries (i, j) of S_ij v_j.
 """
@@ -25,9 +25,15 @@ _REVERSED = {Tensor.__rmatmul__}
 
 
 class SparseProducts(TorchFunctionMode):
-    """Takes every operation on a sparse tensor by `call`."""
+    """The mode that runs every operation on a sparse tensor by `call`."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         with functorch.no_modes():
             is_sparse = have_sparse(args, kwargs)
@@ -35,29 +41,29 @@ class SparseProducts(TorchFunctionMode):
 
 
 def have_sparse(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an argument of a torch function is a sparse tensor."""
-    return any([t.layout is not torch.strided for t in _tensors(args, kwargs)])
+    """True if an argument of a torch function is a sparse tensor."""
+    return any([t.layout is not torch.strided for t in _tensors_among(args, kwargs)])
 
 
 def call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The result of a torch function of sparse tensors."""
-    tensors = list(_tensors(args, kwargs))
+    """Return the result of a torch function of sparse tensors."""
+    tensors = list(_tensors_among(args, kwargs))
     is_reversed = func in _REVERSED
     if (is_reversed or func in _PRODUCTS) and len(args) == 2 and not kwargs:
         if _runs_natively(tensors) and not _have_blocks(tensors):
             return func(*args, **kwargs)
         if not (all(map(_is_constant, tensors)) and all(map(_is_sparse, tensors))):
-            return _product(*(reversed(args) if is_reversed else args))
+            return _sparse_product(*(reversed(args) if is_reversed else args))
     if _runs_natively(tensors):
         return func(*args, **kwargs)
     if all(map(_is_constant, tensors)):
-        # As a transpose is: no transform has to know.
+        # A constant of all transforms, such as a transpose of a constant matrix, is computed without levels.
         with functorch.no_levels():
             return func(*args, **kwargs)
     try:
         return func(*args, **kwargs)
     except (RuntimeError, NotImplementedError, IndexError) as error:
-        layouts = sorted({_layout(t) for t in _tensors(args, kwargs)} - {"strided"})
+        layouts = sorted({_layout(t) for t in _tensors_among(args, kwargs)} - {"strided"})
         raise NotImplementedError(
             f"torch cannot transform {getattr(func, '__name__', func)} of a tensor in the layout "
             f"{' or '.join(layouts)} ({str(error).splitlines()[0]}); write it as a product S @ v with a matrix S, or "
@@ -65,7 +71,7 @@ def call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) 
         ) from error
 
 
-def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def _tensors_among(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             yield value
@@ -84,12 +90,15 @@ def _is_sparse(tensor: Tensor) -> bool:
 
 
 def _runs_natively(tensors: Sequence[Tensor]) -> bool:
-    """Whether no transform runs and nothing is recorded, which a vmap might differentiate later."""
+    """True if no transform runs and no tensor has autograd history.
+
+    With history, a later backward pass under vmap would meet sparse kernels without batching rules.
+    """
     return functorch.only_autograd() and not any(map(functorch.is_tracked, tensors))
 
 
 def _have_blocks(tensors: Sequence[Tensor]) -> bool:
-    """Whether a tensor has a layout whose products torch has not, or not in both orders."""
+    """True if a tensor has a blocked layout, for which torch lacks some products."""
     with functorch.no_modes():
         return any(t.layout in (torch.sparse_bsr, torch.sparse_bsc) for t in tensors)
 
@@ -98,8 +107,8 @@ def _is_constant(tensor: Tensor) -> bool:
     return functorch.are_constant([tensor]) and not tensor.requires_grad
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, one of which is a sparse matrix."""
+def _sparse_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b``, of which one operand is a sparse matrix."""
     if _is_sparse(a) and _is_sparse(b):
         raise NotImplementedError(
             f"torch cannot transform the product of two sparse matrices, in the layouts {_layout(a)} and {_layout(b)}; "
@@ -117,16 +126,19 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _entries(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The values of a sparse matrix, their rows and their columns."""
+    """Return the values of a sparse matrix, their rows and their columns."""
     with functorch.no_levels() if _is_constant(matrix) else nullcontext():
+        # Duplicate coordinates are summed, and indices of a coalesced tensor can be read.
         coordinates = matrix.to_sparse_coo().coalesce()
         rows, columns = coordinates.indices()
         return coordinates.values(), rows, columns
 
 
 def _summed(values: Tensor, rows: Tensor, columns: Tensor, size: int, v: Tensor) -> Tensor:
+    """Return the product of a sparse matrix with `size` rows and a vector or matrices ``v``."""
     if v.dim() == 1:
         return _summed(values, rows, columns, size, v[:, None])[:, 0]
+    # S_ij v_j for each entry, added up by rows.
     terms = values[:, None] * v.index_select(-2, columns)
     shape = (*v.shape[:-2], size, v.shape[-1])
     sums: Tensor = torch.zeros(shape, dtype=terms.dtype, device=v.device).index_add(-2, rows, terms)

@@ -11,12 +11,14 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils import _pytree as torch_pytree
 
-Leaves = list[torch.Tensor]
 Tree: TypeAlias = Any  # a pytree of tensors, nested as its user likes
+Leaves = list[torch.Tensor]
 _LEAF_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 TreeSpec = torch_pytree.TreeSpec
 Builder = Callable[[Iterator[Any]], Any]
 """Makes a tree of the next leaves of an iterator."""
+Number: TypeAlias = float | torch.Tensor
+"""A number, or a tensor of numbers that is differentiated."""
 
 
 @dataclass(frozen=True)

@@ -1,38 +1,39 @@
-"""The loop round every iterative solver: budget, target, restarts, and the true residual at the end."""
+"""Common part of the iterative solvers: target, limit of iterations, restarts, and the test on the true residual."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import System
-from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar, arithmetic
+from implicitdiff._torch.trees import Tree
+from implicitdiff.linear_solve._arithmetic import Arithmetic, RowScalar, arithmetic
 from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, report_failed_solves
 
 
 class Cycle(NamedTuple):
-    """What one run of a method from the zero vector came to.
+    """Result of one run of a method from the zero vector.
 
     Attributes:
-        d: approximately solves ``A d = r``; zero in rows where ``r`` is.
-        iterations: how many were used.
-        broken: rows in which the method cannot go on.
-        ended: rows in which the method takes its target for reached; None: all.
+        d: approximate solution of ``A d = r``; zero in rows with ``r = 0``.
+        iterations: number of iterations used.
+        broken: rows in which the method cannot continue.
+        ended: rows in which the recursive residual reached the target; None: all.
     """
 
     d: Tensor
     iterations: int
-    broken: Scalar
-    ended: Scalar | None = None
+    broken: RowScalar
+    ended: RowScalar | None = None
 
 
-Method = Callable[[Arithmetic, Tensor, Scalar, int], Cycle]
-"""``method(ops, r, target, limit)``: solve ``A d = r`` until ``|r - A d| <= target`` row by row, in at most ``limit``
+Method = Callable[[Arithmetic, Tensor, RowScalar, int], Cycle]
+"""``method(ops, r, target, limit)``: solve ``A d = r`` to ``|r - A d| <= target`` in each row, by at most ``limit``
 iterations."""
 
 
@@ -51,11 +52,11 @@ def iterative(
     atol: float,
     maxiter: int | None,
     ridge: float = 0.0,
-    preconditioner: Callable[[Any], Any] | None = None,
-    init: Any = None,
+    preconditioner: Callable[[Tree], Tree] | None = None,
+    init: Tree = None,
     on_failure: OnFailure,
 ) -> LinearSolver:
-    """A linear solver from a method; `broken` says what its breakdown means."""
+    """Return a linear solver from a method. `broken` is the message for a row in which it breaks down."""
     check_on_failure(name, on_failure)
     check_ridge(name, ridge)
     check_tolerances(name, rtol, atol, maxiter)
@@ -63,7 +64,7 @@ def iterative(
         raise TypeError(f"{name}: preconditioner must be a function v -> M^-1 v, got {type(preconditioner).__name__}")
 
     algorithm = partial(
-        _solve,
+        _solve_by_iteration,
         name=name,
         method=method,
         broken=broken,
@@ -76,7 +77,7 @@ def iterative(
     return LinearSolver(name, algorithm, preconditioner, init, ridge=ridge)
 
 
-def _solve(
+def _solve_by_iteration(
     system: System,
     *,
     name: str,
@@ -93,7 +94,7 @@ def _solve(
 
 
 def check_tolerances(name: str, rtol: float | None, atol: float, maxiter: int | None) -> None:
-    """Refuse tolerances and budgets that make no sense."""
+    """Raise unless tolerances and limit are valid."""
     if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < math.inf):
         raise ValueError(f"{name}: rtol must be a finite number >= 0 or None, got {rtol!r}")
     if not (isinstance(atol, (int, float)) and 0 <= atol < math.inf):
@@ -102,9 +103,23 @@ def check_tolerances(name: str, rtol: float | None, atol: float, maxiter: int | 
         raise ValueError(f"{name}: maxiter must be an integer >= 1 or None, got {maxiter!r}")
 
 
-def residual_norm(ops: Arithmetic, r: Tensor) -> Scalar:
-    """The size by which most methods judge a residual."""
+def residual_norm(ops: Arithmetic, r: Tensor) -> RowScalar:
+    """Return the norm of a residual, the default size of the convergence test."""
     return ops.norm(r)
+
+
+def _start_point(
+    ops: Arithmetic, system: System, b: Tensor, residual: RowScalar, size: Callable[[Arithmetic, Tensor], RowScalar]
+) -> tuple[Tensor, Tensor, RowScalar]:
+    """Return the initial guess with residual and its size; rows where the guess is worse than zero start from zero."""
+    x = ops.vector(system.b.new_zeros(system.b.shape[0], system.unknowns))
+    if system.start is None:
+        return x, b, residual
+    start = ops.vector(system.start)
+    guessed = b - ops.matvec(start)
+    error = size(ops, guessed)
+    better = error < residual
+    return ops.select(better, start, x), ops.select(better, guessed, b), ops.select(better, error, residual)
 
 
 def iterate(
@@ -114,44 +129,48 @@ def iterate(
     rtol: float | None,
     atol: float,
     maxiter: int | None,
-    size: Callable[[Arithmetic, Tensor], Scalar] = residual_norm,
+    size: Callable[[Arithmetic, Tensor], RowScalar] = residual_norm,
     least: Tensor | None = None,
 ) -> Outcome:
-    """Run the method, again from where it came to as long as the true residual says that it is needed and helps.
+    """Run a method, and restart it on the true residual until this reaches the target or stops to decrease.
 
-    A recursively updated residual drifts from the true one; a restart on the true residual is one step of iterative
-    refinement. Residuals are judged by `size`, and no target is below `least`.
+    A recursively updated residual drifts from the true residual by rounding. A restart on the true residual is one step
+    of iterative refinement.
+
+    Args:
+        system: the system.
+        method: the method.
+        broken: message for rows in which the method breaks down.
+        rtol, atol, maxiter: see `implicitdiff.linear_solve`.
+        size: the norm of the convergence test.
+        least: lower bound of the targets, a column.
     """
     ops = arithmetic(system)
     b = ops.vector(system.b)
     rtol = system.eps ** (2 / 3) if rtol is None else rtol
     limit = max(100, 10 * system.unknowns) if maxiter is None else maxiter
     residual = size(ops, b)
+    # Rows of a system are scaled to largest entry 1, so atol is scaled likewise.
     target = ops.larger(rtol * residual, atol / ops.scalar(system.scale))
     if least is not None:
         target = ops.larger(target, ops.scalar(least))
-    x, r = ops.vector(system.b.new_zeros(system.b.shape[0], system.unknowns)), b
-    if system.start is not None:
-        # A guess that is worse than zero is none.
-        start = ops.vector(system.start)
-        guessed = b - ops.matvec(start)
-        error = size(ops, guessed)
-        better = error < residual
-        x, r, residual = (ops.select(better, *pair) for pair in ((start, x), (guessed, r), (error, residual)))
+    x, r, residual = _start_point(ops, system, b, residual, size)
     failed = ops.negate(ops.finite(residual))
     stalled = ops.none
     used = 0
     while used < limit and ops.any(active := ops.negate((residual <= target) | failed | stalled)):
+        # A zero right-hand side stops finished rows at once.
         cycle = method(ops, ops.select(active, r, 0.0), target, limit - used)
         used += cycle.iterations
         x = ops.select(active, x + cycle.d, x)
         r = b - ops.matvec(x)
         before, residual = residual, size(ops, r)
         failed = failed | (active & (cycle.broken | ops.negate(ops.finite(residual))))
-        # A method that ended at its restart, short of its target, may go on slowly; one that took itself for done may
-        # not.
+        # A cycle that ended with its dimension may make slow progress, by a factor of 0.999. A cycle whose recursive
+        # residual reached the target has to reduce the true residual to 0.9, or rounding limits it.
         enough = 0.9 if cycle.ended is None else ops.select(cycle.ended, 0.9, 0.999)
         stalled = stalled | (active & ops.negate(residual <= enough * before))
+    # An integer maxiter is a budget: rows that used it up return their last iterate without failure.
     why = broken if ops.any(failed) else NO_CONVERGENCE
     if maxiter is None:
         failed = failed | ops.negate(residual <= target)

@@ -1,4 +1,4 @@
-"""What came out of a solve, and what is said when it failed."""
+"""Result of a linear solve, and the report of failure."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ OnFailure = Literal["raise", "warn", "ignore"]
 
 
 class Outcome(NamedTuple):
-    """Attributes:
-    x: the solution, row by row.
-    failed: which rows failed.
-    why: what went wrong in them, and what to do.
-    figures: computes the residual norms, in the system's scaled rows, and what they had to reach.
-    iterations: how many were used; 0 for a direct solver.
+    """Result of a linear solve.
+
+    Attributes:
+        x: the solution, ``(rows, n)``.
+        failed: the rows that failed, ``(rows,)``.
+        why: message for failed rows, with a remedy.
+        figures: computes residual norms and targets of all rows, in the scaling of the system.
+        iterations: number of iterations; 0 for a direct solver.
     """
 
     x: Tensor
@@ -33,10 +35,11 @@ class Outcome(NamedTuple):
 
 
 def report_failed_solves(name: str, outcome: Outcome, system: System, on_failure: OnFailure) -> Tensor:
-    """The solution, once failure has been raised, warned of, or ignored as the user asked."""
+    """Report failure as the user asked, and return the solution."""
     if on_failure == "ignore" or not bool(outcome.failed.any()):
         return outcome.x
     scale, (residual, target) = system.scale[:, 0], outcome.figures()
+    # The worst system by residual / target; nan counts as infinite.
     excess = torch.where(outcome.failed, residual / target, -torch.inf).nan_to_num(nan=torch.inf)
     worst = int(excess.argmax())
     figures = float((residual * scale)[worst]), float((target * scale)[worst])
@@ -47,7 +50,7 @@ def report_failed_solves(name: str, outcome: Outcome, system: System, on_failure
 def report(
     name: str, why: str, failed: Tensor, residual: float, target: float, iterations: int, on_failure: OnFailure
 ) -> None:
-    """Raise, or warn, with the figures of the worst of the systems that `failed`."""
+    """Raise or warn, with the figures of the worst failed system."""
     count, total = int(failed.sum()), failed.numel()
     after = f" after {iterations} iterations" if iterations else ""
     numbers = f"{count} of {total} systems failed{after}; worst residual {residual:.3e}, target {target:.3e}"
@@ -61,12 +64,12 @@ def report(
 
 
 def check_on_failure(name: str, on_failure: str) -> None:
-    """Refuse what is no way to report failure."""
+    """Raise unless `on_failure` is one of the three strings."""
     if on_failure not in ("raise", "warn", "ignore"):
         raise ValueError(f'{name}: on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')
 
 
 def check_ridge(name: str, ridge: float) -> None:
-    """Refuse a ridge that is no finite number >= 0."""
+    """Raise unless `ridge` is a finite number >= 0."""
     if not (isinstance(ridge, (int, float)) and 0 <= ridge < math.inf):
         raise ValueError(f"{name}: ridge must be a number >= 0, got {ridge!r}")

@@ -1,4 +1,4 @@
-"""The choice for those who do not choose."""
+"""The default linear solver."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from implicitdiff.linear_solve.lu import SINGULAR, lu
 def solve_auto(
     *, dense_up_to: int = 1000, rtol: float | None = None, atol: float = 0.0, on_failure: OnFailure = "raise"
 ) -> LinearSolver:
-    r"""Make the solver that ``solve=None`` stands for: exact for few unknowns, a Krylov method beyond.
+    r"""Make the default solver: direct for few unknowns, a Krylov method for more.
 
-    Up to ``dense_up_to`` scalars, and while the matrices of all lanes together stay under 1 GiB in float64:
-    `solve_lu`. Beyond: where a random pair of vectors finds ``A`` symmetric, `solve_cg`; if that breaks down or
-    stalls, or ``A`` is not symmetric, `solve_gmres` with 50 vectors. What neither solves is reported.
+    Up to ``dense_up_to`` scalars, and up to 1 GiB in float64 for the matrices of all lanes: `solve_lu`. Otherwise
+    `solve_cg`, if a random pair of vectors indicates that ``A`` is symmetric; and `solve_gmres` with 50 vectors, if CG
+    fails or ``A`` is not symmetric. Failure of both is reported.
 
     Args:
         dense_up_to: the most unknowns (scalars, over all leaves) for which the matrix is materialised.
@@ -46,12 +46,15 @@ def solve_auto(
     if not isinstance(dense_up_to, int) or dense_up_to < 0:
         raise ValueError(f"solve_auto: dense_up_to must be an integer >= 0, got {dense_up_to!r}")
 
-    algorithm = partial(_solve, dense_up_to=dense_up_to, rtol=rtol, atol=atol, on_failure=on_failure)
+    algorithm = partial(_solve_by_size, dense_up_to=dense_up_to, rtol=rtol, atol=atol, on_failure=on_failure)
     return LinearSolver("solve_auto", algorithm)
 
 
-def _solve(system: System, *, dense_up_to: int, rtol: float | None, atol: float, on_failure: OnFailure) -> Tensor:
+def _solve_by_size(
+    system: System, *, dense_up_to: int, rtol: float | None, atol: float, on_failure: OnFailure
+) -> Tensor:
     n = system.b.shape[-1]
+    # 2**27 numbers are 1 GiB in float64.
     if n <= dense_up_to and system.lanes * n * n <= 2**27:
         return report_failed_solves(
             "solve_auto (LU)", materialised(system, factorised(lu), SINGULAR), system, on_failure
@@ -65,6 +68,8 @@ def _solve(system: System, *, dense_up_to: int, rtol: float | None, atol: float,
 
 
 def _looks_symmetric(system: System) -> bool:
+    """True if ``u.Av = v.Au`` up to rounding for one pair of random vectors in each row."""
+    # Seeded, so that equal systems get equal solvers.
     generator = torch.Generator(device=system.b.device).manual_seed(0)
     u, v = torch.randn(2, *system.b.shape, dtype=system.b.dtype, device=system.b.device, generator=generator)
     Au, Av = system.matvec(u), system.matvec(v)

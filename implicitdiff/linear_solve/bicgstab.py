@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitdiff._implicit.linear import LinearSolver
-from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar
+from implicitdiff._torch.trees import Tree
+from implicitdiff.linear_solve._arithmetic import Arithmetic, RowScalar
 from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 
@@ -20,15 +20,15 @@ def solve_bicgstab(
     atol: float = 0.0,
     maxiter: int | None = None,
     ridge: float = 0.0,
-    preconditioner: Callable[[Any], Any] | None = None,
-    init: Any = None,
+    preconditioner: Callable[[Tree], Tree] | None = None,
+    init: Tree = None,
     on_failure: OnFailure = "raise",
 ) -> LinearSolver:
     r"""Make a BiCGSTAB solver ``solve(matvec, b) -> x`` for ``A x = b``, ``A`` any non-singular operator.
 
-    Short recurrences, two products with ``A`` in each iteration, none with its adjoint, and no guarantee: where the
-    recurrence breaks down it starts again from the true residual, and where that does not help it fails. Stops as
-    `solve_cg` does. The options: `implicitdiff.linear_solve`.
+    Short recurrences, with two products with ``A`` an iteration and none with the adjoint, without a guarantee of
+    convergence. After a breakdown the recurrence restarts from the true residual, and fails if this does not decrease.
+    Stopping test as in `solve_cg`. For the options see `implicitdiff.linear_solve`.
 
     Raises (when solving):
         LinearSolveError: breakdown, or no convergence with ``maxiter=None``.
@@ -57,16 +57,17 @@ def solve_bicgstab(
     )
 
 
-def bicgstab(ops: Arithmetic, r: Tensor, target: Scalar, limit: int) -> Cycle:
-    """A `Method` for any operator, with short recurrences."""
+def bicgstab(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int) -> Cycle:
+    """A `Method` for any operator, with short recurrences. Notation of Saad, algorithm 7.7, right preconditioned."""
     x = torch.zeros_like(r)
     shadow = p = r
     size, rho = ops.norm(r), ops.dot(r, r)
-    # Rows whose recurrence came to a division by zero: not broken yet, a restart gives them another shadow residual.
+    # Rows with a division by zero in the recurrence. A restart chooses another shadow residual, so they are not broken.
     stopped = ops.none
     used = 0
     while used < limit and ops.any(active := ops.negate((size <= target) | stopped)):
         p_hat = ops.precondition(p)
+        # alpha = rho / (r*, A p), with the shadow residual r* the first residual.
         v = ops.matvec(p_hat)
         slope = ops.dot(shadow, v)
         alpha = ops.ratio(active & (slope != 0), rho, slope)
@@ -75,10 +76,11 @@ def bicgstab(ops: Arithmetic, r: Tensor, target: Scalar, limit: int) -> Cycle:
         t = ops.matvec(s_hat)
         length = ops.norm(t)
         moves = active & (length != 0)
-        # Divided by the length twice, whose square may leave the range of the dtype.
+        # omega = t.s / t.t, divided by |t| twice: the square of |t| may overflow or underflow.
         omega = ops.ratio(moves, ops.ratio(moves, ops.dot(t, s), length), length)
         x, r = ops.add(ops.add(x, alpha, p_hat), omega, s_hat), ops.add(s, -omega, t)
         size = ops.norm(r)
+        # beta = (rho_new / rho) (alpha / omega), and p = r + beta (p - omega A p).
         rho, before = ops.dot(shadow, r), rho
         go = active & (alpha != 0) & (omega != 0) & (rho != 0) & ops.finite(size)
         stopped = stopped | (active ^ go)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitdiff._implicit.linear import LinearSolver
-from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar
+from implicitdiff._torch.trees import Tree
+from implicitdiff.linear_solve._arithmetic import Arithmetic, RowScalar
 from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 
@@ -25,18 +25,17 @@ def solve_cg(
     atol: float = 0.0,
     maxiter: int | None = None,
     ridge: float = 0.0,
-    preconditioner: Callable[[Any], Any] | None = None,
-    init: Any = None,
+    preconditioner: Callable[[Tree], Tree] | None = None,
+    init: Tree = None,
     on_failure: OnFailure = "raise",
 ) -> LinearSolver:
     r"""Make a conjugate-gradient solver ``solve(matvec, b) -> x`` for ``A x = b``, ``A`` Hermitian positive definite.
 
-    Stops, lane by lane, at ``|b - A x| <= max(rtol |b|, atol)`` in the Euclidean norm over all leaves together. In
-    exact arithmetic it needs as many iterations as ``A`` has distinct eigenvalues; the error shrinks at least by
-    ``(sqrt(k) - 1) / (sqrt(k) + 1)`` in each, ``k`` being the condition number.
+    Stops in each lane at ``|b - A x| <= max(rtol |b|, atol)``, in the Euclidean norm over all leaves. In exact
+    arithmetic the number of iterations is at most the number of distinct eigenvalues of ``A``. The error bound
+    decreases in each iteration by ``(sqrt(k) - 1) / (sqrt(k) + 1)`` for condition number ``k``.
 
-    The options and what the returned solver does are those of every iterative solver here; see
-    `implicitdiff.linear_solve`.
+    For the options and the returned solver see `implicitdiff.linear_solve`.
 
     Raises (when solving):
         LinearSolveError: ``A`` is not positive definite, or no convergence with ``maxiter=None``.
@@ -65,25 +64,28 @@ def solve_cg(
     )
 
 
-def conjugate_gradients(ops: Arithmetic, r: Tensor, target: Scalar, limit: int) -> Cycle:
-    """A `Method` for symmetric positive definite operators."""
+def conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int) -> Cycle:
+    """A `Method` for symmetric positive definite operators. Notation of Saad, algorithm 9.1."""
     x = torch.zeros_like(r)
     z = p = ops.precondition(r)
     rz, broken = ops.dot(r, z), ops.none
-    # Where the square of a small residual underflows, the cycle ends: `iterate` takes a norm of the true residual.
+    # If the square of a small residual underflows, the cycle ends; `iterate` then tests a norm safe from underflow.
     rr, reach = rz if z is r else ops.dot(r, r), target * target
     used = 0
     while used < limit and ops.any(active := ops.negate((rr <= reach) | broken)):
+        # alpha = (r, z) / (p, A p) is the minimiser of the quadratic along p.
         Ap = ops.matvec(p)
         pAp = ops.dot(p, Ap)
+        # p'Ap <= 0 proves that A is not positive definite; r'z <= 0 the same of the preconditioner.
         go = active & (pAp > 0) & (rz > 0)
         broken = broken | (active ^ go)
-        # A stopped row takes steps of length zero.
+        # `ratio` is 0 in stopped rows, which keeps x and r there.
         alpha = ops.ratio(go, rz, pAp)
         x, r = ops.add(x, alpha, p), ops.add(r, -alpha, Ap)
         z = ops.precondition(r)
         rz, before = ops.dot(r, z), rz
         rr = rz if z is r else ops.dot(r, r)
+        # beta = (r_new, z_new) / (r, z) makes p conjugate to the earlier directions.
         p = ops.add(z, ops.ratio(go, rz, before), p)
         used += 1
     return Cycle(x, used, broken)

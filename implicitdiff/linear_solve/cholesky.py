@@ -14,8 +14,8 @@ def solve_cholesky(*, ridge: float = 0.0, on_failure: OnFailure = "raise") -> Li
     r"""Make a solver ``solve(matvec, b) -> x`` that materialises ``A`` and factorises it, ``A`` Hermitian positive
     definite.
 
-    Half the work of `solve_lu`, and a test: it fails where ``A`` is not Hermitian (to the square root of the
-    precision) or not positive definite. The options: `implicitdiff.linear_solve`.
+    Half the work of `solve_lu`. The solve fails if ``A`` is not Hermitian (to the square root of the precision) or not
+    positive definite. For the options see `implicitdiff.linear_solve`.
 
     Raises (when solving):
         LinearSolveError: ``A`` is not Hermitian, not positive definite to working precision, or not finite.
@@ -38,14 +38,15 @@ def solve_cholesky(*, ridge: float = 0.0, on_failure: OnFailure = "raise") -> Li
 
 
 def cholesky(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """A `Factorise` for symmetric positive definite matrices."""
+    """A `Factorise` for symmetric positive definite matrices; a lane of any other matrix is broken."""
     diagonal = a.diagonal(dim1=-2, dim2=-1)
-    # The largest entry of a positive definite matrix lies on its diagonal, and a difference from the transpose has
-    # entries of both signs.
+    # The largest entry of a positive definite matrix is on its diagonal. A - A' is antisymmetric, so its maximum is its
+    # largest absolute entry.
     asymmetric = (a - a.mT).amax(dim=(-2, -1)) > eps**0.5 * diagonal.amax(dim=-1)
     x, broken = probed(_triangular, a, b)
     if bool(broken.any()):
-        # Scaled to unit diagonal, the condition is about the best that a scaling gives.
+        # The scaling to unit diagonal has a condition number within a factor n of the best diagonal scaling (van der
+        # Sluis, 1969).
         scale = diagonal.clamp(min=0).sqrt()
         scale = torch.where(scale > 0, 1.0 / scale, 1.0)[..., None]
         x, broken = probed(_triangular, scale * a * scale.mT, scale * b)

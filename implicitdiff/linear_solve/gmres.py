@@ -6,13 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitdiff._implicit.linear import LinearSolver
-from implicitdiff.linear_solve._arithmetic import Arithmetic, OfOneRow, Scalar, norm
+from implicitdiff._torch.trees import Tree
+from implicitdiff.linear_solve._arithmetic import Arithmetic, OfOneRow, RowScalar, norm
 from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 
@@ -26,23 +26,22 @@ def solve_gmres(
     maxiter: int | None = None,
     restart: int = 30,
     ridge: float = 0.0,
-    preconditioner: Callable[[Any], Any] | None = None,
-    init: Any = None,
+    preconditioner: Callable[[Tree], Tree] | None = None,
+    init: Tree = None,
     on_failure: OnFailure = "raise",
 ) -> LinearSolver:
     r"""Make a restarted GMRES solver ``solve(matvec, b) -> x`` for ``A x = b``, ``A`` any non-singular operator.
 
-    Minimises ``|b - A x|`` over a Krylov space of at most ``restart`` dimensions (which it stores), then starts again
-    from there. Without a restart, in exact arithmetic, it needs no more iterations than ``A`` has distinct
-    eigenvalues, if ``A`` is diagonalisable. The preconditioner acts from the right, so the residual that is minimised
-    and tested is the true one. Stops as `solve_cg` does. The options: `implicitdiff.linear_solve`.
+    Minimises ``|b - A x|`` over a Krylov space of at most ``restart`` dimensions, which are stored, then restarts from
+    the minimiser. In exact arithmetic and without a restart, the number of iterations for a diagonalisable ``A`` is at
+    most the number of distinct eigenvalues. The preconditioner acts from the right, so the true residual is minimised
+    and tested. Stopping test as in `solve_cg`. For the options see `implicitdiff.linear_solve`.
 
     Args:
         restart: dimension of the Krylov space, an integer >= 1.
 
     Raises (when solving):
-        LinearSolveError: no convergence with ``maxiter=None`` (also when restarts stop to help), or values that are
-            not finite.
+        LinearSolveError: no convergence with ``maxiter=None``, stagnation included, or values that are not finite.
 
     Reference:
         Saad and Schultz (1986); Saad, "Iterative Methods for Sparse Linear Systems", 2nd ed., algorithm 9.5.
@@ -72,12 +71,12 @@ def solve_gmres(
     )
 
 
-def gmres(ops: Arithmetic, r: Tensor, target: Scalar, limit: int, *, restart: int) -> Cycle:
-    """A `Method` for any operator: one space of at most `restart` dimensions."""
+def gmres(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int, *, restart: int) -> Cycle:
+    """A `Method` for any operator: minimise over one Krylov space of at most `restart` dimensions."""
     m = min(restart, limit, r.shape[-1])
     space = (SpaceOfOneRow if isinstance(ops, OfOneRow) else SpaceOfRows)(ops, r, m)
     used = 0
-    # A row whose residual is nan stops.
+    # A comparison with nan is False, so a row with a nan residual stops.
     while used < m and ops.any(active := space.residual > target):
         v = space.direction(active)
         space.extend(ops.matvec(ops.precondition(v)))
@@ -86,21 +85,21 @@ def gmres(ops: Arithmetic, r: Tensor, target: Scalar, limit: int, *, restart: in
 
 
 class Space(ABC):
-    """The Krylov space of ``r``, and the smallest residual over it.
+    """The Krylov space of ``r``, and the smallest residual over it (Saad, section 6.5.3).
 
-    Its orthonormal basis ``V`` has ``A V = V_+ H`` with a Hessenberg matrix ``H`` of one row more than columns. ``H``
-    is made triangular as it grows, by one rotation a column. The same rotations make of ``|r| e_1`` the right-hand side
-    of the triangular system; its last entry is the norm of the residual.
+    The orthonormal basis ``V`` satisfies ``A V = V_+ H`` with a Hessenberg matrix ``H`` of one row more than columns.
+    One Givens rotation for each new column keeps ``H`` triangular. The rotations applied to ``|r| e_1`` give the
+    right-hand side of the triangular system, and its last entry is the norm of the residual.
 
     Attributes:
-        residual: that norm, a scalar >= 0.
-        next: the vector of which the next direction is made.
-        length: its norm.
+        residual: norm of the smallest residual.
+        next: the last image after orthogonalisation, not normalised: the next basis vector.
+        length: norm of `next`.
     """
 
-    residual: Scalar
+    residual: RowScalar
     next: Tensor
-    length: Scalar
+    length: RowScalar
 
     def __init__(self, ops: Arithmetic, r: Tensor, m: int) -> None:
         self.ops = ops
@@ -108,24 +107,24 @@ class Space(ABC):
         self.length = self.residual = ops.norm(r)
         self.dimension = 0
         self.basis = r.new_empty(*r.shape[:-1], m, r.shape[-1])
-        # What rounding leaves of a vector that lies in the space is no direction.
+        # An image in the space leaves a remainder of this relative size, which is rounding and no direction.
         self.rounding = 10 * torch.finfo(r.dtype).eps
 
     @abstractmethod
-    def direction(self, active: Scalar) -> Tensor:
-        """One more vector of the basis; zero in rows that are not active, to which it adds nothing."""
+    def direction(self, active: RowScalar) -> Tensor:
+        """Add a basis vector and return it; zero in rows that are not active."""
 
     @abstractmethod
     def extend(self, w: Tensor) -> None:
-        """Take the image of the last vector of the basis, the next column of ``H``."""
+        """Add the next column of ``H`` from the image of the last basis vector."""
 
     @abstractmethod
     def minimiser(self) -> Tensor:
-        """The combination of the basis with the smallest residual."""
+        """Return the combination of basis vectors with the smallest residual."""
 
 
 class SpaceOfOneRow(Space):
-    """With the small matrix in lists of floats, whose arithmetic costs next to nothing."""
+    """Krylov space of one row, with ``H`` in lists of Python floats."""
 
     def __init__(self, ops: Arithmetic, r: Tensor, m: int) -> None:
         super().__init__(ops, r, m)
@@ -133,7 +132,7 @@ class SpaceOfOneRow(Space):
         self.rotations: list[tuple[float, float]] = []
         self.rhs = [self.residual]
 
-    def direction(self, active: Scalar) -> Tensor:
+    def direction(self, active: RowScalar) -> Tensor:
         self.last = self.basis[self.dimension]
         self.dimension += 1
         return torch.div(self.next, self.length, out=self.last)
@@ -142,6 +141,7 @@ class SpaceOfOneRow(Space):
         column = self._orthogonalise(w)
         for i, (c, s) in enumerate(self.rotations):
             column[i], column[i + 1] = c * column[i] + s * column[i + 1], c * column[i + 1] - s * column[i]
+        # A rotation (c, s) that maps (a, b) to (size, 0), applied to the right-hand side as well.
         b, a = column.pop(), column.pop()
         size = math.hypot(a, b)
         c, s = (a / size, b / size) if size else (1.0, 0.0)
@@ -151,9 +151,10 @@ class SpaceOfOneRow(Space):
         self.residual = abs(self.rhs[-1])
 
     def _orthogonalise(self, w: Tensor) -> list[float]:
-        """Make `w` orthogonal to the basis; returns its coefficients, and the length that is left."""
+        """Orthogonalise `w` against the basis. Return the coefficients and the length of the remainder."""
         V, last = self.basis[: self.dimension], self.last
-        # Of an operator near a multiple of the identity, most of w lies along the last vector.
+        # For an operator near a multiple of the identity, w is nearly parallel to the last basis vector: remove this
+        # component first, so that the test below compares lengths without it and rarely asks for a second pass.
         along = torch.dot(last, w).item()
         column = [0.0] * (self.dimension - 1) + [along]
         w, sizes = torch.add(w, last, alpha=-along), []
@@ -163,7 +164,8 @@ class SpaceOfOneRow(Space):
             found, length = overlap.tolist(), self.ops.norm(w)
             column = [a + b for a, b in zip(column, found, strict=True)]
             sizes.append(math.hypot(*found, length))
-            # Where most of w lay in the space, rounding has left something there.
+            # If w has shrunk below 0.7, cancellation may have left components in the space: orthogonalise again (Daniel
+            # et al.). Twice is enough (Giraud et al.).
             if length >= 0.7 * sizes[-1]:
                 break
         length = 0.0 if length <= self.rounding * math.hypot(sizes[0], along) else length
@@ -172,6 +174,8 @@ class SpaceOfOneRow(Space):
 
     def minimiser(self) -> Tensor:
         y = self.rhs[:-1]
+        # Back substitution, column by column. A zero diagonal entry belongs to a direction without image: coefficient
+        # 0.
         for j in reversed(range(self.dimension)):
             column = self.columns[j]
             y[j] = y[j] / column[j] if column[j] else 0.0
@@ -180,7 +184,7 @@ class SpaceOfOneRow(Space):
 
 
 class SpaceOfRows(Space):
-    """With tensors, the last two dimensions of which are matrices; the rotations as their product, one operation."""
+    """Krylov spaces of several rows, with batched matrices. All rotations are kept as one product."""
 
     def __init__(self, ops: Arithmetic, r: Tensor, m: int) -> None:
         super().__init__(ops, r, m)
@@ -188,7 +192,7 @@ class SpaceOfRows(Space):
         self.product = torch.eye(m + 1, dtype=r.dtype, device=r.device).repeat(len(r), 1, 1)
         self.triangle = r.new_zeros(len(r), m, m)
 
-    def direction(self, active: Scalar) -> Tensor:
+    def direction(self, active: RowScalar) -> Tensor:
         v = self.next / torch.where(active, self.length, math.inf)
         self.basis[:, self.dimension] = v
         self.dimension += 1
@@ -196,6 +200,7 @@ class SpaceOfRows(Space):
 
     def extend(self, w: Tensor) -> None:
         k = self.dimension
+        # All earlier rotations at once: their product acts on the new column of H.
         column = torch.bmm(self._orthogonalise(w[:, None]), self.product[:, : k + 1, : k + 1].mT)
         a, b = column[..., -2:-1], column[..., -1:]
         size = torch.hypot(a, b)
@@ -204,9 +209,11 @@ class SpaceOfRows(Space):
         self.triangle[:, k - 1, k - 1] = size[:, 0, 0]
         rotation = torch.cat([c, s, -s, c], dim=-1).reshape(-1, 2, 2)
         self.product[:, k - 1 : k + 1] = torch.bmm(rotation, self.product[:, k - 1 : k + 1])
+        # The rotated right-hand side |r| Q e_1 is |r| times the first column of the product Q.
         self.residual = self.size * self.product[:, k, :1].abs()
 
     def _orthogonalise(self, w: Tensor) -> Tensor:
+        # Gram-Schmidt twice for all rows: a test for each row would wait for the device.
         V = self.basis[:, : self.dimension]
         size = norm(w)
         overlap = torch.bmm(w, V.mT)
@@ -220,8 +227,9 @@ class SpaceOfRows(Space):
 
     def minimiser(self) -> Tensor:
         k = self.dimension
+        # Solve R y = |r| Q e_1 without its last entry.
         rhs, diagonal = self.size * self.product[:, :k, 0], self.triangle.diagonal(dim1=-2, dim2=-1)
-        # A zero on the diagonal, of a row that stopped before, gives a zero.
+        # A row that stopped early has zeros on the diagonal: its coefficients there are 0.
         rhs = torch.where(diagonal[:, :k] == 0, 0.0, rhs)
         diagonal.masked_fill_(diagonal == 0, 1.0)
         y = torch.linalg.solve_triangular(self.triangle[:, :k, :k], rhs[..., None], upper=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitdiff._implicit.linear import LinearSolver
-from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar
+from implicitdiff._torch.trees import Tree
+from implicitdiff.linear_solve._arithmetic import Arithmetic, RowScalar
 from implicitdiff.linear_solve._direct import Factors, direct, factorised
 from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
@@ -25,20 +25,20 @@ def solve_inv(
     rtol: float | None = None,
     atol: float = 0.0,
     ridge: float = 0.0,
-    init: Any = None,
+    init: Tree = None,
     on_failure: OnFailure = "raise",
 ) -> LinearSolver:
     r"""Make a solver ``solve(matvec, b) -> x`` that multiplies by the inverse of ``A``, or by its Neumann series.
 
-    ``ns=False`` materialises ``A``, over all leaves together, and inverts it; `solve_lu` does the same with less work
-    and less rounding. ``ns=True`` sums ``x = alpha sum_k (I - alpha A)^k b``, one product a term, which converges
-    where the spectral radius of ``I - alpha A`` is below one, and stops as `solve_cg` does. The options:
+    ``ns=False`` materialises ``A`` over all leaves and inverts it; `solve_lu` needs less work and rounds less.
+    ``ns=True`` sums ``x = alpha sum_k (I - alpha A)^k b``, with one product a term. The series converges if the
+    spectral radius of ``I - alpha A`` is below one. Stopping test as in `solve_cg`. For the options see
     `implicitdiff.linear_solve`.
 
     Args:
-        ns: whether to take the Neumann series.
-        maxiter, rtol, atol, init: of the series; they do not go with ``ns=False``.
-        alpha: step of the series, a number > 0; 1 by default. Does not go with ``ns=False``.
+        ns: sum the Neumann series.
+        maxiter, rtol, atol, init: options of the series; errors with ``ns=False``.
+        alpha: step of the series, a number > 0; 1 by default. An error with ``ns=False``.
 
     Raises (when solving):
         LinearSolveError: ``A`` is singular to working precision, or the series diverges, or does not converge with
@@ -76,6 +76,7 @@ def solve_inv(
             init=init,
             on_failure=on_failure,
         )
+    # Options without an effect are errors, not ignored.
     if (maxiter, alpha, rtol, init) != (None, None, None, None) or atol != 0.0:
         raise ValueError(
             "solve_inv: maxiter, alpha, rtol, atol and init are options of the Neumann series; they need ns=True"
@@ -84,18 +85,19 @@ def solve_inv(
 
 
 def inverse(a: Tensor) -> Factors:
-    """The inverse itself."""
+    """Factors from an explicit inverse."""
     inv, info = torch.linalg.inv_ex(a)
     return lambda b: inv @ b, lambda b: inv.mT @ b, info != 0
 
 
-def neumann(ops: Arithmetic, r: Tensor, target: Scalar, limit: int, *, alpha: float) -> Cycle:
-    """A `Method`: the partial sums of the series."""
+def neumann(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int, *, alpha: float) -> Cycle:
+    """A `Method` that sums the Neumann series."""
     first = size = ops.norm(r)
     x = torch.zeros_like(r)
     used = 0
-    # The next term of the series is the residual of the sum so far.
+    # Term k is alpha r_k: the residual of the partial sum satisfies r_{k+1} = (I - alpha A) r_k.
     while used < limit and ops.any(active := ops.negate(size <= target) & ops.finite(size)):
+        # A select instead of a zero step: the r of a diverged row may be infinite, and 0 * inf is nan.
         x = ops.select(active, x + alpha * r, x)
         r = ops.select(active, r - alpha * ops.matvec(r), r)
         size = ops.norm(r)

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
 import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.trees import Tree
 
 
-def jacobi_preconditioner(matvec: Callable[[Any], Any], like: Any) -> Callable[[Any], Any]:
+def jacobi_preconditioner(matvec: Callable[[Tree], Tree], like: Tree) -> Callable[[Tree], Tree]:
     """Make the preconditioner ``r -> r / diag(A)`` from the products with ``A``.
 
-    Costs ``n`` products, where ``n`` counts the elements of `like` over all leaves, so it pays where many solves
-    share it. Elements with a zero on the diagonal are left as they are. Any other ``r -> M^-1 r`` over trees like
-    ``b`` does as a preconditioner.
+    Costs ``n`` products for ``n`` elements of `like` over all leaves, so share it between many solves. Elements with a
+    zero on the diagonal are not scaled. Every function ``r -> M^-1 r`` over trees like ``b`` can be a preconditioner.
 
     Args:
         matvec: the operator, a function over trees like `like`.
-        like: a tree of tensors like the right-hand side; only shapes, dtypes and devices matter.
+        like: a tree of tensors with shapes, dtypes and devices of the right-hand side.
 
     Returns:
-        A function over trees like `like`. Its diagonal is detached: a preconditioner does not move the solution.
+        A function over trees like `like`, with a detached diagonal: a preconditioner does not move the solution.
 
     Example:
         >>> import torch
@@ -39,10 +38,12 @@ def jacobi_preconditioner(matvec: Callable[[Any], Any], like: Any) -> Callable[[
 
     def entries(i: int) -> torch.Tensor:
         def entry(unit: torch.Tensor) -> torch.Tensor:
+            # e' A e for a unit vector e of leaf i.
             v = [torch.zeros_like(t) for t in leaves]
             v[i] = unit.reshape(leaves[i].shape)
             return (structure.tensors_of(matvec(structure.unflatten(v)))[i].reshape(-1) * unit).sum()
 
+        # torch.func.vmap raises for a batch of size 0.
         n = leaves[i].numel()
         if n == 0:
             return leaves[i]
@@ -52,9 +53,9 @@ def jacobi_preconditioner(matvec: Callable[[Any], Any], like: Any) -> Callable[[
 
     diagonal = [entries(i).detach() for i in range(len(leaves))]
     inverse = [torch.where(d == 0, 1.0, 1.0 / d) for d in diagonal]
-    return partial(_scaled, structure.unflatten(inverse))
+    return partial(_times_diagonal, structure.unflatten(inverse))
 
 
-def _scaled(factors: Any, r: Any) -> Any:
+def _times_diagonal(factors: Tree, r: Tree) -> Tree:
     leaves, structure = pytree.flatten(factors)
     return structure.unflatten([t * d for t, d in zip(structure.tensors_of(r), leaves, strict=True)])

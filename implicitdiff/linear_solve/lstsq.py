@@ -5,45 +5,44 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitdiff._implicit.linear import LinearSolver
+from implicitdiff._torch.trees import Tree
 from implicitdiff.linear_solve._direct import direct
 from implicitdiff.linear_solve._outcome import OnFailure
 from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem
 
 
-def solve_lstsq(*, rtol: float | None = None, init: Any = None, on_failure: OnFailure = "raise") -> LinearSolver:
+def solve_lstsq(*, rtol: float | None = None, init: Tree = None, on_failure: OnFailure = "raise") -> LinearSolver:
     r"""Make a solver ``solve(matvec, b) -> x`` for the ``x`` of least ``|x|`` among those of least ``|b - A x|``,
     ``A`` any operator, square or not.
 
-    Materialises ``A``, of ``m`` rows and ``n`` columns, by ``min(m, n)`` products, and takes its singular value
-    decomposition: for a square one some ten times the work of `solve_lu`, and defined for singular ``A`` too.
+    Materialises ``A``, of ``m`` rows and ``n`` columns, by ``min(m, n)`` products, and computes its singular value
+    decomposition. For a square matrix this takes about ten times the work of `solve_lu`, and works for singular ``A``.
 
-    If ``A`` is not square, ``matvec`` takes trees like ``x``, which `init` shows, to trees like ``b``; see
-    `implicitdiff.linear_solve` for what is done without it.
+    If ``A`` is not square, ``matvec`` maps trees like ``x``, given by `init`, to trees like ``b``; see
+    `implicitdiff.linear_solve` for a missing `init`.
 
-    Derivatives are those of ``x = A^+ b`` at constant rank, of any order: range and null space turn with ``A``::
+    Derivatives of any order are those of ``x = A^+ b`` at constant rank, with the motion of range and null space::
 
         dx = A^+ (db - dA x) + A^+ A^{+H} dA^H r + (I - A^+ A) dA^H A^{+H} x,      r = b - A x.
 
-    Where the rank changes there is no derivative. The rank stays, to first order, if ``dA`` takes the null space of
-    ``A`` into its range, and this is looked at, by one vector of that space and up to rounding, in forward mode and,
-    in reverse mode, where ``A`` depends on one real number. A cotangent of several numbers, as of a matrix, cannot
-    tell: it is right for the directions that keep the rank, which may be all that it is pulled back to, and has no
-    meaning for the others.
+    At a change of rank the derivative does not exist. The rank is constant to first order if ``dA`` maps the null space
+    of ``A`` into its range. This condition is checked for one vector of the null space, up to rounding, in forward
+    mode, and in reverse mode if ``A`` depends on one real number. A cotangent of several numbers, as of a matrix, is
+    not checked: it is right for directions that keep the rank, and has no meaning for others.
 
     Args:
         rtol: singular values up to ``rtol`` times the largest count as zero; None: ``max(m, n)`` times the
-            precision of the dtype. What counts as zero but is not leaves its relative size as an error in derivatives.
-        init: a tree like ``x``; its numbers do not matter. None: one like ``b``, or what is found.
-        on_failure: see `implicitdiff.linear_solve`; ``"ignore"`` also leaves out the look at the rank.
+            precision of the dtype. A neglected singular value causes an error of its relative size in derivatives.
+        init: a tree like ``x``, of any values. None: a tree like ``b``, or the one found.
+        on_failure: see `implicitdiff.linear_solve`; ``"ignore"`` omits the check of the rank too.
 
     Raises (when solving):
-        ValueError: ``matvec`` does not take a tree like ``b``, and what it takes cannot be found: pass `init`.
+        ValueError: ``matvec`` fails on a tree like ``b``, and no other argument was found: pass `init`.
         LinearSolveError: ``A`` is not finite; in a derivative, its rank changes.
 
     References:
@@ -81,10 +80,11 @@ def solve_lstsq(*, rtol: float | None = None, init: Any = None, on_failure: OnFa
 
 
 def least_squares(a: Tensor, b: Tensor, eps: float, *, rtol: float | None) -> tuple[Tensor, Tensor]:
-    """A `Factorise` for any matrix: the product with its pseudoinverse."""
-    # The decomposition raises on what is not finite; the lanes that are go on.
+    """A `Factorise` for any matrix, by its pseudoinverse."""
+    # The decomposition of a batch raises if one lane is not finite: replace such lanes by zeros, and report them.
     finite = torch.isfinite(a).all(dim=(-2, -1))
     u, s, vh = torch.linalg.svd(torch.where(finite[:, None, None], a, 0.0), full_matrices=False)
+    # The default of numpy.linalg.matrix_rank, relative to the largest singular value.
     cut = (max(a.shape[-2:]) * eps if rtol is None else rtol) * s[:, :1]
     inverse = torch.where(s > cut, 1.0 / s, 0.0)[..., None]
     return vh.mT @ (inverse * (u.mT @ b)), ~finite

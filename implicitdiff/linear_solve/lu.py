@@ -19,9 +19,9 @@ def solve_lu(*, ridge: float = 0.0, on_failure: OnFailure = "raise") -> LinearSo
     r"""Make a solver ``solve(matvec, b) -> x`` that materialises ``A`` and factorises it, ``A`` any non-singular
     operator.
 
-    Exact to rounding, and the fastest choice for few unknowns: ``n`` products with ``A`` (batched), ``n^2`` numbers
-    of memory and ``2 n^3 / 3`` operations in each lane, where ``n`` counts the scalars of ``b`` over all leaves.
-    Right-hand sides that share a matrix share its factors. The options: `implicitdiff.linear_solve`.
+    Exact to rounding, and the fastest solver for few unknowns. For ``n`` scalars of ``b`` over all leaves, each lane
+    takes ``n`` products with ``A`` (batched), ``n^2`` numbers of memory and ``2 n^3 / 3`` operations. Right-hand sides
+    of one matrix share its factors. For the options see `implicitdiff.linear_solve`.
 
     Raises (when solving):
         LinearSolveError: ``A`` is singular to working precision, or not finite.
@@ -40,7 +40,7 @@ def solve_lu(*, ridge: float = 0.0, on_failure: OnFailure = "raise") -> LinearSo
 
 
 def lu(a: Tensor) -> Factors:
-    """``P L U``."""
+    """Factors ``A = P L U``."""
     factors, pivots, info = torch.linalg.lu_factor_ex(a)
     return (
         lambda b: torch.linalg.lu_solve(factors, pivots, b),

@@ -6,20 +6,22 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import System
-from implicitdiff.linear_solve._arithmetic import Arithmetic, Scalar, norm
+from implicitdiff._torch.trees import Tree
+from implicitdiff.linear_solve._arithmetic import Arithmetic, RowScalar, norm
 from implicitdiff.linear_solve._krylov import Cycle, iterate, iterative
 from implicitdiff.linear_solve._outcome import OnFailure, report_failed_solves
 from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem
 
 Algorithm = Callable[[System], Tensor]
-NOT_FINITE = "the operator, or the right-hand side, is not finite, or the preconditioner is not positive definite"
+NOT_FINITE_OR_INDEFINITE = (
+    "the operator, or the right-hand side, is not finite, or the preconditioner is not positive definite"
+)
 DEFICIENT = (
     "the rows of the operator are dependent and the right-hand side is not in its range, or the preconditioner is not "
     "positive definite: leave it out, or take solve_lstsq"
@@ -32,37 +34,40 @@ def solve_normal_cg(
     atol: float = 0.0,
     maxiter: int | None = None,
     ridge: float = 0.0,
-    preconditioner: Callable[[Any], Any] | None = None,
-    init: Any = None,
+    preconditioner: Callable[[Tree], Tree] | None = None,
+    init: Tree = None,
     on_failure: OnFailure = "raise",
 ) -> LinearSolver:
     r"""Make a solver ``solve(matvec, b) -> x`` for ``A x = b``, ``A`` any operator of full rank, square or not, by
     conjugate gradients on ``A^H A x = A^H b``.
 
-    Minimises ``|b - A x|`` over the Krylov space of ``A^H A``, as slowly as `solve_cg` on a matrix of squared condition
-    number.
+    Minimises ``|b - A x|`` over the Krylov space of ``A^H A``, at the rate of `solve_cg` for the squared condition
+    number of ``A``.
 
-    A square ``A``: stops as `solve_cg` does, on ``|b - A x|``. A preconditioner approximates the inverse of ``A^H A``.
-    ``ridge`` is added to ``A``, as in every solver here, not to ``A^H A`` as in JAXopt: the result then solves a linear
-    system, whose derivative is the one computed.
+    For a square ``A`` the stopping test is that of `solve_cg`, on ``|b - A x|``. A preconditioner approximates the
+    inverse of ``A^H A``. ``ridge`` is added to ``A``, as in every solver here, and not to ``A^H A`` as in JAXopt: the
+    result then solves a linear system, which the derivative belongs to.
 
-    An ``A`` of ``m`` rows and ``n`` columns, where a tree like ``x`` is none like ``b``:
+    For an ``A`` of ``m`` rows and ``n`` columns, with different trees ``x`` and ``b``:
 
-    - ``x`` is the least-squares solution, if ``m < n`` the solution of least norm. `init` is a tree like ``x``, from
-      which the iteration starts if ``m >= n``; see `implicitdiff.linear_solve` for what is done without it.
+    - ``x`` is the least-squares solution, and for ``m < n`` the solution of least norm. `init` is a tree like ``x``,
+    and
+      the initial guess if ``m >= n``; see `implicitdiff.linear_solve` for a missing `init`.
     - ``b`` may be outside of the range, so the iteration stops at
-      ``|A^H (b - A x)| <= max(rtol |A^H b|, atol)``, or where that is rounding.
-    - The preconditioner approximates the inverse of the smaller one of ``A^H A``, over trees like ``x``, and ``A A^H``,
-      over trees like ``b``. In the second case, and in derivatives of the first, ``|b - A x|`` is judged.
-    - ``ridge`` is refused. Damped least squares, ``(A^H A + ridge I) x = A^H b``, is a tall operator: let ``matvec``
-      return ``(A v, ridge**0.5 * v)``, and pass ``(b, 0)``.
-    - Derivatives are those of the pseudoinverse at constant rank, see `solve_lstsq`. That the rank is constant is not
-      looked at: at full rank it is.
+      ``|A^H (b - A x)| <= max(rtol |A^H b|, atol)``, or at rounding.
+    - The preconditioner approximates the inverse of the smaller of ``A^H A``, over trees like ``x``, and ``A A^H``,
+    over
+      trees like ``b``. In the second case, and in derivatives of the first, the test is on ``|b - A x|``.
+    - ``ridge`` raises. For damped least squares, ``(A^H A + ridge I) x = A^H b``, use a tall operator: ``matvec``
+    returns
+      ``(A v, ridge**0.5 * v)``, with the right-hand side ``(b, 0)``.
+    - Derivatives are those of the pseudoinverse at constant rank, see `solve_lstsq`, without a check: full rank is
+      constant.
 
-    The other options: `implicitdiff.linear_solve`.
+    For the other options see `implicitdiff.linear_solve`.
 
     Raises (when solving):
-        ValueError: ``matvec`` does not take a tree like ``b``, and what it takes cannot be found: pass `init`.
+        ValueError: ``matvec`` fails on a tree like ``b``, and no other argument was found: pass `init`.
         LinearSolveError: a square ``A`` is singular and ``b`` not in its range, or ``maxiter=None`` did not suffice.
 
     Reference:
@@ -94,46 +99,49 @@ def solve_normal_cg(
         init=init,
         on_failure=on_failure,
     )
-    rectangular = partial(_solve_rectangular, rtol=rtol, atol=atol, maxiter=maxiter, on_failure=on_failure)
+    rectangular = partial(_solve_least_squares, rtol=rtol, atol=atol, maxiter=maxiter, on_failure=on_failure)
     return replace(
         solver,
-        algorithm=partial(_solve, square=solver.algorithm, rectangular=rectangular),
-        # At full rank no direction changes the rank.
+        algorithm=partial(_solve_any_shape, square=solver.algorithm, rectangular=rectangular),
+        # No direction changes a full rank, so the check is off.
         rectangular=partial(PseudoinverseProblem, on_failure="ignore"),
     )
 
 
-def _solve(system: System, *, square: Algorithm, rectangular: Algorithm) -> Tensor:
+def _solve_any_shape(system: System, *, square: Algorithm, rectangular: Algorithm) -> Tensor:
     return square(system) if system.is_square else rectangular(system)
 
 
-def _solve_rectangular(
+def _solve_least_squares(
     system: System, *, rtol: float | None, atol: float, maxiter: int | None, on_failure: OnFailure
 ) -> Tensor:
-    """Solve by a `Method` that judges ``|A^T (b - A x)|``, since ``b`` may be outside of the range; with a
-    preconditioner for ``A A^T``, whose rank is that of the rows, by one that judges ``|b - A x|``."""
+    """Solve a rectangular system.
+
+    ``b`` may be outside of the range, so the test is on ``|A^T (b - A x)|``. With a preconditioner for ``A A^T`` the
+    rows are independent, ``b`` is in the range, and the method of Craig tests ``|b - A x|``.
+    """
     if system.precondition is not None and system.of_range:
         outcome = iterate(system, craig, DEFICIENT, rtol, atol, maxiter)
         return report_failed_solves("solve_normal_cg", outcome, system, on_failure)
 
-    def size(ops: Arithmetic, r: Tensor) -> Scalar:
+    def size(ops: Arithmetic, r: Tensor) -> RowScalar:
         return ops.norm(ops.rmatvec(r))
 
     rounding = _rounding(system)
     least = rounding(torch.zeros_like(system.b[:, :1]))
-    outcome = iterate(system, normal_conjugate_gradients, NOT_FINITE, rtol, atol, maxiter, size, least)
+    outcome = iterate(system, normal_conjugate_gradients, NOT_FINITE_OR_INDEFINITE, rtol, atol, maxiter, size, least)
     if bool(outcome.failed.any()):
-        # A product with a large solution is rounded coarsely too.
+        # The rounding of A x grows with |x|, which is known only now.
         coarse = outcome.figures()[0] <= rounding(outcome.x)[:, 0]
         outcome = outcome._replace(failed=outcome.failed & ~coarse)
     return report_failed_solves("solve_normal_cg", outcome, system, on_failure)
 
 
 def _rounding(system: System) -> Callable[[Tensor], Tensor]:
-    """What rounding makes of ``|A^T (b - A x)|``, as a function of ``x``.
+    """Return the rounding error of ``|A^T (b - A x)|``, as a function of ``x``.
 
-    Where ``b`` is nearly orthogonal to the range, nothing relative to ``A^T b`` is reached. The Frobenius norm of ``A``
-    is estimated by the product with one vector.
+    If ``b`` is nearly orthogonal to the range, a target relative to ``|A^T b|`` is below this error. The Frobenius norm
+    of ``A`` is estimated from the product with one vector: ``E |A^T w|^2 = |A|_F^2`` for random w with ``|w|^2 = m``.
     """
     m = system.b.shape[-1]
     w = torch.cos(7.0 * torch.arange(1, m + 1, dtype=system.b.dtype, device=system.b.device) ** 2)
@@ -142,24 +150,25 @@ def _rounding(system: System) -> Callable[[Tensor], Tensor]:
     return lambda x: 4 * system.eps * a * (norm(system.b) + a * norm(x))
 
 
-def normal_conjugate_gradients(ops: Arithmetic, r: Tensor, target: Scalar, limit: int) -> Cycle:
-    """A `Method` for any operator, by conjugate gradients on the normal equations.
+def normal_conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int) -> Cycle:
+    """A `Method` for any operator, by conjugate gradients on the normal equations (Saad, algorithm 8.4, CGNR).
 
-    What reaches the target is ``|A^T r|`` if the operator is rectangular.
+    The test is on ``|r|`` for a square operator, and on ``|A^T r|`` for a rectangular one.
     """
     s = ops.rmatvec(r)
     x = torch.zeros_like(s)
-    # In units in which the first gradient has length one, no square leaves the range of the dtype.
+    # Gradients s are divided by the length of the first, so that their squares neither overflow nor underflow.
     unit = ops.norm(s)
     s = ops.divide(s, unit)
     z = p = ops.precondition(s)
     sz, broken = ops.dot(s, z), ops.none
     used = 0
 
-    def size() -> Scalar:
+    def size() -> RowScalar:
         return ops.norm(r) if ops.is_square else unit * ops.norm(s)
 
     while used < limit and ops.any(active := ops.negate((size() <= target) | broken)):
+        # alpha = (s, z) / |A p|^2, in two quotients: |A p|^2 may overflow or underflow. x is in original units.
         Ap = ops.matvec(p)
         length = ops.norm(Ap)
         go = active & (length > 0) & (sz > 0)
@@ -174,21 +183,23 @@ def normal_conjugate_gradients(ops: Arithmetic, r: Tensor, target: Scalar, limit
     return Cycle(x, used, broken)
 
 
-def craig(ops: Arithmetic, r: Tensor, target: Scalar, limit: int) -> Cycle:
-    """A `Method` for operators of full row rank, by conjugate gradients on ``A A^T z = r``, ``d = A^T z``; the
-    preconditioner is one for that.
+def craig(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int) -> Cycle:
+    """A `Method` for operators of full row rank, by conjugate gradients on ``A A^T z = r``, ``d = A^T z``.
+
+    The preconditioner approximates the inverse of ``A A^T``.
 
     Reference: Saad, "Iterative Methods for Sparse Linear Systems", 2nd ed., algorithm 8.5 (CGNE).
     """
     z = ops.precondition(r)
     p = ops.rmatvec(z)
-    # In units in which the first direction has length one, no square leaves the range of the dtype.
+    # Directions p are divided by the length of the first, so that their squares neither overflow nor underflow.
     unit = ops.norm(p)
     p = ops.divide(p, unit)
     x = torch.zeros_like(p)
     rz, broken = ops.dot(r, z), ops.none
     used = 0
     while used < limit and ops.any(active := ops.negate((ops.norm(r) <= target) | broken)):
+        # alpha = (r, z) / |A^T z|^2 for the iterate in z; x moves along p = A^T z.
         pp = ops.dot(p, p)
         go = active & (pp > 0) & (rz > 0) & (unit > 0)
         broken = broken | (active ^ go)

@@ -1,4 +1,4 @@
-"""Modules whose parameters are the solution of a problem in other parameters."""
+"""Modules with inner parameters that solve a problem in meta-parameters."""
 
 from implicitdiff.nn.implicit_meta_gradient_module import ImplicitMetaGradientModule
 from implicitdiff.nn.meta_gradient_module import MetaGradientModule

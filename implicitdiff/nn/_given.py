@@ -1,4 +1,4 @@
-"""Tensors and modules among the arguments of a constructor."""
+"""Search for tensors and modules in the arguments of a constructor."""
 
 from __future__ import annotations
 
@@ -6,49 +6,54 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-Given = dict[str, Any]
+Item: TypeAlias = torch.Tensor | nn.Module
+Given: TypeAlias = dict[str, Item]
+"""Tensors and modules by path: the argument's name and the keys or attributes, joined by underscores."""
 
-_ATOMS = (str, bytes, int, float, complex, bool, type(None))
-_CLOSED = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_NOT_CONTAINERS = (str, bytes, int, float, complex, bool, type(None))
+# Objects with attributes in which a search would find half of the program.
+_NOT_SEARCHED = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
-def find(constructor: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-    """The modules, and the tensors that need a gradient or are an ``nn.Parameter``, by how they are reached.
+def find_given(constructor: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+    """Return modules, and tensors that require a gradient or are an ``nn.Parameter``, among the arguments, by path.
 
-    Looked through are dictionaries, lists, tuples, sets, partials, and what objects keep as attributes, dataclasses
-    among them; but not optimizers, whose parameters are somebody else's.
+    The search enters mappings, lists, tuples, sets, partials, and attributes of objects, such as dataclasses.
+    Optimizers are not entered: their parameters belong to other modules.
     """
     try:
+        # None stands for `self`.
         named = inspect.signature(constructor).bind(None, *args, **kwargs).arguments
-    except TypeError:  # the constructor says best what is wrong
+    except TypeError:  # the call of the constructor raises the better message
         return {}
-    found: dict[int, tuple[str, Any]] = {}
-    seen: dict[int, Any] = {}
+    found: dict[int, tuple[str, Item]] = {}
+    seen: dict[int, object] = {}
     for name, value in named.items():
-        for path, item in _items(name, value, seen):
+        for path, item in _find_in(name, value, seen):
             found.setdefault(id(item), (path, item))
     return dict(found.values())
 
 
-def _items(path: str, value: Any, seen: dict[int, Any]) -> Iterator[tuple[str, Any]]:
+def _find_in(path: str, value: object, seen: dict[int, object]) -> Iterator[tuple[str, Item]]:
     if isinstance(value, nn.Module):
         yield path, value
     elif isinstance(value, torch.Tensor):
         if value.requires_grad or isinstance(value, nn.Parameter):
             yield path, value
-    elif not isinstance(value, (*_CLOSED, torch.optim.Optimizer)) and id(value) not in seen:
+    elif not isinstance(value, (*_NOT_SEARCHED, torch.optim.Optimizer)) and id(value) not in seen:
+        # Guards against cycles. The value is kept alive, since a temporary's id may be used again.
         seen[id(value)] = value
-        for name, part in _parts(value):
-            if not isinstance(part, _ATOMS):
-                yield from _items(f"{path}_{name}", part, seen)
+        for name, part in _children(value):
+            if not isinstance(part, _NOT_CONTAINERS):
+                yield from _find_in(f"{path}_{name}", part, seen)
 
 
-def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
+def _children(value: object) -> Iterator[tuple[object, object]]:
     if isinstance(value, Mapping):
         yield from value.items()
     elif isinstance(value, (list, tuple, set, frozenset)):
@@ -58,5 +63,6 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from value.keywords.items()
     else:
         yield from getattr(value, "__dict__", {}).items()
+        # Classes with __slots__ have no __dict__, or one with the other attributes.
         slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
         yield from ((name, getattr(value, name)) for name in slots if hasattr(value, name))

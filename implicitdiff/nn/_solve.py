@@ -1,4 +1,9 @@
-"""One call of a module's ``solve``: what it solves, as a root problem of pure functions."""
+"""One call of a module's ``solve``, posed as a root problem of pure functions.
+
+The residuals ``F(x, theta)`` of the module's ``optimality`` are evaluated on a twin of the module, through
+`torch.func.functional_call`: ``x`` are the inner parameters, and ``theta`` are the arguments of the call and all
+tensors that the twin reads otherwise. `pose` captures ``theta`` and attaches the implicit derivative to the solution.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -17,21 +22,24 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.signature import Matcher
 from implicitdiff._implicit.root import pose, root
 from implicitdiff._implicit.solver_body import run_solver
-from implicitdiff._torch.slots import Place
+from implicitdiff._torch.slots import ParameterSlot
+from implicitdiff._torch.trees import Tree
 from implicitdiff.linear_solve.auto import solve_auto
 
-Module = Any
-"""An `ImplicitMetaGradientModule`."""
+Module: TypeAlias = Any
+"""An `ImplicitMetaGradientModule`, whose file imports this one."""
+ModuleMethod: TypeAlias = Callable[..., Any]
+"""A method that a user defines."""
 
 
-def call(module: nn.Module, method: str, held: dict[str, Any], args: Any, kwargs: Any) -> Any:
-    """The result of a method of a module that holds other tensors for the time."""
+def call_method(module: nn.Module, method: str, held: dict[str, torch.Tensor], args: Any, kwargs: Any) -> Any:
+    """Call a method of a module with parameters temporarily replaced, by `torch.func.functional_call`."""
     tensors = {f"module.{name}": tensor for name, tensor in held.items()}
     return torch.func.functional_call(_Method(module, method), tensors, args, kwargs)
 
 
 class _Method(nn.Module):
-    """A method of a module as a module."""
+    """A module whose ``forward`` is a method of another: `functional_call` calls ``forward`` alone."""
 
     def __init__(self, module: nn.Module, method: str) -> None:
         super().__init__()
@@ -45,51 +53,55 @@ class _Method(nn.Module):
 
 @_functorch.outside_compile
 @_modes.one_operation
-def solve(
+def solve_implicitly(
     module: Module,
-    method: Callable[..., Any],
-    condition: Callable[..., Any],
+    method: ModuleMethod,
+    condition: ModuleMethod,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Call a module's method that solves, and give its inner parameters their derivatives.
+    """Run a module's ``solve``, and attach implicit derivatives to its inner parameters.
 
     Args:
         module: the module.
-        method: its ``solve``, as the user wrote it.
-        condition: its ``objective`` or ``optimality``, whose arguments those of `method` have to be.
-        args: of the call.
-        kwargs: of the call.
+        method: the user's ``solve``.
+        condition: ``objective`` or ``optimality`` of the class, with the arguments of `method`.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
     """
     module._refuse_exchanged()
-    method, kwargs = _with_options(method, condition, kwargs)
-    before = {name: place.tensor for name, place in module._inner_places().items()}
-    module._reopen()
-    begun = module._inner_places()
-    values = {name: place.tensor.detach().clone() for name, place in begun.items() if place.tensor.requires_grad}
+    method, kwargs = _bind_options(method, condition, kwargs)
+    # Solutions of the last call, which an error puts back. `_restore_leaves` replaces them by leaves to solve for.
+    before = {name: slot.tensor for name, slot in module._inner_slots().items()}
+    module._restore_leaves()
+    begun = module._inner_slots()
+    # Inner parameters that require a gradient are the unknowns, the others constants.
+    values = {name: slot.tensor.detach().clone() for name, slot in begun.items() if slot.tensor.requires_grad}
     if not values:
         raise ValueError(
             f"{type(module).__name__}.solve: there are no inner parameters: make those to be solved for in __init__"
         )
     for name in values:
+        # Leaves are kept on the module for the next call. Tensors of a transform or a trace end with it.
         if _functorch.is_plain(begun[name].tensor) and not _modes.is_traced():
             module._leaves[name] = begun[name].tensor
     try:
-        return _Problem(module, method, condition, values)(args, kwargs)
+        return _ModuleProblem(module, method, condition, values)(args, kwargs)
     except BaseException:
+        # Restore values and slots: after an error the module is as before.
         with _functorch.no_levels(), torch.no_grad():
             for name in values:
                 if _functorch.is_plain(begun[name].tensor):
                     begun[name].tensor.copy_(_functorch.base(values[name]))
-        for name, place in begun.items():
-            place.put(before[name])
+        for name, slot in begun.items():
+            slot.put(before[name])
         raise
 
 
-def _with_options(
-    method: Callable[..., Any], condition: Callable[..., Any], kwargs: dict[str, Any]
-) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The method with those of its arguments that are no business of the condition, and the others."""
+def _bind_options(
+    method: ModuleMethod, condition: ModuleMethod, kwargs: dict[str, Any]
+) -> tuple[ModuleMethod, dict[str, Any]]:
+    """Bind keyword arguments of the method that the condition does not take. Return the method and the rest."""
     known, mine = (inspect.signature(fn).parameters for fn in (condition, method))
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
         return method, kwargs
@@ -98,47 +110,62 @@ def _with_options(
     return functools.partial(method, **options), {k: v for k, v in kwargs.items() if k not in options}
 
 
-class _Problem:
-    """One call of ``solve``: as a solver of the problem that its module poses, for `pose`."""
+class _ModuleProblem:
+    """One call of ``solve``.
+
+    Attributes:
+        module: the module.
+        method: the user's ``solve``.
+        condition: ``objective`` or ``optimality``.
+        values: initial values of the unknowns, by name.
+        twin: a copy of the module with shared tensors, for the evaluation of residuals.
+        output: the result of `method`.
+    """
 
     def __init__(
         self,
         module: Module,
-        method: Callable[..., Any],
-        condition: Callable[..., Any],
+        method: ModuleMethod,
+        condition: ModuleMethod,
         values: dict[str, torch.Tensor],
     ) -> None:
         self.module, self.method, self.condition, self.values = module, method, condition, values
         self.name = type(module).__name__
-        # The graph must not lead back to the module, which holds what the graph made: a cycle that nothing collects.
+        # Residuals are evaluated in backward passes, so the graph holds the twin. With the module instead, which holds
+        # the solution and thereby its graph, the cycle would run through C++ objects that Python's collector cannot
+        # see.
         self.twin: Module = object.__new__(type(module))
-        self.output: Any = None
+        self.output: Tree = None
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        def run(values: Any, /, *args: Any, **kwargs: Any) -> Any:
+        # The initial values stand for `self` in the signature, so that their matching to arguments is that of any
+        # solver.
+        def run(values: Tree, /, *args: Any, **kwargs: Any) -> Any:
             return self._run(args, kwargs)
 
+        # Without a reference to the module, see `twin`.
         residuals = functools.partial(_residuals, self.name, self.twin)
         run.__signature__ = _without_self(self.method)  # type: ignore[attr-defined]
         run.__qualname__ = f"{self.name}.solve"
         call = Matcher(run, self.condition).bind((self.values, *args), kwargs)
-        with _gradients_kept(self.module.meta_parameters()):
+        with _gradients_restored(self.module.meta_parameters()):
             solution, _, derived = run_solver(run, call, has_aux=False)
         routed = call.to_condition(call.args, call.kwargs)
         solve = type(self.module).linear_solve or solve_auto()
         posed = pose(f"{self.name}.optimality", residuals, root, solve, solution, *routed)
         posed.refuse_kept(derived)
-        _forget_unused(self.twin, posed.theta)
-        places = self._places()
-        _refuse_read_otherwise(self.name, places, posed.theta)
+        _drop_unused(self.twin, posed.theta)
+        slots = self._slots()
+        _refuse_captured(self.name, slots, posed.theta)
         attached = posed.attached()
-        known = {id(place.tensor): place.tensor for place in places.values()}
+        # Tensors of the output that are inner parameters are returned with derivatives, others detached.
+        known = {id(slot.tensor): slot.tensor for slot in slots.values()}
         if any(tensor.requires_grad or not _functorch.is_plain(tensor) for tensor in attached.values()):
-            for name, place in places.items():
-                if _functorch.is_plain(place.tensor) and not _modes.is_traced():
-                    self.module._leaves[name] = place.tensor
-                place.put(attached[name])
-                known[id(place.tensor)] = attached[name]
+            for name, slot in slots.items():
+                if _functorch.is_plain(slot.tensor) and not _modes.is_traced():
+                    self.module._leaves[name] = slot.tensor
+                slot.put(attached[name])
+                known[id(slot.tensor)] = attached[name]
         return pytree.map_tensors(lambda t: known[id(t)] if id(t) in known else t.detach(), self.output)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -147,23 +174,24 @@ class _Problem:
             self.output = self.method(self.module, *args, **kwargs)
         finally:
             self.module._is_solving = False
-        _become(self.twin, self.module, {})
+        # The twin is filled after the user's solve, with buffers and attributes as `solve` left them.
+        _fill_twin(self.twin, self.module, {})
         self.twin._unknowns = list(self.values)
-        # As functions, not as methods, which would hold the twin.
+        # Functions instead of bound methods, which would refer to the module and close the cycle again.
         methods = {name: getattr(self.module, name) for name in ("objective", "optimality")}
         self.twin._functions = {name: m.__func__ for name, m in methods.items() if inspect.ismethod(m)}
-        return {name: place.tensor.detach().clone() for name, place in self._places().items()}
+        return {name: slot.tensor.detach().clone() for name, slot in self._slots().items()}
 
-    def _places(self) -> dict[str, Place]:
-        places = self.module._inner_places()
-        if missing := self.values.keys() - places.keys():
+    def _slots(self) -> dict[str, ParameterSlot]:
+        slots = self.module._inner_slots()
+        if missing := self.values.keys() - slots.keys():
             raise ValueError(f"{self.name}.solve: the inner parameter {min(missing)!r} is gone after it")
-        return {name: places[name] for name in self.values}
+        return {name: slots[name] for name in self.values}
 
 
 @contextmanager
-def _gradients_kept(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Take back what `torch.autograd.backward` accumulates into leaves, and what `zero_grad` drops."""
+def _gradients_restored(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Restore ``.grad`` of leaves at exit, whatever ``backward`` and ``zero_grad`` did in the body."""
     leaves = [t for t in tensors if t.is_leaf and _functorch.is_plain(t)]
     before = [(leaf, grad, grad.detach().clone(), grad._version) for leaf in leaves if (grad := leaf.grad) is not None]
     try:
@@ -172,20 +200,23 @@ def _gradients_kept(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
         for leaf in leaves:
             leaf.grad = None
         for leaf, grad, value, version in before:
+            # `backward` adds in place to an existing .grad; `zero_grad` replaces it by None or fills it with zeros.
             if grad._version != version:
                 grad.detach().copy_(value)
             leaf.grad = grad
 
 
-def _without_self(method: Callable[..., Any]) -> inspect.Signature:
-    """A method's signature, with the solution in the place of ``self``."""
+def _without_self(method: ModuleMethod) -> inspect.Signature:
+    """Return the signature of a method with ``self`` positional-only: the solution takes this position."""
     signature = inspect.signature(method)
     first, *others = signature.parameters.values()
     return signature.replace(parameters=[first.replace(kind=inspect.Parameter.POSITIONAL_ONLY), *others])
 
 
-def _residuals(name: str, twin: Module, solution: Any, /, *args: Any, **kwargs: Any) -> Any:
-    found = call(twin, "optimality", solution, args, kwargs)
+def _residuals(name: str, twin: Module, solution: dict[str, torch.Tensor], /, *args: Any, **kwargs: Any) -> Any:
+    """Evaluate ``optimality`` at inner parameters, as a dictionary by name."""
+    found = call_method(twin, "optimality", solution, args, kwargs)
+    # Forms that ``optimality`` may return: one tensor, a sequence, or a dictionary by name.
     if isinstance(found, torch.Tensor):
         found = (found,)
     if not isinstance(found, dict):
@@ -199,20 +230,27 @@ def _residuals(name: str, twin: Module, solution: Any, /, *args: Any, **kwargs: 
     return found
 
 
-def _become(twin: nn.Module, module: nn.Module, twins: dict[int, nn.Module]) -> None:
-    """Fill an empty module with what another one has, and with twins of its submodules in their places."""
+def _fill_twin(twin: nn.Module, module: nn.Module, twins: dict[int, nn.Module]) -> None:
+    """Make an empty object a copy of a module that shares all tensors and attributes, with copies of submodules.
+
+    `twins` maps ids of copied modules to copies, so that shared submodules stay shared.
+    """
     twins[id(module)] = twin
     twin.__dict__.update(module.__dict__)
     twin.__dict__.update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
     twin._modules = {}
     for name, part in module._modules.items():
+        # A module that is registered twice has one twin; a cycle ends here too.
         if part is not None and id(part) not in twins:
-            _become(object.__new__(type(part)), part, twins)
+            _fill_twin(object.__new__(type(part)), part, twins)
         twin._modules[name] = None if part is None else twins[id(part)]
 
 
-def _forget_unused(twin: nn.Module, used: list[torch.Tensor]) -> None:
-    """Drop tensors that a graph made and that the condition has not used: one may be the loss of the last round."""
+def _drop_unused(twin: nn.Module, used: list[torch.Tensor]) -> None:
+    """Delete attributes of the twin that are unused tensors with history.
+
+    For example, the loss of the last iteration would keep a graph alive.
+    """
     kept = set(map(id, used))
     for part in twin.modules():
         for name, value in list(vars(part).items()):
@@ -220,13 +258,14 @@ def _forget_unused(twin: nn.Module, used: list[torch.Tensor]) -> None:
                 del vars(part)[name]
 
 
-def _refuse_read_otherwise(name: str, places: dict[str, Place], theta: list[torch.Tensor]) -> None:
+def _refuse_captured(name: str, slots: dict[str, ParameterSlot], theta: list[torch.Tensor]) -> None:
+    """Raise if the residuals captured an inner parameter as a constant."""
     captured = set(map(id, theta))
-    for key, place in places.items():
-        if id(place.tensor) in captured:
+    for key, slot in slots.items():
+        if id(slot.tensor) in captured:
             raise ValueError(
-                f"{name}.optimality: the inner parameter {key!r} is read in another way than as an attribute of the "
-                "module, such as a list or a function that holds it, its module, or self, or a module that "
-                "torch.compile made; its derivative would be wrong: read it as an attribute (an nn.ModuleList holds "
+                f"{name}.optimality: the inner parameter {key!r} is read otherwise than as an attribute of the module: "
+                "through a list or a function that holds the parameter, its module or self, or through a module that "
+                "torch.compile made; the derivative would be wrong: read an attribute (an nn.ModuleList holds "
                 "modules)"
             )

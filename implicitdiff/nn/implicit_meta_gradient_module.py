@@ -1,4 +1,4 @@
-"""Modules whose inner parameters are the solution of a problem, and differentiable as such."""
+"""Modules with inner parameters that are the differentiable solution of a problem."""
 
 from __future__ import annotations
 
@@ -16,47 +16,46 @@ import implicitdiff._torch.levels as _functorch
 import implicitdiff.nn._solve as _solve
 from implicitdiff._closures.evaluation import gradient
 from implicitdiff._implicit.linear_problem import Solve
-from implicitdiff._torch.slots import Place
+from implicitdiff._torch.slots import ParameterSlot
 from implicitdiff.nn.meta_gradient_module import MetaGradientModule
 
+# Default of the class argument: None asks for `solve_auto`, so another value has to stand for "not given".
 _INHERITED: Any = object()
 
 
 class ImplicitMetaGradientModule(MetaGradientModule):
     r"""A module whose inner parameters solve a problem in its meta-parameters.
 
-    The user writes ``solve``, which brings the inner parameters to a solution, in any way and in place, and says what
-    a solution is: by ``objective``, the scalar that is least there, or by ``optimality``, the residuals that are zero
-    there. With ``A = dF/dx`` of the residuals, after ``solve(...)`` the inner parameters are tensors with the
-    derivative ``dx*/dtheta = -A^-1 dF/dtheta``, see `implicitdiff.custom_root`: in the meta-parameters, in the
-    arguments of ``solve``, and in whatever else the residuals depend on, in any order. The next ``solve`` begins with
-    their values.
+    The user defines ``solve``, which writes a solution into the inner parameters by any method, and either
+    ``objective``, a scalar that the solution minimises, or ``optimality``, residuals ``F`` that are zero at the
+    solution. After ``solve(...)`` the inner parameters have the derivative ``dx*/dtheta = -A^-1 dF/dtheta`` with
+    ``A = dF/dx``, see `implicitdiff.custom_root`: in meta-parameters, in arguments of ``solve``, and in all other
+    tensors that the residuals read, to any order. The next ``solve`` starts from the values of the solution.
 
-    ``solve`` runs with gradients off (``torch.enable_grad`` turns them on for its own use) and on ordinary
-    parameters; ``backward`` in it leaves no ``.grad`` on tensors that are not inner parameters. It is called with the
-    arguments that ``objective`` or ``optimality`` is to be called with; those of its own have defaults, and are
-    given by keyword. What it returns comes back detached, but for inner parameters, which come back as they are then.
+    ``solve`` runs under ``torch.no_grad`` (call ``torch.enable_grad`` inside as needed), on ordinary parameters. A
+    ``backward`` inside leaves no ``.grad`` on tensors other than inner parameters. ``objective`` or ``optimality`` is
+    called with the arguments of ``solve``; further arguments of ``solve`` need defaults and are passed by keyword.
+    Tensors in the result of ``solve`` are returned detached, except inner parameters, which carry their derivatives.
 
-    Frozen inner parameters are constants. The inner parameters have to be read as attributes of the module and its
-    submodules in ``objective`` and ``optimality``.
+    Frozen inner parameters are constants. ``objective`` and ``optimality`` have to read inner parameters as attributes
+    of the module and its submodules.
 
-    A class has to have ``solve``, and ``objective`` or ``optimality``, as methods. A base that leaves one of these to
-    its subclasses says so as abstract classes do: it has ``abc.ABC`` among its bases, as
-    ``class Base(ImplicitMetaGradientModule, abc.ABC)``, or an abstract method of its own.
+    A class needs the methods ``solve``, and ``objective`` or ``optimality``. A base class without one of these has
+    ``abc.ABC`` among its bases, as in ``class Base(ImplicitMetaGradientModule, abc.ABC)``, or an abstract method.
 
     Class arguments:
-        linear_solve: solves the linear systems with ``A``, see `implicitdiff.linear_solve`; subclasses inherit it.
+        linear_solve: solver of the linear systems with ``A``, see `implicitdiff.linear_solve`. Subclasses inherit it.
 
     Raises:
-        TypeError: a class is made without ``solve``, without both ``objective`` and ``optimality``, or with one that is
-            no method; later, the arguments of a call of ``solve`` do not fit.
-        ValueError: on a call of ``solve``: there are no inner parameters, the residuals are not like them, or read
-            them in another way than as attributes. After an error in ``solve`` the module is as it was.
+        TypeError: a class lacks ``solve``, or both ``objective`` and ``optimality``, or defines one that is not a
+            method; later, the arguments of a call of ``solve`` do not fit.
+        ValueError: in a call of ``solve``: the module has no inner parameters, the residuals do not match these, or
+            read them otherwise than as attributes. After an error in ``solve`` the module is as before.
         LinearSolveError: in a derivative, if the linear solve fails.
 
     Reference:
         Rajeswaran et al., "Meta-Learning with Implicit Gradients", 2019; Ren et al., "TorchOpt: An Efficient Library
-        for Differentiable Optimization", JMLR 2023, whose interface this is.
+        for Differentiable Optimization", JMLR 2023, for the interface.
 
     Example:
         >>> import torch
@@ -86,7 +85,7 @@ class ImplicitMetaGradientModule(MetaGradientModule):
     linear_solve: ClassVar[Solve | None] = None
     _leaves: dict[str, torch.Tensor]
     _unknowns: list[str] | None
-    _functions: dict[str, Callable[..., Any]]
+    _functions: dict[str, _solve.ModuleMethod]
     _is_solving: bool
 
     def __init_subclass__(cls, linear_solve: Solve | None = _INHERITED, **kwargs: Any) -> None:
@@ -98,6 +97,7 @@ class ImplicitMetaGradientModule(MetaGradientModule):
                     f"{type(linear_solve).__name__}"
                 )
             cls.linear_solve = None if linear_solve is None else staticmethod(linear_solve)
+        # A declared base class may lack methods; instances are checked again in __init__.
         is_base = abc.ABC in cls.__bases__ or any(map(_is_abstract, vars(cls).values()))
         _check_methods(cls, is_base)
         if not getattr(cls.solve, "__isabstractmethod__", hasattr(cls.solve, "is_implicit")):
@@ -110,86 +110,88 @@ class ImplicitMetaGradientModule(MetaGradientModule):
 
     @abc.abstractmethod
     def solve(self, *args: Any, **kwargs: Any) -> Any:
-        """Bring the inner parameters to a solution, in place; ``return self`` makes chaining easy."""
+        """Write a solution into the inner parameters; ``return self`` allows chaining."""
 
     def objective(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The scalar that the inner parameters make least, if there is one."""
+        """Return the scalar that the inner parameters minimise."""
         raise NotImplementedError(f"{type(self).__name__} does not define objective()")
 
     def optimality(self, *args: Any, **kwargs: Any) -> Any:
-        """The residuals that are zero at a solution: here the gradient of `objective`.
+        """Return the residuals that are zero at a solution. Default: the gradient of `objective`.
 
         Returns:
-            One tensor for each inner parameter that is not frozen, of its shape, in the order of ``parameters``; or a
-            dictionary of these by name.
+            One tensor for each inner parameter that is not frozen, of equal shape, in the order of ``parameters``; or a
+            dictionary of such tensors by name.
         """
-        held = {name: place.tensor for name, place in self._inner_places().items() if self._is_unknown(name, place)}
-        value = functools.partial(_solve.call, self, "objective", args=args, kwargs=kwargs)
+        held = {name: slot.tensor for name, slot in self._inner_slots().items() if self._is_unknown(name, slot)}
+        value = functools.partial(_solve.call_method, self, "objective", args=args, kwargs=kwargs)
         return gradient(value, held)
 
-    def _is_unknown(self, name: str, place: Place) -> bool:
-        return place.tensor.requires_grad if self._unknowns is None else name in self._unknowns
+    def _is_unknown(self, name: str, slot: ParameterSlot) -> bool:
+        return slot.tensor.requires_grad if self._unknowns is None else name in self._unknowns
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         for leaf in self._leaves.values():
+            # Kept leaves are no parameters of the module, so `nn.Module._apply` does not convert them.
             leaf.data = fn(leaf.data)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._reopen()
+        self._restore_leaves()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _reopen(self) -> None:
-        """Keep ordinary parameters in the place of the last solution, with its values."""
-        for name, place in self._inner_places().items():
-            leaf = self._leaf_for(name, place.tensor)
+    def _restore_leaves(self) -> None:
+        """Replace the last solution by ordinary parameters with its values."""
+        for name, slot in self._inner_slots().items():
+            leaf = self._leaf_for(name, slot.tensor)
             if leaf is not None:
                 leaf.grad = None
-                self._refuse_held(name, place.tensor)
-                place.put(leaf)
+                self._refuse_stale_optimizer(name, slot.tensor)
+                slot.put(leaf)
 
     def _leaf_for(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        """A leaf to solve for in the place of a tensor; None if it is one, or frozen."""
+        """Return a leaf with the values of an inner parameter, or None if the slot needs no replacement."""
         kept = self._leaves.get(name)
         is_frozen = kept is None and not tensor.requires_grad
         if is_frozen or (tensor.is_leaf and _functorch.is_plain(tensor) and not _modes.is_traced()):
             return None
-        if _functorch.batch_levels(tensor):  # what a vmap solved for is no value to begin with
+        if _functorch.batch_levels(tensor):  # the lanes of a vmap have no common value to start from
             return kept
         with _functorch.no_levels(), torch.no_grad():
             value = _functorch.base(tensor).detach()
             if _modes.is_traced():
-                # What a condition solves for is its own: made by functions that it is seen to call, kept nowhere.
+                # Inside of another module's condition the leaf is an intermediate result: it has to be made by traced
+                # operations, and must not outlive the evaluation.
                 return value.clone().requires_grad_()
             return nn.Parameter(value.clone()) if kept is None else kept.copy_(value)
 
-    def _refuse_held(self, name: str, tensor: torch.Tensor) -> None:
-        """Raise if an optimizer would step what is kept no more, and so nothing."""
+    def _refuse_stale_optimizer(self, name: str, tensor: torch.Tensor) -> None:
+        """Raise if an optimizer of the module holds a replaced parameter: steps would have no effect."""
         optimizers = [held for held in vars(self).values() if isinstance(held, torch.optim.Optimizer)]
         if any(
             held is tensor for optimizer in optimizers for group in optimizer.param_groups for held in group["params"]
         ):
             raise ValueError(
                 f"{type(self).__name__}.solve: an optimizer was made in __init__ for the inner parameter {name!r}, but "
-                "inside of a transform or of another module's condition solve has others: make the optimizer in solve"
+                "a transform or another module's condition replaces inner parameters: make the optimizer in solve"
             )
 
-    def _condition(self) -> Callable[..., Any]:
+    def _condition(self) -> _solve.ModuleMethod:
         kind = type(self)
         is_default = kind.optimality is ImplicitMetaGradientModule.optimality
         return kind.objective if is_default else kind.optimality
 
 
-def _is_abstract(value: Any) -> bool:
+def _is_abstract(value: object) -> bool:
     return bool(getattr(value, "__isabstractmethod__", False))
 
 
 def _check_methods(cls: type[ImplicitMetaGradientModule], is_base: bool) -> None:
-    """Raise unless a class has the methods that it needs, or is a base that leaves some to its subclasses."""
+    """Raise unless a class defines the required methods. A base class may lack some."""
     for name in ("solve", "objective", "optimality"):
         method = inspect.getattr_static(cls, name)
-        # Anything that becomes a method, such as the result of a decorator, will do.
+        # Any descriptor that binds `self` is a method, such as the result of a decorator.
         if isinstance(method, (staticmethod, classmethod, property)) or not hasattr(type(method), "__get__"):
             raise TypeError(
                 f"{cls.__name__}: {name} has to be a method, def {name}(self, ...), got {type(method).__name__}"
@@ -204,7 +206,7 @@ def _check_methods(cls: type[ImplicitMetaGradientModule], is_base: bool) -> None
         lacks.append("defines neither objective() nor optimality(), and needs one")
     if lacks:
         raise TypeError(
-            f"{cls.__name__} {' and '.join(lacks)}; if it is a base that leaves this to its subclasses, say so: class "
+            f"{cls.__name__} {' and '.join(lacks)}; declare a base class that leaves methods to subclasses as class "
             f"{cls.__name__}(ImplicitMetaGradientModule, abc.ABC)"
         )
 
@@ -212,12 +214,12 @@ def _check_methods(cls: type[ImplicitMetaGradientModule], is_base: bool) -> None
 _CONDITIONS = ("objective", "optimality")
 
 
-def _implicit(solve: Callable[..., Any]) -> Callable[..., Any]:
+def _implicit(solve: _solve.ModuleMethod) -> _solve.ModuleMethod:
     @functools.wraps(solve)
     def implicit(self: ImplicitMetaGradientModule, *args: Any, **kwargs: Any) -> Any:
-        if self._is_solving:  # a solve that calls its parent's is one
+        if self._is_solving:  # a call of ``super().solve`` belongs to the running solve
             return solve(self, *args, **kwargs)
-        return _solve.solve(self, solve, self._condition(), args, kwargs)
+        return _solve.solve_implicitly(self, solve, self._condition(), args, kwargs)
 
     implicit.is_implicit = True  # type: ignore[attr-defined]
     return implicit

@@ -1,4 +1,4 @@
-"""Modules that tell the parameters they were given from those they made."""
+"""Modules that distinguish given parameters (meta-parameters) from parameters of their own."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from typing import Any
 import torch
 from torch import nn
 
-import implicitdiff.nn._given as _given
-from implicitdiff._torch.slots import Place, parameters_of
+from implicitdiff._torch.slots import ParameterSlot, parameters_of
+from implicitdiff.nn._given import Given, Item, find_given
 
 
-class _Adopting(abc.ABCMeta):
-    """Makes modules that know what their constructor was given."""
+class _ArgumentTracking(abc.ABCMeta):
+    """Metaclass that records the tensors and modules among the arguments of a constructor."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        # The arguments are recorded before __init__, in which `__setattr__` asks whether a tensor is a meta-parameter.
         module: Any = cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]
         constructor = cls.__init__  # type: ignore[misc]
-        module.__dict__.update(_given=_given.find(constructor, args, kwargs), _meta={}, _adopted={})
+        module.__dict__.update(_given=find_given(constructor, args, kwargs), _meta={}, _adopted={})
         constructor(module, *args, **kwargs)
         module._adopt()
         return module
 
 
-class MetaGradientModule(nn.Module, metaclass=_Adopting):
-    """A module with meta-parameters: those that it was given, as opposed to those that it made.
+class MetaGradientModule(nn.Module, metaclass=_ArgumentTracking):
+    """A module with meta-parameters, passed to its constructor, and inner parameters, made by the constructor.
 
-    Tensors and modules passed to ``__init__`` are meta-parameters and meta-modules, whatever their mode: a module in
-    evaluation mode or with frozen parameters is one too, and so are an ``nn.Parameter`` and any other tensor that needs
-    a gradient. They are found in dictionaries, lists, tuples, dataclasses and plain objects as well; where ``__init__``
-    does not make them attributes, they become one, named after the argument. What hides elsewhere, as in a function's
-    closure, takes part in derivatives but is in none of the lists here, unless it is registered.
+    Modules passed to ``__init__`` are meta-modules, in training or evaluation mode, frozen or not. Meta-parameters are
+    their parameters, and each ``nn.Parameter`` or tensor that requires a gradient among the arguments. Dictionaries,
+    lists, tuples, dataclasses and plain objects are searched. A meta-parameter that ``__init__`` does not assign
+    becomes an attribute named after the argument. Tensors in other places, such as a function's closure, take part in
+    derivatives, but are listed only if they are registered.
 
-    Parameters and modules made in ``__init__`` are inner ones. A tensor that needs a gradient may be an inner parameter
-    as it is; one that depends on others is none, but an attribute.
+    Parameters and modules made in ``__init__`` are inner parameters and modules. A leaf that requires a gradient
+    becomes an inner parameter without ``nn.Parameter``. A tensor with history is an attribute.
 
-    Everything is kept where an ``nn.Module`` keeps it: ``to``, ``state_dict``, ``load_state_dict``, ``train``,
-    ``zero_grad`` and `torch.func.functional_call` are about both kinds. Only ``parameters`` and ``named_parameters``
-    are about the inner ones.
+    Storage is that of ``nn.Module``: ``to``, ``state_dict``, ``load_state_dict``, ``train``, ``zero_grad`` and
+    `torch.func.functional_call` treat both kinds. ``parameters`` and ``named_parameters`` list inner parameters alone.
 
     Example:
         >>> import torch
@@ -57,7 +57,7 @@ class MetaGradientModule(nn.Module, metaclass=_Adopting):
         ['config_penalty', 'net.weight', 'net.bias']
     """
 
-    _given: dict[str, Any]
+    _given: Given
     _meta: dict[str, None]
     _adopted: dict[str, torch.Tensor]
 
@@ -71,6 +71,7 @@ class MetaGradientModule(nn.Module, metaclass=_Adopting):
             if value.requires_grad:
                 raise AttributeError(f"cannot assign parameters before Module.__init__() call, and {name!r} is one")
             super().__setattr__(name, value)
+        # Tensors that are no nn.Parameter are registered too; nn.Module refuses them.
         elif id(value) in self._meta_ids():
             self._keep(name, value)
             self._meta[name] = None
@@ -82,26 +83,27 @@ class MetaGradientModule(nn.Module, metaclass=_Adopting):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The inner parameters and their names, as ``nn.Module`` has them.
+        """Iterate over names and inner parameters.
 
-        With their duplicates they are those of both kinds: `torch.func.functional_call` asks so for what is tied.
+        With ``remove_duplicate=False`` meta-parameters are included: `torch.func.functional_call` looks up tied tensors
+        by such a call, and has to exchange both kinds.
         """
         metas = self._meta_ids() if remove_duplicate else set()
         named = super().named_parameters(prefix, recurse, remove_duplicate)
         return ((name, tensor) for name, tensor in named if id(tensor) not in metas)
 
     def named_meta_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-        """The meta-parameters and their names, those of meta-modules among them."""
+        """Iterate over names and meta-parameters, including those of meta-modules."""
         metas = self._meta_ids()
         named = super().named_parameters(prefix, recurse)
         return ((name, tensor) for name, tensor in named if id(tensor) in metas)
 
     def meta_parameters(self, recurse: bool = True) -> Iterator[torch.Tensor]:
-        """The meta-parameters: what an outer optimizer is given."""
+        """Iterate over the meta-parameters, for an outer optimizer."""
         return (tensor for _, tensor in self.named_meta_parameters(recurse=recurse))
 
     def meta_modules(self) -> Iterator[nn.Module]:
-        """The meta-modules and the modules in them."""
+        """Iterate over the meta-modules and their submodules."""
         items = self._meta_items()
         modules = (part for item in items if isinstance(item, nn.Module) for part in item.modules())
         return iter({id(part): part for part in modules}.values())
@@ -109,30 +111,30 @@ class MetaGradientModule(nn.Module, metaclass=_Adopting):
     def named_meta_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """The meta-modules and the modules in them, with the names that ``named_modules`` gives them."""
+        """Iterate over names, as in ``named_modules``, and meta-modules with their submodules."""
         metas = set(map(id, self.meta_modules()))
         named = self.named_modules(memo, prefix, remove_duplicate)
         return ((name, module) for name, module in named if id(module) in metas)
 
     def named_meta_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Those meta-modules that are attributes of this module, and their names."""
+        """Iterate over names and meta-modules that are attributes of this module."""
         metas = set(map(id, self.meta_modules()))
         return ((name, module) for name, module in self.named_children() if id(module) in metas)
 
     def meta_children(self) -> Iterator[nn.Module]:
-        """Those meta-modules that are attributes of this module."""
+        """Iterate over the meta-modules that are attributes of this module."""
         return (module for _, module in self.named_meta_children())
 
     def register_parameter(self, name: str, param: torch.Tensor | None) -> None:
         """Add an inner parameter: an ``nn.Parameter``, or another leaf that needs a gradient.
 
         Raises:
-            ValueError: it is a meta-parameter.
+            ValueError: the tensor is a meta-parameter.
         """
         if param is not None and id(param) in self._meta_ids():
             raise ValueError(f"parameter {name!r} is a meta-parameter; use register_meta_parameter")
         if param is None or isinstance(param, nn.Parameter) or not (param.requires_grad and param.is_leaf):
-            super().register_parameter(name, param)  # type: ignore[arg-type]  # which says what is wrong
+            super().register_parameter(name, param)  # type: ignore[arg-type]  # raises for a wrong type
         else:
             self._keep(name, param)
 
@@ -140,8 +142,8 @@ class MetaGradientModule(nn.Module, metaclass=_Adopting):
         """Add a meta-parameter: a floating-point or complex tensor, frozen or not; None keeps the name.
 
         Raises:
-            TypeError: it is no such tensor.
-            KeyError: there is another attribute of this name.
+            TypeError: `param` is not such a tensor.
+            KeyError: the name is that of another attribute.
         """
         if param is not None and not (
             isinstance(param, torch.Tensor) and (param.is_floating_point() or param.is_complex())
@@ -155,38 +157,40 @@ class MetaGradientModule(nn.Module, metaclass=_Adopting):
         """Add a meta-module; None keeps the name.
 
         Raises:
-            TypeError: it is no module.
-            KeyError: there is another attribute of this name.
+            TypeError: `module` is not an ``nn.Module``.
+            KeyError: the name is that of another attribute.
         """
         self.add_module(name, module)
         self._meta[name] = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of inner and meta-parameters."""
-        for place in parameters_of(self).values():
-            if place.tensor.is_leaf and place.tensor.grad is not None:
-                place.tensor.grad = None if set_to_none else torch.zeros_like(place.tensor.grad)
+        for slot in parameters_of(self).values():
+            if slot.tensor.is_leaf and slot.tensor.grad is not None:
+                slot.tensor.grad = None if set_to_none else torch.zeros_like(slot.tensor.grad)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # What depends on others is converted within the graph, not in place.
-        attached = [place for place in parameters_of(self).values() if not place.tensor.is_leaf]
-        for place in attached:
-            place.put(None)
+        # `nn.Module._apply` writes to ``.data``, which loses history: tensors with history are taken out of their slots
+        # and converted by differentiable operations.
+        attached = [slot for slot in parameters_of(self).values() if not slot.tensor.is_leaf]
+        for slot in attached:
+            slot.put(None)
         try:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             with torch.enable_grad():
-                for place in attached:
-                    place.put(fn(place.tensor))
+                for slot in attached:
+                    slot.put(fn(slot.tensor))
 
     def _keep(self, name: str, tensor: torch.Tensor | None) -> None:
-        """Register a tensor of any kind."""
+        """Register a tensor, ``nn.Parameter`` or not, as a parameter."""
         self.__dict__.pop(name, None)
+        # The name is checked and registered by nn.Module with None, then filled: nn.Module accepts nn.Parameter alone.
         super().register_parameter(name, None)
         self._parameters[name] = tensor  # type: ignore[assignment]
 
-    def _meta_items(self) -> list[Any]:
-        """The meta-parameters and meta-modules as they are now: `torch.func.functional_call` exchanges them."""
+    def _meta_items(self) -> list[Item]:
+        """Return the present meta-parameters and meta-modules, which `torch.func.functional_call` may exchange."""
         items = [*self.__dict__.get("_given", {}).values()]
         for path in self._meta:
             above, _, name = path.rpartition(".")
@@ -197,18 +201,21 @@ class MetaGradientModule(nn.Module, metaclass=_Adopting):
     def _meta_ids(self) -> set[int]:
         items = self._meta_items()
         tensors = (p for item in items if isinstance(item, nn.Module) for p in nn.Module.parameters(item))
-        return {id(item) for item in items} | {id(place) for place in tensors}
+        return {id(item) for item in items} | {id(slot) for slot in tensors}
 
-    def _inner_places(self) -> dict[str, Place]:
+    def _inner_slots(self) -> dict[str, ParameterSlot]:
         metas = self._meta_ids()
-        return {name: place for name, place in parameters_of(self).items() if id(place.tensor) not in metas}
+        return {name: slot for name, slot in parameters_of(self).items() if id(slot.tensor) not in metas}
 
     def _adopt(self) -> None:
-        """Make what was given known by where it is kept, and keep what is not."""
+        """Record the path of each given tensor or module, and make it an attribute if it has no path."""
         for argument, item in self.__dict__.pop("_given").items():
+            # `super()`, since the override lists inner parameters alone.
             named = self.named_modules if isinstance(item, nn.Module) else super().named_parameters
             path = next((path for path, there in named(remove_duplicate=False) if there is item), None)
             if path is None:
+                # Not assigned by __init__: an attribute named after the argument, with an underscore if the name is
+                # taken.
                 path = re.sub(r"\W", "_", argument)
                 path += "_" * hasattr(self, path)
                 if isinstance(item, nn.Module):
@@ -219,11 +226,11 @@ class MetaGradientModule(nn.Module, metaclass=_Adopting):
             self._meta[path] = None
 
     def _refuse_exchanged(self) -> None:
-        """Raise if a tensor was exchanged that is read where it came from, inside of an argument."""
+        """Raise if `functional_call` exchanged a meta-parameter that the module reads from inside of an argument."""
         for path, tensor in self._adopted.items():
             if self._parameters.get(path) is not tensor:
                 raise ValueError(
                     f"{type(self).__name__}: the meta-parameter {path!r} was exchanged (torch.func.functional_call), "
-                    "but the module reads it inside of the argument that it came with: make it an attribute in "
-                    "__init__, and read that"
+                    "but the module reads it from inside of an argument: assign an attribute in __init__, and read "
+                    "the attribute"
                 )

@@ -1,4 +1,4 @@
-"""Objects over the pure functions, for programs that hold a module and an optimizer."""
+"""Object-oriented wrappers of the pure functions, for programs that hold a module and an optimizer."""
 
 from torch.serialization import add_safe_globals
 
@@ -78,5 +78,5 @@ __all__ = [
     "stop_gradient",
 ]
 
-# A state that was saved can be loaded without trusting its file.
+# `torch.load` with weights_only=True accepts registered classes alone.
 add_safe_globals([ModuleState])

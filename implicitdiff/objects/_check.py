@@ -1,4 +1,4 @@
-"""What every front checks."""
+"""Checks and conversions that all optimizer objects share."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.trees import Tree
 from implicitdiff.optim._base import GradientTransformation
 
 
-def transformation(name: str, given: Any) -> GradientTransformation:
-    """What was given, if it is a `GradientTransformation`."""
+def check_transformation(name: str, given: object) -> GradientTransformation:
+    """Return the transformation, or raise a TypeError."""
     if not isinstance(given, GradientTransformation):
         raise TypeError(
             f"{name}: transformation must be a GradientTransformation such as implicitdiff.adam(1e-3), "
@@ -22,38 +23,40 @@ def transformation(name: str, given: Any) -> GradientTransformation:
     return given
 
 
-Kinds = list[tuple[torch.dtype, torch.device]]
+TensorOptions = list[tuple[torch.dtype, torch.device]]
+"""Dtype and device of each parameter: a state is converted when they change."""
 
 
-def kinds(params: Any) -> Kinds:
-    """What the dtypes and the devices of a state depend on."""
+def tensor_options(params: Tree) -> TensorOptions:
+    """Return the dtype and the device of each parameter."""
     return [(t.dtype, t.device) for t in pytree.tensors(params)]
 
 
-def fitted(given: Any, fresh: Any) -> Any:
-    """A state in the dtypes and on the devices of a fresh one, for parameters that were converted since."""
+def convert_state(given: Tree, fresh: Tree) -> Tree:
+    """Return a state with the dtypes and devices of a fresh one, after the parameters were converted."""
     leaves, structure = pytree.flatten(fresh)
     pairs = zip(structure.tensors_of(given), leaves, strict=True)
     return structure.unflatten([t.to(like.device, like.dtype) for t, like in pairs])
 
 
-def state(name: str, mine: Any, given: Any) -> Any:
-    """A state to go on with, if it is nested like the present one, with tensors of the same shapes."""
+def check_state(name: str, mine: Tree, given: Tree) -> Tree:
+    """Return the given state, or raise if nesting or shapes differ from the present state."""
     leaves, structure = pytree.flatten(mine)
     try:
         others = structure.tensors_of(given)
     except ValueError:
         others = []
+    # Dtypes and devices may differ: `convert_state` adapts them.
     if [t.shape for t in others] != [t.shape for t in leaves]:
         raise ValueError(
-            f"{name}: the state given is not one of this optimizer for these parameters: expected "
+            f"{name}: the state given does not belong to this optimizer and these parameters: expected "
             f"{pytree.describe(mine)}, got {pytree.describe(given)}"
         )
     return given
 
 
-def signature(first: str, factory: Callable[..., Any]) -> inspect.Signature:
-    """How a front of a factory's transformation is called."""
+def object_signature(first: str, factory: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a class whose constructor takes `first`, then the arguments of a factory."""
     given = inspect.signature(factory)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return given.replace(
@@ -62,9 +65,9 @@ def signature(first: str, factory: Callable[..., Any]) -> inspect.Signature:
     )
 
 
-def bound(front: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by name, of a front that is called as `signature` has it."""
+def bind_arguments(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor by name, bound by the class's ``__signature__``."""
     try:
-        return dict(front.__signature__.bind(*args, **kwargs).arguments)
+        return dict(cls.__signature__.bind(*args, **kwargs).arguments)
     except TypeError as error:
-        raise TypeError(f"{front.__name__}: {error}; it takes {front.__signature__}") from None
+        raise TypeError(f"{cls.__name__}: {error}; it takes {cls.__signature__}") from None

@@ -1,4 +1,9 @@
-"""What torch differentiates wrongly in the graph of a step: an error in the place of a wrong number."""
+"""Errors in place of derivatives that torch computes wrongly.
+
+A step of a meta-optimizer differentiates a loss once; later derivatives go through the recorded graph. If the graph
+contains an operation whose second or third derivative torch gets wrong, the derivative raises when it is taken. See
+`implicitdiff._torch.replacements` for the issues, and for replacements that are right.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-# By the names of their nodes: operations with a wrong second derivative, ...
-_WRONG_TWICE = {"WeightNormInterfaceBackward0": "weight_norm"}
-# ... and second derivatives with a wrong derivative.
-_WRONG_AFTERWARDS = {
+# Names of autograd nodes of operations with a wrong second derivative, and, below, of their backward nodes with a wrong
+# derivative, which makes the third derivative wrong.
+_WRONG_SECOND = {"WeightNormInterfaceBackward0": "weight_norm"}
+_WRONG_THIRD = {
     "NativeLayerNormBackwardBackward0": "layer_norm",
     "NativeBatchNormBackwardBackward0": "batch_norm",
     "CudnnBatchNormBackwardBackward0": "batch_norm",
@@ -20,21 +25,23 @@ _WRONG_AFTERWARDS = {
 }
 
 
-def right_or_refused(name: str, loss: Tensor, grads: dict[int, Tensor], params: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The gradients of a loss, derivatives of which raise where torch has them wrong.
+def guard_derivatives(name: str, loss: Tensor, grads: dict[int, Tensor], params: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Return gradients whose derivatives raise if torch would compute them wrongly.
 
     Args:
         name: of the public function, for error messages.
-        loss: a function of `params`, at which the graph of this step ends.
-        grads: its gradients, with their graph.
+        loss: the loss; the graph of this step lies between `loss` and `params`.
+        grads: gradients of the loss by position of the parameter, with their graph.
+        params: the parameters.
     """
-    ends = {_node(t) for t in params}
-    for node in _nodes(list(grads.values()), ends):
-        if (operation := _WRONG_AFTERWARDS.get(node.name())) is not None:
-            node.register_hook(_Once(_message(name, operation, "third")))
-    for node in _between([loss], ends):
-        if (operation := _WRONG_TWICE.get(node.name())) is not None:
-            return {i: _refused(g, _message(name, operation, "second")) for i, g in grads.items()}
+    # Backward nodes appear in the graph of the gradients, forward nodes in the graph of the loss.
+    ends = {_accumulating_node(t) for t in params}
+    for node in _nodes_behind(list(grads.values()), ends):
+        if (operation := _WRONG_THIRD.get(node.name())) is not None:
+            node.register_hook(_OnceDifferentiable(_message(name, operation, "third")))
+    for node in _nodes_on_paths([loss], ends):
+        if (operation := _WRONG_SECOND.get(node.name())) is not None:
+            return {i: _not_differentiable(g, _message(name, operation, "second")) for i, g in grads.items()}
     return grads
 
 
@@ -45,19 +52,23 @@ def _message(name: str, operation: str, which: str) -> str:
     )
 
 
-def _node(tensor: Tensor) -> Node | None:
-    """Where autograd arrives at a tensor."""
+def _accumulating_node(tensor: Tensor) -> Node | None:
+    """Node of a tensor in the graph: for a leaf, the node that accumulates the gradient."""
     return torch.autograd.graph.get_gradient_edge(tensor).node if tensor.requires_grad else None
 
 
-def _between(tensors: Sequence[Tensor], ends: set[Node | None]) -> list[Node]:
-    """The nodes from tensors to those ends, and to nothing else."""
-    nodes = list(_nodes(tensors, ends))
+def _nodes_on_paths(tensors: Sequence[Tensor], ends: set[Node | None]) -> list[Node]:
+    """Return the nodes on paths from tensors to `ends`.
+
+    A node off all paths, such as a layer norm of data, takes no part in the gradient.
+    """
+    nodes = list(_nodes_behind(tensors, ends))
     above: dict[Node, list[Node]] = {}
     for node in nodes:
         for below, _ in node.next_functions:
             if below is not None:
                 above.setdefault(below, []).append(node)
+    # Search upwards, from the ends against the direction of `next_functions`.
     found: set[Node] = set()
     todo = [node for end in ends - {None} for node in above.get(end, [])]  # type: ignore[arg-type]
     while todo:
@@ -68,7 +79,9 @@ def _between(tensors: Sequence[Tensor], ends: set[Node | None]) -> list[Node]:
     return [node for node in nodes if node in found]
 
 
-def _nodes(tensors: Sequence[Tensor], ends: set[Node | None]) -> Iterator[Node]:
+def _nodes_behind(tensors: Sequence[Tensor], ends: set[Node | None]) -> Iterator[Node]:
+    """Iterate over the graph behind tensors, up to `ends`."""
+    # Iterative: graphs of long runs exceed Python's limit of recursion.
     seen, todo = {None, *ends}, [t.grad_fn for t in tensors]
     while todo:
         node = todo.pop()
@@ -79,25 +92,26 @@ def _nodes(tensors: Sequence[Tensor], ends: set[Node | None]) -> Iterator[Node]:
         todo += [below for below, _ in node.next_functions]
 
 
-class _Once:
-    """A hook of a node whose results may be used, and not be differentiated."""
+class _OnceDifferentiable:
+    """A hook that replaces the gradients a node computes by equal tensors whose derivative raises."""
 
     def __init__(self, message: str) -> None:
         self.message = message
 
-    def __call__(self, inputs: tuple[Tensor | None, ...], outputs: Any) -> tuple[Tensor | None, ...] | None:
+    def __call__(self, inputs: tuple[Tensor | None, ...], outputs: object) -> tuple[Tensor | None, ...] | None:
+        # A backward pass without create_graph is the first derivative, which is right.
         if not torch.is_grad_enabled():
             return None
-        return tuple(None if t is None else _refused(t, self.message) for t in inputs)
+        return tuple(None if t is None else _not_differentiable(t, self.message) for t in inputs)
 
 
-def _refused(tensor: Tensor, message: str) -> Tensor:
-    refused: Tensor = _Refusal.apply(tensor, message)  # type: ignore[no-untyped-call]
+def _not_differentiable(tensor: Tensor, message: str) -> Tensor:
+    refused: Tensor = _RaiseInBackward.apply(tensor, message)  # type: ignore[no-untyped-call]
     return refused
 
 
-class _Refusal(torch.autograd.Function):
-    """The same tensor, whose derivative raises."""
+class _RaiseInBackward(torch.autograd.Function):
+    """The identity, with a derivative that raises."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, message: str) -> Tensor:

@@ -1,14 +1,14 @@
-"""Hooks of parameters, for the tensors that a step puts in their places.
+"""Hooks of a parameter, inherited by the result of a step.
 
-A hook of ``p.register_hook`` is a part of how the gradient of ``p`` is computed. A step's result needs the same for the
-gradient of the next step, and for that alone: a hook on the result itself would also change what flows back through it
-from a later loss, once for each step.
+A hook of ``p.register_hook`` modifies the gradient of ``p``. The gradient of the next step, at the new parameter, has
+to be modified likewise. Registering the hook on the new parameter would be wrong: autograd would run it in the outer
+backward pass too, once for each step. The new parameter therefore carries the tables of hooks as an attribute, which
+`loss_gradients` applies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 
@@ -18,13 +18,16 @@ _NAME = "_inherited_hooks"
 
 
 class _Inherited:
-    """The tables of hooks of all tensors before; those that are removed are gone from their table. A copy has none, as
-    the copy of a tensor has none."""
+    """Hook tables of all earlier versions of a parameter.
 
-    def __init__(self, tables: tuple[Mapping[Any, Callable[[torch.Tensor], torch.Tensor | None]], ...] = ()) -> None:
+    The tables are autograd's own, so that removal by a handle takes effect here too. A copy or a pickle has no tables,
+    like a copy of a tensor.
+    """
+
+    def __init__(self, tables: tuple[Mapping[int, Callable[[torch.Tensor], torch.Tensor | None]], ...] = ()) -> None:
         self.tables = tables
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[_Inherited], tuple[()]]:
         return _Inherited, ()
 
 
@@ -33,15 +36,15 @@ def _inherited(tensor: torch.Tensor) -> _Inherited:
 
 
 def inherit(new: torch.Tensor, old: torch.Tensor) -> None:
-    """Give a tensor the hooks of the one whose place it takes."""
+    """Pass the hooks of a parameter on to its replacement."""
     own = _functorch.hooks_of(old)
     tables = (*_inherited(old).tables, *([own] if own else []))
     if tables and new is not old:
         setattr(new, _NAME, _Inherited(tables))
 
 
-def applied(tensor: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient of a tensor after the hooks that it inherited; autograd runs its own."""
+def apply_inherited(tensor: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Apply inherited hooks to the gradient of a tensor. Autograd has run the tensor's own hooks already."""
     for table in _inherited(tensor).tables:
         for hook in list(table.values()):
             result = hook(grad)

@@ -1,4 +1,4 @@
-"""Optimizers of torch.optim as ours."""
+"""Conversion of optimizers of torch.optim."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from implicitdiff.objects.optimizer import Optimizer
 from implicitdiff.objects.optimizers import SGD, AdaDelta, AdaGrad, Adam, AdaMax, AdamW, RAdam, RMSProp
 
-_OURS: dict[type[torch.optim.Optimizer], Callable[..., Optimizer]] = {
+_COUNTERPARTS: dict[type[torch.optim.Optimizer], Callable[..., Optimizer]] = {
     torch.optim.SGD: SGD,
     torch.optim.Adam: Adam,
     torch.optim.AdamW: AdamW,
@@ -24,14 +24,14 @@ _OURS: dict[type[torch.optim.Optimizer], Callable[..., Optimizer]] = {
 def from_torch(optimizer: torch.optim.Optimizer) -> Optimizer:
     """Convert an optimizer of torch.optim, with its parameter groups and a copy of its state.
 
-    The result goes on where it was, on the same parameters; its `Optimizer.pure` gives the pairs, parameters and
-    states to go on with in pure functions.
+    The result continues the run on the same parameters. `Optimizer.pure` of the result gives pairs, parameters and
+    states to continue with pure functions.
 
     Args:
         optimizer: an ``SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta, Adamax`` or ``RAdam`` of torch.optim.
 
     Raises:
-        TypeError: it is another one.
+        TypeError: the optimizer is of another class.
 
     Example:
         >>> import torch
@@ -44,13 +44,16 @@ def from_torch(optimizer: torch.optim.Optimizer) -> Optimizer:
         >>> state.count, state.mu
         (tensor([1]), [tensor([0.2000, 0.4000])])
     """
-    front = _OURS.get(type(optimizer))
-    if front is None:
+    counterpart = _COUNTERPARTS.get(type(optimizer))
+    if counterpart is None:
         raise TypeError(
             f"from_torch: {type(optimizer).__name__} has no counterpart here; there are "
-            f"{', '.join(theirs.__name__ for theirs in _OURS)}"
+            f"{', '.join(theirs.__name__ for theirs in _COUNTERPARTS)}"
         )
+    # torch.optim.Adam with the flag decoupled_weight_decay is AdamW; here the two are classes.
     decoupled = any(group.get("decoupled_weight_decay") for group in optimizer.param_groups)
-    made = (AdamW if front is Adam and decoupled else front)([dict(group) for group in optimizer.param_groups])
+    made = (AdamW if counterpart is Adam and decoupled else counterpart)(
+        [dict(group) for group in optimizer.param_groups]
+    )
     made.load_state_dict(optimizer.state_dict())
     return made

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 import implicitdiff._torch.trees as pytree
 import implicitdiff.objects._check as _check
 import implicitdiff.objects._hooks as _hooks
-from implicitdiff.objects._derivatives import right_or_refused
+from implicitdiff._torch.trees import Tree
+from implicitdiff.objects._derivatives import guard_derivatives
 from implicitdiff.optim._base import GradientTransformation
 
 
 class FuncOptimizer:
-    """A `GradientTransformation` that remembers its state from step to step.
+    """A `GradientTransformation` with its state, for functional parameters.
 
     Args:
         transformation: the pair, e.g. ``implicitdiff.adam(1e-3)``.
-        inplace: whether `step` overwrites the parameters, by default. Their updates are not differentiable then.
+        inplace: default of `step`: overwrite the parameters, without a derivative of the step.
 
     Raises:
-        TypeError: `transformation` is none.
+        TypeError: `transformation` is not a `GradientTransformation`.
 
     Example:
         >>> import torch
@@ -34,58 +33,63 @@ class FuncOptimizer:
     """
 
     def __init__(self, transformation: GradientTransformation, *, inplace: bool = False) -> None:
-        self.transformation = _check.transformation("FuncOptimizer", transformation)
+        self.transformation = _check.check_transformation("FuncOptimizer", transformation)
         self.inplace = inplace
-        self.state: Any = None
-        self._kinds: _check.Kinds | None = None
+        self.state: Tree = None
+        self._options: _check.TensorOptions | None = None
 
-    def step(self, loss: torch.Tensor, params: Any, inplace: bool | None = None, *, first_order: bool = False) -> Any:
-        """The parameters after a step down the gradient of a loss.
+    def step(self, loss: torch.Tensor, params: Tree, inplace: bool | None = None, *, first_order: bool = False) -> Tree:
+        """Return the parameters after a step along the gradients of a loss.
 
         Args:
             loss: a scalar that was computed from `params`.
-            params: a pytree of tensors. Those that need no gradient, or that the loss does not depend on, are returned
-                as they are.
-            inplace: overwrite and return `params`; None is what the constructor was given.
-            first_order: take the gradient for a constant, as in `MetaOptimizer.step`.
+            params: a pytree of tensors. Tensors that need no gradient, or that the loss does not depend on, are
+                returned unchanged.
+            inplace: overwrite and return `params`; None: the default of the constructor.
+            first_order: treat the gradients as constants, as in `MetaOptimizer.step`.
 
         Returns:
-            A tree like `params`, which is differentiable in them and in the hyper-parameters unless `inplace`.
+            A tree like `params`, differentiable in `params` and in the hyper-parameters unless `inplace`.
 
         Raises:
             ValueError: the loss depends on none of the parameters.
         """
         inplace = self.inplace if inplace is None else inplace
-        grads = gradients("FuncOptimizer.step", loss, params, constant=inplace or first_order, keep=first_order)
-        state, kinds = self.state, _check.kinds(params)
-        if state is None or kinds != self._kinds:
+        grads = loss_gradients("FuncOptimizer.step", loss, params, constant=inplace or first_order, keep=first_order)
+        state, options = self.state, _check.tensor_options(params)
+        if state is None or options != self._options:
             fresh = self.transformation.init(params)
-            state = fresh if state is None else _check.fitted(state, fresh)
+            state = fresh if state is None else _check.convert_state(state, fresh)
         with torch.set_grad_enabled(not inplace):
             stepped, self.state = self.transformation.step(grads, state, params, inplace=inplace)
-        self._kinds = kinds
+        self._options = options
+        # Unchanged tensors are their own replacement, for which `inherit` does nothing.
         for new, old in zip(pytree.tensors(stepped), pytree.tensors(params), strict=True):
             _hooks.inherit(new, old)
         return stepped
 
-    def state_dict(self) -> Any:
-        """The state, a pytree of tensors; None before the first step. These are the tensors, not copies."""
+    def state_dict(self) -> Tree:
+        """Return the state, a pytree of tensors, not copied. None before the first step."""
         return self.state
 
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Go on from a state that `state_dict` gave."""
+    def load_state_dict(self, state_dict: Tree) -> None:
+        """Continue from a state that `state_dict` returned."""
         if self.state is not None and state_dict is not None:
-            _check.state("FuncOptimizer.load_state_dict", self.state, state_dict)
-        self.state, self._kinds = state_dict, None
+            _check.check_state("FuncOptimizer.load_state_dict", self.state, state_dict)
+        self.state, self._options = state_dict, None
 
 
-def gradients(name: str, loss: torch.Tensor, params: Any, *, constant: bool, keep: bool = False) -> Any:
-    """The gradients of a loss in a tree of parameters, None where there is none.
+def loss_gradients(name: str, loss: torch.Tensor, params: Tree, *, constant: bool, keep: bool = False) -> Tree:
+    """Return the gradients of a loss in a tree of parameters, with None for parameters without a gradient.
 
     Args:
-        constant: they are not to be differentiated.
-        keep: the graph of the loss is kept even so.
+        name: of the public function, for error messages.
+        loss: a scalar.
+        params: a tree of tensors.
+        constant: compute gradients without a graph.
+        keep: keep the graph of the loss in any case.
     """
+    # Frozen tensors have no gradient, and torch.autograd.grad refuses them.
     leaves, structure = pytree.flatten(params)
     at = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
     some = [leaves[i] for i in at]
@@ -96,13 +100,15 @@ def gradients(name: str, loss: torch.Tensor, params: Any, *, constant: bool, kee
         )
     pairs = zip(at, found, strict=bool(found))
     with torch.set_grad_enabled(not constant):
-        # Of what was converted within a graph (`module.double()`), autograd gives the gradient in the old dtype.
-        grads = {i: _hooks.applied(leaves[i], grad.to(leaves[i].dtype)) for i, grad in pairs if grad is not None}
+        # After a conversion within a graph (`module.double()`), autograd returns gradients in the old dtype.
+        grads = {
+            i: _hooks.apply_inherited(leaves[i], grad.to(leaves[i].dtype)) for i, grad in pairs if grad is not None
+        }
     if not grads:
         raise ValueError(
-            f"{name}: the loss depends on none of the parameters that need a gradient; compute it anew after each "
-            "step, from the parameters that the step gave, with gradients enabled"
+            f"{name}: the loss depends on none of the parameters that need a gradient; compute the loss after each "
+            "step again, from the new parameters, with gradients enabled"
         )
     if not constant:
-        grads = right_or_refused(name, loss, grads, some)
+        grads = guard_derivatives(name, loss, grads, some)
     return structure.fill(grads)

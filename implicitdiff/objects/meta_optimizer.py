@@ -13,36 +13,37 @@ import implicitdiff._torch.levels as _functorch
 import implicitdiff.objects._check as _check
 import implicitdiff.objects._hooks as _hooks
 import implicitdiff.optim as optim
-from implicitdiff._torch.slots import Place, listed_parameters_of
-from implicitdiff.objects.func_optimizer import gradients
+from implicitdiff._torch.slots import ParameterSlot, listed_parameters_of
+from implicitdiff._torch.trees import Tree
+from implicitdiff.objects.func_optimizer import loss_gradients
 from implicitdiff.optim._base import GradientTransformation
 
 
 class MetaOptimizer:
-    """Steps of a module's parameters that stay part of the graph.
+    """An optimizer of a module's parameters with differentiable steps.
 
-    A step replaces each parameter of the module by ``p + update``, an ``nn.Parameter`` in the middle of a graph: it
-    depends on the parameter before, on the loss, and on the transformation's hyper-parameters, and what is computed
-    with the module afterwards is differentiable in all of these. Tied parameters stay tied. Those that are frozen, or
-    that the loss does not depend on, are left alone. Hooks of a parameter (``register_hook``) are applied to its
-    gradient in every step. ``copy.deepcopy`` of the module copies the values, out of the graph.
+    A step replaces each parameter ``p`` of the module by ``p + update``, an ``nn.Parameter`` with autograd history.
+    Results that the module computes afterwards are differentiable in the old parameters, in tensors of the loss, and in
+    the hyper-parameters. Tied parameters stay tied. Frozen parameters, and parameters without influence on the loss, do
+    not change. Hooks of a parameter (``register_hook``) apply to its gradient in every step. ``copy.deepcopy`` of the
+    module copies values without history.
 
-    The state is begun when it is first needed, and converted with the parameters (``module.double()``).
+    The state is initialised at first use, and converted with the parameters (``module.double()``).
 
-    The graph grows with each step. `extract_state_dict` before the first and `recover_state_dict` after the last
-    return to where it began, `stop_gradient` goes on from where it ended; both let go of the graph.
+    The graph grows with each step. To restart, call `extract_state_dict` before the first step and `recover_state_dict`
+    after the last. To continue from the last step, call `stop_gradient`. Both release the graph.
 
     Args:
-        module: its parameters are optimized, of an `implicitdiff.nn.MetaGradientModule` the inner ones.
+        module: the module to optimize; of an `implicitdiff.nn.MetaGradientModule`, the inner parameters.
         transformation: the pair, e.g. ``implicitdiff.adam(1e-3)``.
 
     Attributes:
         module: the module.
         transformation: the pair.
-        state: its state, for the parameters by name; trees of hyper-parameters are nested like these.
+        state: the state for a dictionary of parameters by name. Trees of hyper-parameters are nested likewise.
 
     Raises:
-        TypeError: `transformation` is none, or `module` no module.
+        TypeError: `transformation` is not a `GradientTransformation`, or `module` not an ``nn.Module``.
         ValueError: the module has no parameters.
 
     Example:
@@ -66,97 +67,104 @@ class MetaOptimizer:
         name = type(self).__name__
         if not isinstance(module, nn.Module):
             raise TypeError(f"{name}: module must be an nn.Module, got {type(module).__name__}")
-        self.transformation = _check.transformation(name, transformation)
+        self.transformation = _check.check_transformation(name, transformation)
         self.module = module
-        places = self._places()
-        if not places:
+        slots = self._slots()
+        if not slots:
             raise ValueError(f"{name}: the module has no parameters")
-        self._state: Any = None
-        self._kinds: _check.Kinds | None = None
-        self._shapes = _shapes(places)
-        self._fit(_tensors(places))  # for its errors
+        self._state: Tree = None
+        self._options: _check.TensorOptions | None = None
+        self._shapes = _shapes(slots)
+        # Errors of ``init`` are due here. The state itself is made at first use, when dtypes and devices are final.
+        self._fit(_tensors_by_name(slots))
         self._state = None
 
     @property
-    def state(self) -> Any:
-        places = self._places()
-        if _shapes(places) == self._shapes:
-            self._fit(_tensors(places))
+    def state(self) -> Tree:
+        slots = self._slots()
+        if _shapes(slots) == self._shapes:
+            self._fit(_tensors_by_name(slots))
         return self._state
 
     @state.setter
-    def state(self, state: Any) -> None:
-        self._state, self._kinds = state, None
+    def state(self, state: Tree) -> None:
+        self._state, self._options = state, None
 
     def _fit(self, params: dict[str, torch.Tensor]) -> None:
-        """Begin the state, or convert it as the parameters were."""
-        kinds = _check.kinds(params)
-        if self._state is None or kinds != self._kinds:
+        """Initialise the state, or convert it to the present dtypes and devices of the parameters."""
+        options = _check.tensor_options(params)
+        if self._state is None or options != self._options:
             with torch.no_grad():
                 fresh = self.transformation.init(params)
-            self._state, self._kinds = fresh if self._state is None else _check.fitted(self._state, fresh), kinds
+            self._state, self._options = (
+                fresh if self._state is None else _check.convert_state(self._state, fresh),
+                options,
+            )
 
     def step(self, loss: torch.Tensor, *, first_order: bool = False) -> None:
-        """Replace the module's parameters by those after a step down the gradient of a loss.
+        """Replace the module's parameters by the result of a step along the gradients of a loss.
 
         Args:
-            loss: a scalar that was computed with the module as it is now; under `implicitdiff.elementary`, if the
-                module has operations whose higher derivatives torch gets wrong or lacks.
-            first_order: take the gradient for a constant, which saves the derivative of a derivative. The new
-                parameters then depend on the ones before with derivative 1, and on the hyper-parameters.
+            loss: a scalar, computed with the present parameters; under `implicitdiff.elementary` if the module has
+                operations whose higher derivatives torch gets wrong or lacks.
+            first_order: treat the gradients as constants, which avoids second derivatives. The new parameters then
+                depend on the old parameters with derivative 1, and on the hyper-parameters.
 
         Raises:
-            ValueError: the loss depends on none of the parameters, or the module has others than it had.
-            RuntimeError: when a derivative is taken that torch gets wrong: through the step, that of a loss with
-                `weight_norm`; of such a derivative again, that of one with `layer_norm` or `batch_norm`.
+            ValueError: the loss depends on none of the parameters, or names or shapes of parameters have changed.
+            RuntimeError: later, in a derivative that torch gets wrong: through a step on a loss with `weight_norm`, or
+                the second derivative through a step on a loss with `layer_norm` or `batch_norm`.
         """
         name = f"{type(self).__name__}.step"
-        places = self._places()
-        if _shapes(places) != self._shapes:
+        slots = self._slots()
+        if _shapes(slots) != self._shapes:
             raise ValueError(
-                f"{name}: the module's parameters are {_shapes(places)}, but they were {self._shapes} when this "
+                f"{name}: the module's parameters are {_shapes(slots)}, but they were {self._shapes} when this "
                 "optimizer was made; make another one"
             )
-        params = _tensors(places)
+        params = _tensors_by_name(slots)
         self._fit(params)
-        grads = gradients(name, loss, params, constant=first_order, keep=True)
+        grads = loss_gradients(name, loss, params, constant=first_order, keep=True)
+        # Differentiable in hyper-parameters even if the user computes the step under no_grad.
         with torch.enable_grad():
             stepped, self._state = self.transformation.step(grads, self._state, params)
-        for key, place in places.items():
+        for key, slot in slots.items():
             if grads[key] is not None:
-                _hooks.inherit(stepped[key], place.tensor)
-                place.put(_as_parameter(stepped[key]))
+                _hooks.inherit(stepped[key], slot.tensor)
+                slot.put(_as_parameter(stepped[key]))
 
-    def state_dict(self) -> Any:
-        """The state, a pytree of tensors. These are the tensors, with their graphs, not copies."""
+    def state_dict(self) -> Tree:
+        """Return the state, a pytree of tensors with their graphs, not copied."""
         return self.state
 
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Go on from a state that `state_dict` gave."""
-        self.state = _check.state(f"{type(self).__name__}.load_state_dict", self.state, state_dict)
+    def load_state_dict(self, state_dict: Tree) -> None:
+        """Continue from a state that `state_dict` returned."""
+        self.state = _check.check_state(f"{type(self).__name__}.load_state_dict", self.state, state_dict)
 
-    def _places(self) -> dict[str, Place]:
-        places = listed_parameters_of(self.module)
-        return {key: p for key, p in places.items() if p.tensor.is_floating_point() or p.tensor.is_complex()}
+    def _slots(self) -> dict[str, ParameterSlot]:
+        # Integer parameters, of quantised modules, have no gradients.
+        slots = listed_parameters_of(self.module)
+        return {key: p for key, p in slots.items() if p.tensor.is_floating_point() or p.tensor.is_complex()}
 
 
-def _tensors(places: dict[str, Place]) -> dict[str, torch.Tensor]:
-    return {key: place.tensor for key, place in places.items()}
+def _tensors_by_name(slots: dict[str, ParameterSlot]) -> dict[str, torch.Tensor]:
+    return {key: slot.tensor for key, slot in slots.items()}
 
 
 def _as_parameter(tensor: torch.Tensor) -> torch.Tensor:
-    """The same tensor as a parameter, which may be copied: torch refuses a deep copy of others within a graph."""
+    """Make a tensor an ``nn.Parameter`` in place: torch cannot deep-copy other tensors with history."""
     if type(tensor) is torch.Tensor and _functorch.is_plain(tensor):
-        tensor.__class__ = nn.Parameter  # a new object would be a leaf
+        # `nn.Parameter(tensor)` would be a leaf.
+        tensor.__class__ = nn.Parameter
     return tensor
 
 
-def _shapes(places: dict[str, Place]) -> dict[str, list[int]]:
-    return {name: list(place.tensor.shape) for name, place in places.items()}
+def _shapes(slots: dict[str, ParameterSlot]) -> dict[str, list[int]]:
+    return {name: list(slot.tensor.shape) for name, slot in slots.items()}
 
 
-class _Of(MetaOptimizer):
-    """A meta-optimizer by the name of its transformation."""
+class _NamedMetaOptimizer(MetaOptimizer):
+    """A meta-optimizer with the arguments of a factory of transformations."""
 
     factory: ClassVar[Callable[..., GradientTransformation]]
     __signature__: ClassVar[inspect.Signature]
@@ -165,44 +173,44 @@ class _Of(MetaOptimizer):
         super().__init_subclass__(**kwargs)
         if factory is not None:
             cls.factory = staticmethod(factory)
-            cls.__signature__ = _check.signature("module", factory)
+            cls.__signature__ = _check.object_signature("module", factory)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = _check.bound(type(self), args, kwargs)
+        given = _check.bind_arguments(type(self), args, kwargs)
         super().__init__(given.pop("module"), type(self).factory(**given))
 
 
-class MetaSGD(_Of, factory=optim.sgd):
+class MetaSGD(_NamedMetaOptimizer, factory=optim.sgd):
     """`MetaOptimizer` of `implicitdiff.sgd`, whose arguments it takes."""
 
 
-class MetaAdam(_Of, factory=optim.adam):
+class MetaAdam(_NamedMetaOptimizer, factory=optim.adam):
     """`MetaOptimizer` of `implicitdiff.adam`, whose arguments it takes."""
 
 
-class MetaAdamW(_Of, factory=optim.adamw):
+class MetaAdamW(_NamedMetaOptimizer, factory=optim.adamw):
     """`MetaOptimizer` of `implicitdiff.adamw`, whose arguments it takes."""
 
 
-class MetaRMSProp(_Of, factory=optim.rmsprop):
+class MetaRMSProp(_NamedMetaOptimizer, factory=optim.rmsprop):
     """`MetaOptimizer` of `implicitdiff.rmsprop`, whose arguments it takes."""
 
 
-class MetaAdaGrad(_Of, factory=optim.adagrad):
+class MetaAdaGrad(_NamedMetaOptimizer, factory=optim.adagrad):
     """`MetaOptimizer` of `implicitdiff.adagrad`, whose arguments it takes."""
 
 
-class MetaAdaDelta(_Of, factory=optim.adadelta):
+class MetaAdaDelta(_NamedMetaOptimizer, factory=optim.adadelta):
     """`MetaOptimizer` of `implicitdiff.adadelta`, whose arguments it takes."""
 
 
-class MetaAdaMax(_Of, factory=optim.adamax):
+class MetaAdaMax(_NamedMetaOptimizer, factory=optim.adamax):
     """`MetaOptimizer` of `implicitdiff.adamax`, whose arguments it takes."""
 
 
-class MetaRAdam(_Of, factory=optim.radam):
+class MetaRAdam(_NamedMetaOptimizer, factory=optim.radam):
     """`MetaOptimizer` of `implicitdiff.radam`, whose arguments it takes."""
 
 
-# As torch.optim spells them.
+# Spelling of torch.optim.
 MetaRMSprop, MetaAdagrad, MetaAdadelta, MetaAdamax = MetaRMSProp, MetaAdaGrad, MetaAdaDelta, MetaAdaMax

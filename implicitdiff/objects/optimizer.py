@@ -1,4 +1,4 @@
-"""A transformation as an optimizer of torch.optim."""
+"""A transformation in the interface of torch.optim."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ import torch
 
 import implicitdiff._torch.trees as pytree
 import implicitdiff.objects._check as _check
+from implicitdiff._torch.trees import Leaves, Tree
 from implicitdiff.optim._base import GradientTransformation
 
 Group = dict[str, Any]
-Leaves = list[torch.Tensor]
 
 
 class Pure(NamedTuple):
-    """A parameter group as pure functions see it.
+    """A parameter group for pure functions.
 
     Attributes:
-        transformation: the pair, with the group's hyper-parameters.
-        params: the group's parameters.
-        state: the pair's state for the list of them.
+        transformation: the pair, with the hyper-parameters of the group.
+        params: the list of parameters.
+        state: the state of the pair for `params`.
     """
 
     transformation: GradientTransformation
     params: Leaves
-    state: Any
+    state: Tree
 
 
 class Optimizer(torch.optim.Optimizer):
     """A `GradientTransformation` as a ``torch.optim.Optimizer``.
 
-    It steps in place, as torch's do, and takes part in what is written for those: hooks, ``GradScaler``, checkpoints.
-    What it steps is the list of a group's parameters, so that a global norm is that of the group. For transformations
-    with named hyper-parameters, which torch's schedulers can change, there are `SGD`, `Adam` and kin. Parameters that
-    are converted later (``module.double()``) take their state along.
+    Steps are in place, and hooks, ``GradScaler`` and checkpoints work as with torch.optim. The transformation acts on
+    the list of parameters of a group, so a global norm is the norm of the group. For hyper-parameters by name, which
+    schedulers of torch.optim can change, use `SGD`, `Adam` and the like. The state is converted with the parameters
+    (``module.double()``).
 
     Args:
-        params: tensors, named tensors, or dictionaries of ``params``, one for each group.
+        params: tensors, named tensors, or a dictionary with ``params`` for each group.
         transformation: the pair, e.g. ``chain(clip_grad_norm(1.0), adam(1e-3))``.
 
     Raises:
-        TypeError: `transformation` is none.
+        TypeError: `transformation` is not a `GradientTransformation`.
 
     Example:
         >>> import torch
@@ -56,21 +56,21 @@ class Optimizer(torch.optim.Optimizer):
         tensor([2.7000, 3.6000], requires_grad=True)
     """
 
-    def __init__(self, params: Any, transformation: GradientTransformation) -> None:
-        self._transformation = _check.transformation("Optimizer", transformation)
-        self._structures: dict[int, tuple[pytree.Structure, _check.Kinds]] = {}
+    def __init__(self, params: Tree, transformation: GradientTransformation) -> None:
+        self._transformation = _check.check_transformation("Optimizer", transformation)
+        self._structures: dict[int, tuple[pytree.Structure, _check.TensorOptions]] = {}
         super().__init__(params, {})
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add parameters, to be stepped by themselves.
+        """Add a parameter group, with a state of its own.
 
         Raises:
-            ValueError: the group has hyper-parameters, which belong to the transformation.
+            ValueError: the group has hyper-parameters; pass these to the transformation.
         """
         if others := [key for key in param_group if key not in ("params", "param_names")]:
             raise ValueError(
-                f"Optimizer: a group has nothing but params, got {others[0]!r}, which would not be used; give the "
-                "transformation its hyper-parameters, or use SGD, Adam or kin, whose groups have their own"
+                f"Optimizer: a group has params alone, but got {others[0]!r}; pass hyper-parameters to the "
+                "transformation, or use SGD, Adam or the like, whose groups have their own"
             )
         super().add_param_group(param_group)
 
@@ -79,7 +79,7 @@ class Optimizer(torch.optim.Optimizer):
         """Step all parameters that have a gradient, in place.
 
         Args:
-            closure: computes the loss and its gradients anew; its result is returned.
+            closure: recomputes loss and gradients. Its result is returned.
         """
         loss = None
         if closure is not None:
@@ -87,36 +87,37 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         for index, group in enumerate(self.param_groups):
             if any(p.grad is not None for p in group["params"]):
-                self._step(*self._pure(index, self._stepped(group)), index)
+                self._step(*self._pure(index, self._params_to_step(group)), index)
         return loss
 
     def pure(self) -> list[Pure]:
-        """Each parameter group as the pair, the parameters and the state to go on with in pure functions.
+        """Return for each group the pair, parameters and state, to continue with pure functions.
 
-        These are the tensors, not copies: steps of this object change them.
+        The tensors are not copied: later steps of this object overwrite them.
         """
         return [self._pure(index, group["params"]) for index, group in enumerate(self.param_groups)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a copy of a state that `state_dict` gave.
+        """Continue from a copy of a state that `state_dict` returned.
 
         Raises:
-            ValueError: it is of other parameters or of another optimizer; nothing is changed.
+            ValueError: the state belongs to other parameters or to another optimizer. Nothing is changed then.
         """
+        # torch writes its state before its hooks run, so an error in a hook has to be undone here.
         before = self.__getstate__()
         given: dict[str, Any] = {}
 
-        def look(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+        def remember(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
             given.update(loaded)
 
-        def mend(_: torch.optim.Optimizer) -> None:
+        def convert(_: torch.optim.Optimizer) -> None:
             for index, group in enumerate(given["param_groups"]):
-                self._load(index, group, given["state"])
+                self._load_group(index, group, given["state"])
 
-        # A hook may replace what is loaded; another one shall see it mended.
+        # A user's pre-hook may replace the state, so `remember` runs after it; post-hooks see the converted state.
         hooks = [
-            self.register_load_state_dict_pre_hook(look),
-            self.register_load_state_dict_post_hook(mend, prepend=True),
+            self.register_load_state_dict_pre_hook(remember),
+            self.register_load_state_dict_post_hook(convert, prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -130,54 +131,62 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_transformation": self._transformation, "_structures": {}}
 
-    def _step(self, transformation: GradientTransformation, params: Leaves, state: Any, index: int) -> None:
+    def _step(self, transformation: GradientTransformation, params: Leaves, state: Tree, index: int) -> None:
         grads = [p.grad for p in params]
         if getattr(transformation.update, "step", None) is None:
-            # A chain overwrites the gradients that it is given.
+            # A step that is not fused overwrites gradients, but ``p.grad`` belongs to the user.
             grads = pytree.map_tensors(torch.clone, grads)
         _, state = transformation.step(grads, state, params, inplace=True)
-        self._keep(index, params, state)
+        self._store(index, params, state)
 
-    def _stepped(self, group: Group) -> Leaves:
-        """The parameters that share a step."""
+    def _params_to_step(self, group: Group) -> Leaves:
+        """Return the parameters of a group that take part in a step."""
         return group["params"]  # type: ignore[no-any-return]
 
     def _pure(self, index: int, params: Leaves) -> Pure:
-        # A checkpoint holds tensors in plain containers, so these are what is kept.
-        kept, kinds = self.state.get(group_key(index)), _check.kinds(params)
+        # `self.state` holds the tensors of the state in plain dictionaries, as `state_dict` of torch requires.
+        kept, options = self.state.get(group_key(index)), _check.tensor_options(params)
         structure, known = self._structures.get(index, (None, None))
-        if kept and structure is not None and kinds == known:
+        if kept and structure is not None and options == known:
             return Pure(self._transformation, params, structure.unflatten([*kept.values()]))
         state = self._transformation.init(params)
+        # The nesting of the state, cached with dtypes and devices: `init` would allocate a state in every step.
         structure = pytree.flatten(state)[1]
         if kept:
-            state = _check.fitted(structure.unflatten([*kept.values()]), state)
-            self._keep(index, params, state)
-        self._structures[index] = structure, kinds
+            state = _check.convert_state(structure.unflatten([*kept.values()]), state)
+            self._store(index, params, state)
+        self._structures[index] = structure, options
         return Pure(self._transformation, params, state)
 
-    def _keep(self, index: int, params: Leaves, state: Any) -> None:
+    def _store(self, index: int, params: Leaves, state: Tree) -> None:
         self.state[group_key(index)] = {str(i): leaf for i, leaf in enumerate(pytree.tensors(state))}
 
-    def _load(self, index: int, saved: Group, states: dict[Any, Any]) -> None:
-        """Check, and mend, what torch has loaded of a group."""
+    def _load_group(self, index: int, saved: Group, states: dict[Any, Any]) -> None:
+        """Check the state of a group after torch has loaded it, and convert dtypes and devices.
+
+        Args:
+            index: of the group.
+            saved: the group in the loaded dictionary.
+            states: the states in the loaded dictionary.
+        """
         mine = pytree.tensors(self._transformation.init(self.param_groups[index]["params"]))
         kept = [*states.get(group_key(index), {}).values()]
         if any(key in states for key in saved["params"]):
             raise ValueError(
-                "Optimizer: the state given is of an optimizer that keeps one for each parameter; load it into SGD, "
-                "Adam or kin"
+                "Optimizer: the state given is of an optimizer with a state for each parameter; load it into SGD, "
+                "Adam or the like"
             )
+        # Shapes identify a state: it is saved without names.
         if kept and [t.shape for t in kept] != [t.shape for t in mine]:
             raise ValueError(
-                f"Optimizer: the state of group {index} is none of this transformation for these parameters: it has "
-                f"{pytree.describe(kept)}, expected {pytree.describe(mine)}"
+                f"Optimizer: the state of group {index} does not belong to this transformation and these parameters: "
+                f"it has {pytree.describe(kept)}, expected {pytree.describe(mine)}"
             )
         if kept:
             pairs = enumerate(zip(kept, mine, strict=True))
             self.state[group_key(index)] = {str(i): t.to(like.device, like.dtype, copy=True) for i, (t, like) in pairs}
 
 
-def group_key(index: int) -> Any:
-    """Where a group's state is kept, beside the parameters, which torch has for keys."""
+def group_key(index: int) -> Any:  # `state` of torch.optim is typed for tensors as keys
+    """Key of a group's state in `Optimizer.state`. torch uses parameters as keys, so a string cannot collide."""
     return f"group {index}"

@@ -1,4 +1,9 @@
-"""The optimizers of this library as those of torch.optim, with their hyper-parameters in groups."""
+"""The optimizers of this library in the interface of torch.optim, with hyper-parameters in parameter groups.
+
+A group with schedules makes its transformation through `inject_hyperparams`, so the state is an `InjectState` around
+the optimizer's own state. `self.state` holds moments for each parameter under the names of torch.optim, and the step
+number.
+"""
 
 from __future__ import annotations
 
@@ -11,78 +16,87 @@ import torch
 import implicitdiff._torch.trees as pytree
 import implicitdiff.objects._check as _check
 import implicitdiff.optim as optim
-from implicitdiff.objects.optimizer import Group, Leaves, Optimizer, Pure, group_key
+from implicitdiff._torch.trees import Leaves, Tree
+from implicitdiff.objects.optimizer import Group, Optimizer, Pure, group_key
 from implicitdiff.optim import InjectState
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import accumulator
 
 
-class _Made(NamedTuple):
-    """What was made of the hyper-parameters of a group.
+class _GroupTransformation(NamedTuple):
+    """The transformation of a group, cached from step to step.
 
     Attributes:
-        values: the hyper-parameters.
-        size: for how many parameters.
+        values: the hyper-parameters of which the transformation is made.
+        size: number of parameters that take part in a step.
         transformation: the pair.
-        empty: its state before any step, without moments.
-        names: the fields that are moments, with torch's name for each.
+        empty: an initial state with None for every leaf.
+        names: names of torch.optim by the fields of the state that are moments.
     """
 
     values: Group
     size: int
     transformation: GradientTransformation
-    empty: Any
+    empty: Tree
     names: dict[str, str]
 
 
-class _Of(Optimizer):
-    """An optimizer with the hyper-parameters of a factory in its groups, and the state of each parameter by itself.
+class _NamedOptimizer(Optimizer):
+    """An optimizer with the hyper-parameters of a factory in its groups, and a state for each parameter.
 
-    That has the names which torch.optim gives it: checkpoints of one can be loaded into the other. A hyper-parameter of
-    a group may be a schedule, or a list with a number, a tensor or a schedule for each of the group's parameters. The
-    value that a schedule has is saved in the place of its function, and the group's number of steps as ``count``.
+    States have the names of torch.optim, so checkpoints are exchangeable with torch.optim. A hyper-parameter of a group
+    may be a schedule, or a list of a number, tensor or schedule for each parameter of the group. Checkpoints hold the
+    present value of a schedule instead of the function, and the number of steps of the group as ``count``.
+
+    Attributes:
+        factory: returns the transformation.
+        hyperparameters: names of the arguments of `factory` that groups have.
+        names: names of torch.optim by the fields of the state that are moments.
+        flags: entries of a group by which torch.optim distinguishes optimizers of one class.
     """
 
     factory: ClassVar[Callable[..., GradientTransformation]]
     hyperparameters: ClassVar[Sequence[str]]
     names: ClassVar[Mapping[str, str]]
-    marks: ClassVar[Mapping[str, bool]]
+    flags: ClassVar[Mapping[str, bool]]
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(
         cls,
         factory: Callable[..., GradientTransformation] | None = None,
         names: Mapping[str, str] | None = None,
-        marks: Mapping[str, bool] | None = None,
+        flags: Mapping[str, bool] | None = None,
     ) -> None:
         super().__init_subclass__()
         if factory is not None and names is not None:
-            # What is marked is what torch tells by a group's flags.
-            cls.factory, cls.names, cls.marks = staticmethod(factory), names, marks or {}
-            cls.__signature__ = _check.signature("params", factory)
-            # What a mask does, groups do here.
+            cls.factory, cls.names, cls.flags = staticmethod(factory), names, flags or {}
+            cls.__signature__ = _check.object_signature("params", factory)
+            # Groups with different weight_decay replace a mask.
             cls.hyperparameters = [key for key in inspect.signature(factory).parameters if key != "mask"]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = _check.bound(type(self), args, kwargs)
+        given = _check.bind_arguments(type(self), args, kwargs)
         if given.pop("mask", None) is not None:
-            raise ValueError(f"{type(self).__name__}: give what a mask would leave out a group with weight_decay=0")
+            raise ValueError(f"{type(self).__name__}: instead of a mask, use a group with weight_decay=0")
+        # Defaults of the factory are written into groups too, where schedulers and users change them.
         params, defaults = given.pop("params"), inspect.signature(self.factory).parameters
         values = {key: given.get(key, defaults[key].default) for key in self.hyperparameters}
-        self._made: dict[int, _Made] = {}
-        torch.optim.Optimizer.__init__(self, params, {**values, **self.marks})
+        self._transformations: dict[int, _GroupTransformation] = {}
+        # Not `Optimizer.__init__`, which expects a transformation.
+        torch.optim.Optimizer.__init__(self, params, {**values, **self.flags})
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add parameters, with hyper-parameters of their own where they are given.
+        """Add a parameter group, with hyper-parameters where they differ from the defaults.
 
         Raises:
             ValueError: a hyper-parameter is out of range.
         """
         values = self._hyperparameters({**self.defaults, **param_group})
         transformation = self.factory(**values)
-        self._check_marks(param_group)
+        self._check_flags(param_group)
         torch.optim.Optimizer.add_param_group(self, param_group)
         if any(not isinstance(value, (int, float, type(None))) for value in values.values()):
+            # A tensor or a tree has to fit the parameters, which ``init`` checks.
             try:
                 transformation.init(self.param_groups[-1]["params"])
             except BaseException:
@@ -92,18 +106,18 @@ class _Of(Optimizer):
             self._count(self.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, as torch.optim has it; schedules are no part of it, but what they give now is."""
+        """Return the state in the layout of torch.optim, with present values instead of schedules."""
         saved = torch.optim.Optimizer.state_dict(self)
         for group in saved["param_groups"]:
             mine = _schedules(self._hyperparameters(group))
-            group.update({key: _value(group["count"], value) for key, value in mine.items()})
+            group.update({key: _current_value(group["count"], value) for key, value in mine.items()})
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a copy of a state that `state_dict` gave, with the schedules that this optimizer has.
+        """Continue from a copy of a state that `state_dict` returned, with the schedules of this optimizer.
 
         Raises:
-            ValueError: it is of other parameters or of another optimizer; nothing is changed.
+            ValueError: the state belongs to other parameters or to another optimizer. Nothing is changed then.
         """
         schedules = [_schedules(self._hyperparameters(group)) for group in self.param_groups]
         super().load_state_dict(state_dict)
@@ -115,49 +129,57 @@ class _Of(Optimizer):
                 group.pop("count", None)
 
     def _count(self, group: Group) -> int:
-        """How many steps a group with schedules has taken."""
+        """Number of steps of a group with schedules; of a checkpoint without ``count``, the most of any parameter."""
         steps = [int(self.state[p]["step"]) for p in group["params"] if p in self.state]
         return int(group.setdefault("count", max(steps, default=0)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**torch.optim.Optimizer.__getstate__(self), "_made": {}}
+        return {**torch.optim.Optimizer.__getstate__(self), "_transformations": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            # A checkpoint of torch's does not know all of them.
-            known = [*self.hyperparameters, *self.marks]
+            # Checkpoints of torch.optim lack hyper-parameters such as eps_root.
+            known = [*self.hyperparameters, *self.flags]
             group.update({key: self.defaults[key] for key in known if key not in group})
 
     def _hyperparameters(self, group: Group) -> Group:
         return {key: group[key] for key in self.hyperparameters}
 
-    def _stepped(self, group: Group) -> Leaves:
-        # As torch does, keep no state for frozen parameters.
+    def _params_to_step(self, group: Group) -> Leaves:
+        # Like torch.optim, without a state for frozen parameters.
         return [p for p in group["params"] if p.grad is not None]
 
-    def _made_for(self, index: int, params: Leaves) -> _Made:
-        """The pair for those parameters of a group."""
+    def _transformation_for(self, index: int, params: Leaves) -> _GroupTransformation:
+        """Return the transformation for some parameters of a group, made again if a hyper-parameter was replaced."""
         group = self.param_groups[index]
         values = self._hyperparameters(group)
         if len(params) < len(group["params"]):
             stepped = set(map(id, params))
             among = [id(p) in stepped for p in group["params"]]
-            values = {key: _picked(value, among) for key, value in values.items()}
-        made = self._made.get(index)
-        # By identity: a tensor's value may change, and is read in each step.
+            values = {key: _selected(value, among) for key, value in values.items()}
+        made = self._transformations.get(index)
+        # Compared by identity: a comparison of tensors by value would wait for the device, and values are read in each
+        # step in any case.
         if made is None or made.size != len(params) or any(value is not made.values[k] for k, value in values.items()):
             transformation = self.factory(**values)
             empty = transformation.init([None] * len(params))
-            names = {field: name for field, name in self.names.items() if isinstance(getattr(_own(empty), field), list)}
-            made = self._made[index] = _Made(values, len(params), transformation, empty, names)
+            names = {
+                field: name
+                for field, name in self.names.items()
+                if isinstance(getattr(_inner_state(empty), field), list)
+            }
+            made = self._transformations[index] = _GroupTransformation(
+                values, len(params), transformation, empty, names
+            )
         return made
 
     def _pure(self, index: int, params: Leaves) -> Pure:
-        _, _, transformation, outer, names = made = self._made_for(index, params)
-        state = _own(outer)
+        _, _, transformation, outer, names = made = self._transformation_for(index, params)
+        state = _inner_state(outer)
         if params:
-            entries = self._entries(made, params, [self.state.get(p, {}) for p in params])
+            entries = self._param_states(made, params, [self.state.get(p, {}) for p in params])
+            # torch.optim keeps a float32 step for each parameter; states of this library an int64 vector.
             steps = torch.stack([entry["step"].to(params[0].device) for entry in entries])
             moments = {field: [entry[name] for entry in entries] for field, name in names.items()}
             state = state._replace(count=steps.to(torch.int64), **moments)
@@ -166,18 +188,19 @@ class _Of(Optimizer):
             state = outer._replace(count=count, inner=state)
         return Pure(transformation, params, state)
 
-    def _entries(self, made: _Made, params: Leaves, kept: list[Group]) -> list[Group]:
-        """The state of each parameter, begun where there is none, and converted where the parameter was."""
+    def _param_states(self, made: _GroupTransformation, params: Leaves, kept: list[Group]) -> list[Group]:
+        """Return the state of each parameter, initialised if missing, converted to its dtype and device."""
         names = made.names
         needed = {"step", *names.values()}
         lacking = [not entry.keys() >= needed for entry in kept]
         if any(lacking):
-            fresh = _own(
+            # `init` for parameters without a state alone: None leaves the others out.
+            fresh = _inner_state(
                 made.transformation.init([p if lacks else None for p, lacks in zip(params, lacking, strict=True)])
             )
             begun = [{name: getattr(fresh, field)[i] for field, name in names.items()} for i in range(len(params))]
             kept = [
-                self._begun(fresh.count[i].float(), begun[i], entry) if lacks else entry
+                self._with_initial(fresh.count[i].float(), begun[i], entry) if lacks else entry
                 for i, (entry, lacks) in enumerate(zip(kept, lacking, strict=True))
             ]
         if not names:
@@ -185,49 +208,52 @@ class _Of(Optimizer):
         moments = [*names.values()]
         return [_converted(entry, p, moments) for entry, p in zip(kept, params, strict=True)]
 
-    def _begun(self, step: torch.Tensor, begun: Group, kept: Group) -> Group:
+    def _with_initial(self, step: torch.Tensor, begun: Group, kept: Group) -> Group:
         if "momentum_buffer" in begun.keys() - kept.keys():
-            # A momentum that begins later does so as in a first step.
+            # If momentum is switched on later, its first trace is the undamped gradient, as at step number 1.
             kept = {key: value for key, value in kept.items() if key != "step"}
         return {"step": step, **begun, **kept}
 
-    def _keep(self, index: int, params: Leaves, state: Any) -> None:
+    def _store(self, index: int, params: Leaves, state: Tree) -> None:
         group = self.param_groups[index]
         if isinstance(state, InjectState):
             group["count"] = int(state.count)
         elif params and _schedules(self._hyperparameters(group)):
-            # Those of parameters that have not been stepped.
+            # All present hyper-parameters are numbers; the schedules belong to parameters without a gradient.
             group["count"] = self._count(group) + 1
-        state = _own(state)
-        names = [(name, getattr(state, field)) for field, name in self._made[index].names.items()]
+        state = _inner_state(state)
+        names = [(name, getattr(state, field)) for field, name in self._transformations[index].names.items()]
         for i, (p, step) in enumerate(zip(params, state.count.float().unbind(), strict=True)):
             self.state[p] = {"step": step, **{name: column[i] for name, column in names}}
 
-    def _load(self, index: int, saved: Group, states: dict[Any, Any]) -> None:
-        self._check_marks(saved)
+    def _load_group(self, index: int, saved: Group, states: dict[Any, Any]) -> None:
+        self._check_flags(saved)
         if group_key(index) in states:
             raise ValueError(
                 f"{type(self).__name__}: the state given is one for all parameters of a group; load it into Optimizer"
             )
         params = self.param_groups[index]["params"]
-        fresh = self._entries(self._made_for(index, params), params, [{} for _ in params])
+        fresh = self._param_states(self._transformation_for(index, params), params, [{} for _ in params])
         for key, p, entry in zip(saved["params"], params, fresh, strict=True):
             kept = {k: v for k, v in states.get(key, {}).items() if v is not None}
             if kept:
-                self.state[p] = self._loaded(entry, kept)
+                self.state[p] = self._checked_param_state(entry, kept)
 
-    def _check_marks(self, group: Group) -> None:
-        for key, value in self.marks.items():
+    def _check_flags(self, group: Group) -> None:
+        for key, value in self.flags.items():
             if group.get(key, value) != value:
                 raise ValueError(
                     f"{type(self).__name__}: a group has {key}={group[key]}, but here it is {value}; use "
                     f"{'Adam' if isinstance(self, AdamW) else 'AdamW'}"
                 )
 
-    def _loaded(self, fresh: Group, kept: Group) -> Group:
-        """A parameter's state with the tensors of a checkpoint, of the dtypes and on the devices that this optimizer
-        uses: torch converts moments to the parameter's dtype, and half of one is no moment."""
-        # Torch's SGD does not count.
+    def _checked_param_state(self, fresh: Group, kept: Group) -> Group:
+        """Return the state of a parameter from a checkpoint, in the dtypes and on the devices of a fresh state.
+
+        Tensors are taken from the checkpoint, not from torch's copies: torch converts moments to the dtype of the
+        parameter, and moments of half precision have too few digits.
+        """
+        # torch.optim.SGD saves no step number. With 1, the loaded trace is not taken for a first one.
         kept = {"step": 1.0, **kept} if "momentum_buffer" in fresh else kept
         if kept.keys() != fresh.keys():
             raise ValueError(
@@ -242,37 +268,37 @@ class _Of(Optimizer):
         return {key: torch.as_tensor(kept[key]).to(like.device, like.dtype, copy=True) for key, like in fresh.items()}
 
 
-def _own(state: Any) -> Any:
-    """The optimizer's own part of a state."""
+def _inner_state(state: Tree) -> Tree:
+    """Return the state of the optimizer without the `InjectState` around it."""
     return state.inner if isinstance(state, InjectState) else state
 
 
 def _schedules(values: Group) -> Group:
-    """The hyper-parameters that are schedules, or trees with some."""
+    """Return the hyper-parameters that are schedules or contain schedules."""
     return {k: v for k, v in values.items() if any(map(callable, pytree.leaves_of(v)[0]))}
 
 
-def _value(count: int, value: Any) -> Any:
-    """A hyper-parameter as it is after so many steps."""
+def _current_value(count: int, value: Tree) -> Tree:
+    """Evaluate the schedules in a hyper-parameter after `count` steps."""
 
-    def now(leaf: Any) -> Any:
+    def now(leaf: Tree) -> Tree:
         found = leaf(torch.tensor(count, device="cpu")) if callable(leaf) else leaf
         return found.item() if callable(leaf) and isinstance(found, torch.Tensor) and found.ndim == 0 else found
 
     return pytree.map_leaves(now, value)
 
 
-def _picked(value: Any, among: list[bool]) -> Any:
-    """A hyper-parameter for some of the parameters."""
+def _selected(value: Tree, among: list[bool]) -> Tree:
+    """Restrict a hyper-parameter to the parameters whose entry in `among` is True."""
     if isinstance(value, tuple):  # betas
-        return tuple(_picked(part, among) for part in value)
+        return tuple(_selected(part, among) for part in value)
     if not isinstance(value, list) or len(value) != len(among):
         return value
     return [part for part, is_in in zip(value, among, strict=True) if is_in]
 
 
 def _converted(entry: Group, p: torch.Tensor, moments: Sequence[str]) -> Group:
-    """The state of a parameter in its dtype and on its device, which may be others than they were."""
+    """Convert the state of a parameter to its present dtype and device."""
     one = entry[moments[0]]
     if one is None or (one.dtype is accumulator(p.dtype) and one.device == p.device):
         return entry
@@ -282,37 +308,39 @@ def _converted(entry: Group, p: torch.Tensor, moments: Sequence[str]) -> Group:
 _ADAM = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
 
 
-class SGD(_Of, factory=optim.sgd, names={"trace": "momentum_buffer"}):
+class SGD(_NamedOptimizer, factory=optim.sgd, names={"trace": "momentum_buffer"}):
     """`Optimizer` of `implicitdiff.sgd`, whose arguments it takes."""
 
 
-class Adam(_Of, factory=optim.adam, names=_ADAM, marks={"decoupled_weight_decay": False}):
+class Adam(_NamedOptimizer, factory=optim.adam, names=_ADAM, flags={"decoupled_weight_decay": False}):
     """`Optimizer` of `implicitdiff.adam`, whose arguments it takes."""
 
 
-class AdamW(_Of, factory=optim.adamw, names=_ADAM, marks={"decoupled_weight_decay": True}):
+class AdamW(_NamedOptimizer, factory=optim.adamw, names=_ADAM, flags={"decoupled_weight_decay": True}):
     """`Optimizer` of `implicitdiff.adamw`, whose arguments it takes."""
 
 
-class RMSProp(_Of, factory=optim.rmsprop, names={"nu": "square_avg", "mean": "grad_avg", "trace": "momentum_buffer"}):
+class RMSProp(
+    _NamedOptimizer, factory=optim.rmsprop, names={"nu": "square_avg", "mean": "grad_avg", "trace": "momentum_buffer"}
+):
     """`Optimizer` of `implicitdiff.rmsprop`, whose arguments it takes."""
 
 
-class AdaGrad(_Of, factory=optim.adagrad, names={"total": "sum"}):
+class AdaGrad(_NamedOptimizer, factory=optim.adagrad, names={"total": "sum"}):
     """`Optimizer` of `implicitdiff.adagrad`, whose arguments it takes."""
 
 
-class AdaDelta(_Of, factory=optim.adadelta, names={"nu": "square_avg", "delta": "acc_delta"}):
+class AdaDelta(_NamedOptimizer, factory=optim.adadelta, names={"nu": "square_avg", "delta": "acc_delta"}):
     """`Optimizer` of `implicitdiff.adadelta`, whose arguments it takes."""
 
 
-class AdaMax(_Of, factory=optim.adamax, names={"mu": "exp_avg", "nu": "exp_inf"}):
+class AdaMax(_NamedOptimizer, factory=optim.adamax, names={"mu": "exp_avg", "nu": "exp_inf"}):
     """`Optimizer` of `implicitdiff.adamax`, whose arguments it takes."""
 
 
-class RAdam(_Of, factory=optim.radam, names={"mu": "exp_avg", "nu": "exp_avg_sq"}):
+class RAdam(_NamedOptimizer, factory=optim.radam, names={"mu": "exp_avg", "nu": "exp_avg_sq"}):
     """`Optimizer` of `implicitdiff.radam`, whose arguments it takes."""
 
 
-# As torch.optim spells them.
+# Spelling of torch.optim.
 RMSprop, Adagrad, Adadelta, Adamax = RMSProp, AdaGrad, AdaDelta, AdaMax

@@ -1,4 +1,4 @@
-"""Leave the state of a module or an optimizer, and come back to it."""
+"""Extract, restore, detach and clone the state of modules and optimizers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff._torch.slots import Place, buffers_of, listed_parameters_of, parameters_of
+from implicitdiff._torch.slots import ParameterSlot, buffers_of, listed_parameters_of, parameters_of
+from implicitdiff._torch.trees import Tree
 from implicitdiff.objects.func_optimizer import FuncOptimizer
 from implicitdiff.objects.meta_optimizer import MetaOptimizer
 
@@ -24,8 +25,8 @@ class ModuleState(NamedTuple):
     """The tensors of a module.
 
     Attributes:
-        params: its parameters by name, tied ones once; of an `implicitdiff.nn.MetaGradientModule` the inner ones.
-        buffers: its buffers by name.
+        params: parameters by name, tied ones once; of an `implicitdiff.nn.MetaGradientModule`, the inner parameters.
+        buffers: buffers by name.
     """
 
     params: dict[str, torch.Tensor]
@@ -33,31 +34,31 @@ class ModuleState(NamedTuple):
 
 
 def extract_state_dict(
-    target: Any,
+    target: Tree,
     *,
     by: By = "reference",
     device: torch.device | str | None = None,
     with_buffers: bool = True,
     detach_buffers: bool = False,
-) -> Any:
-    """The state of a module, of a meta-optimizer, or of a pytree, to come back to by `recover_state_dict`.
+) -> Tree:
+    """Return the state of a module, a meta-optimizer or a pytree, for `recover_state_dict`.
 
     Args:
         target: an ``nn.Module``, a `MetaOptimizer` or `FuncOptimizer`, or a pytree of tensors.
-        by: ``"reference"`` takes the tensors themselves, ``"copy"`` clones them within the graph, so that what is
-            computed from the clones is differentiable in the originals, and ``"deepcopy"`` clones them out of it:
-            leaves, which need a gradient where the originals do, and are an ``nn.Parameter`` where these are.
-            Buffers are cloned in any case: layers such as batch normalisation overwrite them.
-        device: where the state shall be; None leaves each tensor where it is.
-        with_buffers: whether a module's buffers are part of the state.
-        detach_buffers: take buffers out of the graph whatever `by` says.
+        by: ``"reference"`` returns the tensors themselves; ``"copy"`` clones within the graph, so that results of
+            clones are differentiable in the originals; ``"deepcopy"`` clones into leaves, with ``requires_grad`` and
+            the type ``nn.Parameter`` of the originals. Buffers are always cloned, since layers such as batch
+            normalisation overwrite them.
+        device: device of the state; None: that of each tensor.
+        with_buffers: include the buffers of a module.
+        detach_buffers: clone buffers without history, for every `by`.
 
     Returns:
-        A `ModuleState` for a module, else a tree like the optimizer's state or like `target`.
+        A `ModuleState` for a module, otherwise a tree like the state of the optimizer, or like `target`.
 
     Raises:
-        ValueError: `by` is none of the three.
-        TypeError: `target` is, or its leaves are, an object with a state of its own, such as a module in a list.
+        ValueError: `by` is not one of the three strings.
+        TypeError: `target` contains an object with a ``state_dict``, such as a module in a list.
 
     Example:
         >>> import torch
@@ -71,59 +72,59 @@ def extract_state_dict(
     """
     replicate = _replicator("extract_state_dict", by, device)
     if isinstance(target, nn.Module):
+        # Buffers by reference would change with the module, so `by="reference"` clones them within the graph.
         keep = _replicator("extract_state_dict", "deepcopy" if detach_buffers or by == "deepcopy" else "copy", device)
         buffers = buffers_of(target) if with_buffers else {}
         return ModuleState(
-            {name: replicate(place.tensor) for name, place in listed_parameters_of(target).items()},
-            {name: keep(place.tensor) for name, place in buffers.items()},
+            {name: replicate(slot.tensor) for name, slot in listed_parameters_of(target).items()},
+            {name: keep(slot.tensor) for name, slot in buffers.items()},
         )
-    return pytree.map_tensors(replicate, _tree("extract_state_dict", target))
+    return pytree.map_tensors(replicate, _tensor_tree("extract_state_dict", target))
 
 
-def recover_state_dict(target: Any, state: Any) -> None:
-    """Bring a module, a meta-optimizer, or a tree of dictionaries and lists back to a state.
+def recover_state_dict(target: Tree, state: Tree) -> None:
+    """Restore a state of a module, a meta-optimizer, or a tree of dictionaries and lists.
 
-    No tensor is overwritten: the target holds those of the state from then on, and clones of its buffers. So a state
-    serves any number of times, and what was computed in between keeps its graph.
+    No tensor is overwritten: afterwards the target holds the tensors of the state, and clones of its buffers. A
+    state can be restored any number of times, and results computed in between keep their graph.
 
     Args:
-        target: what the state was extracted from, or has the same parameters.
-        state: what `extract_state_dict` gave; without buffers, the target's are left alone.
+        target: the object of `extract_state_dict`, or one with equal parameters.
+        state: the result of `extract_state_dict`. Without buffers, the buffers of the target do not change.
 
     Raises:
-        ValueError: the state does not fit, and nothing is changed.
-        TypeError: the tree holds a tensor in a tuple, which cannot be exchanged, or a leaf is as in
-            `extract_state_dict`.
+        ValueError: the state does not fit. Nothing is changed then.
+        TypeError: the tree holds a tensor in a tuple, which is immutable; or as `extract_state_dict` does.
     """
     if isinstance(target, _OPTIMIZERS):
         target.load_state_dict(state)
     elif isinstance(target, nn.Module):
         _recover_module(target, state)
     else:
-        leaves, structure = pytree.flatten(_tree("recover_state_dict", target))
+        leaves, structure = pytree.flatten(_tensor_tree("recover_state_dict", target))
         try:
             shapes = [t.shape for t in structure.tensors_of(state)]
         except ValueError:
             shapes = []
         if shapes != [t.shape for t in leaves]:
             raise ValueError(
-                f"recover_state_dict: the state given is none of this target: expected {pytree.describe(target)}, got "
-                f"{pytree.describe(state)}"
+                f"recover_state_dict: the state given does not fit this target: expected {pytree.describe(target)}, "
+                f"got {pytree.describe(state)}"
             )
-        for container, key, tensor in _exchanges(target, state):
+        for container, key, tensor in _assignments(target, state):
             container[key] = tensor
 
 
-def stop_gradient(target: Any) -> None:
-    """Cut tensors off the graph that made them, in place: those of a module, an optimizer's state, or a pytree.
+def stop_gradient(target: Tree) -> None:
+    """Detach tensors in place: those of a module, of the state of an optimizer, or of a pytree.
 
-    Afterwards they are leaves, which need a gradient if they did before, but for the moments of an optimizer, which
-    need none. References to them elsewhere, such as a state extracted by reference, are cut off as well. Differentiate
-    what was computed from them before: afterwards torch raises where a derivative needs their values.
+    Tensors with history become leaves that require a gradient; the state of an optimizer becomes constant. Other
+    references to the tensors, such as a state extracted by reference, are detached as well. Differentiate earlier
+    results before the call: afterwards torch raises where a derivative needs the values of the tensors.
 
     Raises:
-        ValueError: a tensor is a view, which cannot be cut off in place; nothing is changed.
-        TypeError: as for `extract_state_dict`.
+        ValueError: a tensor is a view, which torch cannot detach in place. Nothing is changed then.
+        TypeError: as `extract_state_dict` does.
 
     Example:
         >>> import torch
@@ -136,32 +137,32 @@ def stop_gradient(target: Any) -> None:
         (True, True)
     """
     if isinstance(target, nn.Module):
-        places = [*listed_parameters_of(target).values(), *buffers_of(target).values()]
-        tensors = [place.tensor for place in places]
+        slots = [*listed_parameters_of(target).values(), *buffers_of(target).values()]
+        tensors = [slot.tensor for slot in slots]
     else:
-        tensors = pytree.tensors(_tree("stop_gradient", target))
+        tensors = pytree.tensors(_tensor_tree("stop_gradient", target))
     attached = [t for t in tensors if t.grad_fn is not None]
     if views := [t for t in attached if t._is_view()]:
         raise ValueError(
-            f"stop_gradient: a tensor of shape {list(views[0].shape)} is a view of another one and cannot be cut off "
-            "in place; use its detach()"
+            f"stop_gradient: a tensor of shape {list(views[0].shape)} is a view of another tensor and cannot be "
+            "detached in place; use its detach()"
         )
     for tensor in attached:
+        # Moments of an optimizer are constants of the next run, parameters its unknowns.
         tensor.detach_().requires_grad_(not isinstance(target, _OPTIMIZERS))
 
 
 def module_clone(
-    target: Any,
+    target: Tree,
     *,
     by: By = "reference",
     device: torch.device | str | None = None,
     detach_buffers: bool = False,
-) -> Any:
-    """Another module, optimizer or tree with the tensors of this one.
+) -> Tree:
+    """Return another module, optimizer or tree with the tensors of `target`, or clones of them.
 
-    A module whose parameters are in the middle of a graph can be cloned within it, unlike by ``copy.deepcopy``. Tied
-    parameters stay tied, and meta-parameters are shared. The clone of a `MetaOptimizer` has a clone of its module, at
-    ``.module``.
+    Unlike ``copy.deepcopy``, the clone works for parameters with history, and can keep it. Tied parameters stay tied,
+    and meta-parameters are shared. The clone of a `MetaOptimizer` has a clone of the module at ``.module``.
 
     Args:
         target: an ``nn.Module``, a `MetaOptimizer` or `FuncOptimizer`, or a pytree of tensors.
@@ -170,8 +171,8 @@ def module_clone(
         detach_buffers: see `extract_state_dict`.
 
     Raises:
-        ValueError: `by` is none of the three.
-        TypeError: as for `extract_state_dict`.
+        ValueError: `by` is not one of the three strings.
+        TypeError: as `extract_state_dict` does.
     """
     if isinstance(target, _OPTIMIZERS):
         state = extract_state_dict(target, by=by, device=device)
@@ -183,18 +184,19 @@ def module_clone(
     state = extract_state_dict(target, by=by, device=device, detach_buffers=detach_buffers)
     if not isinstance(target, nn.Module):
         return state
-    places = [*parameters_of(target).values(), *buffers_of(target).values()]
-    module = copy.deepcopy(target, {id(place.tensor): place.tensor for place in places})
+    slots = [*parameters_of(target).values(), *buffers_of(target).values()]
+    # A memo of `deepcopy` that maps each tensor to itself: the copy shares tensors, and history is no obstacle.
+    module = copy.deepcopy(target, {id(slot.tensor): slot.tensor for slot in slots})
     _recover_module(module, state)
     return module
 
 
-def _tree(name: str, target: Any) -> Any:
-    """A tree of tensors, the state of an optimizer or what was given."""
+def _tensor_tree(name: str, target: Tree) -> Tree:
+    """Return the state of an optimizer, or the given tree, checked for leaves with a state of their own."""
     if isinstance(target, _OPTIMIZERS):
         return target.state_dict()
     for leaf in pytree.leaves_of(target)[0]:
-        # It would pass through unseen.
+        # A module in a list is a leaf without tensors for a pytree, and would be ignored silently.
         if hasattr(leaf, "state_dict"):
             kind = type(leaf).__name__
             raise TypeError(f"{name}: a {kind} is no tensor of a tree; pass a module or meta-optimizer by itself")
@@ -207,7 +209,7 @@ def _replicator(name: str, by: By, device: torch.device | str | None) -> Replica
     known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def replicate(tensor: torch.Tensor) -> torch.Tensor:
-        # What is tied stays tied.
+        # One replica for a tensor, however often the target holds it. The original is kept alive, for its id.
         if id(tensor) not in known:
             known[id(tensor)] = tensor, replicas[by](tensor)
         return known[id(tensor)][1]
@@ -227,24 +229,25 @@ def _deep_copy(tensor: torch.Tensor, device: torch.device | str | None) -> torch
     return value.requires_grad_() if tensor.requires_grad else value
 
 
-def _recover_module(module: nn.Module, state: Any) -> None:
+def _recover_module(module: nn.Module, state: Tree) -> None:
     if not isinstance(state, ModuleState):
         raise ValueError(
             f"recover_state_dict: state must be a ModuleState that extract_state_dict gave, got {type(state).__name__}"
         )
-    places = listed_parameters_of(module)
-    _check_fit("parameters", places, state.params)
+    slots = listed_parameters_of(module)
+    _check_fit("parameters", slots, state.params)
     if state.buffers:
+        # Both checks precede the first write. Buffers are cloned, since the module may overwrite them.
         kept = buffers_of(module)
         _check_fit("buffers", kept, state.buffers)
-        for name, place in kept.items():
-            place.put(state.buffers[name].clone())
-    for name, place in places.items():
-        place.put(state.params[name])
+        for name, slot in kept.items():
+            slot.put(state.buffers[name].clone())
+    for name, slot in slots.items():
+        slot.put(state.params[name])
 
 
-def _check_fit(what: str, places: dict[str, Place], state: dict[str, torch.Tensor]) -> None:
-    mine = {name: list(place.tensor.shape) for name, place in places.items()}
+def _check_fit(what: str, slots: dict[str, ParameterSlot], state: dict[str, torch.Tensor]) -> None:
+    mine = {name: list(slot.tensor.shape) for name, slot in slots.items()}
     theirs = {name: list(tensor.shape) for name, tensor in state.items()}
     if mine != theirs:
         odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
@@ -254,25 +257,26 @@ def _check_fit(what: str, places: dict[str, Place], state: dict[str, torch.Tenso
         )
 
 
-def _exchanges(target: Any, state: Any) -> list[tuple[Any, Any, torch.Tensor]]:
-    """The entries of dictionaries and lists that hold a tensor, with what shall be there."""
+def _assignments(target: Tree, state: Tree) -> list[tuple[Any, Any, torch.Tensor]]:
+    """Return (container, key, new tensor) for each tensor in dictionaries and lists of the target."""
     if not isinstance(target, (dict, list, tuple)):
         if pytree.tensors(target):
-            raise _fixed(target)
+            raise _immutable_container(target)
         return []
     found = []
     for key in target if isinstance(target, dict) else range(len(target)):
         if not isinstance(target[key], torch.Tensor):
-            found += _exchanges(target[key], state[key])
+            found += _assignments(target[key], state[key])
         elif isinstance(target, tuple):
-            raise _fixed(target)
+            raise _immutable_container(target)
         else:
+            # Collected first and written by the caller, so that an error leaves the target unchanged.
             found.append((target, key, state[key]))
     return found
 
 
-def _fixed(target: Any) -> TypeError:
+def _immutable_container(target: Tree) -> TypeError:
     return TypeError(
-        f"recover_state_dict: a tensor in a {type(target).__name__} cannot be exchanged; use the extracted state "
+        f"recover_state_dict: a tensor in a {type(target).__name__} cannot be replaced; use the extracted state "
         "itself, or keep tensors in dictionaries and lists"
     )

@@ -1,4 +1,4 @@
-"""Optimizers as (init, update) pairs, and the parts to make others of."""
+"""Optimizers as (init, update) pairs, and building blocks for further ones."""
 
 from torch.serialization import add_safe_globals
 
@@ -58,7 +58,7 @@ __all__ = [
     "trace",
 ]
 
-# A state that was saved can be loaded without trusting its file.
+# `torch.load` with weights_only=True accepts registered classes alone, so states are registered.
 add_safe_globals(
     [
         AdadeltaState,

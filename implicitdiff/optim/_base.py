@@ -1,4 +1,4 @@
-"""What an optimizer is: a pair of pure functions; how pairs are applied and chained."""
+"""Optimizers as pairs of pure functions: the type, application of updates, and chains."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 
 import implicitdiff.optim._donation as _donation
 import implicitdiff.optim._fused as _fused
+from implicitdiff._torch.trees import Tree
 from implicitdiff.optim._columns import Columns
 
 
 class GradientTransformation(NamedTuple):
-    """A pair of pure functions that makes updates out of gradients.
+    """A pair of pure functions that turns gradients into updates.
 
-    ``state = init(params)``, then ``updates, state = update(grads, state, params)`` as often as wanted, each followed
-    by ``params = apply_updates(params, updates)``. All that changes from step to step is in the state, so one pair
-    serves any number of runs, and both functions go through every transform of torch.func.
+    Call ``state = init(params)`` once. In each step call ``updates, state = update(grads, state, params)``, then
+    ``params = apply_updates(params, updates)``. The state holds everything that changes from step to step, so one pair
+    serves any number of runs, and both functions work under every transform of torch.func.
 
     Attributes:
         init: ``init(params) -> state``, a pytree of tensors.
         update: ``update(grads, state, params=None, *, inplace=False) -> (updates, state)``. ``grads`` and ``updates``
-            are nested like ``params``. A gradient may be None: its parameter and what belongs to it in the state are
-            left alone, and its update is None. ``inplace=True`` donates ``grads`` and ``state``: their memory is
-            overwritten and returned. That is refused where a graph or a transform needs the old values. Whoever writes
-            a pair: it is called with ``params`` and ``inplace`` by keyword.
+            are nested like ``params``. A gradient may be None: its update is None, and its entries of the state do not
+            change. ``inplace=True`` donates ``grads`` and ``state``: the call overwrites and returns their memory, and
+            raises if a graph or a transform needs the old values. Callers pass ``params`` and ``inplace`` by keyword.
 
     Reference:
         The interface is that of Optax (DeepMind, 2020).
@@ -41,43 +41,44 @@ class GradientTransformation(NamedTuple):
         {'w': tensor([0.9000, 2.1000])}
     """
 
-    init: Callable[[Any], Any]
-    update: Callable[..., tuple[Any, Any]]
+    init: Callable[[Tree], Tree]
+    update: Callable[..., tuple[Tree, Tree]]
 
-    def step(self, grads: Any, state: Any, params: Any, *, inplace: bool = False) -> tuple[Any, Any]:
-        """``update`` and `apply_updates` in one: returns ``(params, state)``.
+    def step(self, grads: Tree, state: Tree, params: Tree, *, inplace: bool = False) -> tuple[Tree, Tree]:
+        """Return ``(params, state)`` after ``update`` and `apply_updates`.
 
-        The optimizers of this library read and write every parameter once in it, and round once. ``inplace=True``
+        The optimizers of this library fuse both: a parameter is read, written and rounded once. ``inplace=True``
         donates ``params`` and ``state``; a chain overwrites ``grads`` as well.
         """
+        # Pairs of this library are callable objects with a fused step. A user's plain function has none.
         fused = getattr(self.update, "step", None)
         if fused is not None:
             return fused(grads, state, params, inplace=inplace)  # type: ignore[no-any-return]
         if inplace:
-            # Before the gradients are overwritten.
+            # A gradient that shares memory with a parameter is copied before `update` overwrites gradients.
             columns = Columns("step", "grads", grads)
             olds = columns.column("params", columns.match("params", params))
-            grads = columns.tree_of(columns.leaves, _donation.apart("step", olds, columns.first))
+            grads = columns.tree_of(columns.leaves, _donation.copied_if_shared("step", olds, columns.first))
         updates, state = self.update(grads, state, params=params, inplace=inplace)
         return apply_updates(params, updates, inplace=inplace), state
 
 
-def apply_updates(params: Any, updates: Any, *, inplace: bool = False) -> Any:
-    """Add updates to parameters: ``params + updates``, leaf by leaf.
+def apply_updates(params: Tree, updates: Tree, *, inplace: bool = False) -> Tree:
+    """Return ``params + updates``, leaf by leaf.
 
     Args:
         params: a pytree of tensors.
-        updates: a tree nested like it, of tensors of the same shapes, dtypes and devices; where an update is None, the
-            parameter is returned as it is.
-        inplace: overwrite the parameters and return them. Leaves that require a gradient, such as an
-            ``nn.Parameter``, are overwritten as an optimizer would: outside of any graph.
+        updates: a tree nested like ``params``, with tensors of equal shapes, dtypes and devices. None leaves a
+            parameter unchanged.
+        inplace: overwrite the parameters and return them. Leaves of a graph, such as an ``nn.Parameter``, are
+            overwritten under `torch.no_grad`, as by an optimizer of torch.optim.
 
     Returns:
         A tree like ``params``.
 
     Raises:
-        ValueError: the trees or their leaves do not match, or ``inplace=True`` would overwrite a value that a graph or
-            a transform needs, or parameters that share memory.
+        ValueError: the trees or their leaves do not match; ``inplace=True`` would overwrite a value that a graph or a
+            transform needs; or two parameters share memory.
 
     Example:
         >>> import torch
@@ -88,6 +89,7 @@ def apply_updates(params: Any, updates: Any, *, inplace: bool = False) -> Any:
     columns = Columns("apply_updates", "updates", updates)
     leaves = columns.match("params", params)
     olds, news = columns.present("params", leaves), columns.first
+    # Not None for plain tensors of equal shapes, dtypes and devices, so that further checks are needless.
     memory = _fused.locate([news, olds], [1] if inplace else [])
     if memory is None:
         columns.checked().compare("params", olds)
@@ -95,8 +97,9 @@ def apply_updates(params: Any, updates: Any, *, inplace: bool = False) -> Any:
         return columns.tree_of(leaves, [p + u for p, u in zip(olds, news, strict=True)])
     if memory is None or not memory.is_donated:
         _donation.refuse_tracked("apply_updates", "updates", news)
-        news = _donation.apart("apply_updates", olds, news)
+        news = _donation.copied_if_shared("apply_updates", olds, news)
         _donation.refuse_unheld("apply_updates", olds, news)
+    # An update with history was refused above, so no derivative is lost here.
     with torch.no_grad():
         for p, u in zip(olds, news, strict=True):
             p.add_(u)
@@ -104,18 +107,18 @@ def apply_updates(params: Any, updates: Any, *, inplace: bool = False) -> Any:
 
 
 def chain(*transformations: GradientTransformation) -> GradientTransformation:
-    """Apply transformations one after the other: the updates of each are the gradients of the next.
+    """Apply transformations in sequence: the updates of each are the gradients of the next.
 
-    In place, a transformation that raises leaves behind what those before it have overwritten.
+    With ``inplace=True``, an error in one transformation does not undo the writes of earlier ones.
 
     Args:
-        transformations: pairs, `GradientTransformation` or any ``(init, update)`` alike.
+        transformations: pairs, each a `GradientTransformation` or a plain ``(init, update)``.
 
     Returns:
-        A pair whose state is the tuple of their states.
+        A pair whose state is the tuple of the inner states.
 
     Raises:
-        TypeError: an argument is no pair of functions.
+        TypeError: an argument is not a pair of functions.
 
     Example:
         >>> import torch
@@ -136,16 +139,16 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Chain:
-    """The pair of pairs."""
+    """``init`` and ``update`` of a chain."""
 
     links: Sequence[Sequence[Callable[..., Any]]]
 
-    def init(self, params: Any) -> tuple[Any, ...]:
+    def init(self, params: Tree) -> tuple[Tree, ...]:
         return tuple(init(params) for init, _ in self.links)
 
     def __call__(
-        self, updates: Any, state: Any, params: Any = None, *, inplace: bool = False
-    ) -> tuple[Any, tuple[Any, ...]]:
+        self, updates: Tree, state: Tree, params: Tree = None, *, inplace: bool = False
+    ) -> tuple[Tree, tuple[Tree, ...]]:
         if len(state) != len(self.links):
             raise ValueError(f"chain: {len(self.links)} transformations, but a state of {len(state)}; give it its own")
         states = []

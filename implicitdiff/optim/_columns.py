@@ -1,27 +1,36 @@
-"""Trees that are nested alike, as columns of one table whose rows are the leaves."""
+"""Trees of equal nesting as the columns of a table with one row a leaf.
+
+A step reads gradients, parameters and moments leaf by leaf. `Columns` matches their nesting once and reports a mismatch
+by the name of the leaf.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff._torch.trees import Leaves, TreeSpec
+from implicitdiff._torch.trees import Leaves, Tree, TreeSpec
+
+Entry = TypeVar("Entry")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in, and kept in a state, for parameters of a dtype: float32 for those of half precision."""
+    """Return the dtype of moments and arithmetic for parameters of a dtype: float32 for half precision."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def spread(caller: str, key: str, value: Any, spec: TreeSpec) -> list[Any]:
-    """What a hyper-parameter is for each leaf of a tree: the same, or what a tree nested alike, or a prefix of one, has
-    there."""
+def value_of_each_leaf(caller: str, key: str, value: Tree, spec: TreeSpec) -> list[Any]:
+    """Return the value of a hyper-parameter for each leaf of a nesting.
+
+    `value` is a number for all leaves, a tree of equal nesting, or a prefix of the nesting.
+    """
     try:
         return pytree.broadcast(spec, value)
     except ValueError as error:
+        # The nesting of the parameters, whose values are not at hand, with * for a leaf.
         params = pytree.describe(pytree.unflatten([_LEAF] * spec.num_leaves, spec))
         raise ValueError(
             f"{caller}: {key} has to be one for all leaves, or nested like the parameters, or a prefix of them, but it "
@@ -30,6 +39,8 @@ def spread(caller: str, key: str, value: Any, spec: TreeSpec) -> list[Any]:
 
 
 class _Leaf:
+    """Stands for a leaf in the printed nesting of an error message."""
+
     def __repr__(self) -> str:
         return "*"
 
@@ -37,19 +48,21 @@ class _Leaf:
 _LEAF = _Leaf()
 
 
-def refuse_others(caller: str, leaves: Sequence[Any]) -> None:
-    """Raise unless all leaves of parameters are tensors or None."""
+def refuse_others(caller: str, leaves: Sequence[object]) -> None:
+    """Raise unless every leaf of the parameters is a tensor or None."""
     for leaf in leaves:
         if leaf is not None and not isinstance(leaf, torch.Tensor):
             raise TypeError(f"{caller}: params have the leaf {leaf!r}; each has to be a tensor, or None")
 
 
-def refuse_misfits(caller: str, key: str, values: Sequence[Any], leaves: Sequence[Any], spec: TreeSpec) -> None:
-    """Raise unless what a hyper-parameter is for each leaf broadcasts to it."""
+def refuse_misfits(caller: str, key: str, values: Sequence[object], leaves: Sequence[Any], spec: TreeSpec) -> None:
+    """Raise unless each tensor among the values of a hyper-parameter broadcasts to its leaf."""
     for at, (value, leaf) in enumerate(zip(values, leaves, strict=True)):
         is_optimized = leaf is not None and (leaf.is_floating_point() or leaf.is_complex())
         if not is_optimized or not isinstance(value, torch.Tensor):
             continue
+        # Broadcasting rule of torch, from the last dimension. The result must keep the shape of the leaf, so the leaf
+        # itself is not expanded.
         aligned = zip(reversed(value.shape), reversed(leaf.shape), strict=False)
         if value.ndim > leaf.ndim or any(n not in (1, m) for n, m in aligned):
             raise ValueError(
@@ -60,22 +73,30 @@ def refuse_misfits(caller: str, key: str, values: Sequence[Any], leaves: Sequenc
 
 
 class Columns:
-    """A table that starts with one column: gradients or updates. A row takes part if that one is not None.
+    """A table whose first column holds the gradients or updates of a tree.
+
+    Leaves with a tensor in the first column are rows; leaves with None are not.
 
     Attributes:
-        rows: which leaves take part.
-        first: the first column, of those rows.
+        leaves: all leaves of the tree, None included.
+        spec: the nesting.
+        rows: indices of the leaves that are rows.
+        first: the first column: the leaves at `rows`.
     """
 
-    def __init__(self, caller: str, name: str, tree: Any, like: tuple[str, Any] | None = None) -> None:
+    def __init__(self, caller: str, name: str, tree: Tree, like: tuple[str, Tree] | None = None) -> None:
         self.caller, self.name, self.tree = caller, name, tree
         self.leaves, self.spec = pytree.leaves_of(tree) if like is None else self._in_the_order_of(*like)
         self.rows = [i for i, leaf in enumerate(self.leaves) if leaf is not None]
         self.first = self.present(name, self.leaves)
 
     def checked(self, why_dense: str = "") -> Columns:
-        """Itself, if all in the first column is dense and of floating point; `why_dense` is added to the error."""
+        """Return `self`, or raise if a tensor of the first column is sparse or has no floating-point dtype.
+
+        `why_dense` is appended to the message about a sparse tensor.
+        """
         dtypes = {leaf.dtype for leaf in self.first}
+        # Over sets of dtypes and layouts: models have many leaves of few kinds.
         smooth = all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
         if not smooth or {leaf.layout for leaf in self.first} - {torch.strided}:
             for row, leaf in enumerate(self.first):
@@ -87,55 +108,58 @@ class Columns:
         return self
 
     def densify(self) -> None:
-        """Exchange sparse tensors in the first column for dense ones."""
+        """Convert sparse COO tensors of the first column to dense ones."""
         self.first = [leaf.to_dense() if leaf.layout is torch.sparse_coo else leaf for leaf in self.first]
 
-    def match(self, name: str, tree: Any) -> list[Any]:
-        """The leaves of another tree, those of rows that do not take part among them."""
+    def match(self, name: str, tree: Tree) -> list[Any]:
+        """Return all leaves of another tree of equal nesting, rows or not."""
         try:
             return pytree.match(self.spec, tree)
         except ValueError as error:
             raise self._unlike(name, tree, error) from error
 
-    def _in_the_order_of(self, name: str, like: Any) -> tuple[list[Any], TreeSpec]:
-        """The leaves as another tree has them: equal dictionaries may differ in the order of their keys."""
+    def _in_the_order_of(self, name: str, like: Tree) -> tuple[list[Any], TreeSpec]:
+        """Return the leaves in the order of another tree: equal dictionaries may differ in the order of their keys."""
         spec = pytree.leaves_of(like)[1]
         try:
             return pytree.match(spec, self.tree), spec
         except ValueError as error:
             raise self._unlike(name, like, error) from error
 
-    def _unlike(self, name: str, tree: Any, error: ValueError) -> ValueError:
+    def _unlike(self, name: str, tree: Tree, error: ValueError) -> ValueError:
         return ValueError(
             f"{self.caller}: {self.name} and {name} have to be nested alike, but {self.name} is "
             f"{pytree.describe(self.tree)} and {name} is {pytree.describe(tree)}: {error}"
         )
 
-    def pick(self, leaves: list[Any]) -> list[Any]:
-        """What a list over all leaves has for the rows."""
+    def pick(self, leaves: list[Entry]) -> list[Entry]:
+        """Return the entries of the rows from a list over all leaves."""
         return leaves if len(self.rows) == len(leaves) else [leaves[i] for i in self.rows]
 
     def present(self, name: str, leaves: list[Any]) -> Leaves:
-        """The rows of a matched list, which have to be tensors."""
+        """Return the rows of a matched list, or raise if one is not a tensor."""
         column: Leaves = self.pick(leaves)
+        # Exact types first. Tensor subclasses fall through to isinstance, one by one.
         if not set(map(type, column)) <= _TENSORS:
             for row, leaf in enumerate(column):
                 if not isinstance(leaf, torch.Tensor):
                     if name != self.name:
-                        self.checked()  # a gradient of integers has no moments, and is to blame
+                        self.checked()  # an integer gradient has no moments: name the gradient as the cause
                     what = "or None" if name == self.name else f"where {self.name} is not None"
                     self._refuse(TypeError, row, name, f"is {leaf!r}; it has to be a tensor {what}")
         return column
 
     def column(self, name: str, leaves: list[Any]) -> Leaves:
-        """The rows of a matched list, which have to agree with the first column."""
+        """Return the rows of a matched list, or raise if one differs from `first` in shape, dtype or device."""
         column = self.present(name, leaves)
         self.compare(name, column)
         return column
 
     def compare(self, name: str, column: Sequence[torch.Tensor | None], *, accumulated: bool = False) -> None:
-        """Raise if a tensor differs from the first column's in shape or device, or in dtype: `accumulated`, it has that
-        of the accumulator."""
+        """Raise if a tensor of a column differs from the first column in shape, device or dtype.
+
+        With `accumulated`, the expected dtype is the `accumulator` of the first column's.
+        """
         for row, (leaf, first) in enumerate(zip(column, self.first, strict=True)):
             dtype = accumulator(first.dtype) if accumulated else first.dtype
             if leaf is None or (leaf.shape, leaf.dtype, leaf.device) == (first.shape, dtype, first.device):
@@ -143,16 +167,16 @@ class Columns:
             at = "" if dtype is first.dtype else f", for which {str(dtype).removeprefix('torch.')} is kept"
             self._refuse(ValueError, row, name, f"is {_kind(leaf)}, but {self.name} is {_kind(first)}{at}")
 
-    def refuse_misfits(self, key: str, values: list[Any]) -> None:
-        """Raise unless what a hyper-parameter is for each leaf is there for all rows, and broadcasts to them."""
+    def refuse_misfits(self, key: str, values: Sequence[object]) -> None:
+        """Raise unless the values of a hyper-parameter are given for all rows and broadcast to them."""
         for row in self.rows:
             if values[row] is None:
                 way = pytree.names_of(self.spec)[row]
                 raise ValueError(f"{self.caller}: {key}{way} is None, but {self.name}{way} is not")
         refuse_misfits(self.caller, key, values, self.leaves, self.spec)
 
-    def chosen(self, mask: Any) -> list[Any]:
-        """What a tree of bools nested alike, or a prefix of one, says of the rows."""
+    def mask_of_rows(self, mask: Tree) -> list[Any]:
+        """Return for each row the entry of a mask: a tree of bools of equal nesting, or a prefix of one."""
         try:
             return self.pick(pytree.broadcast(self.spec, mask))
         except ValueError as error:
@@ -161,8 +185,8 @@ class Columns:
                 f"and {self.name} is {pytree.describe(self.tree)}"
             ) from error
 
-    def tree_of(self, leaves: list[Any], rows: list[Any]) -> Any:
-        """The tree of these leaves with those of the rows replaced."""
+    def tree_of(self, leaves: list[Any], rows: list[Any]) -> Tree:
+        """Return the tree of `leaves`, with the rows replaced by `rows`."""
         if len(rows) < len(leaves):
             replaced = dict(zip(self.rows, rows, strict=True))
             rows = [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]

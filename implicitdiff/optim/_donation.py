@@ -1,4 +1,9 @@
-"""Memory that a caller gives away with ``inplace=True``: what may be overwritten, and overwriting it."""
+"""Donated memory: checks before a step with ``inplace=True`` overwrites it, and the writes.
+
+Three conditions make an overwrite wrong: a derivative needs the old value, two tensors share memory, or a vmap computes
+several values for one unbatched buffer. Parameters then raise. Gradients and moments fall back to new memory where only
+the memory is in the way.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from implicitdiff.optim._step import Buffers, Operands, Step
 
 
 def refuse_tracked(caller: str, name: str, tensors: Leaves) -> None:
-    """Raise if a derivative of what is computed from these tensors is recorded: overwriting would lose it."""
+    """Raise if autograd or a transform differentiates these tensors: an overwrite would lose the derivative."""
     if functorch.have_gradient_layer(tensors) or (torch.is_grad_enabled() and any([t.requires_grad for t in tensors])):
         raise ValueError(
             f"{caller}: inplace=True, but {name} are being differentiated, so their old values are needed; "
@@ -22,13 +27,15 @@ def refuse_tracked(caller: str, name: str, tensors: Leaves) -> None:
 
 
 def is_leaf(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a leaf that no transform differentiates: an optimizer reads it out of its graph."""
+    """True for a leaf of the graph outside of all transforms. A step reads the value without history."""
     return tensor.is_leaf and not functorch.have_gradient_layer([tensor])
 
 
 def refuse_needed(caller: str, name: str, tensors: Leaves) -> None:
-    """Raise if these tensors, which are to be overwritten, belong to a graph or a transform. Leaves of a graph do not:
-    an optimizer's step is meant to change them."""
+    """Raise if tensors to be overwritten have autograd history, or if a transform differentiates them.
+
+    Leaves of a graph are allowed: an optimizer's step is meant to change them.
+    """
     if functorch.have_gradient_layer(tensors) or not all([t.is_leaf for t in tensors]):
         raise ValueError(
             f"{caller}: inplace=True would overwrite {name} that a graph or a transform needs; use inplace=False, or "
@@ -37,21 +44,24 @@ def refuse_needed(caller: str, name: str, tensors: Leaves) -> None:
 
 
 def refuse_unheld(caller: str, params: Operands, values: Leaves) -> None:
-    """Raise if there are several values of a parameter, one for each lane of a vmap that does not batch it."""
-    if not hold(params, values):
+    """Raise if a vmap computes a value for each lane of a parameter that is not batched."""
+    if not can_hold_all(params, values):
         raise ValueError(
             f"{caller}: inplace=True would write a value for each lane of a vmap into parameters that all lanes share; "
             "use inplace=False, or batch the parameters too"
         )
 
 
-def own(caller: str, step: Step, buffers: Buffers) -> list[list[torch.Tensor | None]]:
-    """The buffers that a step may be written into: None in the place of those that share memory, with another one, with
-    what only is read, or with themselves.
+def unshared_buffers(caller: str, step: Step, buffers: Buffers) -> list[list[torch.Tensor | None]]:
+    """Return the buffers without overlap, which a step may overwrite, and None in place of others.
+
+    Excluded are buffers that share memory with another buffer, with an operand of the step, or between two elements.
 
     Raises:
-        ValueError: parameters are to be overwritten, and cannot be.
+        ValueError: a parameter would have to be excluded.
     """
+    # An operand is its own buffer by design. Any other operand that overlaps a buffer would be read after some of its
+    # elements were overwritten.
     given = [t for column in buffers for t in column if t is not None]
     taken = set(map(id, given))
     read = [t for t in (*step.grads, *step.decayed) if t is not None and id(t) not in taken]
@@ -63,23 +73,24 @@ def own(caller: str, step: Step, buffers: Buffers) -> list[list[torch.Tensor | N
     return kept
 
 
-def apart(caller: str, params: Leaves, tensors: Leaves) -> Leaves:
-    """The tensors with copies of those that share memory with parameters, which are to be overwritten.
+def copied_if_shared(caller: str, params: Leaves, tensors: Leaves) -> Leaves:
+    """Return `tensors`, with copies of tensors that share memory with `params`, before a step overwrites the latter.
 
     Raises:
-        ValueError: the parameters cannot be.
+        ValueError: the parameters cannot be overwritten.
     """
     refuse_needed(caller, "params", params)
     meeting = shared([*params, *tensors])
     if not meeting:
         return tensors
+    # Overlap of parameters with each other cannot be resolved by a copy.
     unfit = shared(params)
     refuse_shared(caller, [None if i in unfit else p for i, p in enumerate(params)])
     return [t.clone() if len(params) + i in meeting else t for i, t in enumerate(tensors)]
 
 
 def refuse_shared(caller: str, params: Operands) -> None:
-    """Raise if a parameter that is to be overwritten has no memory of its own, for which there is None."""
+    """Raise if a parameter is None, the mark of shared memory."""
     if any(p is None for p in params):
         raise ValueError(
             f"{caller}: inplace=True, but a tensor in params shares memory with another one, or with itself, and would "
@@ -88,11 +99,16 @@ def refuse_shared(caller: str, params: Operands) -> None:
 
 
 def shared(tensors: Leaves) -> set[int]:
-    """The positions of plain tensors whose memory overlaps another's or, where it is not plain to see, their own."""
+    """Return the positions of plain tensors that overlap another tensor in memory, or possibly themselves.
+
+    Tensors of a transform are left out: their addresses cannot be read.
+    """
+    # Fast path: contiguous plain tensors with disjoint byte ranges share nothing.
     simple = functorch.are_plain(tensors) and all([t.is_contiguous() for t in tensors])
     if simple and not overlap([t.data_ptr() for t in tensors], [t.nbytes for t in tensors]):
         return set()
     plain = [i for i, t in enumerate(tensors) if functorch.is_plain(t) and t.numel()]
+    # Not contiguous and not provably dense: several elements may have one address.
     loose = {i for i in plain if not tensors[i].is_contiguous() and not _is_dense(tensors[i])}
     spans = [(tensors[i].data_ptr(), tensors[i].data_ptr() + _extent(tensors[i]), i) for i in plain]
     if not overlap([a for a, _, _ in spans], [b - a for a, b, _ in spans]):
@@ -101,21 +117,25 @@ def shared(tensors: Leaves) -> set[int]:
 
 
 def overlap(addresses: list[int], lengths: list[int]) -> bool:
-    """Whether two stretches of memory, in bytes, have an address in common; there is nothing at address 0."""
+    """True if two byte ranges intersect. Ranges at address 0 (no storage) and empty ranges are ignored."""
     stretches = sorted((a, a + n) for a, n in zip(addresses, lengths, strict=True) if a and n)
-    # Where any two meet, the first of them meets the one that follows it.
+    # In sorted order, if any two ranges intersect then two neighbours do.
     return any(start < end for (_, end), (start, _) in itertools.pairwise(stretches))
 
 
 def _extent(tensor: torch.Tensor) -> int:
-    """How many bytes lie from the first element to the last."""
+    """Number of bytes from the first element to the end of the last."""
     if tensor.is_contiguous():
         return tensor.numel() * tensor.itemsize
     return (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.itemsize
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether no two elements share an address, for sure."""
+    """True if no two elements share an address, by a sufficient test.
+
+    In order of rising stride, each stride has to exceed the largest offset that the smaller strides reach. The test
+    rejects some tensors without overlap, such as interleaved views.
+    """
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride < reach:
@@ -125,12 +145,13 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def fill(buffers: Sequence[Sequence[torch.Tensor | None]], values: list[Leaves]) -> list[Leaves]:
-    """Write values into the buffers that can hold them, and return what holds each value afterwards."""
-    # All is decided before the first one is written.
+    """Write values into suitable buffers. Return for each value the buffer, or the value without a suitable buffer."""
+    # A value may be a view of another buffer, so all decisions precede the first write.
+    # A buffer that is None, or cannot hold its value, is replaced by the value: new memory is returned.
     held = [
         [v if b is None else b for b, v in zip(*columns, strict=True)]
-        if hold(*columns)
-        else [v if b is None or not holds(b, v) else b for b, v in zip(*columns, strict=True)]
+        if can_hold_all(*columns)
+        else [v if b is None or not can_hold(b, v) else b for b, v in zip(*columns, strict=True)]
         for columns in zip(buffers, values, strict=True)
     ]
     with torch.no_grad():
@@ -141,15 +162,19 @@ def fill(buffers: Sequence[Sequence[torch.Tensor | None]], values: list[Leaves])
     return held
 
 
-def hold(buffers: Operands, values: Leaves) -> bool:
-    """Whether all buffers that are there hold their values."""
+def can_hold_all(buffers: Operands, values: Leaves) -> bool:
+    """True if every buffer is None or can hold its value."""
     if functorch.are_plain([*(b for b in buffers if b is not None), *values]):
         return True
-    return all(b is None or holds(b, v) for b, v in zip(buffers, values, strict=True))
+    return all(b is None or can_hold(b, v) for b, v in zip(buffers, values, strict=True))
 
 
-def holds(buffer: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether a buffer has memory of its own for a value under the running vmaps."""
+def can_hold(buffer: torch.Tensor, value: torch.Tensor) -> bool:
+    """True if a buffer has an address for each element of a value in each lane.
+
+    A base with overlapping elements, such as an expanded tensor, has too few addresses. So has a buffer that is batched
+    at fewer levels than the value.
+    """
     if not functorch.is_plain(buffer) and not _is_dense(functorch.base(buffer)):
         return False
     return functorch.is_plain(value) or functorch.batch_levels(value) <= functorch.batch_levels(buffer)

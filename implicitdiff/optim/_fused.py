@@ -1,6 +1,6 @@
 """Steps by the compiled kernels: where they serve, what they are handed, and how they are differentiated.
 
-A kernel computes what a `Rule` says, all leaves in one pass over memory, and its companion the vector-Jacobian product.
+A kernel computes the `UpdateRule`, all leaves in one pass over memory, and its companion the vector-Jacobian product.
 They take addresses, so everything is checked before one is taken. What they cannot serve is computed by the plain
 formula: vmap, forward mode, tracing, derivatives of derivatives.
 """
@@ -19,7 +19,7 @@ import implicitdiff._torch.levels as functorch
 import implicitdiff.optim._donation as _donation
 from implicitdiff._torch.modes import is_any_running
 from implicitdiff._torch.trees import Leaves
-from implicitdiff.optim._rule import Rule
+from implicitdiff.optim._rule import UpdateRule
 from implicitdiff.optim._step import Buffers, Operands, Step, flat, split
 
 if _C.cpu is not None:
@@ -127,7 +127,7 @@ def locate(columns: Sequence[Operands], overwritten: Sequence[int], count: torch
     return None if found is None else Memory._make(found)
 
 
-def numbers_of(rule: Rule) -> list[float]:
+def numbers_of(rule: UpdateRule) -> list[float]:
     """The hyper-parameters as a kernel takes them."""
     return [float(getattr(rule, name)) for name in rule.numbers]
 
@@ -277,7 +277,7 @@ def _forward(step: Step) -> list[Leaves]:
 
 
 def _in_place(name: str, step: Step, buffers: Buffers) -> list[Leaves]:
-    buffers = _donation.own(name, step, buffers)
+    buffers = _donation.unshared_buffers(name, step, buffers)
     inputs = _readable(step.columns)
     outputs = [
         [b if b is not None and _is_addressable(b) else _fresh(t) for b, t in zip(*pair, strict=True)]

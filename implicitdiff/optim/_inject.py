@@ -1,15 +1,16 @@
-"""Hyper-parameters that live in the state."""
+"""Hyper-parameters in the state of a transformation."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.trees import Tree
 from implicitdiff.optim._base import GradientTransformation
 
 
@@ -17,28 +18,28 @@ class InjectState(NamedTuple):
     """State of `inject_hyperparams`.
 
     Attributes:
-        count: how many updates there were, an int64 scalar.
-        hyperparams: the values for the next update, by name, as given but for numbers in float64 (those of schedules
-            are evaluated anew each time).
+        count: number of updates so far, an int64 scalar.
+        hyperparams: values by name, float64 tensors or trees of them. Values of schedules are those of the last update
+            and are evaluated again in the next.
         inner: the state of the transformation.
     """
 
     count: torch.Tensor  # type: ignore[assignment]  # not the method of tuples
-    hyperparams: dict[str, Any]
-    inner: Any
+    hyperparams: dict[str, Tree]
+    inner: Tree
 
 
 def inject_hyperparams(factory: Callable[..., GradientTransformation]) -> Callable[..., GradientTransformation]:
-    """Make a factory of transformations keep its hyper-parameters in the state.
+    """Wrap a factory of transformations, to hold its hyper-parameters in the state.
 
     Args:
         factory: e.g. ``implicitdiff.adam``.
 
     Returns:
         A function of the same keyword arguments. Numbers, tensors, schedules (functions of the number of updates so
-        far, a tensor) and trees of these become tensors in ``state.hyperparams``; whatever else is given (None, bool,
-        strings, masks) goes to the factory as it is. Change a value between updates with ``state._replace``, learn it
-        by differentiating with respect to the state, or vmap over it.
+        far, a tensor) and trees of these become tensors in ``state.hyperparams``. Other arguments (None, bool, strings,
+        masks) are passed to the factory unchanged. Change a value between updates with ``state._replace``, learn it by
+        differentiating with respect to the state, or vmap over it.
 
     Example:
         >>> import torch
@@ -55,7 +56,9 @@ def inject_hyperparams(factory: Callable[..., GradientTransformation]) -> Callab
     return functools.partial(_injected, factory)
 
 
-def _injected(factory: Callable[..., GradientTransformation], **given: Any) -> GradientTransformation:
+def _injected(factory: Callable[..., GradientTransformation], **given: Tree) -> GradientTransformation:
+    # A mask may be a function too, but of the parameters. Of the other numeric values, those without a function are
+    # numbers, and move out of `schedules`.
     schedules = {k: v for k, v in given.items() if k != "mask" and _is_numeric(v, scheduled=True)}
     numbers = {k: schedules.pop(k) for k in [*schedules] if _is_numeric(schedules[k])}
     statics = {k: v for k, v in given.items() if k not in schedules and k not in numbers}
@@ -65,69 +68,71 @@ def _injected(factory: Callable[..., GradientTransformation], **given: Any) -> G
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Injected:
-    """The pair of a factory.
+    """``init``, ``update`` and ``step`` of a factory's pair, which is made again for each update.
 
     Attributes:
-        factory: makes the pair of each update.
-        statics: its arguments that stay out of the state.
-        numbers: those that begin in the state.
-        schedules: those that a number of updates gives.
+        factory: makes the pair from hyper-parameters.
+        statics: arguments that stay out of the state.
+        numbers: arguments in the state, constant unless the user replaces them.
+        schedules: arguments that are functions of the number of updates.
     """
 
     factory: Callable[..., GradientTransformation]
-    statics: dict[str, Any]
-    numbers: dict[str, Any]
-    schedules: dict[str, Any]
+    statics: dict[str, Tree]
+    numbers: dict[str, Tree]
+    schedules: dict[str, Tree]
 
-    def init(self, params: Any) -> InjectState:
+    def init(self, params: Tree) -> InjectState:
         count = torch.zeros((), dtype=torch.int64, device="cpu")
-        values = self._hyperparams(count, {k: pytree.map_leaves(_own, v) for k, v in self.numbers.items()})
+        values = self._hyperparams(count, {k: pytree.map_leaves(_as_own_tensor, v) for k, v in self.numbers.items()})
         return InjectState(count, values, self._of(values).init(params))
 
     def __call__(
-        self, grads: Any, state: InjectState, params: Any = None, *, inplace: bool = False
-    ) -> tuple[Any, InjectState]:
+        self, grads: Tree, state: InjectState, params: Tree = None, *, inplace: bool = False
+    ) -> tuple[Tree, InjectState]:
         values = self._hyperparams(state.count, state.hyperparams)
         updates, inner = self._of(values).update(grads, state.inner, params=params, inplace=inplace)
         return updates, InjectState(state.count + 1, values, inner)
 
-    def step(self, grads: Any, state: InjectState, params: Any, *, inplace: bool = False) -> tuple[Any, InjectState]:
+    def step(self, grads: Tree, state: InjectState, params: Tree, *, inplace: bool = False) -> tuple[Tree, InjectState]:
         values = self._hyperparams(state.count, state.hyperparams)
         pair = self._of(values)
-        if inplace and getattr(pair.update, "step", None) is None:  # which overwrites the gradients
+        if inplace and getattr(pair.update, "step", None) is None:  # an unfused step overwrites the gradients
             grads = pytree.map_tensors(torch.clone, grads)
         params, inner = pair.step(grads, state.inner, params, inplace=inplace)
         return params, InjectState(state.count + 1, values, inner)
 
-    def _of(self, values: dict[str, Any]) -> GradientTransformation:
+    def _of(self, values: dict[str, Tree]) -> GradientTransformation:
         return self.factory(**self.statics, **values)
 
-    def _hyperparams(self, count: torch.Tensor, kept: dict[str, Any]) -> dict[str, Any]:
-        return kept | {k: pytree.map_leaves(functools.partial(_at, count), v) for k, v in self.schedules.items()}
+    def _hyperparams(self, count: torch.Tensor, kept: dict[str, Tree]) -> dict[str, Tree]:
+        return kept | {k: pytree.map_leaves(functools.partial(_value_at, count), v) for k, v in self.schedules.items()}
 
 
-def _is_numeric(value: Any, scheduled: bool = False) -> bool:
-    """Whether a value is a number or a tree of some, or, `scheduled`, of schedules as well."""
+def _is_numeric(value: Tree, scheduled: bool = False) -> bool:
+    """True if a value is a number or a tensor, or a tree of these. With `scheduled`, schedules count too."""
     leaves = pytree.leaves_of(value)[0]
     some = [leaf for leaf in leaves if leaf is not None]
+    # None is not a hyper-parameter, but an empty tree is one, for parameters without leaves.
     return bool(some or leaves != [None]) and all(
         (isinstance(leaf, (int, float, torch.Tensor)) and not isinstance(leaf, bool)) or (scheduled and callable(leaf))
         for leaf in some
     )
 
 
-def _at(count: torch.Tensor, value: Any) -> Any:
-    """A leaf of a hyper-parameter after so many updates."""
+def _value_at(count: torch.Tensor, value: Tree) -> Tree:
+    """Value of a leaf of a hyper-parameter after `count` updates, as float64 tensors."""
     value = value(count) if callable(value) else value
     return pytree.map_leaves(_double, value)
 
 
-def _own(value: Any) -> torch.Tensor | None:
+def _as_own_tensor(value: Tree) -> torch.Tensor | None:
+    # A copy: the state may be donated and overwritten, and must not share memory with the user's tensor.
     double = _double(value)
     return None if double is None else double.clone()
 
 
-def _double(value: Any) -> torch.Tensor | None:
+def _double(value: Tree) -> torch.Tensor | None:
     if value is None or isinstance(value, torch.Tensor):
         return None if value is None else value.double()
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")

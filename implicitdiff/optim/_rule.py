@@ -1,65 +1,83 @@
-"""An optimizer's step on one leaf, and what makes a transformation of trees out of it."""
+"""The step of an optimizer on one leaf, as equations in plain torch.
+
+`_transformation` lifts a rule to trees; `_fused` computes the same equations by compiled kernels.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._columns import accumulator
 
-Number = float | torch.Tensor
-# A number, a tensor that broadcasts to a leaf, a schedule, or a tree of these: `Any` stands for trees.
-Hyperparameter = Number | Callable[[torch.Tensor], Number] | Any
+Hyperparameter: TypeAlias = Number | Callable[[torch.Tensor], Number] | Tree
+"""A number, a tensor that broadcasts to a leaf, a schedule, or a tree of these."""
+Setting: TypeAlias = Any
+"""A field of a rule: a `Hyperparameter` until `transformation` resolves schedules and trees, then a `Number`."""
 
-# The learning rate of a transformation that leaves the sign and the scale of its direction to others.
+# Learning rate of ``scale_by_*``: `UpdateRule.direction` multiplies by -lr, so -1 gives the ascent direction.
 UPHILL = -1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule(ABC):
-    """The step of an optimizer on one leaf, as equations over real tensors; its fields are the hyper-parameters.
+class Constants:
+    """Numbers of one leaf and step as attributes: scalars, or tensors that broadcast to the leaf.
 
-    The compiled kernels compute the same: `kernel` is what they are called there, and `numbers` the fields that they
-    take, in their order.
+    `types.SimpleNamespace` would do, but Dynamo cannot trace it.
+    """
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init__(self, values: dict[str, Number]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateRule(ABC):
+    """The step of an optimizer on one leaf, as equations over real tensors. The fields are the hyper-parameters.
 
     Attributes:
-        takes_sparse: whether torch.optim has it for sparse gradients: where they are zero nothing moves but momentum.
+        numbers: names of the fields, in the order of the arguments of the compiled kernel.
+        takes_sparse: True if torch.optim accepts sparse gradients for this optimizer. A zero entry then moves no
+            parameter, except by momentum or decay, so that sparse and dense gradients agree.
         lr: the learning rate.
         weight_decay: adds ``weight_decay * p`` to the gradient, or ``-lr * weight_decay * p`` to the update if
             `decoupled`.
-        maximize: climb.
+        maximize: negate the gradient.
     """
 
     numbers: ClassVar[Sequence[str]]
     takes_sparse: ClassVar[bool] = False
     decoupled = False
 
-    lr: Any
-    weight_decay: Any
+    lr: Setting
+    weight_decay: Setting
     maximize: bool
 
     @property
     @abstractmethod
     def kernel(self) -> str:
-        """The name of the compiled step."""
+        """Name of the compiled kernel."""
 
     @property
     @abstractmethod
-    def moments(self) -> dict[str, Any]:
-        """What the state keeps for each leaf, and the number each starts from, in the kernel's order."""
+    def moments(self) -> dict[str, Tree]:
+        """Names of the moments that the state keeps for each leaf, with initial values, in the kernel's order."""
 
     @abstractmethod
     def constants(self, t: torch.Tensor) -> dict[str, Number]:
-        """What is the same for all elements of a leaf at its step number t = 1, 2, ..., a vector over leaves."""
+        """Return the coefficients of a step by name, at step numbers t = 1, 2, ..., a float64 vector over leaves."""
 
     @abstractmethod
-    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Any) -> tuple[torch.Tensor, Leaves]:
-        """The update and the new moments, from a gradient that has its sign and its L2 decay."""
+    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Constants) -> tuple[torch.Tensor, Leaves]:
+        """Return the update and the new moments, from a gradient with sign and L2 decay applied."""
 
     @property
     def decays(self) -> bool:
@@ -67,17 +85,21 @@ class Rule(ABC):
 
     @property
     def is_elementwise(self) -> bool:
-        """Whether a hyper-parameter has a number for each element of a leaf."""
+        """True if a hyper-parameter is a tensor with a number for each element of a leaf."""
         return any(isinstance(v, torch.Tensor) and v.ndim > 0 for v in vars(self).values())
 
-    def with_tensors(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Rule:
-        """The rule with a function of its tensors in their places."""
-        tensors: dict[str, Any] = {k: fn(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+    def with_tensors(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> UpdateRule:
+        """Return the rule with `fn` applied to hyper-parameters that are tensors."""
+        tensors: dict[str, Tree] = {k: fn(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return dataclasses.replace(self, **tensors) if tensors else self
 
-    def apply(self, c: Any, g: torch.Tensor, p: torch.Tensor | None, moments: Leaves) -> tuple[torch.Tensor, Leaves]:
+    def apply(
+        self, c: Constants, g: torch.Tensor, p: torch.Tensor | None, moments: Leaves
+    ) -> tuple[torch.Tensor, Leaves]:
+        """Return the update and the new moments of a leaf. `p` is None without weight decay."""
         if self.maximize:
             g = -g
+        # L2 penalty: the gradient of weight_decay |p|^2 / 2 enters the moments. Decoupled decay bypasses them.
         if p is not None and not self.decoupled:
             g = g + c.weight_decay * p
         u, moments = self.direction(g, moments, c)
@@ -86,24 +108,26 @@ class Rule(ABC):
         return u, moments
 
 
-def run(
-    rule: Rule,
+def apply_rule(
+    rule: UpdateRule,
     counts: torch.Tensor,
     grads: Leaves,
     decayed: Sequence[torch.Tensor | None],
     bases: Sequence[torch.Tensor | None],
     moments: Sequence[Leaves],
 ) -> list[Leaves]:
-    """The step in plain torch, leaf by leaf: the updates, or new parameters where there is a base, and new moments.
+    """Compute a step in plain torch, leaf by leaf, for leaves of one device and dtype.
 
-    The leaves have one device and one dtype.
+    Returns:
+        Columns: the updates (``base + update`` for a leaf with a base), then the new moments.
     """
     results: list[Leaves] = [[] for _ in range(1 + len(moments))]
     if not grads:
         return results
+    # Half-precision leaves are computed in float32 and rounded once, at the end.
     stored = grads[0].dtype
     dtype = accumulator(stored)
-    # In float64, so that `1 - beta**t` loses nothing.
+    # Coefficients are float64: in float32, 1 - 0.999**t is off by about 3e-8 / (1e-3 t).
     constants = _constants(rule.with_tensors(lambda v: v.double()), counts.double(), grads[0].device, dtype)
     for c, g, p, base, *old in zip(constants, grads, decayed, bases, *moments, strict=True):
         u, new = rule.apply(c, _cast(g, dtype), None if p is None else _cast(p, dtype), old)
@@ -116,37 +140,31 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-class _Constants:
-    """Numbers by name; Dynamo does not trace a SimpleNamespace."""
-
-    def __init__(self, values: dict[str, Number]) -> None:
-        for name, value in values.items():
-            setattr(self, name, value)
-
-
-def _constants(rule: Rule, t: torch.Tensor, device: torch.device, dtype: torch.dtype) -> list[_Constants]:
-    """The constants of each leaf: scalars, or tensors that broadcast to it where a hyper-parameter is one."""
+def _constants(rule: UpdateRule, t: torch.Tensor, device: torch.device, dtype: torch.dtype) -> list[Constants]:
+    """Return the `Constants` of each leaf."""
+    # With a number for each element, coefficients cannot be vectors over leaves: one evaluation for each leaf.
     if rule.is_elementwise:
         rule = rule.with_tensors(lambda v: v.to(device))
-        return [_Constants(_named(rule, now, device, dtype)) for now in t.to(device).unbind()]
+        return [Constants(_named(rule, now, device, dtype)) for now in t.to(device).unbind()]
+    # One evaluation for all leaves: the coefficients are vectors over leaves, or one number if independent of t.
     shared = _named(rule, t, device, dtype)
     columns = {k: v.unbind() for k, v in shared.items() if isinstance(v, torch.Tensor) and v.ndim}
     if not columns:
-        return [_Constants(shared)] * t.shape[0]
-    return [_Constants({**shared, **dict(zip(columns, of, strict=True))}) for of in zip(*columns.values(), strict=True)]
+        return [Constants(shared)] * t.shape[0]
+    return [Constants({**shared, **dict(zip(columns, of, strict=True))}) for of in zip(*columns.values(), strict=True)]
 
 
-def _named(rule: Rule, t: torch.Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, Number]:
+def _named(rule: UpdateRule, t: torch.Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, Number]:
     values = {"lr": rule.lr, "weight_decay": rule.weight_decay, **rule.constants(t)}
     return {k: v.to(device, dtype) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
 
-def root(x: torch.Tensor, shift: Number = 0.0) -> torch.Tensor:
-    """The square root of ``x + shift``, with the derivative 0 at 0.
+def safe_sqrt(x: torch.Tensor, shift: Number = 0.0) -> torch.Tensor:
+    """Return ``sqrt(x + shift)`` with derivative 0 at 0, where autograd would give infinity times zero, a nan.
 
-    A second moment is 0 where every gradient so far was 0. There the step ``m / (root(v) + eps)`` is, up to constants,
-    ``g / (|g| + eps)``, whose derivative at 0 is ``1 / eps``: what the denominator contributes vanishes, though the
-    square root alone has no derivative.
+    A second moment is 0 where all gradients so far were 0. Near this point the step ``m / (sqrt(v) + eps)`` is, up to
+    constants, ``g / (|g| + eps)``, whose derivative at 0 is ``1 / eps``. The numerator alone contributes ``1 / eps``,
+    so 0 is the right share of the denominator.
     """
     if isinstance(shift, torch.Tensor) or shift != 0:
         x = x + shift

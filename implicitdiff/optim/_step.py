@@ -1,23 +1,24 @@
-"""One step of a rule on all leaves."""
+"""One step of a rule on all leaves: results and vector-Jacobian product."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import implicitdiff._torch.levels as functorch
 import implicitdiff.optim._rule as _rule
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Tree
 
+Item = TypeVar("Item")
 Operands = Sequence[torch.Tensor | None]
-# What results may be written into: a column for the updates, or parameters, and one for each moment; None where not.
+# Memory for the results: a column for updates or parameters, then one for each moment. None requests new memory.
 Buffers = Sequence[Operands]
 
-
+# Stands for an operand of a step without tensors.
 _HOLE = torch.empty(0, device="meta")
 
 
@@ -27,15 +28,15 @@ class Step:
 
     Attributes:
         rule: the optimizer.
-        count: the number of this step for every leaf, an int64 vector.
-        rows: the leaf of each row.
+        count: the step number t of every leaf, an int64 vector.
+        rows: the index of each row among the leaves.
         grads: a gradient for each row.
-        decayed: what weight decay reads, None where there is none.
-        bases: what the update is added to, or None in every row.
-        moments: the columns of the state.
+        decayed: the parameter that weight decay reads, or None for a row without decay.
+        bases: the parameters to add updates to, or None in every row for updates alone.
+        moments: the columns of moments, in the order of `UpdateRule.moments`.
     """
 
-    rule: _rule.Rule
+    rule: _rule.UpdateRule
     count: torch.Tensor
     rows: list[int]
     grads: Leaves
@@ -57,34 +58,36 @@ class Step:
 
     @cached_property
     def is_constant(self) -> bool:
-        """Whether no transform has to do with the tensors."""
+        """True if no transform tracks an operand."""
         return functorch.are_constant(self.operands)
 
     def of(self, operands: Sequence[torch.Tensor]) -> Step:
-        """The same step of other tensors, in the order of `operands`."""
+        """Return the step with other tensors, given in the order of `operands`."""
         rest = iter(operands)
         return self._with([[None if t is None else next(rest) for t in column] for column in self.columns])
 
     def emptied(self) -> Step:
-        """The step without its tensors, to be kept for a derivative: count and numbers are its own, since those of the
-        state may be overwritten."""
-        numbers: dict[str, Any] = {k: v.clone() for k, v in vars(self.rule).items() if isinstance(v, torch.Tensor)}
+        """Return the step without operands, for a backward pass to keep.
+
+        Count and tensor hyper-parameters are copied, since a later step in place may overwrite those of the state.
+        """
+        numbers: dict[str, Tree] = {k: v.clone() for k, v in vars(self.rule).items() if isinstance(v, torch.Tensor)}
         rule = dataclasses.replace(self.rule, **numbers)
         return dataclasses.replace(self.of([_HOLE] * len(self.operands)), rule=rule, count=self.count.clone())
 
     def baseless(self) -> Step:
-        """The step that gives the updates alone."""
+        """Return the step that computes updates instead of new parameters."""
         return dataclasses.replace(self, bases=[None] * len(self.rows))
 
     @property
     def places_of_bases(self) -> range:
-        """Where the bases stand among the operands."""
+        """Positions of the bases among `operands`."""
         first = sum(t is not None for column in self.columns[:2] for t in column)
         return range(first, first + sum(t is not None for t in self.bases))
 
     def subset(self, at: Sequence[int]) -> Step:
-        """The step of some of the rows."""
-        # Not `columns`, whose cache torch.compile does not trace.
+        """Return the step of the rows at some positions."""
+        # torch.compile cannot trace the cached property `columns`.
         columns = [self.grads, self.decayed, self.bases, *self.moments]
         picked = self._with([[column[k] for k in at] for column in columns])
         return dataclasses.replace(picked, rows=[self.rows[k] for k in at])
@@ -94,12 +97,12 @@ class Step:
         return dataclasses.replace(self, grads=grads, decayed=decayed, bases=bases, moments=moments)
 
     def results(self) -> list[Leaves]:
-        """By the plain formula: the updates, or new parameters where there are bases, and the new moments."""
+        """Compute the columns of results in plain torch, see `_rule.apply_rule`."""
         counts = self.count if len(self.rows) == self.count.shape[0] else self.count[self.rows]
-        return _rule.run(self.rule, counts, self.grads, self.decayed, self.bases, self.moments)
+        return _rule.apply_rule(self.rule, counts, self.grads, self.decayed, self.bases, self.moments)
 
     def pullback(self, cotangents: Operands, wanted: Sequence[bool]) -> Operands:
-        """By the plain formula: the cotangents of those operands that are wanted, None for the others."""
+        """Return the cotangents of the wanted operands in plain torch, and None for the others."""
         operands = self.operands
 
         def results(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -108,6 +111,7 @@ class Step:
             return tuple(flat(step.results()))
 
         primals = [t for t, want in zip(operands, wanted, strict=True) if want]
+        # torch.func.vjp composes with all transforms that run, unlike torch.autograd.grad.
         linearised: Any = torch.func.vjp(results, *primals)
         values, pull = linearised
         bars = tuple(torch.zeros_like(v) if c is None else c for v, c in zip(values, cotangents, strict=True))
@@ -115,12 +119,12 @@ class Step:
         return [next(grads) if want else None for want in wanted]
 
 
-def flat(columns: Iterable[Iterable[Any]]) -> list[Any]:
-    """One list out of columns."""
+def flat(columns: Iterable[Iterable[Item]]) -> list[Item]:
+    """Concatenate columns into one list."""
     return [t for column in columns for t in column]
 
 
-def split(values: Sequence[Any], count: int) -> list[list[Any]]:
-    """Columns of equal length out of one list."""
+def split(values: Sequence[Item], count: int) -> list[list[Item]]:
+    """Split a list into `count` columns of equal length."""
     size = len(values) // count
     return [list(values[i * size : (i + 1) * size]) for i in range(count)]

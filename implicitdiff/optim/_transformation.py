@@ -1,4 +1,8 @@
-"""A rule for one leaf made into an (init, update) pair over trees."""
+"""The (init, update) pair over trees of a rule for one leaf.
+
+A step takes the first possible of three ways: one kernel call for all leaves (`_fused.at_once`), one kernel call for
+each group of leaves of equal device, dtype and hyper-parameters (`_fused.run`), or plain torch (`Step.results`).
+"""
 
 from __future__ import annotations
 
@@ -13,125 +17,130 @@ import torch
 import implicitdiff._torch.trees as pytree
 import implicitdiff.optim._donation as _donation
 import implicitdiff.optim._fused as _fused
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
-from implicitdiff.optim._columns import Columns, accumulator, refuse_misfits, refuse_others, spread
+from implicitdiff.optim._columns import Columns, accumulator, refuse_misfits, refuse_others, value_of_each_leaf
 from implicitdiff.optim._inject import inject_hyperparams
-from implicitdiff.optim._rule import Rule
+from implicitdiff.optim._rule import UpdateRule
 from implicitdiff.optim._step import Buffers, Operands, Step, flat
 
 
 def transformation(
-    name: str, rule: Rule, state: type[Any], *, mask: Any = None, use_accelerated_op: bool | None = None
+    name: str, rule: UpdateRule, state: type[Any], *, mask: Tree = None, use_accelerated_op: bool | None = None
 ) -> GradientTransformation:
-    """The pair of a rule.
+    """Return the pair of a rule.
 
     Args:
-        name: what error messages call it.
-        rule: its hyper-parameters may be schedules, tensors that broadcast to a leaf, or trees of these.
-        state: a NamedTuple of ``count`` and the moments.
-        mask: which parameters weight decay is for, as `Columns.chosen` takes it, or a function of the parameters; None
-            for all.
-        use_accelerated_op: True insists on compiled steps, False forbids them, None takes them where they help.
+        name: of the public factory, for error messages.
+        rule: the step; its hyper-parameters may be schedules, tensors that broadcast to a leaf, or trees of these.
+        state: the type of the state, a NamedTuple of ``count`` and the moments.
+        mask: the parameters that decay: a mask for `Columns.mask_of_rows`, or a function from parameters to a mask.
+            None: all.
+        use_accelerated_op: True requires compiled steps, False forbids them, None takes them if faster.
     """
     if use_accelerated_op:
         _fused.require(name)
     others = {k: v for k, v in vars(rule).items() if not isinstance(v, (int, float))}
     schedules = {k: v for k, v in others.items() if any(map(callable, pytree.leaves_of(v)[0]))}
     if schedules:
+        # `inject_hyperparams` evaluates the schedules in each update and makes the pair again with their values.
         at = functools.partial(_with_values, name, rule, state, mask, use_accelerated_op)
         return inject_hyperparams(at)(**schedules)
+    # A scalar tensor is one number for all leaves, and a kernel reads its value; other tensors and trees vary.
     varied = tuple(k for k, v in others.items() if not isinstance(v, torch.Tensor) or v.ndim)
     tensors, numbers = tuple(pytree.tensors([*others.values()])), None if others else tuple(_fused.numbers_of(rule))
     moments = {f"state.{field}": field for field in rule.moments}
-    update = _Update(name, rule, state, mask, use_accelerated_op, varied, tensors, numbers, moments)
+    update = _RuleUpdate(name, rule, state, mask, use_accelerated_op, varied, tensors, numbers, moments)
     return GradientTransformation(update.init, update)
 
 
 def _with_values(
-    name: str, rule: Rule, state: type[Any], mask: Any, use_accelerated_op: bool | None, **values: Any
+    name: str, rule: UpdateRule, state: type[Any], mask: Tree, use_accelerated_op: bool | None, **values: Any
 ) -> GradientTransformation:
-    """The pair of a rule with other hyper-parameters."""
+    """Return the pair of a rule with some hyper-parameters replaced."""
     rule = dataclasses.replace(rule, **values)
     return transformation(name, rule, state, mask=mask, use_accelerated_op=use_accelerated_op)
 
 
-def _initial(name: str, leaf: Any, value: Any) -> torch.Tensor | None:
+def _initial(name: str, leaf: torch.Tensor | None, value: Number | complex | None) -> torch.Tensor | None:
     if leaf is None or not (leaf.is_floating_point() or leaf.is_complex()):
         return None
     dtype = accumulator(leaf.dtype)
     if value is None:
         raise ValueError(f"{name}: {_PUBLIC['initial']} is None for a parameter of shape {list(leaf.shape)}")
-    if leaf.is_complex():  # A pair of reals starts from a pair.
+    if leaf.is_complex():  # the real and the imaginary part are accumulated as two reals, from one start each
         value = value * (1 + 1j)
     if not isinstance(value, torch.Tensor):
         return torch.full_like(leaf, value, dtype=dtype, requires_grad=False)
     return torch.zeros_like(leaf, dtype=dtype, requires_grad=False) + value.to(leaf.device, dtype)
 
 
-# How the hyper-parameters are given, where the rule has another name for them.
+# Public spelling of the hyper-parameters that the rule names differently.
 _PUBLIC = {"b1": "betas[0]", "b2": "betas[1]", "initial": "initial_accumulator_value"}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Update:
-    """The pair: ``init``, ``update``, and the step that gives the new parameters at once.
+class _RuleUpdate:
+    """``init``, ``update`` and the fused ``step`` of a rule.
 
     Attributes:
-        varied: the hyper-parameters that are not one number for all elements of all leaves.
+        varied: names of the hyper-parameters that differ between leaves or elements.
         tensors: all tensors among the hyper-parameters.
-        numbers: the hyper-parameters as a kernel takes them, where none is a tensor, a schedule or a tree.
-        moments: the moments that the state has, by what error messages call them.
+        numbers: arguments of the kernel, or None if a hyper-parameter is a tensor or a tree.
+        moments: fields of the state that are moments, by their spelling in error messages.
     """
 
     name: str
-    rule: Rule
+    rule: UpdateRule
     state: type[Any]
-    mask: Any
+    mask: Tree
     use_accelerated_op: bool | None
     varied: tuple[str, ...]
     tensors: tuple[torch.Tensor, ...]
     numbers: tuple[float, ...] | None
     moments: dict[str, str]
 
-    def init(self, params: Any) -> Any:
+    def init(self, params: Tree) -> Tree:
         leaves, spec = pytree.leaves_of(params)
         refuse_others(self.name, leaves)
         for key in self.varied:
             public = _PUBLIC.get(key, key)
-            refuse_misfits(self.name, public, spread(self.name, public, getattr(self.rule, key), spec), leaves, spec)
+            # An error in `init` names the hyper-parameter; in a step it would name a broken product.
+            refuse_misfits(
+                self.name, public, value_of_each_leaf(self.name, public, getattr(self.rule, key), spec), leaves, spec
+            )
         moments = {}
         for field, value in self.rule.moments.items():
-            starts = spread(self.name, _PUBLIC["initial"], value, spec)
+            starts = value_of_each_leaf(self.name, _PUBLIC["initial"], value, spec)
             begun = [_initial(self.name, leaf, start) for leaf, start in zip(leaves, starts, strict=True)]
             moments[field] = pytree.unflatten(begun, spec)
         device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
         return self.state(count=torch.zeros(len(leaves), dtype=torch.int64, device=device), **moments)
 
-    def __call__(self, grads: Any, state: Any, params: Any = None, *, inplace: bool = False) -> tuple[Any, Any]:
+    def __call__(self, grads: Tree, state: Tree, params: Tree = None, *, inplace: bool = False) -> tuple[Tree, Tree]:
         columns = self._columns(grads, state)
         decayed = self._decayed(columns, params)
         outs, state = self._run(columns, state, decayed, None, inplace)
         return columns.tree_of(columns.leaves, outs), state
 
-    def step(self, grads: Any, state: Any, params: Any, *, inplace: bool = False) -> tuple[Any, Any]:
+    def step(self, grads: Tree, state: Tree, params: Tree, *, inplace: bool = False) -> tuple[Tree, Tree]:
         columns = self._columns(grads, state)
         leaves = columns.match("params", params)
         bases = columns.present("params", leaves)
         outs, state = self._run(columns, state, self._decayed(columns, params), bases, inplace)
         return columns.tree_of(leaves, outs), state
 
-    def _columns(self, grads: Any, state: Any) -> Columns:
+    def _columns(self, grads: Tree, state: Tree) -> Columns:
         if not isinstance(state, self.state):
             raise TypeError(
                 f"{self.name}: state is a {type(state).__name__}, not the {self.state.__name__} of its init"
             )
-        # The rows are those of the state, where the leaves are counted.
+        # `count` is in the order of the state's leaves, so gradients are put into the same order.
         like = next(((name, getattr(state, field)) for name, field in self.moments.items()), None)
         return Columns(self.name, "grads", grads, like=like)
 
-    def _decayed(self, columns: Columns, params: Any) -> Operands:
-        """What weight decay reads of each leaf."""
+    def _decayed(self, columns: Columns, params: Tree) -> Operands:
+        """Return for each row the parameter, or None without weight decay."""
         if not self.rule.decays:
             return [None] * len(columns.rows)
         if params is None:
@@ -139,25 +148,27 @@ class _Update:
         column = columns.present("params", columns.match("params", params))
         if self.mask is None:
             return column
-        wanted = columns.chosen(self.mask(params) if callable(self.mask) else self.mask)
+        wanted = columns.mask_of_rows(self.mask(params) if callable(self.mask) else self.mask)
         return [p if want else None for p, want in zip(column, wanted, strict=True)]
 
     def _run(
-        self, columns: Columns, state: Any, decayed: Operands, bases: Leaves | None, inplace: bool
-    ) -> tuple[Leaves, Any]:
+        self, columns: Columns, state: Tree, decayed: Operands, bases: Leaves | None, inplace: bool
+    ) -> tuple[Leaves, Tree]:
         leaves = [columns.match(name, getattr(state, field)) for name, field in self.moments.items()]
         moments = [columns.present(name, column) for name, column in zip(self.moments, leaves, strict=True)]
         added: Operands = bases or [None] * len(decayed)
+        # Columns by index: 0 gradients, 1 decayed parameters, 2 bases, from 3 on moments. In place, updates take the
+        # memory of gradients, new parameters that of the old.
         table = [columns.first, decayed, added, *moments]
-        overwritten = [2 if bases else 0, *range(3, len(table))] if inplace else []
-        memory = _fused.locate(table, overwritten, state.count)
+        donated = [2 if bases else 0, *range(3, len(table))] if inplace else []
+        memory = _fused.locate(table, donated, state.count)
         if memory is None:
             self._check(columns, table)
         increment = _increment(self.name, columns, state.count)
         numbers = self._numbers_for(columns, memory, inplace)
         if memory is not None and numbers is not None:
-            count = _overwritten(self.name, state.count, increment) if inplace else state.count + increment
-            results = _fused.at_once(self.rule.kernel, numbers, columns.rows, count, table, overwritten, memory)
+            count = _increment_in_place(self.name, state.count, increment) if inplace else state.count + increment
+            results = _fused.at_once(self.rule.kernel, numbers, columns.rows, count, table, donated, memory)
         else:
             step = Step(self.rule, state.count + increment, columns.rows, columns.first, decayed, added, moments)
             results, count = self._leaf_by_leaf(step, self._rules(columns), state.count if inplace else None)
@@ -165,7 +176,7 @@ class _Update:
         return results[0], self.state(count=count, **{field: columns.tree_of(old, new) for field, old, new in news})
 
     def _check(self, columns: Columns, table: Sequence[Operands]) -> None:
-        """Raise unless the columns of a step are alike."""
+        """Raise unless the columns of a step agree in shape, dtype and device."""
         if self.rule.takes_sparse:
             columns.densify()
         columns.checked(_NOT_SPARSE.format(self.name))
@@ -175,10 +186,11 @@ class _Update:
             columns.compare(name, column, accumulated=True)
 
     def _numbers_for(self, columns: Columns, memory: _fused.Memory | None, inplace: bool) -> Sequence[float] | None:
-        """The hyper-parameters as a kernel takes them; None where no kernel may compute the step at once."""
+        """Return the arguments of a kernel, or None if no single kernel call may compute the step."""
         if memory is None or self.use_accelerated_op is False or self.varied or not columns.first:
             return None
         first = columns.first[0]
+        # `is_free`: no transform or graph needs the result. `is_donated`: memory may be overwritten besides.
         allowed = memory.is_donated if inplace else memory.is_free
         if not allowed or _fused.missing(first.device, first.dtype) is not None:
             return None
@@ -187,38 +199,46 @@ class _Update:
         return _fused.numbers_of(self.rule) if all(map(_fused.is_number, self.tensors)) else None
 
     def _leaf_by_leaf(
-        self, step: Step, rules: Sequence[Rule], count: torch.Tensor | None
+        self, step: Step, rules: Sequence[UpdateRule], count: torch.Tensor | None
     ) -> tuple[list[Leaves], torch.Tensor]:
-        """The results and the count, in place where the old count is given."""
+        """Return the results and the count. With the old `count` given, both are written in place."""
         if count is None:
             return self._results(step, rules, None), step.count
         results = self._overwrite(step, rules)
         [[new]] = _donation.fill([[count]], [[step.count]])
         return results, new
 
-    def _rules(self, columns: Columns) -> list[Rule]:
-        """The rule of each row, one object where the hyper-parameters are the same."""
+    def _rules(self, columns: Columns) -> list[UpdateRule]:
+        """Return the rule of each row. Rows of equal hyper-parameters share one object, the key of groups."""
         if not self.varied:
             return [self.rule] * len(columns.rows)
-        values = {k: spread(self.name, _PUBLIC.get(k, k), getattr(self.rule, k), columns.spec) for k in self.varied}
-        known: dict[Any, Rule] = {}
+        values = {
+            k: value_of_each_leaf(self.name, _PUBLIC.get(k, k), getattr(self.rule, k), columns.spec)
+            for k in self.varied
+        }
+        known: dict[Any, UpdateRule] = {}
         for k, column in values.items():
             columns.refuse_misfits(_PUBLIC.get(k, k), column)
         rules = []
         for row in range(len(columns.rows)):
             mine = {k: columns.pick(column)[row] for k, column in values.items()}
-            key = row if torch.compiler.is_compiling() else tuple((type(v), _identity(v)) for v in mine.values())
+            key = (
+                row
+                if torch.compiler.is_compiling()
+                else tuple((type(v), _hyperparameter_key(v)) for v in mine.values())
+            )
             if key not in known:
-                # As tensors: a momentum of 0 has its moment as well.
+                # As tensors, so that the rule keeps a momentum of 0: the fields of the state must not differ by leaf.
                 known[key] = dataclasses.replace(self.rule, **{k: _as_tensor(v) for k, v in mine.items()})
             rules.append(known[key])
         return rules
 
-    def _overwrite(self, step: Step, rules: Sequence[Rule]) -> list[Leaves]:
-        """The results in the memory of the parameters, or else the gradients, and of the moments."""
+    def _overwrite(self, step: Step, rules: Sequence[UpdateRule]) -> list[Leaves]:
+        """Write the results into the memory of the parameters (of the gradients in an update) and of the moments."""
         fused = any(base is not None for base in step.bases)
+        # Otherwise autograd and transforms track nothing, and the search for history is saved.
         if not step.is_constant or torch.is_grad_enabled() or self.tensors:
-            # A leaf of a graph is read as an optimizer reads it: out of the graph.
+            # Decay reads a leaf of a graph by value, under no_grad below, as torch.optim does.
             read = [p for p in step.decayed if p is not None and not fused and not _donation.is_leaf(p)]
             tracked = [*step.grads, *flat(step.moments), *self.tensors, *read]
             _donation.refuse_tracked(self.name, "gradients, state, hyper-parameters or decayed parameters", tracked)
@@ -227,57 +247,66 @@ class _Update:
         with torch.no_grad():
             return self._results(step, rules, [step.bases if fused else step.grads, *step.moments])
 
-    def _results(self, step: Step, rules: Sequence[Rule], buffers: Buffers | None) -> list[Leaves]:
+    def _results(self, step: Step, rules: Sequence[UpdateRule], buffers: Buffers | None) -> list[Leaves]:
         devices, dtypes = {g.device for g in step.grads}, {g.dtype for g in step.grads}
         if self.use_accelerated_op:
-            self._insist(devices, dtypes)
+            self._require_kernels(devices, dtypes)
         if len(devices) <= 1 and len(dtypes) <= 1 and not self.varied:
-            return self._of_one_kind(step, buffers)
+            return self._results_of_one_kind(step, buffers)
         if buffers is not None:
-            buffers = _donation.own(self.name, step, buffers)
+            buffers = _donation.unshared_buffers(self.name, step, buffers)
+        # Placeholders, filled group by group in the order of the rows.
         results: list[Leaves] = [[torch.empty(0)] * len(step.rows) for _ in range(1 + len(step.moments))]
+        # Groups of equal device, dtype and rule. Dynamo cannot trace `id`, so under compile rules are hashed by value.
         kinds: defaultdict[Any, list[int]] = defaultdict(list)
         for row, (g, rule) in enumerate(zip(step.grads, rules, strict=True)):
             kinds[g.device, g.dtype, rule if torch.compiler.is_compiling() else id(rule)].append(row)
         for at in kinds.values():
             part = None if buffers is None else [[column[k] for k in at] for column in buffers]
             some_rows = dataclasses.replace(step.subset(at), rule=rules[at[0]])
-            for column, values in zip(results, self._of_one_kind(some_rows, part), strict=True):
+            for column, values in zip(results, self._results_of_one_kind(some_rows, part), strict=True):
                 for row, value in zip(at, values, strict=True):
                     column[row] = value
         return results
 
-    def _insist(self, devices: Iterable[torch.device], dtypes: Iterable[torch.dtype]) -> None:
+    def _require_kernels(self, devices: Iterable[torch.device], dtypes: Iterable[torch.dtype]) -> None:
         for device, dtype in ((device, dtype) for device in devices for dtype in dtypes):
             if lack := _fused.missing(device, dtype.to_real()):
                 raise ValueError(f"{self.name}: use_accelerated_op=True, but {lack}")
 
-    def _of_one_kind(self, step: Step, buffers: Buffers | None) -> list[Leaves]:
-        """The results for leaves of one device and dtype."""
+    def _results_of_one_kind(self, step: Step, buffers: Buffers | None) -> list[Leaves]:
+        """Compute the results of leaves of one device and dtype."""
         if not step.grads:
             return [[] for _ in (step.grads, *step.moments)]
         device, dtype = step.grads[0].device, step.grads[0].dtype
         if dtype.is_complex:
-            return self._of_complex(step, buffers)
+            return self._results_of_complex(step, buffers)
         if self.use_accelerated_op is not False:
+            # `missing` tells if a kernel exists for the device and dtype, `serves` if it may run under the present
+            # transforms.
             served = _fused.missing(device, dtype) is None
             if served and _fused.serves(step, self.name, insists=bool(self.use_accelerated_op)):
                 return _fused.run(self.name, step, buffers)
         results = step.results()
-        return results if buffers is None else _donation.fill(_donation.own(self.name, step, buffers), results)
+        return (
+            results
+            if buffers is None
+            else _donation.fill(_donation.unshared_buffers(self.name, step, buffers), results)
+        )
 
-    def _of_complex(self, step: Step, buffers: Buffers | None) -> list[list[Any]]:
-        """Complex numbers are pairs of reals, as in torch.optim."""
-        # One view of each tensor: what is overwritten is known by identity.
+    def _results_of_complex(self, step: Step, buffers: Buffers | None) -> list[list[Any]]:
+        """Compute a step of complex leaves as one of pairs of reals, as torch.optim does."""
+        # One view for each tensor: buffers are matched with operands by identity.
         pairs = {id(t): torch.view_as_real(t.resolve_conj()) for t in step.operands}
         reals = step.of([pairs[id(t)] for t in step.operands])
         if step.rule.is_elementwise:
+            # A number for each complex element is shared by its two reals.
             pairwise = step.rule.with_tensors(lambda v: v.unsqueeze(-1) if v.ndim else v)
             reals = dataclasses.replace(reals, rule=pairwise)
         if buffers is None:
-            results = self._of_one_kind(reals, None)
+            results = self._results_of_one_kind(reals, None)
             return [[torch.view_as_complex(t.contiguous()) for t in column] for column in results]
-        results = self._of_one_kind(
+        results = self._results_of_one_kind(
             reals, [[None if b is None else pairs[id(b)] for b in column] for column in buffers]
         )
         return [
@@ -292,25 +321,25 @@ _NOT_SPARSE = (
 )
 
 
-def _identity(value: Any) -> Any:
-    """Tells hyper-parameters apart: numbers by value, tensors by identity."""
+def _hyperparameter_key(value: object) -> float:
+    """Return the key of a hyper-parameter in a grouping: numbers by value, tensors by identity."""
     return value if isinstance(value, (int, float)) else id(value)
 
 
-def _as_tensor(value: Any) -> Any:
+def _as_tensor(value: Number | None) -> Any:
     return torch.tensor(value, dtype=torch.float64, device="cpu") if isinstance(value, (int, float)) else value
 
 
 def _complex_of(real: torch.Tensor, buffer: torch.Tensor | None, pairs: dict[int, torch.Tensor]) -> torch.Tensor:
-    """A result as complex numbers: the buffer, if it is in there."""
+    """Return a real result as a complex tensor: the buffer, if the result was written into its pairs."""
     if buffer is None or pairs[id(buffer)] is not real:
         return torch.view_as_complex(real.contiguous())
-    # The pairs of a view of a conjugate are a copy.
+    # `resolve_conj` of a lazy conjugate is a copy, so the result has to be copied into the buffer.
     return buffer.copy_(torch.view_as_complex(real)) if buffer.is_conj() else buffer
 
 
 def _increment(name: str, columns: Columns, count: torch.Tensor) -> int | torch.Tensor:
-    """What the step number of each leaf grows by: one where there is a gradient."""
+    """Return the increment of `count`: 1 for each leaf with a gradient, else 0."""
     if count.dtype != torch.int64:
         raise TypeError(f"{name}: state.count is {count.dtype}; it has to stay int64 when the state is converted")
     total = len(columns.leaves)
@@ -318,13 +347,13 @@ def _increment(name: str, columns: Columns, count: torch.Tensor) -> int | torch.
         raise ValueError(f"{name}: grads have {total} leaves, but state.count has the shape {list(count.shape)}")
     if len(columns.rows) == total:
         return 1
-    chosen = set(columns.rows)
-    return torch.tensor([int(i in chosen) for i in range(total)], device=count.device)
+    rows = set(columns.rows)
+    return torch.tensor([int(i in rows) for i in range(total)], device=count.device)
 
 
-def _overwritten(name: str, count: torch.Tensor, increment: int | torch.Tensor) -> torch.Tensor:
-    """The count with the increment in it."""
-    # torch says so only after it has added.
+def _increment_in_place(name: str, count: torch.Tensor, increment: int | torch.Tensor) -> torch.Tensor:
+    """Add the increment to the count in place."""
+    # torch raises too, but after the addition.
     if count.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"{name}: inplace=True, but state.count was made in inference mode and can be overwritten only there"

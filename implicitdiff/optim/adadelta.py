@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 import implicitdiff.optim._check as _check
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
-from implicitdiff.optim._rule import UPHILL, Hyperparameter, Number, Rule, root
+from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule, safe_sqrt
 from implicitdiff.optim._transformation import transformation
 
 
@@ -19,34 +19,35 @@ class AdadeltaState(NamedTuple):
     """State of `adadelta` and `scale_by_adadelta`.
 
     Attributes:
-        count: how many gradients each leaf has had, int64, in the order of the leaves.
+        count: number of gradients so far of each leaf, int64, in the order of the leaves.
         nu: the mean squares of the gradients, a tree like the parameters.
         delta: the mean squares of the directions.
     """
 
     count: torch.Tensor  # type: ignore[assignment]  # not the method of tuples
-    nu: Any
-    delta: Any
+    nu: Tree
+    delta: Tree
 
 
 @dataclasses.dataclass(frozen=True)
-class Adadelta(Rule):
-    """The step of Adadelta."""
+class AdadeltaRule(UpdateRule):
+    """The step of Adadelta, Zeiler (2012), algorithm 1."""
 
     numbers: ClassVar[Sequence[str]] = ["lr", "rho", "eps", "weight_decay", "maximize"]
     kernel: ClassVar[str] = "adadelta"
     moments: ClassVar[dict[str, float]] = {"nu": 0.0, "delta": 0.0}
 
-    rho: Any
-    eps: Any
+    rho: Setting
+    eps: Setting
 
     def constants(self, t: torch.Tensor) -> dict[str, Number]:
         return {"keep": self.rho, "take": 1 - self.rho, "eps": self.eps}
 
-    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Any) -> tuple[torch.Tensor, Leaves]:
+    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Constants) -> tuple[torch.Tensor, Leaves]:
         nu, delta = moments
         nu = c.keep * nu + c.take * g * g
-        d = root(delta + c.eps) / root(nu + c.eps) * g
+        # RMS(d) of the steps before over RMS(g): d has the units of a parameter.
+        d = safe_sqrt(delta + c.eps) / safe_sqrt(nu + c.eps) * g
         return -c.lr * d, [nu, c.keep * delta + c.take * d * d]
 
 
@@ -59,7 +60,7 @@ def adadelta(
     maximize: bool = False,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    """Adadelta: gradients in the units of the steps before.
+    """Adadelta: gradients scaled to the units of the parameters, by the root mean square of earlier directions.
 
     With ``g`` the gradient plus ``weight_decay * p``::
 
@@ -68,10 +69,10 @@ def adadelta(
         delta <- rho delta + (1 - rho) d^2
         update = -lr d
 
-    Hyper-parameters as in `adam`; ``eps`` stands under the roots, so there is no ``eps_root``.
+    Hyper-parameters as in `adam`; ``eps`` stands under the roots, so ``eps_root`` is not an argument.
 
     Args:
-        rho: how much of the mean squares is kept.
+        rho: decay of both mean squares.
 
     Returns:
         A pair of state `AdadeltaState`.
@@ -89,7 +90,7 @@ def adadelta(
         >>> update(torch.tensor([1.0, -20.0]), init(torch.zeros(2)))[0]
         tensor([-0.3015,  0.3162])
     """
-    _check.non_negative("adadelta", lr=lr)
+    _check.require_non_negative("adadelta", lr=lr)
     rule = _rule("adadelta", lr, rho, eps, weight_decay, maximize)
     return transformation("adadelta", rule, AdadeltaState, use_accelerated_op=use_accelerated_op)
 
@@ -109,7 +110,7 @@ def _rule(
     eps: Hyperparameter,
     weight_decay: Hyperparameter,
     maximize: bool,
-) -> Adadelta:
-    _check.non_negative(name, eps=eps, weight_decay=weight_decay)
-    _check.at_most_one(name, rho=rho)
-    return Adadelta(lr, weight_decay, maximize, rho, eps)
+) -> AdadeltaRule:
+    _check.require_non_negative(name, eps=eps, weight_decay=weight_decay)
+    _check.require_at_most_one(name, rho=rho)
+    return AdadeltaRule(lr, weight_decay, maximize, rho, eps)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 import implicitdiff.optim._check as _check
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
-from implicitdiff.optim._rule import UPHILL, Hyperparameter, Number, Rule, root
+from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule, safe_sqrt
 from implicitdiff.optim._transformation import transformation
 
 
@@ -19,44 +19,45 @@ class AdagradState(NamedTuple):
     """State of `adagrad` and `scale_by_adagrad`.
 
     Attributes:
-        count: how many gradients each leaf has had, int64, in the order of the leaves.
+        count: number of gradients so far of each leaf, int64, in the order of the leaves.
         total: the sums of squares, a tree like the parameters.
     """
 
     count: torch.Tensor  # type: ignore[assignment]  # not the method of tuples
-    total: Any
+    total: Tree
 
 
 @dataclasses.dataclass(frozen=True)
-class Adagrad(Rule):
-    """The step of Adagrad."""
+class AdagradRule(UpdateRule):
+    """The step of Adagrad, Duchi, Hazan and Singer (2011), with a diagonal matrix, as in torch.optim.Adagrad."""
 
     numbers: ClassVar[Sequence[str]] = ["lr", "lr_decay", "eps", "eps_root", "weight_decay", "maximize"]
     kernel: ClassVar[str] = "adagrad"
     takes_sparse: ClassVar[bool] = True
 
-    lr_decay: Any
-    initial: Any
-    eps: Any
-    eps_root: Any
+    lr_decay: Setting
+    initial: Setting
+    eps: Setting
+    eps_root: Setting
 
     @property
-    def moments(self) -> dict[str, Any]:
+    def moments(self) -> dict[str, Tree]:
         return {"total": self.initial}
 
     def constants(self, t: torch.Tensor) -> dict[str, Number]:
+        # torch.optim counts from 0 in the decay of the learning rate.
         return {"step_size": self.lr / (1 + (t - 1) * self.lr_decay), "eps": self.eps, "eps_root": self.eps_root}
 
-    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Any) -> tuple[torch.Tensor, Leaves]:
+    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Constants) -> tuple[torch.Tensor, Leaves]:
         total = moments[0] + g * g
-        return -c.step_size * g / (root(total, c.eps_root) + c.eps), [total]
+        return -c.step_size * g / (safe_sqrt(total, c.eps_root) + c.eps), [total]
 
 
 def adagrad(
     lr: Hyperparameter = 1e-2,
     lr_decay: Hyperparameter = 0.0,
     weight_decay: Hyperparameter = 0.0,
-    initial_accumulator_value: Number | Any = 0.0,
+    initial_accumulator_value: Number | Tree = 0.0,
     eps: Hyperparameter = 1e-10,
     *,
     maximize: bool = False,
@@ -70,11 +71,11 @@ def adagrad(
         total <- total + g^2
         update = -lr / (1 + (t - 1) lr_decay) * g / (sqrt(total + eps_root) + eps)
 
-    Hyper-parameters as in `adam`. Sparse gradients (COO) are computed with as dense ones.
+    Hyper-parameters as in `adam`. Sparse gradients (COO) are converted to dense ones.
 
     Args:
-        lr_decay: how fast the learning rate falls with the step number t.
-        initial_accumulator_value: where ``total`` starts.
+        lr_decay: decay of the learning rate with the step number t, see above.
+        initial_accumulator_value: initial value of ``total``.
 
     Returns:
         A pair of state `AdagradState`.
@@ -93,7 +94,7 @@ def adagrad(
         >>> update(torch.tensor([4.0]), state)[0]
         tensor([-0.0800])
     """
-    _check.non_negative("adagrad", lr=lr)
+    _check.require_non_negative("adagrad", lr=lr)
     rule = _rule("adagrad", lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize, eps_root)
     return transformation("adagrad", rule, AdagradState, use_accelerated_op=use_accelerated_op)
 
@@ -119,7 +120,7 @@ def _rule(
     eps: Hyperparameter,
     maximize: bool,
     eps_root: Hyperparameter,
-) -> Adagrad:
-    _check.non_negative(name, lr_decay=lr_decay, weight_decay=weight_decay, eps=eps, eps_root=eps_root)
-    _check.non_negative(name, initial_accumulator_value=initial)
-    return Adagrad(lr, weight_decay, maximize, lr_decay, initial, eps, eps_root)
+) -> AdagradRule:
+    _check.require_non_negative(name, lr_decay=lr_decay, weight_decay=weight_decay, eps=eps, eps_root=eps_root)
+    _check.require_non_negative(name, initial_accumulator_value=initial)
+    return AdagradRule(lr, weight_decay, maximize, lr_decay, initial, eps, eps_root)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 import implicitdiff.optim._check as _check
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
-from implicitdiff.optim._rule import UPHILL, Hyperparameter, Number, Rule, root
+from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule, safe_sqrt
 from implicitdiff.optim._transformation import transformation
 
 
@@ -19,28 +19,28 @@ class AdamState(NamedTuple):
     """State of `adam`, `adamw` and `scale_by_adam`.
 
     Attributes:
-        count: how many gradients each leaf has had, int64, in the order of the leaves.
+        count: number of gradients so far of each leaf, int64, in the order of the leaves.
         mu: the first moments, a tree like the parameters.
         nu: the second moments.
         nu_max: the largest second moments so far; empty without ``amsgrad``.
     """
 
     count: torch.Tensor  # type: ignore[assignment]  # not the method of tuples
-    mu: Any
-    nu: Any
-    nu_max: Any = ()
+    mu: Tree
+    nu: Tree
+    nu_max: Tree = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Adam(Rule):
-    """The step of Adam, with L2 decay or (AdamW) decoupled from the gradient."""
+class AdamRule(UpdateRule):
+    """The step of Adam, Kingma and Ba (2015), algorithm 1, with weight decay as L2 penalty or decoupled (AdamW)."""
 
     numbers: ClassVar[Sequence[str]] = ["lr", "b1", "b2", "eps", "eps_root", "weight_decay", "decoupled", "maximize"]
 
-    b1: Any
-    b2: Any
-    eps: Any
-    eps_root: Any
+    b1: Setting
+    b2: Setting
+    eps: Setting
+    eps_root: Setting
     amsgrad: bool
     decoupled: bool = False
 
@@ -53,6 +53,7 @@ class Adam(Rule):
         return {"mu": 0.0, "nu": 0.0} | ({"nu_max": 0.0} if self.amsgrad else {})
 
     def constants(self, t: torch.Tensor) -> dict[str, Number]:
+        # A mean that starts at 0 has weights of sum 1 - b^t after t steps; both corrections divide by this sum.
         return {
             "step": -self.lr / (1 - self.b1**t),
             "unbias": 1 / (1 - self.b2**t),
@@ -63,13 +64,16 @@ class Adam(Rule):
             "eps_root": self.eps_root,
         }
 
-    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Any) -> tuple[torch.Tensor, Leaves]:
+    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Constants) -> tuple[torch.Tensor, Leaves]:
+        # Names in the paper: mu is m, nu is v, take1 and take2 are 1 - beta1 and 1 - beta2.
         mu, nu, *nu_max = moments
+        # b1 mu + (1 - b1) g in the form of `torch.lerp`, as in torch.optim, for equal rounding.
         mu = mu + c.take1 * (g - mu)
         nu = c.keep2 * nu + c.take2 * g * g
         nu_max = [torch.maximum(largest, nu) for largest in nu_max]
+        # The maximum is over uncorrected moments, as in torch.optim; the paper on AMSGrad has no bias correction.
         top = nu_max[0] if nu_max else nu
-        return c.step * mu / (root(top * c.unbias, c.eps_root) + c.eps), [mu, nu, *nu_max]
+        return c.step * mu / (safe_sqrt(top * c.unbias, c.eps_root) + c.eps), [mu, nu, *nu_max]
 
 
 def adam(
@@ -91,34 +95,33 @@ def adam(
         v <- b2 v + (1 - b2) g^2
         update = -lr m_hat / (sqrt(v_hat + eps_root) + eps),    m_hat = m / (1 - b1^t),  v_hat = v / (1 - b2^t)
 
-    The parameters of every optimizer here are those of torch.optim, in their order, with their defaults. A number may
-    be a scalar tensor, which is then differentiated like any other input, or a tensor that broadcasts to the leaves,
-    with a number for each element; or a schedule: a function of the number of updates so far (see
-    `implicitdiff.schedule`), whose value is kept in the state as by `inject_hyperparams`. And it may be a tree of all
-    of these that is nested like the parameters, or a prefix of them: ``adam(lr={"body": 1e-4, "head": 1e-3})``.
-    ``amsgrad``, ``maximize`` and their like hold for all leaves.
+    Every optimizer here has the arguments of torch.optim, in equal order, with equal defaults. A hyper-parameter is a
+    number; a scalar tensor, differentiated like any other input; a tensor that broadcasts to the leaves, with a number
+    for each element; a schedule, a function of the number of updates so far (see `implicitdiff.schedule`), whose value
+    the state holds as by `inject_hyperparams`; or a tree of all of these, nested like the parameters or a prefix of
+    them: ``adam(lr={"body": 1e-4, "head": 1e-3})``. Flags such as ``amsgrad`` and ``maximize`` hold for all leaves.
 
     Args:
         lr: the learning rate.
-        betas: b1 and b2, how much of the means is kept.
+        betas: b1 and b2, the decays of the means of gradients and of squares.
         eps: added to the denominator.
         weight_decay: L2 penalty, which needs ``params`` in ``update``.
-        amsgrad: take the largest ``v`` so far in the place of ``v``.
-        maximize: climb.
-        eps_root: added under the square root. With 0 the derivative of the step is right wherever it exists, but it is
-            ``1 / eps`` where all gradients so far are 0; this keeps it small.
-        use_accelerated_op: None computes with the compiled step where that helps, True insists on it (where it cannot
-            run for want of a kernel, that is an error), False computes in plain torch. The numbers agree to rounding.
-            It takes a number for each leaf, once for each kind of leaves, and none for each element.
-            Under vmap, in forward mode, and for derivatives of derivatives the plain formula is used in any case.
+        amsgrad: divide by the largest ``v`` so far.
+        maximize: ascend, by negated gradients.
+        eps_root: added under the square root. With 0 the derivative of the step is right wherever it exists, but is
+            ``1 / eps`` where all gradients so far are 0; a positive number bounds it.
+        use_accelerated_op: None takes the compiled step where it helps, True requires it (and raises if no kernel can
+            run), False computes in plain torch. The results agree to rounding. Hyper-parameters may differ between
+            leaves, at one kernel call for each group of equal ones; with a number for each element plain torch runs.
+            Under vmap, in forward mode and for second derivatives plain torch runs in any case.
 
     Returns:
-        A pair of state `AdamState`. Moments of half-precision parameters are kept in float32, and computed in it.
+        A pair of state `AdamState`. Moments of half-precision parameters are float32, and so is their arithmetic.
 
     Raises:
         ValueError: a number is out of range; later, in ``init`` and ``update``: trees or tensors that do not match.
-        TypeError: a hyper-parameter is no number; later, in ``init``: a leaf is no tensor, in ``update``: a gradient is
-            sparse or of integers.
+        TypeError: a hyper-parameter is not numeric; later, in ``init``: a leaf is not a tensor, in ``update``: a
+            gradient is sparse or of integers.
         RuntimeError: ``use_accelerated_op=True`` without the compiled extension.
 
     Reference:
@@ -139,7 +142,7 @@ def adam(
         >>> torch.func.grad(trained)(torch.tensor(0.1))
         tensor(-14.3107)
     """
-    _check.non_negative("adam", lr=lr)
+    _check.require_non_negative("adam", lr=lr)
     rule = adam_rule("adam", lr, betas, eps, weight_decay, amsgrad, maximize, eps_root)
     return transformation("adam", rule, AdamState, use_accelerated_op=use_accelerated_op)
 
@@ -167,9 +170,9 @@ def adam_rule(
     maximize: bool,
     eps_root: Hyperparameter,
     decoupled: bool = False,
-) -> Adam:
-    """The checked rule of all that is called Adam."""
-    b1, b2 = _check.pair(name, betas)
-    _check.non_negative(name, eps=eps, weight_decay=weight_decay, eps_root=eps_root)
-    _check.below_one(name, **{"betas[0]": b1, "betas[1]": b2})
-    return Adam(lr, weight_decay, maximize, b1, b2, eps, eps_root, amsgrad, decoupled)
+) -> AdamRule:
+    """Return the rule of `adam`, `adamw` or `scale_by_adam`, with checked hyper-parameters."""
+    b1, b2 = _check.require_pair(name, betas)
+    _check.require_non_negative(name, eps=eps, weight_decay=weight_decay, eps_root=eps_root)
+    _check.require_below_one(name, **{"betas[0]": b1, "betas[1]": b2})
+    return AdamRule(lr, weight_decay, maximize, b1, b2, eps, eps_root, amsgrad, decoupled)

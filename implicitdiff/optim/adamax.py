@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 import implicitdiff.optim._check as _check
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
-from implicitdiff.optim._rule import UPHILL, Hyperparameter, Number, Rule
+from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule
 from implicitdiff.optim._transformation import transformation
 
 
@@ -19,34 +19,36 @@ class AdamaxState(NamedTuple):
     """State of `adamax` and `scale_by_adamax`.
 
     Attributes:
-        count: how many gradients each leaf has had, int64, in the order of the leaves.
+        count: number of gradients so far of each leaf, int64, in the order of the leaves.
         mu: the first moments, a tree like the parameters.
-        nu: the decaying largest absolute gradients.
+        nu: the largest absolute gradients, with decay.
     """
 
     count: torch.Tensor  # type: ignore[assignment]  # not the method of tuples
-    mu: Any
-    nu: Any
+    mu: Tree
+    nu: Tree
 
 
 @dataclasses.dataclass(frozen=True)
-class Adamax(Rule):
-    """The step of AdaMax."""
+class AdamaxRule(UpdateRule):
+    """The step of AdaMax, Kingma and Ba (2015), algorithm 2."""
 
     numbers: ClassVar[Sequence[str]] = ["lr", "b1", "b2", "eps", "weight_decay", "maximize"]
     kernel: ClassVar[str] = "adamax"
     moments: ClassVar[dict[str, float]] = {"mu": 0.0, "nu": 0.0}
 
-    b1: Any
-    b2: Any
-    eps: Any
+    b1: Setting
+    b2: Setting
+    eps: Setting
 
     def constants(self, t: torch.Tensor) -> dict[str, Number]:
+        # The infinity norm starts at its first value, so only the mean needs a correction.
         return {"step_size": self.lr / (1 - self.b1**t), "take": 1 - self.b1, "keep": self.b2, "eps": self.eps}
 
-    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Any) -> tuple[torch.Tensor, Leaves]:
+    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Constants) -> tuple[torch.Tensor, Leaves]:
         mu, nu = moments
         mu = mu + c.take * (g - mu)
+        # eps inside of the maximum, as in torch.optim: nu is positive, and needs no eps in the quotient.
         nu = torch.maximum(c.keep * nu, g.abs() + c.eps)
         return -c.step_size * mu / nu, [mu, nu]
 
@@ -68,7 +70,7 @@ def adamax(
         nu <- max(b2 nu, |g| + eps)
         update = -lr / (1 - b1^t) * mu / nu
 
-    Hyper-parameters as in `adam`; there is no root, so there is no ``eps_root``.
+    Hyper-parameters as in `adam`; the step has no root, so ``eps_root`` is not an argument.
 
     Returns:
         A pair of state `AdamaxState`.
@@ -86,7 +88,7 @@ def adamax(
         >>> update(torch.tensor([1.0, -20.0]), init(torch.zeros(2)))[0]
         tensor([-0.1000,  0.1000])
     """
-    _check.non_negative("adamax", lr=lr)
+    _check.require_non_negative("adamax", lr=lr)
     rule = _rule("adamax", lr, betas, eps, weight_decay, maximize)
     return transformation("adamax", rule, AdamaxState, use_accelerated_op=use_accelerated_op)
 
@@ -109,8 +111,8 @@ def _rule(
     eps: Hyperparameter,
     weight_decay: Hyperparameter,
     maximize: bool,
-) -> Adamax:
-    b1, b2 = _check.pair(name, betas)
-    _check.non_negative(name, eps=eps, weight_decay=weight_decay)
-    _check.below_one(name, **{"betas[0]": b1, "betas[1]": b2})
-    return Adamax(lr, weight_decay, maximize, b1, b2, eps)
+) -> AdamaxRule:
+    b1, b2 = _check.require_pair(name, betas)
+    _check.require_non_negative(name, eps=eps, weight_decay=weight_decay)
+    _check.require_below_one(name, **{"betas[0]": b1, "betas[1]": b2})
+    return AdamaxRule(lr, weight_decay, maximize, b1, b2, eps)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import implicitdiff.optim._check as _check
+from implicitdiff._torch.trees import Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._rule import Hyperparameter
 from implicitdiff.optim._transformation import transformation
@@ -20,16 +19,16 @@ def adamw(
     *,
     maximize: bool = False,
     eps_root: Hyperparameter = 0.0,
-    mask: Any = None,
+    mask: Tree = None,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    """AdamW: `adam` with the weight decay apart from the gradient.
+    """AdamW: `adam` with decoupled weight decay.
 
-    To Adam's update it adds ``-lr * weight_decay * p``, and ``update`` needs ``params``. Hyper-parameters as in `adam`.
+    The update is Adam's plus ``-lr * weight_decay * p``, so ``update`` needs ``params``. Hyper-parameters as in `adam`.
 
     Args:
-        mask: which parameters decay: a tree of bools nested like the parameters, a prefix of one, or a function that
-            makes one from them; None for all.
+        mask: the parameters that decay: a tree of bools nested like the parameters, a prefix of such a tree, or a
+            function of the parameters that returns either. None: all.
 
     Returns:
         A pair of state `AdamState`.
@@ -49,6 +48,6 @@ def adamw(
         >>> update({"weight": torch.zeros(1), "bias": torch.zeros(1)}, init(params), params)[0]
         {'weight': tensor([-0.0500]), 'bias': tensor([-0.])}
     """
-    _check.non_negative("adamw", lr=lr)
+    _check.require_non_negative("adamw", lr=lr)
     rule = adam_rule("adamw", lr, betas, eps, weight_decay, amsgrad, maximize, eps_root, decoupled=True)
     return transformation("adamw", rule, AdamState, mask=mask, use_accelerated_op=use_accelerated_op)

@@ -1,18 +1,16 @@
-"""Gradients kept within bounds."""
+"""Bounds on gradients."""
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import torch
 
 import implicitdiff.optim._check as _check
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns, accumulator
-from implicitdiff.optim._rule import Number
 from implicitdiff.optim._stateless import each, stateless
 
 
@@ -26,7 +24,7 @@ def clip(max_delta: float) -> GradientTransformation:
         >>> update(torch.tensor([-3.0, 0.5]), init(None))[0]
         tensor([-1.0000,  0.5000])
     """
-    _check.one_non_negative("clip", max_delta=max_delta)
+    _check.require_one_non_negative("clip", max_delta=max_delta)
 
     return stateless("clip", functools.partial(each, functools.partial(_clamped, max_delta)))
 
@@ -38,7 +36,7 @@ def _clamped(max_delta: float, g: torch.Tensor) -> torch.Tensor:
 
 
 def nan_to_num(nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> GradientTransformation:
-    """Replace nan and infinities, as `torch.nan_to_num` does; the replacements have derivative 0."""
+    """Replace nan and infinities by finite numbers, as `torch.nan_to_num` does. Replaced entries have derivative 0."""
     replaced = functools.partial(torch.nan_to_num, nan=nan, posinf=posinf, neginf=neginf)
     return stateless("nan_to_num", functools.partial(each, replaced))
 
@@ -50,12 +48,13 @@ def clip_grad_norm(max_norm: Number, norm_type: float = 2.0, *, eps: float = 1e-
 
         update = min(1, max_norm / (|g| + eps)) g
 
-    The norm is that of all leaves as one vector. It is differentiated, and does not overflow before the gradients do.
+    ``|g|`` is the norm of all leaves as one vector. Derivatives pass through the norm. Squares of large gradients do
+    not overflow.
 
     Args:
         max_norm: a positive number, or a scalar tensor, which may be learned.
         norm_type: 2, infinity, or any p >= 1.
-        eps: keeps the quotient finite.
+        eps: added to the norm.
 
     Raises:
         ValueError: ``max_norm`` is negative, or ``norm_type`` less than 1.
@@ -71,32 +70,35 @@ def clip_grad_norm(max_norm: Number, norm_type: float = 2.0, *, eps: float = 1e-
         >>> update([torch.tensor([3.0]), torch.tensor([4.0])], init(None))[0]
         [tensor([0.6000]), tensor([0.8000])]
     """
-    _check.one_non_negative("clip_grad_norm", max_norm=max_norm, eps=eps)
+    _check.require_one_non_negative("clip_grad_norm", max_norm=max_norm, eps=eps)
     if not norm_type >= 1:
         raise ValueError(f"clip_grad_norm: norm_type has to be at least 1, or infinity, but it is {norm_type!r}")
 
-    return stateless("clip_grad_norm", functools.partial(_within, max_norm, norm_type, eps))
+    return stateless("clip_grad_norm", functools.partial(_clipped_to_norm, max_norm, norm_type, eps))
 
 
-def _within(max_norm: Number, norm_type: float, eps: float, columns: Columns, params: Any) -> Leaves:
+def _clipped_to_norm(max_norm: Number, norm_type: float, eps: float, columns: Columns, params: Tree) -> Leaves:
     if not any(g.numel() for g in columns.first):
         return columns.first
+    # Clamped at 1, where gradients are not scaled and the factor has derivative 0.
     factor = (max_norm / (_global_norm(columns.first, norm_type) + eps)).clamp(max=1.0)
     return [(g * factor.to(g.device, accumulator(g.dtype.to_real()))).to(g.dtype) for g in columns.first]
 
 
 def _global_norm(tensors: Leaves, p: float) -> torch.Tensor:
+    # Powers and their sum are at least float32, on the device of the first gradient.
     widest = torch.float64 if any(t.dtype.to_real() == torch.float64 for t in tensors) else torch.float32
+    # For p = 2 a complex tensor is a pair of reals: a sum of squares is smooth at 0, the absolute value is not.
     wide = [
         _reals(t).to(tensors[0].device, widest) if p == 2 else t.abs().to(tensors[0].device, widest) for t in tensors
     ]
     largest = torch.stack([t.abs().amax() for t in wide if t.numel()]).amax()
     if p == math.inf:
         return largest
-    # Any constant serves as the unit; this one keeps the powers in range.
+    # |g| = unit |g / unit| for any constant unit; the largest entry keeps the powers in range.
     unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0).detach()
     total = torch.stack([((t / unit) ** p).sum() for t in wide]).sum()
-    # As in `root`: at zero gradients the update is a constant times them, whatever derivative the norm is given.
+    # At zero gradients the update is g times a constant, so the norm may have derivative 0 there (see `safe_sqrt`).
     zero = total == 0
     return unit * torch.where(zero, 0.0, torch.where(zero, 1.0, total) ** (1 / p))
 

@@ -10,20 +10,19 @@ import torch
 
 import implicitdiff.optim._check as _check
 import implicitdiff.optim._donation as _donation
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns
-from implicitdiff.optim._rule import Number
-from implicitdiff.optim._stateless import factor_like, factors, stateless, widely
+from implicitdiff.optim._stateless import convert_factor, factor_of_each_row, in_accumulator_dtype, stateless
 
 
-def add_decayed_weights(weight_decay: Number | Any = 0.0, mask: Any = None) -> GradientTransformation:
+def add_decayed_weights(weight_decay: Number | Tree = 0.0, mask: Tree = None) -> GradientTransformation:
     """Add a multiple of the parameters: ``update = g + weight_decay * p``; needs ``params`` in ``update``.
 
     Args:
-        weight_decay: a number, or as `adam` takes it a tensor or a tree, which may be learned.
-        mask: which parameters decay: a tree of bools nested like them, a prefix of one, or a function that makes one
-            from them; None for all.
+        weight_decay: a number, or a tensor or a tree as in `adam`, which may be learned.
+        mask: the parameters that decay: a tree of bools nested like the parameters, a prefix of such a tree, or a
+            function of the parameters that returns either. None: all.
 
     Example:
         >>> import torch
@@ -33,31 +32,31 @@ def add_decayed_weights(weight_decay: Number | Any = 0.0, mask: Any = None) -> G
         >>> update(torch.zeros(2), init(params), params)[0]
         tensor([0.1000, 0.2000])
     """
-    _check.non_negative("add_decayed_weights", weight_decay=weight_decay)
+    _check.require_non_negative("add_decayed_weights", weight_decay=weight_decay)
 
     return stateless("add_decayed_weights", functools.partial(_all_decayed, weight_decay, mask))
 
 
-def _all_decayed(weight_decay: Any, mask: Any, columns: Columns, params: Any) -> Leaves:
+def _all_decayed(weight_decay: Number | Tree, mask: Tree, columns: Columns, params: Tree) -> Leaves:
     if params is None:
         raise ValueError("add_decayed_weights needs the parameters; call update(grads, state, params)")
     column = columns.column("params", columns.match("params", params))
-    wanted = columns.chosen(True if mask is None else mask(params) if callable(mask) else mask)
-    rows = zip(columns.first, column, wanted, factors("weight_decay", weight_decay, columns), strict=True)
+    wanted = columns.mask_of_rows(True if mask is None else mask(params) if callable(mask) else mask)
+    rows = zip(columns.first, column, wanted, factor_of_each_row("weight_decay", weight_decay, columns), strict=True)
     return [_decayed(g, p, each) if want else g for g, p, want, each in rows]
 
 
 def _decayed(g: torch.Tensor, p: torch.Tensor, weight_decay: Number) -> torch.Tensor:
-    return widely(g, lambda g: g + factor_like(weight_decay, g) * p.to(g.dtype))
+    return in_accumulator_dtype(g, lambda g: g + convert_factor(weight_decay, g) * p.to(g.dtype))
 
 
-def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
-    """Transform some of the leaves and pass the others on as they are.
+def masked(inner: GradientTransformation, mask: Tree) -> GradientTransformation:
+    """Transform the leaves of a mask and leave the others unchanged.
 
     Args:
-        inner: a pair, which sees None in the place of the others and keeps no state for them.
-        mask: the leaves to transform: a tree of bools nested like the parameters, a prefix of one, or a function that
-            makes one from a tree nested like them (it is called with the parameters, and with the gradients).
+        inner: a pair. Leaves outside of the mask are None for it and have no state.
+        mask: the leaves to transform: a tree of bools nested like the parameters, a prefix of such a tree, or a
+            function that returns either, called with the parameters in ``init`` and the gradients in ``update``.
 
     Example:
         >>> import torch
@@ -73,25 +72,25 @@ def masked(inner: GradientTransformation, mask: Any) -> GradientTransformation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Masked:
-    """The pair of some leaves."""
+    """``init`` and ``update`` of a masked transformation."""
 
     inner: GradientTransformation
-    mask: Any
+    mask: Tree
 
-    def init(self, params: Any) -> Any:
+    def init(self, params: Tree) -> Tree:
         columns = Columns("masked", "params", params)
         return self.inner[0](columns.tree_of(columns.leaves, self._kept(columns)[1]))
 
-    def _kept(self, columns: Columns) -> tuple[list[Any], list[Any]]:
-        """Which rows are transformed, and these rows with None for the others."""
-        wanted = columns.chosen(self.mask(columns.tree) if callable(self.mask) else self.mask)
+    def _kept(self, columns: Columns) -> tuple[list[Any], list[torch.Tensor | None]]:
+        """Return the mask of the rows, and the rows with None outside of the mask."""
+        wanted = columns.mask_of_rows(self.mask(columns.tree) if callable(self.mask) else self.mask)
         return wanted, [leaf if want else None for leaf, want in zip(columns.first, wanted, strict=True)]
 
-    def __call__(self, grads: Any, state: Any, params: Any = None, *, inplace: bool = False) -> tuple[Any, Any]:
+    def __call__(self, grads: Tree, state: Tree, params: Tree = None, *, inplace: bool = False) -> tuple[Tree, Tree]:
         columns = Columns("masked", "grads", grads).checked()
         wanted, kept = self._kept(columns)
         if inplace:
-            # One tensor may be the gradient of a leaf that is to stay as well.
+            # One tensor may be the gradient of two leaves, of which the mask leaves one unchanged.
             shared = _donation.shared(columns.first)
             kept = [g.clone() if g is not None and i in shared else g for i, g in enumerate(kept)]
         updates, state = self.inner[1](columns.tree_of(columns.leaves, kept), state, params=params, inplace=inplace)

@@ -1,17 +1,15 @@
-"""Updates as they are."""
+"""The identity transformation."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns
 from implicitdiff.optim._stateless import stateless
 
 
 def identity() -> GradientTransformation:
-    """Leave gradients as they are: ``update = g``.
+    """Return gradients unchanged: ``update = g``.
 
     Example:
         >>> import torch
@@ -23,5 +21,5 @@ def identity() -> GradientTransformation:
     return stateless("identity", _unchanged)
 
 
-def _unchanged(columns: Columns, params: Any) -> Leaves:
+def _unchanged(columns: Columns, params: Tree) -> Leaves:
     return columns.first

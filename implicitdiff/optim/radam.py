@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 import implicitdiff.optim._check as _check
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
-from implicitdiff.optim._rule import UPHILL, Hyperparameter, Number, Rule, root
+from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule, safe_sqrt
 from implicitdiff.optim._transformation import transformation
 
 
@@ -19,36 +19,39 @@ class RAdamState(NamedTuple):
     """State of `radam` and `scale_by_radam`.
 
     Attributes:
-        count: how many gradients each leaf has had, int64, in the order of the leaves.
+        count: number of gradients so far of each leaf, int64, in the order of the leaves.
         mu: the first moments, a tree like the parameters.
         nu: the second moments.
     """
 
     count: torch.Tensor  # type: ignore[assignment]  # not the method of tuples
-    mu: Any
-    nu: Any
+    mu: Tree
+    nu: Tree
 
 
 @dataclasses.dataclass(frozen=True)
-class RAdam(Rule):
-    """The step of RAdam."""
+class RAdamRule(UpdateRule):
+    """The step of RAdam, Liu et al. (2020), algorithm 2."""
 
     numbers: ClassVar[Sequence[str]] = ["lr", "b1", "b2", "eps", "eps_root", "weight_decay", "decoupled", "maximize"]
     kernel: ClassVar[str] = "radam"
     moments: ClassVar[dict[str, float]] = {"mu": 0.0, "nu": 0.0}
 
-    b1: Any
-    b2: Any
-    eps: Any
-    eps_root: Any
+    b1: Setting
+    b2: Setting
+    eps: Setting
+    eps_root: Setting
     decoupled: bool
 
     def constants(self, t: torch.Tensor) -> dict[str, Number]:
+        # `length` is the number of gradients in a simple moving average of equal centre of mass (section 4.1), and
+        # `limit` its value for t to infinity.
         unbias = 1 - self.b2**t
         limit = 2 / (1 - self.b2) - 1
         length = limit - 2 * t * self.b2**t / unbias
         adapts = length > 5
-        # Where it does not adapt the variance may be infinite, and its derivative not a number.
+        # The variance of the adaptive rate exists for more than 4 gradients; torch.optim asks for more than 5. Below,
+        # the quotient may be infinite with derivative nan, so 6 stands in and `adapts` selects the other branch.
         limit, length = torch.where(adapts, limit + 0 * t, 6.0), torch.where(adapts, length, 6.0)
         variance = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
         return {
@@ -62,11 +65,11 @@ class RAdam(Rule):
             "rectified": (variance * unbias).sqrt(),
         }
 
-    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Any) -> tuple[torch.Tensor, Leaves]:
+    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Constants) -> tuple[torch.Tensor, Leaves]:
         mu, nu = moments
         mu = mu + c.take1 * (g - mu)
         nu = c.keep2 * nu + c.take2 * g * g
-        adaptive = c.rectified / (root(nu + c.eps_root) + c.eps)
+        adaptive = c.rectified / (safe_sqrt(nu + c.eps_root) + c.eps)
         return -c.step_size * mu * torch.where(c.adapts != 0, adaptive, 1.0), [mu, nu]
 
 
@@ -81,13 +84,13 @@ def radam(
     eps_root: Hyperparameter = 0.0,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    """RAdam: `adam` that waits for its second moment to be reliable.
+    """RAdam: `adam` with the adaptive learning rate rectified for its variance in the first steps.
 
     At the step number t of a leaf, with::
 
         n_inf = 2 / (1 - b2) - 1,    n = n_inf - 2 t b2^t / (1 - b2^t)
 
-    and the means m and v of `adam`::
+    and m and v the means of `adam`::
 
         update = -lr m_hat r sqrt(1 - b2^t) / (sqrt(v + eps_root) + eps)    if n > 5, else  -lr m_hat
         r^2 = (n - 4) (n - 2) n_inf / ((n_inf - 4) (n_inf - 2) n)
@@ -113,7 +116,7 @@ def radam(
         >>> update(torch.tensor([1.0, -20.0]), init(torch.zeros(2)))[0]
         tensor([-0.1000,  2.0000])
     """
-    _check.non_negative("radam", lr=lr)
+    _check.require_non_negative("radam", lr=lr)
     rule = _rule("radam", lr, betas, eps, weight_decay, decoupled_weight_decay, maximize, eps_root)
     return transformation("radam", rule, RAdamState, use_accelerated_op=use_accelerated_op)
 
@@ -139,8 +142,8 @@ def _rule(
     decoupled: bool,
     maximize: bool,
     eps_root: Hyperparameter,
-) -> RAdam:
-    b1, b2 = _check.pair(name, betas)
-    _check.non_negative(name, eps=eps, weight_decay=weight_decay, eps_root=eps_root)
-    _check.below_one(name, **{"betas[0]": b1, "betas[1]": b2})
-    return RAdam(lr, weight_decay, maximize, b1, b2, eps, eps_root, decoupled)
+) -> RAdamRule:
+    b1, b2 = _check.require_pair(name, betas)
+    _check.require_non_negative(name, eps=eps, weight_decay=weight_decay, eps_root=eps_root)
+    _check.require_below_one(name, **{"betas[0]": b1, "betas[1]": b2})
+    return RAdamRule(lr, weight_decay, maximize, b1, b2, eps, eps_root, decoupled)

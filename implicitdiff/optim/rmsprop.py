@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 import implicitdiff.optim._check as _check
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
-from implicitdiff.optim._rule import UPHILL, Hyperparameter, Number, Rule, root
+from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule, safe_sqrt
 from implicitdiff.optim._transformation import transformation
 
 
@@ -19,28 +19,28 @@ class RMSPropState(NamedTuple):
     """State of `rmsprop` and `scale_by_rmsprop`.
 
     Attributes:
-        count: how many gradients each leaf has had, int64, in the order of the leaves.
+        count: number of gradients so far of each leaf, int64, in the order of the leaves.
         nu: the mean squares, a tree like the parameters.
         mean: the mean gradients; empty unless ``centered``.
         trace: the momentum; empty without.
     """
 
     count: torch.Tensor  # type: ignore[assignment]  # not the method of tuples
-    nu: Any
-    mean: Any = ()
-    trace: Any = ()
+    nu: Tree
+    mean: Tree = ()
+    trace: Tree = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class RMSProp(Rule):
-    """The step of RMSprop."""
+class RMSPropRule(UpdateRule):
+    """The step of RMSprop, plain (Hinton, 2012) or centered (Graves, 2013)."""
 
     numbers: ClassVar[Sequence[str]] = ["lr", "alpha", "eps", "eps_root", "weight_decay", "momentum", "maximize"]
 
-    alpha: Any
-    eps: Any
-    eps_root: Any
-    momentum: Any
+    alpha: Setting
+    eps: Setting
+    eps_root: Setting
+    momentum: Setting
     centered: bool
 
     @property
@@ -64,17 +64,18 @@ class RMSProp(Rule):
             "momentum": self.momentum,
         }
 
-    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Any) -> tuple[torch.Tensor, Leaves]:
+    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Constants) -> tuple[torch.Tensor, Leaves]:
         nu, *rest = moments
         nu = c.keep * nu + c.take * g * g
         news, variance = [nu], nu
         if self.centered:
             mean = rest.pop(0)
+            # Graves, equations 38 and 39: nu is n, and mean is g.
             mean = mean + c.take * (g - mean)
-            # Rounding must not make it negative.
+            # A variance, E g^2 - (E g)^2. Rounding can make the difference negative.
             variance = (nu - mean * mean).clamp(min=0)
             news.append(mean)
-        d = g / (root(variance, c.eps_root) + c.eps)
+        d = g / (safe_sqrt(variance, c.eps_root) + c.eps)
         if self.has_momentum:
             d = c.momentum * rest.pop(0) + d
             news.append(d)
@@ -93,7 +94,7 @@ def rmsprop(
     eps_root: Hyperparameter = 0.0,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    """RMSprop: gradients over the root of their mean squares.
+    """RMSprop: gradients divided by the root of their mean squares.
 
     With ``g`` the gradient plus ``weight_decay * p``::
 
@@ -105,10 +106,10 @@ def rmsprop(
     Hyper-parameters as in `adam`.
 
     Args:
-        alpha: how much of the mean square is kept.
-        momentum: how much of the trace is kept.
-        centered: divide by the standard deviation: ``nu - mean^2`` in the place of ``nu``, where the mean of the
-            gradients decays like ``nu``; never less than 0.
+        alpha: decay of the mean square.
+        momentum: decay of the trace.
+        centered: divide by the standard deviation: ``max(nu - mean^2, 0)`` replaces ``nu``, with ``mean`` the mean of
+            the gradients with decay ``alpha``.
 
     Returns:
         A pair of state `RMSPropState`.
@@ -127,7 +128,7 @@ def rmsprop(
         >>> update(torch.tensor([1.0, -20.0]), init(torch.zeros(2)))[0]
         tensor([-0.2000,  0.2000])
     """
-    _check.non_negative("rmsprop", lr=lr)
+    _check.require_non_negative("rmsprop", lr=lr)
     rule = _rule("rmsprop", lr, alpha, eps, weight_decay, momentum, centered, maximize, eps_root)
     return transformation("rmsprop", rule, RMSPropState, use_accelerated_op=use_accelerated_op)
 
@@ -155,7 +156,7 @@ def _rule(
     centered: bool,
     maximize: bool,
     eps_root: Hyperparameter,
-) -> RMSProp:
-    _check.non_negative(name, eps=eps, weight_decay=weight_decay, momentum=momentum, eps_root=eps_root)
-    _check.non_negative(name, alpha=alpha)
-    return RMSProp(lr, weight_decay, maximize, alpha, eps, eps_root, momentum, centered)
+) -> RMSPropRule:
+    _check.require_non_negative(name, eps=eps, weight_decay=weight_decay, momentum=momentum, eps_root=eps_root)
+    _check.require_non_negative(name, alpha=alpha)
+    return RMSPropRule(lr, weight_decay, maximize, alpha, eps, eps_root, momentum, centered)

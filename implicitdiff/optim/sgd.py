@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 import implicitdiff.optim._check as _check
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
-from implicitdiff.optim._rule import UPHILL, Hyperparameter, Number, Rule
+from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule
 from implicitdiff.optim._transformation import transformation
 
 
@@ -19,23 +19,23 @@ class SGDState(NamedTuple):
     """State of `sgd` and `trace`.
 
     Attributes:
-        count: how many gradients each leaf has had, int64, in the order of the leaves.
+        count: number of gradients so far of each leaf, int64, in the order of the leaves.
         trace: the momentum, a tree like the parameters; empty without momentum.
     """
 
     count: torch.Tensor  # type: ignore[assignment]  # not the method of tuples
-    trace: Any = ()
+    trace: Tree = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class SGD(Rule):
-    """The step of gradient descent, with heavy-ball or Nesterov momentum."""
+class SGDRule(UpdateRule):
+    """The step of gradient descent, with heavy-ball or Nesterov momentum in the form of torch.optim.SGD."""
 
     numbers: ClassVar[Sequence[str]] = ["lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"]
     takes_sparse: ClassVar[bool] = True
 
-    momentum: Any
-    dampening: Any
+    momentum: Setting
+    dampening: Setting
     nesterov: bool
 
     @property
@@ -53,18 +53,21 @@ class SGD(Rule):
     def constants(self, t: torch.Tensor) -> dict[str, Number]:
         if not self.has_momentum:
             return {}
+        # 0 at t = 1, then 1, as a factor instead of a branch: t is a vector over leaves, and may be traced.
         later = (t > 1).double()
         return {
             "momentum": self.momentum,
-            # The first momentum is the gradient itself, undamped.
+            # As in torch.optim, the first trace is the gradient, without dampening.
             "keep": self.momentum * later,
             "take": 1 - self.dampening * later,
         }
 
-    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Any) -> tuple[torch.Tensor, Leaves]:
+    def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Constants) -> tuple[torch.Tensor, Leaves]:
         if not moments:
             return -c.lr * g, []
         trace = c.keep * moments[0] + c.take * g
+        # Nesterov's method at the look-ahead point, as in torch.optim.SGD: the iterate is the point of section 2.1 of
+        # Sutskever et al. plus momentum times trace.
         return -c.lr * (g + c.momentum * trace if self.nesterov else trace), [trace]
 
 
@@ -78,19 +81,20 @@ def sgd(
     maximize: bool = False,
     use_accelerated_op: bool | None = None,
 ) -> GradientTransformation:
-    """Gradient descent, with momentum if wanted.
+    """Gradient descent, with optional momentum.
 
     With ``g`` the gradient plus ``weight_decay * p``::
 
         trace <- momentum * trace + (1 - dampening) * g    (the first time: g)
         update = -lr * trace, or with nesterov, -lr * (g + momentum * trace)
 
-    Hyper-parameters as in `adam`. Sparse gradients (COO) are computed with as dense ones, momentum and decay included.
+    Hyper-parameters as in `adam`. Sparse gradients (COO) are converted to dense ones, so momentum and decay act on
+    every entry.
 
     Args:
-        momentum: how much of the trace is kept; 0 keeps none, and no state.
-        dampening: how much of the gradient is left out of the trace.
-        nesterov: look ahead; needs momentum and no dampening.
+        momentum: decay of the trace. With 0 the state has no trace.
+        dampening: share of the gradient that does not enter the trace.
+        nesterov: step along ``g + momentum * trace``; needs momentum and no dampening.
 
     Returns:
         A pair of state `SGDState`.
@@ -111,7 +115,7 @@ def sgd(
         >>> update(g, state)[0]
         tensor([-0.1900, -0.3800])
     """
-    _check.non_negative("sgd", lr=lr)
+    _check.require_non_negative("sgd", lr=lr)
     rule = _rule("sgd", lr, momentum, dampening, weight_decay, nesterov, maximize)
     return transformation("sgd", rule, SGDState, use_accelerated_op=use_accelerated_op)
 
@@ -136,10 +140,11 @@ def _rule(
     weight_decay: Hyperparameter,
     nesterov: bool,
     maximize: bool,
-) -> SGD:
-    _check.non_negative(name, momentum=momentum, weight_decay=weight_decay)
-    _check.finite(name, dampening=dampening)
-    rule = SGD(lr, weight_decay, maximize, momentum, dampening, nesterov)
+) -> SGDRule:
+    _check.require_non_negative(name, momentum=momentum, weight_decay=weight_decay)
+    _check.require_finite(name, dampening=dampening)
+    rule = SGDRule(lr, weight_decay, maximize, momentum, dampening, nesterov)
+    # A tensor or a schedule is accepted: its values are not known here.
     damped = isinstance(dampening, (int, float)) and dampening != 0
     if nesterov and (damped or not rule.has_momentum):
         raise ValueError(

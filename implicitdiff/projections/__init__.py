@@ -1,18 +1,18 @@
-"""Euclidean projections: the point of a set that is nearest to ``v``.
+"""Euclidean projections: the point of a set nearest to ``v``.
 
-Each takes ``v`` first, a floating-point tensor or a tree of them, and returns a tree like it, so that a solver can call
-``projection(v)`` on a `functools.partial`. `box`, `non_negative` and `linf_ball` act on every entry alone, and
-`transport` and `birkhoff` on one matrix. All others take ``v`` as one vector of all its entries, whatever its shape and
-nesting; for one projection per row, take ``torch.func.vmap``. The result has the dtypes of ``v``.
+The first argument ``v`` is a floating-point tensor or a tree of such tensors. The result is a tree like ``v``, with its
+dtypes. A solver calls ``projection(v)``, so bind further arguments by `functools.partial`. `box`, `non_negative` and
+`linf_ball` act entry by entry, `transport` and `birkhoff` on one matrix. All others take ``v`` as one vector of all
+entries, of any shape and nesting; for one projection a row, use ``torch.func.vmap``.
 
-They compose with all transforms of torch.func, to any order, and are differentiated in the numbers that make the set
-as well. Where a derivative jumps, it is that of the side on which the constraint is active: zero for a ``v`` on a side
-of the box, and for a set that is a single point zero everywhere. Where the nearest point itself jumps, as it does for
-`l1_sphere`, `l2_sphere` and `sparse_simplex`, whose sets are not convex, it is that of one of the nearest points.
+Projections compose with all transforms of torch.func, to any order, and have derivatives in the numbers that define the
+set. Where a derivative jumps, the result is the derivative of the side with the active constraint: zero for ``v`` on a
+face of the box, and zero everywhere for a set of one point. `l1_sphere`, `l2_sphere` and `sparse_simplex` project onto
+sets that are not convex: where several points are nearest, the result is one of them, with its derivative.
 
-Numbers that make no set (a negative radius) raise a ValueError; inside of ``torch.compile``, tensors go unchecked.
-`polyhedron`, `transport` and `birkhoff` search, outside of what is compiled, and raise a `ConvergenceError` if there is
-no point.
+Numbers that define no set (a negative radius) raise a ValueError. Under ``torch.compile`` tensors are not checked.
+`polyhedron`, `transport` and `birkhoff` run an iteration outside of the compiled graph, and raise a `ConvergenceError`
+if the set is empty.
 
 Reference:
     Parikh and Boyd, "Proximal Algorithms", 2014, sections 6.2 and 6.5.

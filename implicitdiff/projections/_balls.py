@@ -1,20 +1,19 @@
-"""Projections onto balls."""
+"""Projections onto balls and spheres."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from implicitdiff.projections._point import Number, Point, holds, size_of, sum_of
+from implicitdiff._torch.trees import Number, Tree
+from implicitdiff.projections._point import Point, holds, scale_of, sum_of
 from implicitdiff.projections._simplices import nonempty, onto_simplex
 
 
-def l1_ball(v: Any, radius: Number = 1.0) -> Any:
+def l1_ball(v: Tree, radius: Number = 1.0) -> Tree:
     """Project onto ``{x: sum(|x|) <= radius}``, ``v`` being one vector.
 
-    From outside, that is ``sign(v)`` times the projection of ``|v|`` onto the simplex of total ``radius``.
+    For ``v`` outside, the result is ``sign(v)`` times the projection of ``|v|`` onto the simplex of total ``radius``.
 
     Args:
         v: a tensor or a tree.
@@ -35,10 +34,10 @@ def l1_ball(v: Any, radius: Number = 1.0) -> Any:
     return point.map_flat(_onto_l1_ball, point.scalar("radius", radius, least=0.0))
 
 
-def l2_ball(v: Any, radius: Number = 1.0) -> Any:
+def l2_ball(v: Tree, radius: Number = 1.0) -> Tree:
     """Project onto ``{x: |x| <= radius}`` in the Euclidean norm, ``v`` being one vector.
 
-    That is ``v min(1, radius / |v|)``.
+    The result is ``v min(1, radius / |v|)``.
 
     Args:
         v: a tensor or a tree.
@@ -56,12 +55,12 @@ def l2_ball(v: Any, radius: Number = 1.0) -> Any:
     return point.map_flat(_onto_l2_ball, point.scalar("radius", radius, least=0.0))
 
 
-def l1_sphere(v: Any, radius: Number = 1.0) -> Any:
+def l1_sphere(v: Tree, radius: Number = 1.0) -> Tree:
     """Project onto ``{x: sum(|x|) = radius}``, ``v`` being one vector.
 
-    That is the sign of ``v`` times the projection of ``|v|`` onto the simplex of total ``radius``. The set is not
-    convex: inside of it, the result jumps where an entry of ``v`` changes its sign. An entry that is 0 counts as
-    positive there, with the derivative of that side.
+    The result is ``sign(v)`` times the projection of ``|v|`` onto the simplex of total ``radius``. The set is not
+    convex: for ``v`` inside, the result jumps where an entry changes its sign. An entry 0 counts as positive, with the
+    derivative of the positive side.
 
     Args:
         v: a tensor or a tree.
@@ -79,11 +78,11 @@ def l1_sphere(v: Any, radius: Number = 1.0) -> Any:
     return point.map_flat(_onto_l1_sphere, point.scalar("radius", radius, least=0.0))
 
 
-def l2_sphere(v: Any, radius: Number = 1.0) -> Any:
+def l2_sphere(v: Tree, radius: Number = 1.0) -> Tree:
     """Project onto ``{x: |x| = radius}`` in the Euclidean norm, ``v`` being one vector.
 
-    That is ``v radius / |v|``. The set is not convex. To ``v = 0`` all of its points are equally near, and no choice of
-    one would have a derivative: unless ``radius`` is 0, that is an error, and ``nan`` inside of ``torch.compile``.
+    The result is ``v radius / |v|``. The set is not convex: all its points are equally near to ``v = 0``, and no choice
+    has a derivative. Unless ``radius`` is 0, ``v = 0`` raises, and gives ``nan`` under ``torch.compile``.
 
     Args:
         v: a tensor or a tree, not zero.
@@ -103,16 +102,18 @@ def l2_sphere(v: Any, radius: Number = 1.0) -> Any:
 
 def _onto_l1_ball(v: Tensor, radius: Tensor) -> Tensor:
     inside = sum_of(v.abs()) < radius
-    # For a v on the sphere, rounding must not bring zeros into the support.
+    # For v on the sphere the threshold is 0 up to rounding. Zeros of v are replaced by negative numbers, so that a
+    # slightly negative threshold cannot take them into the support and change the derivative.
     magnitude = torch.where(v == 0, -v.detach().abs().amax(0, keepdim=True), v.abs())
+    # For v inside, the radius may be infinite; the unused branch is computed for total 0, with finite derivatives.
     return torch.where(inside, v, v.sign() * onto_simplex(magnitude, torch.where(inside, 0.0, radius)))
 
 
 def _onto_l2_ball(v: Tensor, radius: Tensor) -> Tensor:
-    size = size_of(v)
+    size = scale_of(v)
     square, radius = sum_of((v / size).square()), radius / size
     inside = square.detach().sqrt() < radius
-    # Inside it is v * 1 / 1: no branch that is not taken has a derivative, which could be nan.
+    # Inside, the result is v * 1 / 1: `torch.where` around v / |v| would multiply an infinite derivative by 0.
     norm = torch.where(inside | (square == 0), 1.0, square).sqrt()
     return v * (torch.where(inside, 1.0, radius) / norm)
 
@@ -125,10 +126,10 @@ def _onto_l1_sphere(v: Tensor, radius: Tensor) -> Tensor:
 def _onto_l2_sphere(v: Tensor, radius: Tensor) -> Tensor:
     if not holds((v != 0).any(0, keepdim=True) | (radius == 0)):
         raise ValueError(
-            "l2_sphere: v has to be other than zero, to which all points of the sphere are equally near, but it is zero"
+            "l2_sphere: v has to be other than zero, since all points of the sphere are equally near to zero"
         )
-    size = size_of(v)
+    size = scale_of(v)
     square = sum_of((v / size).square())
-    # For a sphere that is a point.
+    # A sphere of radius 0 is a point, and the result 0 for every v.
     norm = torch.where((radius == 0) & (square == 0), 1.0, square).sqrt()
     return v * (radius / size / norm)

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff.projections._point import Number, Point, holds, size_of, sum_of
+from implicitdiff._torch.trees import Number, Tree
+from implicitdiff.projections._point import Point, holds, scale_of, sum_of
 
 
-def box(v: Any, lower: Any, upper: Any) -> Any:
+def box(v: Tree, lower: Tree, upper: Tree) -> Tree:
     """Project onto ``{x: lower <= x <= upper}``, entry by entry.
 
     Args:
         v: a tensor or a tree.
-        lower: the least values: a number, a tensor that broadcasts to every leaf, or a tree of these, nested like ``v``
-            or cut off above. May be ``-inf``.
-        upper: the greatest, likewise.
+        lower: lower bounds: a number, a tensor that broadcasts to every leaf, or a tree of these, nested like ``v`` or
+            a prefix of ``v``. May be ``-inf``.
+        upper: upper bounds, likewise.
 
     Raises:
         ValueError: ``lower`` exceeds ``upper``, or one of them does not fit ``v``.
@@ -33,7 +34,7 @@ def box(v: Any, lower: Any, upper: Any) -> Any:
     return point.map(clamp, *_bounds(point, lower, upper))
 
 
-def non_negative(v: Any) -> Any:
+def non_negative(v: Tree) -> Tree:
     """Project onto ``{x: x >= 0}``, entry by entry.
 
     Example:
@@ -44,10 +45,10 @@ def non_negative(v: Any) -> Any:
     return Point.of("non_negative", v).map(torch.relu)
 
 
-def linf_ball(v: Any, radius: Number = 1.0) -> Any:
+def linf_ball(v: Tree, radius: Number = 1.0) -> Tree:
     """Project onto ``{x: |x_i| <= radius for all i}``, entry by entry.
 
-    That is ``sign(v) min(|v|, radius)``.
+    The result is ``sign(v) min(|v|, radius)``.
 
     Args:
         v: a tensor or a tree.
@@ -63,25 +64,25 @@ def linf_ball(v: Any, radius: Number = 1.0) -> Any:
     """
     point = Point.of("linf_ball", v)
     bound = point.scalar("radius", radius, least=0.0)
-    return point.map(_within, [bound] * len(point.leaves))
+    return point.map(_onto_linf_ball, [bound] * len(point.leaves))
 
 
-def box_section(v: Any, lower: Any, upper: Any, w: Any, c: Number) -> Any:
+def box_section(v: Tree, lower: Tree, upper: Tree, w: Tree, c: Number) -> Tree:
     """Project onto ``{x: lower <= x <= upper, w.x = c}``, ``v`` being one vector.
 
-    That is::
+    The solution has a multiplier ``tau`` of the plane, and a set ``s`` of entries between the bounds::
 
-        x = clip(v + tau w, lower, upper),    tau = (c - sum of w x over the others - sum of w v over s) / sum of w^2
-                                              over s,    s = {i: lower_i < x_i < upper_i}
+        x = clip(v + tau w, lower, upper),    s = {i: lower_i < x_i < upper_i}
+        tau = (c - sum of w x outside of s - sum of w v over s) / (sum of w^2 over s)
 
-    ``w.x`` does not fall as ``tau`` grows, and is linear between the numbers where an entry meets a bound. These are
-    sorted, and a bisection of their ranks finds the ``s`` of the solution; it is exact, and takes ``O(n log n)``.
+    ``w.x`` is a nondecreasing, piecewise linear function of ``tau``, with kinks where an entry reaches a bound. The
+    kinks are sorted, and a bisection over ranks finds ``s``: an exact method of cost ``O(n log n)``.
 
     Args:
         v: a tensor or a tree.
-        lower: the least values, as those of a `box`.
-        upper: the greatest, likewise.
-        w: a tree like ``v``, or what broadcasts to it as bounds do; of any signs, not all zero.
+        lower: lower bounds, as of a `box`.
+        upper: upper bounds, likewise.
+        w: a tree like ``v``, or one that broadcasts to ``v`` as bounds do; of any signs, not all zero.
         c: a number or a scalar tensor.
 
     Raises:
@@ -99,11 +100,12 @@ def box_section(v: Any, lower: Any, upper: Any, w: Any, c: Number) -> Any:
     point = Point.of("box_section", v)
     if not point.size:
         raise ValueError(f"box_section: v has to have an entry, but it is {pytree.describe(v)}")
+    # Bounds of all leaves as vectors, in the order of the entries of v.
     low, high = (point.flat(bounds) for bounds in _bounds(point, lower, upper))
     normal, offset = point.flat(point.operands("w", w)), point.scalar("c", c)
     if not holds((normal != 0).any()):
         raise ValueError(f"box_section: w has to be other than zero, but it is {pytree.describe(w)} of zeros")
-    size = size_of(normal)
+    size = scale_of(normal)
 
     def project(v: Tensor, c: Tensor) -> Tensor:
         section = _Section(low.to(v.dtype), high.to(v.dtype), (normal / size).to(v.dtype), c / size.to(v.dtype))
@@ -116,7 +118,7 @@ def box_section(v: Any, lower: Any, upper: Any, w: Any, c: Number) -> Any:
     return point.map_flat(project, offset)
 
 
-def _bounds(point: Point, lower: Any, upper: Any) -> tuple[list[Any], list[Any]]:
+def _bounds(point: Point, lower: Tree, upper: Tree) -> tuple[list[Any], list[Any]]:
     lowers, uppers = point.operands("lower", lower), point.operands("upper", upper)
     if not all(low is None or holds(low <= high) for low, high in zip(lowers, uppers, strict=True)):
         raise ValueError(
@@ -126,15 +128,15 @@ def _bounds(point: Point, lower: Any, upper: Any) -> tuple[list[Any], list[Any]]
     return lowers, uppers
 
 
-def _within(v: Tensor, radius: Tensor) -> Tensor:
+def _onto_linf_ball(v: Tensor, radius: Tensor) -> Tensor:
     return torch.where(v.abs() >= radius, v.detach().sign() * radius, v)
 
 
 class _Section(NamedTuple):
-    """A box and a plane that meets it, the largest entry of ``w`` being 1 in size.
+    """The intersection of a box and a plane ``w.x = c``, scaled so that the largest ``|w_i|`` is 1.
 
-    As ``tau`` grows, an entry of ``v + tau w`` enters the box at one number, on its near side, and leaves it at
-    another, on its far side.
+    As ``tau`` grows, entry i of ``v + tau w`` enters the box through one bound (the near side) and leaves through the
+    other (the far side): lower, then upper for ``w_i > 0``, and the reverse for ``w_i < 0``.
     """
 
     lower: Tensor
@@ -151,37 +153,45 @@ class _Section(NamedTuple):
         return torch.where(self.w < 0, self.lower, self.upper)
 
     def is_met(self) -> Tensor:
-        """Whether the plane meets the box, but for rounding."""
+        """True if the intersection is not empty, up to rounding."""
+        # w.x takes its extremes over the box where all entries are at the near side or all at the far side.
+        # Entries with w = 0 take no part in the plane, and their bounds may be infinite: inf * 0 is nan.
         near, far = (torch.where(self.w == 0, 0.0, self.w * x) for x in (self.near, self.far))
         slack = [4 * t.numel() * torch.finfo(t.dtype).eps * (sum_of(t.abs()) + self.c.abs()) for t in (near, far)]
         return (sum_of(near) - slack[0] <= self.c) & (self.c <= sum_of(far) + slack[1])
 
     def project(self, v: Tensor) -> Tensor:
         at = _Section(*(t.detach() for t in self))
-        # Near the solution, bounds that lie close together differ, and the sums are small.
+        # Start near the solution: for a large tau, kinks of bounds close together would round to one number, and sums
+        # of large terms would lose digits of c.
         v = v + self.w * at.nearby(v.detach())
         free, is_near, is_corner = at.active(v.detach())
         outside = torch.where(self.w == 0, clamp(v, self.lower, self.upper), torch.where(is_near, self.near, self.far))
         v, w = (torch.where(free, t, 0.0) for t in (torch.where(is_corner, v.detach(), v), self.w))
+        # tau from the equation of the plane, linear in the free entries. The fixed entries move with their bounds.
         fixed = torch.where(free, 0.0, outside)
         square = sum_of(w * w)
         tau = (self.c - sum_of(self.w * fixed) - sum_of(w * v)) / torch.where(square == 0, 1.0, square)
         x = torch.where(free, v + w * tau, fixed)
-        # Rounding may put an entry outside. Its derivative remains that of the inside.
+        # Clamp rounding errors of free entries into the box, and keep their derivative.
         return x + (x.detach().clamp(at.lower, at.upper) - x.detach())
 
     def nearby(self, v: Tensor) -> Tensor:
-        """A ``tau`` near that of the solution."""
+        """Return a finite end of the interval that contains the multiplier of the solution, or 0."""
         low, high, _, _ = self._interval(v, *self._crossings(v), self.w != 0)
         return torch.where(high.isfinite(), high, torch.where(low.isfinite(), low, 0.0))
 
     def active(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which entries are free, which are on the near side, and whether the solution is a corner, that only ``c``
-        moves, by the free entries."""
+        """Return the free entries, the entries at the near side, and whether the solution is a corner.
+
+        At a corner, where a kink is the solution, ``x`` does not move with ``v``, and moves with ``c`` along the free
+        entries of one side.
+        """
         enter, leave = self._crossings(v)
-        # An entry with equal bounds is never free. Negated comparisons let nan through.
+        # An entry with equal bounds is never free. A negated comparison is true for nan, which has to reach the result.
         moves = (self.w != 0) & ~(enter >= leave)
         _, high, is_first, is_end = self._interval(v, enter, leave, moves)
+        # Entries whose own interval [enter, leave] contains the interval of the solution.
         between = moves & ~(enter >= high) & ~(leave < high)
         inside = between & ~(leave <= high)
         is_corner = is_end & ~inside.any(0, keepdim=True)
@@ -191,22 +201,29 @@ class _Section(NamedTuple):
         return free | still, enter >= high, is_corner
 
     def _crossings(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return for each entry the ``tau`` at which it enters, and at which it leaves the box."""
         step = torch.where(self.w == 0, 1.0, self.w)
         return (self.near - v) / step, (self.far - v) / step
 
     def _interval(
         self, v: Tensor, enter: Tensor, leave: Tensor, moves: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The ends of the interval between crossings in which the solution has its ``tau``, whether it begins at the
-        first crossing, and whether ``tau`` is its upper end."""
+        """Find the interval between neighbouring kinks that contains the multiplier.
+
+        Returns:
+            Its ends, whether the upper end is the first kink, and whether the multiplier is the upper end.
+        """
+        # Kinks of entries that do not move are replaced by the last kink, which leaves the order of the others.
         last = torch.where(moves, leave, -math.inf).amax(0, keepdim=True)
         marks = torch.cat([torch.where(moves, t, last) for t in (enter, leave)]).sort().values
 
         def excess(tau: Tensor) -> Tensor:
+            # w.x - c. At a kink the bound itself is taken: v + tau w may differ from it by rounding.
             x = (v + self.w * torch.where(tau.isfinite(), tau, 0.0)).clamp(self.lower, self.upper)
             x = torch.where(enter >= tau, self.near, torch.where(leave <= tau, self.far, x))
             return sum_of(torch.where(self.w == 0, 0.0, self.w * x)) - self.c
 
+        # Bisection over ranks: excess < 0 at rank `below`, >= 0 at rank `above`. A fixed number of steps, for vmap.
         above = torch.full_like(last, len(marks) - 1, dtype=torch.long)
         below = torch.full_like(above, -1)
         for _ in range(len(marks).bit_length()):

@@ -1,25 +1,25 @@
-"""Projections onto planes and their sides."""
+"""Projections onto hyperplanes, halfspaces and affine sets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff.projections._point import Number, Point, broadcasts, holds, size_of, sum_of
+from implicitdiff._torch.trees import Number, Tree
+from implicitdiff.projections._point import Point, broadcasts, holds, scale_of, sum_of
 
 
-def hyperplane(v: Any, a: Any, b: Number) -> Any:
+def hyperplane(v: Tree, a: Tree, b: Number) -> Tree:
     """Project onto ``{x: a.x = b}``, ``v`` being one vector.
 
-    That is ``v - a (a.v - b) / (a.a)``.
+    The result is ``v - a (a.v - b) / (a.a)``.
 
     Args:
         v: a tensor or a tree.
-        a: the normal: a tree like ``v``, or what broadcasts to it as the bounds of a `box` do; not zero.
+        a: the normal: a tree like ``v``, or one that broadcasts to ``v`` as the bounds of a `box` do; not zero.
         b: a number or a scalar tensor.
 
     Raises:
@@ -33,10 +33,10 @@ def hyperplane(v: Any, a: Any, b: Number) -> Any:
     return _along("hyperplane", v, a, b, lambda excess: excess)
 
 
-def halfspace(v: Any, a: Any, b: Number) -> Any:
+def halfspace(v: Tree, a: Tree, b: Number) -> Tree:
     """Project onto ``{x: a.x <= b}``, ``v`` being one vector.
 
-    That is ``v - a max(a.v - b, 0) / (a.a)``.
+    The result is ``v - a max(a.v - b, 0) / (a.a)``.
 
     Args:
         v: a tensor or a tree.
@@ -54,11 +54,11 @@ def halfspace(v: Any, a: Any, b: Number) -> Any:
     return _along("halfspace", v, a, b, lambda excess: torch.where(excess < 0, 0.0, excess))
 
 
-def affine_set(v: Any, A: Tensor, b: Number) -> Any:
+def affine_set(v: Tree, A: Tensor, b: Number) -> Tree:
     """Project onto ``{x: A x = b}``, ``v`` being one vector.
 
-    That is ``v - A' (A A')^-1 (A v - b)``, by a QR factorisation of ``A'``, so that the condition number of ``A`` is
-    not squared.
+    The result is ``v - A' (A A')^-1 (A v - b)``, computed from a QR factorisation of ``A'``, which does not square the
+    condition number of ``A``.
 
     Args:
         v: a tensor or a tree, of n entries.
@@ -85,12 +85,13 @@ def affine_set(v: Any, A: Tensor, b: Number) -> Any:
     return point.map_flat(_onto_affine_set, A, b)
 
 
-def _along(function: str, v: Any, a: Any, b: Number, step: Callable[[Tensor], Tensor]) -> Any:
+def _along(function: str, v: Tree, a: Tree, b: Number, step: Callable[[Tensor], Tensor]) -> Tree:
     point = Point.of(function, v)
     normal, offset = point.flat(point.operands("a", a)), point.scalar("b", b)
     if not holds((normal != 0).any()):
         raise ValueError(f"{function}: a has to be other than zero, but it is {pytree.describe(a)} of zeros")
-    size = size_of(normal)
+    # Scaled so that a.a neither overflows nor underflows.
+    size = scale_of(normal)
     normal = normal / size
 
     def project(v: Tensor, b: Tensor) -> Tensor:
@@ -101,9 +102,10 @@ def _along(function: str, v: Any, a: Any, b: Number, step: Callable[[Tensor], Te
 
 def _onto_affine_set(v: Tensor, A: Tensor, b: Tensor) -> Tensor:
     Q, R = torch.linalg.qr(A.mT)
-    # A diagonal entry is what a row adds to the span of those before it.
+    # A' = Q R: R_kk is the distance of row k of A from the span of earlier rows, compared with the length of row k.
     rows = torch.linalg.vector_norm(R.detach(), dim=0)
     if not holds(R.detach().diagonal().abs() > rows * (v.numel() * torch.finfo(v.dtype).eps)):
         raise ValueError("affine_set: the rows of A have to be finite and linearly independent, but they are not")
+    # A' (A A')^-1 = Q R (R' R)^-1 = Q R'^-1.
     step: Tensor = Q @ torch.linalg.solve_triangular(R.mT, (A @ v - b).unsqueeze(-1), upper=False)
     return v - step.squeeze(-1)

@@ -1,4 +1,4 @@
-"""The points that projections and proximal operators map: trees of tensors, with the numbers that go with them."""
+"""Arguments of projections and proximal operators: a tree of tensors, and numbers that broadcast to its leaves."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from torch import Tensor
 
 import implicitdiff._torch.levels as _functorch
 import implicitdiff._torch.trees as pytree
-
-Number = float | Tensor
+from implicitdiff._torch.trees import Number, Tree
 
 _NUMERIC: tuple[Any, ...] = (Tensor, numbers.Real)
 
 
 class Point(NamedTuple):
-    """What a projection or proximal operator is called with.
+    """The point ``v`` that a projection or proximal operator maps.
 
     Attributes:
-        function: its name, for error messages.
-        leaves: the tensors of the tree, and None where it has None.
-        spec: its nesting.
+        function: name of the public function, for error messages.
+        leaves: the tensors of the tree; None stays None.
+        spec: the nesting.
     """
 
     function: str
@@ -32,7 +31,7 @@ class Point(NamedTuple):
     spec: pytree.TreeSpec
 
     @classmethod
-    def of(cls, function: str, v: Any) -> Point:
+    def of(cls, function: str, v: Tree) -> Point:
         leaves, spec = pytree.leaves_of(v)
         tensors = [leaf for leaf in leaves if leaf is not None]
         if not tensors or not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tensors):
@@ -42,11 +41,14 @@ class Point(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many entries there are."""
+        """Number of entries of all leaves."""
         return sum(leaf.numel() for leaf in self.leaves if leaf is not None)
 
-    def operands(self, name: str, value: Any, *, scalar: bool = False, least: float = -math.inf) -> list[Any]:
-        """What stands in `value` for each leaf: a number, or a tensor that broadcasts to the leaf or is a scalar."""
+    def operands(self, name: str, value: Tree, *, scalar: bool = False, least: float = -math.inf) -> list[Any]:
+        """Return the number or tensor for each leaf from a number, a tensor, or a tree nested like v or a prefix of v.
+
+        A tensor has to broadcast to its leaf or, with `scalar`, to have no dimension. Values below `least` raise.
+        """
         try:
             values = pytree.broadcast(self.spec, value)
         except ValueError:
@@ -55,31 +57,34 @@ class Point(NamedTuple):
         pairs = zip(values, shapes, strict=True)
         return [None if shape is None else self._checked(name, x, shape, least) for x, shape in pairs]
 
-    def scalar(self, name: str, value: Any, *, least: float = -math.inf) -> Any:
-        """The value itself, if it is a number or a tensor of no dimension."""
+    def scalar(self, name: str, value: Tree, *, least: float = -math.inf) -> Tree:
+        """Return a number or a tensor without dimensions; raise for other values and for values below `least`."""
         return self._checked(name, value, torch.Size(), least)
 
-    def map(self, fn: Callable[..., Tensor], *operands: list[Any]) -> Any:
-        """The tree with a function applied to every tensor and its operands."""
+    def map(self, fn: Callable[..., Tensor], *operands: list[Any]) -> Tree:
+        """Apply a function to every tensor and its operands, and return the tree of results."""
         rows = zip(self.leaves, *operands, strict=True)
-        mapped = [None if leaf is None else fn(leaf, *(_tensor(x, leaf) for x in rest)) for leaf, *rest in rows]
+        mapped = [None if leaf is None else fn(leaf, *(_tensor_like(x, leaf) for x in rest)) for leaf, *rest in rows]
         return pytree.unflatten(mapped, self.spec)
 
-    def map_flat(self, fn: Callable[..., Tensor], *operands: Number) -> Any:
-        """The tree with a function applied to the vector of all entries."""
+    def map_flat(self, fn: Callable[..., Tensor], *operands: Number) -> Tree:
+        """Apply a function to the vector of all entries, and return the tree of its parts, in the dtypes of v."""
         if not self.size:
             return pytree.unflatten(self.leaves, self.spec)
         v = self.flat(self.leaves)
-        parts = iter(fn(v, *(_tensor(x, v) for x in operands)).split([t.numel() for t in self.leaves if t is not None]))
+        # Leaves of several dtypes concatenate to the widest; `map` converts each part back.
+        parts = iter(
+            fn(v, *(_tensor_like(x, v) for x in operands)).split([t.numel() for t in self.leaves if t is not None])
+        )
         return self.map(lambda leaf: next(parts).reshape(leaf.shape).to(leaf.dtype))
 
     def flat(self, values: list[Any]) -> Tensor:
-        """One vector of what stands for every leaf."""
+        """Concatenate values, one for each leaf, into one vector of all entries."""
         pairs = [(leaf, x) for leaf, x in zip(self.leaves, values, strict=True) if leaf is not None]
-        rows = [_tensor(x, leaf).expand(leaf.shape).flatten() for leaf, x in pairs]
+        rows = [_tensor_like(x, leaf).expand(leaf.shape).flatten() for leaf, x in pairs]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _checked(self, name: str, operand: Any, shape: torch.Size, least: float) -> Any:
+    def _checked(self, name: str, operand: Tree, shape: torch.Size, least: float) -> Tree:
         if not isinstance(operand, _NUMERIC):
             self._refuse(name, "a number or a tensor", operand, TypeError)
         if isinstance(operand, Tensor) and not broadcasts(operand.shape, shape):
@@ -90,12 +95,12 @@ class Point(NamedTuple):
             self._refuse(name, f"at least {least:g}", lowest)
         return operand
 
-    def _refuse(self, name: str, wanted: str, given: Any, error: type[Exception] = ValueError) -> NoReturn:
+    def _refuse(self, name: str, wanted: str, given: Tree, error: type[Exception] = ValueError) -> NoReturn:
         raise error(f"{self.function}: {name} has to be {wanted}, but it is {pytree.describe(given)}") from None
 
 
 def holds(condition: bool | Tensor) -> bool:
-    """Whether a condition is true everywhere and in all lanes of a vmap, as far as there are values to be seen."""
+    """True if a condition holds in all entries of all lanes, or if a tracer or meta tensor has no values."""
     if not isinstance(condition, Tensor):
         return bool(condition)
     if torch.compiler.is_compiling() or _functorch.in_dispatch_mode() or condition.is_meta:
@@ -103,25 +108,25 @@ def holds(condition: bool | Tensor) -> bool:
     return _functorch.is_all(condition)
 
 
-def _tensor(value: Any, like: Tensor) -> Tensor:
+def _tensor_like(value: Tree, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
-        # One entry, not none: torch does not multiply a vector by a number of each lane where there is no lane.
+        # A vector of one entry: torch's batching rule for scalars fails in a vmap over no lanes, see `_torch.lanes`.
         return (value.reshape(1) if like.dim() and not value.dim() else value).to(like.dtype)
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    """Whether a tensor of one shape can be expanded to another."""
+    """True if a tensor of one shape can be expanded to another."""
     pairs = zip(reversed(shape), reversed(to), strict=False)
     return len(shape) <= len(to) and all(size in (1, full) for size, full in pairs)
 
 
 def sum_of(v: Tensor) -> Tensor:
-    """The sum of a vector, of one entry."""
+    """Return the sum of a vector, as a vector of one entry."""
     return v.sum(0, keepdim=True)
 
 
-def size_of(v: Tensor) -> Tensor:
-    """What to divide a vector by before it is squared, with no derivative."""
+def scale_of(v: Tensor) -> Tensor:
+    """Return the largest absolute entry, or 1 for zeros, without a derivative: a scale for safe squares."""
     largest = v.detach().abs().amax(0, keepdim=True)
     return torch.where(largest == 0, 1.0, largest)

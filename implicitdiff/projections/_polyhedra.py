@@ -1,4 +1,4 @@
-"""Projections onto polyhedra."""
+"""Projection onto polyhedra."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.linear_problem import Solve
-from implicitdiff.projections._point import Number, Point, broadcasts
+from implicitdiff._torch.trees import Number, Tree
+from implicitdiff.projections._point import Point, broadcasts
 from implicitdiff.solvers.qp import qp
 
 
 def polyhedron(
-    v: Any,
+    v: Tree,
     A: Tensor | None = None,
     b: Number | None = None,
     G: Tensor | None = None,
     h: Number | None = None,
     *,
     solve: Solve | None = None,
-) -> Any:
+) -> Tree:
     """Project onto ``{x: A x = b, G x <= h}``, ``v`` being one vector.
 
-    The quadratic program ``min |x - v|^2 / 2`` by `implicitdiff.solvers.qp`, with the derivatives of its KKT conditions
-    in ``v`` and all four numbers. Where an inequality touches without pressing, they are those of the side where it is
-    inactive. The active constraints may be linearly dependent.
+    `implicitdiff.solvers.qp` solves the quadratic program ``min |x - v|^2 / 2``. Derivatives in ``v`` and in all four
+    arguments are those of its KKT conditions. For a constraint that is active with multiplier 0, the derivative is that
+    of the inactive side. Active constraints may be linearly dependent.
 
     Args:
         v: a tensor or a tree, of n entries.
         A: a matrix of shape (p, n), or None.
         b: a vector of shape (p,), or a number; None without ``A``.
         G: a matrix of shape (m, n), or None.
-        h: a vector of shape (m,), or a number; None without ``G``. ``inf`` is no constraint.
+        h: a vector of shape (m,), or a number; None without ``G``. ``inf`` drops a constraint.
         solve: the linear solver of the derivative, as of `implicitdiff.solvers.qp`.
 
     Raises:
-        TypeError: ``A`` or ``G`` is no floating-point tensor, or ``b`` or ``h`` no number.
+        TypeError: ``A`` or ``G`` is not a floating-point tensor, or ``b`` or ``h`` not numeric.
         ValueError: the shapes do not fit, or a matrix is given without its right-hand side.
-        ConvergenceError: the set is empty, or the search fails.
+        ConvergenceError: the set is empty, or the solver fails.
 
     Example:
         >>> from implicitdiff.projections import polyhedron
@@ -48,14 +49,16 @@ def polyhedron(
         tensor([0.2000, 0.7000, 0.1000])
     """
     point = Point.of("polyhedron", v)
-    given = [x for pair in (_rows(point, "A", A, "b", b), _rows(point, "G", G, "h", h)) for x in pair]
+    given = [x for pair in (_checked_rows(point, "A", A, "b", b), _checked_rows(point, "G", G, "h", h)) for x in pair]
 
     def project(v: Tensor, *operands: Tensor) -> Tensor:
+        # `map_flat` passes tensors alone, so absent constraints are put back here.
         rest = iter(operands)
         matrix, right, below, limit = (None if x is None else next(rest) for x in given)
         right, limit = (
             None if m is None or x is None else x.expand(len(m)) for m, x in ((matrix, right), (below, limit))
         )
+        # |x - v|^2 / 2 = x' I x / 2 - v.x + constant.
         eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
         solver = qp() if solve is None else qp(solve=solve)
         x: Tensor = solver.run(None, eye, -v, matrix, right, below, limit)[0].primal
@@ -64,8 +67,8 @@ def polyhedron(
     return point.map_flat(project, *(x for x in given if x is not None))
 
 
-def _rows(point: Point, name: str, matrix: Any, other: str, right: Any) -> tuple[Any, Any]:
-    """A matrix and its right-hand side, checked."""
+def _checked_rows(point: Point, name: str, matrix: object, other: str, right: object) -> tuple[Any, Any]:
+    """Check a matrix and its right-hand side, and return both."""
     if (matrix is None) != (right is None):
         raise ValueError(f"polyhedron: {name} and {other} go together: give both, or None for both")
     if matrix is None:

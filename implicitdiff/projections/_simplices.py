@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff.projections._point import Number, Point, sum_of
+from implicitdiff._torch.trees import Number, Tree
+from implicitdiff.projections._point import Point, sum_of
 
 
-def simplex(v: Any, total: Number = 1.0) -> Any:
+def simplex(v: Tree, total: Number = 1.0) -> Tree:
     """Project onto ``{x: x >= 0, sum(x) = total}``, ``v`` being one vector.
 
-    That is::
+    With the threshold ``tau`` and the support ``s``::
 
         x = max(v - tau, 0),    tau = (sum of v over s - total) / |s|,    s = {i: x_i > 0}
 
-    and the Jacobian is ``diag(s) - s s' / |s|``. Entries that are ``-inf`` come out as 0.
+    and the Jacobian ``diag(s) - s s' / |s|``. Entries ``-inf`` of ``v`` give 0.
 
     Args:
         v: a tensor or a tree.
-        total: what the entries sum to, at least 0.
+        total: the sum of the entries, at least 0.
 
     Raises:
         ValueError: ``total`` is negative, or ``v`` has no entry.
@@ -41,21 +41,21 @@ def simplex(v: Any, total: Number = 1.0) -> Any:
     return point.map_flat(onto_simplex, point.scalar("total", total, least=0.0))
 
 
-def sparse_simplex(v: Any, k: int, total: Number = 1.0) -> Any:
+def sparse_simplex(v: Tree, k: int, total: Number = 1.0) -> Tree:
     """Project onto ``{x: x >= 0, sum(x) = total, x has at most k entries other than 0}``, ``v`` being one vector.
 
-    That is the projection of the ``k`` largest entries onto the `simplex`, with 0 for the others. The set is not
-    convex: where the smallest of these entries jump from place to place, so does the result. Of equal entries the first
-    are taken, with their derivative.
+    The result is the projection of the ``k`` largest entries onto the `simplex`, and 0 elsewhere. The set is not
+    convex: the result jumps where the positions of the ``k`` largest entries change. Of equal entries the first are
+    taken, with their derivative.
 
     Args:
         v: a tensor or a tree.
         k: an integer, at least 1.
-        total: what the entries sum to, at least 0.
+        total: the sum of the entries, at least 0.
 
     Raises:
         ValueError: ``total`` is negative, ``k`` is less than 1, or ``v`` has no entry.
-        TypeError: ``k`` is no integer.
+        TypeError: ``k`` is not an integer.
 
     Reference:
         Kyrillidis, Becker, Cevher and Koch, "Sparse projections onto the simplex", ICML 2013, section 3.
@@ -72,14 +72,15 @@ def sparse_simplex(v: Any, k: int, total: Number = 1.0) -> Any:
         raise ValueError(f"sparse_simplex: k has to be at least 1, but it is {k}")
 
     def project(v: Tensor, total: Tensor) -> Tensor:
+        # argsort of a permutation is its inverse, here the rank of each entry.
         order = v.detach().sort(descending=True, stable=True).indices
         return onto_simplex(torch.where(order.argsort() < k, v, -math.inf), total)
 
     return point.map_flat(project, point.scalar("total", total, least=0.0))
 
 
-def nonempty(function: str, v: Any) -> Point:
-    """The point, refused if there is no entry whose sum could be anything."""
+def nonempty(function: str, v: Tree) -> Point:
+    """Return the point of `v`, or raise if it has no entry."""
     point = Point.of(function, v)
     if not point.size:
         raise ValueError(f"{function}: v has to have an entry, but it is {pytree.describe(v)}")
@@ -87,16 +88,18 @@ def nonempty(function: str, v: Any) -> Point:
 
 
 def onto_simplex(v: Tensor, total: Tensor) -> Tensor:
-    # Neither the shift, which saves digits, nor the search for the support has a derivative. Negated comparisons let
-    # nan through.
+    """Project a vector onto the simplex."""
+    # x does not depend on a common shift of v; this one saves digits. Shift and support have no derivative.
     v = v - v.detach().amax(0, keepdim=True)
     values = v.detach()
     ranks = torch.arange(1, v.numel() + 1, dtype=v.dtype, device=v.device)
-    # With the rank, this rises as long as entries lie above it, and then falls: its maximum is tau.
+    # (sum of the k largest - total) / k rises in k as long as entry k exceeds the value for k - 1, which is as long as
+    # entry k is in the support, and then falls. The maximum over k is tau (Duchi et al., figure 1).
     tau = ((values.sort(descending=True).values.cumsum(0) - total.detach()) / ranks).amax(0, keepdim=True)
-    # The largest entry is in the support even if the total is 0. Then the set is a point, which v does not move.
+    # The largest entry is in the support even for total 0, where the set is a point and no derivative in v remains.
+    # A negated comparison is true for nan, which has to reach the result.
     support = ~((values <= tau) & (values < 0))
     moving = torch.where(support & (total != 0), v, 0.0)
     x = torch.where(support, moving - (sum_of(moving) - total) / sum_of(support), 0.0)
-    # Rounding may put the least entry of the support below zero. Its derivative remains that of the support.
+    # Rounding may put the least entry of the support below zero: set it to 0, and keep its derivative.
     return torch.where(x < 0, x - x.detach(), x)

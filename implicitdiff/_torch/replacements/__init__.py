@@ -1,12 +1,13 @@
-"""Operations that torch differentiates wrongly or not at all, in terms of others that it differentiates right.
+"""Replacements for operations that torch differentiates wrongly or not at all.
 
-Each of them is right at first: what is wrong, or missing, are derivatives of derivatives, forward mode, or a vmap. The
-files tell which, operation by operation. All others are right to every order.
+First derivatives of these operations are right in reverse mode. Wrong, or missing, are higher derivatives, forward
+mode, or batching rules. The docstrings of the files name the fault and the issue of each operation. Replacements
+consist of operations with right derivatives to every order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,26 +39,28 @@ EXCHANGED: dict[Operation, Operation] = {
 }
 
 
-# These torch's autocast computes in single precision.
+# Operations that torch's autocast computes in single precision. The replacements consist of other operations, some of
+# which autocast would run in half precision.
 _IN_SINGLE = {*_losses.REPLACEMENTS, *_distance.REPLACEMENTS, *_linear_algebra.REPLACEMENTS}
 
 
 @contextmanager
 def elementary() -> Iterator[None]:
-    """Run the body with operations replaced whose higher derivatives torch gets wrong or lacks.
+    """Replace, in the body, operations whose higher derivatives torch gets wrong or lacks.
 
     Normalisations, attention, some losses, recurrent layers, distances and a few operations of linear algebra are
-    computed by elementary operations then, with the same values. What is computed in the body has right derivatives to
-    every order, in both modes and under every transform of torch.func, wherever they are taken. It takes more time and
-    memory than the fused operations do.
+    computed by elementary operations with equal values. Results of the body have right derivatives to every order, in
+    both modes and under every transform of torch.func, also if the derivative is taken later. The elementary operations
+    take more time and memory than fused kernels.
 
-    The functions that are given to this library (conditions, objectives, the steps of `unroll`) always run so. A loss
-    that you differentiate yourself does not: such as that of `MetaOptimizer.step`, or what is computed of a solution or
-    after an unrolled loop. Decorate it by ``@elementary()``, or run the program in ``with elementary():``.
+    Functions passed to this library (conditions, objectives, the steps of `unroll`) always run with replacements. A
+    loss that you differentiate yourself does not, such as the loss of `MetaOptimizer.step`, or a function of a solution
+    or of the result of an unrolled loop. Decorate such a function with ``@elementary()``, or run it in ``with
+    elementary():``.
 
-    Dropout above 0 within an operation, packed sequences and nested tensors are left to torch, as is what
-    `torch.compile` compiles and TorchScript. `torch.utils.checkpoint` computes again outside of the body, and raises if
-    that does something else: give it a function that is itself decorated by ``@elementary()``.
+    Not replaced: dropout above 0 within an operation, packed sequences, nested tensors, TorchScript, and code that
+    `torch.compile` compiles. `torch.utils.checkpoint` recomputes outside of the body, and raises if the recomputation
+    differs: pass it a function decorated with ``@elementary()``.
 
     Example:
         >>> import torch
@@ -76,18 +79,22 @@ def elementary() -> Iterator[None]:
 
 
 class Exchange(TorchFunctionMode):
-    """Exchanges these operations."""
+    """The mode that replaces operations in its body."""
 
-    # A compiled function would have the mode compiled as well, wrongly.
+    # torch.compile would trace the mode itself, with wrong results.
     @functorch.outside_compile
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Operation, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         fn, args, kwargs = exchanged(func, args, kwargs or {})
         return fn(*args, **kwargs)
 
 
-def exchanged(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """The operation that is computed in the place of one, with its arguments."""
-    # What writes to a given tensor has no derivative.
+def exchanged(
+    func: Operation, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Operation, Sequence[Any], dict[str, Any]]:
+    """Return the replacement of a torch function, or the function itself, with arguments."""
+    # torch refuses derivatives of a function with ``out``, so the original may run.
     fn = func if kwargs.get("out") is not None else EXCHANGED.get(func, func)
     if func in _IN_SINGLE:
         args, kwargs = in_single((args, kwargs))

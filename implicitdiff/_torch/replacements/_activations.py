@@ -1,4 +1,7 @@
-"""Activations. `hardsigmoid` has no second derivative, `glu` none in forward mode twice (no issues are known)."""
+"""Activations.
+
+`hardsigmoid` lacks a second derivative, and `glu` lacks forward mode over forward mode (no issues are known).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from implicitdiff._torch.replacements._spelling import Operation, of_aten
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     if inplace or not input.is_floating_point():
         return functional.hardsigmoid(input, inplace)
+    # hardsigmoid(x) = min(max(x + 3, 0), 6) / 6.
     return functional.relu6(input + 3) / 6
 
 

@@ -1,7 +1,7 @@
 """Operations along one dimension.
 
-The second derivative of `select_scatter` is wrong where it is taken outside of a vmap (no issue is known), and that of
-`cumprod` in forward mode over forward mode (pytorch #196701).
+The second derivative of `select_scatter` is wrong if it is taken outside of a vmap (no issue is known). The second
+derivative of `cumprod` is wrong in forward mode over forward mode (pytorch #196701).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     if selected.shape != src.shape:
         return torch.select_scatter(input, src, dim, index)
     at = index % input.shape[dim]
+    # src replaces the slice at the index: concatenation of the parts before and after.
     before, after = input.narrow(dim, 0, at), input.narrow(dim, at + 1, input.shape[dim] - at - 1)
     return torch.cat([before, src.unsqueeze(dim).to(input.dtype), after], dim)
 
@@ -27,7 +28,7 @@ def _cumprod(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Te
     if not input.is_floating_point() or not -input.dim() <= dim < input.dim():
         return torch.cumprod(input, dim, dtype=dtype)
     factors = input.to(dtype or input.dtype).unbind(dim)
-    # One after the other: products of parts may be out of range where the whole is not.
+    # In sequence, as torch does: a tree of partial products may overflow where the cumulative products do not.
     products = list(accumulate(factors, torch.mul))
     return torch.stack(products, dim) if products else input.to(dtype or input.dtype, copy=True)
 

@@ -1,4 +1,4 @@
-"""Attention, whose fused kernels have no second derivative (pytorch #116350) and no forward mode (pytorch #128971)."""
+"""Attention. The fused kernels lack second derivatives (pytorch #116350) and forward mode (pytorch #128971)."""
 
 from __future__ import annotations
 
@@ -24,28 +24,31 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if dropout_p > 0 or (is_causal and attn_mask is not None) or not _fit(query, key, value, attn_mask):
+    if dropout_p > 0 or (is_causal and attn_mask is not None) or not _shapes_fit(query, key, value, attn_mask):
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    # Grouped queries: each head of key and value serves several heads of the query.
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value))
-    # Half precision is computed in single.
+    # Logits, softmax and output of half-precision operands are computed in float32, like the fused kernels.
     wide = torch.promote_types(query.dtype, torch.float32)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    # softmax(Q K' / sqrt(d)) V.
     logits = (query.to(wide) * scale) @ key.to(wide).mT
     if is_causal:
         attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    out = (_weights(logits, attn_mask) @ value.to(wide)).to(query.dtype)
-    # As torch does, with the heads side by side in memory where the query has them so.
+    out = (_attention_weights(logits, attn_mask) @ value.to(wide)).to(query.dtype)
+    # Keep torch's memory layout, with heads next to each other if the query has this layout: users call `view`.
     if query.dim() > 3 and not query.is_contiguous() and query.transpose(-2, -3).is_contiguous():
         return out.transpose(-2, -3).contiguous().transpose(-2, -3)
     return out
 
 
-def _fit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+def _shapes_fit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     tensors = (query, key, value)
     return (
+        # Other operands are left to torch, which raises or takes another path.
         (mask is None or (mask.dim() >= 2 and mask.dtype in (torch.bool, query.dtype)))
         and not any(t.is_nested for t in tensors)
         and min(t.dim() for t in tensors) >= 2
@@ -56,20 +59,20 @@ def _fit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool
     )
 
 
-def _weights(logits: Tensor, mask: Tensor | None) -> Tensor:
+def _attention_weights(logits: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return logits.softmax(-1)
     logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask.to(logits.dtype)
-    # What attends to nothing is 0, and has no derivative.
+    # A query whose keys are all masked has softmax 0 / 0. torch defines its weights as 0, with derivative 0.
     nothing = (logits == -math.inf).all(-1, keepdim=True)
     return logits.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
 
 
 def _multi_head_attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    # With weights torch itself takes elementary operations.
+    # With need_weights=True torch computes attention by elementary operations.
     out, weights = functional.multi_head_attention_forward(*args, **{**kwargs, "need_weights": True})
     if weights is not None and functorch.is_any(weights.isnan()):
-        # Of what attends to nothing, which torch takes for 0 or for NaN, as the case may be.
+        # Weights of a fully masked query, for which torch returns 0 or nan depending on the kernel: leave the choice.
         return functional.multi_head_attention_forward(*args, **kwargs)
     return out, weights if kwargs.get("need_weights", True) else None
 

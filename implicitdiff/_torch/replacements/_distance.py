@@ -1,4 +1,4 @@
-"""Distances. The backward formula of `cdist` has no derivative, and no forward mode (pytorch #83510)."""
+"""Distances. `cdist` lacks second derivatives and forward mode (pytorch #83510)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "use_mm_f
     fits = min(x1.dim(), x2.dim()) >= 2 and x1.shape[-1] == x2.shape[-1] > 0 and x1.dtype == x2.dtype
     if not (p > 0 and fits and x1.is_floating_point() and compute_mode in _MODES):
         return torch.cdist(x1, x2, p, compute_mode)
+    # All differences, without the expansion |a|^2 - 2 a.b + |b|^2 that torch uses for large inputs and that cancels.
     away = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     if p != 2:
         return torch.linalg.vector_norm(away, p, dim=-1)  # type: ignore[no-any-return]
     square = away.square().sum(-1)
-    # Where points coincide the derivative is 0 to torch, to every order here.
+    # torch defines the derivative at coinciding points as 0. Here the distance is constant 0 there, so derivatives of
+    # every order are 0.
     zero = square == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 

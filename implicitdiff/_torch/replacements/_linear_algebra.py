@@ -1,13 +1,12 @@
 """Linear algebra by factorisations.
 
-On the CPU the kernel of `linalg.lu_solve` reads beyond its matrices if each is broadcast over several right-hand sides,
-as ``LU[:, None]`` with ``B`` of shape ``(lanes, k, n, 1)`` (no issue is known). A vmap over vectors inside of one over
-lanes does that, such as `jacfwd` and `hessian` within a vmap, and so do then the derivative formulas of `solve`, `det`,
-`slogdet` and `logdet`. Derivatives of their forward mode are wrong besides (pytorch #196695, #196696, #192540).
+On the CPU the kernel of `linalg.lu_solve` reads out of bounds if matrices are broadcast over right-hand sides, as in
+``LU[:, None]`` with ``B`` of shape ``(lanes, k, n, 1)`` (no issue is known). A vmap over vectors inside of a vmap over
+lanes does this, for example `jacfwd` or `hessian` within a vmap. The derivative formulas of `solve`, `det`, `slogdet`
+and `logdet` call this kernel. Second derivatives in forward mode are wrong too (pytorch #196695, #196696, #192540).
 
-The forward mode itself is wrong of `cholesky_solve` of a batch (pytorch #196694), of `cholesky_inverse`
-(pytorch #196682) and of the old `triangular_solve` (pytorch #196707); the old `cholesky` has none. Others of the kind:
-pytorch #198017.
+Forward mode is wrong for `cholesky_solve` of a batch (pytorch #196694), `cholesky_inverse` (pytorch #196682) and the
+old `triangular_solve` (pytorch #196707), and missing for the old `cholesky`. Similar: pytorch #198017.
 """
 
 from __future__ import annotations
@@ -22,8 +21,12 @@ import implicitdiff._torch.levels as functorch
 from implicitdiff._torch.replacements._spelling import Operation, of_aten
 
 
-class _Solution(torch.autograd.Function):
-    """``A^-1 B`` of matrices of the same batch; not finite where ``A`` is singular, unless that is to be an error."""
+class _LinearSolve(torch.autograd.Function):
+    """``X = A^-1 B`` for matrices of equal batch shape.
+
+    ``A dX = dB - dA X`` and ``B_bar = A^-H X_bar``, ``A_bar = -B_bar X^H``. A singular ``A`` raises with
+    `check_errors`, and otherwise gives values that are not finite.
+    """
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, check_errors: bool) -> Tensor:
@@ -38,7 +41,7 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, x_bar: Tensor) -> tuple[Tensor, Tensor, None]:
         a, x = ctx.saved_tensors
-        b_bar = _solution(a.mH, x_bar)
+        b_bar = _apply_solve(a.mH, x_bar)
         return -b_bar @ x.mH, b_bar, None
 
     @staticmethod
@@ -46,39 +49,40 @@ class _Solution(torch.autograd.Function):
     def jvp(ctx: Any, saved: Sequence[Tensor], a_dot: Tensor | None, b_dot: Tensor | None, _: None) -> Any:
         a, x = saved
         moved = torch.zeros_like(x) if b_dot is None else b_dot
-        return _solution(a, moved if a_dot is None else moved - a_dot @ x)
+        return _apply_solve(a, moved if a_dot is None else moved - a_dot @ x)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], a: Tensor, b: Tensor, check_errors: bool) -> tuple[Tensor, int]:
         at_a, at_b, _ = in_dims
         if at_a is None and at_b is not None:
-            # More right-hand sides of a matrix, which is factorised once.
+            # Lanes share the matrix: stack their right-hand sides as columns, for one factorisation.
             columns = b.movedim(at_b, -1)
-            x = _solution(a, columns.flatten(-2), check_errors).unflatten(-1, columns.shape[-2:])
+            x = _apply_solve(a, columns.flatten(-2), check_errors).unflatten(-1, columns.shape[-2:])
             return x, x.dim() - 1
         a = a if at_a is None else a.movedim(at_a, 0)
         b = b.expand(info.batch_size, *b.shape) if at_b is None else b.movedim(at_b, 0)
-        return _solution(a, b, check_errors), 0
+        return _apply_solve(a, b, check_errors), 0
 
 
-def _solution(a: Tensor, b: Tensor, check_errors: bool = True) -> Tensor:
-    x: Tensor = _Solution.apply(a, b, check_errors)  # type: ignore[no-untyped-call]
+def _apply_solve(a: Tensor, b: Tensor, check_errors: bool = True) -> Tensor:
+    x: Tensor = _LinearSolve.apply(a, b, check_errors)  # type: ignore[no-untyped-call]
     return x
 
 
-def _solve(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = True) -> Tensor:
+def _linalg_solve(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = True) -> Tensor:
     if not _is_square(A) or B.dim() == 0 or A.dtype != B.dtype:
         return torch.linalg.solve(A, B, left=left)  # type: ignore[no-any-return]
+    # torch's rule for a batch of vectors, which takes precedence over matrices.
     if B.dim() == 1 or (B.dim() == A.dim() - 1 and B.shape == A.shape[:-1]):
         if not left:
             return torch.linalg.solve(A, B, left=left)  # type: ignore[no-any-return]
-        return _solve(A, B.unsqueeze(-1), check_errors=check_errors)[..., 0]
+        return _linalg_solve(A, B.unsqueeze(-1), check_errors=check_errors)[..., 0]
     if B.shape[-2 if left else -1] != A.shape[-1]:
         return torch.linalg.solve(A, B, left=left)  # type: ignore[no-any-return]
     a, b = (A, B) if left else (A.mT, B.mT)
     batch = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
-    # A mode does not see what an autograd.Function is applied to, but what an operation is.
-    x = _solution(a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:]), check_errors)
+    # A TorchFunctionMode sees the operands of `expand`, but not those of `autograd.Function.apply`.
+    x = _apply_solve(a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:]), check_errors)
     return x if left else x.mT
 
 
@@ -86,24 +90,26 @@ def _solve_ex(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = F
     with torch.no_grad():
         info = torch.linalg.solve_ex(A.detach(), B.detach(), left=left, check_errors=check_errors)[1]
     return torch.return_types.linalg_solve_ex(  # type: ignore[attr-defined]
-        (_solve(A, B, left=left, check_errors=check_errors), info)
+        (_linalg_solve(A, B, left=left, check_errors=check_errors), info)
     )
 
 
 def _tensorsolve(A: Tensor, B: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+    # A maps trailing dimensions to leading ones: reshaped, a square matrix.
     moved = A if dims is None else A.movedim(list(dims), list(range(-len(dims), 0)))
     shape = moved.shape[B.dim() :]
     if shape.numel() != B.numel() or moved.shape[: B.dim()].numel() != B.numel():
         return torch.linalg.tensorsolve(A, B, dims)  # type: ignore[no-any-return]
-    return _solve(moved.reshape(B.numel(), B.numel()), B.flatten()).reshape(shape)
+    return _linalg_solve(moved.reshape(B.numel(), B.numel()), B.flatten()).reshape(shape)
 
 
 def _lu_solve(LU: Tensor, pivots: Tensor, B: Tensor, *, left: bool = True, adjoint: bool = False) -> Tensor:
     if not _is_square(LU) or pivots.dim() == 0 or B.dim() < 2 or B.shape[-2 if left else -1] != LU.shape[-1]:
         return torch.linalg.lu_solve(LU, pivots, B, left=left, adjoint=adjoint)  # type: ignore[no-any-return]
+    # A = P L U, so X = U^-1 L^-1 P' B, and for the adjoint X = P L^-H U^-H B.
     p, lower, upper = torch.lu_unpack(LU, pivots)
     if not left:
-        # X A = B is A' X' = B', and X A^H = B is A X^H = B^H.
+        # X A = B is equivalent to A^H X^H = B^H, and X A^H = B to A X^H = B^H.
         if adjoint:
             return _lu_solve(LU, pivots, B.mH).mH
         return _lu_solve(LU, pivots, B.mH, adjoint=True).mH
@@ -118,8 +124,8 @@ def _old_lu_solve(b: Tensor, LU_data: Tensor, LU_pivots: Tensor) -> Tensor:
     return _lu_solve(LU_data, LU_pivots, b)
 
 
-def _factors(A: Tensor) -> tuple[Tensor, Tensor]:
-    """The pivots of an LU factorisation, and the sign of its permutation."""
+def _lu_diagonal_and_sign(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the diagonal of U in ``A = P L U``, and the determinant of the permutation P."""
     lu, pivots, _ = torch.linalg.lu_factor_ex(A)
     swaps = (pivots != torch.arange(1, A.shape[-1] + 1, device=A.device)).sum(-1)
     return lu.diagonal(dim1=-2, dim2=-1), 1.0 - 2.0 * (swaps % 2).to(A.dtype)
@@ -131,23 +137,26 @@ def _det(A: Tensor) -> Tensor:
     with torch.no_grad():
         singular = (torch.linalg.lu_factor_ex(A.detach())[0].diagonal(dim1=-2, dim2=-1) == 0).any(-1)
     if not functorch.is_any(singular):
-        return _product(A)
-    # The factors of a singular matrix have no derivative.
+        return _det_by_lu(A)
+    # LU of a singular matrix has no derivative, but the determinant is a polynomial and has one.
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    return torch.where(singular, _expanded(A), _product(torch.where(singular[..., None, None], eye, A)))
+    return torch.where(singular, _det_by_expansion(A), _det_by_lu(torch.where(singular[..., None, None], eye, A)))
 
 
-def _product(A: Tensor) -> Tensor:
-    """The determinant of a regular matrix."""
-    diagonal, sign = _factors(A)
+def _det_by_lu(A: Tensor) -> Tensor:
+    """Determinant of a regular matrix, from its LU factorisation."""
+    diagonal, sign = _lu_diagonal_and_sign(A)
     return sign * diagonal.prod(-1)
 
 
-def _expanded(A: Tensor) -> Tensor:
-    """The determinant as a polynomial (Bird, "A simple division-free algorithm for computing determinants", 2011)."""
+def _det_by_expansion(A: Tensor) -> Tensor:
+    """Determinant by n - 1 matrix products.
+
+    Reference: Bird, "A simple division-free algorithm for computing determinants", 2011.
+    """
     x = A
     for _ in range(A.shape[-1] - 1):
-        # Below each entry of the diagonal, the sum of those that are left of it.
+        # Bird's F(X): keep X above the diagonal, and replace diagonal entry i by minus the sum of entries i + 1 to n.
         tails = x.diagonal(dim1=-2, dim2=-1).flip(-1).cumsum(-1).flip(-1)
         x = (x.triu(1) - torch.diag_embed(torch.cat([tails[..., 1:], torch.zeros_like(tails[..., :1])], -1))) @ A
     first = x[..., 0, 0]
@@ -155,7 +164,7 @@ def _expanded(A: Tensor) -> Tensor:
 
 
 def _sign_and_log(A: Tensor) -> tuple[Tensor, Tensor]:
-    diagonal, sign = _factors(A)
+    diagonal, sign = _lu_diagonal_and_sign(A)
     return sign * diagonal.sgn().prod(-1), diagonal.abs().log().sum(-1)
 
 
@@ -175,6 +184,7 @@ def _logdet(input: Tensor) -> Tensor:
     if not _is_square(input):
         return torch.logdet(input)
     sign, size = _sign_and_log(input)
+    # Of a negative determinant, the real logarithm is nan.
     return size + sign.log() if input.is_complex() else torch.where(sign < 0, torch.nan, size)
 
 
@@ -189,6 +199,7 @@ def _cholesky(input: Tensor, upper: bool = False) -> Tensor:
 def _cholesky_solve(input: Tensor, input2: Tensor, upper: bool = False) -> Tensor:
     if not _is_square(input2) or input.dim() < 2:
         return torch.cholesky_solve(input, input2, upper=upper)
+    # A = L L^H: solve L y = B, then L^H x = y.
     lower = input2.mH if upper else input2
     y = torch.linalg.solve_triangular(lower, input, upper=False)
     return torch.linalg.solve_triangular(lower.mH, y, upper=True)  # type: ignore[no-any-return]
@@ -210,7 +221,7 @@ def _triangular_solve(
 
 
 REPLACEMENTS: dict[Operation, Operation] = {
-    torch.linalg.solve: _solve,
+    torch.linalg.solve: _linalg_solve,
     torch.linalg.solve_ex: _solve_ex,
     torch.linalg.tensorsolve: _tensorsolve,
     torch.linalg.lu_solve: _lu_solve,
@@ -233,7 +244,7 @@ REPLACEMENTS: dict[Operation, Operation] = {
     torch.triangular_solve: _triangular_solve,
     torch.Tensor.triangular_solve: _triangular_solve,
     **of_aten(
-        linalg_solve=_solve,
+        linalg_solve=_linalg_solve,
         linalg_solve_ex=_solve_ex,
         linalg_tensorsolve=_tensorsolve,
         linalg_lu_solve=_lu_solve,

@@ -1,8 +1,8 @@
-"""Losses without derivatives of derivatives.
+"""Losses without second derivatives.
 
-Torch cannot push the backward formulas of the first three forward, so that `hessian` fails: that of `mse_loss` writes
-into tensors that are zeros without storage (pytorch #123996, #112013), those of `huber_loss` and `soft_margin_loss`
-have no forward mode (no issue is known). That of `multi_margin_loss` has no derivative at all (no issue is known).
+`hessian` is forward over reverse mode, and forward mode fails for these backward formulas: `mse_loss` writes into zero
+tensors without storage (pytorch #123996, #112013); `huber_loss` and `soft_margin_loss` lack forward mode (no issue is
+known). The backward formula of `multi_margin_loss` has no derivative in any mode (no issue is known).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from implicitdiff._torch.replacements._spelling import Operation, of_aten
 
-_NUMBERS = ("none", "mean", "sum")
+_REDUCTIONS = ("none", "mean", "sum")
 
 
 def _reduced(values: Tensor, reduction: str) -> Tensor:
@@ -23,13 +23,13 @@ def _reduced(values: Tensor, reduction: str) -> Tensor:
 
 
 def _is_plain(input: Tensor, target: Tensor, reduction: str) -> bool:
-    # torch warns of what it broadcasts.
+    # Other arguments are left to torch, which raises, warns of broadcasting, or promotes.
     return (
         input.is_floating_point()
         and target.is_floating_point()
         and input.shape == target.shape
         and input.dtype == target.dtype
-        and (reduction in _NUMBERS)
+        and (reduction in _REDUCTIONS)
     )
 
 
@@ -51,6 +51,7 @@ def _huber_loss(
 ) -> Tensor:
     if weight is not None or not delta > 0 or not _is_plain(input, target, reduction):
         return functional.huber_loss(input, target, reduction, delta, weight)  # type: ignore[call-arg]
+    # a^2 / 2 for |a| <= delta, else delta (|a| - delta / 2).
     away = input - target
     size = away.abs()
     return _reduced(torch.where(size <= delta, 0.5 * away.square(), delta * (size - 0.5 * delta)), reduction)
@@ -80,33 +81,35 @@ def _multi_margin_loss(
 ) -> Tensor:
     fits = input.is_floating_point() and input.dim() in (1, 2) and target.shape == input.shape[:-1] and p in (1, 2)
     fits = fits and (weight is None or weight.shape == input.shape[-1:])
-    if not (fits and size_average is None and reduce is None and reduction in _NUMBERS and input.numel() > 0):
+    if not (fits and size_average is None and reduce is None and reduction in _REDUCTIONS and input.numel() > 0):
         return functional.multi_margin_loss(input, target, p, margin, weight, size_average, reduce, reduction)
+    # Mean over classes j other than the target y of max(0, margin - x_y + x_j)^p.
     at = target.unsqueeze(-1)
     short = (margin - input.gather(-1, at) + input).relu() ** p
     each = short.scatter(-1, at, 0.0).sum(-1) / input.shape[-1]
     return _reduced(each if weight is None else each * weight[target], reduction)
 
 
-# --- torch's operators, whose reductions are numbers ----------------------------------------------------------------
+# --- torch.ops.aten, where the reduction is an index into _REDUCTIONS
+# ---------------------------------------------------
 
 
 def _aten_mse_loss(self: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
-    return _mse_loss(self, target, reduction=_NUMBERS[reduction])
+    return _mse_loss(self, target, reduction=_REDUCTIONS[reduction])
 
 
 def _aten_huber_loss(self: Tensor, target: Tensor, reduction: int = 1, delta: float = 1.0) -> Tensor:
-    return _huber_loss(self, target, _NUMBERS[reduction], delta)
+    return _huber_loss(self, target, _REDUCTIONS[reduction], delta)
 
 
 def _aten_soft_margin_loss(self: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
-    return _soft_margin_loss(self, target, reduction=_NUMBERS[reduction])
+    return _soft_margin_loss(self, target, reduction=_REDUCTIONS[reduction])
 
 
 def _aten_multi_margin_loss(
     self: Tensor, target: Tensor, p: int = 1, margin: float = 1.0, weight: Tensor | None = None, reduction: int = 1
 ) -> Tensor:
-    return _multi_margin_loss(self, target, p, margin, weight, reduction=_NUMBERS[reduction])
+    return _multi_margin_loss(self, target, p, margin, weight, reduction=_REDUCTIONS[reduction])
 
 
 REPLACEMENTS: dict[Operation, Operation] = {

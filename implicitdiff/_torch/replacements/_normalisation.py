@@ -1,8 +1,9 @@
-"""Normalisations, whose fused derivatives take the statistics that they save for constants.
+"""Normalisations. Fused backward formulas treat saved statistics (mean, inverse deviation, norm) as constants.
 
-So the second derivative of `weight_norm` is wrong (no issue is known). The third of `layer_norm` (pytorch #175754), of
-`batch_norm` (pytorch #186256) and with it of `instance_norm` is, or already the second where it is taken outside of a
-vmap, as for a batch of minimisers, or in forward mode (pytorch #196700, #196699).
+The second derivative of `weight_norm` is therefore wrong (no issue is known), and so is the third derivative of
+`layer_norm` (pytorch #175754), `batch_norm` (pytorch #186256) and `instance_norm`, which calls it. The second
+derivative of these three is wrong in forward mode, or outside of a vmap, as for a batch of minimisers (pytorch #196700,
+#196699).
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from implicitdiff._torch.replacements._spelling import Operation, of_aten
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """The fused ones, too, compute half precision in single."""
+    """Return the dtype of statistics: float32 for half precision, like the fused kernels."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What is centred, the means, and the inverse deviations."""
+    """Return the centred input, its mean, and its inverse standard deviation ``(var + eps)^(-1/2)``."""
     wide = x.to(_wide(x))
     mean = wide.mean(dims, keepdim=True)
     centred = wide - mean
@@ -33,16 +34,17 @@ def _statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor,
 
 def _normalise(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     centred, _, inverse = _statistics(x, dims, eps)
+    # (x - mean) / sqrt(var + eps) * weight + bias.
     y = centred * inverse
     y = y if weight is None else y * weight
     return (y if bias is None else y + bias).to(x.dtype).contiguous()
 
 
-# What torch refuses is left to it.
+# Arguments that torch refuses are passed on to torch for its error.
 
 
-def _fit(input: Tensor, sizes: Sequence[int], wanted: Sequence[int], *factors: Tensor | None) -> bool:
-    """Whether the sizes that are normalised, or have factors, are those that are wanted, of the factors too."""
+def _sizes_match(input: Tensor, sizes: Sequence[int], wanted: Sequence[int], *factors: Tensor | None) -> bool:
+    """True if the input has a floating-point dtype, and `sizes` and the shapes of all factors equal `wanted`."""
     shapes = [tuple(sizes), *(tuple(t.shape) for t in factors if t is not None)]
     return input.is_floating_point() and len(wanted) > 0 and all(shape == tuple(wanted) for shape in shapes)
 
@@ -55,7 +57,7 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    if not _fit(input, input.shape[-len(normalized_shape) :], normalized_shape, weight, bias):
+    if not _sizes_match(input, input.shape[-len(normalized_shape) :], normalized_shape, weight, bias):
         return functional.layer_norm(input, normalized_shape, weight, bias, eps)
     return _normalise(input, list(range(-len(normalized_shape), 0)), eps, weight, bias)
 
@@ -63,7 +65,7 @@ def _layer_norm(
 def _native_layer_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _fit(input, input.shape[-len(normalized_shape) :], normalized_shape, weight, bias):
+    if not _sizes_match(input, input.shape[-len(normalized_shape) :], normalized_shape, weight, bias):
         return torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
     dims = list(range(-len(normalized_shape), 0))
     return _normalise(input, dims, eps, weight, bias), *_statistics(input, dims, eps)[1:]
@@ -95,7 +97,7 @@ def _normalised_batch(
 ) -> Tensor:
     if running_mean is not None:
         with torch.no_grad():
-            # Torch's own updates the running statistics.
+            # torch's own operation updates the running statistics in place; its output is not used.
             torch.batch_norm(input.detach(), None, None, running_mean, running_var, True, momentum, eps, False)
     return _normalise(input, _but_channels(input), eps, *_along_channels(input, weight, bias))
 
@@ -103,15 +105,15 @@ def _normalised_batch(
 def _have_channels(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *factors: Tensor | None
 ) -> bool:
-    """Whether all that goes with a batch has one number for each of its channels."""
+    """True if statistics and factors have one number for each channel of the input."""
     if input.dim() < 2 or input.numel() == 0 or (running_mean is None) != (running_var is None):
         return False
     channels = input.shape[1:2]
-    return _fit(input, channels, channels, running_mean, running_var, *factors)
+    return _sizes_match(input, channels, channels, running_mean, running_var, *factors)
 
 
 def _is_one_each(input: Tensor) -> bool:
-    """Whether there is one number for each channel, which `functional.batch_norm` refuses."""
+    """True if each channel has one number, for which `functional.batch_norm` raises."""
     return input.numel() == input.shape[1]
 
 
@@ -125,6 +127,7 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    # torch raises for one number a channel, whose deviation is 0.
     fits = input.dim() > 2 and math.prod(input.shape[2:]) > 1
     if not (use_input_stats and fits and _have_channels(input, running_mean, running_var, weight, bias)):
         return functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
@@ -135,10 +138,12 @@ def _instance_norm(
 
 
 def _but_channels(input: Tensor) -> list[int]:
+    """Return all dimensions except the channels, dimension 1."""
     return [0, *range(2, input.dim())]
 
 
 def _along_channels(input: Tensor, *factors: Tensor | None) -> list[Tensor | None]:
+    """Reshape factors of the channels so that they broadcast to the input."""
     return [None if t is None else t.reshape(-1, *[1] * (input.dim() - 2)) for t in factors]
 
 
@@ -192,11 +197,12 @@ def _torch_instance_norm(
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     if not -v.dim() <= dim < v.dim():
         return torch._weight_norm(v, g, dim)
-    # To torch, -1 is no dimension but all of them.
+    # In torch, dim=-1 means a norm over all dimensions.
     others = [d for d in range(v.dim()) if dim == -1 or d != dim % v.dim()]
     square = v.to(_wide(v)).square()
     if others:
         square = square.sum(others, keepdim=True)
+    # w = g v / |v|, with the norm over all dimensions but one.
     return (v * (g / square.sqrt())).to(v.dtype)
 
 

@@ -1,7 +1,7 @@
-"""Recurrent layers and cells, time step by time step.
+"""Recurrent layers and cells, by elementary operations for each time step.
 
-torch has no batching rules for them (pytorch #105982, #134606, #112459), and no second derivative where a fused kernel
-computes them.
+torch has no batching rules for recurrent layers (pytorch #105982, #134606, #112459), and fused kernels lack second
+derivatives.
 """
 
 from __future__ import annotations
@@ -15,33 +15,38 @@ from torch.nn import functional
 
 from implicitdiff._torch.replacements._spelling import Operation, of_aten
 
-State = tuple[Tensor, ...]
-"""The first is the output."""
-Cell = Callable[[Tensor, Tensor, State], State]
-"""``cell(a, b, state)`` for the shares ``a`` and ``b`` of the input and of the last output in what the gates see."""
+CellState = tuple[Tensor, ...]
+"""Hidden state h, and for an LSTM the cell state c. The first tensor is the output."""
+Cell = Callable[[Tensor, Tensor, CellState], CellState]
+"""``cell(a, b, state) -> state`` with ``a = W_ih x + b_ih`` and ``b = W_hh h + b_hh``."""
 
 
-def _lstm_cell(a: Tensor, b: Tensor, state: State) -> State:
+def _lstm_cell(a: Tensor, b: Tensor, state: CellState) -> CellState:
+    # c' = f c + i g, h' = o tanh(c'); the order of gates is that of torch.nn.LSTM.
     i, f, g, o = (a + b).chunk(4, -1)
     c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
-def _gru_cell(a: Tensor, b: Tensor, state: State) -> State:
+def _gru_cell(a: Tensor, b: Tensor, state: CellState) -> CellState:
+    # h' = (1 - z) n + z h, with the reset gate applied after the product W_hn h, as in torch.nn.GRU.
     (r, z, n), (h_r, h_z, h_n) = a.chunk(3, -1), b.chunk(3, -1)
     n, z = (n + (r + h_r).sigmoid() * h_n).tanh(), (z + h_z).sigmoid()
     return (n + z * (state[0] - n),)
 
 
-def _tanh_cell(a: Tensor, b: Tensor, state: State) -> State:
+def _tanh_cell(a: Tensor, b: Tensor, state: CellState) -> CellState:
     return ((a + b).tanh(),)
 
 
-def _relu_cell(a: Tensor, b: Tensor, state: State) -> State:
+def _relu_cell(a: Tensor, b: Tensor, state: CellState) -> CellState:
     return ((a + b).relu(),)
 
 
-def _over_time(cell: Cell, x: Tensor, state: State, params: Sequence[Tensor], biased: bool) -> tuple[Tensor, State]:
+def _over_time(
+    cell: Cell, x: Tensor, state: CellState, params: Sequence[Tensor], biased: bool
+) -> tuple[Tensor, CellState]:
+    # Parameters in torch's order: w_ih, w_hh, biases if any, and the projection of an LSTM with proj_size.
     w_ih, w_hh = params[:2]
     b_ih, b_hh = params[2:4] if biased else (None, None)
     projection = params[-1] if len(params) % 2 else None
@@ -56,15 +61,16 @@ def _over_time(cell: Cell, x: Tensor, state: State, params: Sequence[Tensor], bi
 def _layers(
     cell: Cell,
     x: Tensor,
-    states: State,
+    states: CellState,
     params: Sequence[Tensor],
     has_biases: bool,
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
-) -> State:
+) -> CellState:
     x = x.movedim(1, 0) if batch_first else x
     directions = 2 if bidirectional else 1
+    # Parameters lie in one list, layer by layer, direction by direction.
     each = len(params) // (num_layers * directions)
     ends = []
     for layer in range(num_layers):
@@ -72,6 +78,7 @@ def _layers(
         for direction in range(directions):
             at = layer * directions + direction
             own, start = params[at * each : (at + 1) * each], tuple(s[at] for s in states)
+            # The second direction runs backwards in time, and its outputs are put back in order.
             y, end = _over_time(cell, x.flip(0) if direction else x, start, own, has_biases)
             outputs.append(y.flip(0) if direction else y)
             ends.append(end)
@@ -79,10 +86,14 @@ def _layers(
     return (x.movedim(0, 1) if batch_first else x, *(torch.stack(parts) for parts in zip(*ends, strict=True)))
 
 
-def _layer(op: Operation, cell: Cell, packed_at: int) -> Operation:
-    """What replaces a layer; a packed sequence has a tensor at that place among the arguments."""
+def _replace_layer(op: Operation, cell: Cell, packed_at: int) -> Operation:
+    """Return the replacement of a layer.
 
-    def run(*args: Any, **kwargs: Any) -> State:
+    torch passes a packed sequence by another overload, with a tensor at position `packed_at`.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> CellState:
+        # torch.nn passes all arguments by position.
         if kwargs or isinstance(args[packed_at], Tensor):
             return op(*args, **kwargs)  # type: ignore[no-any-return]
         input, states, params, has_biases, num_layers, dropout, train, bidirectional, batch_first = args
@@ -94,8 +105,8 @@ def _layer(op: Operation, cell: Cell, packed_at: int) -> Operation:
     return run
 
 
-def _step(op: Operation, cell: Cell) -> Operation:
-    """What replaces a cell."""
+def _replace_cell(op: Operation, cell: Cell) -> Operation:
+    """Return the replacement of a cell."""
 
     def run(
         input: Tensor,
@@ -106,6 +117,7 @@ def _step(op: Operation, cell: Cell) -> Operation:
         b_hh: Tensor | None = None,
     ) -> Any:
         state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        # torch raises for a batch that does not match.
         if any(s.shape[:-1] != input.shape[:-1] for s in state):
             return op(input, hx, w_ih, w_hh, b_ih, b_hh)
         new = cell(functional.linear(input, w_ih, b_ih), functional.linear(state[0], w_hh, b_hh), state)
@@ -114,16 +126,16 @@ def _step(op: Operation, cell: Cell) -> Operation:
     return run
 
 
-_lstm = _layer(torch.lstm, _lstm_cell, 1)
+_lstm = _replace_layer(torch.lstm, _lstm_cell, 1)
 _gru, _rnn_tanh, _rnn_relu = (
-    _layer(op, cell, 2)
+    _replace_layer(op, cell, 2)
     for op, cell in ((torch.gru, _gru_cell), (torch.rnn_tanh, _tanh_cell), (torch.rnn_relu, _relu_cell))
 )
 _cells = {
-    "lstm_cell": _step(torch.lstm_cell, _lstm_cell),
-    "gru_cell": _step(torch.gru_cell, _gru_cell),
-    "rnn_tanh_cell": _step(torch.rnn_tanh_cell, _tanh_cell),
-    "rnn_relu_cell": _step(torch.rnn_relu_cell, _relu_cell),
+    "lstm_cell": _replace_cell(torch.lstm_cell, _lstm_cell),
+    "gru_cell": _replace_cell(torch.gru_cell, _gru_cell),
+    "rnn_tanh_cell": _replace_cell(torch.rnn_tanh_cell, _tanh_cell),
+    "rnn_relu_cell": _replace_cell(torch.rnn_relu_cell, _relu_cell),
 }
 
 REPLACEMENTS: dict[Operation, Operation] = {

@@ -1,4 +1,4 @@
-"""The names under which torch has an operation."""
+"""Operations of ``torch.ops.aten`` by name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ Operation = Callable[..., Any]
 
 
 def of_aten(*overloads: str, **replacements: Operation) -> dict[Operation, Operation]:
-    """What replaces ``torch.ops.aten`` operations of these names and overloads, ``default`` if none are given."""
+    """Return a table of replacements for ``torch.ops.aten`` operations, of the overload ``default`` unless given."""
     table: dict[Operation, Operation] = {}
     for name, replacement in replacements.items():
+        # A TorchFunctionMode sees the packet or an overload, depending on the caller's spelling.
         packet = getattr(torch.ops.aten, name)
         table[packet] = replacement
         table |= {getattr(packet, overload): replacement for overload in overloads or ("default",)}
