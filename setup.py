@@ -1,4 +1,4 @@
-"""Builds the compiled optimizer steps, `implicitdiff._C`. README.md names the switches."""
+"""Build the compiled optimizer steps, `implicitdiff._C`. README.md names the switches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 CPU, CUDA = "implicitdiff._C._cpu", "implicitdiff._C._cuda"
 
-# Neither side contracts into fused multiply-adds: the CPU's and the GPU's numbers are the same.
+# No compiler contracts to fused multiply-adds, so that results on the CPU and on a GPU are the same.
 GNU = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
 FAST = ["-O3", "-g0"]
 SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-wrapv"]
@@ -35,7 +35,7 @@ def find_nvcc() -> str | None:
 
 class BuildC(build_ext):
     def build_extensions(self) -> None:
-        # What an earlier build in this folder left behind must not get into the wheel.
+        # A module that an earlier build left in this folder must not get into the wheel.
         for name in (CPU, CUDA):
             Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
         if not self.compiles():
@@ -72,7 +72,7 @@ class BuildC(build_ext):
         self.spawn([find_nvcc(), *NVCC, *codes, *includes, *ext.sources, "-o", str(target)])
 
     def compiles(self, *flags: str) -> bool:
-        """Whether a small program compiles and links with these flags."""
+        """True if a small program compiles and links with these flags."""
         with tempfile.TemporaryDirectory() as folder:
             program = Path(folder, "program.cpp")
             program.write_text("#include <cmath>\nint main() { return 0; }\n")

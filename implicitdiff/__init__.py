@@ -1,7 +1,7 @@
 """Differentiation through optimisation on torch.func: of solutions, and of an optimizer's steps."""
 
-import warnings
-from typing import Any
+import warnings as _warnings
+from typing import Any as _Any
 
 # Spelt so, they belong to the package, but `from implicitdiff import *` leaves the user's own `nn` alone.
 from implicitdiff import linear_solve as linear_solve
@@ -138,8 +138,8 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     if name == "fronts":
-        warnings.warn("implicitdiff.fronts is now implicitdiff.objects", DeprecationWarning, stacklevel=2)
+        _warnings.warn("implicitdiff.fronts is now implicitdiff.objects", DeprecationWarning, stacklevel=2)
         return objects
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

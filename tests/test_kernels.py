@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -897,6 +899,20 @@ def test_the_module_refuses_arguments_of_other_types(module):
         module.step("adam", [0.1] * 8, "float32", [3])
     with pytest.raises(TypeError):
         module.step("adam", "numbers", "float32", [3], [0], NOWHERE, [NOWHERE] * 8, 1)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_stub_has_the_signatures_of_the_module(module):
+    # pybind11 begins a docstring with the signature.
+    built = [inspect.getdoc(f).splitlines()[0] for name, f in vars(module).items() if not name.startswith("_")]
+    stub = Path(_C.__file__).with_name(module.__name__.rpartition(".")[2] + ".pyi").read_text()
+    assert parameters("".join(f"def {line}: ...\n" for line in built)) == parameters(stub)
+
+
+def parameters(source):
+    """The names of the parameters of each function, in their order."""
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    return {f.name: [a.arg for a in f.args.args] for f in functions}
 
 
 @pytest.mark.parametrize("flag", [None, False])

@@ -1,15 +1,15 @@
-"""Steps by the compiled kernels: where they serve, what they are handed, and how they are differentiated.
+"""Optimizer steps by compiled kernels: the steps they may run, their operands, their derivatives.
 
-A kernel computes the `UpdateRule`, all leaves in one pass over memory, and its companion the vector-Jacobian product.
-They take addresses, so everything is checked before one is taken. What they cannot serve is computed by the plain
-formula: vmap, forward mode, tracing, derivatives of derivatives.
+One kernel computes the step of an `UpdateRule` on all leaves in one pass over memory, a second one its vector-Jacobian
+product. Kernels take addresses, so every operand is checked before its address is taken. The plain formula computes all
+else: steps under vmap, in forward mode and while tracing, and derivatives of derivatives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -32,17 +32,22 @@ _DTYPES = {
     torch.float16: "float16",
 }
 
-# Under torch.func.grad a Function costs as much as plain operations on so many elements, and those on a leaf as much as
-# on so many more.
+# Columns of a `Step`, in the order of StepLayout in src/layout.h. From _MOMENTS on they have the accumulator's dtype.
+_DECAYED, _BASES, _MOMENTS = 1, 2, 3
+# The columns that hold parameters, as bits.
+_PARAMS = 1 << _DECAYED | 1 << _BASES
+
+# Costs under torch.func.grad, in elements that plain operations step in the same time: of an autograd.Function, and of
+# the plain operations on one more leaf.
 _FUNCTION, _LEAF = 40_000, 8_000
 
 
 def accelerated_op_available(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether there are compiled optimizer steps for tensors of a device and dtype, here and now.
+    """True if compiled optimizer steps for tensors of a device and dtype were built and can run now.
 
     Args:
-        device: where the parameters live; None is torch's default device.
-        dtype: what they are stored in.
+        device: device of the parameters; None is torch's default device.
+        dtype: dtype of the parameters.
 
     Example:
         >>> import torch
@@ -54,7 +59,7 @@ def accelerated_op_available(device: torch.device | str | None = None, dtype: to
 
 
 def missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is missing for compiled steps, in words; None if nothing is."""
+    """Return the reason why there are no compiled steps for a device and dtype, None if there are."""
     if dtype not in _DTYPES:
         return f"there is no compiled step for {dtype}, only for {', '.join(map(str, _DTYPES))}"
     if device.type not in ("cpu", "cuda"):
@@ -67,7 +72,7 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def require(name: str) -> None:
-    """Raise if there are no compiled steps at all."""
+    """Raise RuntimeError if no compiled module was built."""
     if _C.cpu is None and _C.cuda is None:
         raise RuntimeError(
             f"{name}: use_accelerated_op=True, but the compiled extension implicitdiff._C was not built; install with "
@@ -75,20 +80,17 @@ def require(name: str) -> None:
         )
 
 
-# The columns that hold parameters, as bits: what weight decay reads, and the bases.
-_PARAMS = 0b110
-
-
-class Memory(NamedTuple):
-    """The memory of a step whose tensors are plain, alike, and laid out as kernels read them.
+class Located(NamedTuple):
+    """Addresses of a step whose tensors are plain, alike, contiguous and aligned.
 
     Attributes:
-        addresses: the columns one after the other, 0 for None, and then again those that are to be overwritten.
-        sizes: the number of elements of each row.
-        requiring: the columns, as bits, with a tensor that requires a gradient.
-        inner: the columns, as bits, with a tensor that is no leaf of a graph.
-        apart: whether what is to be overwritten overlaps nothing else, except that a row may read the memory that its
-            result is written to.
+        addresses: addresses of the columns, one column after the other and 0 for None, followed by those of the
+            columns to be overwritten.
+        sizes: number of elements of each row.
+        requiring: columns, as bits, with a tensor that requires a gradient.
+        inner: columns, as bits, with a tensor that requires a gradient and is the result of an operation.
+        apart: True if the memory to be overwritten overlaps no other operand, except that a row may read the memory
+            that its own result is written to.
     """
 
     addresses: list[int]
@@ -99,46 +101,53 @@ class Memory(NamedTuple):
 
     @property
     def is_free(self) -> bool:
-        """Whether nothing records a step that overwrites no operand."""
+        """True if neither autograd nor forward mode records a step that makes new tensors."""
         return not (self.requiring and torch.is_grad_enabled()) and not functorch.in_forward_mode()
 
     @property
     def is_donated(self) -> bool:
-        """Whether a step may overwrite what is to be overwritten. Leaves of a graph are read and overwritten out of
-        it."""
+        """True if a step may overwrite its operands.
+
+        Parameters may require a gradient if they are leaves: the step is then not recorded, as in torch.optim.
+        """
         if not self.apart or self.inner & _PARAMS or functorch.in_forward_mode():
             return False
         return not (self.requiring & ~_PARAMS and torch.is_grad_enabled())
 
 
-def locate(columns: Sequence[Operands], overwritten: Sequence[int], count: torch.Tensor | None = None) -> Memory | None:
-    """The memory of a step on these columns; None where it has to be asked tensor by tensor.
+def locate(
+    columns: Sequence[Operands], overwritten: Sequence[int], count: torch.Tensor | None = None
+) -> Located | None:
+    """Return the addresses of a step on these columns, None if its tensors have to be checked one by one.
 
     Args:
-        columns: those of a `Step`, or gradients and parameters alone.
-        overwritten: which of them are to be overwritten, that of the parameters or the gradients first.
-        count: the number of the step for every leaf, if a kernel is to read it.
+        columns: columns of a `Step`, or gradients and parameters alone.
+        overwritten: indices of the columns to be overwritten, first that of the parameters or the gradients.
+        count: number of the step for every leaf, if a kernel reads it.
     """
     if _C.cpu is None or torch.compiler.is_compiling() or functorch.depth() or functorch.in_dispatch_mode():
         return None
     if is_any_running():
         return None
-    found = _C.cpu.locate(columns, 3, overwritten, count)
-    return None if found is None else Memory._make(found)
+    found = _C.cpu.locate(columns, _MOMENTS, overwritten, count)
+    return None if found is None else Located._make(found)
 
 
 def numbers_of(rule: UpdateRule) -> list[float]:
-    """The hyper-parameters as a kernel takes them."""
+    """Return the hyper-parameters in the order of the kernel."""
     return [float(getattr(rule, name)) for name in rule.numbers]
 
 
 def serves(step: Step, name: str, *, insists: bool) -> bool:
-    """Whether a kernel may run this step, whatever its tensors are stored in.
+    """True if a kernel may run this step; device, dtype and layout of its tensors are not looked at.
 
     Args:
         step: the step.
-        name: the optimizer, for error messages.
-        insists: do not weigh costs, and raise where it is a hyper-parameter that is in the way.
+        name: name of the optimizer, for error messages.
+        insists: run a kernel even if plain operations cost less, and raise if a hyper-parameter prevents one.
+
+    Raises:
+        ValueError: if `insists`, and a hyper-parameter is more than one number without derivative.
     """
     if torch.compiler.is_compiling() or functorch.in_dispatch_mode() or not _modes.let_addresses_through():
         return False
@@ -159,16 +168,16 @@ def serves(step: Step, name: str, *, insists: bool) -> bool:
     return worth and functorch.only_reverse_mode() and not functorch.have_batch_layer([*operands, step.count])
 
 
-def is_number(value: Any) -> bool:
-    """Whether a hyper-parameter is one number for all elements, with no derivative."""
+def is_number(value: object) -> bool:
+    """True if a hyper-parameter is one number for all elements and has no derivative."""
     if not isinstance(value, torch.Tensor):
         return True
     is_scalar = value.ndim == 0 and value.device.type == "cpu"
     return is_scalar and functorch.are_constant([value]) and not value.requires_grad
 
 
-def run(name: str, step: Step, buffers: Buffers | None) -> list[Leaves]:
-    """What `Step.results` gives, for tensors of one device and dtype; in the buffers, where they can hold it."""
+def run_kernel(name: str, step: Step, buffers: Buffers | None) -> list[Leaves]:
+    """Return the results of a step on tensors of one device and dtype, in the buffers that can hold them."""
     if buffers is not None:
         with _nothing_else():
             return _in_place(name, step, buffers)
@@ -186,27 +195,30 @@ def at_once(
     count: torch.Tensor,
     columns: Sequence[Operands],
     overwritten: Sequence[int],
-    memory: Memory,
+    memory: Located,
 ) -> list[Leaves]:
-    """What `Step.results` gives, where `memory` allows it: the columns that are overwritten, or new ones."""
+    """Return the results of a located step: the columns that it overwrites, or new ones if there are none.
+
+    To be called only if `memory.is_donated`, or `memory.is_free` if no column is overwritten.
+    """
     results: list[Any] = [columns[k] for k in overwritten]
-    addresses = memory.addresses
+    addresses, grads = memory.addresses, columns[0]
     if not overwritten:
-        results = [list(map(torch.empty_like, like)) for like in (columns[0], *columns[3:])]  # type: ignore[arg-type]
+        results = [list(map(torch.empty_like, like)) for like in (grads, *columns[_MOMENTS:])]  # type: ignore[arg-type]
         addresses = addresses + _addresses(results)
-    _launch("step", columns[0][0], kernel, numbers, memory.sizes, rows, count, addresses)  # type: ignore[arg-type]
+    _launch("step", grads[0], kernel, numbers, memory.sizes, rows, count, addresses)  # type: ignore[arg-type]
     if overwritten:
         _note_change(flat(results))
     return results
 
 
 def _is_recorded(step: Step) -> bool:
-    """Whether autograd or a transform follows the tensors of a step."""
+    """True if autograd or a transform follows the tensors of a step."""
     return not step.is_constant or (torch.is_grad_enabled() and any([t.requires_grad for t in step.operands]))
 
 
 class _Step(torch.autograd.Function):
-    """Operands: the step, its tensors."""
+    """A step as one operation of autograd. Operands: the `Step` without its tensors, its tensors."""
 
     @staticmethod
     def forward(step: Step, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -231,15 +243,16 @@ class _Step(torch.autograd.Function):
             grads = list(step.pullback(cotangents, wanted))
         else:
             grads = list(_Pull.apply(step.emptied(), wanted, *saved, *cotangents))  # type: ignore[no-untyped-call]
-        # What a base is added to has the cotangent of the sum.
+        # A result is the sum of base and update, so its cotangent is that of the base.
         grads[ctx.bases.start : ctx.bases.start] = cotangents[: len(ctx.bases)]
         return (None, *grads)
 
 
 class _Pull(torch.autograd.Function):
-    """The vector-Jacobian product of a step.
+    """The vector-Jacobian product of a step as one operation of autograd.
 
-    Operands: the step, which cotangents of its tensors are wanted, its tensors, the cotangents of its results.
+    Operands: the `Step` without its tensors; for each of them, True if its cotangent is wanted; its tensors; the
+    cotangents of its results.
     """
 
     @staticmethod
@@ -254,58 +267,67 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *bars: torch.Tensor | None) -> Operands:
-        # A derivative of a derivative: from here on it is the plain formula's.
+        # The kernels have no second derivative: the plain formula gives it, and all higher ones.
         def pull(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            operands = _spread(tensors, ctx.given)
+            operands = _in_places(tensors, ctx.given)
             step, cotangents = ctx.step.of(operands[: len(ctx.wanted)]), operands[len(ctx.wanted) :]
             return tuple(t for t in step.pullback(cotangents, ctx.wanted) if t is not None)
 
         pulled: Any = torch.func.vjp(pull, *(t for t in ctx.saved_tensors if t is not None))[1]
-        return (None, None, *_spread(pulled(tuple(bar for bar in bars if bar is not None)), ctx.given))
+        return (None, None, *_in_places(pulled(tuple(bar for bar in bars if bar is not None)), ctx.given))
 
 
-def _spread(values: Sequence[Any], where: Sequence[bool]) -> list[Any]:
+def _in_places(values: Sequence[Any], where: Sequence[bool]) -> list[Any]:
+    """Return the values at the places where `where` is True, None at the others."""
     rest = iter(values)
     return [next(rest) if there else None for there in where]
 
 
 def _forward(step: Step) -> list[Leaves]:
     outputs = [[_fresh(t) for t in like] for like in (step.grads, *step.moments)]
-    inputs = _readable(step.columns)
-    _call("step", step, _addresses(inputs), _addresses(outputs))
+    _launch_for(step, "step", step.columns, outputs)
     return outputs
 
 
 def _in_place(name: str, step: Step, buffers: Buffers) -> list[Leaves]:
     buffers = _donation.unshared_buffers(name, step, buffers)
-    inputs = _readable(step.columns)
     outputs = [
         [b if b is not None and _is_addressable(b) else _fresh(t) for b, t in zip(*pair, strict=True)]
         for pair in zip(buffers, (step.grads, *step.moments), strict=True)
     ]
-    _call("step", step, _addresses(inputs), _addresses(outputs))
+    _launch_for(step, "step", step.columns, outputs)
     _note_change(flat(outputs))
     return _donation.fill(buffers, outputs)
 
 
 def _backward(step: Step, cotangents: Operands, wanted: Sequence[bool]) -> Operands:
     bars = split(cotangents, 1 + len(step.moments))
-    asked = _spread(wanted, [t is not None for t in flat(step.columns)])
-    likes = [t if ask else None for t, ask in zip(flat(step.columns), asked, strict=True)]
-    outputs = split([None if t is None else _fresh(t) for t in likes], len(step.columns))
-    inputs = _readable([step.grads, step.decayed, *step.moments, *bars])
-    _call("pull", step, _addresses(inputs), _addresses([*outputs[:2], *outputs[3:]]))
-    return [out for out, t in zip(flat(outputs), flat(step.columns), strict=True) if t is not None]
+    operands = flat(step.columns)
+    asked = _in_places(wanted, [t is not None for t in operands])
+    fresh = [_fresh(t) if ask and t is not None else None for t, ask in zip(operands, asked, strict=True)]
+    outputs = split(fresh, len(step.columns))
+    _launch_for(step, "pull", [*_without_bases(step.columns), *bars], _without_bases(outputs))
+    return [out for out, t in zip(flat(outputs), operands, strict=True) if t is not None]
 
 
-def _call(which: str, step: Step, inputs: list[int], outputs: list[int]) -> None:
+def _without_bases(columns: Sequence[Operands]) -> list[Operands]:
+    """Return the columns in the order of PullLayout in src/layout.h."""
+    return [*columns[:_BASES], *columns[_MOMENTS:]]
+
+
+def _launch_for(
+    step: Step, function: Literal["step", "pull"], inputs: Sequence[Operands], outputs: Sequence[Operands]
+) -> None:
+    """Call a compiled function for a step, with a copy of each input that it cannot read."""
     first = step.grads[0]
     count = functorch.base(step.count).to(first.device).contiguous()
-    _launch(which, first, step.rule.kernel, numbers_of(step.rule), step.sizes, step.rows, count, inputs + outputs)
+    readable = _readable(inputs)  # keeps the copies alive until the call returns
+    addresses = _addresses([*readable, *outputs])
+    _launch(function, first, step.rule.kernel, numbers_of(step.rule), step.sizes, step.rows, count, addresses)
 
 
 def _launch(
-    which: str,
+    function: Literal["step", "pull"],
     first: torch.Tensor,
     kernel: str,
     numbers: Sequence[float],
@@ -314,25 +336,27 @@ def _launch(
     count: torch.Tensor,
     addresses: list[int],
 ) -> None:
-    """Call a compiled function for tensors of the device and dtype of `first`."""
-    operands = (kernel, numbers, _DTYPES[first.dtype], sizes, rows, count.data_ptr(), addresses)
+    """Call a compiled function on tensors of the device and dtype of `first`."""
+    arguments = (kernel, numbers, _DTYPES[first.dtype], sizes, rows, count.data_ptr(), addresses)
     if first.is_cpu:
-        getattr(_C.cpu, which)(*operands, torch.get_num_threads())
+        on_cpu = _C.cpu.step if function == "step" else _C.cpu.pull
+        on_cpu(*arguments, torch.get_num_threads())
     else:
+        on_cuda = _C.cuda.step if function == "step" else _C.cuda.pull
         with torch.cuda.device(first.device):
-            getattr(_C.cuda, which)(*operands, torch.cuda.current_stream().cuda_stream)
+            on_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
 
 
 def _note_change(tensors: Leaves) -> None:
-    """Tell autograd what a kernel has overwritten."""
+    """Tell autograd that a kernel has overwritten these tensors."""
     try:
         torch.autograd.graph.increment_version(tensors)
     except RuntimeError:  # Tensors made in inference mode have no version.
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
-def _nothing_else() -> AbstractContextManager[Any]:
-    """Run the body with no mode and no transform between it and the memory."""
+def _nothing_else() -> AbstractContextManager[object]:
+    """Run the body outside all modes and transforms: its tensors are then those that have the memory."""
     if functorch.depth() == 0 and not is_any_running():
         return nullcontext()
     stack = ExitStack()
@@ -346,7 +370,7 @@ def _fresh(like: torch.Tensor) -> torch.Tensor:
 
 
 def _readable(columns: Sequence[Operands]) -> list[Operands]:
-    """The columns with a copy in the place of what does not lie in memory as kernels read it."""
+    """Return the columns with a contiguous copy of each tensor that kernels cannot read."""
     return [
         [
             t if t is None or _is_addressable(t) else t.resolve_neg().clone(memory_format=torch.contiguous_format)
@@ -357,9 +381,10 @@ def _readable(columns: Sequence[Operands]) -> list[Operands]:
 
 
 def _is_addressable(tensor: torch.Tensor) -> bool:
-    """Whether the numbers lie at the address, in order and aligned.
+    """True if the numbers of a tensor lie at its address, in order and aligned.
 
-    A view of a conjugate may stand for the negatives of what is in memory, and a tensor of zeros may have no memory.
+    Two kinds of tensors do not: the imaginary part of a conjugate view, which is the negative of the memory, and a
+    tensor of zeros without memory, which autograd may pass as a cotangent.
     """
     if not tensor.is_contiguous() or tensor.is_neg() or tensor.data_ptr() % tensor.itemsize:
         return False

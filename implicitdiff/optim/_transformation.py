@@ -185,7 +185,7 @@ class _RuleUpdate:
         for name, column in zip(self.moments, table[3:], strict=True):
             columns.compare(name, column, accumulated=True)
 
-    def _numbers_for(self, columns: Columns, memory: _fused.Memory | None, inplace: bool) -> Sequence[float] | None:
+    def _numbers_for(self, columns: Columns, memory: _fused.Located | None, inplace: bool) -> Sequence[float] | None:
         """Return the arguments of a kernel, or None if no single kernel call may compute the step."""
         if memory is None or self.use_accelerated_op is False or self.varied or not columns.first:
             return None
@@ -286,7 +286,7 @@ class _RuleUpdate:
             # transforms.
             served = _fused.missing(device, dtype) is None
             if served and _fused.serves(step, self.name, insists=bool(self.use_accelerated_op)):
-                return _fused.run(self.name, step, buffers)
+                return _fused.run_kernel(self.name, step, buffers)
         results = step.results()
         return (
             results

@@ -1,14 +1,15 @@
-// Loops compiled once per instruction set, the best of which is taken when a call begins.
+// Loops, compiled once for each instruction set. A call takes the widest that the machine has.
 //
-// The numbers are the same on all of them: every operation is IEEE's, and multiplications and additions stay apart
-// (-ffp-contract=off).
+// The results are the same bits on each: all operations are those of IEEE 754, and no multiplication is fused with an
+// addition (-ffp-contract=off).
 #pragma once
 
 #if (defined(__GNUC__) || defined(__clang__)) && (defined(__x86_64__) || defined(__i386__))
 #define IMPLICITDIFF_X86 1
 #endif
 
-// An output may be one of the inputs, element for element, which no vectorizer may take for an obstacle.
+// Declares that the iterations of a loop are independent. An output may share the memory of an input, element for
+// element: __restrict__ would be wrong, and without a declaration the vectorizer gives up or tests for overlap.
 #if defined(__clang__)
 #define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
@@ -37,7 +38,8 @@ inline Isa isa() {
 #endif
 }
 
-// Body::run is inlined into each of these, and compiled for its target there.
+// Body::run is inlined into each of these (HD in formulas/common.h) and so compiled for its target. A function that is
+// not inlined would keep the baseline.
 template <class Body, class... A> void on_baseline(A... a) { Body::run(a...); }
 #ifdef IMPLICITDIFF_X86
 template <class Body, class... A> __attribute__((target("avx2"))) void on_avx2(A... a) { Body::run(a...); }
@@ -57,7 +59,7 @@ template <class Body, class... A> Loop<A...> compiled(Loop<A...>) {
   return on_baseline<Body, A...>;
 }
 
-// Body::run for this machine.
+// Variant of Body::run for this machine.
 template <class Body> auto compiled() { return compiled<Body>(static_cast<decltype(&Body::run)>(nullptr)); }
 
 }  // namespace implicitdiff

@@ -3,12 +3,15 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "bindings.h"
+
 namespace py = pybind11;
 
 namespace implicitdiff {
 namespace {
 
-// From DLPack 1.3, dlpack.h (https://github.com/dmlc/dlpack, Apache-2.0); what is not called here has lost its type.
+// From DLPack 1.3, dlpack.h (https://github.com/dmlc/dlpack, Apache-2.0). Functions that are not called here are
+// declared without their types.
 struct DLPackVersion {
   std::uint32_t major, minor;
 };
@@ -51,14 +54,15 @@ constexpr DLDataType bfloat16{kDLBfloat, 16, 1}, float16{kDLFloat, 16, 1}, float
 
 bool half(DLDataType type) { return type == bfloat16 || type == float16; }
 
-// The references are never given back: static objects outlive the interpreter.
+// The references are never released: static objects are destroyed after the interpreter.
 struct {
   decltype(DLPackExchangeAPI::dltensor_from_py_object_no_sync) describe;
   PyTypeObject *tensor, *parameter;
   PyObject *is_neg, *requires_grad, *is_leaf;
 } torch;
 
-// A tensor, and no view of a conjugate, which may stand for the negatives of what is in memory.
+// True for a tensor or parameter, of no subclass, without the negative bit. A tensor with the bit, such as the
+// imaginary part of a conjugate view, is the negative of its memory.
 bool plain(PyObject* x) {
   if (Py_TYPE(x) != torch.tensor && Py_TYPE(x) != torch.parameter) return false;
   const auto neg = py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch.is_neg, &x, 1, nullptr));
@@ -66,14 +70,15 @@ bool plain(PyObject* x) {
   return neg.ptr() == Py_False;
 }
 
-// Neither the address nor the shape outlives the next change of the tensor. A transform's wrapper is an error here.
+// Fills t, whose shape and strides are those of the tensor and valid until it changes. False for a wrapper of a
+// transform of torch.func, which has no memory.
 bool describe(PyObject* x, DLTensor& t) {
   if (torch.describe(x, &t) == 0) return true;
   PyErr_Clear();
   return false;
 }
 
-// The number of elements, -1 where they do not lie in order.
+// Number of elements, -1 if the tensor is not contiguous.
 std::int64_t size(const DLTensor& t) {
   if (std::find(t.shape, t.shape + t.ndim, 0) != t.shape + t.ndim) return 0;
   std::int64_t n = 1;
@@ -82,8 +87,8 @@ std::int64_t size(const DLTensor& t) {
   return n;
 }
 
-// Of a tensor without memory, such as a part of torch's zeros, the address is its offset: never as high as this, below
-// which little lies on Linux.
+// A tensor without memory, such as a view of one of torch's efficient zeros, reports its offset in the storage as its
+// address. An offset is below this bound; Linux maps hardly any memory there, so that few tensors take the slow test.
 constexpr auto high = std::uint64_t(1) << 46;
 
 bool homeless(const py::object& x, std::size_t address) {
@@ -101,24 +106,24 @@ bool is_true(PyObject* x, PyObject* name) {
   return found.ptr() == Py_True;
 }
 
-// A plain vector of int64 on the device.
+// True for a contiguous vector of int64 on the device.
 bool counts(PyObject* x, DLDevice device) {
   DLTensor t;
   return describe(x, t) && t.device == device && t.dtype == int64 && t.ndim == 1 && size(t) >= 0;
 }
 
-// Whether two of these ranges share a byte. One at address 0 or of length 0 is absent.
+// True if two ranges share a byte. A range at address 0 or of length 0 is absent.
 bool overlap(const std::vector<std::size_t>& addresses, const std::vector<std::size_t>& lengths) {
   std::vector<std::pair<std::size_t, std::size_t>> ranges;
   for (std::size_t i = 0; i < addresses.size(); ++i)
     if (addresses[i] && lengths[i]) ranges.emplace_back(addresses[i], addresses[i] + lengths[i]);
   std::sort(ranges.begin(), ranges.end());
-  // Where two of them meet, the first meets its neighbour.
-  const auto meet = [](const auto& a, const auto& b) { return b.first < a.second; };
-  return std::adjacent_find(ranges.begin(), ranges.end(), meet) != ranges.end();
+  // The ranges are sorted by their begin: if any two overlap, then two neighbours do.
+  const auto share = [](const auto& a, const auto& b) { return b.first < a.second; };
+  return std::adjacent_find(ranges.begin(), ranges.end(), share) != ranges.end();
 }
 
-// The columns one after the other.
+// Tensors of the columns of a step, column by column, and their memory.
 struct Table {
   std::size_t rows;
   std::vector<py::object> entries;
@@ -126,9 +131,10 @@ struct Table {
   std::vector<std::int64_t> sizes;              // of the rows, in elements
   DLDevice device;
 
-  explicit Table(const std::vector<py::list>& columns) : rows(columns[0].size()), sizes(rows), device{} {
-    for (const py::list& column : columns)
-      for (const py::handle x : column) entries.push_back(py::reinterpret_borrow<py::object>(x));
+  explicit Table(const std::vector<py::sequence>& columns) : rows(columns[0].size()), sizes(rows), device{} {
+    entries.reserve(columns.size() * rows);
+    for (const py::sequence& column : columns)
+      for_each(column, [&](PyObject* x) { entries.push_back(py::reinterpret_borrow<py::object>(x)); });
     addresses.resize(entries.size());
     lengths.resize(entries.size());
   }
@@ -141,7 +147,7 @@ struct Table {
     return true;
   }
 
-  // The columns, as bits, that have a tensor of which this attribute is `wanted`, among those of `of`.
+  // Columns of the set `of`, as bits, with a tensor whose attribute is `wanted`.
   std::size_t which(PyObject* attribute, bool wanted, std::size_t of) const {
     std::size_t found = 0;
     for (std::size_t i = 0; i < entries.size(); ++i) {
@@ -151,7 +157,8 @@ struct Table {
     return found;
   }
 
-  // Fills in the rest; false if a tensor is not alike or does not lie as kernels read it.
+  // Fills addresses, lengths, sizes and device. False if a kernel cannot read a tensor, or if it differs from the
+  // others.
   bool describe_all(std::size_t accumulated) {
     std::vector<DLTensor> first(rows);
     for (std::size_t i = 0; i < entries.size(); ++i) {
@@ -214,15 +221,17 @@ bool use(const py::object& api, const py::type& tensor, const py::type& paramete
   return torch.describe;
 }
 
-std::optional<Located> locate(const std::vector<py::list>& columns, std::size_t accumulated,
+std::optional<Located> locate(const std::vector<py::sequence>& columns, std::size_t accumulated,
                               const std::vector<std::size_t>& written, const py::object& count) {
   if (!torch.describe || columns.empty()) return {};
-  for (const py::list& column : columns)
+  for (const py::sequence& column : columns)
     if (column.size() != columns[0].size()) return {};
   for (const std::size_t column : written)
     if (column >= columns.size()) throw std::invalid_argument("there is no such column");
   Table table(columns);
-  // is_neg lets other threads run: all of it comes before the shapes that are held below.
+  if (table.entries.size() != columns.size() * table.rows) return {};  // a sequence that changes as it is read
+  // is_neg releases the GIL, and another thread may then resize a tensor: all calls of it come before describe_all,
+  // which holds pointers to the shapes.
   if (!table.is_plain() || (!count.is_none() && !plain(count.ptr()))) return {};
   const std::size_t requiring = table.which(torch.requires_grad, true, ~std::size_t(0));
   const std::size_t inner = table.which(torch.is_leaf, false, requiring);

@@ -10,19 +10,23 @@
 
 namespace implicitdiff {
 
-// Takes torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor and torch.nn.Parameter for locate, which finds nothing
-// before this, or after it has said false: for an API that is missing or not understood.
+// Sets what locate needs: torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor and torch.nn.Parameter. Returns false if
+// the API is missing or of another major version. Until a call has returned true, locate returns nothing.
 bool use(const pybind11::object& api, const pybind11::type& tensor, const pybind11::type& parameter);
 
-// What is known of the columns of a step: the addresses, column by column and 0 for None, followed by those of the
-// `written` columns again; the number of elements of each row; two sets of columns, as bits: those with a tensor that
-// requires a gradient, and those with one that is no leaf; and whether the written columns overlap nothing else, except
-// that a row may read the address that the first of them has there. Nothing unless all of it is what kernels read:
-// plain tensors on one device, aligned, contiguous, of one shape per row, and of one type of floating point, which in
-// the columns from `accumulated` on is the type that it accumulates in. `count` is None, or has to be a plain and
-// contiguous vector of int64 on that device.
+// Memory of the columns of a step:
+//   - addresses, column by column, 0 for None, followed by those of the `written` columns again;
+//   - number of elements of each row;
+//   - columns, as bits, with a tensor that requires a gradient;
+//   - columns, as bits, with a tensor that requires a gradient and is not a leaf;
+//   - true if the written columns overlap no other operand, except that a row may read the address of the row in the
+//     first written column.
+//
+// Returns nothing unless kernels can read all tensors: plain, on one device, aligned, contiguous, of one shape per row
+// and of one floating dtype, whose accumulator is the dtype of the columns from `accumulated` on. `count` is None or a
+// plain contiguous vector of int64 on the device of the columns.
 using Located = std::tuple<pybind11::list, pybind11::list, std::size_t, std::size_t, bool>;
-std::optional<Located> locate(const std::vector<pybind11::list>& columns, std::size_t accumulated,
+std::optional<Located> locate(const std::vector<pybind11::sequence>& columns, std::size_t accumulated,
                               const std::vector<std::size_t>& written, const pybind11::object& count);
 
 }  // namespace implicitdiff

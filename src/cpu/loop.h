@@ -1,4 +1,4 @@
-// One formula over all leaves: threads, chunks, storage.
+// One formula over all leaves: threads, chunks, storage types.
 #pragma once
 
 #include <algorithm>
@@ -9,16 +9,17 @@
 #include <omp.h>
 #endif
 
+#include "call.h"
 #include "isa.h"
-#include "steps.h"
+#include "layout.h"
 #include "storage.h"
 
 namespace implicitdiff {
 
-// Elements of a chunk: all operands of one stay in the first-level cache.
+// Elements of a chunk: 2 KB of each operand, so that all of them stay in the first-level cache.
 template <class R> constexpr int chunk = 2048 / sizeof(R);
 
-// The least number of elements that is worth a thread.
+// Least number of elements that pays for a thread.
 constexpr std::int64_t grain = 16384;
 
 template <class R> struct Constant {
@@ -31,58 +32,53 @@ template <class R> struct Constant {
 template <class R> constexpr Constant<R> zeros(R(0));
 template <class R> constexpr Constant<R> minus_zeros(R(-0.0));
 
+// An array of n elements, of one where n is 0: C++ has no empty array.
 template <class R, int n> using Few = R[n > 0 ? n : 1];
 
-// reads: g, p, base, s...; writes: base + u, s...
+// A loop over n elements of the operands x of its layout L.
 template <class Formula, class Real> struct Step {
   using F = Formula;
   using R = Real;
   static constexpr int M = F::moments;
-  static constexpr int reads = 3 + M, writes = 1 + M;
+  using L = StepLayout<M>;
 
-  // The operands that are stored in the call's type; the others are R.
-  static constexpr bool stored_read(int k) { return k < 3; }
-  static constexpr bool stored_write(int k) { return k == 0; }
-  // What an absent operand reads as: -0 + u is u, be it -0 or 0.
-  static constexpr const R* absent(int k) { return k == 2 ? minus_zeros<R>.of : zeros<R>.of; }
+  // Elements of an absent operand. -0 + u is u, also if u is -0.
+  static constexpr const R* absent(int k) { return k == L::base ? minus_zeros<R>.of : zeros<R>.of; }
 
-  static HD void run(const F* formula, const R* const* in, R* const* out, int n) {
+  static HD void run(const F* formula, R* const* x, int n) {
     const F f = *formula;
-    const R *g = in[0], *p = in[1], *base = in[2];
-    R* to = out[0];
+    const R *g = x[L::g], *p = x[L::p], *base = x[L::base];
+    R* out = x[L::out];
     Few<const R*, M> s_in;
     Few<R*, M> s_out;
-    for (int k = 0; k < M; ++k) s_in[k] = in[3 + k], s_out[k] = out[1 + k];
+    for (int k = 0; k < M; ++k) s_in[k] = x[L::s + k], s_out[k] = x[L::next + k];
     INDEPENDENT
     for (int i = 0; i < n; ++i) {
       R u;
       Few<R, M> s;
       for (int k = 0; k < M; ++k) s[k] = s_in[k][i];
       f.step(g[i], p[i], s, u);
-      to[i] = base[i] + u;
+      out[i] = base[i] + u;
       for (int k = 0; k < M; ++k) s_out[k][i] = s[k];
     }
   }
 };
 
-// reads: g, p, s..., u_bar, next_bar...; writes: g_bar, p_bar, s_bar...
 template <class Formula, class Real> struct Pull {
   using F = Formula;
   using R = Real;
   static constexpr int M = F::moments;
-  static constexpr int reads = 3 + 2 * M, writes = 2 + M;
+  using L = PullLayout<M>;
 
-  static constexpr bool stored_read(int k) { return k < 2 || k == 2 + M; }
-  static constexpr bool stored_write(int k) { return k < 2; }
   static constexpr const R* absent(int) { return zeros<R>.of; }
 
-  static HD void run(const F* formula, const R* const* in, R* const* out, int n) {
+  static HD void run(const F* formula, R* const* x, int n) {
     const F f = *formula;
-    const R *g = in[0], *p = in[1], *u_bar = in[2 + M];
-    R *g_bar = out[0], *p_bar = out[1];
+    const R *g = x[L::g], *p = x[L::p], *u_bar = x[L::u_bar];
+    R *g_bar = x[L::g_bar], *p_bar = x[L::p_bar];
     Few<const R*, M> s_in, next_in;
     Few<R*, M> s_out;
-    for (int k = 0; k < M; ++k) s_in[k] = in[2 + k], next_in[k] = in[3 + M + k], s_out[k] = out[2 + k];
+    for (int k = 0; k < M; ++k) s_in[k] = x[L::s + k], next_in[k] = x[L::next_bar + k], s_out[k] = x[L::s_bar + k];
     INDEPENDENT
     for (int i = 0; i < n; ++i) {
       R to_g, to_p;
@@ -96,23 +92,24 @@ template <class Formula, class Real> struct Pull {
   }
 };
 
-// The loop K over a call.
+// The loop K over all leaves of a call.
 template <class K> class Driver {
   using R = typename K::R;
   using F = typename K::F;
+  using L = typename K::L;
 
  public:
-  explicit Driver(const Call& call) : call(call), leaves(call.sizes.size()) {
-    if (call.dtype == "bfloat16") half<Bfloat16>();
-    if (call.dtype == "float16") half<Float16>();
+  Driver(const Call& call, int threads) : call(call), threads(threads) {
+    if (call.dtype == Dtype::bfloat16) half<Bfloat16>();
+    if (call.dtype == Dtype::float16) half<Float16>();
   }
 
   void run() const {
     const std::int64_t total = std::accumulate(call.sizes.begin(), call.sizes.end(), std::int64_t(0));
 #ifdef _OPENMP
-    const int threads = int(std::min<std::int64_t>(call.threads, total / grain));
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads)
+    const int worth = int(std::min<std::int64_t>(threads, total / grain));
+    if (worth > 1) {
+#pragma omp parallel num_threads(worth)
       {
         const int i = omp_get_thread_num(), n = omp_get_num_threads();
         part(total * i / n, total * (i + 1) / n);
@@ -129,11 +126,12 @@ template <class K> class Driver {
     narrow = compiled<Narrow<T, R>>();
   }
 
-  // Elements begin to end of all leaves, each bound moved up to that of a chunk.
+  // Elements begin to end, counted through all leaves. A bound inside a chunk moves up to the end of the chunk, so that
+  // the parts of all threads together take each chunk once.
   void part(std::int64_t begin, std::int64_t end) const {
-    std::int64_t count = 1, offset = 0;
+    std::int64_t count = 1, offset = 0;  // leaves at one step share a formula, whose constants take powers
     F formula(call.numbers.data(), count);
-    for (std::size_t leaf = 0; leaf < leaves && offset < end; offset += call.sizes[leaf++]) {
+    for (std::size_t leaf = 0; leaf < call.leaves() && offset < end; offset += call.sizes[leaf++]) {
       const std::int64_t size = call.sizes[leaf];
       const auto bound = [&](std::int64_t at) {
         const std::int64_t chunks = (std::max<std::int64_t>(at - offset, 0) + chunk<R> - 1) / chunk<R>;
@@ -148,35 +146,31 @@ template <class K> class Driver {
     }
   }
 
+  // One chunk. Half precision is widened before the loop and narrowed after it.
   void one(const F& formula, std::size_t leaf, std::int64_t at, int n) const {
-    alignas(64) R wide[K::reads + K::writes][chunk<R>];
-    const R* in[K::reads];
-    R* out[K::writes];
-    for (int k = 0; k < K::reads; ++k) {
-      void* const a = call.addresses[k * leaves + leaf];
-      if (a == nullptr) {
-        in[k] = K::absent(k);
-      } else if (widen != nullptr && K::stored_read(k)) {
-        widen(static_cast<const std::uint16_t*>(a) + at, wide[k], n);
-        in[k] = wide[k];
+    alignas(64) R wide[L::operands][chunk<R>];
+    R* x[L::operands];
+    const auto half = [&](int k, void* a) { return widen != nullptr && a != nullptr && L::stored(k); };
+    for (int k = 0; k < L::operands; ++k) {
+      void* const a = call.address(k, leaf);
+      if (half(k, a)) {
+        x[k] = wide[k];
+        if (k < L::reads) widen(static_cast<const std::uint16_t*>(a) + at, x[k], n);
+      } else if (a != nullptr) {
+        x[k] = static_cast<R*>(a) + at;
       } else {
-        in[k] = static_cast<const R*>(a) + at;
+        x[k] = k < L::reads ? const_cast<R*>(K::absent(k)) : wide[k];  // a loop does not write what it reads
       }
     }
-    const auto written = [&](int k) { return call.addresses[(K::reads + k) * leaves + leaf]; };
-    const auto narrowed = [&](int k) { return narrow != nullptr && K::stored_write(k); };
-    for (int k = 0; k < K::writes; ++k) {
-      const bool direct = written(k) != nullptr && !narrowed(k);
-      out[k] = direct ? static_cast<R*>(written(k)) + at : wide[K::reads + k];
-    }
-    loop(&formula, in, out, n);
-    for (int k = 0; k < K::writes; ++k) {
-      if (written(k) != nullptr && narrowed(k)) narrow(out[k], static_cast<std::uint16_t*>(written(k)) + at, n);
+    loop(&formula, x, n);
+    for (int k = L::reads; k < L::operands; ++k) {
+      void* const a = call.address(k, leaf);
+      if (half(k, a)) narrow(x[k], static_cast<std::uint16_t*>(a) + at, n);
     }
   }
 
   const Call& call;
-  const std::size_t leaves;
+  const int threads;
   const decltype(compiled<K>()) loop = compiled<K>();
   Loop<const std::uint16_t*, R*, int> widen = nullptr;
   Loop<const R*, std::uint16_t*, int> narrow = nullptr;

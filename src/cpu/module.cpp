@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings.h"
 #include "locate.h"
 #include "steps.h"
 
@@ -8,34 +9,6 @@ namespace py = pybind11;
 using namespace implicitdiff;
 
 namespace {
-
-// Cheaper than pybind11's own conversion of a list, which shows where leaves are many and small.
-template <class T, T (*as)(PyObject*)> std::vector<T> vector(const py::list& list) {
-  std::vector<T> found;
-  found.reserve(list.size());
-  for (const py::handle each : list) {
-    found.push_back(as(each.ptr()));
-    if (PyErr_Occurred()) throw py::error_already_set();
-  }
-  return found;
-}
-
-std::int64_t integer(PyObject* x) { return PyLong_AsLongLong(x); }
-
-template <void (*run)(const Call&)>
-void entry(std::string name, std::vector<double> numbers, std::string dtype, const py::list& sizes,
-           const py::list& which, std::uintptr_t count, const py::list& addresses, int threads) {
-  const Call call{std::move(name),
-                  std::move(numbers),
-                  std::move(dtype),
-                  vector<std::int64_t, integer>(sizes),
-                  vector<std::int64_t, integer>(which),
-                  reinterpret_cast<const std::int64_t*>(count),
-                  vector<void*, PyLong_AsVoidPtr>(addresses),
-                  threads};
-  const py::gil_scoped_release released;
-  run(call);
-}
 
 py::dict info() {
   using namespace py::literals;
@@ -50,9 +23,8 @@ py::dict info() {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-  module.def("step", entry<step>);
-  module.def("pull", entry<pull>);
-  module.def("use", use);
-  module.def("locate", locate);
+  define<int, step, pull>(module, "threads");
+  module.def("use", use, py::arg("api"), py::arg("tensor"), py::arg("parameter"));
+  module.def("locate", locate, py::arg("columns"), py::arg("accumulated"), py::arg("written"), py::arg("count"));
   module.def("info", info);
 }

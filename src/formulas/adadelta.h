@@ -4,6 +4,11 @@
 
 namespace implicitdiff {
 
+// Zeiler, ADADELTA: An Adaptive Learning Rate Method, arXiv:1212.5701, Algorithm 1.
+//
+//   v' = rho v + (1 - rho) g^2,  d = root(a + eps) / root(v' + eps) g,  a' = rho a + (1 - rho) d^2,  u = -lr d
+//
+// s = [v, a].
 template <class R> struct Adadelta {
   static constexpr int moments = 2;
   static constexpr int numbers = 5;

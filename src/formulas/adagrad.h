@@ -4,6 +4,11 @@
 
 namespace implicitdiff {
 
+// Duchi, Hazan and Singer, Adaptive Subgradient Methods for Online Learning and Stochastic Optimization, JMLR 2011.
+//
+//   v' = v + g^2,  u = -lr / (1 + (t - 1) lr_decay) g / (root(v' + eps_root) + eps)
+//
+// s = [v].
 template <class R> struct Adagrad {
   static constexpr int moments = 1;
   static constexpr int numbers = 6;

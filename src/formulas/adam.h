@@ -4,6 +4,14 @@
 
 namespace implicitdiff {
 
+// Kingma and Ba, Adam: A Method for Stochastic Optimization, ICLR 2015, Algorithm 1. Amsgrad: Reddi, Kale and Kumar, On
+// the Convergence of Adam and Beyond, ICLR 2018; as in torch.optim, the maximum is that of v before its bias is
+// corrected. Decoupled decay: Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019, Algorithm 2.
+//
+//   m' = b1 m + (1 - b1) g,  v' = b2 v + (1 - b2) g^2,  V = max(V, v') or v'
+//   u = -lr m' / (1 - b1^t) / (root(V / (1 - b2^t) + eps_root) + eps)
+//
+// s = [m, v, V].
 template <class R, bool Amsgrad> struct Adam {
   static constexpr int moments = Amsgrad ? 3 : 2;
   static constexpr int numbers = 8;

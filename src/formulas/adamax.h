@@ -4,6 +4,11 @@
 
 namespace implicitdiff {
 
+// Kingma and Ba, Adam: A Method for Stochastic Optimization, ICLR 2015, Algorithm 2, with the eps of torch.optim.
+//
+//   m' = b1 m + (1 - b1) g,  n' = max(b2 n, |g| + eps),  u = -lr / (1 - b1^t) m' / n'
+//
+// s = [m, n].
 template <class R> struct Adamax {
   static constexpr int moments = 2;
   static constexpr int numbers = 6;

@@ -1,4 +1,4 @@
-// Every variant, once.
+// The formulas by name, each with its variants.
 #pragma once
 
 #include <stdexcept>
@@ -18,7 +18,7 @@ template <class F> struct Tag {
   using type = F;
 };
 
-// Calls body with the Tag of the formula of this name.
+// Calls body with the Tag of the named formula.
 template <class R, class Body> decltype(auto) with_formula(const std::string& name, Body&& body) {
   if (name == "sgd") return body(Tag<Sgd<R, false>>{});
   if (name == "sgd_momentum") return body(Tag<Sgd<R, true>>{});

@@ -1,12 +1,14 @@
-// What the formulas share.
+// Terms of the formulas.
 //
-// A formula is one optimizer's rule for one element of one leaf. R is its arithmetic type, and that of its moments.
+// A formula is the rule of an optimizer for one element of one leaf. R is the type of its arithmetic and its moments.
 //
-//   Formula(numbers, count)   a leaf's scalars, in double, each rounded to R once; count includes this step
-//   step(g, p, s, u)          s: the moments before, then after; u: what is added to the parameter
+//   Formula(numbers, count)   constants of a leaf, computed in double, each rounded to R once; count includes this step
+//   step(g, p, s, u)          s: moments before the step, on return those after it; u: addition to the parameter
 //   pull(g, p, s, u_bar, next_bar, g_bar, p_bar, s_bar)
-//                             the vector-Jacobian product of step at (g, p, s), s being the moments before; x_bar is
-//                             the cotangent of x, next_bar that of the moments after
+//                             vector-Jacobian product of step at (g, p, s), s being the moments before the step; x_bar
+//                             is the cotangent of x, next_bar that of the moments after the step
+//
+// The plain formulas of implicitdiff/optim compute the same; a few operations stand in another order there.
 #pragma once
 
 #include <cmath>
@@ -22,7 +24,8 @@
 
 namespace implicitdiff {
 
-// The gradient that a formula sees: its sign, then its L2 decay.
+// The gradient of the objective to minimize, with L2 decay: sign g + decay p. Without decay p is not read: 0 p is nan
+// at an infinite p.
 template <class R> struct Gradient {
   R sign, decay;
 
@@ -58,16 +61,17 @@ template <class R> struct MeanSquare {
   HD R from_g(R g, R bar) const { return 2 * take * g * bar; }
 };
 
-// The square root, with the derivative 0 at 0: a gradient of exactly 0 has a finite meta-gradient.
+// The square root, whose derivative is set to 0 at 0. A second moment is 0 where every gradient so far was 0; the
+// update m / (root(v) + eps) then varies with g through m alone.
 template <class R> HD R root(R x) { return std::sqrt(x); }
 
-// The cotangent of x from that of y = root(x).
+// Cotangent of x, given that of y = root(x).
 template <class R> HD R root_pull(R y, R bar) { return y == 0 ? R(0) : bar / (2 * y); }
 
-// torch.maximum: nan from either side.
+// max(a, b), and nan if one of them is, as torch.maximum.
 template <class R> HD R larger(R a, R b) { return (a > b) | (a != a) ? a : b; }
 
-// d larger(a, b) / da: one half at a tie.
+// d larger(a, b) / da, one half at a tie, as torch's.
 template <class R> HD R larger_share(R a, R b) { return a == b ? R(0.5) : a < b ? R(0) : R(1); }
 
 }  // namespace implicitdiff

@@ -4,6 +4,12 @@
 
 namespace implicitdiff {
 
+// Liu et al., On the Variance of the Adaptive Learning Rate and Beyond, ICLR 2020, Algorithm 2, with the bound of
+// torch.optim: a step is rectified if rho > 5, where the paper has 4.
+//
+//   rho = last - 2 t b2^t / (1 - b2^t),  last = 2 / (1 - b2) - 1
+//
+// s = [m, v], those of Adam.
 template <class R> struct Radam {
   static constexpr int moments = 2;
   static constexpr int numbers = 8;
@@ -33,7 +39,7 @@ template <class R> struct Radam {
     scale = R(rate);
   }
 
-  // Until it is rectified the step divides by 0 + 1. (A bool in the cap's place keeps GCC from vectorizing pull.)
+  // A step that is not rectified divides by 0 + 1. The cap is a number because GCC does not vectorize pull with a bool.
   HD R root_of(R v) const {
     const R r = root(v + eps_root);
     return cap > 0 ? r : R(0);
@@ -46,7 +52,7 @@ template <class R> struct Radam {
     u = scale * s[0] / (root_of(s[1]) + eps) - (decay == 0 ? R(0) : decay * p);
   }
 
-  // As Adam's.
+  // As in Adam.
   HD void pull(R g, R p, const R* s, R u_bar, const R* next_bar, R& g_bar, R& p_bar, R* s_bar) const {
     g = gradient.of(g, p);
     const R m = mean.next(s[0], g);

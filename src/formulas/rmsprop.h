@@ -4,6 +4,13 @@
 
 namespace implicitdiff {
 
+// Tieleman and Hinton, Lecture 6.5 of Neural Networks for Machine Learning, 2012. Centered: Graves, Generating
+// Sequences With Recurrent Neural Networks, arXiv:1308.0850, equations 38 to 41.
+//
+//   v' = alpha v + (1 - alpha) g^2,  a' = alpha a + (1 - alpha) g,  V = max(v' - a'^2, 0) or v'
+//   d = g / (root(V + eps_root) + eps),  b' = momentum b + d,  u = -lr b' or -lr d
+//
+// s = [v, a, b], without those that a variant does not have.
 template <class R, bool Centered, bool Momentum> struct Rmsprop {
   static constexpr int moments = 1 + Centered + Momentum;
   static constexpr int numbers = 7;

@@ -4,6 +4,12 @@
 
 namespace implicitdiff {
 
+// Sutskever, Martens, Dahl and Hinton, On the Importance of Initialization and Momentum in Deep Learning, ICML 2013, in
+// the form of torch.optim:
+//
+//   b' = momentum b + (1 - dampening) g,  u = -lr b', or -lr (g + momentum b') with nesterov, or -lr g without momentum
+//
+// s = [b].
 template <class R, bool Momentum> struct Sgd {
   static constexpr int moments = Momentum ? 1 : 0;
   static constexpr int numbers = 6;

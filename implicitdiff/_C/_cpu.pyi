@@ -1,0 +1,43 @@
+# Signatures of src/cpu/module.cpp and src/bindings.h. tests/test_kernels.py compares them with the built module.
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+import torch
+
+class _Info(TypedDict):
+    compiler: str
+    openmp: bool
+    simd: Literal["baseline", "avx2", "avx512"]
+
+# See src/call.h. Addresses are in the order of src/layout.h, those of an operand for all leaves together, 0 where it is
+# absent; leaf i is at its step count[which[i]]. Wrong arguments raise ValueError before an operand is read.
+def step(
+    formula: str,
+    numbers: Sequence[float],
+    dtype: str,
+    sizes: Sequence[int],
+    which: Sequence[int],
+    count: int,
+    addresses: Sequence[int],
+    threads: int,
+) -> None: ...
+def pull(
+    formula: str,
+    numbers: Sequence[float],
+    dtype: str,
+    sizes: Sequence[int],
+    which: Sequence[int],
+    count: int,
+    addresses: Sequence[int],
+    threads: int,
+) -> None: ...
+
+# See src/cpu/locate.h. `api` is torch.Tensor.__dlpack_c_exchange_api__, or None where torch has none.
+def use(api: object, tensor: type[torch.Tensor], parameter: type[torch.nn.Parameter]) -> bool: ...
+def locate(
+    columns: Sequence[Sequence[torch.Tensor | None]],
+    accumulated: int,
+    written: Sequence[int],
+    count: torch.Tensor | None,
+) -> tuple[list[int], list[int], int, int, bool] | None: ...
+def info() -> _Info: ...
