@@ -1,4 +1,4 @@
-"""Loops differentiated step by step, with as little memory as is asked for."""
+"""Loops differentiated step by step, with checkpoints that save memory."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ from implicitdiff._implicit.operators import Dims
 from implicitdiff._implicit.primitive import Problem, attach, solve_problem
 from implicitdiff._torch.lanes import over_levels
 from implicitdiff._torch.replacements import elementary
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Tree, UserFunction
 
 
-def unroll(step: Callable[..., Any], n: int, checkpoint_every: int | None = None) -> Callable[..., Any]:
-    """Make the loop of `n` steps ``carry = step(carry, *args)`` a function ``run(carry, *args) -> carry``.
+def unroll(step: UserFunction, n: int, checkpoint_every: int | None = None) -> UserFunction:
+    """Return the function ``run(carry, *args) -> carry`` that repeats ``carry = step(carry, *args)`` `n` times.
 
-    The loop is differentiated through its steps, as plain Python would be, under every transform of torch.func and to
-    any order. With `checkpoint_every` only every so many-th carry is kept for the derivative, and the steps between two
-    of them are computed again when it is taken: memory is that of ``n / checkpoint_every`` carries and
-    ``checkpoint_every`` steps, least for the root of `n`, and time about one more evaluation of the steps (two, where
-    a step captures tensors). Derivatives of derivatives are right too, but keep all steps. The steps run under
-    `elementary`; what is computed of the last carry, such as the loss after adaptation in MAML, does not.
+    The derivatives are those of the steps, as for a loop in plain Python, under every transform of torch.func and to
+    any order. With ``k = checkpoint_every``, only every ``k``-th carry is kept, and a derivative computes the steps
+    between two kept carries again. Memory is that of ``n / k`` carries and ``k`` steps, smallest for ``k`` near the
+    square root of `n`. Time grows by one evaluation of the steps (two, if a step captures tensors). Higher derivatives
+    are right, but keep all steps. The steps run under `elementary`; computations on the last carry, such as the loss
+    after adaptation in MAML, do not.
 
     Args:
-        step: ``step(carry, *args) -> carry``, from a pytree to one; what it captures is differentiated as well. With
-            `checkpoint_every` it has to be deterministic and free of side effects, and takes gradients by torch.func; a
-            step that does something else when it is computed again is refused.
-        n: how many steps.
-        checkpoint_every: how many steps to compute again at a time; None keeps all.
+        step: ``step(carry, *args) -> carry`` on pytrees. Captured tensors are differentiated too. With
+            `checkpoint_every` the step must be deterministic and free of side effects, and must take gradients by
+            torch.func; a step that differs in its second evaluation is refused.
+        n: the number of steps.
+        checkpoint_every: the number of steps between two checkpoints; None keeps all steps.
+
+    Returns:
+        The function ``run(carry, *args) -> carry``.
 
     Raises:
-        ValueError: ``n`` is negative, or ``checkpoint_every`` not positive; later, a step draws random numbers.
-        RuntimeError: when the derivative is taken: the step has become another function since the call.
+        ValueError: ``n`` is negative, or ``checkpoint_every`` is not positive; later, a step draws random numbers.
+        RuntimeError: when the derivative is taken, the step has changed since the call.
 
     Reference:
         Griewank and Walther, "Evaluating Derivatives", 2008, chapter 12; one level of checkpoints.
@@ -64,18 +67,18 @@ def unroll(step: Callable[..., Any], n: int, checkpoint_every: int | None = None
 class Unrolled:
     """The loop of `unroll`."""
 
-    step: Callable[..., Any]
+    step: UserFunction
     n: int
     checkpoint_every: int | None
 
-    def __call__(self, carry: Any, *args: Any) -> Any:
+    def __call__(self, carry: Tree, *args: Any) -> Tree:
         if self.checkpoint_every is None:
             return self._steps(self.n, carry, args)
         for start in range(0, self.n, self.checkpoint_every):
             carry = _recomputed(self._steps, min(self.checkpoint_every, self.n - start), carry, args)
         return carry
 
-    def _steps(self, count: int, carry: Any, args: tuple[Any, ...]) -> Any:
+    def _steps(self, count: int, carry: Tree, args: tuple[Tree, ...]) -> Tree:
         with elementary():
             for _ in range(count):
                 carry = self.step(carry, *args)
@@ -86,14 +89,15 @@ class Unrolled:
 
 
 @_modes.one_operation
-def _recomputed(fn: Callable[..., Any], *args: Any) -> Any:
-    """``fn(*args)``, evaluated again when it is differentiated."""
+def _recomputed(fn: UserFunction, *args: Any) -> Tree:
+    """Return ``fn(*args)`` without a graph; a derivative evaluates ``fn`` again."""
     if functorch.nothing_records():
         return fn(*args)
+    # The call runs under a mode, detached, so no step is recorded. A derivative starts from the operands.
     lifted = lift("unroll: the step", fn, *args)
     confirm(lifted)
     values, structure = pytree.flatten(lifted.value)
-    # Counters and the like have no derivative.
+    # Integer tensors such as counters have no derivative.
     smooth = [i for i, t in enumerate(values) if t.is_floating_point() or t.is_complex()]
 
     def evaluate(theta: Leaves) -> Leaves:
@@ -109,9 +113,10 @@ def _recomputed(fn: Callable[..., Any], *args: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Segment(Problem):
-    """``f(theta) - x = 0``: that x depends on theta as f does is all that has to be remembered.
+    """``x = f(theta)`` as the equation ``f(theta) - x = 0``, whose solution ``x`` is known.
 
-    With ``A = -I`` the rules of the primitive are those of f, which is evaluated where they use it.
+    ``A = d residual / dx = -I``, so the rules of the primitive give the derivatives of ``f``. A rule evaluates ``f``
+    again, so only ``theta`` is kept.
     """
 
     fn: Callable[[Leaves], Leaves]
@@ -127,7 +132,8 @@ class _Segment(Problem):
         return [-t for t in b]
 
     def vjp(self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
-        # torch.func.grad records the backward pass too. As a segment of its own that keeps nothing either.
+        # torch.func.grad records the backward pass too, for a second derivative. As a segment, the backward pass keeps
+        # its operands only.
         def pull(operands: Leaves) -> Leaves:
             x, theta, u = operands[:n], operands[n:-n], operands[-n:]
             return list(self.pullback(x, theta, u, wanted).values())

@@ -1,4 +1,4 @@
-"""Decorators that give any solver the derivatives of its solution, and the bare products with its Jacobian."""
+"""Decorators for the implicit derivatives of any solver, and products with the Jacobian of a solution."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from implicitdiff._closures.lift import one_derivative
 from implicitdiff._closures.signature import Matcher, name_of
 from implicitdiff._implicit.checks import check_like
 from implicitdiff._implicit.linear_problem import Solve
-from implicitdiff._implicit.root import Kind, fixed_point, pose, root
-from implicitdiff._implicit.solver_body import Solver, detached, run_solver
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._implicit.root import ResidualForm, fixed_point_form, root_at, root_form
+from implicitdiff._implicit.solver_body import UserSolver, detached, run_solver
+from implicitdiff._torch.trees import Leaves, Tree, UserFunction
 from implicitdiff._torch.values import refuse_valueless
 from implicitdiff.errors import NotARootError
 from implicitdiff.linear_solve.auto import solve_auto
@@ -26,12 +26,12 @@ __all__ = ["custom_fixed_point", "custom_root", "root_jvp", "root_vjp"]
 
 
 def custom_root(
-    optimality_fn: Callable[..., Any],
+    optimality_fn: UserFunction,
     argnums: int | Sequence[int] | None = None,
     has_aux: bool = False,
     solve: Solve | None = None,
     check: float | None = None,
-) -> Callable[[Solver], Solver]:
+) -> Callable[[UserSolver], UserSolver]:
     r"""Decorate a solver of ``optimality_fn(x, *args, **kwargs) = 0`` so that its solution has the derivatives that
     the equation implies.
 
@@ -41,43 +41,43 @@ def custom_root(
 
     The solver ``solver(init, *args, **kwargs) -> sol`` (or ``(sol, aux)``) runs once, on detached values and with
     gradients off, and may do anything: torch.autograd under ``enable_grad``, SciPy, host control flow, in-place
-    updates of its own copies and of the initial guess, which is a copy. Nothing of it is recorded, so memory does not
-    grow with its iterations. Under `torch.func.vmap` it runs once on batched values, as every function does there.
-    Where it sees neither batched values nor captured tensors of a running transform, it runs as outside of torch.func,
-    and may apply what torch.func cannot transform (in forward mode it is started a second time for that).
-    What `Tensor.backward` in it accumulates into leaves that it captures is taken back.
+    updates of its own copies and of the initial guess, which is a copy. The iterations are not recorded, so memory does
+    not grow with their number. Under `torch.func.vmap` the solver runs once, on batched values.
+    If the solver receives neither batched values nor captured tensors of a running transform, the solver runs as
+    outside of torch.func, and may use operations that torch.func cannot transform (in forward mode such a solver is
+    started twice). Gradients that `Tensor.backward` in the solver accumulates into captured leaves are removed.
 
     Differentiable are all floating-point and complex tensors in the arguments after the first, by position or
     keyword, in pytrees of any nesting, and every tensor that ``optimality_fn`` captures: in a closure, a partial, a
     method's ``self``, a module's parameters. The initial guess has zero gradient. The decorated solver composes with
     grad, vjp, jvp, jacrev, jacfwd, hessian and vmap of torch.func in any nesting and to any order, and with
-    torch.autograd; under `torch.compile` it runs eagerly.
+    torch.autograd; under `torch.compile` the decorated solver runs eagerly.
 
     Args:
         optimality_fn: ``F(x, *args, **kwargs)``, returning a tree like ``sol``; e.g. ``torch.func.grad(objective)``.
-            It is evaluated more than once and batched, so it must be deterministic and free of side effects. For a
-            first derivative by ``backward()`` it may do what autograd can; for more, and under transforms, it must be
-            composed of operations that torch.func can transform. What it looks up is kept from the call to the
-            derivative, and a condition that has become another function raises. Arguments are matched with the
-            solver's by name, and by position where the names differ.
-        argnums: which of the solver's arguments are differentiable, counted from the initial guess, which is number 0
-            and not among them; None: all. What ``optimality_fn`` captures is differentiable in any case.
+            ``F`` is evaluated more than once and batched, so ``F`` must be deterministic and free of side effects. For
+            a first derivative by ``backward()``, ``F`` may use all that autograd can differentiate. For higher
+            derivatives and under transforms, ``F`` must consist of operations that torch.func can transform. Variables
+            that ``F`` looks up keep their values from the call to the derivative; an ``F`` that has changed since the
+            call raises. Arguments are matched with the solver's by name, and by position if the names differ.
+        argnums: the differentiable arguments of the solver, counted from the initial guess, number 0, which is never
+            differentiable; None: all others. Captured tensors of ``optimality_fn`` are always differentiable.
         has_aux: whether the solver returns ``(sol, aux)``; ``aux`` comes back detached.
         solve: solves the linear systems with ``A`` and its adjoint: a factory's result from
             `implicitdiff.linear_solve`, or any ``solve(matvec, b)`` over trees. None: exact for few unknowns, a
             Krylov method beyond (`implicitdiff.linear_solve.solve_auto`).
-        check: the largest Euclidean norm of the residual ``F(sol)`` that passes for zero, in the units of ``F``, lane
-            by lane; None: not checked. The derivatives are those of the solution only where ``sol`` is one.
+        check: the largest Euclidean norm of the residual ``F(sol)`` that counts as zero, in the units of ``F``, lane by
+            lane; None: no check. The derivatives are right only if ``sol`` is a solution.
 
     Returns:
         A decorator of solvers.
 
     Raises:
-        TypeError: on a call whose arguments the solver and ``optimality_fn`` do not share, names both; if a solution
-            holds numbers or other objects beside tensors, None and strings.
-        ValueError: when decorating, if `argnums` names an argument that the solver does not have; on a call, if
-            ``optimality_fn``'s result is no tree like the solution, or if it does not do the same each time.
-        RuntimeError: in a derivative, if ``optimality_fn`` has become another function since the call.
+        TypeError: on a call, if the solver and ``optimality_fn`` do not take the same arguments, or if the solution
+            contains objects other than tensors, None and strings.
+        ValueError: when decorating, if `argnums` names an argument that the solver does not have; on a call, if the
+            result of ``optimality_fn`` is not a tree like the solution, or differs from one evaluation to the next.
+        RuntimeError: in a derivative, if ``optimality_fn`` has changed since the call.
         TransformError: under a transform, if torch.func cannot transform ``optimality_fn`` or, batched, the solver.
         NotARootError: on a call, if the residual exceeds ``check``.
         LinearSolveError: in a derivative, if the linear solve fails.
@@ -97,21 +97,21 @@ def custom_root(
         >>> torch.func.grad(cube_root, argnums=1)(torch.tensor(1.0), torch.tensor(8.0))  # 1 / (3 x^2) = 1 / 12
         tensor(0.0833)
     """
-    return _decorator("custom_root", optimality_fn, root, argnums, has_aux, solve, check)
+    return _decorator("custom_root", optimality_fn, root_form, argnums, has_aux, solve, check)
 
 
 def custom_fixed_point(
-    fixed_point_fn: Callable[..., Any],
+    fixed_point_fn: UserFunction,
     argnums: int | Sequence[int] | None = None,
     has_aux: bool = False,
     solve: Solve | None = None,
     check: float | None = None,
-) -> Callable[[Solver], Solver]:
+) -> Callable[[UserSolver], UserSolver]:
     r"""Decorate a solver of ``fixed_point_fn(x, *args, **kwargs) = x`` so that its solution has the derivatives that
     the equation implies.
 
-    `custom_root` of ``x - fixed_point_fn(x, *args, **kwargs)``, to which everything said there applies: with ``J =
-    df/dx`` at the fixed point ``x*(theta)``::
+    Equivalent to `custom_root` of ``x - fixed_point_fn(x, *args, **kwargs)``. With ``J = df/dx`` at the fixed point
+    ``x*(theta)``::
 
         dx*/dtheta = (I - J)^-1 df/dtheta.
 
@@ -145,46 +145,46 @@ def custom_fixed_point(
         >>> torch.func.grad(solve, argnums=1)(torch.tensor(1.0), torch.tensor(0.0))  # 1 / (1 + sin x)
         tensor(0.5975)
     """
-    return _decorator("custom_fixed_point", fixed_point_fn, fixed_point, argnums, has_aux, solve, check)
+    return _decorator("custom_fixed_point", fixed_point_fn, fixed_point_form, argnums, has_aux, solve, check)
 
 
 def _decorator(
     maker: str,
-    fn: Callable[..., Any],
-    kind: Kind,
+    fn: UserFunction,
+    form: ResidualForm,
     argnums: int | Sequence[int] | None,
     has_aux: bool,
     solve: Solve | None,
     check: float | None,
-) -> Callable[[Solver], Solver]:
+) -> Callable[[UserSolver], UserSolver]:
     if not callable(fn):
         raise TypeError(f"{maker}: the first argument must be a function of (x, *args), got {type(fn).__name__}")
     if solve is not None and not callable(solve):
         raise TypeError(f"{maker}: solve must be a function solve(matvec, b), got {type(solve).__name__}")
     if check is not None and not check >= 0:
         raise ValueError(f"{maker}: check must be a tolerance >= 0 or None, got {check!r}")
-    chosen = _chosen(maker, argnums)
-    made = _Made(f"{maker}: {name_of(fn)}", fn, kind, chosen, has_aux, solve or solve_auto(), check)
+    chosen = _checked_argnums(maker, argnums)
+    decoration = _Decoration(f"{maker}: {name_of(fn)}", fn, form, chosen, has_aux, solve or solve_auto(), check)
 
-    def decorate(solver: Solver) -> Solver:
+    def decorate(solver: UserSolver) -> UserSolver:
         matcher = Matcher(solver, fn)
         _check_argnums(f"{maker}: {name_of(solver)}", chosen, matcher.positions)
 
         @functools.wraps(solver)
-        def solution(*args: Any, **kwargs: Any) -> Any:
-            return _call(made, matcher, solver, args, kwargs)
+        def solution(*args: Any, **kwargs: Any) -> Tree:
+            return _solution_of_call(decoration, matcher, solver, args, kwargs)
 
         return solution
 
     return decorate
 
 
-class _Made(NamedTuple):
-    """What a decorator was given."""
+class _Decoration(NamedTuple):
+    """The arguments of a decorator."""
 
     name: str
-    fn: Callable[..., Any]
-    kind: Kind
+    fn: UserFunction
+    form: ResidualForm
     chosen: frozenset[int] | None
     has_aux: bool
     solve: Solve
@@ -193,23 +193,31 @@ class _Made(NamedTuple):
 
 @_functorch.outside_compile
 @_modes.one_operation
-def _call(made: _Made, matcher: Matcher, solver: Solver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _solution_of_call(
+    decoration: _Decoration, matcher: Matcher, solver: UserSolver, args: tuple[Tree, ...], kwargs: dict[str, Tree]
+) -> Tree:
+    """Run the solver below all derivatives, and return its solution with the implicit derivatives."""
     bound = matcher.bind(args, kwargs)
     given, keywords = bound.args, bound.kwargs
-    _check_argnums(f"{made.name}, called with {1 + len(given)} positional arguments", made.chosen, 1 + len(given))
-    sol, aux, derived = run_solver(solver, bound, made.has_aux)
-    if made.chosen is not None:
-        given = tuple(a if i in made.chosen else detached(a) for i, a in enumerate(given, start=1))
+    _check_argnums(
+        f"{decoration.name}, called with {1 + len(given)} positional arguments", decoration.chosen, 1 + len(given)
+    )
+    sol, aux, derived = run_solver(solver, bound, decoration.has_aux)
+    # After the solver, which receives the arguments as they are; detaching affects derivatives only.
+    if decoration.chosen is not None:
+        given = tuple(a if i in decoration.chosen else detached(a) for i, a in enumerate(given, start=1))
         keywords = detached(keywords)
-    posed = pose(made.name, made.fn, made.kind, made.solve, sol, *bound.to_condition(given, keywords))
-    posed.refuse_kept(derived)
-    if made.check is not None:
-        _check(made.name, made.check, posed.residual)
-    result = posed.attached()
-    return (result, aux) if made.has_aux else result
+    root = root_at(
+        decoration.name, decoration.fn, decoration.form, decoration.solve, sol, *bound.to_condition(given, keywords)
+    )
+    root.refuse_solver_caches(derived)
+    if decoration.check is not None:
+        _check_residual(decoration.name, decoration.check, root.residual)
+    result = root.attached()
+    return (result, aux) if decoration.has_aux else result
 
 
-def _chosen(maker: str, argnums: int | Sequence[int] | None) -> frozenset[int] | None:
+def _checked_argnums(maker: str, argnums: int | Sequence[int] | None) -> frozenset[int] | None:
     if argnums is None:
         return None
     chosen = [argnums] if isinstance(argnums, int) else list(argnums)
@@ -222,7 +230,7 @@ def _chosen(maker: str, argnums: int | Sequence[int] | None) -> frozenset[int] |
 
 
 def _check_argnums(name: str, chosen: frozenset[int] | None, positions: int | None) -> None:
-    """Raise if an argument is chosen that a solver of so many positions does not take; None: of any number."""
+    """Raise if `chosen` exceeds the number of the solver's positional arguments; ``positions=None``: any number."""
     if chosen and positions is not None and max(chosen) >= positions:
         raise ValueError(
             f"{name}: argnums names argument {max(chosen)}, and the last of the solver's positional arguments is "
@@ -230,9 +238,10 @@ def _check_argnums(name: str, chosen: frozenset[int] | None, positions: int | No
         )
 
 
-def _check(name: str, check: float, residual: Leaves) -> None:
+def _check_residual(name: str, check: float, residual: Leaves) -> None:
     norm = torch.stack([r.abs().to(torch.float64).square().sum() for r in residual]).sum().sqrt()
     lanes = _functorch.base(norm).reshape(-1)
+    # Not `lanes > check`: a residual of NaN has to fail.
     failed = ~(lanes <= check)
     if bool(failed.any()):
         worst = float(lanes[failed].nan_to_num(nan=torch.inf).max())
@@ -249,14 +258,13 @@ def _check(name: str, check: float, residual: Leaves) -> None:
 
 @_modes.one_operation
 def root_vjp(
-    optimality_fn: Callable[..., Any], sol: Any, args: tuple[Any, ...], cotangent: Any, solve: Solve | None = None
-) -> tuple[Any, ...]:
+    optimality_fn: UserFunction, sol: Tree, args: tuple[Tree, ...], cotangent: Tree, solve: Solve | None = None
+) -> tuple[Tree, ...]:
     r"""The vector-Jacobian product of a root: ``theta_bar = -(dF/dtheta)^H u`` with ``A^H u = cotangent``, ``A =
     dF/dx``, at a given solution.
 
-    For a solution found elsewhere; `custom_root` does this for a solver. The result is itself differentiable in
-    `sol`, `args` and `cotangent`, which count as independent of each other, and composes with every transform of
-    torch.func.
+    For a solution that is already known; use `custom_root` for a solver. The result is differentiable in `sol`, `args`
+    and `cotangent` as independent variables, and composes with every transform of torch.func.
 
     Args:
         optimality_fn: ``F(x, *args)``, as in `custom_root`.
@@ -266,10 +274,10 @@ def root_vjp(
         solve: as in `custom_root`.
 
     Returns:
-        A tuple of trees like `args`, with None in the place of leaves that are no floating-point or complex tensors.
+        A tuple of trees like `args`, with None for leaves other than floating-point and complex tensors.
 
     Raises:
-        ValueError: if `cotangent`, or what ``F`` returns, is no tree like `sol`.
+        ValueError: if `cotangent`, or the result of ``F``, is not a tree like `sol`.
         LinearSolveError: if the linear solve fails.
 
     Example:
@@ -280,43 +288,45 @@ def root_vjp(
     """
     refuse_valueless("root_vjp", pytree.tensors((sol, args)))
     args = _as_tuple("root_vjp", "args", args)
-    posed = pose(f"root_vjp: {name_of(optimality_fn)}", optimality_fn, root, solve or solve_auto(), sol, args, {})
-    check_like("root_vjp: cotangent", cotangent, sol, posed.x, posed.structure, "sol")
+    root = root_at(
+        f"root_vjp: {name_of(optimality_fn)}", optimality_fn, root_form, solve or solve_auto(), sol, args, {}
+    )
+    check_like("root_vjp: cotangent", cotangent, sol, root.x, root.structure, "sol")
     given, structure = pytree.flatten(args)
     wanted = [i for i, t in enumerate(given) if t.is_floating_point() or t.is_complex()]
-    x_bar = posed.structure.tensors_of(cotangent)
-    problem = posed.problem()
+    x_bar = root.structure.tensors_of(cotangent)
+    problem = root.problem()
     with one_derivative():
-        grads = problem.vjp(posed.x, posed.theta, x_bar, wanted) if wanted else {}
+        grads = problem.vjp(root.x, root.theta, x_bar, wanted) if wanted else {}
     return tuple(structure.fill(grads))
 
 
 @_modes.one_operation
 def root_jvp(
-    optimality_fn: Callable[..., Any],
-    sol: Any,
-    args: tuple[Any, ...],
-    tangents: tuple[Any, ...],
+    optimality_fn: UserFunction,
+    sol: Tree,
+    args: tuple[Tree, ...],
+    tangents: tuple[Tree, ...],
     solve: Solve | None = None,
-) -> Any:
+) -> Tree:
     r"""The Jacobian-vector product of a root: the ``t`` with ``A t = -(dF/dtheta) tangents``, ``A = dF/dx``, at a
     given solution.
 
-    For a solution found elsewhere; `custom_root` does this for a solver. The result is itself differentiable, as that
-    of `root_vjp` is.
+    For a solution that is already known; use `custom_root` for a solver. The result is differentiable, as for
+    `root_vjp`.
 
     Args:
         optimality_fn: ``F(x, *args)``, as in `custom_root`.
         sol: the ``x`` with ``F(x, *args) = 0``, a pytree.
         args: the other arguments of ``F``, a tuple of pytrees.
-        tangents: a tuple of trees like `args`; None in the place of a tensor, or of a whole argument, stands for zero.
+        tangents: a tuple of trees like `args`; None for a tensor, or for a whole argument, means zero.
         solve: as in `custom_root`.
 
     Returns:
         A tree like `sol`.
 
     Raises:
-        ValueError: if `tangents` do not match `args`, or what ``F`` returns is no tree like `sol`.
+        ValueError: if `tangents` do not match `args`, or if the result of ``F`` is not a tree like `sol`.
         LinearSolveError: if the linear solve fails.
 
     Example:
@@ -328,21 +338,24 @@ def root_jvp(
     args = _as_tuple("root_jvp", "args", args)
     given = _tangents(args, _as_tuple("root_jvp", "tangents", tangents))
     refuse_valueless("root_jvp", pytree.tensors((sol, args)))
-    posed = pose(f"root_jvp: {name_of(optimality_fn)}", optimality_fn, root, solve or solve_auto(), sol, args, {})
+    root = root_at(
+        f"root_jvp: {name_of(optimality_fn)}", optimality_fn, root_form, solve or solve_auto(), sol, args, {}
+    )
     if not given:
-        return posed.structure.unflatten([torch.zeros_like(t) for t in posed.x])
-    problem = posed.problem()
+        return root.structure.unflatten([torch.zeros_like(t) for t in root.x])
+    problem = root.problem()
     with one_derivative():
-        return posed.structure.unflatten(problem.jvp(posed.x, posed.theta, given))
+        return root.structure.unflatten(problem.jvp(root.x, root.theta, given))
 
 
-def _tangents(args: tuple[Any, ...], tangents: tuple[Any, ...]) -> dict[int, torch.Tensor]:
+def _tangents(args: tuple[Tree, ...], tangents: tuple[Tree, ...]) -> dict[int, torch.Tensor]:
+    """Return the tangents by position among the tensors of `args`; raise if the trees do not match."""
     if len(tangents) != len(args):
         raise ValueError(
             f"root_jvp: tangents must be a tuple like args, of length {len(args)}, got length {len(tangents)}"
         )
     given: dict[int, torch.Tensor] = {}
-    first = 0
+    first = 0  # the position of the argument's first tensor among all tensors
     for i, (arg, tangent) in enumerate(zip(args, tangents, strict=True)):
         leaves, structure = pytree.flatten(arg)
         try:
@@ -359,7 +372,7 @@ def _tangents(args: tuple[Any, ...], tangents: tuple[Any, ...]) -> dict[int, tor
     return given
 
 
-def _as_tuple(maker: str, what: str, value: Any) -> tuple[Any, ...]:
+def _as_tuple(maker: str, what: str, value: object) -> tuple[Tree, ...]:
     if not isinstance(value, tuple):
         raise TypeError(
             f"{maker}: {what} must be a tuple, one entry for each argument after the first, got {type(value).__name__}"

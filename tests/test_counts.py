@@ -40,7 +40,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
     monkeypatch.setattr(functorch, "gradients", counts.counted("engine", functorch.gradients))
     for name in ("__bool__", "__float__", "__int__", "item", "tolist"):
         monkeypatch.setattr(Tensor, name, counts.counted("looked", getattr(Tensor, name)))
-    for function in (_primitive._Solution, _primitive._Derivative):
+    for function in (_primitive._ImplicitSolution, _primitive._UnrecordedVjp):
         monkeypatch.setattr(function, "forward", staticmethod(counts.counted("derived", function.forward)))
     return counts
 

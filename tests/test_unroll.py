@@ -155,7 +155,7 @@ def test_cotangents_may_pass_through_unchanged(name):
 @pytest.mark.parametrize("transform", [grad, lambda f: lambda x: torch.autograd.grad(f(x.requires_grad_()), x)])
 def test_steps_that_change_meanwhile_are_noticed(transform):
     numbers = iter(range(1, 100))
-    with pytest.raises(RuntimeError, match="unroll: the step has become another function"):
+    with pytest.raises(RuntimeError, match="unroll: the step has changed since the call"):
         transform(idf.unroll(lambda x: x * next(numbers), 4, checkpoint_every=2))(torch.tensor(1.0))
 
 

@@ -1,9 +1,9 @@
-"""A function run below the derivatives: a user's solver, whose steps no derivative sees."""
+"""Run a user's solver below all derivatives: no transform differentiates its steps."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,30 +15,31 @@ from implicitdiff._closures.modes import Rewriting, is_traced, substitutes
 from implicitdiff._torch.modes import uncached
 
 Derived = dict[int, "weakref.ref[torch.Tensor]"]
-"""Tensors by id. Some of them may have died."""
+"""Weak references to tensors, by id."""
 
-_BACKWARD: Any = torch.Tensor.backward
-# Torch functions that raise where a level runs, even an inert one.
+_BACKWARD: Callable[..., None] = torch.Tensor.backward
+# `Tensor.backward` raises under any level of functorch, including an inert level.
 _REFUSES_LEVELS = (_BACKWARD,)
 
 
 @contextmanager
 def below_autodiff(outside: bool = False) -> Iterator[Derived]:
-    """Run the body as if there were no grad, vjp and jvp level, and with gradients off; vmaps stay. Yield the tensors
-    that the body computes from tensors that are differentiated.
+    """Run the body without the running grad, vjp and jvp levels, and with gradients off; vmaps stay. Yield the tensors
+    that the body computes from differentiated tensors.
 
-    Inside, tensors that were taken through `functorch.plain_under_vmap` are plain tensors, or batched by the running
-    vmaps alone. In-place updates, NumPy, host control flow and `torch.autograd` work on plain ones as they do outside
-    of any transform.
+    In the body, a tensor that was taken through `functorch.plain_under_vmap` is plain, or batched by the running vmaps
+    alone. On plain tensors, in-place updates, NumPy, host control flow and `torch.autograd` work as outside of any
+    transform.
 
     Args:
-        outside: whether to run the body with no level at all. Then the body should use no wrapper of a running
-            transform: such a wrapper cannot always be told from a wrapper of the body's own transforms.
+        outside: whether to run the body with no level at all. The body should then use no wrapper of a running
+            transform, which cannot always be distinguished from a wrapper of the body's own transforms.
     """
     depth = functorch.depth()
     levels = functorch.no_transforms() if outside else functorch.inert_gradient_levels()
     with KeepGradients() as gradients, uncached(), levels, torch.no_grad():
         try:
+            # Without running transforms and modes, no tensor has a layer to drop.
             if depth or is_traced():
                 with (DropOutside if outside else DropGradientLayers)(depth, gradients.bare):
                     yield gradients.derived
@@ -49,12 +50,12 @@ def below_autodiff(outside: bool = False) -> Iterator[Derived]:
 
 
 class KeepGradients(TorchFunctionMode):
-    """Undoes what `backward()` accumulates into leaves, some of which may be captured, and follows tensors that are
-    computed from tensors that need gradients.
+    """A mode that undoes what `backward()` adds to the `grad` of leaves, and records which tensors are computed from
+    differentiated tensors.
 
     Attributes:
         derived: the computed tensors.
-        bare: tensors that need gradients, without the layers of the transforms that differentiate them.
+        bare: differentiated tensors without the layers of the transforms that differentiate them.
     """
 
     lets_addresses_through = True
@@ -65,18 +66,24 @@ class KeepGradients(TorchFunctionMode):
         self.bare: Derived = {}
         self.before: dict[torch.Tensor, torch.Tensor | None] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         if func is _BACKWARD:
             for leaf in functorch.leaves_of(args[0]):
                 if leaf not in self.before:
-                    # Accumulated in place, so kept as a copy.
+                    # autograd accumulates into `grad` in place, so save a copy.
                     self.before[leaf] = None if leaf.grad is None else leaf.grad.clone()
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
             if self._is_derived(args) or (kwargs and self._is_derived(tuple(kwargs.values()))):
                 self.derived[id(result)] = weakref.ref(result)
             else:
-                # An id that a tensor which has died had.
+                # Python may have reused the id of a dead tensor.
                 self.derived.pop(id(result), None)
                 self.bare.pop(id(result), None)
         return result
@@ -91,6 +98,8 @@ class KeepGradients(TorchFunctionMode):
         return False
 
     def restore(self) -> None:
+        """Restore the saved gradients."""
+        # `backward` accumulates in place, so the current `grad` is the caller's own tensor: copy into this tensor.
         with functorch.no_modes():
             for leaf, grad in self.before.items():
                 if grad is None or leaf.grad is None:
@@ -100,10 +109,10 @@ class KeepGradients(TorchFunctionMode):
 
 
 class DropGradientLayers(Rewriting):
-    """Takes the gradient layers of outer transforms off every tensor that reaches a torch function.
+    """A mode that removes the gradient layers of outer transforms from the arguments of torch functions.
 
-    A function that runs below the transforms may still hold tensors of outer transforms in its closure, or tensors for
-    which an outer `Substitute` has operands.
+    The closure of a function that runs below the transforms may contain tensors of outer transforms, and tensors that
+    an outer `Substitute` replaces by operands.
     """
 
     is_traced = False
@@ -117,7 +126,14 @@ class DropGradientLayers(Rewriting):
     def lets_addresses_through(self) -> bool:
         return not self.around
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        # functorch forbids `requires_grad_` again after each backward pass inside the body.
         functorch.allow_requires_grad()
         args, kwargs = self.rewritten(args, kwargs)
         if func in _REFUSES_LEVELS and functorch.is_plain(args[0]):
@@ -130,6 +146,7 @@ class DropGradientLayers(Rewriting):
             tensor = substitute.resolve(tensor)
         if functorch.is_plain(tensor):
             return tensor
+        # A wrapper of the body's own transforms stays; the tensor inside may belong to an outer transform.
         if not self._is_outer(tensor):
             return self.resolve_inside(tensor)
         value = functorch.without_gradient_layers(tensor)
@@ -138,16 +155,16 @@ class DropGradientLayers(Rewriting):
         return value
 
     def _is_outer(self, tensor: torch.Tensor) -> bool:
-        """Return whether a wrapper belongs to a transform that runs round the function."""
+        """True if a wrapper belongs to a transform that runs around the function."""
         return 0 < functorch.level(tensor) <= self.outer
 
 
 class DropOutside(DropGradientLayers):
-    """Takes outer gradient layers off in a function that runs with no level. The transforms that the function starts
-    have the numbers of the outer ones.
+    """`DropGradientLayers` for a function that runs with no level: its own transforms reuse the outer level numbers.
 
-    A gradient wrapper of an outer transform that gets into one of the function's own changes no value there, as the
-    function's results are constants to the outer transform. But a vmap cannot take it.
+    A wrapper with an outer level number is ambiguous while an inner transform of this number runs. Keeping the layer is
+    safe inside an inner gradient transform: results of the function are constants of the outer transform. Inside an
+    inner vmap the layer must go, because vmap refuses the wrapper.
     """
 
     def _is_outer(self, tensor: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""How a user's function is evaluated: with whose derivatives, under which modes, and with which words in its errors."""
+"""Evaluation of a user's function: its derivatives, the modes around it, and its name in error messages."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.modes import uncached
 from implicitdiff._torch.replacements import Exchange
 from implicitdiff._torch.sparse import SparseProducts
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Tree, UserFunction
 from implicitdiff.errors import TransformError
 
 _evaluation = threading.local()
 
 
-class named_in_errors(AbstractContextManager[Any]):
-    """Raise `TransformError` where torch.func cannot transform a function of the user, of this name, in the body."""
+class named_in_errors(AbstractContextManager["named_in_errors"]):
+    """Context that raises `TransformError`, with the name of the user's function, if torch.func cannot transform the
+    body."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -34,8 +35,7 @@ class named_in_errors(AbstractContextManager[Any]):
 
 
 def transform_error(name: str, error: BaseException | None) -> TransformError | None:
-    """Return the `TransformError` that an error of torch.func stands for, in a function of the user of this name; None
-    for other errors."""
+    """Return the `TransformError` for an error of torch.func in the user's function `name`; None for other errors."""
     if isinstance(error, TransformError):
         return error
     if not isinstance(error, RuntimeError) or (what := functorch.untransformable(error)) is None:
@@ -47,7 +47,7 @@ def transform_error(name: str, error: BaseException | None) -> TransformError | 
 
 
 class by_autograd_alone:
-    """Say how the function is evaluated that runs in the body."""
+    """Context that records whether autograd alone, and not torch.func, differentiates the function in the body."""
 
     def __init__(self, is_alone: bool) -> None:
         self.is_alone = is_alone
@@ -61,18 +61,21 @@ class by_autograd_alone:
 
 
 def is_by_autograd_alone() -> bool:
-    """Whether autograd alone evaluates the function that is running."""
+    """True if autograd alone differentiates the running function."""
     return getattr(_evaluation, "is_alone", False) and functorch.depth() == 0
 
 
-def gradient(fn: Callable[..., torch.Tensor], x: Any, *args: Any) -> Any:
-    """The gradient of ``fn(x, *args)``, a real number, as a tree like ``x``; in functions that are evaluated here."""
+def gradient(fn: Callable[..., torch.Tensor], x: Tree, *args: Any) -> Tree:
+    """Return the gradient of the real number ``fn(x, *args)``, a tree like ``x``.
+
+    Works in functions that torch.func transforms, and in functions that autograd alone differentiates.
+    """
     (value,), pull = pullback(fn, x, *args)
     return pull([torch.ones_like(value)])
 
 
-def pullback(fn: Callable[..., Any], x: Any, *args: Any) -> tuple[Leaves, Callable[[Leaves], Any]]:
-    """The leaves of ``fn(x, *args)``, and ``u -> J' u`` as a tree like ``x``; in functions that are evaluated here."""
+def pullback(fn: UserFunction, x: Tree, *args: Any) -> tuple[Leaves, Callable[[Leaves], Tree]]:
+    """Return the leaves of ``fn(x, *args)``, and the product ``u -> J' u``, a tree like ``x``; see `gradient`."""
     leaves, structure = pytree.flatten(x)
 
     def of_leaves(leaves: Leaves) -> Leaves:
@@ -81,11 +84,14 @@ def pullback(fn: Callable[..., Any], x: Any, *args: Any) -> tuple[Leaves, Callab
     if not is_by_autograd_alone():
         found: Any = torch.func.vjp(of_leaves, leaves)
         return found[0], lambda u: structure.unflatten(found[1](u)[0])
+    # A view is a tensor of its own, so the gradient leaves out other uses of the same tensor, such as a capture. The
+    # view stays in the caller's graph, so that the gradient can be differentiated again.
     with torch.enable_grad():
         leaves = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in leaves]
         values = of_leaves(leaves)
 
-    def pull(u: Leaves) -> Any:
+    def pull(u: Leaves) -> Tree:
+        # `torch.autograd.grad` refuses outputs without a graph. Their gradient is zero.
         pairs = [(value, v) for value, v in zip(values, u, strict=True) if value.requires_grad]
         if not pairs:
             return structure.unflatten([torch.zeros_like(t) for t in leaves])
@@ -95,8 +101,8 @@ def pullback(fn: Callable[..., Any], x: Any, *args: Any) -> tuple[Leaves, Callab
     return values, pull
 
 
-class as_evaluated:
-    """Run the body without what the caller's frame has round it: caches of weights, hooks of saved tensors."""
+class isolated_from_caller:
+    """Context without the weight caches (`parametrize.cached`) and the hooks on saved tensors of the caller."""
 
     def __enter__(self) -> None:
         self.contexts = uncached(), functorch.without_saved_tensor_hooks()
@@ -108,14 +114,17 @@ class as_evaluated:
             context.__exit__(*error)
 
 
-def exchanged(needed: bool, is_sparse: bool) -> AbstractContextManager[object]:
-    # Entered before the mode that compares operations, which then sees the operations that the user wrote.
+def with_replacements(needed: bool, is_sparse: bool) -> AbstractContextManager[object]:
+    """Return a context that exchanges operations for their replacements, if `needed`, and multiplies sparse tensors.
+
+    Enter the context before the mode that records operations: the record then has the operations of the user.
+    """
     if not is_sparse:
         return Exchange() if needed else nullcontext()
-    return _sparse_and_exchanged(needed)
+    return _with_sparse_replacements(needed)
 
 
 @contextmanager
-def _sparse_and_exchanged(needed: bool) -> Iterator[None]:
+def _with_sparse_replacements(needed: bool) -> Iterator[None]:
     with SparseProducts(), Exchange() if needed else nullcontext():
         yield

@@ -1,15 +1,16 @@
 """Closure conversion: turn a user's function into a pure function of explicit operands.
 
-An autograd.Function only differentiates its operands: a tensor that reaches it through a closure, a
-`functools.partial`, a bound method or a module is lost, silently. So the function runs once, watched, and every
-tensor that it uses without having been given or having made it is noted; from then on it runs with those tensors
-substituted by operands.
+An autograd.Function differentiates its operands only. The gradient of a tensor in a closure, a `functools.partial`, a
+bound method or a module would silently be zero. So the user's function runs once under a mode, `Watch`, which records
+every captured tensor: a tensor that the function uses, but neither received nor computed. Later evaluations substitute
+operands for the captured tensors.
 
-It runs again when the derivative is taken, and has to be the same function then. Its variables are put back for that
-time (`snapshot`), torch's settings too (`_torch.settings`), and its operations are compared (`program`).
+The function runs again when a derivative is taken, and must compute the same result. For the second run, its variables
+(`snapshot`) and torch's settings (`_torch.settings`) are restored, and its operations are compared (`program`).
 
-Some functions torch.func cannot transform: they call `torch.autograd.grad`, or a custom autograd.Function of the old
-kind. These run with no transform on the stack. They have a first derivative in reverse mode, by autograd alone.
+torch.func cannot transform a function that calls `torch.autograd.grad`, or an autograd.Function without
+`setup_context`. Such a function runs with no transform on the stack. It has a first derivative in reverse mode, by
+autograd alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,129 +27,142 @@ import torch
 import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.trees as pytree
-from implicitdiff._closures.evaluation import as_evaluated, by_autograd_alone, exchanged, named_in_errors
+from implicitdiff._closures.evaluation import (
+    by_autograd_alone,
+    isolated_from_caller,
+    named_in_errors,
+    with_replacements,
+)
 from implicitdiff._closures.modes import Substitute, Watch
 from implicitdiff._closures.program import Program, checksum, version
 from implicitdiff._closures.snapshot import Snapshot
-from implicitdiff._torch.settings import applied, autocast, settings
-from implicitdiff._torch.trees import Leaves, Structure
+from implicitdiff._torch.settings import autocast, settings, with_settings
+from implicitdiff._torch.trees import Leaves, Structure, Tree, UserFunction
 from implicitdiff.errors import TransformError
 
 
 class Lifted:
-    """A user's function as a pure function of leaves, to be evaluated later as it was at the call.
+    """A user's function as a pure function of a list of tensors; later evaluations repeat the evaluation at the call.
 
-    The operands are the tensors of the arguments, in order, then the captured ones.
+    The operands are the tensors of the arguments, in order, followed by the captured tensors.
 
     Attributes:
-        name: how error messages call the function.
+        name: the function's name in error messages.
         arguments: the structure of the arguments.
         value: the result at the call, detached.
-        given: how many operands are tensors of the arguments.
-        operands: those of the call.
-        captured: the captured tensors that a derivative or a batch dimension can hang on; plain constants stay where
-            they are.
-        is_unsure: whether it has to be evaluated a second time to know. It has used a tensor to be differentiated that
-            came from nowhere: what an inner transform returns, or a captured tensor that passes through one untouched.
-        alone: why torch.func cannot transform the function, so that it runs with no transform on the stack and autograd
-            alone differentiates it; None if torch.func can.
+        given: the number of operands that are tensors of the arguments.
+        operands: the operands at the call.
+        captured: the captured tensors that may be differentiated or batched. Constants are not substituted.
+        needs_confirmation: whether `confirm` must evaluate the function a second time. True if the function used a
+            differentiable tensor of unknown origin: a result of an inner transform, or a captured tensor that passed
+            through an inner transform unchanged.
+        refusal: message of the error with which torch.func refuses the function; autograd alone then differentiates
+            the function, with no transform on the stack. None if torch.func can transform the function.
     """
 
     def __init__(
         self,
         name: str,
-        fn: Callable[..., Any],
+        fn: UserFunction,
         given: Leaves,
         arguments: Structure,
         watch: Watch,
-        value: Any,
+        value: Tree,
         snapshot: Snapshot,
         *,
-        alone: str | None,
+        refusal: str | None,
     ) -> None:
         self.name, self.fn, self.arguments, self.snapshot = name, fn, arguments, snapshot
-        self.alone = alone
+        self.refusal = refusal
         self.program, self.exchanges = watch.program, (watch.exchanges, watch.is_sparse)
-        self.captured, self.constants, self.is_unsure = _divided(watch.program)
+        self.captured, self.constants, self.needs_confirmation = _split_outside(watch.program)
         self.value = value
         self.given, self.operands = len(given), [*given, *self.captured]
+        # At the call a captured tensor has the origin "constant", in later evaluations the origin "operand". The alias
+        # makes the two origins equal in a comparison.
         for i, tensor in enumerate(self.captured, start=self.given):
             self.program.aliases["constant", id(tensor)] = ("operand", i)
-        # functorch refuses a tensor of a level that is not running. And at least one level has to run, or a mode does
-        # not see what a custom autograd.Function is applied to.
-        self.levels = 0 if alone else max(1, max(map(functorch.level, self.captured), default=0))
+        # functorch refuses a tensor whose level is not running. At least one level must run in any case: without a
+        # level, a mode does not see the operands of a custom autograd.Function.
+        self.levels = 0 if refusal else max(1, max(map(functorch.level, self.captured), default=0))
         self.settings = settings()
-        self._judged = {id(t) for t, _ in self.constants}
-        self._is_during_call = False
+        self._known_constants = {id(t) for t, _ in self.constants}
+        self._is_within_call = False
         self._difference: str | None = None
 
     # --- evaluations ------------------------------------------------------------------------------------------------
 
-    def __call__(self, operands: Sequence[torch.Tensor], *more: Any) -> Any:
-        """The result with these operands, as it was at the call."""
-        if self._is_during_call:
+    def __call__(self, operands: Sequence[torch.Tensor], *more: Any) -> Tree:
+        """Return the result with these operands.
+
+        Raises:
+            RuntimeError: the function has changed, or a constant of the function was written to, since the call.
+        """
+        if self._is_within_call:
             return self.within_call(operands, *more)
-        compared: Counter[int] | None = getattr(_derivative, "compared", None)
-        if compared is not None and compared[id(self)] == _COMPARED:
-            with applied(self.settings), self.snapshot.put_back(), as_evaluated():
+        # Within one derivative, compare only the first evaluations; see `one_derivative`.
+        compared: Counter[int] | None = getattr(_comparing, "compared", None)
+        if compared is not None and compared[id(self)] == _COMPARISONS:
+            with with_settings(self.settings), self.snapshot.put_back(), isolated_from_caller():
                 return self.within_call(operands, *more)
         self.refuse_overwritten()
-        with applied(self.settings), self.snapshot.put_back():
-            result, watch = self._watched(operands)
-        if (difference := watch.program.difference(self.program, self._judged)) is not None:
+        with with_settings(self.settings), self.snapshot.put_back():
+            result, watch = self._run_again_watched(operands)
+        if (difference := watch.program.difference(self.program, self._known_constants)) is not None:
             raise RuntimeError(
-                f"{self.name} has become another function since the call: {difference}; what it depends on must be the "
-                "same when its derivative is taken: take the derivative first, or pass what changes as an argument"
+                f"{self.name} has changed since the call: {difference}; its derivative evaluates it again, so it must "
+                "be the same then: take the derivative first, or pass what changes as an argument"
             )
         if compared is not None:
             compared[id(self)] += 1
         return result
 
-    def again(self, operands: Sequence[torch.Tensor]) -> Any:
-        """The result with these operands, evaluated a second time at the call; `refuse_another` is to follow."""
-        result, watch = self._watched(operands)
-        self._difference = watch.program.difference(self.program, self._judged)
+    def run_again(self, operands: Sequence[torch.Tensor]) -> Tree:
+        """Return the result of a second evaluation at the call. Call `refuse_changed_function` afterwards."""
+        result, watch = self._run_again_watched(operands)
+        self._difference = watch.program.difference(self.program, self._known_constants)
         return result
 
     @property
     def takes_gradients(self) -> bool:
-        """Whether it calls `torch.autograd.grad`."""
+        """True if the function calls `torch.autograd.grad`."""
         return any(operation[0] is torch.autograd.grad for operation in self.program.operations)
 
-    def refuse_another(self) -> None:
-        """Raise if the second evaluation at the call was that of another function."""
+    def refuse_changed_function(self) -> None:
+        """Raise if the second evaluation at the call applied other operations than the first."""
         if self._difference is not None:
-            raise AnotherFunctionError(
-                f"{self.name} has become another function when it was evaluated a second time: {self._difference}; it "
-                "is evaluated more than once and must do the same each time: draw random numbers outside and pass them "
-                "as arguments, and keep counters, iterators and caches out of it"
+            raise FunctionChangedError(
+                f"{self.name} has changed from one evaluation to the next: {self._difference}; it is evaluated more "
+                "than once and must do the same each time: draw random numbers outside and pass them as arguments, and "
+                "keep counters, iterators and caches out of it"
             )
 
-    def within_call(self, operands: Sequence[torch.Tensor], *more: Any) -> Any:
-        """The result with these operands, at any point, for as long as the call lasts."""
+    def within_call(self, operands: Sequence[torch.Tensor], *more: Any) -> Tree:
+        """Return the result with these operands, without comparisons: during the call nothing can have changed."""
+        # If the operands are the captured tensors themselves, the function runs as it is, without a substitution.
         is_direct = not self.captured or self._are_captured(operands[self.given :])
         levels = 0 if is_direct else self.levels
-        with functorch.levels_up_to(levels) as inert, exchanged(*self.exchanges), autocast(self.settings[0]):
-            if self.alone:
-                return self._run_alone(operands, *more)
+        with functorch.levels_up_to(levels) as inert, with_replacements(*self.exchanges), autocast(self.settings[0]):
+            if self.refusal:
+                return self._run_by_autograd(operands, *more)
             with named_in_errors(self.name):
                 if is_direct:
                     result = self.fn(*self.arguments.unflatten(operands[: self.given]), *more)
-                    return pytree.map_tensors(_unless_it_records, result) if self.captured else result
+                    return pytree.map_tensors(_detached_if_tracked, result) if self.captured else result
                 return self._run(inert, operands, *more)
 
     @contextmanager
     def during_call(self) -> Iterator[None]:
-        """Let every evaluation in the body be one within the call."""
-        self._is_during_call = True
+        """Context in which every evaluation of the function is a `within_call`."""
+        self._is_within_call = True
         try:
             yield
         finally:
-            self._is_during_call = False
+            self._is_within_call = False
 
     def refuse_overwritten(self) -> None:
-        """Raise if a constant has been written to since the call."""
-        changed = [t.shape for t, before in self.constants if version(t) != before]
+        """Raise if a constant of the function was written to since the call."""
+        changed: list[tuple[int, ...]] = [t.shape for t, before in self.constants if version(t) != before]
         changed += [array.shape for array, before in self.program.borrowed.values() if checksum(array) != before]
         if changed:
             raise RuntimeError(
@@ -157,157 +171,174 @@ class Lifted:
                 "place"
             )
 
-    def _watched(self, operands: Sequence[torch.Tensor]) -> tuple[Any, Watch]:
-        with functorch.levels_up_to(self.levels) as inert, as_evaluated(), exchanged(*self.exchanges):
+    def _run_again_watched(self, operands: Sequence[torch.Tensor]) -> tuple[Tree, Watch]:
+        """Return the result with these operands, and the mode that recorded the evaluation."""
+        with functorch.levels_up_to(self.levels) as inert, isolated_from_caller(), with_replacements(*self.exchanges):
             watch = Watch([*operands], inert)
             with watch, named_in_errors(self.name):
-                result = self._run_alone(operands) if self.alone else self._run(-1, operands)
+                result = self._run_by_autograd(operands) if self.refusal else self._run(-1, operands)
         watch.program.finish()
         return result, watch
 
     def by_autograd(self, why: str) -> Lifted:
-        """The same function, lifted where no transform runs."""
-        return _lifted(self.name, self.fn, self.operands[: self.given], self.arguments, why)
+        """Return the function lifted again, for autograd alone; `why` is the refusal of torch.func."""
+        return _lift_once(self.name, self.fn, self.operands[: self.given], self.arguments, why)
 
-    def _run(self, inert: int, operands: Sequence[torch.Tensor], *more: Any) -> Any:
+    def _run(self, inert: int, operands: Sequence[torch.Tensor], *more: Any) -> Tree:
         args = self.arguments.unflatten(operands[: self.given])
         if not self.captured:
             return self.fn(*args, *more)
+        # A result may be a captured tensor itself, hence `resolve`.
         with Substitute(self.captured, operands[self.given :], inert) as substitute:
             return pytree.map_tensors(substitute.resolve, self.fn(*args, *more))
 
     def _are_captured(self, values: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the captured tensors themselves, where nothing is recorded."""
+        """True if the values are the captured tensors themselves and no derivative is recorded."""
         if not functorch.nothing_records():
             return False
         return all([functorch.is_same_memory(value, t) for value, t in zip(values, self.captured, strict=True)])
 
-    def _run_alone(self, operands: Sequence[torch.Tensor], *more: Any) -> Any:
-        """Run the function with no transform on the stack. It may call `torch.autograd.grad`, so its operands need
-        gradients even if the caller has switched them off."""
+    def _run_by_autograd(self, operands: Sequence[torch.Tensor], *more: Any) -> Tree:
+        """Run the function with no transform on the stack.
+
+        The function may call `torch.autograd.grad`. So its operands require gradients, even under the caller's
+        `torch.no_grad`; the results are then detached.
+        """
         try:
             with by_autograd_alone(True):
                 if torch.is_grad_enabled():
                     return self._run(-1, operands, *more)
                 with torch.enable_grad():
-                    result = self._run(-1, _differentiable([t.detach() for t in operands]), *more)
+                    result = self._run(-1, _requiring_grad([t.detach() for t in operands]), *more)
         except RuntimeError as error:
             if functorch.untransformable(error) is None:
                 raise
-            raise TransformError(self.alone) from error
+            raise TransformError(self.refusal) from error
         return pytree.map_tensors(torch.Tensor.detach, result)
 
 
-def _unless_it_records(tensor: torch.Tensor) -> torch.Tensor:
-    """A result where nothing is recorded: it may be a captured tensor itself."""
+def _detached_if_tracked(tensor: torch.Tensor) -> torch.Tensor:
+    """Detach a result that is a captured tensor itself: no derivative is recorded here."""
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-_derivative = threading.local()
-# What changes from one evaluation to the next shows in the second.
-_COMPARED = 2
+_comparing = threading.local()
+# How many evaluations of a function are compared with the call, in one derivative. A function that changes from one
+# evaluation to the next differs at the second.
+_COMPARISONS = 2
 
 
 class one_derivative:
-    """Compare a function that is evaluated many times in the body, for products, only a few times."""
+    """Context of one derivative: compare each function with its call only in its first `_COMPARISONS` evaluations.
+
+    An iterative linear solver evaluates a function once for each product.
+    """
 
     def __enter__(self) -> None:
-        self.before = getattr(_derivative, "compared", None)
+        self.before = getattr(_comparing, "compared", None)
         if self.before is None:
-            _derivative.compared = Counter()
+            _comparing.compared = Counter()
 
     def __exit__(self, *error: object) -> None:
-        _derivative.compared = self.before
+        _comparing.compared = self.before
 
 
-def lift(name: str, fn: Callable[..., Any], *args: Any, differentiated: Sequence[bool] = ()) -> Lifted:
-    """Run ``fn(*args)`` once and make it a pure function of its operands.
+def lift(name: str, fn: UserFunction, *args: Any, differentiated: Sequence[bool] = ()) -> Lifted:
+    """Run ``fn(*args)`` once, and return `fn` as a pure function of its operands.
 
     Args:
-        name: how an error message calls the function.
+        name: the function's name in error messages.
         fn: a deterministic function free of side effects.
-        args: pytrees; the tensors among them are replaced by detached aliases, so that the same tensor, captured as
-            well, counts as captured.
-        differentiated: for each of these tensors, whether it is to need a gradient, as in the evaluations that follow:
-            a function may look. None by default.
+        args: pytrees. Detached aliases replace their tensors, so that a tensor that is both an argument and captured
+            is recorded as captured.
+        differentiated: the `requires_grad` flag of each alias, as in later evaluations: a function may read the flag.
+            Empty: all False.
 
     Raises:
-        ValueError: the function drew random numbers, or changed a tensor in place that it was given or had captured.
+        ValueError: the function drew random numbers, or changed an argument or a captured tensor in place.
         TransformError: a transform is running, and torch.func cannot transform the function.
     """
     given, arguments = pytree.flatten(args)
     try:
-        return _lifted(name, fn, given, arguments, None, differentiated)
+        return _lift_once(name, fn, given, arguments, None, differentiated)
     except TransformError as error:
         if not functorch.only_autograd():
             raise
         why = str(error)
-    return _lifted(name, fn, given, arguments, why)
+    return _lift_once(name, fn, given, arguments, why)
 
 
-def _lifted(
+def _lift_once(
     name: str,
-    fn: Callable[..., Any],
+    fn: UserFunction,
     given: Leaves,
     arguments: Structure,
-    alone: str | None,
+    refusal: str | None,
     differentiated: Sequence[bool] = (),
 ) -> Lifted:
+    """Run `fn` once, or twice if the first run stores tensors, and return the lifted function."""
     snapshot = Snapshot(fn, arguments.others)
-    value, watch = _watched(name, fn, given, arguments, alone, differentiated)
+    value, watch = _run_watched(name, fn, given, arguments, refusal, differentiated)
     used = watch.program.outside.keys()
+    # The function used a tensor and then assigned another tensor to its variable, such as a running mean. A second
+    # evaluation would start from the other tensor.
     if any(id(t) in used for t in snapshot.replaced()):
-        raise _replaced(name)
+        raise _replaced_tensor_error(name)
+    # Unused constants stay in the snapshot: they have no graph that could grow from call to call.
     snapshot.keep_used(lambda t: id(t) in used or not functorch.may_be_differentiated(t))
     used_again: list[weakref.ref[torch.Tensor]] = []
-    if left := watch.program.left():
-        # Such as a constant, made at its first use and kept. From now on it will not be made.
-        value, watch = _watched(name, fn, given, arguments, alone, differentiated)
-        used_again = [ref for ref in left if id(ref()) in watch.program.outside]
+    if kept := watch.program.surviving_results():
+        # The function computed tensors and stored them, for example a constant at its first use. The second run reads
+        # the stored tensors, as all later runs will.
+        value, watch = _run_watched(name, fn, given, arguments, refusal, differentiated)
+        used_again = [ref for ref in kept if id(ref()) in watch.program.outside]
+    # For functions around this call, the call counts as one operation, with this program.
     for outer in _modes.watches():
         outer.program.nest(watch.program)
     watch.program.note_memory(given)
-    lifted = Lifted(name, fn, given, arguments, watch, value, snapshot, alone=alone)
+    lifted = Lifted(name, fn, given, arguments, watch, value, snapshot, refusal=refusal)
     if any(ref() is None for ref in used_again):
-        # A tensor of the first evaluation that the second has used is gone, so it was no constant.
-        raise _replaced(name)
+        # The second run used a tensor of the first and replaced it: a changing state, not a constant.
+        raise _replaced_tensor_error(name)
     return lifted
 
 
-def _replaced(name: str) -> ValueError:
-    """What is said of a function that goes on from a tensor of its last evaluation."""
+def _replaced_tensor_error(name: str) -> ValueError:
+    """Return the error for a function that updates a captured tensor from one evaluation to the next."""
     return ValueError(
         f"{name} puts another tensor into the place of one that it uses, but it is evaluated more than once and must "
         "do the same each time: keep what changes out of it, or pass it as an argument"
     )
 
 
-def _watched(
+def _run_watched(
     name: str,
-    fn: Callable[..., Any],
+    fn: UserFunction,
     given: Leaves,
     arguments: Structure,
-    alone: str | None,
+    refusal: str | None,
     differentiated: Sequence[bool],
-) -> tuple[Any, Watch]:
-    """The result, detached, and what was seen."""
+) -> tuple[Tree, Watch]:
+    """Return the detached result of one evaluation, and the mode that recorded the evaluation."""
     random_state = functorch.random_state()
-    with functorch.levels_up_to(0 if alone else 1) as inert, as_evaluated(), torch.enable_grad():
+    with functorch.levels_up_to(0 if refusal else 1) as inert, isolated_from_caller(), torch.enable_grad():
         aliases = [t.detach() for t in given]
-        if alone:
-            # The function may differentiate with respect to its arguments.
-            aliases = _differentiable(aliases)
+        if refusal:
+            # The function may call `torch.autograd.grad` with respect to its arguments.
+            aliases = _requiring_grad(aliases)
         elif differentiated:
             with functorch.requires_grad_allowed():
                 aliases = [t.requires_grad_(flag) for t, flag in zip(aliases, differentiated, strict=True)]
         with (
             Watch(aliases, inert, exchanges=True) as watch,
             named_in_errors(name),
-            by_autograd_alone(alone is not None),
+            by_autograd_alone(refusal is not None),
         ):
             result = fn(*arguments.unflatten(aliases))
+    # A result may be a captured tensor itself, which no operation has received.
     for tensor in pytree.tensors(result):
-        watch.program.see(tensor)
+        watch.program.origin_of(tensor)
+    # The state of the generator shows all draws, including draws in compiled code that no mode sees.
     if functorch.random_state() != random_state:
         raise ValueError(
             f"{name} draws random numbers, but it is evaluated more than once and must give the same values each time; "
@@ -319,59 +350,66 @@ def _watched(
             "evaluated more than once and must be free of side effects (batch normalisation: use eval mode)"
         )
     watch.program.finish()
-    # Not with the graph, which holds what the function made.
+    # Detached: a graph would keep the tensors alive that the function computed, see `Program.surviving_results`.
     return pytree.map_tensors(torch.Tensor.detach, result), watch
 
 
-def _differentiable(tensors: Leaves) -> Leaves:
+def _requiring_grad(tensors: Leaves) -> Leaves:
     return [t.requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors]
 
 
 def confirm(lifted: Lifted) -> None:
-    """Raise if a captured tensor was missed, whose gradient would silently be zero; evaluates the function a second
-    time, if there is anything to confirm."""
-    if lifted.captured or lifted.is_unsure:
+    """Raise if `Watch` missed a captured tensor: its gradient would silently be zero.
+
+    Evaluates the function a second time, unless the function captures no differentiable tensor.
+    """
+    if lifted.captured or lifted.needs_confirmation:
         confirm_at(lifted, lifted.operands)
 
 
 def confirm_at(lifted: Lifted, operands: Leaves) -> None:
-    """Evaluate the function a second time, with these operands. Raise if its result has autograd history though all
-    operands are detached, or if it has become another function."""
+    """Evaluate the function a second time, with detached operands.
+
+    Raise if the result has autograd history nevertheless (a captured tensor was missed), or if the function applied
+    other operations than the first time.
+    """
     if functorch.nothing_records():
         return
+    # All operands are detached. Any autograd history of the result comes from a captured tensor without a substitute.
     operands = [t.detach() for t in operands]
     with torch.enable_grad():
-        if lifted.alone:
-            operands = _differentiable(operands)
-            result = lifted.again(operands)
+        if lifted.refusal:
+            operands = _requiring_grad(operands)
+            result = lifted.run_again(operands)
             is_lost = any(functorch.leaves_beside(t, operands) for t in pytree.tensors(result))
         else:
-            is_lost = any(map(functorch.is_tracked, pytree.tensors(lifted.again(operands))))
+            is_lost = any(map(functorch.is_tracked, pytree.tensors(lifted.run_again(operands))))
     if is_lost:
-        raise unseen(lifted.name)
-    lifted.refuse_another()
+        raise missed_capture_error(lifted.name)
+    lifted.refuse_changed_function()
 
 
-class AnotherFunctionError(ValueError):
-    """A second evaluation has applied other operations, or used other tensors, than the first."""
+class FunctionChangedError(ValueError):
+    """The second evaluation of a function applied other operations, or used other tensors, than the first."""
 
 
-def unseen(name: str) -> AnotherFunctionError:
-    """The error for a captured tensor that no mode has seen."""
-    return AnotherFunctionError(
+def missed_capture_error(name: str) -> FunctionChangedError:
+    """Return the error for a captured tensor that the mode `Watch` did not see."""
+    return FunctionChangedError(
         f"{name} depends on a tensor that it captures where this cannot be seen, as in TorchScript, in an "
         "autograd.Function that torch.func cannot transform, or where a captured tensor passes through an inner vmap "
         "untouched: pass the tensor as an argument"
     )
 
 
-def _divided(program: Program) -> tuple[Leaves, list[tuple[torch.Tensor, int]], bool]:
-    """The tensors from outside that are differentiated or batched; the constants, with their versions; and whether some
-    of the former are gone."""
+def _split_outside(program: Program) -> tuple[Leaves, list[tuple[torch.Tensor, int]], bool]:
+    """Return the captured tensors that may be differentiated or batched, the constants with their versions, and whether
+    captured tensors of the first sort have died."""
     seen = [(weakref.ref(t), v, functorch.may_be_differentiated(t)) for t, v in program.outside.values()]
     program.outside.clear()
-    # What nobody holds any more was made inside, out of sight: no later evaluation meets it.
+    # The program held the last references. A tensor that dies now was computed inside the function, unseen by the mode,
+    # so later evaluations do not use the tensor.
     alive = [(t, v, smooth) for ref, v, smooth in seen if (t := ref()) is not None]
     captured = [t for t, _, smooth in alive if smooth]
-    is_unsure = len(captured) < sum(smooth for *_, smooth in seen)
-    return captured, [(t, v) for t, v, smooth in alive if not smooth], is_unsure
+    needs_confirmation = len(captured) < sum(smooth for *_, smooth in seen)
+    return captured, [(t, v) for t, v, smooth in alive if not smooth], needs_confirmation

@@ -1,6 +1,6 @@
-"""Modes under which a user's function runs: watched, or with other tensors in the place of captured ones.
+"""Modes under which a user's function runs: `Watch` records its operations, `Substitute` replaces captured tensors.
 
-A mode sees every torch function that is called, with its arguments.
+A mode (`torch.overrides.TorchFunctionMode`) intercepts every call of a torch function, with its arguments.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -17,31 +17,30 @@ import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.program import Program
 from implicitdiff._closures.program import version as version
+from implicitdiff._torch.levels import Fn
 from implicitdiff._torch.modes import DeviceContext, in_place_of, running
 from implicitdiff._torch.replacements import EXCHANGED, Exchange, exchanged
 from implicitdiff._torch.sparse import call as sparse_call
 from implicitdiff._torch.sparse import have_sparse
 from implicitdiff._torch.trees import Leaves
 
-Fn = TypeVar("Fn", bound=Callable[..., Any])
-
 
 def alias(tensors: Sequence[torch.Tensor]) -> Leaves:
-    """The tensors as operands of an autograd.Function: views, for two reasons.
+    """Return views of the tensors, as operands of an autograd.Function, for two reasons.
 
-    `apply` is no torch function, so a mode does not see its operands; the view is one, and a function that is watched
-    or run with substitutes gets the right operands. And captured tensors are told by identity: what a Function saves
-    and evaluates the function with must not be the very object that the function captures. Sparse tensors have no
-    views, and are copied.
+    `apply` is not a torch function, so a mode cannot see its operands. `view_as` is a torch function, so a mode records
+    or substitutes the operands. Second, captured tensors are recognised by identity. So an operand that an
+    autograd.Function saves must be another object than the captured tensor. Sparse tensors have no views, and are
+    copied.
     """
     return [t.view_as(t) if t.layout is torch.strided else t.clone() for t in tensors]
 
 
 class OwnMode(TorchFunctionMode):
-    """A mode of this library, round a function of the user.
+    """A mode of this library, around a function of the user.
 
     Attributes:
-        is_traced: whether the function will be evaluated again, so that the mode has to see the operands of every
+        is_traced: whether the function will be evaluated again: the mode must then see the operands of every
             autograd.Function.
     """
 
@@ -49,37 +48,36 @@ class OwnMode(TorchFunctionMode):
 
 
 def without_own_modes() -> AbstractContextManager[None]:
-    """Run the body without the modes of this library, as the body of an autograd.Function runs.
+    """Run the body without the modes of this library, like the body of an autograd.Function.
 
-    Below all transforms the levels begin anew, and the tensors of the first level would be taken for those of the first
-    level outside.
+    Below all transforms, level numbers start at 1 again. The modes would confuse tensors of an inner level with tensors
+    of the outer level of the same number.
     """
     return in_place_of([mode for mode in running() if not isinstance(mode, OwnMode)])
 
 
 def is_traced() -> bool:
-    """Return whether a watched or substituted function is running."""
+    """True if a function runs under `Watch` or `Substitute`."""
     return any([isinstance(mode, OwnMode) and mode.is_traced for mode in running()])
 
 
 def is_inside() -> bool:
-    """Return whether any function runs under a mode of this library."""
+    """True if any function runs under a mode of this library."""
     return any([isinstance(mode, OwnMode) for mode in running()])
 
 
 def let_addresses_through() -> bool:
-    """Return whether every running mode may be bypassed, so that kernels may read the memory of plain tensors."""
+    """True if every running mode may be bypassed, so that kernels may read the memory of plain tensors."""
     return all([isinstance(m, DeviceContext) or getattr(m, "lets_addresses_through", False) for m in running()])
 
 
 class Watch(OwnMode):
-    """Writes down the `Program` of a function, whether some of its operations have to be exchanged, and whether it
-    uses sparse tensors.
+    """A mode that records the `Program` of a function, and whether the function needs `Exchange` or sparse products.
 
     Args:
-        operands: what the function is given.
-        inert: how many levels are running, if all of them are inert, else -1.
-        exchanges: whether to exchange those operations here, in the place of `Exchange`.
+        operands: the operands of the function.
+        inert: the number of running levels, if all are inert, else -1.
+        exchanges: whether this mode exchanges operations itself, in the place of `Exchange`.
     """
 
     def __init__(self, operands: Leaves, inert: int, *, exchanges: bool = False) -> None:
@@ -88,11 +86,17 @@ class Watch(OwnMode):
         self.given = [(t, version(t)) for t in operands]
         self.exchanges = self.is_sparse = False
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         program, kwargs = self.program, kwargs or {}
-        # What is asked of tensors to write the program down is nobody's operation.
+        # The queries that the recording itself makes are not operations of the function.
         with functorch.no_modes():
-            arguments = program.receive(args, kwargs)
+            arguments = program.compared_arguments(args, kwargs)
             is_sparse = program.has_sparse and have_sparse(args, kwargs)
         is_exchanged = func in EXCHANGED
         self.exchanges = self.exchanges or is_exchanged
@@ -109,20 +113,20 @@ class Watch(OwnMode):
         return result
 
     def changed(self) -> Leaves:
-        """The tensors, given or captured, that the function has changed in place."""
+        """Return the operands and captured tensors that the function has changed in place."""
         return [t for t, before in (*self.given, *self.program.outside.values()) if version(t) != before]
 
 
 def watches() -> list[Watch]:
-    """Those that run, outermost first."""
+    """Return the running `Watch` modes, the outermost first."""
     return [mode for mode in running() if isinstance(mode, Watch)]
 
 
 def one_operation(fn: Fn) -> Fn:
-    """Decorate a function of the library that counts as one operation to a function that is watched.
+    """Decorate a function of the library so that `Watch` records a call as one operation.
 
-    How it computes may depend on the transforms that run. The functions that it is given are compared all the same,
-    see `Program.nest`.
+    The operations inside may differ between two evaluations, since the library chooses them by the running transforms.
+    User functions among the arguments are compared nevertheless, see `Program.nest`.
     """
 
     @functools.wraps(fn)
@@ -145,13 +149,13 @@ def one_operation(fn: Fn) -> Fn:
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """Run a function of the user, within such a function of the library, as a part of the function that is watched."""
+def as_user_code() -> Iterator[None]:
+    """Run user code inside a `one_operation` function so that `Watch` records the operations of the user code."""
     running = watches()
     if not running:
         yield
         return
-    # Functions further out are told by `Program.nest`.
+    # The innermost program alone; `Program.nest` adds this program to the outer programs.
     program = running[-1].program
     silent, program.silent = program.silent, 0
     try:
@@ -161,10 +165,10 @@ def heard() -> Iterator[None]:
 
 
 class Rewriting(OwnMode):
-    """A mode that gives torch functions other tensors in the place of some of their arguments.
+    """A mode that replaces tensors among the arguments of torch functions.
 
-    Inside of a wrapper of a transform the wrapped tensor is replaced. There is one new wrapper for each old one, since
-    transforms mark and compare their wrappers.
+    A tensor inside a wrapper of a transform is replaced too. Each wrapper gets one new wrapper only, since transforms
+    mark their wrappers and compare them by identity.
     """
 
     def __init__(self) -> None:
@@ -172,34 +176,40 @@ class Rewriting(OwnMode):
         self._wrappers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def resolve(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor that stands for another one, or that one itself."""
+        """Return the replacement of a tensor, or the tensor itself."""
         raise NotImplementedError
 
-    def rewritten(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def rewritten(self, args: Sequence[Any], kwargs: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with their tensors replaced."""
         new = tuple([functorch.swap(a, self.resolve) for a in args])
         return new, {k: functorch.swap(v, self.resolve) for k, v in (kwargs or {}).items()}
 
     def resolve_inside(self, wrapper: torch.Tensor) -> torch.Tensor:
-        """Return the wrapper with the tensor that it wraps replaced."""
+        """Return a wrapper of the replacement of the wrapped tensor."""
         if (known := self._wrappers.get(id(wrapper))) is not None:
             return known[1]
         new = functorch.replace_inside(wrapper, self.resolve)
         if new is not wrapper:
-            # The old wrapper is kept as well: its id must not go to another tensor.
+            # Keep the old wrapper alive, so that Python does not reuse its id.
             self._wrappers[id(wrapper)] = (wrapper, new)
         return new
 
 
 class Substitute(Rewriting):
-    """Gives torch functions operands in the place of captured tensors."""
+    """A mode that replaces captured tensors by operands."""
 
     def __init__(self, captured: Sequence[torch.Tensor], values: Sequence[torch.Tensor], inert: int) -> None:
         super().__init__()
         self.inert = inert
         self.values = {id(old): new for old, new in zip(captured, values, strict=True)}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         return functorch.call_inert(func, *self.rewritten(args, kwargs), self.inert)
 
     def resolve(self, tensor: torch.Tensor) -> torch.Tensor:

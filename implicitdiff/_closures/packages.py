@@ -1,52 +1,51 @@
-"""Whose code is trusted not to change between a call and its derivative."""
+"""Packages whose code is assumed not to change between a call and its derivative."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
 
-# With the standard library. What these packages keep in their own variables is not looked at.
+# These packages and the standard library: a walk does not enter their modules and classes.
 _TRUSTED = {"torch", "implicitdiff", "numpy", "scipy"} | sys.stdlib_module_names - {"__main__"}
 _SITES = {"site-packages", "dist-packages"}
 
 
-def top(module: Any) -> str:
-    """The package of a module, by the module's name."""
+def top_package(module: object) -> str:
+    """Return the top-level package of a module, given the module's name."""
     return module.partition(".")[0] if isinstance(module, str) else ""
 
 
-def is_trusted(module: Any) -> bool:
-    """Whether a module belongs to torch, NumPy, SciPy, the standard library or to this library."""
+def is_trusted(module: object) -> bool:
+    """True if a module belongs to torch, NumPy, SciPy, the standard library or this library."""
     return isinstance(module, str) and _has_trusted_top(module)
 
 
 @functools.lru_cache(maxsize=4096)
 def _has_trusted_top(module: str) -> bool:
-    return top(module) in _TRUSTED
+    return top_package(module) in _TRUSTED
 
 
-def is_installed(module: Any) -> bool:
-    """Whether an installer has put a module's file where it is.
-
-    A package that is installed in editable mode stays where its author writes it.
-    """
-    if not isinstance(module, str) or module == "__main__":  # a user's program, whoever starts it
+def is_installed(module: object) -> bool:
+    """True if an installer wrote the file of a module. Packages installed in editable mode are not of this sort."""
+    if not isinstance(module, str) or module == "__main__":  # the user's program, in any folder
         return False
     loaded = sys.modules.get(module)
-    file = own(loaded).get("__file__")
+    file = own_attributes(loaded).get("__file__")
     return isinstance(file, str) and _was_installed(file, module)
 
 
 @functools.lru_cache(maxsize=4096)
 def _was_installed(file: str, module: str) -> bool:
+    """True if a file is in a folder of installed packages, or in the records of an installer."""
     path = Path(file)
     if not _SITES.isdisjoint(path.parts):
         return True
+    # Elsewhere, such as `pip install --target`: go up from the file to the folder of the top-level package.
     depth = module.count(".") + (path.stem == "__init__")
     if depth >= len(path.parents):
         return False
@@ -56,7 +55,7 @@ def _was_installed(file: str, module: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _recorded(folder: Path) -> frozenset[str]:
-    """What the installer's records in a folder name there: these are in any folder that packages are installed to."""
+    """Return the names in a folder that installers recorded (``*.dist-info/RECORD``) in the same folder."""
     found: set[str] = set()
     for record in folder.glob("*.dist-info/RECORD"):
         with contextlib.suppress(OSError), record.open(encoding="utf-8", errors="replace") as lines:
@@ -64,9 +63,12 @@ def _recorded(folder: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-def homes(values: Any) -> frozenset[str]:
-    """The packages of the functions that a user has given, also inside of wrappers of torch and of this library."""
-    found, seen, todo = set(), set(), [*values]
+def home_packages(values: Iterable[object]) -> frozenset[str]:
+    """Return the top-level packages of a user's functions, including functions inside wrappers of torch and of this
+    library."""
+    found: set[str] = set()
+    seen: set[int] = set()
+    todo = [*values]
     while todo:
         value = todo.pop()
         if id(value) in seen or isinstance(value, type):
@@ -76,7 +78,7 @@ def homes(values: Any) -> frozenset[str]:
             if is_trusted(value.__globals__.get("__name__")):
                 todo += _wrapped(value)
             else:
-                found.add(top(value.__module__))
+                found.add(top_package(value.__module__))
         elif isinstance(value, functools.partial):
             todo.append(value.func)
         elif isinstance(value, MethodType):
@@ -84,14 +86,14 @@ def homes(values: Any) -> frozenset[str]:
         elif isinstance(value, (tuple, list)):
             todo += value
         elif type(value).__module__.startswith("implicitdiff"):
-            todo += own(value).values()
+            todo += own_attributes(value).values()
         elif callable(value) and not is_trusted(type(value).__module__) and not isinstance(value, BuiltinMethodType):
-            found.add(top(type(value).__module__))
+            found.add(top_package(type(value).__module__))
     return frozenset(found)
 
 
-def _wrapped(fn: FunctionType) -> Iterator[Any]:
-    """What a function holds that may be another function."""
+def _wrapped(fn: FunctionType) -> Iterator[object]:
+    """Yield the values of a wrapper function among which the wrapped function may be."""
     for cell in fn.__closure__ or ():
         try:
             yield cell.cell_contents
@@ -101,8 +103,8 @@ def _wrapped(fn: FunctionType) -> Iterator[Any]:
     yield fn.__dict__.get("__wrapped__")
 
 
-def own(value: Any) -> dict[str, Any]:
-    """The attributes of an object's own, without that it notices."""
+def own_attributes(value: object) -> dict[str, Any]:
+    """Return the instance dictionary of an object, without a call of the object's own `__getattribute__`."""
     try:
         found: dict[str, Any] = object.__getattribute__(value, "__dict__")
     except AttributeError:

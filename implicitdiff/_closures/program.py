@@ -1,82 +1,89 @@
-"""What a function did when it ran: its operations of torch, their arguments, and where each tensor came from.
+"""Record of one evaluation of a function: its torch operations, their arguments, and the origin of each tensor.
 
-A function is evaluated again when a derivative is taken. That it is the same function as before is not to be seen in
-its values: a residual at a solution is rounding noise. It is to be seen in its program. Two evaluations are the same
-function if they apply the same operations, in the same order, to the same numbers, strings and other arguments that are
-no tensors, and if every tensor came from the same place: the same operand, the result of the same operation, or the
-same constant.
+A function is evaluated again when a derivative is taken, and must be the same function then. Values cannot show a
+change: a residual at a solution is rounding noise. So the programs of the two evaluations are compared. Two programs
+are equal if they apply the same operations in the same order, with equal arguments other than tensors, and if every
+tensor has the same origin: the same operand, a result of the same operation, or the same constant.
 
-Nothing is asked of the tensors' values, so nothing waits for a device, and the comparison is the same under every
-transform.
+The comparison reads no values of tensors. So the host does not wait for a device, and the result is the same under
+every transform.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.trees import Leaves
 
-Origin = tuple[Any, ...]
-"""``("operand", i)``; ``("result", i, k)``, the k-th of the i-th operation; or ``("constant", id)``. There are no other
-tuples in a program."""
+Origin = tuple[str | int, ...]
+"""``("operand", i)``; ``("result", i, k)``, the k-th result of the i-th operation; or ``("constant", id)``. A program
+contains no other tuples: lists replace the tuples among arguments."""
+RecordedOperation = tuple[object, Sequence[object], Mapping[str, object]]
+"""``(function, arguments, keyword arguments)``; the function is a `Program` for a function passed to a solver."""
 
 
 class Program:
     """The operations of one evaluation.
 
     Attributes:
-        outside: the tensors that the function used and was not given and did not make, each with its version, by id.
+        outside: captured tensors (neither operands nor results of an operation) with their versions, by id.
         operations: ``(function, arguments, keyword arguments)``, with an `Origin` in the place of each tensor.
-        recorded: whether gradients were on, for each operation.
-        silent: how many library calls, each of which counts as one operation, are under way.
-        has_sparse: whether it has met a sparse tensor.
+        recorded: for each operation, whether gradients were enabled.
+        silent: the number of running library calls. A library call counts as one operation, so the operations inside
+            are not recorded.
+        has_sparse: whether a sparse tensor occurred.
+        aliases: origins that stand for the same tensor as another origin.
+        borrowed: arrays whose memory other code may write to, with checksums, by id.
     """
 
     def __init__(self, operands: Sequence[torch.Tensor]) -> None:
         self.depth = functorch.depth()
         self.outside: dict[int, tuple[torch.Tensor, int]] = {}
-        self.operations: list[tuple[Any, Any, Any]] = []
+        self.operations: list[RecordedOperation] = []
         self.recorded: list[bool] = []
-        # Where gradients are off all along, it does not show which operations a function records.
+        # Under an outer `no_grad` the flags in `recorded` are all False, and say nothing about the function.
         self.is_recording = torch.is_grad_enabled()
         self.silent = 0
         self.has_sparse = False
         self.aliases: dict[Origin, Origin] = {}
-        self.borrowed: dict[int, tuple[Any, Any]] = {}
+        self.borrowed: dict[int, tuple[npt.NDArray[Any], list[object]]] = {}
         self._origins: dict[int, Origin] = {}
         self._hidden: dict[int, weakref.ref[torch.Tensor]] = {}
-        # An id belongs to another tensor once its own has died, and what counts as captured would depend on chance.
-        self._alive: list[Any] = []
+        # Python reuses the id of a dead object. Keep all recorded tensors alive, so that ids stay unique.
+        self._alive: list[torch.Tensor] = []
         for i, operand in enumerate(operands):
             self._place(operand, ("operand", i))
 
     # --- recording --------------------------------------------------------------------------------------------------
 
-    def receive(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The arguments of an operation as they are compared; tensors among them are noted."""
+    def compared_arguments(
+        self, args: Sequence[object], kwargs: dict[str, Any]
+    ) -> tuple[Sequence[object], Mapping[str, object]]:
+        """Return the arguments of an operation in the form in which programs are compared; record captured tensors."""
         if self.silent:
             for tensor in _tensors_in([*args, *kwargs.values()]):
-                self.see(tensor)
+                self.origin_of(tensor)
             return (), {}
-        # Once for each operation, so without the calls of Python that can be had without.
+        # This loop runs for each operation, so common cases avoid a call of a Python function.
         shown, origins = [], self._origins
         for value in args:
-            # An id that has an origin is that of a tensor which is kept alive.
+            # Only tensors have origins, and `_alive` keeps the tensors, so the id is unique.
             known = origins.get(id(value))
-            shown.append(known or (value if type(value) in _PLAIN else self._shown(value)))
+            shown.append(known or (value if type(value) in _PLAIN_TYPES else self._as_compared(value)))
         if not kwargs:
             return shown, kwargs
-        return shown, {k: self._shown(v) for k, v in kwargs.items() if k not in _RECORDING}
+        return shown, {k: self._as_compared(v) for k, v in kwargs.items() if k not in _GRAPH_OPTIONS}
 
-    def add(self, function: Any, arguments: tuple[Any, Any], result: Any) -> None:
-        """Note an operation that has run."""
+    def add(self, function: object, arguments: tuple[Sequence[object], Mapping[str, object]], result: object) -> None:
+        """Record an operation that has run."""
         if isinstance(result, torch.Tensor) and not self.silent:
             self.operations.append((function, *arguments))
             self.recorded.append(torch.is_grad_enabled())
@@ -87,34 +94,36 @@ class Program:
             for tensor in made:
                 self._hide(tensor)
             return
+        # Operations that return None, such as `__setitem__`, write in place. Operations without a tensor among their
+        # results, such as queries of shapes, are not recorded.
         if made or (result is None and getattr(function, "__name__", "") not in _SWITCHES):
             self._note(function, arguments)
         for k, tensor in enumerate(made):
             self._add_result(tensor, ("result", len(self.operations), k))
 
     def nest(self, program: Program) -> None:
-        """Note the program of a function that this one gives to a solver or a linear solve."""
+        """Record, as one operation, the program of a function that this function passes to a solver."""
         self._note(program, ([], {}))
 
     def finish(self) -> None:
-        """Let the tensors go that the function made."""
+        """Drop the references to tensors that the function computed."""
         self._made = [weakref.ref(t) for t in self._alive if self._origins.get(id(t), _HIDDEN)[0] == "result"]
         self._alive.clear()
         self._origins.clear()
         self._hidden.clear()
 
-    def left(self) -> list[weakref.ref[torch.Tensor]]:
-        """The tensors that the function made and that have outlived it and its result: they are kept somewhere."""
+    def surviving_results(self) -> list[weakref.ref[torch.Tensor]]:
+        """Return the tensors that the function computed and stored: alive although its results are gone."""
         return [made for made in self._made if made() is not None]
 
-    def see(self, tensor: torch.Tensor) -> Origin:
-        """Where a tensor came from."""
+    def origin_of(self, tensor: torch.Tensor) -> Origin:
+        """Return the origin of a tensor; record a tensor of unknown origin as captured."""
         if (origin := self._origins.get(id(tensor))) is not None:
             return origin
         if id(tensor) in self.outside:
             return ("constant", id(tensor))
-        # Transforms that the function itself starts wrap what they are given without a torch function that could be
-        # seen.
+        # A transform inside the function wraps its arguments without a call of a torch function. Look for the origin of
+        # the wrapped tensor.
         while not self._knows(tensor) and functorch.level(tensor) > self.depth:
             tensor = functorch.unwrap(tensor)
         if self._knows(tensor):
@@ -125,7 +134,7 @@ class Program:
             self._note_borrowed(functorch.base(tensor))
         return ("constant", id(tensor))
 
-    def _note(self, function: Any, arguments: tuple[Any, Any]) -> None:
+    def _note(self, function: object, arguments: tuple[Sequence[object], Mapping[str, object]]) -> None:
         self.operations.append((function, *arguments))
         self.recorded.append(torch.is_grad_enabled())
 
@@ -133,15 +142,17 @@ class Program:
         return id(tensor) in self._origins or id(tensor) in self._hidden
 
     def _add_result(self, tensor: torch.Tensor, origin: Origin) -> None:
+        """Record the origin of a result; a result that is known already gets an alias."""
         known = ("constant", id(tensor)) if id(tensor) in self.outside else self._origins.get(id(tensor))
         if known is None:
             self._place(tensor, origin)
         else:
-            # What changes nothing, such as `contiguous`, returns its argument on plain tensors, and another under vmap.
+            # An operation without effect, such as `contiguous`, returns its argument; under vmap it returns a new
+            # tensor. The two origins then stand for the same tensor.
             self.aliases.setdefault(origin, known)
 
     def _place(self, tensor: torch.Tensor, origin: Origin) -> None:
-        """Note the origin of a tensor and of what it wraps, which a transform returns when it ends."""
+        """Record the origin of a tensor and of the tensors inside its wrappers: a transform that ends returns those."""
         self._origins[id(tensor)] = origin
         self._alive.append(tensor)
         self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
@@ -152,24 +163,28 @@ class Program:
                 self._alive.append(tensor)
 
     def _hide(self, tensor: torch.Tensor) -> None:
-        """Note a tensor that a library call has made, for as long as it lives: there may be any number of them."""
+        """Record a tensor that a library call computed, without keeping the tensor alive: a search computes many."""
         key = id(tensor)
         if key not in self._origins:
             self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
             self._hidden[key] = weakref.ref(tensor, lambda _: self._hidden.pop(key, None))
 
-    def _shown(self, value: Any) -> Any:
+    def _as_compared(self, value: object) -> object:
+        """Return an argument in the form in which programs are compared: origins for tensors, lists for tuples.
+
+        None stands for objects without a comparison by value.
+        """
         if isinstance(value, torch.Tensor):
-            return self.see(value)
+            return self.origin_of(value)
         kind = type(value)
-        if kind in _PLAIN:
+        if kind in _PLAIN_TYPES:
             return value
         if isinstance(value, (list, tuple)):
-            return [self._shown(v) for v in value]
+            return [self._as_compared(v) for v in value]
         if isinstance(value, dict):
-            return {k: self._shown(v) for k, v in value.items()}
-        if kind is slice:
-            return ["slice", *map(self._shown, (value.start, value.stop, value.step))]
+            return {k: self._as_compared(v) for k, v in value.items()}
+        if isinstance(value, slice):
+            return ["slice", *map(self._as_compared, (value.start, value.stop, value.step))]
         if isinstance(value, np.ndarray):
             return ["array", value.shape.__repr__(), str(value.dtype), self._borrow(value)]
         if isinstance(value, torch.Generator):
@@ -177,20 +192,20 @@ class Program:
                 return ["generator", value.get_state().numpy().tobytes()]
         return value if isinstance(value, (int, float, complex, str, np.generic)) else None
 
-    # --- memory that others may write to ----------------------------------------------------------------------------
+    # --- memory that other code may write to --------------------------------------------------------------------------
 
     def note_memory(self, operands: Leaves) -> None:
-        """Note the memory of operands as well, if others may write to it."""
+        """Record checksums of operands whose memory other code may write to."""
         for operand in operands:
             self._note_borrowed(functorch.base(operand))
 
     def _note_borrowed(self, tensor: torch.Tensor) -> None:
         if tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.numel() and is_borrowed(tensor):
             with functorch.no_levels(), functorch.no_modes():
-                self._borrow(_array(tensor))
+                self._borrow(_as_numpy(tensor))
 
-    def _borrow(self, array: Any) -> Any:
-        """A checksum of an array, which is kept to be compared later."""
+    def _borrow(self, array: npt.NDArray[Any] | None) -> list[object] | None:
+        """Return the checksum of an array, and record the checksum for a later comparison."""
         if array is None:
             return None
         self.borrowed[id(array)] = (array, found := checksum(array))
@@ -199,13 +214,14 @@ class Program:
     # --- comparing --------------------------------------------------------------------------------------------------
 
     def difference(self, then: Program, constants: set[int] | None) -> str | None:
-        """The first difference from an earlier program, in words; None if there is none.
+        """Return the first difference from an earlier program in words, or None.
 
         Args:
-            then: the program before.
-            constants: ids of the tensors whose identity has to be the same; None: origins are not compared.
+            then: the earlier program.
+            constants: ids of the captured tensors that must be identical; None: do not compare origins.
         """
         same = _Comparison({**then.aliases, **self.aliases}, constants)
+        # The lengths are compared last: the first different operation says more.
         for i, (a, b) in enumerate(zip(self.operations, then.operations, strict=False)):
             if a == b:
                 continue
@@ -213,27 +229,29 @@ class Program:
                 if (inner := a[0].difference(b[0], None)) is not None:
                     return f"in a function that it gives to a solver or a linear solve, {inner}"
             elif a[0] != b[0]:
-                return f"its operation {i} is {_name(a[0])}, where it was {_name(b[0])}"
+                return f"its operation {i} is {_describe_function(a[0])}, where it was {_describe_function(b[0])}"
             elif not (same(a[1], b[1]) and same(a[2], b[2])):
-                return f"its operation {i}, {_name(a[0])}, receives ({_call(a)}), where it received ({_call(b)})"
+                return (
+                    f"its operation {i}, {_describe_function(a[0])}, receives ({_describe_call(a)}), where it received "
+                    f"({_describe_call(b)})"
+                )
         if len(self.operations) != len(then.operations):
             return f"it has {len(self.operations)} operations, where it had {len(then.operations)}"
         if self.is_recording and then.is_recording and self.recorded != then.recorded:
             i = next(i for i, (a, b) in enumerate(zip(self.recorded, then.recorded, strict=True)) if a != b)
             now, before = ("on", "off") if self.recorded[i] else ("off", "on")
-            return (
-                f"gradients are {now} for its operation {i}, {_name(self.operations[i][0])}, where they were {before}"
-            )
+            name = _describe_function(self.operations[i][0])
+            return f"gradients are {now} for its operation {i}, {name}, where they were {before}"
         return None
 
 
 class _Comparison:
-    """Whether two arguments are the same."""
+    """Comparison of two arguments of an operation."""
 
     def __init__(self, aliases: dict[Origin, Origin], constants: set[int] | None) -> None:
         self.aliases, self.constants = aliases, constants
 
-    def __call__(self, now: Any, then: Any) -> bool:
+    def __call__(self, now: object, then: object) -> bool:
         if isinstance(then, tuple):
             return isinstance(now, tuple) and self._origins(self._first(now), self._first(then))
         if isinstance(then, (float, complex)) and isinstance(now, (float, complex)):
@@ -244,76 +262,78 @@ class _Comparison:
             return isinstance(now, dict) and now.keys() == then.keys() and all(self(now[k], then[k]) for k in now)
         return type(now) is type(then) and bool(now == then)
 
-    def _first(self, origin: Any) -> Origin:
+    def _first(self, origin: Origin) -> Origin:
         while origin in self.aliases:
             origin = self.aliases[origin]
-        return origin  # type: ignore[no-any-return]
+        return origin
 
     def _origins(self, now: Origin, then: Origin) -> bool:
+        """True if two origins are equal, or need not be compared."""
         if self.constants is None:
             return True
         if then[0] == "constant" and then[1] not in self.constants:
-            # Made out of sight, each time anew.
+            # The function computes this tensor anew each time, unseen by the mode, so ids differ.
             return bool(now[0] == "constant")
         return bool(now == then)
 
 
 _HIDDEN: Origin = ("result", -1, 0)
-_PLAIN = {int, float, bool, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout}
-_PLAIN |= {torch.memory_format}
-# How much of it is recorded does not change a result.
-_RECORDING = ("create_graph", "retain_graph")
-# What returns nothing and computes nothing.
+_PLAIN_TYPES = {int, float, bool, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout}
+_PLAIN_TYPES |= {torch.memory_format}
+# Keyword arguments of `torch.autograd.grad` that do not change its result.
+_GRAPH_OPTIONS = ("create_graph", "retain_graph")
+# Functions without a result that set a state of torch or of a tensor, or run a backward pass.
 _SWITCHES = ("_set_grad_enabled", "backward", "__set__")
 
 
-def _tensors_in(result: Any) -> Leaves:
+def _tensors_in(result: object) -> Leaves:
     return pytree.tensors(result) if isinstance(result, (tuple, list, dict)) else []
 
 
 def _are_close(now: complex, then: complex) -> bool:
-    """Whether two numbers are the same to rounding: they may have been computed from tensors."""
+    """True if two numbers are equal up to rounding: a function may compute its arguments from tensors."""
     both_nan = now != now and then != then
     return bool(both_nan or now == then or abs(now - then) <= 1e-6 * max(abs(now), abs(then)))
 
 
-def _name(function: Any) -> str:
+def _describe_function(function: object) -> str:
     return "a library call" if isinstance(function, Program) else str(getattr(function, "__name__", function))
 
 
-def _call(operation: tuple[Any, Any, Any]) -> str:
+def _describe_call(operation: RecordedOperation) -> str:
     _, args, kwargs = operation
-    shown = [*map(_word, args), *(f"{k}={_word(v)}" for k, v in kwargs.items())]
+    shown = [*map(_describe_value, args), *(f"{k}={_describe_value(v)}" for k, v in kwargs.items())]
     text = ", ".join(shown)
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _word(value: Any) -> str:
+def _describe_value(value: object) -> str:
     if isinstance(value, tuple):
         return {"operand": f"operand {value[1]}", "result": f"result {value[1]}"}.get(value[0], "a captured tensor")
     if isinstance(value, list):
         if value and value[0] in ("array", "generator"):
             return f"a {value[0]} in this state"
-        return f"[{', '.join(map(_word, value))}]"
+        return f"[{', '.join(map(_describe_value, value))}]"
     return repr(value)
 
 
 def version(tensor: torch.Tensor) -> int:
-    """Counts the changes of a plain tensor in place; constant for tensors that do not count them."""
+    """Return autograd's count of in-place changes; 0 for wrappers and inference tensors, which have no count."""
     return tensor._version if functorch.is_plain(tensor) and not tensor.is_inference() else 0
 
 
 def is_borrowed(tensor: torch.Tensor) -> bool:
-    """Whether the memory of a tensor belongs to somebody else, who may write to it unseen, as NumPy may."""
+    """True if other code, such as NumPy, owns the memory of a tensor, and may write without a change of `version`."""
     try:
         return not tensor.untyped_storage().resizable()
-    except NotImplementedError:  # subclasses and wrappers that have no memory
+    except NotImplementedError:  # subclasses and wrappers without memory
         return False
 
 
-def _array(tensor: torch.Tensor) -> Any:
-    """The memory of a plain tensor as an array; None where NumPy has no such type."""
+def _as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any] | None:
+    """Return the memory of a plain tensor as an array; None for a dtype that NumPy lacks."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
+    # NumPy has no bfloat16. The bits serve for a checksum.
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.view(torch.int16)
     try:
@@ -322,11 +342,12 @@ def _array(tensor: torch.Tensor) -> Any:
         return None
 
 
-def checksum(array: Any) -> list[Any]:
-    """Sums over 64 stretches of memory: as fast as memory is read, and not the same after a permutation of rows."""
+def checksum(array: npt.NDArray[Any]) -> list[object]:
+    """Return sums over 64 stretches of memory: fast to compute, and sensitive to a permutation of rows."""
     if array.dtype.hasobject:
         return [repr(array)]
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    # Sums of 64-bit words wrap around, like any checksum; the last bytes are kept as they are.
     words = data[: data.size // 8 * 8].view(np.uint64)
     rest = data[words.size * 8 :].tobytes()
     if not words.size:

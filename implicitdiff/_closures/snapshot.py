@@ -1,13 +1,13 @@
-"""The variables of a function as they are now, and the function run with them later.
+"""The values of a function's variables at the call, and later evaluations with these values.
 
 Python looks a variable up when the function runs. A condition runs again when the derivative is taken, often after the
-loop that defined it has gone on to the next task. A snapshot notes the places where Python looks values up (`walk`
-finds them), with the values: cells of closures, global variables, defaults, attributes, items of lists and
-dictionaries, the parameters, buffers and flags of modules. Later the function itself runs. For that time, the values
-are put back into the places that hold other values by then. Nothing is copied, so identities, registries and relative
+loop that defined the condition has gone on to the next task. A snapshot records the locations where Python looks values
+up (see `walk`), and the values: cells of closures, global variables, defaults, attributes, items of lists and
+dictionaries, the parameters, buffers and flags of modules. For a later run of the function, the snapshot writes the
+recorded values back into the locations that have changed. Nothing is copied, so identities, registries and relative
 imports are those of the user's own function.
 
-A snapshot cannot know every place. The operations of a function are compared as well, see `program`.
+A snapshot cannot find every location, for example those in compiled code. So `program` also compares the operations.
 """
 
 from __future__ import annotations
@@ -15,51 +15,61 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
-from implicitdiff._closures.variables import Place
+from implicitdiff._closures.variables import Location
 from implicitdiff._closures.walk import Walk
 
-# Putting back writes to variables that other threads may read.
+# Restoring writes to variables that other threads may read.
 _LOCK = threading.RLock()
 
 
 class Snapshot:
-    """The places where a function looks values up, with these values.
+    """The locations where a function looks values up, with the values at the call.
 
     Attributes:
-        places: these places.
+        locations: the locations, each with its value.
     """
 
-    def __init__(self, fn: Any, args: Sequence[Any] = ()) -> None:
-        """Note the places of a function and of its arguments that are no tensors."""
-        self.places: list[Place] = Walk(fn, args).places
+    def __init__(self, fn: object, args: Sequence[object] = ()) -> None:
+        """Record the locations that a function, and its arguments other than tensors, lead to."""
+        self.locations: list[Location] = Walk(fn, args).locations
 
     def replaced(self) -> list[torch.Tensor]:
-        """The tensors that other values have taken the places of."""
-        return [v for place in self.places if not place.holds() for v in place.lost() if isinstance(v, torch.Tensor)]
+        """Return the recorded tensors that other values have replaced."""
+        return [
+            v
+            for location in self.locations
+            if not location.is_unchanged()
+            for v in location.replaced()
+            if isinstance(v, torch.Tensor)
+        ]
 
     def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> None:
-        """After one evaluation, forget the places that it has written itself (counters, caches, logs), and tensors that
-        it has not used: in a script, one may hold the graph of the call before, which holds that of the call before."""
-        self.places = [
-            place for place in self.places if (place.holds() or place.keep_unwritten()) and place.keep_used(is_used)
+        """Forget locations that an evaluation wrote (counters, caches, logs), and unused tensors.
+
+        An unused variable of a script, such as the last loss, may hold the graph of the previous call, which would hold
+        the graph of the call before, and so on.
+        """
+        self.locations = [
+            location
+            for location in self.locations
+            if (location.is_unchanged() or location.keep_unwritten()) and location.keep_used(is_used)
         ]
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
-        """Run the body with every place as it was. Places that are as they were are not written to."""
-        if all([place.holds() for place in self.places]):
+        """Run the body with the recorded values in all locations. Unchanged locations are not written to."""
+        if all([location.is_unchanged() for location in self.locations]):
             yield
             return
         with _LOCK:
-            changed = [(place, place.now()) for place in self.places if not place.holds()]
+            changed = [(location, location.read()) for location in self.locations if not location.is_unchanged()]
             try:
-                for place, _ in changed:
-                    place.restore()
+                for location, _ in changed:
+                    location.restore()
                 yield
             finally:
-                for place, now in reversed(changed):
-                    place.put(now)
+                for location, now in reversed(changed):
+                    location.write(now)

@@ -1,26 +1,26 @@
-"""Places where Python looks a value up: cells of closures, variables, attributes, containers."""
+"""Locations where Python looks values up: cells of closures, variables, attributes, containers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 
 class Absent:
-    """Stands where nothing is."""
+    """Type of the mark for a location without a value."""
 
 
-ABSENT: Any = Absent()
+ABSENT: Final = Absent()
 
 
-class Place:
-    """Where Python looks a value up.
+class Location:
+    """A location where Python looks a value up.
 
     Attributes:
-        owner: what holds the value.
-        key: the value's name there.
+        owner: the object that holds the value.
+        key: the name of the value in `owner`.
         value: the value at the time of the snapshot.
     """
 
@@ -28,79 +28,84 @@ class Place:
 
     def __init__(self, owner: Any, key: Any = None) -> None:
         self.owner, self.key = owner, key
-        self.value = self.now()
+        self.value = self.read()
 
-    def now(self) -> Any:
+    def read(self) -> Any:
+        """Return the current value, or `ABSENT`."""
         raise NotImplementedError
 
-    def put(self, value: Any) -> None:
+    def write(self, value: Any) -> None:
+        """Store a value that `read` returned, or delete the value for `ABSENT`."""
         raise NotImplementedError
 
-    def holds(self) -> bool:
-        """Whether the place is as it was."""
-        return self.now() is self.value
+    def is_unchanged(self) -> bool:
+        """True if the location holds the recorded value."""
+        return self.read() is self.value
 
     def restore(self) -> None:
-        self.put(self.value)
+        """Store the recorded value again."""
+        self.write(self.value)
 
-    def lost(self) -> list[Any]:
-        """The values that are no longer there, where the place is not as it was."""
+    def replaced(self) -> list[object]:
+        """Return the recorded values that a changed location no longer holds."""
         return [self.value]
 
     def keep_unwritten(self) -> bool:
-        """Forget what is no longer there; whether anything is left."""
+        """Forget the values that a changed location no longer holds. Return True if any value is left."""
         return False
 
     def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> bool:
-        """Forget tensors that are not used; whether anything is left."""
+        """Forget the tensors that are not used. Return True if any value is left."""
         return not isinstance(self.value, torch.Tensor) or is_used(self.value)
 
 
-class Cell(Place):
+class ClosureCell(Location):
     """A variable of an enclosing function."""
 
     __slots__ = ()
 
-    def now(self) -> Any:
+    def read(self) -> Any:
         try:
             return self.owner.cell_contents
         except ValueError:  # not assigned yet
             return ABSENT
 
-    def put(self, value: Any) -> None:
+    def write(self, value: Any) -> None:
         if value is not ABSENT:
             self.owner.cell_contents = value
-        elif self.now() is not ABSENT:
+        elif self.read() is not ABSENT:
             del self.owner.cell_contents
 
 
-class Variables(Place):
-    """Some values of a dictionary of variables or attributes, by name. There may be many thousands of such places, so
-    all of one dictionary are one."""
+class Variables(Location):
+    """Some values of a dictionary of variables or attributes, by name.
+
+    One object for all names of a dictionary: a function may look up many thousands.
+    """
 
     __slots__ = ()
 
     def __init__(self, owner: dict[str, Any]) -> None:
         self.owner, self.key, self.value = owner, None, {}
 
-    def add(self, names: Iterable[str]) -> list[Any]:
-        """Note the values of these names; returns those of new ones."""
+    def add(self, names: Iterable[str]) -> list[object]:
+        """Record the values of these names, and return the values of new names."""
         get, known = self.owner.get, self.value
         fresh = {name: get(name, ABSENT) for name in names if name not in known}
         known.update(fresh)
         return list(fresh.values())
 
-    def now(self) -> Any:
+    def read(self) -> Any:
         return {name: now for name, v in self.value.items() if (now := self.owner.get(name, ABSENT)) is not v}
 
-    def put(self, value: Any) -> None:
+    def write(self, value: Any) -> None:
         for name, v in value.items():
             if v is ABSENT:
                 self.owner.pop(name, None)
             else:
                 self.owner[name] = v
 
-    def holds(self) -> bool:
+    def is_unchanged(self) -> bool:
         get = self.owner.get
         for name, v in self.value.items():  # noqa: SIM110 - the time of a call
             if get(name, ABSENT) is not v:
@@ -108,13 +113,13 @@ class Variables(Place):
         return True
 
     def restore(self) -> None:
-        self.put({name: self.value[name] for name in self.now()})
+        self.write({name: self.value[name] for name in self.read()})
 
-    def lost(self) -> list[Any]:
-        return [self.value[name] for name in self.now()]
+    def replaced(self) -> list[object]:
+        return [self.value[name] for name in self.read()]
 
     def keep_unwritten(self) -> bool:
-        for name in self.now():
+        for name in self.read():
             del self.value[name]
         return bool(self.value)
 
@@ -124,48 +129,51 @@ class Variables(Place):
         return bool(self.value)
 
 
-class Attribute(Place):
-    """An attribute that lies in no dictionary: a slot of an object, or a class's own value."""
+class Attribute(Location):
+    """An attribute outside of an instance dictionary: a slot of an object, or an attribute of a class."""
 
     __slots__ = ()
 
-    def now(self) -> Any:
+    def read(self) -> Any:
         if isinstance(self.owner, type):
             return vars(self.owner).get(self.key, ABSENT)
+        # Without the owner's own `__getattribute__` and `__getattr__`, which may compute or raise.
         try:
             return object.__getattribute__(self.owner, self.key)
         except AttributeError:
             return ABSENT
 
-    def put(self, value: Any) -> None:
+    def write(self, value: Any) -> None:
         setter = type.__setattr__ if isinstance(self.owner, type) else object.__setattr__
         if value is not ABSENT:
             setter(self.owner, self.key, value)
-        elif self.now() is not ABSENT:
+        elif self.read() is not ABSENT:
             delattr(self.owner, self.key)
 
 
-class Contents(Place):
-    """All that a list, a deque, a set or a dictionary holds. A tensor that the function does not use gives way to
-    `ABSENT`: whatever is there later, stays."""
+class Contents(Location):
+    """The contents of a list, a deque, a set or a dictionary.
+
+    `ABSENT` replaces a tensor that the function does not use: `restore` leaves the current item in its place.
+    """
 
     __slots__ = ()
 
-    def now(self) -> Any:
+    def read(self) -> Any:
         return dict(self.owner) if isinstance(self.owner, dict) else list(self.owner)
 
-    def put(self, value: Any) -> None:
+    def write(self, value: Any) -> None:
         self.owner.clear()
         self.owner.extend(value) if hasattr(self.owner, "extend") else self.owner.update(value)
 
-    def holds(self) -> bool:
-        now = self.now()
+    def is_unchanged(self) -> bool:
+        now = self.read()
         if len(now) != len(self.value):
             return False
         if not isinstance(now, dict):
             return all([a is b or a is ABSENT for a, b in zip(self.value, now, strict=True)])
         for (key, v), (key_now, v_now) in zip(self.value.items(), now.items(), strict=True):
-            # Keys not by equality alone: they may be tensors.
+            # Compare keys by identity first: `==` of tensors returns a tensor.
             if key is not key_now and not (type(key) in (str, int) and key == key_now):
                 return False
             if v is not v_now and v is not ABSENT:
@@ -173,16 +181,18 @@ class Contents(Place):
         return True
 
     def restore(self) -> None:
-        now = self.now()
+        now = self.read()
         if isinstance(now, dict):
+            # `ABSENT` marks a forgotten item: the current item stays, if any.
             then = {k: now.get(k, ABSENT) if v is ABSENT else v for k, v in self.value.items()}
-            self.put({k: v for k, v in then.items() if v is not ABSENT})
+            self.write({k: v for k, v in then.items() if v is not ABSENT})
         else:
+            # Padded, because the list may be shorter now.
             later = [*now, *[None] * len(self.value)]
-            self.put([later[i] if v is ABSENT else v for i, v in enumerate(self.value)])
+            self.write([later[i] if v is ABSENT else v for i, v in enumerate(self.value)])
 
-    def lost(self) -> list[Any]:
-        then, now = self.value, self.now()
+    def replaced(self) -> list[object]:
+        then, now = self.value, self.read()
         if isinstance(now, dict):
             then, now = then.values(), now.values()
         there = set(map(id, now))

@@ -1,8 +1,8 @@
-"""The walk from a function to every place where it may look a value up.
+"""Search for all locations where a function may look a value up.
 
-The code of an installed package is trusted not to change: the global variables of its functions are not noted, unless
-the function itself belongs to that package. Attributes of its modules, classes and objects are, as far as the user's
-code, or the methods of the object itself, name them.
+The code of an installed package is assumed not to change. So the search skips the global variables of its functions,
+unless the user's function belongs to the same package. The search includes attributes of its modules, classes and
+objects if the user's code, or a method of the object itself, mentions their names.
 """
 
 from __future__ import annotations
@@ -27,42 +27,47 @@ from types import (
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import Module
 
-from implicitdiff._closures.packages import homes, is_installed, is_trusted, own, top
-from implicitdiff._closures.variables import Absent, Attribute, Cell, Contents, Place, Variables
+from implicitdiff._closures.packages import home_packages, is_installed, is_trusted, own_attributes, top_package
+from implicitdiff._closures.variables import Absent, Attribute, ClosureCell, Contents, Location, Variables
 
-_ATOMS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Absent)
+_ATOMIC_TYPES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Absent)
 
 
 _CONTAINERS = (list, dict, set, deque)
 
 
-# Larger containers, and what lies behind so many places, are left to the comparison of operations.
-_LARGE = 10_000
+# Limits on the items of one container and on all recorded values. Beyond them, only the comparison of operations
+# (`program`) can show a change.
+_MAX_ITEMS = 10_000
 
 
-_MANY = 50_000
+_MAX_VALUES = 50_000
 
 
-def tensors_within(fn: Any, args: Sequence[Any]) -> tuple[list[torch.Tensor], bool]:
-    """The tensors that a function, and arguments that are no tensors, are seen to lead to; and whether these are all:
-    nothing was met that may hold others out of sight."""
+def tensors_within(fn: object, args: Sequence[object]) -> tuple[list[torch.Tensor], bool]:
+    """Return the tensors that can be reached from a function and from arguments other than tensors.
+
+    The second result is True if the list is complete: no object was reached that may hide other tensors.
+    """
     walk = Walk(fn, args)
-    return walk.tensors, not walk.is_blind and walk.count < _MANY
+    return walk.tensors, not walk.may_miss_tensors and walk.count < _MAX_VALUES
 
 
-class _Kind:
-    """A class of a user or of an installed package, and what is known of it.
+class _ClassInfo:
+    """Facts about a class of the user or of an installed package.
 
     Attributes:
-        bases: it and those of its bases whose members may be others later.
-        names: attributes that its methods of installed packages look up. Only methods that are named somewhere count.
+        bases: the class and its base classes, without classes of trusted packages.
+        names: attributes that methods of the class from installed packages look up. Only methods whose names occur in
+            reached code count.
         stored: attributes that these methods set.
-        members: which members are known.
-        slots: attributes of its objects that lie in no dictionary.
-        hidden: values of its own that attributes of an object would hide.
+        members: the members that were visited.
+        slots: attributes of its instances that are stored outside of the instance dictionary.
+        hidden: class attributes that an instance attribute of the same name would hide.
     """
 
     __slots__ = ("bases", "hidden", "members", "names", "slots", "stored")
@@ -77,110 +82,112 @@ class _Kind:
 
 
 class Walk:
-    """From a function to all that it may look up, breadth first.
+    """Breadth-first search from a function to all values that the function may look up.
 
-    An attribute is looked up only where some function that is reached names it. So objects wait, and are looked at
-    again when a function with new names is found.
+    An attribute is recorded only if a reached function mentions its name. So reached objects stay in a list, and are
+    examined again whenever a function with new names is reached.
 
     Attributes:
-        places: where values are looked up.
-        count: how many values these hold.
-        tensors: the tensors that were met.
-        is_blind: whether something was met that may lead to other tensors out of sight.
+        locations: the locations of the values.
+        count: the number of recorded values.
+        tensors: the reached tensors.
+        may_miss_tensors: whether an object was reached that may hide other tensors.
     """
 
-    def __init__(self, fn: Any, args: Sequence[Any]) -> None:
+    def __init__(self, fn: object, args: Sequence[object]) -> None:
         self.fn = fn
-        self.places: list[Place] = []
+        self.locations: list[Location] = []
         self.count = 0
         self.tensors: list[torch.Tensor] = []
-        self.is_blind = False
-        self.todo: deque[Any] = deque([fn, *args])
-        # By id; with the objects themselves, so that no other takes an id over.
-        self.seen: dict[int, Any] = {}
+        self.may_miss_tensors = False
+        self.todo: deque[object] = deque([fn, *args])
+        # By id. The objects are kept alive, so that Python does not reuse an id.
+        self.seen: dict[int, object] = {}
         self.variables: dict[int, Variables] = {}
         self.attributes: set[tuple[int, str]] = set()
-        self.objects: list[tuple[Any, dict[str, Any], _Kind | None]] = []
-        self.kinds: dict[type, _Kind] = {}
+        self.objects: list[tuple[object, dict[str, Any], _ClassInfo | None]] = []
+        self.classes: dict[type, _ClassInfo] = {}
         self.names: set[str] = {*_OPERATORS, "forward"}
-        # Names of attributes that some function sets. An object may not have them yet.
+        # Names of attributes that a reached function sets. An object may not have such an attribute yet.
         self.stored: set[str] = set()
         self._run()
 
     def _run(self) -> None:
+        # Names and objects depend on each other: repeat until neither grows.
         looked_at = -1
-        while self.todo or looked_at < self._extent():
-            while self.todo and self.count < _MANY:
+        while self.todo or looked_at < self._progress():
+            while self.todo and self.count < _MAX_VALUES:
                 value = self.todo.popleft()
                 of: type = type(value)
-                if (way := _way(of)) is not _pass_by and id(value) not in self.seen:
-                    self._visit(value, way)
-            if self.count >= _MANY:
+                if (visit := _visitor_of(of)) is not _ignore and id(value) not in self.seen:
+                    self._visit(value, visit)
+            if self.count >= _MAX_VALUES:
                 return
-            looked_at = self._extent()
-            for kind in [*self.kinds.values()]:
-                self._members(kind)
+            looked_at = self._progress()
+            for info in [*self.classes.values()]:
+                self._members(info)
             for waiting in self.objects:
-                if self.count < _MANY:
+                if self.count < _MAX_VALUES:
                     self._attributes(*waiting)
 
-    def _extent(self) -> int:
-        """Grows with what is known."""
-        return len(self.names) + len(self.stored) + len(self.objects) + len(self.kinds)
+    def _progress(self) -> int:
+        """Return the number of known names, objects and classes."""
+        return len(self.names) + len(self.stored) + len(self.objects) + len(self.classes)
 
     @functools.cached_property
     def homes(self) -> frozenset[str]:
-        return homes([self.fn])
+        return home_packages([self.fn])
 
-    def _is_followed(self, module: Any) -> bool:
-        """Whether the code of a module may change: that of a user, or of the package that the function belongs to."""
-        return not is_trusted(module) and (not is_installed(module) or top(module) in self.homes)
+    def _is_followed(self, module: object) -> bool:
+        """True if the code of a module may change: a module of the user, or of the package of the user's function."""
+        return not is_trusted(module) and (not is_installed(module) or top_package(module) in self.homes)
 
-    # --- places -----------------------------------------------------------------------------------------------------
+    # --- locations --------------------------------------------------------------------------------------------------
 
-    def _note(self, place: Place) -> None:
-        self.places.append(place)
+    def _note(self, location: Location) -> None:
+        self.locations.append(location)
         self.count += 1
-        self.todo.append(place.value)
+        self.todo.append(location.value)
 
     def _note_variables(self, owner: dict[str, Any], names: Iterable[str]) -> None:
-        if (place := self.variables.get(id(owner))) is None:
-            self.variables[id(owner)] = place = Variables(owner)
-            self.places.append(place)
-        fresh = place.add(names)
+        if (location := self.variables.get(id(owner))) is None:
+            self.variables[id(owner)] = location = Variables(owner)
+            self.locations.append(location)
+        fresh = location.add(names)
         self.count += len(fresh)
         self.todo += fresh
 
-    def _note_attribute(self, owner: Any, name: str) -> None:
+    def _note_attribute(self, owner: object, name: str) -> None:
         if (id(owner), name) not in self.attributes:
             self.attributes.add((id(owner), name))
             self._note(Attribute(owner, name))
 
     # --- values -----------------------------------------------------------------------------------------------------
 
-    def _visit(self, value: Any, way: Callable[[Walk, Any], None]) -> None:
-        if way is Walk._object and isinstance(value, _LOOKED_INTO):  # a proxy says that it is of another class
-            way = _way(value.__class__)
-        if way is not _keep:
+    def _visit(self, value: object, visit: Callable[[Walk, Any], None]) -> None:
+        if visit is Walk._object and isinstance(value, _VISITED_TYPES):  # a proxy, whose `__class__` is another class
+            of: type = value.__class__
+            visit = _visitor_of(of)
+        if visit is not _note_tensor:
             self.seen[id(value)] = value
-        way(self, value)
+        visit(self, value)
 
     def _function(self, fn: FunctionType) -> None:
         module = fn.__globals__.get("__name__")
-        is_library = top(module) == "implicitdiff"
+        is_library = top_package(module) == "implicitdiff"
         for cell in fn.__closure__ or ():
-            place = Cell(cell)
-            # The library's own variables do not change.
+            location = ClosureCell(cell)
+            # Variables of this library do not change, so their values are followed but not recorded.
             if is_library:
-                self.todo.append(place.value)
+                self.todo.append(location.value)
             else:
-                self._note(place)
+                self._note(location)
         self.todo += fn.__defaults__ or ()
         self.todo += (fn.__kwdefaults__ or {}).values()
         if fn.__dict__:
             self.objects.append((fn, fn.__dict__, None))
         if self._is_followed(module):
-            variables, attributes, stored = _names(fn.__code__)
+            variables, attributes, stored = _names_used(fn.__code__)
             self.names |= attributes
             self.stored |= stored
             if found := variables & fn.__globals__.keys():
@@ -195,25 +202,26 @@ class Walk:
     def _partial(self, value: functools.partial[Any]) -> None:
         self.todo += (value.func, *value.args, *value.keywords.values())
 
-    def _fixed(self, value: tuple[Any, ...] | frozenset[Any]) -> None:
+    def _fixed(self, value: tuple[object, ...] | frozenset[object]) -> None:
         self.todo += value
 
     def _container(self, value: Any) -> None:
-        if len(value) > _LARGE:
-            self.is_blind = True
+        if len(value) > _MAX_ITEMS:
+            self.may_miss_tensors = True
         else:
-            place = Contents(value)
-            self.places.append(place)
-            self.count += 1 + len(place.value)
-            self.todo += place.value.values() if isinstance(place.value, dict) else place.value
+            location = Contents(value)
+            self.locations.append(location)
+            self.count += 1 + len(location.value)
+            self.todo += location.value.values() if isinstance(location.value, dict) else location.value
         if isinstance(value, defaultdict):
             self.todo.append(value.default_factory)
 
-    def _descriptor(self, value: Any) -> None:
+    def _descriptor(self, value: property | staticmethod[..., Any] | classmethod[Any, ..., Any]) -> None:
         self.todo.append(_function_of(value))
 
-    def _array(self, value: Any) -> None:
-        self.is_blind = self.is_blind or value.dtype.hasobject
+    def _array(self, value: npt.NDArray[Any]) -> None:
+        # An array of dtype object may hold tensors.
+        self.may_miss_tensors = self.may_miss_tensors or value.dtype.hasobject
         self._object(value)
 
     def _module(self, value: ModuleType) -> None:
@@ -222,105 +230,111 @@ class Walk:
 
     def _class(self, value: type) -> None:
         if not is_trusted(value.__module__):
-            self._kind(value)
+            self._class_info(value)
 
-    def _object(self, value: Any) -> None:
+    def _object(self, value: object) -> None:
         of: type = type(value)
-        self.is_blind = self.is_blind or _hides(of)
-        own_ones, kind = own(value), self._kind(of)
+        self.may_miss_tensors = self.may_miss_tensors or _may_hide_tensors(of)
+        attributes, info = own_attributes(value), self._class_info(of)
         if isinstance(value, Module):
-            simple = [name for name in own_ones.keys() - _OF_MODULES if isinstance(own_ones[name], _SIMPLE)]
-            self._note_variables(own_ones, ("_parameters", "_buffers", "_modules", *simple))
-        if "__wrapped__" in own_ones:
-            self.todo.append(own_ones["__wrapped__"])
-        if own_ones or kind is not None:
-            self.objects.append((value, own_ones, kind))
+            # Code of torch reads the registries of a module, and flags such as `training`, so no user code mentions the
+            # names.
+            simple = [name for name in attributes.keys() - _OF_MODULES if isinstance(attributes[name], _SIMPLE)]
+            self._note_variables(attributes, ("_parameters", "_buffers", "_modules", *simple))
+        if "__wrapped__" in attributes:
+            self.todo.append(attributes["__wrapped__"])
+        if attributes or info is not None:
+            self.objects.append((value, attributes, info))
 
     # --- attributes -------------------------------------------------------------------------------------------------
 
-    def _kind(self, kind: type) -> _Kind | None:
-        found = self.kinds.get(kind)
-        if found is None and (bases := _of_users(kind)):
-            self.kinds[kind] = found = _Kind(bases)
+    def _class_info(self, cls: type) -> _ClassInfo | None:
+        found = self.classes.get(cls)
+        if found is None and (bases := _changeable_bases(cls)):
+            self.classes[cls] = found = _ClassInfo(bases)
         return found
 
-    def _attributes(self, value: Any, own_ones: dict[str, Any], kind: _Kind | None) -> None:
-        """Note the attributes of an object or of a module that are named somewhere."""
-        # What an object of the library holds, it looks up.
+    def _attributes(self, value: object, attributes: dict[str, Any], info: _ClassInfo | None) -> None:
+        """Record the attributes of an object or a module whose names occur in reached code."""
+        # Objects of this library use all of their attributes.
         is_library = type(value).__module__.startswith("implicitdiff")
-        wanted = set(own_ones) if is_library else own_ones.keys() & self.names
-        if own_ones:
+        wanted = set(attributes) if is_library else attributes.keys() & self.names
+        if attributes:
+            # Attributes that the function may create: recorded as absent, and deleted again for a later evaluation.
             wanted |= self.stored
-        if kind is not None:
-            wanted |= own_ones.keys() & kind.names
-            wanted |= kind.stored
-            wanted |= kind.hidden
-            for name in kind.slots:
+        if info is not None:
+            wanted |= attributes.keys() & info.names
+            wanted |= info.stored
+            wanted |= info.hidden
+            for name in info.slots:
                 self._note_attribute(value, name)
         if isinstance(value, Module):
             wanted -= _OF_MODULES
         if wanted:
-            self._note_variables(own_ones, wanted)
+            self._note_variables(attributes, wanted)
 
-    def _members(self, kind: _Kind) -> None:
-        """Look at the members of a class that are named somewhere, each once."""
-        for base in kind.bases:
+    def _members(self, info: _ClassInfo) -> None:
+        """Visit the members of a class whose names occur in reached code, each once."""
+        for base in info.bases:
             held = vars(base)
-            for name in held.keys() & self.names | held.keys() & kind.names:
-                if (base, name) not in kind.members:
-                    kind.members.add((base, name))
-                    self._member(kind, base, name, held[name])
+            for name in held.keys() & self.names | held.keys() & info.names:
+                if (base, name) not in info.members:
+                    info.members.add((base, name))
+                    self._member(info, base, name, held[name])
 
-    def _member(self, kind: _Kind, base: type, name: str, member: Any) -> None:
+    def _member(self, info: _ClassInfo, base: type, name: str, member: object) -> None:
+        """Record, or follow, one member of a class."""
         if isinstance(member, MemberDescriptorType):
-            kind.slots.add(name)
+            info.slots.add(name)
         elif isinstance(member, _SIMPLE) and not isinstance(member, FunctionType):
+            # A value of the class. Later code may set an instance attribute of the same name, which then counts.
             self._note_attribute(base, name)
-            kind.hidden.add(name)
+            info.hidden.add(name)
         else:
             if isinstance(member, functools.cached_property):
-                kind.stored.add(name)
+                # The first use stores the value in the instance dictionary, under the same name.
+                info.stored.add(name)
                 member = member.func
-            self._code(kind, _function_of(member))
+            self._code(info, _function_of(member))
             self.todo.append(member)
 
-    def _code(self, kind: _Kind, fn: Any) -> None:
-        """Note what a method of an installed package names: attributes of its own object, others are not looked at."""
+    def _code(self, info: _ClassInfo, fn: object) -> None:
+        """Record the attribute names in a method of an installed package, for instances of its class only."""
         if not isinstance(fn, FunctionType):
             return
-        self._code(kind, fn.__dict__.get("__wrapped__"))
+        self._code(info, fn.__dict__.get("__wrapped__"))
         module = fn.__globals__.get("__name__")
         if not is_trusted(module) and not self._is_followed(module):
-            before = len(kind.names)
-            _, attributes, stored = _names(fn.__code__)
-            kind.names |= attributes
-            kind.stored |= stored
-            if len(kind.names) > before:
-                self._members(kind)
+            before = len(info.names)
+            _, attributes, stored = _names_used(fn.__code__)
+            info.names |= attributes
+            info.stored |= stored
+            if len(info.names) > before:
+                self._members(info)
 
 
-def _function_of(value: Any) -> Any:
-    """The function of a descriptor of a class; other values are their own."""
+def _function_of(value: object) -> object:
+    """Return the function of a property, staticmethod or classmethod; other values unchanged."""
     if isinstance(value, property):
         return value.fget
     return value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
 
 
-def _pass_by(walk: Walk, value: Any) -> None:
-    """Leads nowhere."""
+def _ignore(walk: Walk, value: object) -> None:
+    """Do nothing: the value contains no other values."""
 
 
-def _keep(walk: Walk, value: torch.Tensor) -> None:
+def _note_tensor(walk: Walk, value: torch.Tensor) -> None:
     walk.tensors.append(value)
 
 
-_SIMPLE = (*_ATOMS, torch.Tensor, *_CONTAINERS, FunctionType, tuple)
+_SIMPLE = (*_ATOMIC_TYPES, torch.Tensor, *_CONTAINERS, FunctionType, tuple)
 
 
 _OF_MODULES = frozenset(vars(Module())) - {"training"}
 
 
-# Methods that Python calls without that their name is written.
+# Methods that Python calls by an operator or a statement, so that no code mentions their names.
 _OPERATORS = {
     f"__{name}__"
     for name in (
@@ -331,7 +345,7 @@ _OPERATORS = {
 }
 
 
-# Objects that hold or make other objects, which the walk cannot see.
+# Objects that hold or make other objects, unseen by the search.
 _OPAQUE: tuple[type, ...] = (GeneratorType, CoroutineType, ContextVar, threading.local, weakref.ReferenceType)
 
 
@@ -339,17 +353,17 @@ _OPAQUE += (type(functools.lru_cache(int)),)
 
 
 @functools.lru_cache(maxsize=1024)
-def _hides(kind: type) -> bool:
-    """Whether an object of a class may lead to tensors that are not seen."""
-    if issubclass(kind, (Iterator, Mapping)):
-        return is_trusted(kind.__module__)
-    return issubclass(kind, _OPAQUE)
+def _may_hide_tensors(cls: type) -> bool:
+    """True if instances of a class may hide tensors from the search."""
+    if issubclass(cls, (Iterator, Mapping)):
+        return is_trusted(cls.__module__)
+    return issubclass(cls, _OPAQUE)
 
 
-# How values are looked into, by their class; the first that fits counts.
-_WAYS: tuple[tuple[Any, Callable[[Walk, Any], None]], ...] = (
-    (torch.Tensor, _keep),
-    (_ATOMS, _pass_by),
+# The visitor of a value, by class: the first match applies.
+_VISITORS: tuple[tuple[type | tuple[type, ...], Callable[[Walk, Any], None]], ...] = (
+    (torch.Tensor, _note_tensor),
+    (_ATOMIC_TYPES, _ignore),
     (FunctionType, Walk._function),
     (MethodType, Walk._method),
     (BuiltinMethodType, Walk._builtin),
@@ -363,27 +377,27 @@ _WAYS: tuple[tuple[Any, Callable[[Walk, Any], None]], ...] = (
 )
 
 
-_LOOKED_INTO = tuple(kind for kinds, _ in _WAYS for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+_VISITED_TYPES = tuple(kind for kinds, _ in _VISITORS for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
 
 @functools.lru_cache(maxsize=1024)
-def _way(kind: type) -> Callable[[Walk, Any], None]:
-    return next((way for kinds, way in _WAYS if issubclass(kind, kinds)), Walk._object)
+def _visitor_of(cls: type) -> Callable[[Walk, Any], None]:
+    return next((visit for kinds, visit in _VISITORS if issubclass(cls, kinds)), Walk._object)
 
 
 @functools.lru_cache(maxsize=1024)
-def _of_users(kind: type) -> tuple[type, ...]:
-    """A class and its bases as far as their code may change."""
-    return tuple(base for base in kind.__mro__ if not is_trusted(base.__module__))
+def _changeable_bases(cls: type) -> tuple[type, ...]:
+    """Return a class and its base classes, without classes of trusted packages."""
+    return tuple(base for base in cls.__mro__ if not is_trusted(base.__module__))
 
 
 @functools.lru_cache(maxsize=4096)
-def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    """The global variables, and the attributes, that a function and the functions inside of it may look up, and the
-    attributes that they may set.
+def _names_used(code: CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """Return the names of the global variables and of the attributes that a function may look up, and of the attributes
+    that the function may set; functions nested inside included.
 
-    Of ``co_names``, where all are, each only as what it is: a global variable that happens to be called like an
-    attribute may hold a graph. Names in strings may be given to `getattr`.
+    ``co_names`` lists all names without their use. The instructions separate the uses: a global variable that merely
+    shares its name with an attribute may hold a large graph. Strings count as attributes, as arguments of `getattr`.
     """
     variables: set[str] = set()
     stored: set[str] = set()
@@ -395,7 +409,7 @@ def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[st
             attributes.add(instruction.argval)
         elif instruction.opname == "STORE_ATTR":
             stored.add(instruction.argval)
-    inner = [_names(c) for c in code.co_consts if isinstance(c, CodeType)]
+    inner = [_names_used(c) for c in code.co_consts if isinstance(c, CodeType)]
     union = [
         frozenset(own).union(*others) for own, *others in zip((variables, attributes, stored), *inner, strict=True)
     ]

@@ -1,18 +1,16 @@
-"""Checks of the trees that users pass and return, and the vectors that checks are made with."""
+"""Checks of the trees that users pass and return, and probe vectors for checks."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff._torch.trees import Leaves, Structure
+from implicitdiff._torch.trees import Leaves, Structure, Tree
 
 
 def check_leaves(name: str, leaves: Leaves) -> None:
-    """Unknowns and right-hand sides are floating or complex tensors on one device."""
+    """Raise unless unknowns, or right-hand sides, are floating-point or complex tensors on one device."""
     if not leaves:
         raise TypeError(f"{name} holds no tensor")
     if wrong := [t.dtype for t in leaves if not (t.is_floating_point() or t.is_complex())]:
@@ -25,7 +23,7 @@ def check_leaves(name: str, leaves: Leaves) -> None:
 
 
 def check_unknowns(name: str, leaves: Leaves, structure: Structure) -> None:
-    """A tree to be solved for holds such tensors alone; None and strings may stand beside them."""
+    """Raise unless a tree of unknowns holds floating-point or complex tensors alone, apart from None and strings."""
     check_leaves(name, leaves)
     for leaf in structure.others:
         if leaf is not None and not isinstance(leaf, str):
@@ -35,16 +33,16 @@ def check_unknowns(name: str, leaves: Leaves, structure: Structure) -> None:
             )
 
 
-def is_like(tree: Any, leaves: Leaves, structure: Structure) -> bool:
-    """Whether it has this structure, and the shapes and dtypes of these leaves."""
+def is_like(tree: Tree, leaves: Leaves, structure: Structure) -> bool:
+    """True if the tree has this structure, and the shapes and dtypes of these leaves."""
     try:
         return [(r.shape, r.dtype) for r in structure.tensors_of(tree)] == [(t.shape, t.dtype) for t in leaves]
     except ValueError:
         return False
 
 
-def check_like(name: str, result: Any, like: Any, leaves: Leaves, structure: Structure, of: str) -> None:
-    """A tree that a user gave or returned is one like `like`, whose leaves and structure these are."""
+def check_like(name: str, result: Tree, like: Tree, leaves: Leaves, structure: Structure, of: str) -> None:
+    """Raise unless a user's tree is like the tree `like`, with the given leaves and structure; `of` names `like`."""
     if not is_like(result, leaves, structure):
         raise ValueError(
             f"{name} must have the structure, shapes and dtypes of {of}: expected {pytree.describe(like)}, "
@@ -52,19 +50,19 @@ def check_like(name: str, result: Any, like: Any, leaves: Leaves, structure: Str
         )
 
 
-def size(tensor: Tensor) -> Tensor:
-    """Of the largest number, or 1 if there is none but zero; with the dimensions of the tensor."""
+def max_abs_or_one(tensor: Tensor) -> Tensor:
+    """Return the largest absolute entry, or 1 for a zero or empty tensor; all dimensions are kept with size 1."""
     everything = tuple(range(tensor.dim()))
     entries = tensor.abs()
     largest = entries.amax(everything, keepdim=True) if tensor.numel() else entries.sum(everything, keepdim=True)
     return torch.where(largest > 0, largest, 1.0)
 
 
-def pattern(like: Leaves) -> Leaves:
-    """Numbers without a pattern, of both signs and up to 1 in size, in the places of those of `like`."""
-    return [_wave(t.numel(), t).reshape(t.shape) for t in like]
+def probe_vector(like: Leaves) -> Leaves:
+    """Return irregular numbers of both signs, at most 1 in absolute value, with the shapes of `like`."""
+    return [_probe_entries(t.numel(), t).reshape(t.shape) for t in like]
 
 
-def _wave(count: int, like: Tensor) -> Tensor:
+def _probe_entries(count: int, like: Tensor) -> Tensor:
     angles = 7.0 * torch.arange(1, count + 1, dtype=torch.float32, device=like.device) ** 2
     return (torch.polar(torch.ones_like(angles), angles) if like.is_complex() else angles.cos()).to(like.dtype)

@@ -1,12 +1,12 @@
-"""What a matvec acts on, where it is not a tree like the right-hand side.
+"""Search for the shape of a matvec's argument, for operators that are not square.
 
-A matvec is a plain function: what it takes is nowhere written. A shape that it does not take makes it raise, so a
-shape can be tried. Candidates are the sizes of the tensors that it computes with; nothing is guessed.
+A matvec is a plain function, and does not state the shape of its argument. But a matvec raises for a wrong shape, so
+shapes can be tried. Candidates are the sizes of the tensors that the matvec computes with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,27 +14,28 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.trees import Tree
 
 SHAPE_ERRORS = (RuntimeError, IndexError, TypeError)
-"""What torch raises for a shape, or a tree, that does not fit."""
+"""Errors of torch and Python for an argument of another shape or nesting."""
 
 
 def refuse_other_errors(error: Exception) -> None:
-    """Raise an error of a subclass, which says something else."""
+    """Raise an error of a subclass again: only the classes of `SHAPE_ERRORS` themselves mean a wrong shape."""
     if type(error) not in SHAPE_ERRORS:
         raise error
 
 
-def domain_of(name: str, matvec: Callable[[Any], Any], b: Any) -> Tensor | None:
-    """A tensor like those that `matvec` acts on, found for a `b` that it does not take, or None if there is none, or
-    if `b` is not one tensor.
+def domain_of(name: str, matvec: Callable[[Tree], Tree], b: Tree) -> Tensor | None:
+    """Return a tensor of ones in the domain of `matvec`, for a `matvec` that refuses `b`; None if no shape is found, or
+    if `b` is a tree.
 
-    Tried are the shapes ``(n, *b.shape[1:])`` for every size ``n`` of a tensor that `matvec` computes with. One is
-    taken if the result is like `b`, and if ``n + 1`` fails: a matvec that takes both would take any. A length of 1
-    broadcasts, and is taken only if there is no other.
+    Tries the shapes ``(n, *b.shape[1:])`` for every size ``n`` of a tensor that `matvec` computes with. A length ``n``
+    fits if the result is like `b`. If ``n + 1`` fits as well, `matvec` takes any length, and the domain is undecided.
+    A length of 1 may fit by broadcasting, so 1 counts only if no other length fits.
 
     Raises:
-        ValueError: several lengths work.
+        ValueError: several lengths fit.
     """
     if not isinstance(b, Tensor):
         return None
@@ -52,13 +53,19 @@ def domain_of(name: str, matvec: Callable[[Any], Any], b: Any) -> Tensor | None:
 
 
 class _Sizes(TorchFunctionMode):
-    """Notes the sizes of all tensors that are computed with."""
+    """A mode that records the sizes of all tensors among the arguments of operations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: set[int] = set()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         self.sizes.update(size for t in pytree.tensors((args, kwargs)) for size in t.shape)
         return func(*args, **kwargs)
@@ -68,8 +75,8 @@ def _ones(n: int, b: Tensor) -> Tensor:
     return torch.ones((n, *b.shape[1:]), dtype=b.dtype, device=b.device)
 
 
-def _accepts(matvec: Callable[[Any], Any], v: Tensor, b: Tensor) -> bool:
-    """Whether it takes `v` to a tensor like `b`."""
+def _accepts(matvec: Callable[[Tree], Tree], v: Tensor, b: Tensor) -> bool:
+    """True if `matvec` maps `v` to a tensor like `b`."""
     try:
         with torch.enable_grad():
             result = matvec(v)

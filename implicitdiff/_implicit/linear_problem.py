@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,15 +17,16 @@ from implicitdiff._closures.lift import Lifted, confirm, lift
 from implicitdiff._implicit.checks import check_like
 from implicitdiff._implicit.linearisation import ByFunctorch, Linearisation, OfOperands, Product
 from implicitdiff._implicit.operators import Adjoint, Dims, Lane, Matvec, Operator
-from implicitdiff._implicit.primitive import Problem, attach, solve_problem, solve_quietly
+from implicitdiff._implicit.primitive import Problem, attach, solve_problem, solve_unrecorded
 from implicitdiff._implicit.system import System, first_column, make_system, map_columns
 from implicitdiff._torch.lanes import over_levels
-from implicitdiff._torch.trees import Leaves, Structure
+from implicitdiff._torch.trees import Leaves, Structure, Tree
 from implicitdiff._torch.values import refuse_valueless
 from implicitdiff.errors import LinearSolveError
 
-Solve = Callable[[Callable[[Any], Any], Any], Any]
-"""``solve(matvec, b) -> x`` over pytrees."""
+Solve = Callable[[Callable[[Tree], Tree], Tree], Tree]
+"""A linear solver ``solve(matvec, b) -> x`` over pytrees."""
+_Entry = TypeVar("_Entry")
 
 
 @dataclass(frozen=True)
@@ -34,37 +35,42 @@ class LinearMethod:
 
     Attributes:
         name: the name of its factory.
-        algorithm: gives the rows ``x`` of a `System`, and reports failure itself.
+        algorithm: returns the rows ``x`` of a `System`, and reports failure itself.
         preconditioner: ``r -> M^-1 r`` over trees like ``b``, or None.
         init: an initial guess, a tree like ``x``, or None for zero.
-        kind: makes a `LinearProblem` whose derivatives follow rules of their own from the fields of one, or None.
-        rectangular: the same where a tree like ``x`` is none like ``b``; None: such operators are refused.
-        ridge: what the algorithm adds to the diagonal.
+        problem_type: subclass of `LinearProblem` with its own derivative rules, or None for `LinearProblem`.
+        rectangular: the subclass for operators whose domain differs from their range; None: refuse such operators.
+        ridge: the number that the algorithm adds to the diagonal.
     """
 
     name: str
     algorithm: Callable[[System], Tensor]
-    preconditioner: Callable[[Any], Any] | None = None
-    init: Any = None
-    kind: Callable[..., LinearProblem] | None = None
+    preconditioner: Callable[[Tree], Tree] | None = None
+    init: Tree = None
+    problem_type: Callable[..., LinearProblem] | None = None
     rectangular: Callable[..., LinearProblem] | None = None
     ridge: float = 0.0
 
 
 def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leaves | None = None) -> Leaves:
-    """The solution of ``A(operands) x = b``, differentiable in both; `b` has the lanes and columns of the problem.
+    """Return the solution of ``A(operands) x = b``, differentiable in `b` and `operands`.
 
-    `aids` are the operands of the preconditioner, if the problem knows it already.
+    Args:
+        problem: the operator, the solver, and the batch dimensions.
+        b: the right-hand sides, with the lanes and columns of the problem.
+        operands: the operands of the operator.
+        aids: the operands of the preconditioner, if `problem` already has a preconditioner.
     """
     refuse_valueless(_name_of(problem.solver), [*b, *operands])
     if isinstance(solver := problem.solver, LinearMethod):
-        problem = _of_its_kind(problem, solver)
+        problem = _with_problem_type(problem, solver)
         if aids is None:
             return solve_problem(*_with_aids(problem, solver, b, operands))
         return solve_problem(problem, [*b, *operands, *aids])
     values = [_functorch.plain_under_vmap(t) for t in [*b, *operands]]
     sides, operands_below = values[: len(b)], values[len(b) :]
     with below_autodiff():
+        # Without any number to solve for, such as under a vmap of size 0, the user's function is not called.
         if any(_functorch.base(t).numel() for t in sides):
             x = problem.solve_by_user(sides, operands_below)
         else:
@@ -84,13 +90,13 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leav
     return attach(problem, x, [*b, *operands])
 
 
-def solve_linear_quietly(problem: LinearProblem, solver: LinearMethod, b: Leaves) -> Leaves:
-    """The same by a linear solver, for an operator without operands, where nothing can be differentiated in `b`."""
-    return solve_quietly(*_with_aids(_of_its_kind(problem, solver), solver, b, []))
+def solve_linear_unrecorded(problem: LinearProblem, solver: LinearMethod, b: Leaves) -> Leaves:
+    """`solve_linear` for an operator without operands, and a `b` that nothing differentiates."""
+    return solve_unrecorded(*_with_aids(_with_problem_type(problem, solver), solver, b, []))
 
 
-def _of_its_kind(problem: LinearProblem, solver: LinearMethod) -> LinearProblem:
-    return problem if solver.kind is None else solver.kind(**vars(problem))
+def _with_problem_type(problem: LinearProblem, solver: LinearMethod) -> LinearProblem:
+    return problem if solver.problem_type is None else solver.problem_type(**vars(problem))
 
 
 def _name_of(solve: Solve) -> str:
@@ -100,9 +106,9 @@ def _name_of(solve: Solve) -> str:
 def _with_aids(
     problem: LinearProblem, solver: LinearMethod, b: Leaves, operands: Leaves
 ) -> tuple[LinearProblem, Leaves]:
-    """The problem with the preconditioner and the initial guess of its solver, and all its operands.
+    """Return the problem with the preconditioner and the initial guess of its solver, and all operands.
 
-    Neither moves the solution, so their tensors are operands only to be batched, and are detached.
+    The solution does not depend on the two. So their tensors are detached; as operands they can still be batched.
     """
     if solver.preconditioner is None and solver.init is None:
         return problem, [*b, *operands]
@@ -110,10 +116,11 @@ def _with_aids(
     precondition: Operator
     one = problem.one(b)
     if solver.preconditioner is not None:
-        lifted = capture(f"{solver.name}: preconditioner", solver.preconditioner, one, problem.structure)
+        lifted = lift_linear(f"{solver.name}: preconditioner", solver.preconditioner, one, problem.structure)
         precondition, aids = lifted_operator(lifted, problem.structure), lifted.captured
         if isinstance(problem.operator, Adjoint):
             precondition = precondition.adjoint
+        # The lanes so far share the preconditioner. A later vmap may batch its operands.
         levels = tuple(d + (None,) * len(aids) for d in problem.levels)
         problem = replace(problem, precondition=precondition, aids=len(aids), levels=levels)
     if solver.init is not None:
@@ -132,23 +139,26 @@ def _with_aids(
 
 @dataclass(frozen=True)
 class LinearProblem(Problem):
-    """``A(operands) x - b = 0``; ``theta`` is ``b``, the operands, those of the preconditioner, the initial guess.
+    """``A(operands) x - b = 0``.
 
-    Batch dimensions come in two kinds. A vmap that batches the matrix adds a lane, in front of all others. One that
-    leaves the matrix alone adds a column, behind the lanes: one more right-hand side of the same matrix, which is
-    factorised once.
+    ``theta`` consists of ``b``, the operands, the operands of the preconditioner, and the initial guess, in this order.
+
+    A vmap adds one of two sorts of batch dimensions. If the matrix is batched, the vmap adds a dimension of lanes, in
+    front of all dimensions. Otherwise the vmap adds a dimension of columns, behind the lanes: several right-hand sides
+    of one matrix, which is then factorised once.
 
     Attributes:
         operator: the operator of one lane.
-        solver: what solves, over trees of `structure`.
+        solver: solves systems over trees of `structure`.
         structure: the tree of one right-hand side.
-        count: how many operands the operator has.
-        precondition: the preconditioner of one lane, with as many operands as `aids` says.
-        has_start: whether there is an initial guess.
-        levels: for each vmap that added a lane, where the operands and those of the preconditioner are batched (0,
-            else None).
-        lanes: the sizes of the lanes.
-        columns: the sizes of the columns.
+        count: the number of operands of the operator.
+        precondition: the preconditioner of one lane, or None.
+        aids: the number of operands of the preconditioner.
+        has_start: whether ``theta`` contains an initial guess.
+        levels: for each vmap that added lanes, the batch dimension (0, or None) of each operand of the operator and of
+            the preconditioner.
+        lanes: the sizes of the dimensions of lanes.
+        columns: the sizes of the dimensions of columns.
     """
 
     operator: Operator
@@ -163,7 +173,7 @@ class LinearProblem(Problem):
     columns: tuple[int, ...] = ()
 
     @property
-    def is_lazy(self) -> bool:
+    def prefers_unrecorded(self) -> bool:
         return isinstance(self.solver, LinearMethod)
 
     def residual(self, x: Leaves, theta: Leaves) -> Leaves:
@@ -171,7 +181,7 @@ class LinearProblem(Problem):
         return [y - t for y, t in zip(self.product(x, operands), b, strict=True)]
 
     def product(self, v: Leaves, operands: Leaves) -> Leaves:
-        """``A(operands) v``."""
+        """Return ``A(operands) v``."""
         matvec = self._over_lanes(self.operator, 0).products(operands, self._column(v)).matvec()
         return map_columns(matvec, len(self.lanes), len(self.columns))(v)
 
@@ -183,10 +193,12 @@ class LinearProblem(Problem):
         blocks = operator.blocks
         if not (any(t.numel() for t in b[blocks.domain]) and any(t.numel() for t in b[blocks.range])):
             return [torch.zeros_like(t) for t in b]
+        # The preconditioner acts on the smaller side of a rectangular operator.
         precondition = None
         if self.precondition is not None:
             like = self._column(b)[blocks.smaller]
             precondition = self._over_lanes(self.precondition, self.count).products(aids, like).matvec
+        # The matrix is materialised lane by lane where possible, see `_materialise_each`.
         lane = operator.lane or Lane(self.operator, operands, tuple(dims[: self.count] for dims in self.levels))
         vectors, system = make_system(
             operator, operands, b, self.lanes, self.columns, precondition, start or None, lane
@@ -194,12 +206,14 @@ class LinearProblem(Problem):
         x = vectors.unravel(self.solver.algorithm(system) * system.scale)
         if system.is_square:
             return x
+        # A rectangular problem has the leaves of both sides as unknowns; the leaves of the range are zero.
         whole = [torch.zeros_like(t) for t in b]
         whole[blocks.domain] = x
         return whole
 
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
         _, operands, aids, _ = self._split(theta)
+        # The initial guess is a guess of this solution, not of a derivative.
         problem = replace(self, has_start=False)
         if adjoint:
             problem = replace(
@@ -210,8 +224,11 @@ class LinearProblem(Problem):
         return solve_linear(problem, b, operands, aids)
 
     def solve_by_user(self, b: Leaves, operands: Leaves) -> Leaves:
-        """The solution by a user's function, which runs in the caller's frame since it may hold tensors of the
-        running vmaps."""
+        """Return the solution by a user's own function.
+
+        The function may use captured tensors of the running vmaps. So it runs under the caller's vmaps, and not inside
+        of an autograd.Function.
+        """
 
         def one_lane(b: Leaves, operands: Leaves) -> Leaves:
             tree = self.structure.unflatten(b)
@@ -223,22 +240,25 @@ class LinearProblem(Problem):
         return over_levels(one_lane, levels)(b, operands)  # type: ignore[no-any-return]
 
     def batched(self, dims: Dims, size: int) -> tuple[LinearProblem, Dims, int]:
+        # -1 asks for a batched tensor, expanded if need be: right-hand sides always have all lanes and columns.
         b, operands, aids, start = self._split(dims)
         free = (-1,) * len(b), (-1,) * len(start)
         if all(d is None for d in (*operands, *aids)):
             wanted = (*free[0], *(None for _ in (*operands, *aids)), *free[1])
             return replace(self, columns=(size, *self.columns)), wanted, len(self.lanes)
         point = self.operator.point
+        # The point of a linearisation is always batched: with one point for all lanes, a derivative with respect to the
+        # point would be summed over the lanes.
         level = (0,) * point + tuple(None if d is None else 0 for d in (*operands, *aids)[point:])
         wanted = (*free[0], *((-1,) * point + level[point:]), *free[1])
         return replace(self, levels=(*self.levels, level), lanes=(size, *self.lanes)), wanted, 0
 
     def one(self, b: Leaves) -> Leaves:
-        """The right-hand side of the first lane and column."""
+        """Return the right-hand side of the first lane and column."""
         return first_column(b, 0, len(self.lanes) + len(self.columns))
 
     def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, Tensor]:
-        # d residual / d b = -1, and most solves are differentiated in b alone.
+        # d residual / d b = -1. Most solves are differentiated in b alone, and then need no pullback through A.
         sides = len(self.structure.slots)
         grads = {i: -u[i] for i in wanted if i < sides}
         if rest := [i for i in wanted if i >= sides]:
@@ -260,7 +280,8 @@ class LinearProblem(Problem):
     def _column(self, leaves: Leaves) -> Leaves:
         return first_column(leaves, len(self.lanes), len(self.columns))
 
-    def _split(self, theta: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    def _split(self, theta: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry], list[_Entry], list[_Entry]]:
+        """Split theta, or the batch dimensions of theta: b, operands, operands of the preconditioner, guess."""
         ends = [len(self.structure.slots), self.count, self.aids]
         parts, at = [], 0
         for n in ends:
@@ -270,16 +291,16 @@ class LinearProblem(Problem):
 
 
 class BoundMatvec:
-    """The matvec that a user's own ``solve(matvec, b)`` receives: an operator bound to its operands, over trees."""
+    """The matvec for a user's own ``solve(matvec, b)``: an operator with its operands, over trees."""
 
     def __init__(self, operator: Operator, operands: Leaves, structure: Structure) -> None:
         self.operator, self.operands, self.structure = operator, operands, structure
         self.product: Product | None = None
 
-    def __call__(self, v: Any) -> Any:
+    def __call__(self, v: Tree) -> Tree:
         leaves = self.structure.tensors_of(v)
         if _modes.is_traced():
-            # A wrapped matvec meets a linear solver again, which must see the operands.
+            # The user's function wraps this matvec for a linear solver, whose modes must see the operands.
             product = self.operator.products(_modes.alias(self.operands), leaves).matvec()
             return self.structure.unflatten(product(leaves))
         if self.product is None:
@@ -288,8 +309,8 @@ class BoundMatvec:
         return self.structure.unflatten(self.product(leaves))
 
 
-def capture(name: str, linear: Callable[[Any], Any], leaves: Leaves, structure: Structure) -> Lifted:
-    """A linear function over trees, with the tensors that it captures as operands after its argument."""
+def lift_linear(name: str, linear: Callable[[Tree], Tree], leaves: Leaves, structure: Structure) -> Lifted:
+    """Return a linear function over trees, lifted: its operands are the argument, then the captured tensors."""
     lifted = lift(name, linear, structure.unflatten(leaves))
     check_like(f"{name}'s result", lifted.value, structure.unflatten(leaves), leaves, structure, "its argument")
     confirm(lifted)
@@ -297,5 +318,5 @@ def capture(name: str, linear: Callable[[Any], Any], leaves: Leaves, structure: 
 
 
 def lifted_operator(lifted: Lifted, structure: Structure) -> Matvec:
-    """The operator that such a function is."""
-    return Matvec(lambda v, operands: structure.tensors_of(lifted([*v, *operands])), lifted.alone is not None)
+    """Return the operator of a lifted linear function."""
+    return Matvec(lambda v, operands: structure.tensors_of(lifted([*v, *operands])), lifted.refusal is not None)

@@ -1,11 +1,11 @@
 """Linearisations: a function at a point, with the products of its Jacobian.
 
-There are two ways. `ByFunctorch` composes `torch.func.vjp`: every transform can differentiate and batch its products.
-`ByAutograd` keeps one graph of autograd: faster, for plain tensors outside of every transform. A caller that knows
-which transforms run chooses the class once.
+`ByFunctorch` composes `torch.func.vjp`: every transform can differentiate and batch its products.
+`ByAutograd` keeps one autograd graph: faster, but for plain tensors outside of every transform. The caller knows the
+running transforms, and chooses the class once.
 
-In terms of real and imaginary parts the adjoint is the transpose, also where the function is differentiable over the
-reals only. So the code below says transpose for both.
+Over real and imaginary parts, the adjoint of a complex matrix is the transpose, also for functions that are
+differentiable over the reals only. So the code below says transpose for both.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from implicitdiff._torch.trees import Leaves
 
 Product = Callable[[Leaves], Leaves]
 Residual = Callable[[Leaves, Leaves], Leaves]
-"""``fn(x, theta)`` on lists of leaves."""
+"""A function ``fn(x, theta)`` of two lists of leaves."""
 
 
 class Linearisation(ABC):
     """``J = d fn(x, theta) / dx`` at one point.
 
-    `pull` and `push` linearise when they are called, and return a product that does not linearise again. So call them
-    outside of a vmap over vectors, and the product inside.
+    `pull` and `push` linearise when called, and return a product that does not linearise again. So call `pull` and
+    `push` outside of a vmap over vectors, and the product inside.
     """
 
     def __init__(self, fn: Residual, x: Leaves, theta: Leaves) -> None:
@@ -48,8 +48,8 @@ class Linearisation(ABC):
     def push(self) -> Product:
         """Return ``v -> J v``.
 
-        The pullback is linear in its cotangent. Pulled back in turn, it gives the product with the Jacobian. Forward
-        mode is the other way to it, but does not nest everywhere.
+        The pullback ``u -> J^T u`` is linear in ``u``, so its own pullback is ``v -> J v``. Forward mode would compute
+        the product directly, but forward mode cannot be nested under every transform.
         """
 
     @abstractmethod
@@ -70,6 +70,8 @@ class ByFunctorch(Linearisation):
         return lambda u: _with_gradients_on(lambda: pull(*u))
 
     def push(self) -> Product:
+        # The pullback is linear, so its derivative is the same at every cotangent; take zero. See J. Townsend, "A new
+        # trick for calculating Jacobian vector products", 2017.
         values, pull = self._pair
         push: Any = torch.func.vjp(pull, *map(torch.zeros_like, values))[1]
         return lambda v: _with_gradients_on(lambda: push(tuple(v)))
@@ -97,8 +99,8 @@ def _with_gradients_on(product: Callable[[], Sequence[torch.Tensor]]) -> Leaves:
 
 
 class ByAutograd(Linearisation):
-    """The linearisation by one graph of autograd, which lives as long as the object; on plain tensors, without a
-    derivative of its own."""
+    """The linearisation by one autograd graph, on plain tensors, without a derivative of its own. The object keeps the
+    graph."""
 
     @property
     def values(self) -> Leaves:
@@ -110,6 +112,7 @@ class ByAutograd(Linearisation):
 
     def push(self) -> Product:
         x, y = self._graph
+        # The same trick: record J^T u as a function of u, at zero, and pull back through the record.
         with functorch.recording():
             u = [torch.zeros_like(t).requires_grad_() for t in y]
             pulled = vector_jacobian_product(y, x, u, create_graph=True)
@@ -138,20 +141,20 @@ class OfOperands(ByAutograd):
     """The linearisation of a function that must depend on its operands alone.
 
     Raises (when it linearises):
-        StrangerError: the function depends on another tensor that is differentiated.
+        UnknownLeafError: the function depends on another tensor that is differentiated.
     """
 
     def _record(self) -> tuple[Leaves, Leaves]:
         x, y = super()._record()
-        refuse_strangers(x, y)
+        refuse_unknown_leaves(x, y)
         return x, y
 
 
-class WithOperands(OfOperands):
-    """The same graph for ``J`` and for ``d fn / d theta``.
+class JointLinearisation(OfOperands):
+    """One autograd graph for both ``J`` and ``d fn / d theta``.
 
     Attributes:
-        wanted: the tensors of ``theta`` that are differentiated.
+        wanted: the tensors of ``theta`` to differentiate.
     """
 
     def __init__(self, fn: Residual, x: Leaves, theta: Leaves, positions: Sequence[int]) -> None:
@@ -159,7 +162,7 @@ class WithOperands(OfOperands):
         self.wanted = [self.theta[i] for i in positions]
 
     def pull_theta(self, u: Leaves) -> Leaves:
-        """Return ``(d fn / d theta)^T u`` for the tensors that are wanted."""
+        """Return ``(d fn / d theta)^T u`` for the tensors in `wanted`."""
         _, y = self._graph
         return vector_jacobian_product(y, self.wanted, u)
 
@@ -169,23 +172,23 @@ class WithOperands(OfOperands):
             for t in self.wanted:
                 t.requires_grad_()
             y = self.fn(x, self.theta)
-        self._judge_strangers([*x, *self.wanted], y)
+        self._check_unknown_leaves([*x, *self.wanted], y)
         return x, y
 
-    def _judge_strangers(self, known: Leaves, y: Leaves) -> None:
-        refuse_strangers(known, y)
+    def _check_unknown_leaves(self, known: Leaves, y: Leaves) -> None:
+        refuse_unknown_leaves(known, y)
 
 
-class Retained(WithOperands):
-    """A graph that is recorded at the call and kept for a first derivative in reverse mode.
+class RetainedGraph(JointLinearisation):
+    """A graph that is recorded at the call, for a first derivative in reverse mode.
 
-    autograd saves its results (`release`) and hands them back to the derivative (`resume`), so that autograd frees the
-    graph as it frees all that it saves.
+    The results of the graph are handed to autograd as saved tensors (`release`), and come back in the derivative
+    (`resume`). So autograd frees the graph together with its other saved tensors.
 
     Attributes:
-        positions: the indices in ``theta`` of the tensors that are differentiated.
-        adopted: parameters that ``fn`` reaches without a substitute, as in a custom autograd.Function that runs with no
-            transform on the stack. They are appended to ``theta``.
+        positions: the indices in ``theta`` of the differentiated tensors.
+        adopted: parameters that ``fn`` uses without a substitute, for example inside a custom autograd.Function that
+            runs with no transform on the stack. The caller appends these to ``theta``.
     """
 
     def __init__(
@@ -197,29 +200,32 @@ class Retained(WithOperands):
         self._begin, self.end = self._graph
         self.wanted = [*self.wanted, *self.adopted]
         self.positions = [*positions, *range(len(theta), len(theta) + len(self.adopted))]
+        # The cached pair would keep the results, and with them the graph, alive after `release`.
         del self._graph, self.fn, self.x, self.theta
 
     def release(self) -> Leaves:
-        """Return the results of the graph, and forget them."""
+        """Return the results of the graph, and drop the references to them."""
         end, self.end = self.end, []
         return end
 
-    def resume(self, end: Leaves) -> WithOperands:
-        """Return the linearisation whose results have come back."""
-        at = object.__new__(WithOperands)
+    def resume(self, end: Leaves) -> JointLinearisation:
+        """Return the linearisation with the results that autograd saved."""
+        # Without `__init__`, which would need the function. The graph is given, so nothing is evaluated again.
+        at = object.__new__(JointLinearisation)
         at.__dict__.update(wanted=self.wanted, _graph=(self._begin, end))
         return at
 
-    def _judge_strangers(self, known: Leaves, y: Leaves) -> None:
+    def _check_unknown_leaves(self, known: Leaves, y: Leaves) -> None:
+        # Leaves are adopted in order of discovery, each once.
         if not self.adopts:
-            return super()._judge_strangers(known, y)
+            return super()._check_unknown_leaves(known, y)
         found = [leaf for t in y for leaf in functorch.leaves_beside(t, known)]
         self.adopted = list({id(leaf): leaf for leaf in found}.values())
         return None
 
 
 def vector_jacobian_product(y: Leaves, x: Leaves, u: Leaves, *, create_graph: bool = False) -> Leaves:
-    """Return ``(dy/dx)^T u`` from the graph of `y`, which is kept; zero where `y` does not depend on `x`."""
+    """Return ``(dy/dx)^T u`` from the graph of `y`, and keep the graph; zero if `y` does not depend on `x`."""
     pairs = [(a, b) for a, b in zip(y, u, strict=True) if a.requires_grad]
     if not pairs:
         return [torch.zeros_like(t) for t in x]
@@ -231,15 +237,17 @@ def vector_jacobian_product(y: Leaves, x: Leaves, u: Leaves, *, create_graph: bo
     return [t.detach() for t in pulled] if is_batched else pulled
 
 
-class StrangerError(RuntimeError):
-    """A result depends on a tensor that is no operand."""
+class UnknownLeafError(RuntimeError):
+    """A result depends on a leaf of autograd that is not an operand."""
 
 
-def refuse_strangers(x: Leaves, y: Leaves) -> None:
-    """Raise `StrangerError` if a result depends on a leaf of autograd that is no operand: its derivative would silently
-    be zero."""
+def refuse_unknown_leaves(x: Leaves, y: Leaves) -> None:
+    """Raise `UnknownLeafError` if a result depends on a leaf of autograd that is not an operand.
+
+    The derivative with respect to the leaf would silently be zero.
+    """
     if not all(map(functorch.is_plain, y)) or any(functorch.leaves_beside(t, x) for t in y):
-        raise StrangerError(
+        raise UnknownLeafError(
             "the function to be differentiated depends on a tensor that it did not depend on when the solver was "
             "called: a parameter was replaced since then, or given its gradient flag; take the derivative first"
         )

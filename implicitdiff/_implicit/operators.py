@@ -1,8 +1,8 @@
 """Linear operators as pure functions of explicit operands.
 
-An operator ``A(operands)`` maps a list of leaves to a list of leaves of the same shapes and dtypes. A rectangular one
-is embedded in a square one (`Rectangular`). Its products are linearised once and reused, by one of the two classes of
-`linearisation`.
+An operator ``A(operands)`` maps a list of leaves to a list of leaves of the same shapes and dtypes. A rectangular
+operator is embedded in a square operator, see `Rectangular`. The products of an operator are linearised once and
+reused, by one of the two classes of `linearisation`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -19,19 +19,19 @@ import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.linearisation import ByFunctorch, Linearisation, Product, Residual
 from implicitdiff._torch.lanes import vmap
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Tree
 
 Dims = tuple[int | None, ...]
 
 
 def with_vectors(
-    product: Callable[[Any], Any], one_by_one: bool, chunk_size: int | None = None
-) -> Callable[[Any], Any]:
-    """Apply a product to many vectors, which lie along a new first dimension: by vmap, or one after the other."""
+    product: Callable[[Tree], Tree], one_by_one: bool, chunk_size: int | None = None
+) -> Callable[[Tree], Tree]:
+    """Return a product with many vectors, stacked in a new first dimension: by vmap, or by a loop if `one_by_one`."""
     if not one_by_one:
         return torch.func.vmap(product, chunk_size=chunk_size) if chunk_size else partial(functorch.over_first, product)
 
-    def products(vectors: Any) -> Any:
+    def products(vectors: Tree) -> Tree:
         leaves, structure = pytree.flatten(vectors)
         images = [product(structure.unflatten([t[i] for t in leaves])) for i in range(len(leaves[0]))]
         _, of_image = pytree.flatten(images[0])
@@ -41,14 +41,14 @@ def with_vectors(
 
 
 class Products(NamedTuple):
-    """Make ``v -> A v`` and ``u -> A^H u`` for fixed operands; what is linearised is linearised then."""
+    """Factories of ``v -> A v`` and ``u -> A^H u`` for fixed operands. A factory linearises; its product does not."""
 
     matvec: Callable[[], Product]
     rmatvec: Callable[[], Product]
 
 
 class Blocks(NamedTuple):
-    """Which of its leaves an operator reads, and which it writes; of both sides, the one with fewer numbers."""
+    """Slices of the leaves that an operator reads and writes, and the slice with fewer numbers."""
 
     domain: slice
     range: slice
@@ -59,12 +59,12 @@ _ALL = Blocks(slice(None), slice(None), slice(None))
 
 
 class Lane(NamedTuple):
-    """An operator over lanes as the operator of one lane.
+    """An operator over lanes, given by the operator of one lane.
 
     Attributes:
-        operator: that of one lane.
-        operands: its operands, those of all lanes.
-        levels: for each dimension of lanes, where the operands are batched (0, else None), the innermost first.
+        operator: the operator of one lane.
+        operands: the operands of all lanes.
+        levels: for each dimension of lanes, the innermost first, the batch dimension (0, or None) of each operand.
     """
 
     operator: Operator
@@ -77,43 +77,43 @@ class Lane(NamedTuple):
 
 
 class Operator(ABC):
-    """``A(operands)``, square."""
+    """A square linear operator ``A(operands)``."""
 
     @abstractmethod
     def products(self, operands: Leaves, like: Leaves, by: type[Linearisation] = ByFunctorch) -> Products:
-        """The products for these operands; `like` shows what ``A`` acts on."""
+        """Return the products for these operands; `like` has the shapes and dtypes of the domain."""
 
     @property
     def blocks(self) -> Blocks:
-        """Outside of which ``A`` is zero."""
+        """The block of leaves outside of which ``A`` is zero."""
         return _ALL
 
     def block_products(self, operands: Leaves, like: Leaves, by: type[Linearisation] = ByFunctorch) -> Products:
-        """The products with that block of ``A``; `like` is the same as of `products`."""
+        """Return the products with the block of ``A`` in `blocks`; `like` as for `products`."""
         return self.products(operands, like, by)
 
     @abstractmethod
     def batched(self, dims: Dims) -> Operator:
-        """The operator over one more leading dimension of its operands, where `dims` is 0, and of what it acts on."""
+        """Return the operator with one more leading dimension of the vectors, and of the operands whose `dims` is 0."""
 
     @property
     def rows_first(self) -> bool:
-        """Whether products with the adjoint, which give rows of the matrix, are the cheaper ones."""
+        """True if products with the adjoint, which give the rows of the matrix, are cheaper."""
         return False
 
     @property
     def point(self) -> int:
-        """How many of the first operands are the point of a linearisation, which every lane needs for itself."""
+        """The number of leading operands that are the point of a linearisation. Each lane needs its own point."""
         return 0
 
     @property
     def one_by_one(self) -> bool:
-        """Whether its products take one vector at a time, as no vmap may run."""
+        """True if the products take one vector at a time, because vmap cannot run the function."""
         return False
 
     @property
     def lane(self) -> Lane | None:
-        """The operator of one lane, where this one holds the operands of all lanes; else None."""
+        """The operator of one lane, if known; else None."""
         return None
 
     @property
@@ -129,6 +129,7 @@ class Matvec(Operator):
     one_by_one: bool = False
 
     def products(self, operands: Leaves, like: Leaves, by: type[Linearisation] = ByFunctorch) -> Products:
+        # `fn` is linear in v, so `fn` is its own derivative, and the adjoint can be taken at zero.
         at = by(self.fn, list(map(torch.zeros_like, like)), operands)
         return Products(lambda: lambda v: self.fn(v, operands), at.pull)
 
@@ -138,14 +139,16 @@ class Matvec(Operator):
 
 @dataclass(frozen=True)
 class Rectangular(Operator):
-    """``(x, y) -> (0, A(operands) x)`` with ``A(operands) v = fn(v, operands)``, whose range is not its domain.
+    """A rectangular ``A(operands) v = fn(v, operands)`` as the square operator ``(x, y) -> (0, A(operands) x)``.
 
-    The leaves are those of the domain, then those of the range. The pseudoinverse is ``(x, y) -> (A^+ y, 0)``, so the
-    rules for square operators hold as they are. What solves sees the block ``A`` alone.
+    The leaves of the domain come first, then the leaves of the range. The pseudoinverse is ``(x, y) -> (A^+ y, 0)``, so
+    the rules for square operators apply without a change. An algorithm receives the block ``A`` only.
 
     Attributes:
-        unknowns: how many leaves the domain has.
+        fn: the product of one lane.
+        unknowns: the number of leaves of the domain.
         is_wide: whether the domain has more numbers than the range.
+        one_by_one: see `Operator.one_by_one`.
     """
 
     fn: Residual
@@ -198,17 +201,18 @@ class Jacobian(Operator):
         return Products(at.push, at.pull)
 
     def batched(self, dims: Dims) -> Jacobian:
+        # The point x is batched in every vmap, see `point`.
         return Jacobian(vmap(self.residual, (0, list(dims[self.unknowns :]))), self.unknowns)
 
     @property
     def point(self) -> int:
-        # With x shared by the lanes, a derivative with respect to x would sum over them.
+        # With one x for all lanes, a derivative with respect to x would be summed over the lanes.
         return self.unknowns
 
 
 @dataclass(frozen=True)
 class Linearised(Operator):
-    """An operator whose products exist already. It has no operands, so nothing batches it."""
+    """An operator with given products. Without operands, no vmap can batch the operator."""
 
     made: Products
     one_by_one: bool = False
@@ -218,7 +222,7 @@ class Linearised(Operator):
         return self.made
 
     def batched(self, dims: Dims) -> Operator:
-        raise AssertionError("nothing that varies over lanes is an operand")
+        raise AssertionError("an operator without operands is never batched")
 
     @property
     def rows_first(self) -> bool:
@@ -227,7 +231,7 @@ class Linearised(Operator):
 
 @dataclass(frozen=True)
 class Adjoint(Operator):
-    """``A^H``."""
+    """The adjoint ``A^H`` of an operator."""
 
     of: Operator
 

@@ -1,11 +1,11 @@
-"""Roots as differentiable problems."""
+"""Roots as problems of the primitive: ``residual(x, theta) = 0`` at a solution that is known."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -13,11 +13,11 @@ import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.below import Derived
-from implicitdiff._closures.lift import Lifted, confirm, confirm_at, lift, unseen
-from implicitdiff._implicit.checks import check_like, check_unknowns, pattern, size
+from implicitdiff._closures.lift import Lifted, confirm, confirm_at, lift, missed_capture_error
+from implicitdiff._implicit.checks import check_like, check_unknowns, max_abs_or_one, probe_vector
 from implicitdiff._implicit.linear import LinearSolver
-from implicitdiff._implicit.linear_problem import LinearProblem, Solve, solve_linear, solve_linear_quietly
-from implicitdiff._implicit.linearisation import Residual, Retained, StrangerError, WithOperands
+from implicitdiff._implicit.linear_problem import LinearProblem, Solve, solve_linear, solve_linear_unrecorded
+from implicitdiff._implicit.linearisation import JointLinearisation, Residual, RetainedGraph, UnknownLeafError
 from implicitdiff._implicit.operators import (
     Dims,
     Jacobian,
@@ -27,32 +27,33 @@ from implicitdiff._implicit.operators import (
 )
 from implicitdiff._implicit.primitive import Problem, attach
 from implicitdiff._torch.lanes import over_levels
-from implicitdiff._torch.trees import Leaves, Structure
+from implicitdiff._torch.trees import Leaves, Structure, Tree, UserFunction
 from implicitdiff.errors import TransformError
 
-Kind = Callable[[Leaves, Leaves], Leaves]
-"""``kind(x, fn(x))`` is zero at a solution."""
+ResidualForm = Callable[[Leaves, Leaves], Leaves]
+"""The residual of an equation: ``form(x, fn(x))`` is zero at a solution."""
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class RootProblem(Problem):
-    """``residual(x, theta) = 0`` at a solution that is already known.
+    """``residual(x, theta) = 0`` at a known solution.
 
     Attributes:
         residual_fn: the residual of one lane.
         solver: solves the linear systems of the derivatives.
         structure: the tree of one lane's solution.
-        alone: why torch.func cannot transform the residual, so that autograd alone evaluates it; None if it can.
-        kept: an evaluation at the call, for a first derivative in reverse mode, if there is one.
-        levels: for each vmap, where theta is batched (0, else None).
-        lanes: the sizes of the vmaps, outermost first.
+        refusal: see `Lifted.refusal`.
+        kept: the graph of an evaluation at the call, for a first derivative in reverse mode, or None.
+        levels: for each vmap, the batch dimension (0, or None) of each tensor in theta.
+        lanes: the sizes of the vmaps, the outermost first.
     """
 
     residual_fn: Residual
     solver: Solve
     structure: Structure
-    alone: str | None = None
-    kept: Kept | None = None
+    refusal: str | None = None
+    kept: KeptGraph | None = None
     levels: tuple[Dims, ...] = ()
     lanes: tuple[int, ...] = ()
 
@@ -63,6 +64,7 @@ class RootProblem(Problem):
         raise AssertionError("the solution is always known")
 
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
+        # x and theta are operands of the linear system, so the solve can be differentiated again in both.
         operator = Jacobian(self.residual_fn, len(x))
         problem = LinearProblem(
             operator=operator.adjoint if adjoint else operator,
@@ -75,72 +77,75 @@ class RootProblem(Problem):
         return solve_linear(problem, b, [*x, *theta])
 
     def _levels(self, unknowns: int) -> tuple[Dims, ...]:
-        """Where the solution and theta are batched, for each vmap."""
+        """Return the batch dimensions of the solution and of theta, for each vmap."""
         return tuple((0,) * unknowns + dims for dims in self.levels)
 
     def vjp(self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
+        # A plain backward pass does not need the history of the operands, and is unrecorded without the history.
         if functorch.nothing_records() and not functorch.have_legacy_batch(x_bar):
             x, theta = [t.detach() for t in x], [t.detach() for t in theta]
         if functorch.is_quiet([*x, *theta], x_bar) and not _modes.is_inside():
-            return self.quiet_vjp(x, theta, x_bar, wanted, [])
-        if self.alone is not None:
-            raise TransformError(self.alone)
+            return self.unrecorded_vjp(x, theta, x_bar, wanted, [])
+        if self.refusal is not None:
+            raise TransformError(self.refusal)
         return super().vjp(x, theta, x_bar, wanted)
 
     @property
-    def is_lazy(self) -> bool:
-        return isinstance(self.solver, LinearSolver) and self.alone is None
+    def prefers_unrecorded(self) -> bool:
+        return isinstance(self.solver, LinearSolver) and self.refusal is None
 
     def release(self) -> Leaves:
         return [] if self.kept is None else self.kept.graph.release()
 
-    def quiet_vjp(
+    def unrecorded_vjp(
         self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int], released: Leaves
     ) -> dict[int, torch.Tensor]:
-        # Nothing differentiates this any further: one graph serves the solve and the pullback.
+        # No further derivative is recorded, so one autograd graph serves the linear solve and the pullback.
         if not isinstance(solver := self.solver, LinearSolver):
             return super().vjp(x, theta, x_bar, wanted)
         if released and self.kept is not None:
             self.kept.of.refuse_overwritten()
             at, positions = self.kept.graph.resume(released), self.kept.graph.positions
         else:
-            at, positions = WithOperands(self.residual, x, theta, wanted), list(wanted)
+            at, positions = JointLinearisation(self.residual, x, theta, wanted), list(wanted)
         lane = Lane(Jacobian(self.residual_fn, len(x)), [*x, *theta], self._levels(len(x)))
-        operator = Linearised(Products(at.push, at.pull), one_by_one=self.alone is not None, lane=lane).adjoint
+        operator = Linearised(Products(at.push, at.pull), one_by_one=self.refusal is not None, lane=lane).adjoint
         problem = LinearProblem(operator, solver, self.structure, count=0, lanes=self.lanes)
-        u = solve_linear_quietly(problem, solver, x_bar)
+        # A^H u = x_bar, then theta_bar = -(dr/dtheta)^H u.
+        u = solve_linear_unrecorded(problem, solver, x_bar)
         pulled = dict(zip(positions, at.pull_theta([-t for t in u]), strict=True))
         return {i: pulled[i] for i in wanted}
 
     def batched(self, dims: Dims, size: int) -> tuple[RootProblem, Dims, int]:
         front = tuple(None if d is None else 0 for d in dims)
+        # The kept graph is the graph of one lane.
         batched = replace(self, levels=(*self.levels, front), lanes=(size, *self.lanes), kept=None)
         return batched, front, 0
 
 
-class Kept(NamedTuple):
-    """The graph of an evaluation at the call, and the function that was evaluated."""
+class KeptGraph(NamedTuple):
+    """The graph of an evaluation at the call, and the evaluated function."""
 
-    graph: Retained
+    graph: RetainedGraph
     of: Lifted
 
 
 @dataclass(frozen=True)
-class Posed:
+class RootAt:
     """A root problem at a known solution.
 
     Attributes:
         lifted: the user's function; its operands are the leaves of the solution, the tensors of the arguments, and
-            those that it captures.
-        kind: which equation it is.
-        solver: for the linear systems of the derivatives.
+            the captured tensors.
+        form: the residual of the equation.
+        solver: solves the linear systems of the derivatives.
         x: the leaves of the solution.
-        structure: its tree.
+        structure: the tree of the solution.
         is_lifted_here: whether the function was lifted at the solution, not at an initial guess.
     """
 
     lifted: Lifted
-    kind: Kind
+    form: ResidualForm
     solver: Solve
     x: Leaves
     structure: Structure
@@ -153,11 +158,14 @@ class Posed:
     @property
     def residual(self) -> Leaves:
         """The residual at the solution, detached."""
-        return self.kind(self.x, self.structure.tensors_of(self.lifted.value))
+        return self.form(self.x, self.structure.tensors_of(self.lifted.value))
 
-    def refuse_kept(self, derived: Derived) -> None:
-        """Raise if a constant of the function is one of the tensors that the solver computed, with gradients off, from
-        what is differentiated: a cache that it has filled, whose derivative would be lost."""
+    def refuse_solver_caches(self, derived: Derived) -> None:
+        """Raise if a constant of the function is a tensor that the solver computed from differentiated tensors.
+
+        For example, the solver fills a cache that the function reads. Gradients are off in the solver, so the
+        derivative of such a tensor would silently be zero.
+        """
         for constant, _ in self.lifted.constants:
             is_smooth = constant.is_floating_point() or constant.is_complex()
             if is_smooth and id(constant) in derived and derived[id(constant)]() is constant:
@@ -169,79 +177,87 @@ class Posed:
                 )
 
     def problem(self) -> RootProblem:
-        """The problem, for derivatives; all that it depends on is known."""
+        """Return the problem, after a check that no captured tensor was missed."""
         smooth = [i for i, t in enumerate(self.theta) if t.is_floating_point() or t.is_complex()]
-        problem: RootProblem = self._either_way(lambda posed: posed._confirmed(smooth))
-        return problem
+        return self._with_autograd_fallback(lambda root: root._confirmed_problem(smooth))
 
-    def attached(self) -> Any:
-        """The solution with its derivatives."""
-        return self._either_way(Posed._attached)
+    def attached(self) -> Tree:
+        """Return the solution with its derivatives."""
+        return self._with_autograd_fallback(RootAt._attached)
 
-    def _either_way(self, make: Callable[[Posed], Any]) -> Any:
-        """What `make` makes of this, or of the function as autograd alone evaluates it if torch.func cannot transform
-        it; that may show only now, where tensors need gradients."""
+    def _with_autograd_fallback(self, make: Callable[[RootAt], _Result]) -> _Result:
+        """Return ``make(self)``; if torch.func refuses the function, lift the function for autograd alone, and repeat.
+
+        `lift` may have succeeded: some functions fail under torch.func only when tensors require gradients.
+        """
         try:
             return make(self)
         except TransformError as error:
-            if self.lifted.alone or not functorch.only_autograd():
+            if self.lifted.refusal or not functorch.only_autograd():
                 raise
             why = str(error)
         return make(replace(self, lifted=self.lifted.by_autograd(why)))
 
-    def _attached(self) -> Any:
+    def _attached(self) -> Tree:
+        """Return the solution with its derivatives; raise `TransformError` if torch.func refuses the function.
+
+        In plain autograd, one evaluation confirms the captures, and its graph is kept for the derivative.
+        """
         wanted = [i for i, t in enumerate(self.theta) if t.requires_grad]
-        if (wanted or self.lifted.alone) and self._is_ordinary():
-            graph = self._graph(wanted)
-            problem, theta = self._problem(Kept(graph, self.lifted)), [*self.theta, *graph.adopted]
+        if (wanted or self.lifted.refusal) and self._is_plain_autograd():
+            graph = self._recorded_graph(wanted)
+            problem, theta = self._problem(KeptGraph(graph, self.lifted)), [*self.theta, *graph.adopted]
         else:
-            problem, theta = self._confirmed(wanted), self.theta
+            problem, theta = self._confirmed_problem(wanted), self.theta
         return self.structure.unflatten(attach(problem, self.x, theta))
 
-    def _confirmed(self, wanted: Sequence[int]) -> RootProblem:
+    def _confirmed_problem(self, wanted: Sequence[int]) -> RootProblem:
+        """Return the problem without a kept graph, after a second evaluation that confirms the captures."""
         if self.is_lifted_here:
             confirm(self.lifted)
         else:
             confirm_at(self.lifted, [*self.x, *self.theta])
-        if self.lifted.alone and self.lifted.takes_gradients:
-            # Only for the checks: this graph is not kept.
-            self._graph(wanted)
+        if self.lifted.refusal and self.lifted.takes_gradients:
+            # For the checks alone; the graph is dropped.
+            self._recorded_graph(wanted)
         return self._problem(None)
 
-    def _problem(self, kept: Kept | None) -> RootProblem:
+    def _problem(self, kept: KeptGraph | None) -> RootProblem:
         residual = partial(self._evaluated, self.lifted)
-        return RootProblem(residual, self.solver, self.structure, self.lifted.alone, kept)
+        return RootProblem(residual, self.solver, self.structure, self.lifted.refusal, kept)
 
-    def _evaluated(self, fn: Callable[[Leaves], Any], x: Leaves, theta: Leaves) -> Leaves:
-        return self.kind(x, self.structure.tensors_of(fn([*x, *theta])))
+    def _evaluated(self, fn: Callable[[Leaves], Tree], x: Leaves, theta: Leaves) -> Leaves:
+        return self.form(x, self.structure.tensors_of(fn([*x, *theta])))
 
-    def _is_ordinary(self) -> bool:
-        """Whether autograd alone records, so that its first derivative needs nothing but a graph of plain tensors."""
+    def _is_plain_autograd(self) -> bool:
+        """True if plain autograd alone records: a first derivative then needs only one graph of plain tensors."""
         plain = functorch.only_autograd() and torch.is_grad_enabled() and not functorch.in_saved_tensor_hooks()
         return plain and isinstance(self.solver, LinearSolver) and not _modes.is_inside()
 
-    def _graph(self, wanted: Sequence[int]) -> Retained:
+    def _recorded_graph(self, wanted: Sequence[int]) -> RetainedGraph:
+        """Return the graph of a second evaluation; raise if the function has changed, or if a capture was missed."""
         try:
-            evaluate = partial(self._evaluated, self.lifted.again)
-            graph = Retained(evaluate, self.x, self.theta, wanted, adopts=self.lifted.alone is not None)
-        except StrangerError:
-            raise unseen(self.lifted.name) from None
-        self.lifted.refuse_another()
-        if self.lifted.alone and self.lifted.takes_gradients and graph.positions:
-            self._check_second(graph)
+            evaluate = partial(self._evaluated, self.lifted.run_again)
+            graph = RetainedGraph(evaluate, self.x, self.theta, wanted, adopts=self.lifted.refusal is not None)
+        except UnknownLeafError:
+            raise missed_capture_error(self.lifted.name) from None
+        self.lifted.refuse_changed_function()
+        if self.lifted.refusal and self.lifted.takes_gradients and graph.positions:
+            self._check_second_derivative(graph)
         return graph
 
-    def _check_second(self, graph: Retained) -> None:
-        """Raise if the derivative of a gradient is not that of its values, along one direction.
+    def _check_second_derivative(self, graph: RetainedGraph) -> None:
+        """Raise if autograd's derivative of a gradient differs from central differences, along one direction.
 
-        To differentiate a gradient is to differentiate the backward pass of each custom autograd.Function in it. One
-        that has saved what it computed in its forward pass counts that as a constant.
+        The derivative of a gradient differentiates the backward pass of each custom autograd.Function. If the Function
+        saved an intermediate result of its forward pass, autograd treats this result as a constant, and the derivative
+        is silently wrong.
         """
-        # Captured tensors move only where all of them are replaced.
+        # Captured tensors can be moved only if the function uses substitutes for all of them: none may be adopted.
         movable = len(self.theta) - (len(self.lifted.captured) if graph.adopted else 0)
         moved = [i for i in graph.positions if i < movable]
         at = [*self.x, *(self.theta[i].detach() for i in moved)]
-        direction = [size(t) * p for t, p in zip(at, pattern(at), strict=True)]
+        direction = [max_abs_or_one(t) * p for t, p in zip(at, probe_vector(at), strict=True)]
         eps = max(torch.finfo(t.dtype).eps for t in at)
 
         def residual(h: float) -> Leaves:
@@ -252,15 +268,18 @@ class Posed:
             with torch.no_grad():
                 return self._evaluated(self.lifted.within_call, there[: len(self.x)], theta)
 
+        # The step that balances truncation, O(h^2), and rounding, O(eps / h), of a central difference.
         h = eps ** (1 / 3)
         ahead, behind = residual(h), residual(-h)
-        u = pattern(ahead)
+        u = probe_vector(ahead)
+        # Compute u' J d in two ways, for the Jacobian J of the residual r and the direction d: (J' u)' d by autograd,
+        # and u' (r(at + h d) - r(at - h d)) / 2h by differences. `scale` bounds the terms that cancel in (J' u)' d.
         shared = graph.resume([*graph.end])
         pulled_theta = dict(zip(graph.positions, shared.pull_theta(u), strict=True))
         pulled = [*shared.pull()(u), *(pulled_theta[i] for i in moved)]
-        found = inner(pulled, direction)
-        wanted = inner(u, [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)])
-        scale = inner([t.abs() for t in pulled], [t.abs() for t in direction])
+        found = real_inner_product(pulled, direction)
+        wanted = real_inner_product(u, [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)])
+        scale = real_inner_product([t.abs() for t in pulled], [t.abs() for t in direction])
         if not (found - wanted).abs() <= eps**0.25 * torch.maximum(scale, wanted.abs()):
             raise ValueError(
                 f"{self.lifted.name} takes a gradient whose own derivative, along one direction, is {found:.6g} by "
@@ -270,43 +289,43 @@ class Posed:
             )
 
 
-def pose(
+def root_at(
     name: str,
-    fn: Callable[..., Any],
-    kind: Kind,
+    fn: UserFunction,
+    form: ResidualForm,
     solve: Solve,
-    sol: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Posed:
-    """The problem that `sol` solves."""
+    sol: Tree,
+    args: tuple[Tree, ...],
+    kwargs: dict[str, Tree],
+) -> RootAt:
+    """Return the root problem with the known solution `sol` of ``form(x, fn(x, *args, **kwargs)) = 0``."""
     x, structure = pytree.flatten(sol)
     check_unknowns(f"{name}: the solution", x, structure)
-    flags = _differentiated(x, pytree.tensors((args, kwargs)))
+    flags = _gradient_flags(x, pytree.tensors((args, kwargs)))
     lifted = lift(name, lambda x, args, kwargs: fn(x, *args, **kwargs), sol, args, kwargs, differentiated=flags)
     check_like(f"{name}'s result", lifted.value, sol, x, structure, "the solution")
-    return Posed(lifted, kind, solve, x, structure)
+    return RootAt(lifted, form, solve, x, structure)
 
 
-def _differentiated(x: Leaves, theta: Leaves) -> list[bool]:
-    """Which tensors need gradients in an ordinary backward pass: what is differentiated, and the solution with it."""
+def _gradient_flags(x: Leaves, theta: Leaves) -> list[bool]:
+    """Return the `requires_grad` flags of x and theta in an ordinary backward pass; empty if none is to follow."""
     if not (functorch.only_autograd() and torch.is_grad_enabled() and any(t.requires_grad for t in theta)):
         return []
     return [True] * len(x) + [t.requires_grad for t in theta]
 
 
-def root(x: Leaves, out: Leaves) -> Leaves:
-    """The `Kind` of ``fn(x) = 0``."""
+def root_form(x: Leaves, out: Leaves) -> Leaves:
+    """The `ResidualForm` of the equation ``fn(x) = 0``."""
     return out
 
 
-def fixed_point(x: Leaves, out: Leaves) -> Leaves:
-    """The `Kind` of ``fn(x) = x``."""
-    # With this sign A = I - J, positive definite for a symmetric contraction, and the Neumann series of its inverse
-    # converges.
+def fixed_point_form(x: Leaves, out: Leaves) -> Leaves:
+    """The `ResidualForm` of the equation ``fn(x) = x``."""
+    # With this sign, A = I - J. For a symmetric contraction A is positive definite, so conjugate gradients apply. For
+    # every contraction the Neumann series of A^-1 converges.
     return [a - b for a, b in zip(x, out, strict=True)]
 
 
-def inner(a: Leaves, b: Leaves) -> torch.Tensor:
-    """The real inner product."""
+def real_inner_product(a: Leaves, b: Leaves) -> torch.Tensor:
+    """Return the real inner product of two lists of leaves."""
     return torch.stack([(p.conj() * q).real.sum() for p, q in zip(a, b, strict=True)]).sum()

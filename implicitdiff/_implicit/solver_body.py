@@ -1,13 +1,12 @@
-"""A user's solver, run out of sight of every derivative.
+"""Run a user's solver below every derivative.
 
-How a solution is found does not matter, so a solver may do anything. Where no vmap batches what it sees, it runs with
-no transform on the stack, as it would outside of torch.func.
+The derivatives of a solution follow from the equation, not from the solver's steps. So a solver may do anything. If no
+vmap batches the tensors of a solver, the solver runs with no transform on the stack, like outside of torch.func.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -17,22 +16,29 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.below import Derived, below_autodiff
 from implicitdiff._closures.signature import Call, name_of
 from implicitdiff._closures.walk import tensors_within
-from implicitdiff._torch.trees import Leaves, Structure
+from implicitdiff._torch.trees import Leaves, Structure, Tree, UserFunction
 from implicitdiff.errors import TransformError
 
-Solver = Callable[..., Any]
+UserSolver = UserFunction
+"""``solver(init, *args, **kwargs)``."""
 
 
-def run_solver(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any, Derived]:
-    """The solver's result, detached, and the tensors that it computed from what is differentiated. It sees values
-    that are out of every derivative's sight, and its own copy of the initial guess."""
+def run_solver(solver: UserSolver, call: Call, has_aux: bool) -> tuple[Tree, Tree, Derived]:
+    """Return the solver's solution and auxiliary result, detached, and the tensors that the solver computed from
+    differentiated tensors.
+
+    The solver receives tensors without gradient layers, and a copy of the initial guess.
+    """
     tensors, structure = pytree.flatten((call.init, call.args, call.kwargs))
+    # The tensors of the initial guess come first.
     own = len(pytree.tensors(call.init))
     values = [functorch.plain_under_vmap(t) for t in tensors]
     flags = [functorch.is_plain(v) and functorch.base(t).requires_grad for v, t in zip(values, tensors, strict=True)]
 
-    def run(outside: bool) -> tuple[Any, Derived]:
+    def run(outside: bool) -> tuple[Tree, Derived]:
         with below_autodiff(outside) as derived:
+            # The solver may write to its guess, and may differentiate with respect to its arguments by torch.autograd.
+            # So clone the guess, and set the `requires_grad` flags again.
             entering = [v.clone() for v in values[:own]] + values[own:]
             before = [_modes.version(v) for v in entering]
             entered = [v.requires_grad_() if flag else v for v, flag in zip(entering, flags, strict=True)]
@@ -41,7 +47,7 @@ def run_solver(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any, Der
         _refuse_changed(solver, entering[own:], before[own:])
         return result, derived
 
-    result, derived = _run_where_it_can(solver, run, values, structure)
+    result, derived = _run_outside_if_possible(solver, run, values, structure)
     if not has_aux:
         return detached(result), None, derived
     if not (isinstance(result, tuple) and len(result) == 2):
@@ -51,31 +57,36 @@ def run_solver(solver: Solver, call: Call, has_aux: bool) -> tuple[Any, Any, Der
     return detached(result[0]), detached(result[1]), derived
 
 
-def _run_where_it_can(solver: Solver, run: Callable[[bool], Any], values: Leaves, structure: Structure) -> Any:
-    """``run(outside)``, with no transform on the stack if that is possible."""
+def _run_outside_if_possible(
+    solver: UserSolver, run: Callable[[bool], tuple[Tree, Derived]], values: Leaves, structure: Structure
+) -> tuple[Tree, Derived]:
+    """Return ``run(outside)``, with no transform on the stack (``outside=True``) if possible."""
     if functorch.depth() == 0:
         return run(False)
+    # Run with no level if no tensor of the solver belongs to a running transform. If captured tensors may be hidden
+    # (`is_all` is False), run inside first, and outside only if a transform refuses an operation.
     is_batched = not functorch.are_plain(values) or "different" in functorch.randomness()
     within, is_all = tensors_within(solver, structure.others)
     outside = not is_batched and functorch.are_plain(within)
     if not is_all and (functorch.randomness() or functorch.in_forward_mode()):
-        # A lane or a tangent of an outer transform, that the body holds out of sight, would be taken for its own.
+        # The solver may hold a hidden tensor of an outer vmap or jvp. With no level, functorch would confuse the tensor
+        # with tensors of the solver's own transforms.
         outside = False
-    # A vmap may forbid random numbers.
+    # Under a vmap that forbids random numbers, run inside first: outside, the solver could draw them unnoticed.
     at_once = outside and is_all and "error" not in functorch.randomness()
     try:
         return run(at_once)
     except RuntimeError as error:
         is_refused = isinstance(error, TransformError) or functorch.untransformable_function(error) is not None
         if at_once or not outside or not is_refused:
-            if (why := _why(error, is_batched)) is None:
+            if (why := _refusal_reason(error, is_batched)) is None:
                 raise
             raise TransformError(f"the solver {name_of(solver)} {why}") from error
     return run(True)
 
 
-def _why(error: RuntimeError, is_batched: bool) -> str | None:
-    """What a solver does that running transforms cannot take, with the remedy; None for other errors."""
+def _refusal_reason(error: RuntimeError, is_batched: bool) -> str | None:
+    """Return the operation that the running transforms refuse, and the remedy, in words; None for other errors."""
     if "INTERNAL ASSERT FAILED" in str(error) and "TensorWrapper.cpp" in str(error):
         return (
             "uses a tensor of a transform that runs round it, from where this cannot be seen, such as a generator: "
@@ -93,7 +104,8 @@ def _why(error: RuntimeError, is_batched: bool) -> str | None:
     return f"applies {what}; or pass the tensors that it captures as arguments, so that it runs outside of transforms"
 
 
-def _refuse_changed(solver: Solver, arguments: Leaves, before: Sequence[int]) -> None:
+def _refuse_changed(solver: UserSolver, arguments: Leaves, before: Sequence[int]) -> None:
+    """Raise if the solver has changed an argument in place, by the version counters before and after."""
     for value, version in zip(arguments, before, strict=True):
         if _modes.version(value) != version:
             raise ValueError(
@@ -102,6 +114,6 @@ def _refuse_changed(solver: Solver, arguments: Leaves, before: Sequence[int]) ->
             )
 
 
-def detached(tree: Any) -> Any:
-    """The tree without what autograd knows of it."""
+def detached(tree: Tree) -> Tree:
+    """Return the tree with its tensors detached."""
     return pytree.map_tensors(torch.Tensor.detach, tree)

@@ -1,8 +1,8 @@
-"""What a linear solver's algorithm sees of a problem.
+"""Linear systems in the form that the algorithms receive.
 
-An algorithm never meets a pytree, a transform or a batch: it gets a `System` of real vectors, one row for each lane
-of vmap and right-hand side, on plain tensors. Complex leaves are pairs of real numbers, in which the adjoint is the
-transpose, and maps that are linear over the reals alone are linear.
+An algorithm is independent of pytrees, transforms and batches. The algorithm receives a `System` of real vectors on
+plain tensors, with one row for each pair of a lane and a right-hand side. A complex number is stored as a pair of real
+numbers. Over the reals the adjoint is the transpose, and a map that is linear over the reals only is linear.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from implicitdiff._implicit.operators import Lane, Operator, Products, with_vect
 from implicitdiff._torch.lanes import over_levels, vmap
 from implicitdiff._torch.trees import Leaves
 
-Rows = Callable[[Tensor], Tensor]
+RowMap = Callable[[Tensor], Tensor]
+"""A linear map that is applied to each row of a matrix."""
 
 
 class Vectors:
-    """Lists of leaves of given shapes, batched in their leading dimensions, as rows of real numbers of one dtype, at
-    least `dtype`."""
+    """The conversion of lists of leaves with leading batch dimensions to rows of real numbers, and back.
+
+    All rows have one dtype: the widest real dtype of the leaves and of `dtype`.
+    """
 
     def __init__(self, like: Leaves, batch: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
         self.batch = tuple(batch)
@@ -34,18 +37,18 @@ class Vectors:
         self.sizes = [math.prod(s) * (2 if d.is_complex else 1) for s, d in zip(self.shapes, self.dtypes, strict=True)]
         self.dimension = sum(self.sizes)
         self.device = like[0].device
-        # LAPACK has no half precision.
+        # The precision of the leaves, but a dtype of at least single precision: LAPACK has no half precision.
         self.eps = max([torch.finfo(d).eps for d in self.dtypes])
         self.dtype = reduce(torch.promote_types, [d.to_real() for d in self.dtypes], dtype)
 
     def ravel(self, leaves: Sequence[Tensor], lead: int | None = None) -> Tensor:
-        """Leaves ``(*batch, *shape)`` as rows ``(prod(batch), dimension)``; `lead` is one more dimension in front."""
+        """Return leaves ``(*batch, *shape)`` as rows ``(prod(batch), dimension)``, with `lead` as a first dimension."""
         rows = (math.prod(self.batch),) if lead is None else (lead, math.prod(self.batch))
         flat = [_real(t).reshape(*rows, n).to(self.dtype) for t, n in zip(leaves, self.sizes, strict=True)]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
     def unravel(self, rows: Tensor) -> Leaves:
-        """The inverse of `ravel`, except that a dimension in front of the rows stays in front of the leaves."""
+        """Return leaves from rows: the inverse of `ravel`. A leading dimension of the rows stays in front."""
         lead = (*rows.shape[:-2], *self.batch)
         if len(self.sizes) == 1:
             return [_leaf(rows, (*lead, *self.shapes[0]), self.dtypes[0])]
@@ -54,7 +57,7 @@ class Vectors:
 
 
 def _real(tensor: Tensor) -> Tensor:
-    # Not view_as_real, whose derivative wants strides that a part of a row may not have.
+    # Not `view_as_real`: the strides that its derivative requires may be absent in a slice of a row.
     return torch.stack([tensor.real, tensor.imag], dim=-1) if tensor.is_complex() else tensor
 
 
@@ -67,20 +70,20 @@ def _leaf(part: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class System:
-    """``A x = b`` as an algorithm sees it: ``lanes`` matrices of shape ``(m, n)``, ``columns`` right-hand sides each.
+    """``A x = b`` for an algorithm: ``lanes`` matrices of shape ``(m, n)``, with ``columns`` right-hand sides each.
 
     Attributes:
-        eps: the precision of the least precise leaf, which is that of the products.
-        unknowns: ``n``.
-        is_square: whether a row of ``x`` is one of the same kind as a row of ``b``; ``m`` is ``n`` then.
         b: the right-hand sides, ``(lanes * columns, m)``, lane by lane; each row scaled to largest entry 1, or zero.
-        scale: what the rows were divided by, ``(lanes * columns, 1)``.
+        unknowns: ``n``.
+        is_square: whether the rows of ``x`` and of ``b`` represent trees of the same structure; then ``m = n``.
+        eps: the precision of the least precise leaf, and so of the products.
+        scale: the divisors of the rows of ``b``, ``(lanes * columns, 1)``.
         start: an initial guess in the form of ``x``, or None for zero.
-        lanes: how many matrices.
+        lanes: the number of matrices.
         matvec: ``v -> A v`` on rows.
         rmatvec: ``u -> A^T u`` on rows.
         precondition: ``r -> M^-1 r`` on rows, or None.
-        of_range: whether these are rows like those of ``b``; else they are like those of ``x``.
+        of_range: whether `precondition` acts on rows like ``b``; else on rows like ``x``.
         materialise: ``() -> A``, as ``(lanes, m, n)``.
     """
 
@@ -91,14 +94,14 @@ class System:
     scale: Tensor
     start: Tensor | None
     lanes: int
-    matvec: Rows
-    rmatvec: Rows
-    precondition: Rows | None
+    matvec: RowMap
+    rmatvec: RowMap
+    precondition: RowMap | None
     of_range: bool
     materialise: Callable[[], Tensor]
 
     def shifted(self, ridge: float) -> System:
-        """The system of ``A + ridge I``."""
+        """Return the system of ``A + ridge I``."""
         if not ridge:
             return self
         if not self.is_square:
@@ -126,11 +129,11 @@ def make_system(
     start: Leaves | None,
     lane: Lane | None = None,
 ) -> tuple[Vectors, System]:
-    """The system of ``A(operands) x = b`` from plain tensors, and the vectors that ``x`` is one of.
+    """Return the system of ``A(operands) x = b`` from plain tensors, and the conversion of ``x`` to leaves.
 
-    The leaves of ``b`` have shape ``(*lanes, *columns, *shape)``, `operator` and `precondition` act on ``(*lanes,
-    *shape)``. Of a rectangular operator, whose leaves are those of both sides, the system is that of its block. `lane`
-    is the operator of one lane, if there are lanes and it is known.
+    The leaves of ``b`` have shape ``(*lanes, *columns, *shape)``; `operator` and `precondition` act on ``(*lanes,
+    *shape)``. For a `Rectangular` operator the system contains its block only. `lane` is the operator of one lane, or
+    None if unknown.
     """
     blocks, batch = operator.blocks, (*lanes, *columns)
     whole = Vectors(b, batch)
@@ -145,10 +148,12 @@ def make_system(
         one = [Vectors(one_column[block], lanes, whole.dtype) for block in blocks[:2]]
     products = operator.block_products(operands, one_column, OfOperands)
 
-    def rows(make: Callable[[], Product], source: Vectors, to: Vectors) -> Rows:
+    def rows(make: Callable[[], Product], source: Vectors, to: Vectors) -> RowMap:
+        # Linearise at the first use only: many algorithms need one of the products.
         product = cache(lambda: map_columns(make(), len(lanes), len(columns)))
         return lambda v: to.ravel(product()(source.unravel(v)))
 
+    # Each right-hand side is scaled to largest entry 1, so that squares and products neither overflow nor underflow.
     right = range_.ravel(b[blocks.range])
     scale = right.abs().amax(dim=-1, keepdim=True)
     scale = torch.where(scale > 0, scale, 1.0)
@@ -172,21 +177,21 @@ def make_system(
 
 
 def first_column(leaves: Leaves, at: int, count: int) -> Leaves:
-    """The leaves at the first index of `count` dimensions from position `at` on; zeros where there is none."""
+    """Return the leaves at index 0 of `count` dimensions from position `at` on; zeros for a dimension of size 0."""
     for _ in range(count):
         leaves = [t.select(at, 0) if t.shape[at] else t.new_zeros(t.shape[:at] + t.shape[at + 1 :]) for t in leaves]
     return leaves
 
 
 def map_columns(product: Product, at: int, count: int) -> Product:
-    """A product that acts on leaves with `count` more batch dimensions from position `at` on."""
+    """Return the product on leaves with `count` more batch dimensions from position `at` on."""
     for _ in range(count):
         product = vmap(product, at, at)
     return product
 
 
 def _materialise(operator: Operator, products: Products, domain: Vectors, range_: Vectors, times: int = 1) -> Tensor:
-    """The matrices of the lanes of these vectors, where `times` as many are materialised at once."""
+    """Return the matrices of all lanes. `times` matrices are materialised at once, by an outer vmap."""
     rows_first = operator.rows_first
     product = products.rmatvec() if rows_first else products.matvec()
     source, to = (range_, domain) if rows_first else (domain, range_)
@@ -195,18 +200,18 @@ def _materialise(operator: Operator, products: Products, domain: Vectors, range_
     if n == 1:
         images = to.ravel(product(source.unravel(basis[0])))[None]
     else:
-        # What is held at once is bounded.
-        at_once = max(1, _HELD_AT_ONCE // (times * lanes * max(n, to.dimension)))
+        # A bound on memory: at most `_MAX_HELD_NUMBERS` numbers of images at once.
+        at_once = max(1, _MAX_HELD_NUMBERS // (times * lanes * max(n, to.dimension)))
         each = with_vectors(product, operator.one_by_one, at_once if at_once < n else None)
         images = to.ravel(each(source.unravel(basis)), lead=n)
+    # images[i] is, for each lane, row i of A (products with the adjoint) or column i of A.
     return images.permute(1, 0, 2) if rows_first else images.permute(1, 2, 0)
 
 
 def _materialise_each(lane: Lane, like: Leaves, lanes: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The matrices of all lanes, each with its unit vectors side by side.
+    """Return the matrices of all lanes, with the vmap over unit vectors inside the vmap over lanes.
 
-    With the unit vectors outside of the lanes, products with a matrix that varies over the lanes would take a copy of
-    it for each unit vector.
+    In the other order, a product with a matrix that differs between lanes would copy the matrix for each unit vector.
     """
     one, blocks, count = first_column(like, 0, len(lanes)), lane.operator.blocks, math.prod(lanes)
     domain, range_ = (Vectors(one[block], (), dtype) for block in blocks[:2])
@@ -215,10 +220,10 @@ def _materialise_each(lane: Lane, like: Leaves, lanes: Sequence[int], dtype: tor
         products = lane.operator.block_products(operands, one)
         return _materialise(lane.operator, products, domain, range_, count)[0]
 
-    # The vmap of a level wants something batched, and the operands may be shared by its lanes.
+    # vmap requires a batched argument, and all operands may be shared by the lanes of a level.
     batched = torch.empty(tuple(lanes), dtype=dtype, device=domain.device)
     matrices: Tensor = over_levels(matrix, [(list(dims), 0) for dims in lane.levels])(lane.operands, batched)
     return matrices.reshape(count, range_.dimension, domain.dimension)
 
 
-_HELD_AT_ONCE = 2**22
+_MAX_HELD_NUMBERS = 2**22

@@ -1,25 +1,27 @@
-"""A vmap that also works for a batch of size 0. A lane is one element of the batch."""
+"""A vmap that also works for a batch of size 0. A lane is one problem of the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.trees import UserFunction
 
 
-def vmap(fn: Callable[..., Any], in_dims: Any, out_dims: int = 0) -> Callable[..., Any]:
-    """`torch.func.vmap`, also where there is no lane.
+def vmap(fn: UserFunction, in_dims: Any, out_dims: int = 0) -> UserFunction:
+    """`torch.func.vmap` for any number of lanes, including zero.
 
-    torch's batching rules for numbers look at the first lane, so ``vmap(lambda x: 2.0 * x)(torch.zeros(0))`` raises.
-    Without lanes the function runs on one lane of made-up numbers, and nothing of its result is kept.
+    torch's batching rules read the first lane of a batch of scalars, so ``vmap(lambda x: 2.0 * x)(torch.zeros(0))``
+    raises. For a batch of size 0, the function runs on one lane of arbitrary numbers, which the result leaves out.
     """
     mapped = torch.func.vmap(fn, in_dims=in_dims, out_dims=out_dims)
 
     def over_lanes(*args: Any) -> Any:
+        # A batch of size 0 has an empty tensor. Whether an empty tensor is such a batch, its `in_dims` tells.
         if all([t.numel() for t in pytree.tensors(args)]):
             return mapped(*args)
         leaves, spec = pytree.leaves_of(args)
@@ -27,21 +29,21 @@ def vmap(fn: Callable[..., Any], in_dims: Any, out_dims: int = 0) -> Callable[..
         pairs = [(t, d if isinstance(t, Tensor) else None) for t, d in zip(leaves, dims, strict=True)]
         if all(d is None or leaf.shape[d] for leaf, d in pairs):
             return mapped(*args)
-        one_lane = [leaf if d is None else torch.cat([leaf, _numbers(leaf, d)], dim=d) for leaf, d in pairs]
+        one_lane = [leaf if d is None else torch.cat([leaf, _made_up_lane(leaf, d)], dim=d) for leaf, d in pairs]
         return pytree.map_tensors(lambda t: t.narrow(out_dims, 0, 0), mapped(*pytree.unflatten(one_lane, spec)))
 
     return over_lanes
 
 
-def over_levels(fn: Callable[..., Any], levels: Sequence[Any]) -> Callable[..., Any]:
-    """The function under one vmap for each of `levels`, the ``in_dims`` of the innermost first."""
+def over_levels(fn: UserFunction, levels: Sequence[Any]) -> UserFunction:
+    """Return the function under one vmap for each of `levels`: the ``in_dims`` of the vmaps, the innermost first."""
     for dims in levels:
         fn = vmap(fn, dims)
     return fn
 
 
-def _numbers(like: Tensor, dim: int) -> Tensor:
-    """One lane of positive numbers without a pattern: functions that check their arguments refuse few of them."""
+def _made_up_lane(like: Tensor, dim: int) -> Tensor:
+    """Return one lane of irregular positive numbers, which few checks of arguments refuse."""
     ones = like.new_ones([1 if i == dim else size for i, size in enumerate(like.shape)])
     if not (like.is_floating_point() or like.is_complex()):
         return ones

@@ -1,4 +1,4 @@
-"""The stack of the modes that look at torch functions, and the caches that a mode would not see."""
+"""The stack of `TorchFunctionMode`s, and the cache of parametrised weights, which bypasses modes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.utils._device import DeviceContext as DeviceContext
 
 
 def running() -> list[TorchFunctionMode]:
-    """The modes that run, outermost first."""
+    """Return the running modes, the outermost first."""
     return list(torch.overrides._get_current_function_mode_stack())
 
 
 def is_any_running() -> bool:
-    """Whether any mode looks at torch functions."""
+    """True if any mode is running."""
     return torch.overrides._get_current_function_mode() is not None
 
 
 @contextmanager
 def in_place_of(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
-    """Run the body with these modes in the place of those that run."""
+    """Run the body under these modes instead of the running modes."""
     before = running()
     _exchange(before, modes)
     try:
@@ -40,8 +40,10 @@ def _exchange(old: Sequence[TorchFunctionMode], new: Sequence[TorchFunctionMode]
 
 
 def uncached() -> AbstractContextManager[None]:
-    """Compute parametrised weights anew: `parametrize.cached` would hand one evaluation the tensors of another, below
-    gradients or of other operands."""
+    """Context without `torch.nn.utils.parametrize.cached`.
+
+    The cache would give an evaluation the weights of another evaluation, with other operands or without gradients.
+    """
     return _uncached() if parametrize._cache_enabled else nullcontext()
 
 

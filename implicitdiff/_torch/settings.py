@@ -1,4 +1,4 @@
-"""torch's global settings that change what a function computes, as they are now, and a function run with them later."""
+"""Global settings of torch that change results: read at the call of a function, restored for its derivative."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any, TypeVar, cast
 import torch
 
 import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.trees import Tree
 
 Autocast = tuple[tuple[str, bool, torch.dtype], ...]
-Settings = tuple[Any, ...]
-Fn = TypeVar("Fn", bound=Callable[..., Any])
+Settings = tuple[Autocast, torch.device, tuple[Any, ...]]
+_Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _UNCHANGED: AbstractContextManager[None] = nullcontext()
 
 
 def autocast_state() -> Autocast:
-    """The state of autocast on each kind of device."""
+    """Return the state of autocast for each device type."""
     return tuple([(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")])
 
 
@@ -32,19 +33,21 @@ def _autocast(state: Autocast) -> Iterator[None]:
     with ExitStack() as stack:
         for (device, enabled, dtype), now in zip(state, autocast_state(), strict=True):
             if (device, enabled, dtype) != now:
+                # Without the cache of casts, which belong to the graph of another evaluation.
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
         yield
 
 
 def full_precision() -> AbstractContextManager[None]:
-    """Run linear algebra outside of autocast."""
+    """Context without autocast, for linear algebra."""
     return autocast(tuple([(device, False, dtype) for device, _, dtype in autocast_state()]))
 
 
-def outside_autocast(fn: Fn) -> Fn:
-    """Decorate a function that runs outside of autocast, wherever it is called.
+def outside_autocast(fn: _Decorated) -> _Decorated:
+    """Decorate a function to run without autocast.
 
-    As `torch.amp.custom_fwd` with ``cast_inputs=torch.float32`` has it, its arguments of half precision are cast.
+    Arguments of half precision are cast to single precision, as by `torch.amp.custom_fwd` with
+    ``cast_inputs=torch.float32``.
     """
 
     @functools.wraps(fn)
@@ -63,11 +66,11 @@ def outside_autocast(fn: Fn) -> Fn:
                     "its function captures has to be cast by .float(), or passed as an argument, which is cast"
                 ) from error
 
-    return cast(Fn, run)
+    return cast(_Decorated, run)
 
 
-def in_single(tree: Any) -> Any:
-    """A tree with the tensors of half precision in single precision, where autocast is on for their device."""
+def in_single(tree: Tree) -> Tree:
+    """Return a tree with its half-precision tensors in single precision, if autocast is on for their device."""
     if not any(enabled for _, enabled, _ in autocast_state()):
         return tree
     return pytree.map_tensors(_single, tree)
@@ -79,18 +82,18 @@ def _single(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def settings() -> Settings:
-    """Autocast, the default device, and every flag of `_FLAGS`."""
+    """Return the current settings: autocast, the default device, and every flag of `_FLAGS`."""
     return autocast_state(), torch.get_default_device(), tuple([read() for read, _ in _FLAGS])
 
 
-def applied(state: Settings) -> AbstractContextManager[None]:
-    """Run the body with these settings; what is so already is not touched."""
+def with_settings(state: Settings) -> AbstractContextManager[None]:
+    """Run the body with these settings. Settings that are equal already are not touched."""
     now = settings()
-    return _UNCHANGED if state == now else _applied(state, now)
+    return _UNCHANGED if state == now else _with_settings(state, now)
 
 
 @contextmanager
-def _applied(state: Settings, now: Settings) -> Iterator[None]:
+def _with_settings(state: Settings, now: Settings) -> Iterator[None]:
     changed = [
         (write, then, current)
         for (_, write), then, current in zip(_FLAGS, state[2], now[2], strict=True)
@@ -110,7 +113,7 @@ def _flag(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], Non
     return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
 
 
-# Each as a pair of functions: read it, and set it.
+# A pair of functions for each flag: the getter and the setter.
 _FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),

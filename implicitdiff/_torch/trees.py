@@ -12,22 +12,23 @@ import torch
 from torch.utils import _pytree as torch_pytree
 
 Tree: TypeAlias = Any  # a pytree of tensors, nested as its user likes
+UserFunction: TypeAlias = Callable[..., Any]
 Leaves = list[torch.Tensor]
 _LEAF_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 TreeSpec = torch_pytree.TreeSpec
 Builder = Callable[[Iterator[Any]], Any]
-"""Makes a tree of the next leaves of an iterator."""
+"""Function that builds a tree from the next leaves of an iterator."""
 Number: TypeAlias = float | torch.Tensor
 """A number, or a tensor of numbers that is differentiated."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What remains of a pytree when its tensors are taken out.
+    """A pytree without its tensors: the nesting, and the other leaves.
 
     Attributes:
         spec: the nesting.
-        statics: every leaf in order, ``None`` where a tensor stood.
+        statics: all leaves in order, with ``None`` in the place of each tensor.
         slots: positions of the tensors among the leaves.
     """
 
@@ -37,11 +38,11 @@ class Structure:
 
     @property
     def others(self) -> list[Any]:
-        """The leaves that are no tensors."""
+        """The leaves other than tensors."""
         slots = set(self.slots)
         return [leaf for i, leaf in enumerate(self.statics) if i not in slots]
 
-    def unflatten(self, tensors: Sequence[torch.Tensor]) -> Any:
+    def unflatten(self, tensors: Sequence[torch.Tensor]) -> Tree:
         if self.spec.is_leaf() and self.slots:
             return tensors[0]
         leaves = list(self.statics)
@@ -53,10 +54,10 @@ class Structure:
     def _build(self) -> Builder:
         return _builder(self.spec)
 
-    def tensors_of(self, tree: Any) -> Leaves:
-        """The tensors of another tree of this structure; ValueError if it has another one.
+    def tensors_of(self, tree: Tree) -> Leaves:
+        """Return the tensors of a tree of this structure; raise ValueError for a tree of another structure.
 
-        Dictionaries are matched by key, whatever their order.
+        Dictionaries are matched by key, in any order.
         """
         leaves = [tree] if self.spec.is_leaf() else self.spec.flatten_up_to(tree)
         tensors = [leaves[slot] for slot in self.slots]
@@ -64,16 +65,18 @@ class Structure:
             raise ValueError("a tensor was expected where there is none")
         return tensors
 
-    def fill(self, values: Mapping[int, torch.Tensor]) -> Any:
-        """The tree with these tensors, by position among the tensors, and None for every other leaf."""
+    def fill(self, values: Mapping[int, torch.Tensor]) -> Tree:
+        """Return the tree with the given tensors, by position among the tensors, and None for all other leaves."""
         leaves: list[Any] = [None] * len(self.statics)
         for i, value in values.items():
             leaves[self.slots[i]] = value
         return torch_pytree.tree_unflatten(leaves, self.spec)
 
-    def positions_of(self, tree: Any) -> dict[int, torch.Tensor]:
-        """The tensors of a tree of this structure, by position, where None may stand for any of them; ValueError if
-        it has another."""
+    def positions_of(self, tree: Tree) -> dict[int, torch.Tensor]:
+        """Return the tensors of a tree of this structure, by position; None may stand for any tensor.
+
+        Raise ValueError for a tree of another structure.
+        """
         leaves = self.spec.flatten_up_to(tree)
         values = {i: leaves[slot] for i, slot in enumerate(self.slots) if leaves[slot] is not None}
         if not all(isinstance(value, torch.Tensor) for value in values.values()):
@@ -82,7 +85,7 @@ class Structure:
 
 
 def _builder(spec: TreeSpec) -> Builder:
-    """As `torch.utils._pytree.tree_unflatten`, with what depends on the nesting alone done once."""
+    """Return `torch.utils._pytree.tree_unflatten` for one nesting; the nesting is analysed once, not at each call."""
     if spec.is_leaf():
         return next
     parts = [_builder(child) for child in spec.children()]
@@ -98,7 +101,7 @@ def _builder(spec: TreeSpec) -> Builder:
 _ONE_TENSOR = Structure(torch_pytree.treespec_leaf(), (None,), (0,))
 
 
-def flatten(tree: Any) -> tuple[Leaves, Structure]:
+def flatten(tree: Tree) -> tuple[Leaves, Structure]:
     """Split a pytree into the list of its tensors and its `Structure`."""
     if isinstance(tree, torch.Tensor):
         return [tree], _ONE_TENSOR
@@ -110,12 +113,13 @@ def flatten(tree: Any) -> tuple[Leaves, Structure]:
     slots = tuple([i for i, is_tensor in enumerate(are_tensors) if is_tensor])
     statics = tuple([None if is_tensor else t for t, is_tensor in zip(leaves, are_tensors, strict=True)])
     structure = Structure(nesting.spec, statics, slots)
+    # Share the builder of the nesting. A frozen dataclass permits this assignment through `__dict__` only.
     structure.__dict__["_build"] = nesting._build
     return [leaves[i] for i in slots], structure
 
 
-def tensors(tree: Any) -> Leaves:
-    """The tensors of a pytree, in order."""
+def tensors(tree: Tree) -> Leaves:
+    """Return the tensors of a pytree, in order."""
     if isinstance(tree, torch.Tensor):
         return [tree]
     leaves: list[Any] = []
@@ -123,8 +127,8 @@ def tensors(tree: Any) -> Leaves:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def map_tensors(fn: Any, tree: Any) -> Any:
-    """The same tree with ``fn`` applied to its tensors."""
+def map_tensors(fn: Callable[[torch.Tensor], Any], tree: Tree) -> Tree:
+    """Return the tree with ``fn`` applied to its tensors."""
     if isinstance(tree, torch.Tensor):
         return fn(tree)
     kind = type(tree)
@@ -137,15 +141,15 @@ def map_tensors(fn: Any, tree: Any) -> Any:
     return torch_pytree.tree_map_only(torch.Tensor, fn, tree)
 
 
-Key = Any
-"""What a nesting is known by: 0 for a leaf, for a node its type with what is beside its children, and their keys."""
-# To make a `TreeSpec` takes longer than all else, and it is the same in each call.
-_NESTINGS: dict[Key, Structure] = {}
-_MANY = 1000
+NestingKey = Any
+"""Key of a nesting: 0 for a leaf; for a node its type, its context such as dictionary keys, and its children's keys."""
+# Making a `TreeSpec` takes most of the time of `flatten`, and trees of the same nesting come again in each call.
+_NESTINGS: dict[NestingKey, Structure] = {}
+_MAX_NESTINGS = 1000
 
 
-def _walk(tree: Any, leaves: list[Any]) -> Key:
-    """Append the leaves of a tree, and return its key."""
+def _walk(tree: Tree, leaves: list[Any]) -> NestingKey:
+    """Append the leaves of a tree to `leaves`, and return the key of its nesting."""
     kind = type(tree)
     if kind in _LEAF_TYPES:
         leaves.append(tree)
@@ -165,42 +169,42 @@ def _walk(tree: Any, leaves: list[Any]) -> Key:
 
 
 _is_named: Callable[[type], bool] = functools.lru_cache(maxsize=1024)(torch_pytree.is_namedtuple_class)
-# Other objects are not kept, as they may be large.
+# A dictionary with keys of other types is not cached: such keys may be large objects, and the cache would keep them.
 _NAMES = {str, int}
 
 
-def _nesting(key: Key, tree: Any) -> Structure:
-    """The structure of a tree like this whose leaves are all tensors."""
+def _nesting(key: NestingKey, tree: Tree) -> Structure:
+    """Return the structure of a tree of this nesting whose leaves are all tensors."""
     try:
         known = _NESTINGS.get(key)
-    except TypeError:  # what is beside its children has no hash
+    except TypeError:  # the context of a node is not hashable
         return _all_tensors(tree)
     if known is None:
-        if len(_NESTINGS) >= _MANY:
+        if len(_NESTINGS) >= _MAX_NESTINGS:
             _NESTINGS.clear()
         known = _NESTINGS[key] = _all_tensors(tree)
     return known
 
 
-def _all_tensors(tree: Any) -> Structure:
+def _all_tensors(tree: Tree) -> Structure:
     spec = torch_pytree.tree_structure(tree)
     return Structure(spec, (None,) * spec.num_leaves, tuple(range(spec.num_leaves)))
 
 
-def map_leaves(fn: Any, tree: Any) -> Any:
-    """The same tree with ``fn`` applied to all of its leaves."""
+def map_leaves(fn: Callable[[Any], Any], tree: Tree) -> Tree:
+    """Return the tree with ``fn`` applied to all of its leaves."""
     return torch_pytree.tree_map(fn, tree)
 
 
-def describe(tree: Any) -> str:
-    """One line that shows a tree's nesting with shapes and dtypes, for error messages."""
+def describe(tree: Tree) -> str:
+    """Return one line with a tree's nesting, shapes and dtypes, for error messages."""
     text = repr(map_tensors(lambda t: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}", tree)).replace("'", "")
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def leaves_of(tree: Any) -> tuple[list[Any], TreeSpec]:
-    """The leaves of a pytree, None and everything else among them, and its nesting."""
-    if torch.compiler.is_compiling():  # which does not trace what is cached
+def leaves_of(tree: Tree) -> tuple[list[Any], TreeSpec]:
+    """Return all leaves of a pytree, including None and other objects, and the nesting."""
+    if torch.compiler.is_compiling():  # torch.compile cannot trace the cache of nestings
         return torch_pytree.tree_flatten(tree)
     if type(tree) in _LEAF_TYPES:
         return [tree], _ONE_TENSOR.spec
@@ -212,8 +216,8 @@ def leaves_of(tree: Any) -> tuple[list[Any], TreeSpec]:
     return leaves, _nesting(_walk(tree, leaves), tree).spec
 
 
-def match(spec: TreeSpec, tree: Any) -> list[Any]:
-    """What a tree has in the place of each leaf of `spec`; ValueError if it is nested otherwise."""
+def match(spec: TreeSpec, tree: Tree) -> list[Any]:
+    """Return the subtree of `tree` at each leaf of `spec`; raise ValueError for another nesting."""
     if spec.is_leaf():
         return [tree]
     if _is_flat(spec, tree):
@@ -222,8 +226,8 @@ def match(spec: TreeSpec, tree: Any) -> list[Any]:
     return leaves if nesting is spec else spec.flatten_up_to(tree)
 
 
-def unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
-    """The tree of these leaves."""
+def unflatten(leaves: list[Any], spec: TreeSpec) -> Tree:
+    """Return the tree of these leaves."""
     if spec.is_leaf():
         return leaves[0]
     if spec.num_leaves + 1 == spec.num_nodes and spec.type is list:
@@ -233,7 +237,7 @@ def unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
     return torch_pytree.tree_unflatten(leaves, spec)
 
 
-# Flat lists and dictionaries, as most models' parameters are, need none of the recursion.
+# The parameters of most models are flat lists or dictionaries, for which the recursion is not needed.
 
 
 @functools.lru_cache(maxsize=256)
@@ -248,11 +252,11 @@ def _is_flat(spec: TreeSpec, tree: Any) -> bool:
 
 
 def broadcast(spec: TreeSpec, prefix: Any) -> list[Any]:
-    """The leaves of `prefix`, each repeated for all that lies below it in a tree nested like `spec`; ValueError if it
-    is no prefix."""
+    """Return one leaf of `prefix` for each leaf of a tree nested like `spec`: a leaf of the prefix is repeated for all
+    leaves of the subtree in its place. Raise ValueError if `prefix` is not a prefix of `spec`."""
     if isinstance(prefix, _PLAIN_LEAVES):
         return [prefix] * spec.num_leaves
-    if _is_flat(spec, prefix):  # without what torch.compile does not trace
+    if _is_flat(spec, prefix):  # a way that torch.compile can trace
         leaves = match(spec, prefix)
         if all(leaf is None or isinstance(leaf, _PLAIN_LEAVES) for leaf in leaves):
             return leaves
@@ -260,7 +264,7 @@ def broadcast(spec: TreeSpec, prefix: Any) -> list[Any]:
         return [prefix] * spec.num_leaves
     if spec.is_leaf():
         raise ValueError("a leaf was expected where there is a node")
-    # One level at a time: `flatten_up_to` matches dictionaries by key.
+    # Descend one level at a time with `flatten_up_to`, which matches dictionaries by key and not by order.
     level = TreeSpec(spec.type, spec.context, [torch_pytree.treespec_leaf() for _ in spec.children()])
     pairs = zip(spec.children(), level.flatten_up_to(prefix), strict=True)
     return [leaf for child, below in pairs for leaf in broadcast(child, below)]
@@ -270,6 +274,6 @@ _PLAIN_LEAVES = (int, float, torch.Tensor)
 
 
 def names_of(spec: TreeSpec) -> list[str]:
-    """How Python writes the way to each leaf, e.g. ``['layer'][0]``."""
+    """Return the path to each leaf as Python code, for example ``['layer'][0]``."""
     tree = unflatten([0] * spec.num_leaves, spec)
     return [torch_pytree.keystr(path) for path, _ in torch_pytree.tree_flatten_with_path(tree)[0]]

@@ -1,4 +1,4 @@
-"""Tensors that a search, which looks at values, cannot run on."""
+"""Checks for tensors without usable values: a search reads values, to decide when to stop."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import implicitdiff._torch.levels as functorch
 
 
 def refuse_valueless(name: str, tensors: Sequence[Tensor]) -> None:
-    """Raise if a tensor has no values, if its values lie in other processes, or if a tracer records the operations for
+    """Raise if a tensor has no values, if other processes hold its values, or if a tracer records the operations for
     later values."""
     plain = [functorch.base(t) for t in tensors]
-    _refuse(name, _missing(plain) or _unsuitable(plain))
+    _refuse(name, _reason_missing(plain) or _reason_unsuitable(plain))
 
 
 def refuse_missing(name: str, tensors: Sequence[Tensor]) -> None:
-    """Raise where there are no values."""
-    _refuse(name, _missing([functorch.base(t) for t in tensors]))
+    """Raise if a tensor has no values."""
+    _refuse(name, _reason_missing([functorch.base(t) for t in tensors]))
 
 
 def _refuse(name: str, reason: str | None) -> None:
     if reason is not None:
-        raise NotImplementedError(f"{name}: what it does depends on values, and {reason}")
+        raise NotImplementedError(f"{name}: its control flow depends on values, and {reason}")
 
 
-def _missing(tensors: Sequence[Tensor]) -> str | None:
+def _reason_missing(tensors: Sequence[Tensor]) -> str | None:
     if any(t.is_meta and type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
         return "a tensor on the meta device has none; put the tensors on a real device, e.g. by to_empty"
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
@@ -37,23 +37,23 @@ def _missing(tensors: Sequence[Tensor]) -> str | None:
             "make_fx and torch.export record operations without them; call it outside of what is exported, or use "
             "torch.compile, which runs it eagerly"
         )
-    if any(_is(t, "torch._subclasses.fake_tensor", "FakeTensor") for t in tensors):
+    if any(_is_instance(t, "torch._subclasses.fake_tensor", "FakeTensor") for t in tensors):
         return "a FakeTensor has none; call it outside of FakeTensorMode, on real tensors"
     return None
 
 
-def _unsuitable(tensors: Sequence[Tensor]) -> str | None:
+def _reason_unsuitable(tensors: Sequence[Tensor]) -> str | None:
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return (
             "torch.jit.trace would record the iterations for this input alone; call it outside of what is traced, or "
             "use torch.compile, which runs it eagerly"
         )
-    if any(_is(t, "torch.distributed.tensor", "DTensor") for t in tensors):
+    if any(_is_instance(t, "torch.distributed.tensor", "DTensor") for t in tensors):
         return "those of a DTensor are spread over processes; give it a plain tensor, by full_tensor() or to_local()"
     return None
 
 
-def _is(tensor: Tensor, module: str, name: str) -> bool:
-    # A module that nobody has imported has made no tensor.
+def _is_instance(tensor: Tensor, module: str, name: str) -> bool:
+    # Look in `sys.modules`: if the module is not imported yet, the tensor is not of its class.
     loaded = sys.modules.get(module)
     return type(tensor) is not Tensor and loaded is not None and isinstance(tensor, getattr(loaded, name))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff._implicit.system import Rows, System
+from implicitdiff._implicit.system import RowMap, System
 
 RowScalar = Any
 """A column ``(rows, 1)`` or a Python number, float or bool."""
@@ -46,9 +46,9 @@ class Arithmetic(ABC):
         none: the scalar False.
     """
 
-    matvec: Rows
-    rmatvec: Rows
-    precondition: Rows
+    matvec: RowMap
+    rmatvec: RowMap
+    precondition: RowMap
     none: RowScalar
 
     def __init__(self, system: System) -> None:
@@ -225,7 +225,7 @@ def arithmetic(system: System) -> Arithmetic:
     return OfOneRow(system) if system.b.device.type == "cpu" and system.b.shape[0] == 1 else OfRows(system)
 
 
-def _on_vectors(product: Rows) -> Rows:
+def _on_vectors(product: RowMap) -> RowMap:
     return lambda v: product(v[None])[0]
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import implicitdiff._torch.levels as functorch
 from implicitdiff._closures.below import below_autodiff
-from implicitdiff._implicit.checks import pattern
+from implicitdiff._implicit.checks import probe_vector
 from implicitdiff._implicit.linear_problem import LinearProblem
 from implicitdiff._implicit.system import Vectors, first_column
 from implicitdiff._torch.trees import Leaves
@@ -116,7 +116,7 @@ class PseudoinverseProblem(LinearProblem):
             return size
 
         # w = (I - A^+ A) probe, with |A| estimated by |A probe| and |A^+| by |A^+ probe|.
-        probe = pattern(like)
+        probe = probe_vector(like)
         image = one.product(probe, operands)
         inside, inverse = one._solve_each((image, probe), like, theta, adjoint=False)
         null = _difference(probe, inside)

@@ -75,8 +75,8 @@ def solve_lstsq(*, rtol: float | None = None, init: Tree = None, on_failure: OnF
         raise ValueError(f"solve_lstsq: rtol must be a finite number >= 0 or None, got {rtol!r}")
     broken = "the matrix, or the right-hand side, is not finite"
     solver = direct("solve_lstsq", partial(least_squares, rtol=rtol), broken, on_failure=on_failure)
-    kind = partial(PseudoinverseProblem, rtol=rtol, on_failure=on_failure)
-    return replace(solver, init=init, kind=kind, rectangular=kind)
+    problem_type = partial(PseudoinverseProblem, rtol=rtol, on_failure=on_failure)
+    return replace(solver, init=init, problem_type=problem_type, rectangular=problem_type)
 
 
 def least_squares(a: Tensor, b: Tensor, eps: float, *, rtol: float | None) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.levels as _functorch
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.signature import Matcher
-from implicitdiff._implicit.root import pose, root
+from implicitdiff._implicit.root import root_at, root_form
 from implicitdiff._implicit.solver_body import run_solver
 from implicitdiff._torch.slots import ParameterSlot
 from implicitdiff._torch.trees import Tree
@@ -152,12 +152,12 @@ class _ModuleProblem:
             solution, _, derived = run_solver(run, call, has_aux=False)
         routed = call.to_condition(call.args, call.kwargs)
         solve = type(self.module).linear_solve or solve_auto()
-        posed = pose(f"{self.name}.optimality", residuals, root, solve, solution, *routed)
-        posed.refuse_kept(derived)
-        _drop_unused(self.twin, posed.theta)
+        root = root_at(f"{self.name}.optimality", residuals, root_form, solve, solution, *routed)
+        root.refuse_solver_caches(derived)
+        _drop_unused(self.twin, root.theta)
         slots = self._slots()
-        _refuse_captured(self.name, slots, posed.theta)
-        attached = posed.attached()
+        _refuse_captured(self.name, slots, root.theta)
+        attached = root.attached()
         # Tensors of the output that are inner parameters are returned with derivatives, others detached.
         known = {id(slot.tensor): slot.tensor for slot in slots.values()}
         if any(tensor.requires_grad or not _functorch.is_plain(tensor) for tensor in attached.values()):

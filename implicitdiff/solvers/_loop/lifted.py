@@ -14,11 +14,11 @@ import implicitdiff._torch.levels as functorch
 import implicitdiff._torch.settings as _settings
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.evaluation import transform_error
-from implicitdiff._closures.lift import AnotherFunctionError, lift
+from implicitdiff._closures.lift import FunctionChangedError, lift
 from implicitdiff._implicit.checks import check_unknowns
 from implicitdiff._implicit.linear_problem import Solve
 from implicitdiff._implicit.operators import Dims
-from implicitdiff._implicit.root import Posed, pose, root
+from implicitdiff._implicit.root import RootAt, root_at, root_form
 from implicitdiff._implicit.system import Vectors
 from implicitdiff._torch.lanes import over_levels
 from implicitdiff._torch.modes import uncached
@@ -57,19 +57,19 @@ class LiftedProblem:
 
     def attached(self, x: Leaves, solve: Solve) -> Any:
         """The solution with its derivatives, `solve` for the linear systems."""
-        posed = Posed(self.lifted, root, solve, x, self.structure, is_lifted_here=False)
+        root = RootAt(self.lifted, root_form, solve, x, self.structure, is_lifted_here=False)
         try:
-            return posed.attached()
-        except AnotherFunctionError:
-            return self._posed_anew(x, solve).attached()
+            return root.attached()
+        except FunctionChangedError:
+            return self._root_anew(x, solve).attached()
 
-    def _posed_anew(self, x: Leaves, solve: Solve) -> Posed:
+    def _root_anew(self, x: Leaves, solve: Solve) -> RootAt:
         equation = self.equation
 
         def residual(params: Any, *args: Any) -> Any:
             return equation.on_trees(equation.functions, params, args)
 
-        return pose(self.name, residual, root, solve, self.structure.unflatten(x), self.args, {})
+        return root_at(self.name, residual, root_form, solve, self.structure.unflatten(x), self.args, {})
 
     def search(self, solve: Search) -> tuple[Leaves, Any]:
         """The solution and the state, which only the vmaps see; `solve` finds them below all transforms."""
@@ -79,7 +79,7 @@ class LiftedProblem:
             # A function may fail only here, where its value or its derivative is taken by itself.
             if (refusal := transform_error(self.name, error)) is None:
                 raise
-            if self.lifted.alone or not functorch.only_autograd():
+            if self.lifted.refusal or not functorch.only_autograd():
                 raise refusal from (None if refusal is error else error)
             why = str(refusal)
         self.lifted = self.lifted.by_autograd(why)
@@ -116,7 +116,7 @@ class LiftedProblem:
         inputs = Vectors(x, lanes)
         functions = {name: self._over_lanes(name, theta, levels) for name in self.equation.functions}
         if not lanes:
-            one_by_one = self.lifted.alone is not None
+            one_by_one = self.lifted.refusal is not None
             return BatchedProblem(functions, inputs, self.structure, True, self.equation.on_rows, one_by_one=one_by_one)
         jacobians = {name: self._jacobian_over_lanes(name, theta, levels) for name in functions}
         return BatchedProblem(functions, inputs, self.structure, True, self.equation.on_rows, lane, jacobians)

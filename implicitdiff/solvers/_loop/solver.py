@@ -172,7 +172,7 @@ class SolverImpl:
         def on_leaves(function: Callable[..., Any]) -> UserFunction:
             def fn(x: Leaves, more: Leaves) -> Leaves:
                 before = [_modes.version(t) for t in x]
-                with _modes.heard():
+                with _modes.as_user_code():
                     result = pytree.tensors(function(structure.unflatten(x), args, *more))
                 if before != [_modes.version(t) for t in x]:
                     raise ValueError(f"{self.name} changes its first argument in place; work on a clone of it")

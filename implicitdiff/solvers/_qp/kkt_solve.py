@@ -38,7 +38,8 @@ def solve_kkt(on_failure: OnFailure) -> LinearSolver:
     range of the adjoint holds the cotangents of all unique quantities, so reverse mode refuses a cotangent of any other
     quantity.
     """
-    return LinearSolver("solve_auto", partial(_solve_kkt_system, unknowns=0, on_failure=on_failure), kind=KKTProblem)
+    solve = partial(_solve_kkt_system, unknowns=0, on_failure=on_failure)
+    return LinearSolver("solve_auto", solve, problem_type=KKTProblem)
 
 
 @dataclass(frozen=True)
