@@ -292,3 +292,23 @@ def rates(session: nox.Session) -> None:
     install(session, *QUADRATIC)
     install_peers(session)
     session.run("python", "benchmarks/rates.py", *session.posargs)
+
+
+# The oldest torch that pyproject.toml takes, the pinned one, and the newest that these tests have passed on.
+TORCHES = ("2.12.0", PINS["torch"], "2.14.1")
+# The files that depend most on what is private in torch; test_private_torch.py says what has changed, and for whom.
+SAMPLE = ("private_torch", "closures", "kernels", "same_function", "decorators", "autograd_only", "linear_solve")
+nox.options.error_on_missing_interpreters = False
+
+
+@nox.session(python=["3.11", "3.12", "3.13", "3.14"])
+@nox.parametrize("torch", TORCHES)
+def versions(session: nox.Session, torch: str) -> None:
+    """Run the canaries of torch's private names and a sample of the tests, by versions of torch and Python."""
+    try:
+        session.install(f"torch=={torch}", *pinned("numpy", "scipy", *TESTING))
+    except nox.command.CommandFailed:
+        session.skip(f"torch {torch} does not install on Python {session.python}")
+    session.install("--no-deps", ".")
+    run_suite(session, tests=[f"tests/test_{name}.py" for name in SAMPLE])
+    run_suite(session, tests=["tests/test_transforms.py", "-k", "hessian"])

@@ -7,9 +7,12 @@ wrappers nest.
 
 from __future__ import annotations
 
+import dis
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import BuiltinMethodType, FrameType, MethodType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -323,11 +326,7 @@ def untransformable_function(error: RuntimeError) -> str | None:
     """The same for a custom autograd.Function alone."""
     if not str(error).startswith("In order to use an autograd.Function with functorch transforms"):
         return None
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    cls = None if trace is None else trace.tb_frame.f_locals.get("cls")
-    name = getattr(cls, "__name__", "")
+    name = _refused(error)
     if name == "BackwardHookFunction":
         return "a module with a full backward hook, which torch.func cannot transform: remove the hook"
     if name.startswith("GeneratedBackwardFor_"):
@@ -337,7 +336,35 @@ def untransformable_function(error: RuntimeError) -> str | None:
         )
     if name == "CheckpointFunction":
         return "a reentrant checkpoint, which torch.func cannot transform: pass use_reentrant=False"
-    return f"the autograd.Function {name}, which torch.func cannot transform: give it a setup_context"
+    which = f"the autograd.Function {name}" if name else "an autograd.Function"
+    return f"{which}, which torch.func cannot transform: give it a setup_context"
+
+
+def _refused(error: RuntimeError) -> str:
+    """Return the name of the class whose ``apply`` raised the error; empty if the code does not tell."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return ""
+    # Up to torch 2.13 the last frame is that of `apply`. Since 2.14 `apply` is compiled: the last frame calls it.
+    if isinstance(cls := trace.tb_frame.f_locals.get("cls"), type):
+        return cls.__name__
+    return _owner_of_apply(trace.tb_frame, trace.tb_lasti)
+
+
+def _owner_of_apply(frame: FrameType, end: int) -> str:
+    """Return the name of the class whose ``apply`` the code of a frame names last before an instruction."""
+    visible = frame.f_globals | frame.f_locals
+    read = [i.argval for i in dis.get_instructions(frame.f_code) if i.offset < end and isinstance(i.argval, str)]
+    for before, name in reversed([*itertools.pairwise(["", *read])]):
+        value = visible.get(name)
+        if name == "apply":
+            owner = visible.get(before)
+            return owner.__name__ if isinstance(owner, type) else before
+        if isinstance(value, MethodType | BuiltinMethodType) and value.__name__ == "apply":
+            return getattr(value.__self__, "__name__", "")
+    return ""
 
 
 def unbatchable(error: RuntimeError) -> str | None:
@@ -356,9 +383,8 @@ _UNBATCHABLE = {
 }
 _UNTRANSFORMABLE = {
     "element 0 of tensors does not require grad": "torch.autograd.grad to its arguments: take torch.func.grad",
-    "One of the differentiated Tensors does not require grad": (
-        "torch.autograd.grad to its arguments: take torch.func.grad"
-    ),
+    # It does not require grad, or (torch 2.11) is not in the graph.
+    "One of the differentiated Tensors": "torch.autograd.grad to its arguments: take torch.func.grad",
     "The differentiated Tensor at index": "torch.autograd.grad to its arguments: take torch.func.grad",
     "backward() called inside a functorch transform": "Tensor.backward: take torch.func.grad",
     "You tried to vmap over": "an autograd.Function without a vmap rule: set generate_vmap_rule = True in its class",
