@@ -75,8 +75,28 @@ ROUNDED = (
 )
 DOCS = ("sphinx", "myst-parser", "sphinx-gallery", "furo", "sphinx-copybutton", "scikit-learn", "matplotlib")
 
+# Selects what each change runs; the rest, and most examples, are left to `nox -s nightly`.
+EACH_CHANGE = ("-m", "not nightly")
+KERNELS = ("tests/test_kernels.py", "tests/test_kernel_calls.py")
+# The files with tests that reach compiled steps where they are built; all others compute alike without them.
+# fmt: off
+COMPILED = (
+    "test_kernels.py", "test_kernel_calls.py", "test_donation.py", "test_donation_refused.py",
+    "test_step_counts.py", "test_torch_optim.py", "test_rates.py", "test_states.py", "test_package.py",
+    "test_pickling.py", "test_optim_arguments.py", "test_optim_parts.py", "test_optim_trees.py",
+    "test_optimizer_fronts.py", "test_optimizer_checkpoints.py", "test_func_optimizer.py", "test_unroll.py",
+    "test_meta_gradients.py", "test_meta_optimizers.py", "test_meta_optimizer_modules.py", "test_modules.py",
+    "test_module_parameters.py", "test_autocast.py", "test_compile.py", "test_empty.py", "test_migrating.py",
+    "test_solver_pickling.py",
+)
+# fmt: on
+# Examples that each change runs; they take seconds.
+QUICK = ("clean_labels", "extract_and_recover", "implicit_maml", "linear_fixed_point")
+# Of the wheel: what it holds, that its compiled steps run, and a solver of each kind.
+WHEEL = ("test_package.py", "test_layers.py", "test_kernel_calls.py", "test_solvers_agree.py")
+
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["tests", "docs-test", "lint", "typecheck"]
+nox.options.sessions = ["tests", "plain"]
 
 
 def pinned(*names: str) -> list[str]:
@@ -116,22 +136,51 @@ def demo(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Run the examples, all or those named, each of which checks its own claims and draws a figure."""
     install(session, "scikit-learn", "matplotlib")
-    chosen = session.posargs or sorted(path.stem for path in Path("examples").glob("*.py"))
-    for name in chosen:
+    run_examples(session, session.posargs or sorted(path.stem for path in Path("examples").glob("*.py")))
+
+
+def run_examples(session: nox.Session, names: Sequence[str]) -> None:
+    for name in names:
         session.run("python", f"examples/{name}.py")
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the test suite."""
+    """Run the test suite, but for what is left to the night."""
     install(session, *TESTING)
-    run_suite(session)
+    run_suite(session, tests=("tests", "--durations=50", *EACH_CHANGE))
+
+
+@nox.session
+def plain(session: nox.Session) -> None:
+    """Run all checks that need no compiled code, in one environment without it."""
+    install(session, "ruff", "mypy", *TESTING, *DOCS, IMPLICITDIFF_NO_EXTENSIONS="1")
+    check_style(session)
+    session.run("mypy")
+    run_doctests(session)
+    build_docs(session, "-D", "plot_gallery=0")
+    run_examples(session, QUICK)
+    check(session, "_C.cpu is None and _C.cuda is None")
+    run_suite(session, tests=(*(f"tests/{name}" for name in COMPILED), *EACH_CHANGE))
+    run_suite(session, tests=("tests", "-k", "from_optimizer", *EACH_CHANGE))
 
 
 @nox.session(name="tests-plain")
 def tests_plain(session: nox.Session) -> None:
-    """Run the test suite without compiled code."""
+    """Run the whole test suite without compiled code."""
     install(session, *TESTING, IMPLICITDIFF_NO_EXTENSIONS="1")
+    check(session, "_C.cpu is None and _C.cuda is None")
+    run_suite(session)
+
+
+@nox.session
+def nightly(session: nox.Session) -> None:
+    """Run the whole test suite with compiled code and without, and the documentation with every example."""
+    install(session, *TESTING, *DOCS)
+    run_suite(session)
+    build_docs(session)
+    # In the same environment, which differs by the compiled modules alone.
+    session.install("--force-reinstall", "--no-deps", ".", env={"IMPLICITDIFF_NO_EXTENSIONS": "1"})
     check(session, "_C.cpu is None and _C.cuda is None")
     run_suite(session)
 
@@ -154,7 +203,7 @@ def programs(session: nox.Session) -> None:
 @nox.session
 def sanitize(session: nox.Session) -> None:
     """Run the tests of the kernels under the address and the undefined behaviour sanitizers."""
-    install(session, "pytest", IMPLICITDIFF_SANITIZE="1", IMPLICITDIFF_CUDA="0")
+    install(session, *TESTING, IMPLICITDIFF_SANITIZE="1", IMPLICITDIFF_CUDA="0")
     compiler = os.environ.get("CXX", "g++")
     # Python is not sanitized, so the runtimes have to be there before it.
     runtimes = [
@@ -168,7 +217,7 @@ def sanitize(session: nox.Session) -> None:
     }
     check(session, "_C.cpu", **env)
     # Captured, a report would be lost with the process that it ends.
-    session.run("pytest", "--capture=sys", "tests/test_kernels.py", *session.posargs, env=env)
+    run_suite(session, tests=("--capture=sys", *KERNELS), **env)
 
 
 @nox.session
@@ -191,7 +240,7 @@ def torchopt(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build the sdist and from it the wheel, and test the wheel in an empty environment."""
+    """Build the sdist and from it the wheel, and test the wheel in an empty environment: a sample, or what is asked."""
     session.install(*pinned("build"))
     place = Path(session.create_tmp()).resolve()
     shutil.rmtree(place)
@@ -201,10 +250,10 @@ def build(session: nox.Session) -> None:
     python, pytest = (str(place / "empty/bin" / name) for name in ("python", "pytest"))
     packages = [*pinned(*RUNTIME, *TESTING), *map(str, place.glob("*.whl"))]
     session.run(python, "-m", "pip", "install", "--quiet", *packages, external=True)
-    suite = str(Path("tests").resolve())
+    suite = Path("tests").resolve()
     session.chdir(place)
     check(session, "_C.cpu", python)
-    run_suite(session, pytest, [suite])
+    run_suite(session, pytest, [str(suite)] if session.posargs else [str(suite / name) for name in WHEEL])
 
 
 @nox.session(name="cuda-build")
@@ -221,6 +270,10 @@ def cuda_build(session: nox.Session) -> None:
 def docs_test(session: nox.Session) -> None:
     """Run the examples in the README, in the pages and in the docstrings."""
     install(session, "pytest", IMPLICITDIFF_NO_EXTENSIONS="1")
+    run_doctests(session)
+
+
+def run_doctests(session: nox.Session) -> None:
     # What Python there is in docs/ configures Sphinx, or was put there by it.
     pages = ("--doctest-glob=*.md", "--ignore-glob=docs/*.py", "README.md", "docs")
     session.run("pytest", "--doctest-modules", "implicitdiff", *pages)
@@ -230,17 +283,25 @@ def docs_test(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation: every warning an error, every example run for the gallery."""
     install(session, *DOCS, IMPLICITDIFF_NO_EXTENSIONS="1")
+    build_docs(session, *session.posargs)
+
+
+def build_docs(session: nox.Session, *options: str) -> None:
     for generated in ("docs/_build", "docs/api/generated", "docs/gallery"):
         shutil.rmtree(generated, ignore_errors=True)
     # The examples' operations are small: on several threads they lose time, on a busy machine most of it.
     env = {"OMP_NUM_THREADS": "1"}
-    session.run("sphinx-build", "-W", "--keep-going", "-n", *session.posargs, "docs", "docs/_build/html", env=env)
+    session.run("sphinx-build", "-W", "--keep-going", "-n", *options, "docs", "docs/_build/html", env=env)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
     session.install(*pinned("ruff"))
+    check_style(session)
+
+
+def check_style(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from searches import SEARCHES, THETA
+from tables.solvers import SEARCHES, THETA
 from torch import nn
 from torch.func import grad
 

@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from checks.differences import central
+from checks.tensors import vector
+from problem_sets.hock_schittkowski import hs3, hs4, hs5, hs25, hs45, hs110, wood
+from tables.losses import decay_at, rosenbrock
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
@@ -23,19 +27,6 @@ F64 = torch.float64
 INF = float("inf")
 
 
-def tensor(*values: Any) -> Tensor:
-    return torch.tensor(values, dtype=F64)
-
-
-def central(f: Callable[[Tensor], Tensor], x: Tensor, h: float = 1e-4) -> Tensor:
-    """The Jacobian in a vector, by differences that are extrapolated once."""
-    columns = []
-    for e in torch.eye(len(x), dtype=F64):
-        coarse, fine = ((f(x + k * h * e) - f(x - k * h * e)) / (2 * k * h) for k in (2, 1))
-        columns.append((4 * fine - coarse) / 3)
-    return torch.stack(columns, dim=-1)
-
-
 # --- problems of Hock and Schittkowski, Lecture Notes in Economics and Mathematical Systems 187 (1981), and others ---
 
 
@@ -47,41 +38,6 @@ class Problem(NamedTuple):
     lower: Sequence[float]
     upper: Sequence[float]
     minimum: float | None = None
-
-
-def rosenbrock(x: Tensor) -> Tensor:
-    return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
-
-
-def hs3(x: Tensor) -> Tensor:
-    return x[1] + 1e-5 * (x[1] - x[0]) ** 2
-
-
-def hs4(x: Tensor) -> Tensor:
-    return (x[0] + 1) ** 3 / 3 + x[1]
-
-
-def hs5(x: Tensor) -> Tensor:
-    return torch.sin(x[0] + x[1]) + (x[0] - x[1]) ** 2 - 1.5 * x[0] + 2.5 * x[1] + 1
-
-
-def hs25(x: Tensor) -> Tensor:
-    i = torch.arange(1, 100, dtype=F64)
-    u = 25 + (-50 * torch.log(0.01 * i)) ** (2 / 3)
-    return ((torch.exp(-((u - x[1]) ** x[2]) / x[0]) - 0.01 * i) ** 2).sum()
-
-
-def wood(x: Tensor) -> Tensor:
-    squares = 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2 + 90 * (x[3] - x[2] ** 2) ** 2 + (1 - x[2]) ** 2
-    return squares + 10.1 * ((x[1] - 1) ** 2 + (x[3] - 1) ** 2) + 19.8 * (x[1] - 1) * (x[3] - 1)
-
-
-def hs45(x: Tensor) -> Tensor:
-    return 2 - x.prod() / 120
-
-
-def hs110(x: Tensor) -> Tensor:
-    return (torch.log(x - 2) ** 2 + torch.log(10 - x) ** 2).sum() - x.prod() ** 0.2
 
 
 def six_hump_camel(x: Tensor) -> Tensor:
@@ -130,7 +86,7 @@ def by_scipy(problem: Problem) -> tuple[Tensor, float, int]:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_bounded_problems_are_solved_as_by_scipy_in_at_most_twice_as_many_evaluations(name):
     problem = PROBLEMS[name]
-    lower, upper = tensor(*problem.lower), tensor(*problem.upper)
+    lower, upper = vector(*problem.lower), vector(*problem.upper)
     calls = []
 
     def counted(x: Tensor) -> Tensor:
@@ -139,19 +95,19 @@ def test_bounded_problems_are_solved_as_by_scipy_in_at_most_twice_as_many_evalua
 
     expected, error, evaluations = by_scipy(problem)
     solver = lbfgs_b(counted, (lower, upper), rtol=0.0, atol=max(error, 1e-9))
-    x, state = solver.run(tensor(*problem.guess))
+    x, state = solver.run(vector(*problem.guess))
     assert state.status == Status.CONVERGED and ((x >= lower) & (x <= upper)).all()
     # Two more measure how precise the gradient is, and one finds what the function captures.
     assert len(calls) <= 2 * evaluations + 3
-    minimum = problem.fn(expected) if problem.minimum is None else tensor(problem.minimum).squeeze()
+    minimum = problem.fn(expected) if problem.minimum is None else vector(problem.minimum).squeeze()
     torch.testing.assert_close(problem.fn(x), minimum, rtol=1e-9, atol=1e-9)
 
 
 def test_a_guess_where_the_gradient_is_tiny_is_no_solution_by_default():
     """SciPy's L-BFGS-B stays at Hock and Schittkowski's guess, where the function is 32.8."""
-    x, state = lbfgs_b(hs25, (tensor(0.1, 0.0, 0.0), tensor(100.0, 25.6, 5.0))).run(tensor(100.0, 12.5, 3.0))
+    x, state = lbfgs_b(hs25, (vector(0.1, 0.0, 0.0), vector(100.0, 25.6, 5.0))).run(vector(100.0, 12.5, 3.0))
     assert state.status == Status.CONVERGED
-    torch.testing.assert_close(x, tensor(50.0, 25.0, 1.5), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(x, vector(50.0, 25.0, 1.5), rtol=1e-6, atol=0.0)
 
 
 def test_an_iteration_takes_about_one_evaluation():
@@ -162,17 +118,17 @@ def test_an_iteration_takes_about_one_evaluation():
         calls.append(x)
         return obstacle(x)
 
-    _, state = lbfgs_b(counted, (tensor(*problem.lower), None)).run(tensor(*problem.guess))
+    _, state = lbfgs_b(counted, (vector(*problem.lower), None)).run(vector(*problem.guess))
     assert len(calls) <= 1.25 * state.iter_num + 8
 
 
 def test_a_linear_function_ends_in_a_corner_or_has_no_lower_bound():
-    slope = tensor(1.0, -2.0, 1e-3)
-    x, state = lbfgs_b(lambda x: slope @ x, (-1.0, tensor(1.0, 5.0, 9.0))).run(tensor(0.5, 0.0, 3.0))
-    torch.testing.assert_close(x, tensor(-1.0, 5.0, -1.0), rtol=0, atol=0)
+    slope = vector(1.0, -2.0, 1e-3)
+    x, state = lbfgs_b(lambda x: slope @ x, (-1.0, vector(1.0, 5.0, 9.0))).run(vector(0.5, 0.0, 3.0))
+    torch.testing.assert_close(x, vector(-1.0, 5.0, -1.0), rtol=0, atol=0)
     # The least slope leads on by 1 in the first iteration, and by longer and longer ways in the next.
     assert state.status == Status.CONVERGED and state.iter_num <= 4
-    _, state = lbfgs_b(lambda x: slope @ x, (-1.0, None), on_failure="ignore").run(tensor(0.5, 0.0, 3.0))
+    _, state = lbfgs_b(lambda x: slope @ x, (-1.0, None), on_failure="ignore").run(vector(0.5, 0.0, 3.0))
     assert state.status == Status.UNBOUNDED
 
 
@@ -189,7 +145,7 @@ def test_a_path_along_many_bounds_is_followed_to_its_end():
 def test_single_precision():
     x, state = lbfgs_b(rosenbrock, (torch.tensor([-5.0, 0.5]), torch.tensor([0.6, 5.0]))).run(torch.zeros(2))
     assert state.status == Status.CONVERGED and x.dtype == torch.float32
-    expected, _ = lbfgs_b(rosenbrock, (tensor(-5.0, 0.5), tensor(0.6, 5.0))).run(torch.zeros(2, dtype=F64))
+    expected, _ = lbfgs_b(rosenbrock, (vector(-5.0, 0.5), vector(0.6, 5.0))).run(torch.zeros(2, dtype=F64))
     torch.testing.assert_close(x.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -273,8 +229,7 @@ TIMES = torch.linspace(0.0, 4.0, 25, dtype=F64)
 Y = 2 * torch.exp(-TIMES) + 0.5 + 0.02 * torch.cos(40 * TIMES)
 
 
-def decay(p: Tensor, y: Tensor = Y) -> Tensor:
-    return p[0] * torch.exp(-p[1] * TIMES) + p[2] - y
+decay = decay_at(TIMES, Y)
 
 
 def bumps(p: Tensor, y: Tensor = Y) -> Tensor:
@@ -295,26 +250,26 @@ FITS = {
 def test_fits_in_a_box_are_those_of_scipy(name):
     fn, guess, lower, upper = FITS[name]
     inside = np.clip(guess, lower, upper)
-    how = {"jac": lambda p: jacfwd(fn)(tensor(*p)).numpy(), "bounds": (lower, upper), "method": "dogbox"}
+    how = {"jac": lambda p: jacfwd(fn)(vector(*p)).numpy(), "bounds": (lower, upper), "method": "dogbox"}
     tight = {"xtol": 1e-15, "ftol": 1e-15, "gtol": 1e-15}
-    expected = scipy.optimize.least_squares(lambda p: fn(tensor(*p)).numpy(), inside, **how, **tight)
-    x, state = levenberg_marquardt(fn, bounds=(tensor(*lower), tensor(*upper))).run(tensor(*guess))
+    expected = scipy.optimize.least_squares(lambda p: fn(vector(*p)).numpy(), inside, **how, **tight)
+    x, state = levenberg_marquardt(fn, bounds=(vector(*lower), vector(*upper))).run(vector(*guess))
     assert state.status == Status.CONVERGED
-    torch.testing.assert_close(x, tensor(*expected.x), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(x, vector(*expected.x), rtol=1e-7, atol=1e-7)
     assert state.iter_num <= 2 * expected.nfev + 5
 
 
 def test_fewer_residuals_than_unknowns_in_a_box():
-    solver = levenberg_marquardt(lambda x: (x.sum() - 5.0)[None], bounds=(0.0, tensor(1.0, 2.0, 9.0)))
+    solver = levenberg_marquardt(lambda x: (x.sum() - 5.0)[None], bounds=(0.0, vector(1.0, 2.0, 9.0)))
     x, state = solver.run(torch.zeros(3, dtype=F64))
     assert state.status == Status.CONVERGED
-    torch.testing.assert_close(x.sum(), tensor(5.0)[0])
-    assert (x >= 0).all() and (x <= tensor(1.0, 2.0, 9.0)).all()
+    torch.testing.assert_close(x.sum(), vector(5.0)[0])
+    assert (x >= 0).all() and (x <= vector(1.0, 2.0, 9.0)).all()
 
 
 # --- both: what an unknown at a bound does ----------------------------------------------------------------------------
 
-MIXED = tensor([2.0, 0.5, -0.3], [0.5, 1.5, 0.4], [-0.3, 0.4, 1.0])
+MIXED = vector([2.0, 0.5, -0.3], [0.5, 1.5, 0.4], [-0.3, 0.4, 1.0])
 
 
 def nonlinear(x: Tensor, theta: Tensor) -> Tensor:
@@ -331,7 +286,7 @@ def fit(fn: Callable[..., Tensor], bounds: Any, **options: Any):
 
 
 BOTH = pytest.mark.parametrize("make", [minimise, fit])
-THETA = tensor(3.0, 0.3, -1.0)
+THETA = vector(3.0, 0.3, -1.0)
 
 
 @BOTH
@@ -341,27 +296,27 @@ def test_an_unknown_at_a_bound_moves_with_the_bound_alone(make):
     def solution(theta: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
         return make(lambda x: x - theta, (lower, upper)).run(torch.zeros(3, dtype=F64))[0]
 
-    operands = (tensor(-3.0, 0.3, 5.0), tensor(-1.0, -1.0, -1.0), tensor(1.0, 2.0, 3.0))
+    operands = (vector(-3.0, 0.3, 5.0), vector(-1.0, -1.0, -1.0), vector(1.0, 2.0, 3.0))
     for jacobian in (jacrev, jacfwd):
         at = jacobian(solution, argnums=(0, 1, 2))(*operands)
         for found, diagonal in zip(at, ([0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]), strict=True):
-            torch.testing.assert_close(found, torch.diag(tensor(*diagonal)), rtol=0, atol=1e-12)
+            torch.testing.assert_close(found, torch.diag(vector(*diagonal)), rtol=0, atol=1e-12)
 
 
 @BOTH
 def test_the_others_follow_in_both_modes_and_to_second_order(make):
     def solution(both: Tensor) -> Tensor:
         theta, upper = both.split([3, 1])
-        return make(nonlinear, (-0.8, torch.cat([upper, tensor(5.0, 5.0)]))).run(torch.zeros(3, dtype=F64), theta)[0]
+        return make(nonlinear, (-0.8, torch.cat([upper, vector(5.0, 5.0)]))).run(torch.zeros(3, dtype=F64), theta)[0]
 
-    at = torch.cat([THETA, tensor(0.9)])
+    at = torch.cat([THETA, vector(0.9)])
     x = solution(at)
     assert x[0] == 0.9 and x[2] == -0.8 and x[1].abs() < 5
     expected = central(solution, at)
     for jacobian in (jacrev, jacfwd):
         found = jacobian(solution)(at)
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
-        torch.testing.assert_close(found[0], tensor(0.0, 0.0, 0.0, 1.0), rtol=0, atol=0)
+        torch.testing.assert_close(found[0], vector(0.0, 0.0, 0.0, 1.0), rtol=0, atol=0)
         torch.testing.assert_close(found[2], torch.zeros(4, dtype=F64), rtol=0, atol=0)
     second = central(lambda at: jacrev(lambda at: solution(at)[1])(at), at)
     assert second.abs().max() > 0.05
@@ -371,7 +326,7 @@ def test_the_others_follow_in_both_modes_and_to_second_order(make):
 
 @BOTH
 def test_lanes_have_their_own_bounds_and_derivatives(make):
-    uppers = tensor([0.9, 5.0, 5.0], [5.0, 5.0, 5.0], [0.3, 0.1, -0.2])
+    uppers = vector([0.9, 5.0, 5.0], [5.0, 5.0, 5.0], [0.3, 0.1, -0.2])
 
     def solution(upper: Tensor) -> Tensor:
         return make(nonlinear, (-0.8, upper)).run(torch.zeros(3, dtype=F64), THETA)[0]
@@ -389,10 +344,10 @@ def test_lanes_have_their_own_bounds_and_derivatives(make):
 def test_unrolled_steps_have_the_derivatives_of_the_condition(make):
     def solution(both: Tensor, **how: Any) -> Tensor:
         theta, upper = both.split([3, 1])
-        solver = make(nonlinear, (-0.8, torch.cat([upper, tensor(5.0, 5.0)])))
+        solver = make(nonlinear, (-0.8, torch.cat([upper, vector(5.0, 5.0)])))
         return solver.run(torch.zeros(3, dtype=F64), theta, **how)[0]
 
-    at = torch.cat([THETA, tensor(0.9)])
+    at = torch.cat([THETA, vector(0.9)])
     for jacobian in (jacrev, jacfwd):
         found = jacobian(lambda at: solution(at, implicit_diff=False))(at)
         torch.testing.assert_close(found, jacrev(solution)(at), rtol=1e-6, atol=1e-6)
@@ -401,9 +356,9 @@ def test_unrolled_steps_have_the_derivatives_of_the_condition(make):
 @BOTH
 def test_at_a_bound_with_no_gradient_the_derivative_is_that_of_the_bound(make):
     def solution(theta: Tensor, lower: Tensor) -> Tensor:
-        return make(lambda x: x - theta, (lower, None)).run(tensor(3.0)[0])[0]
+        return make(lambda x: x - theta, (lower, None)).run(vector(3.0)[0])[0]
 
-    one = tensor(1.0)[0]
+    one = vector(1.0)[0]
     assert [float(d) for d in grad(solution, argnums=(0, 1))(one, one)] == [0.0, 1.0]
     assert [float(d) for d in grad(solution, argnums=(0, 1))(one, 1 - 1e-6 * one)] == [1.0, 0.0]
 
@@ -414,15 +369,15 @@ def test_the_guess_is_moved_into_the_box_and_no_other_point_is_looked_at(make):
 
     def root(x: Tensor) -> Tensor:
         outside.append(bool(((x < lower) | (x > upper)).any()))
-        return torch.sqrt(x) - tensor(0.5, 2.0)
+        return torch.sqrt(x) - vector(0.5, 2.0)
 
-    lower, upper = tensor(0.36, 0.01), tensor(9.0, 3.0)
+    lower, upper = vector(0.36, 0.01), vector(9.0, 3.0)
     solver = make(root, (lower, upper))
-    for guess in (tensor(-5.0, -7.0), tensor(0.36, 3.0), tensor(50.0, 2.0)):
+    for guess in (vector(-5.0, -7.0), vector(0.36, 3.0), vector(50.0, 2.0)):
         outside.clear()
         x, state = solver.run(guess)
         assert state.status == Status.CONVERGED
-        torch.testing.assert_close(x, tensor(0.36, 3.0), rtol=1e-12, atol=0.0)
+        torch.testing.assert_close(x, vector(0.36, 3.0), rtol=1e-12, atol=0.0)
         # The first call, at the guess itself, finds what the function captures.
         assert not any(outside[1:]) and len(outside) > 2
 
@@ -430,14 +385,14 @@ def test_the_guess_is_moved_into_the_box_and_no_other_point_is_looked_at(make):
 @BOTH
 def test_a_guess_outside_of_the_box_is_no_solution(make):
     solver = make(lambda x: x - 2.0, (0.0, 1.0))
-    x, state = solver.run(tensor(2.0))
+    x, state = solver.run(vector(2.0))
     assert state.iter_num >= 1 and x == 1.0
-    torch.testing.assert_close(solver.optimality_fn(tensor(2.0)), tensor(1.0))
+    torch.testing.assert_close(solver.optimality_fn(vector(2.0)), vector(1.0))
 
 
 @BOTH
 def test_an_unknown_with_two_equal_bounds_is_fixed(make):
-    value = tensor(0.4)[0]
+    value = vector(0.4)[0]
 
     def solution(value: Tensor) -> Tensor:
         box = (torch.stack([value, -9 * value, -9 * value]), torch.stack([value, 9 * value, 9 * value]))
@@ -452,26 +407,26 @@ def test_an_unknown_with_two_equal_bounds_is_fixed(make):
 
 @BOTH
 def test_bounds_may_be_trees_and_absent(make):
-    goal = {"a": tensor(3.0, -3.0), "b": tensor(2.0)[0]}
-    bounds = ({"a": None, "b": 2.5}, {"a": tensor(1.0, 9.0), "b": None})
-    start = {"a": torch.zeros(2, dtype=F64), "b": tensor(0.0)[0]}
+    goal = {"a": vector(3.0, -3.0), "b": vector(2.0)[0]}
+    bounds = ({"a": None, "b": 2.5}, {"a": vector(1.0, 9.0), "b": None})
+    start = {"a": torch.zeros(2, dtype=F64), "b": vector(0.0)[0]}
     x, _ = make(lambda x: torch.cat([x["a"] - goal["a"], (x["b"] - goal["b"])[None]]), bounds).run(start)
-    torch.testing.assert_close(x, {"a": tensor(1.0, -3.0), "b": tensor(2.5)[0]}, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(x, {"a": vector(1.0, -3.0), "b": vector(2.5)[0]}, rtol=1e-9, atol=1e-9)
 
 
 def test_a_small_gradient_beside_large_unknowns_is_seen():
     """In ``x - clip(x - gradient)`` it would be rounded away."""
 
     def residual(x: Tensor) -> Tensor:
-        return 1e-9 * (x - tensor(1e3, 5e3))
+        return 1e-9 * (x - vector(1e3, 5e3))
 
     for solver in (
         lbfgs_b(lambda x: residual(x).square().sum(), (0.0, 4e3)),
         levenberg_marquardt(residual, bounds=(0.0, 4e3)),
     ):
-        x, state = solver.run(tensor(1.1e3, 3e3))
+        x, state = solver.run(vector(1.1e3, 3e3))
         assert state.status == Status.CONVERGED
-        torch.testing.assert_close(x, tensor(1e3, 4e3), rtol=1e-9, atol=0)
+        torch.testing.assert_close(x, vector(1e3, 4e3), rtol=1e-9, atol=0)
 
 
 @BOTH
@@ -480,7 +435,7 @@ def test_bounds_that_make_no_sense_are_refused(make):
         with pytest.raises(ValueError, match="bounds must be a pair"):
             make(nonlinear, bounds)
     with pytest.raises(ValueError, match="lower has to be at most upper"):
-        make(nonlinear, (tensor(0.0, 2.0, 0.0), 1.0)).run(torch.zeros(3, dtype=F64), THETA)
+        make(nonlinear, (vector(0.0, 2.0, 0.0), 1.0)).run(torch.zeros(3, dtype=F64), THETA)
     with pytest.raises(ValueError, match="upper has to be"):
         make(nonlinear, (0.0, torch.ones(2, dtype=F64))).run(torch.zeros(3, dtype=F64), THETA)
 
@@ -493,8 +448,8 @@ def test_a_history_of_no_steps_is_refused():
 @BOTH
 def test_a_function_that_is_no_number_fails_in_its_lane_alone(make):
     solver = make(lambda x, theta: x - theta, (0.0, 1.0), on_failure="ignore")
-    x, state = vmap(lambda theta: solver.run(tensor(0.5), theta))(tensor([0.3], [float("nan")], [2.0]))
+    x, state = vmap(lambda theta: solver.run(vector(0.5), theta))(vector([0.3], [float("nan")], [2.0]))
     assert [Status(int(s)) for s in state.status] == [Status.CONVERGED, Status.DIVERGED, Status.CONVERGED]
-    torch.testing.assert_close(x[::2], tensor([0.3], [1.0]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(x[::2], vector([0.3], [1.0]), rtol=1e-9, atol=1e-9)
     with pytest.raises(ConvergenceError):
-        make(lambda x: x - float("nan"), (0.0, 1.0)).run(tensor(0.5))
+        make(lambda x: x - float("nan"), (0.0, 1.0)).run(vector(0.5))

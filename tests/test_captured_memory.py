@@ -237,6 +237,7 @@ def rounds(count, solver, place, backward):
         yield len(marks)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("place", PLACES)
@@ -252,6 +253,7 @@ def test_the_graph_of_one_call_lives_at_most(place, solver, backward):
     assert max(alive) <= 2 and alive[-1] == alive[3], alive
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("place", ["in_an_attribute", "in_items_of_a_list"])
 @pytest.mark.parametrize(("solver", "count"), [("by_custom_root", 2000), ("by_newton", 2000)])
 def test_thousands_of_calls_leave_nothing_behind(solver, count, place):
@@ -418,6 +420,7 @@ def backward(f):
 RUNS = {"grad": grad, "backward": backward, "vmap of grad": lambda f: lambda c: vmap(grad(f))(torch.stack([c, 2 * c]))}
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("problem", [of_newton, of_lbfgs, of_custom_root])
 def test_a_program_evaluates_its_function_as_often_each_time(problem, run):

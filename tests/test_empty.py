@@ -8,17 +8,18 @@ from functools import partial
 from typing import Any
 
 import pytest
-import searches
+import tables.solvers as searches
 import torch
-from optimizers import ROWS as OPTIMIZERS
-from searches import SEARCHES
-from solvers import SOLVERS
+from checks.compiled import needs_cpu
+from tables.linear_solvers import SOLVERS
+from tables.optimizers import ROWS as OPTIMIZERS
+from tables.solvers import SEARCHES
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import implicitdiff.projections as projections
 import implicitdiff.prox as prox
-from implicitdiff import accelerated_op_available, custom_fixed_point, custom_root, root_jvp, root_vjp, unroll
+from implicitdiff import custom_fixed_point, custom_root, root_jvp, root_vjp, unroll
 from implicitdiff.linear_solve import solve_cg
 from implicitdiff.solvers import KKTSolution, make_kkt_optimality_fn, qp
 
@@ -209,9 +210,6 @@ def test_no_unknowns_are_solved_for_as_torch_maps_them(name):
 def test_what_needs_an_entry_says_so(name):
     with pytest.raises(ValueError, match="has to"):
         (SOLUTIONS | PROJECTIONS)[name](NOTHING)
-
-
-needs_cpu = pytest.mark.skipif(not accelerated_op_available("cpu"), reason="_C is not built")
 
 
 @pytest.mark.parametrize("options", [{}, pytest.param({"use_accelerated_op": True}, marks=needs_cpu)], ids=str)

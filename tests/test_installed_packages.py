@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from moved import WAYS
+from tables.moved import WAYS
+from tables.routes import setter
 from torch import nn
 from torch.func import grad
 
@@ -145,10 +146,6 @@ def solved_then(condition, put):
 def is_that_of_the_call(condition, put, way):
     found = WAYS[way](solved_then(condition, put))
     torch.testing.assert_close(found, WAYS[way](torch.sqrt), rtol=1e-8, atol=0)
-
-
-def setter(owner, name):
-    return lambda value: setattr(owner, name, value)
 
 
 # --- what is trusted --------------------------------------------------------------------------------------------------

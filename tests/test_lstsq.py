@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from solvers import C64, C128, F32, F64, draw, spread, unitary
+from checks.derivatives import backward_twice, lanes, parts
+from checks.tensors import draw
+from tables.linear_solvers import C64, C128, F32, F64, spread, unitary
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -68,17 +70,8 @@ class Family:
         return float(s.max() / s.min()) if self.rank else 1.0
 
 
-def parts(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Its result in real numbers."""
-    return lambda theta: (lambda x: torch.view_as_real(x).flatten() if x.is_complex() else x)(f(theta))
-
-
 def number(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda theta: (lambda x: (x**3).sum() + x.cumsum(0).square().sum())(parts(f)(theta))
-
-
-def lanes(theta: Tensor) -> Tensor:
-    return torch.stack([theta, -0.5 * theta, 0 * theta])
 
 
 TRANSFORMS = {
@@ -99,12 +92,6 @@ TRANSFORMS = {
 }
 
 
-def backward_twice(f: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
-    theta = theta.clone().requires_grad_()
-    (first,) = torch.autograd.grad(f(theta), theta, create_graph=True)
-    return torch.stack([torch.autograd.grad(g, theta, retain_graph=True)[0] for g in first])
-
-
 def assert_close(result: Tensor, reference: Tensor, family: Family, order: int) -> None:
     """To rounding, which each derivative multiplies by the condition, of both the solution and the reference."""
     assert result.shape == reference.shape
@@ -115,6 +102,7 @@ def assert_close(result: Tensor, reference: Tensor, family: Family, order: int) 
 RANKS = [(n, r) for n in (3, 4, 5, 6) for r in range(n + 1)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("place", ["within", "without"])
 @pytest.mark.parametrize("dtype", [F64, C128], ids=str)
 @pytest.mark.parametrize(("n", "rank"), RANKS)
@@ -136,6 +124,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("place", ["within", "without"])
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -407,6 +396,7 @@ def test_two_numbers_that_move_together_keep_the_rank():
         torch.testing.assert_close(derivative(solution)(t), derivative(closed_form)(t), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("speed", [1e-8, 1e-4, 1.0, 1e4, 1e8])
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e6, 1e10])

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from optimizers import ROWS, Row
+from checks.compiled import needs_cpu
+from tables.optimizers import ROWS, Row
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
@@ -259,8 +260,7 @@ def test_second_derivatives_are_right(case, way):
     assert_second(SECOND[way](lambda t: run(case, t), theta, direction(case)), case)
 
 
-needs_kernels = pytest.mark.skipif(not idf.accelerated_op_available("cpu"), reason="no compiled extension")
-CHOICES = [None, False, pytest.param(True, marks=needs_kernels)]
+CHOICES = [None, False, pytest.param(True, marks=needs_cpu)]
 
 
 # False computes as the learned numbers above do.
@@ -277,7 +277,7 @@ def test_derivatives_by_compiled_steps_are_right(case, accelerated):
 
 
 @pytest.mark.parametrize("way", SECOND)
-@needs_kernels
+@needs_cpu
 @pytest.mark.parametrize("case", [c for c in CASES[: len(ROWS)] if c.name in _SOME], ids=lambda case: case.name)
 def test_second_derivatives_by_compiled_steps_are_right(case, way):
     def f(theta: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from foreign_names import JAXOPT_0_8_5, TORCHDEQ_0_1_0, TORCHOPT_0_7_3
+from tables.foreign_names import JAXOPT_0_8_5, TORCHDEQ_0_1_0, TORCHOPT_0_7_3
 
 import implicitdiff
 

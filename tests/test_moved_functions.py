@@ -9,9 +9,9 @@ import types
 
 import pytest
 import torch
-from changes import CHANGES, settings
-from moved import DOORS, ROUTES, UNUSUAL, WAYS, Door, T, by_search, root
-from noises import NOISES
+from tables.changes import CHANGES, settings
+from tables.moved import DOORS, ROUTES, UNUSUAL, WAYS, Door, T, by_search, root
+from tables.noises import NOISES
 
 from implicitdiff import solvers
 
@@ -66,11 +66,13 @@ for i, route in enumerate([*ROUTES, *UNUSUAL]):
     CELLS += [(route, door, list(WAYS)[(i + j) % len(WAYS)]) for j, door in enumerate(doors)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("route", "door", "way"), [c for c in CELLS if c[0].exact], ids=str)
 def test_the_number_is_that_of_the_call(route, door, way):
     agree(WAYS[way](loop(door, route)), WAYS[way](closed_loop(door)), door.tolerance)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("route", "door", "way"), [c for c in CELLS if not c[0].exact], ids=str)
 def test_a_number_from_an_unusual_place_is_that_of_the_call_or_refused(route, door, way):
     right_or_refused(lambda: WAYS[way](loop(door, route)), WAYS[way](closed_loop(door)), door.tolerance)
@@ -106,12 +108,14 @@ def occasions(exact):
                     yield change, door, way
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("change", "door", "way"), list(occasions(exact=True)), ids=str)
 def test_what_is_rebound_replaced_or_set_is_that_of_the_call(change, door, way):
     found = WAYS[way](solved_then_changed(door, change))
     agree(found, WAYS[way](lambda t: door.closed(t, change.s)), door.tolerance)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("change", "door", "way"), list(occasions(exact=False)), ids=str)
 def test_what_is_overwritten_is_that_of_the_call_or_refused(change, door, way):
     expected = WAYS[way](lambda t: door.closed(t, change.s))
@@ -219,6 +223,7 @@ FORMS = {
 
 
 # ruff: noqa: B023
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("door", [*MAIN, *OTHERS[::4]], ids=str)
 @pytest.mark.parametrize("form", FORMS)

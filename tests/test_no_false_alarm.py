@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import searches
+import tables.solvers as searches
 import torch
-from nestings import INNER, OUTER, PAIRS
-from steady import CONDITIONS
+from checks.derivatives import ways_at
+from tables.nestings import INNER, OUTER, PAIRS
+from tables.steady import CONDITIONS
 from torch import nn
 from torch.func import grad, jacfwd, vmap
 
@@ -26,26 +27,7 @@ T = torch.tensor(0.6, dtype=F64)
 # --- ways to take a derivative of a function of one number -----------------------------------------------------------
 
 
-def by_backward(f):
-    t = T.clone().requires_grad_()
-    f(t).backward()
-    return t.grad
-
-
-def twice(f):
-    t = T.clone().requires_grad_()
-    (first,) = torch.autograd.grad(f(t), t, create_graph=True)
-    (second,) = torch.autograd.grad(first, t)
-    return torch.stack([first.detach(), second])
-
-
-WAYS = {
-    "backward": by_backward,
-    "twice": twice,
-    "grad": lambda f: grad(f)(T),
-    "vmap of grad": lambda f: vmap(grad(f))(torch.stack([T, 1.1 * T])),
-    "jacfwd": lambda f: jacfwd(f)(T),
-}
+WAYS = ways_at(T)
 
 
 def agree(found, expected, tolerance=1e-6):
@@ -62,6 +44,7 @@ NESTED += [(outer, INNER[0], way) for outer in OUTER for way in WAYS]
 NESTED = [cell for cell in NESTED if not (cell[1].name == "module" and cell[2] in REFUSED)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("outer", "inner", "way"), NESTED, ids=str)
 def test_one_call_of_the_library_may_be_in_the_function_of_another(outer, inner, way):
     agree(WAYS[way](outer.solve(inner)), WAYS[way](outer.reference(inner.plain)))
@@ -113,6 +96,7 @@ CALLS += [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("row", "door", "way"), [c for c in CALLS if c[2] not in c[0].without], ids=str)
 def test_a_function_that_gives_the_same_each_time_is_taken(row, door, way):
     c, again = row.make(), row.make()
@@ -320,6 +304,7 @@ OUTSIDE = {"a step of other parameters", "no gradients needed any more"}  # torc
 OCCASIONS = [(name, way) for name in MEANWHILE for way in (list(WAYS)[:2] if name in OUTSIDE else WAYS)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("door", ["custom_root", "newton", "unroll"])
 @pytest.mark.parametrize(("name", "way"), OCCASIONS)
 def test_what_happens_meanwhile_and_changes_nothing_raises_nothing(name, door, way):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks.copies import assert_same
 
 import implicitdiff as idf
 import implicitdiff.optim as optim
@@ -59,10 +60,6 @@ def run(pair: idf.GradientTransformation, params: Any = PARAMS, state: Any = Non
         updates, state = pair.update({n: p * (k + 1) for n, p in params.items()}, state, params)
         params = idf.apply_updates(params, updates)
     return params, state
-
-
-def assert_same(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def saved_and_loaded(value: Any) -> Any:

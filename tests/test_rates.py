@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import ROWS, Row
+from checks.compiled import needs_cpu
+from tables.optimizers import ROWS, Row
 
 import implicitdiff as idf
 import implicitdiff.optim as optim
@@ -154,7 +155,7 @@ def test_prefixes_lists_and_broadcast_tensors():
     torch.testing.assert_close(ended["net"][1], torch.tensor([0.9, 0.8, 0.7]))
 
 
-@pytest.mark.skipif(not idf.accelerated_op_available("cpu"), reason="_C is not built")
+@needs_cpu
 def test_the_compiled_step_takes_numbers_for_leaves_and_refuses_elements():
     params = {"a": torch.ones(2), "b": torch.ones(2)}
     insists = idf.adam({"a": 0.1, "b": 0.2}, use_accelerated_op=True)

@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from solvers import C64, C128, F32, F64, draw
+from checks.derivatives import backward_twice, lanes, parts
+from checks.tensors import draw
+from tables.linear_solvers import C64, C128, F32, F64
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
@@ -74,17 +76,8 @@ class Family:
         return solve
 
 
-def parts(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Its result in real numbers."""
-    return lambda theta: (lambda x: torch.view_as_real(x).flatten() if x.is_complex() else x)(f(theta))
-
-
 def number(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda theta: (parts(f)(theta) ** 3).sum()
-
-
-def lanes(theta: Tensor) -> Tensor:
-    return torch.stack([theta, -0.5 * theta, 0 * theta])
 
 
 TRANSFORMS = {
@@ -102,19 +95,13 @@ TRANSFORMS = {
 }
 
 
-def backward_twice(f: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
-    theta = theta.clone().requires_grad_()
-    (first,) = torch.autograd.grad(f(theta), theta, create_graph=True)
-    return torch.stack([torch.autograd.grad(g, theta, retain_graph=True)[0] for g in first])
-
-
 def assert_close(result: Tensor, reference: Tensor, rtol: float = 1e-11) -> None:
     assert result.shape == reference.shape
     assert result.dtype == reference.dtype
     assert float((result - reference).abs().max()) <= rtol * (1 + float(reference.abs().max()))
 
 
-# --- 1. solutions and derivatives -----------------------------------------------------------------------------------
+# --- solutions and derivatives --------------------------------------------------------------------------------------
 
 
 ROWS = [(solver, shape, F64) for solver in SOLVERS for shape in ((5, 3), (2, 4))]
@@ -203,7 +190,7 @@ def test_one_product_is_taken_for_each_number_of_the_smaller_side(solver, rows):
     assert len(seen) <= 40
 
 
-# --- 2. what the operator acts on -----------------------------------------------------------------------------------
+# --- what the operator acts on --------------------------------------------------------------------------------------
 
 
 def test_the_solution_of_least_squares_needs_no_word_about_the_unknowns():
@@ -351,7 +338,7 @@ def test_an_empty_side_has_the_solution_zero(factory):
     assert factory()(lambda v: A[:, :0] @ v, torch.ones(6, dtype=F64)).shape == (0,)
 
 
-# --- 3. targets and failures ----------------------------------------------------------------------------------------
+# --- targets and failures -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rtol", [1e-2, 1e-4, 1e-8])
@@ -456,7 +443,7 @@ def test_dependent_rows_under_a_preconditioner_are_reported():
     assert_close(solve_normal_cg()(lambda v: a @ v, b), torch.full((4,), 0.375, dtype=F64))
 
 
-# --- 4. what is refused ---------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------------------------
 
 SQUARE = [solve_auto, solve_bicgstab, solve_cg, solve_cholesky, solve_gmres, solve_inv, solve_lu]
 

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from checks.differences import central
+from checks.tensors import number, vector
+from tables.losses import decay_at
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
@@ -22,37 +25,20 @@ EACH = pytest.mark.parametrize("loss", NAMED)
 IN_SCIPY = NAMED[:-1]
 
 
-def tensor(*values: Any) -> Tensor:
-    return torch.tensor(values, dtype=F64)
-
-
-def scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=F64)
-
-
-def central(f, x: Tensor, h: float = 1e-4) -> Tensor:
-    """The Jacobian in a vector, by differences that are extrapolated once."""
-    columns = []
-    for e in torch.eye(len(x), dtype=F64):
-        coarse, fine = ((f(x + k * h * e) - f(x - k * h * e)) / (2 * k * h) for k in (2, 1))
-        columns.append((4 * fine - coarse) / 3)
-    return torch.stack(columns, dim=-1)
-
-
 # --- the losses -------------------------------------------------------------------------------------------------------
 
 
 @EACH
 def test_derivatives_of_a_loss_are_those_of_its_formula(loss):
     rho, first, second = loss_of("test", loss)
-    z = tensor(0.0, 1e-12, 0.3, 0.999, 1.001, 2.0, 50.0, 1e8)
+    z = vector(0.0, 1e-12, 0.3, 0.999, 1.001, 2.0, 50.0, 1e8)
     torch.testing.assert_close(first(z), vmap(grad(rho))(z), rtol=1e-10, atol=1e-15)
     torch.testing.assert_close(second(z), vmap(grad(grad(rho)))(z), rtol=1e-7, atol=1e-15)
     # Near zero all of them are z.
     assert rho(z)[0] == 0 and first(z)[0] == 1
-    torch.testing.assert_close(rho(z)[1] / z[1], scalar(1.0), rtol=1e-10, atol=0)
+    torch.testing.assert_close(rho(z)[1] / z[1], number(1.0), rtol=1e-10, atol=0)
     # Both sides meet at 1.
-    one = tensor(1 - 1e-9, 1 + 1e-9)
+    one = vector(1 - 1e-9, 1 + 1e-9)
     for value in (rho(one), first(one)):
         torch.testing.assert_close(value[0], value[1], rtol=0, atol=1e-8)
 
@@ -62,14 +48,14 @@ def test_losses_are_those_of_scipy(loss):
     """SciPy gives the cost, ``f_scale^2 sum rho((r / f_scale)^2) / 2``, at a fixed point."""
     r = np.array([-3.0, 0.2, 0.5, 9.0])
     once = scipy.optimize.least_squares(lambda x: r + 0 * x, 0.0, loss=loss, f_scale=0.7, max_nfev=1)
-    memory = levenberg_marquardt(lambda x: torch.from_numpy(r) + 0 * x, loss=loss, loss_scale=0.7).init(scalar(0.0))
-    torch.testing.assert_close(memory.memory.losses.sum(), scalar(once.cost), rtol=1e-13, atol=0)
+    memory = levenberg_marquardt(lambda x: torch.from_numpy(r) + 0 * x, loss=loss, loss_scale=0.7).init(number(0.0))
+    torch.testing.assert_close(memory.memory.losses.sum(), number(once.cost), rtol=1e-13, atol=0)
 
 
 def test_tukey_is_the_biweight():
     """``c^2 / 6 (1 - (1 - (r / c)^2)^3)``, and constant beyond ``c``."""
-    r, c = tensor(-0.2, 0.5, 1.9, 2.1, -70.0), 2.0
-    losses = levenberg_marquardt(lambda x: r + 0 * x, loss="tukey", loss_scale=c).init(scalar(0.0)).memory.losses
+    r, c = vector(-0.2, 0.5, 1.9, 2.1, -70.0), 2.0
+    losses = levenberg_marquardt(lambda x: r + 0 * x, loss="tukey", loss_scale=c).init(number(0.0)).memory.losses
     inside = 1 - (1 - (r / c) ** 2) ** 3
     torch.testing.assert_close(losses, c**2 / 6 * torch.where(r.abs() < c, inside, 1.0))
 
@@ -82,11 +68,10 @@ OUTLIERS = torch.zeros(40, dtype=F64).index_fill(0, torch.tensor([3, 11, 12, 25,
 Y = 2 * torch.exp(-TIMES) + 0.5 + NOISE + OUTLIERS
 
 
-def decay(p: Tensor, y: Tensor = Y) -> Tensor:
-    return p[0] * torch.exp(-p[1] * TIMES) + p[2] - y
+decay = decay_at(TIMES, Y)
 
 
-GUESS = tensor(1.0, 0.5, 0.3)
+GUESS = vector(1.0, 0.5, 0.3)
 
 
 def cost(p: Tensor, loss: Any, scale: Any, y: Tensor = Y) -> Tensor:
@@ -113,7 +98,7 @@ def test_fits_are_those_of_scipy(loss, scale):
     p, state = levenberg_marquardt(decay, loss=loss, loss_scale=scale).run(GUESS)
     assert state.status == Status.CONVERGED
     torch.testing.assert_close(p, torch.from_numpy(theirs.x), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(state.memory.losses.sum(), scalar(theirs.cost), rtol=1e-11, atol=0)
+    torch.testing.assert_close(state.memory.losses.sum(), number(theirs.cost), rtol=1e-11, atol=0)
     assert state.iter_num <= 2 * theirs.nfev + 5
 
 
@@ -159,7 +144,7 @@ def test_a_loss_and_bounds(loss):
         solver = levenberg_marquardt(decay, bounds=(0.0, upper), loss=loss, loss_scale=0.3, rtol=0.0, atol=1e-11)
         return solver.run(GUESS)[0]
 
-    upper = tensor(*bounds[1])
+    upper = vector(*bounds[1])
     torch.testing.assert_close(solution(upper), torch.from_numpy(theirs.x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(jacrev(solution)(upper), central(solution, upper), rtol=1e-6, atol=1e-6)
 
@@ -179,26 +164,26 @@ def test_single_precision():
 
 def location(y: Tensor, scale: Any, loss: Any = "huber", **how: Any) -> Tensor:
     solver = levenberg_marquardt(lambda m: m - y, loss=loss, loss_scale=scale, rtol=0.0, atol=1e-12)
-    return solver.run(scalar(2.0), **how)[0]
+    return solver.run(number(2.0), **how)[0]
 
 
-SAMPLE = tensor(1.0, 2.0, 3.0, 2.5, 40.0, 50.0, -30.0)
+SAMPLE = vector(1.0, 2.0, 3.0, 2.5, 40.0, 50.0, -30.0)
 
 
 def test_huber_of_a_sample_in_closed_form():
     """The inliers balance as many scales as there are more outliers above than below."""
-    scale = scalar(1.7)
+    scale = number(1.7)
     m = location(SAMPLE, scale)
     torch.testing.assert_close(m, (8.5 + scale) / 4, rtol=1e-12, atol=0)
     by_y, by_scale = jacrev(location, argnums=(0, 1))(SAMPLE, scale)
-    torch.testing.assert_close(by_y, tensor(1, 1, 1, 1, 0, 0, 0) / 4)
-    torch.testing.assert_close(by_scale, scalar(0.25))
+    torch.testing.assert_close(by_y, vector(1, 1, 1, 1, 0, 0, 0) / 4)
+    torch.testing.assert_close(by_scale, number(0.25))
 
 
 def test_an_outlier_of_tukey_has_no_influence():
     by_y = jacfwd(partial(location, loss="tukey"))(SAMPLE, 3.0)
     assert (by_y[4:] == 0).all() and (by_y[:4] > 0).all()
-    torch.testing.assert_close(by_y.sum(), scalar(1.0))
+    torch.testing.assert_close(by_y.sum(), number(1.0))
 
 
 @pytest.mark.parametrize("loss", NAMED[1:])
@@ -212,7 +197,7 @@ def test_derivatives_in_data_and_scale_are_those_of_differences(loss):
         """As a function of three data and the scale."""
         return solution(torch.cat([few[:3], Y[3:], few[3:]]))
 
-    at = torch.cat([Y[:3], tensor(0.41)])
+    at = torch.cat([Y[:3], vector(0.41)])
     expected = central(some, at)
     for jacobian in (jacrev, jacfwd):
         torch.testing.assert_close(jacobian(some)(at), expected, rtol=1e-7, atol=1e-8)
@@ -226,7 +211,7 @@ def test_derivatives_in_data_and_scale_are_those_of_differences(loss):
 
 
 def test_lanes_have_their_own_scales():
-    scales = tensor(0.2, 1.0, 30.0)
+    scales = vector(0.2, 1.0, 30.0)
 
     def solution(scale: Tensor) -> Tensor:
         return location(SAMPLE, scale, "cauchy")
@@ -239,8 +224,8 @@ def test_lanes_have_their_own_scales():
 
 def test_unrolled_steps_have_the_derivative_of_the_condition():
     for loss in ("huber", "cauchy"):
-        found = jacrev(partial(location, loss=loss, implicit_diff=False), argnums=(0, 1))(SAMPLE, scalar(1.7))
-        expected = jacrev(partial(location, loss=loss), argnums=(0, 1))(SAMPLE, scalar(1.7))
+        found = jacrev(partial(location, loss=loss, implicit_diff=False), argnums=(0, 1))(SAMPLE, number(1.7))
+        expected = jacrev(partial(location, loss=loss), argnums=(0, 1))(SAMPLE, number(1.7))
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
 
 
@@ -278,7 +263,7 @@ def test_what_a_loss_captures_is_differentiated_and_batched():
     def reference(a: Tensor) -> Tensor:
         return location(SAMPLE, a**-0.5, "cauchy")
 
-    a = tensor(0.2, 0.7, 2.0)
+    a = vector(0.2, 0.7, 2.0)
     torch.testing.assert_close(vmap(solution)(a), vmap(reference)(a), rtol=1e-10, atol=0)
     torch.testing.assert_close(vmap(grad(solution))(a), vmap(grad(reference))(a), rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(grad(grad(solution))(a[1]), grad(grad(reference))(a[1]), rtol=1e-6, atol=1e-8)
@@ -290,9 +275,9 @@ def test_what_a_loss_captures_is_differentiated_and_batched():
 def test_a_guess_from_which_tukey_sees_no_residual_fails():
     """The cost is flat there: the gradient is exactly zero, and no solution."""
     with pytest.raises(ConvergenceError, match="DIVERGED"):
-        levenberg_marquardt(lambda m: m - SAMPLE, loss="tukey").run(scalar(500.0))
+        levenberg_marquardt(lambda m: m - SAMPLE, loss="tukey").run(number(500.0))
     solver = levenberg_marquardt(lambda m: m - SAMPLE, loss="tukey", loss_scale=3.0, on_failure="ignore")
-    m, state = vmap(solver.run)(tensor(2.0, 500.0, 41.0))
+    m, state = vmap(solver.run)(vector(2.0, 500.0, 41.0))
     assert [Status(int(s)) for s in state.status] == [Status.CONVERGED, Status.DIVERGED, Status.CONVERGED]
     torch.testing.assert_close(m[0], location(SAMPLE, 3.0, "tukey"), rtol=1e-8, atol=0)
     assert m[1] == 500.0
@@ -300,26 +285,26 @@ def test_a_guess_from_which_tukey_sees_no_residual_fails():
 
 def test_tukey_finds_a_fit_of_the_few_where_the_guess_is_among_them():
     """It is not convex: from beside the outlier at -30, that is all it sees."""
-    m, _ = levenberg_marquardt(lambda m: m - SAMPLE, loss="tukey", loss_scale=3.0).run(scalar(-29.0))
-    torch.testing.assert_close(m, scalar(-30.0), rtol=1e-9, atol=0)
+    m, _ = levenberg_marquardt(lambda m: m - SAMPLE, loss="tukey", loss_scale=3.0).run(number(-29.0))
+    torch.testing.assert_close(m, number(-30.0), rtol=1e-9, atol=0)
 
 
 def test_a_minimum_that_is_not_strict_has_no_derivative():
     """One residual within the scale, and two unknowns."""
-    t, y = torch.arange(4.0, dtype=F64), tensor(0.0, 50.0, -70.0, 90.0)
+    t, y = torch.arange(4.0, dtype=F64), vector(0.0, 50.0, -70.0, 90.0)
     solver = levenberg_marquardt(lambda p, y: p[0] + p[1] * t - y, loss="tukey")
-    x, state = solver.run(tensor(0.1, 0.1), y)
+    x, state = solver.run(vector(0.1, 0.1), y)
     assert state.status == Status.CONVERGED and x[0].abs() < 1e-9
     with pytest.raises(LinearSolveError, match="singular"):
-        jacrev(lambda y: solver.run(tensor(0.1, 0.1), y)[0])(y)
+        jacrev(lambda y: solver.run(vector(0.1, 0.1), y)[0])(y)
 
 
 @EACH
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_residual_that_is_no_number_is_no_outlier(loss, bad):
-    y = torch.cat([SAMPLE, tensor(bad)])
+    y = torch.cat([SAMPLE, vector(bad)])
     with pytest.raises(ConvergenceError, match="DIVERGED"):
-        levenberg_marquardt(lambda m: m - y, loss=loss, loss_scale=3.0).run(scalar(2.0))
+        levenberg_marquardt(lambda m: m - y, loss=loss, loss_scale=3.0).run(number(2.0))
 
 
 def test_a_perfect_fit_is_a_solution():
@@ -327,7 +312,7 @@ def test_a_perfect_fit_is_a_solution():
     for loss in NAMED:
         p, state = levenberg_marquardt(lambda p: decay(p, y), loss=loss, loss_scale=3.0).run(GUESS)
         assert state.status == Status.CONVERGED
-        torch.testing.assert_close(p, tensor(2.0, 1.0, 0.5), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(p, vector(2.0, 1.0, 0.5), rtol=1e-8, atol=1e-8)
 
 
 def test_arguments_that_make_no_sense_are_refused():
@@ -337,7 +322,7 @@ def test_arguments_that_make_no_sense_are_refused():
     for scale in (0.0, -1.0, float("nan"), float("inf"), "1", True):
         with pytest.raises(ValueError, match="loss_scale must be a finite number > 0"):
             levenberg_marquardt(decay, loss="huber", loss_scale=scale)
-    for scale, message in ((tensor(1.0, 2.0), "broadcasts to the residuals"), (scalar(-1.0), "positive in every")):
+    for scale, message in ((vector(1.0, 2.0), "broadcasts to the residuals"), (number(-1.0), "positive in every")):
         with pytest.raises(ValueError, match=message):
             levenberg_marquardt(decay, loss="huber", loss_scale=scale).run(GUESS)
     with pytest.raises(ValueError, match="real residuals"):

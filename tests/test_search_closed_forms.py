@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from checks.tensors import vector
+from problem_sets.hock_schittkowski import rosenbrock
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 
@@ -23,10 +25,6 @@ from implicitdiff.solvers import Solver, Status
 F64 = torch.float64
 Factory = Callable[..., Solver]
 TIGHT: dict[str, Any] = {"rtol": 1e-13, "atol": 1e-13}
-
-
-def vector(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=F64)
 
 
 def named(*names: str) -> list[Any]:
@@ -248,10 +246,6 @@ def test_the_enzyme_fit_as_a_minimum(factory: Factory) -> None:
 # --- Rosenbrock in a box ----------------------------------------------------------------------------------------------
 
 LOWER, UPPER = vector(1.5, -2.0), vector(3.0, 0.5)
-
-
-def rosenbrock(x: Tensor) -> Tensor:
-    return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
 
 
 def into(lower: Tensor, upper: Tensor) -> Callable[[Tensor], Tensor]:

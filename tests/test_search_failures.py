@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from checks.tensors import number
+from problem_sets.hock_schittkowski import rosenbrock
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -18,10 +20,6 @@ from implicitdiff.errors import ConvergenceError, ConvergenceWarning
 from implicitdiff.solvers import Solver, Status
 
 F64 = torch.float64
-
-
-def number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=F64)
 
 
 class Failure(NamedTuple):
@@ -217,10 +215,6 @@ def test_a_bracket_without_a_change_of_sign_in_one_lane_is_refused() -> None:
     solver = solvers.bisection(lambda x, theta: x**2 - theta, number(0.0), number(2.0))
     with pytest.raises(ValueError, match="bracket"):
         vmap(lambda theta: solver.run(None, theta))(torch.tensor([1.0, 2.0, 5.0], dtype=F64))
-
-
-def rosenbrock(x):
-    return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
 
 
 TIMES = torch.linspace(0, 4, 30, dtype=torch.float64)

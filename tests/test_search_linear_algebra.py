@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checks.differences import central
+from checks.tensors import draw
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import implicitdiff.solvers as solvers
@@ -11,11 +13,7 @@ import implicitdiff.solvers as solvers
 F64 = torch.float64
 
 
-def draw(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
-
-
-M = draw(3, 3) + 4 * torch.eye(3, dtype=F64)
+M = draw(0, 3, 3) + 4 * torch.eye(3, dtype=F64)
 OPERATIONS = {
     "solve": torch.linalg.solve,
     "solve of a matrix": lambda A, b: torch.linalg.solve(A, torch.stack([b, b.sin()], 1)).sum(1),
@@ -31,7 +29,7 @@ OPERATIONS = {
     "eigvalsh": lambda A, b: torch.linalg.eigvalsh(A @ A.mT) / 50 * b,
 }
 SOLVERS = ["newton", "chord", "broyden_root", "gauss_newton", "levenberg_marquardt"]
-THETA = draw(3, 3, seed=1).sigmoid()
+THETA = draw(1, 3, 3).sigmoid()
 
 
 def condition(name):
@@ -74,10 +72,6 @@ def test_lanes_with_more_equations_than_unknowns_are_searched_as_alone(name):
 def test_lanes_are_searched_as_alone(search, name, solver):
     fn = search(name, solver)
     torch.testing.assert_close(vmap(fn)(THETA), torch.stack([fn(t) for t in THETA]), rtol=1e-8, atol=1e-8)
-
-
-def central(fn, t, h=1e-5):
-    return torch.stack([(fn(t + h * e) - fn(t - h * e)) / (2 * h) for e in torch.eye(3, dtype=F64)], -1)
 
 
 @pytest.mark.parametrize("name", ["solve", "inv", "slogdet", "lu_solve", "cholesky_solve"])

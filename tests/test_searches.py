@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from searches import SEARCHES, THETA, Row, in_single_precision, in_units
+from tables.solvers import SEARCHES, THETA, Row, in_single_precision, in_units
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
@@ -502,6 +502,7 @@ def test_a_guess_that_is_a_solution_but_for_rounding_is_soon_accepted(
         problem.assert_solved(x, THETA)
 
 
+@pytest.mark.one_in(3)
 @units
 @every_solver
 def test_default_tolerances_of_a_batch_are_those_of_its_lanes(row: Row, unit: float, dtype: torch.dtype) -> None:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from checks.tensors import draw
 from scipy.optimize import minimize
+from tables.losses import rosenbrock
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
@@ -45,17 +47,9 @@ SOLVERS = [
 every_solver = pytest.mark.parametrize("row", SOLVERS, ids=str)
 
 
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
-
-
 # --- problems ---------------------------------------------------------------------------------------------------------
 
 X, Y = draw(0, 30, 6), draw(1, 30)
-
-
-def rosenbrock(x: Tensor) -> Tensor:
-    return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
 
 
 def ridge(w: Tensor, penalty: Tensor | float = 0.5) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from searches import SEARCHES, THETA, Row
+from tables.solvers import SEARCHES, THETA, Row
 from torch import Tensor
 from torch.func import grad, jacfwd, vmap
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from functools import partial
 from typing import Any
 
 import pytest
-import searches
-import solvers as linear
+import tables.linear_solvers as linear
+import tables.solvers as searches
 import torch
-from searches import SEARCHES, THETA, Row
+from checks.copies import pickled, saved
+from tables.solvers import SEARCHES, THETA, Row
 from torch import Tensor, multiprocessing
 from torch.func import grad, jacrev
 from torch.utils.data import DataLoader, Dataset
@@ -24,17 +23,6 @@ from implicitdiff.solvers import KKTSolution, Solver, make_kkt_optimality_fn
 
 F64 = torch.float64
 every_solver = pytest.mark.parametrize("row", SEARCHES, ids=str)
-
-
-def pickled(value: Any) -> Any:
-    return pickle.loads(pickle.dumps(value))
-
-
-def saved(value: Any, weights_only: bool = False) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=weights_only)
 
 
 # --- solvers ----------------------------------------------------------------------------------------------------------

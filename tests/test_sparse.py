@@ -57,6 +57,7 @@ ASKED: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("equation", EQUATIONS)
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("layout", LAYOUTS)

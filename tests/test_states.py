@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from checks.copies import assert_same
 from torch import Tensor, nn
 
 import implicitdiff as idf
@@ -54,11 +55,6 @@ def steps(net: nn.Module, inner: idf.MetaOptimizer, count: int) -> list[Tensor]:
 
 def leaves(tree: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(found) == len(expected)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 # --- there and back ---------------------------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checks.compiled import needs_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicitdiff as idf
 from implicitdiff import _C
 
-needs_cpu = pytest.mark.skipif(not idf.accelerated_op_available("cpu"), reason="_C is not built")
 FACTORIES = {"sgd": idf.sgd, "sgd-momentum": lambda **flag: idf.sgd(momentum=0.9, **flag), "adam": idf.adam}
 each_factory = pytest.mark.parametrize("name", FACTORIES)
 each_tree = pytest.mark.parametrize("tree", [list, lambda leaves: dict(enumerate(leaves))], ids=["list", "dict"])

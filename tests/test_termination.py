@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import searches
+import tables.solvers as searches
 import torch
 from problem_sets import more_garbow_hillstrom, nist
 from problem_sets.problem import LeastSquares
-from searches import SEARCHES, THETA, Row
+from tables.solvers import SEARCHES, THETA, Row
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 

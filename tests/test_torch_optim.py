@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import ROWS, Row, each_row
+from checks.copies import assert_same, copied
+from tables.optimizers import ROWS, Row, each_row
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
@@ -78,10 +79,6 @@ def sign_of(row: Row) -> float:
     return -1.0 if row.options.get("maximize") else 1.0
 
 
-def copied(tree: Any) -> Any:
-    return tree_map(lambda t: t.clone(), tree)
-
-
 def advance(
     pair: idf.GradientTransformation,
     params: Any,
@@ -139,15 +136,11 @@ def assert_close(tree: Any, expected: Any) -> None:
         assert error <= CLOSE[p.dtype], f"{error:.1e}"
 
 
-def assert_same(tree: Any, expected: Any) -> None:
-    for p, q in zip(tree_leaves(tree), tree_leaves(expected), strict=True):
-        assert p.dtype == q.dtype and torch.equal(p, q)
-
-
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
 # Each choice with each other one; all eight ways are compared with each other below.
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("dtype", "way"),
     [pytest.param(F64, i, id=f"float64-{WAY_NAMES[i]}") for i in (0, 3, 5, 6)]

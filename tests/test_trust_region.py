@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from checks.tensors import vector
 from problem_sets import more_garbow_hillstrom
+from problem_sets.hock_schittkowski import wood
+from problem_sets.minpack_roots import brown_almost_linear, chebyquad, powell_singular
+from problem_sets.more_garbow_hillstrom import helical_valley, rosenbrock
 from scipy import optimize
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
@@ -16,41 +20,11 @@ from implicitdiff.solvers._steps.trust_region import multiplier
 F64 = torch.float64
 
 
-def tensor(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=F64)
-
-
-def rosenbrock(x: Tensor) -> Tensor:
-    return torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
-
-
-def helical_valley(x: Tensor) -> Tensor:
-    # The angle jumps on the other side of the guess.
-    turns = 0.25 + torch.arctan2(-x[0], x[1]) / (2 * torch.pi)
-    return torch.stack([10 * (x[2] - 10 * turns), 10 * (x[:2].norm() - 1), x[2]])
-
-
-def brown_almost_linear(x: Tensor) -> Tensor:
-    return torch.cat([x[:-1] + x.sum() - (len(x) + 1), x.prod()[None] - 1])
-
-
-def chebyquad(x: Tensor) -> Tensor:
-    """The nodes of Chebyshev's quadrature, which has none for 8."""
-    n, angles = len(x), torch.arange(1, len(x) + 1) * torch.arccos(2 * x - 1)[:, None]
-    means = [0 if i % 2 else -1 / (i**2 - 1) for i in range(1, n + 1)]
-    return angles.cos().mean(dim=0) - tensor(*means)
-
-
-def powell_singular(x: Tensor) -> Tensor:
-    a, b, c, d = x
-    return torch.stack([a + 10 * b, 5**0.5 * (c - d), (b - 2 * c) ** 2, 10**0.5 * (a - d) ** 2])
-
-
 ROOTS = [
-    (rosenbrock, tensor(-120, 100), torch.ones(2)),
-    (helical_valley, tensor(-100, 0, 0), tensor(1, 0, 0)),
+    (rosenbrock, vector(-120, 100), torch.ones(2)),
+    (helical_valley, vector(-100, 0, 0), vector(1, 0, 0)),
     (brown_almost_linear, torch.full((40,), 0.5, dtype=F64), None),
-    (powell_singular, tensor(300, -100, 0, 100), torch.zeros(4)),
+    (powell_singular, vector(300, -100, 0, 100), torch.zeros(4)),
 ]
 named = pytest.mark.parametrize(("residual", "start", "root"), ROOTS, ids=lambda v: getattr(v, "__name__", ""))
 
@@ -70,9 +44,9 @@ def test_roots_are_found_from_far_away(factory, residual, start: Tensor, root: T
 
 @pytest.mark.parametrize("factory", [dogleg_root, dogleg])
 def test_units_of_the_unknowns_do_not_matter(factory) -> None:
-    units = tensor(2.0**20, 2.0**-30)
-    x, state = factory(rosenbrock).run(tensor(-1.2, 1))
-    scaled, other = factory(lambda x: rosenbrock(x / units)).run(tensor(-1.2, 1) * units)
+    units = vector(2.0**20, 2.0**-30)
+    x, state = factory(rosenbrock).run(vector(-1.2, 1))
+    scaled, other = factory(lambda x: rosenbrock(x / units)).run(vector(-1.2, 1) * units)
     assert state.iter_num == other.iter_num and state.iter_num > 3
     torch.testing.assert_close(scaled / units, x, rtol=1e-12, atol=0)
 
@@ -100,7 +74,7 @@ def test_a_jacobian_without_full_rank_is_no_obstacle() -> None:
 
 
 def test_a_singular_jacobian_at_the_guess_is_no_obstacle() -> None:
-    x, state = dogleg_root(lambda x: torch.stack([x[0] ** 2 - x[1] - 3, x[1] ** 2 - 1])).run(tensor(1, 0))
+    x, state = dogleg_root(lambda x: torch.stack([x[0] ** 2 - x[1] - 3, x[1] ** 2 - 1])).run(vector(1, 0))
     assert state.status == Status.CONVERGED
     torch.testing.assert_close(x[1].abs(), torch.ones((), dtype=F64))
     assert (x[0] ** 2 - x[1] - 3).abs() < 1e-9
@@ -110,8 +84,8 @@ def test_a_minimum_that_is_no_root_ends_the_search_soon_in_its_lane() -> None:
     def residual(x: Tensor, c: Tensor) -> Tensor:
         return torch.stack([x[0] ** 2 + c + 0.1 * x[1], x[1] + x[0] * x[1] ** 2])
 
-    c = tensor(1, -4)
-    x, state = vmap(dogleg_root(residual, on_failure="ignore").run, in_dims=(None, 0))(tensor(3, 1), c)
+    c = vector(1, -4)
+    x, state = vmap(dogleg_root(residual, on_failure="ignore").run, in_dims=(None, 0))(vector(3, 1), c)
     assert state.status.tolist() == [Status.LINE_SEARCH_FAILED, Status.CONVERGED]
     assert state.iter_num[0] < 60
     reference = optimize.least_squares(lambda x: residual(torch.tensor(x), c[0]).numpy(), [3.0, 1.0])
@@ -126,13 +100,13 @@ def test_a_minimum_that_is_no_root_ends_the_search_soon_in_its_lane() -> None:
 @pytest.mark.parametrize("factory", [dogleg_root, dogleg])
 def test_steps_out_of_the_domain_are_shortened(factory) -> None:
     solver = factory(lambda x, c: torch.log(x) - c)
-    x, state = vmap(solver.run)(tensor(50, 20, 1e-3)[:, None], tensor(-3, 3, 1)[:, None])
-    torch.testing.assert_close(x, tensor(-3, 3, 1).exp()[:, None])
+    x, state = vmap(solver.run)(vector(50, 20, 1e-3)[:, None], vector(-3, 3, 1)[:, None])
+    torch.testing.assert_close(x, vector(-3, 3, 1).exp()[:, None])
     assert (state.status == Status.CONVERGED).all()
 
     def steps(c: Tensor) -> Tensor:
         short = factory(lambda x: torch.log(x) - c, radius=10.0, maxiter=2, on_failure="ignore")
-        return short.run(tensor(50), implicit_diff=False)[0].sum()
+        return short.run(vector(50), implicit_diff=False)[0].sum()
 
     c, h = torch.tensor(-3.0, dtype=F64), 1e-5
     torch.testing.assert_close(grad(steps)(c), (steps(c + h) - steps(c - h)) / (2 * h), rtol=1e-6, atol=0)
@@ -145,12 +119,12 @@ def test_derivatives_of_steps_that_the_radius_limits(factory, radius: float) -> 
     solver = factory(lambda x, c: rosenbrock(x - c), radius=radius, maxiter=3, on_failure="ignore")
 
     def steps(c: Tensor) -> Tensor:
-        return solver.run(tensor(-1.2, 1), c, implicit_diff=False)[0]
+        return solver.run(vector(-1.2, 1), c, implicit_diff=False)[0]
 
-    c, v, h = tensor(0.1, -0.2), tensor(0.3, 0.7), 1e-6
+    c, v, h = vector(0.1, -0.2), vector(0.3, 0.7), 1e-6
     expected = (steps(c + h * v) - steps(c - h * v)) / (2 * h)
     torch.testing.assert_close(jvp(steps, (c,), (v,))[1], expected, rtol=1e-5, atol=1e-7)
-    w = tensor(1, -0.4)
+    w = vector(1, -0.4)
     slope = grad(lambda c: w @ steps(c))
     torch.testing.assert_close(slope(c) @ v, w @ expected, rtol=1e-5, atol=1e-7)
     second = (slope(c + h * v) - slope(c - h * v)) / (2 * h)
@@ -161,7 +135,7 @@ def test_the_solution_of_a_fit_has_its_derivative() -> None:
     t = torch.linspace(0, 3, 12, dtype=F64)
     y = 2 * torch.exp(-1.3 * t) + 0.05 * torch.cos(9 * t)
     by = {
-        factory: jacfwd(lambda y, f=factory: f(lambda x, y: x[0] * torch.exp(-x[1] * t) - y).run(tensor(1, 1), y)[0])
+        factory: jacfwd(lambda y, f=factory: f(lambda x, y: x[0] * torch.exp(-x[1] * t) - y).run(vector(1, 1), y)[0])
         for factory in (dogleg, levenberg_marquardt)
     }
     torch.testing.assert_close(by[dogleg](y), by[levenberg_marquardt](y), rtol=1e-7, atol=1e-9)
@@ -199,7 +173,7 @@ def test_derivatives_of_the_multiplier() -> None:
     generator = torch.Generator().manual_seed(1)
     A = torch.randn(2, 5, 3, dtype=F64, generator=generator, requires_grad=True)
     r = torch.randn(2, 5, dtype=F64, generator=generator, requires_grad=True)
-    radius = tensor(0.2, 0.01).requires_grad_()
+    radius = vector(0.2, 0.01).requires_grad_()
     assert torch.autograd.gradcheck(multiplier, (A, r, radius), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(multiplier, (A, r, radius))
 
@@ -234,7 +208,7 @@ def test_a_singular_jacobian_does_not_hide_a_minimum(factory, dtype: torch.dtype
     x, state = factory(residual).run(torch.tensor([0.5, -2.0], dtype=dtype))
     assert state.status == Status.CONVERGED
     b = (2 - 22**0.5) / 3  # where both residuals have the same slope in b
-    torch.testing.assert_close(x[1].double(), tensor(b)[0], rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-7)
+    torch.testing.assert_close(x[1].double(), vector(b)[0], rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-7)
 
 
 def test_the_last_steps_take_the_whole_hessian_and_its_derivatives() -> None:
@@ -246,10 +220,10 @@ def test_the_last_steps_take_the_whole_hessian_and_its_derivatives() -> None:
         return a**2 + c * b**2
 
     solver = levenberg_marquardt(brown_dennis)
-    start, c = tensor(-11, 13, -0.4, 0.2), torch.tensor(1.0, dtype=F64)
+    start, c = vector(-11, 13, -0.4, 0.2), torch.tensor(1.0, dtype=F64)
     x, state = solver.run(start, c)
     assert state.iter_num < 200
-    torch.testing.assert_close(x, tensor(-11.594440, 13.203630, -0.403439, 0.236779), rtol=0, atol=2e-6)
+    torch.testing.assert_close(x, vector(-11.594440, 13.203630, -0.403439, 0.236779), rtol=0, atol=2e-6)
     implicit = jacfwd(lambda c: solver.run(start, c)[0])(c)
     forward, reverse = (by(lambda c: solver.run(start, c, implicit_diff=False)[0])(c) for by in (jacfwd, jacrev))
     torch.testing.assert_close(forward, implicit, rtol=1e-6, atol=1e-8)
@@ -293,16 +267,10 @@ def test_a_valley_is_no_minimum_in_float32(name: str, factor: float) -> None:
 # --- saddles ----------------------------------------------------------------------------------------------------------
 
 
-def wood(x: Tensor) -> Tensor:
-    a, b, c, d = x
-    last = 10 * (b + d - 2) ** 2 + (b - d) ** 2 / 10
-    return 100 * (b - a**2) ** 2 + (1 - a) ** 2 + 90 * (d - c**2) ** 2 + (1 - c) ** 2 + last
-
-
 @pytest.mark.parametrize("factor", [1.0, 10.0, 100.0])
 def test_newton_cg_leaves_the_saddle_of_woods_function(factor: float) -> None:
     """It lies where f is 7.88, with curvatures from -0.12 to 950. SciPy's trust-ncg takes about 100 iterations."""
-    x, state = newton_cg(wood).run(factor * tensor(-3, -1, -3, -1))
+    x, state = newton_cg(wood).run(factor * vector(-3, -1, -3, -1))
     assert state.status == Status.CONVERGED and state.iter_num < 60
     torch.testing.assert_close(x, torch.ones(4, dtype=F64), rtol=0, atol=1e-6)
 
@@ -311,9 +279,9 @@ def test_newton_cg_leaves_a_saddle_from_nearby() -> None:
     def objective(x: Tensor) -> Tensor:
         return 50 * x[0] ** 2 + x[1] ** 4 / 4 - x[1] ** 2 / 2
 
-    x, state = newton_cg(objective).run(tensor(1, 1e-6))
+    x, state = newton_cg(objective).run(vector(1, 1e-6))
     assert state.status == Status.CONVERGED and state.iter_num < 15
-    torch.testing.assert_close(x, tensor(0, 1), rtol=0, atol=1e-8)
+    torch.testing.assert_close(x, vector(0, 1), rtol=0, atol=1e-8)
 
 
 # --- iterates that run off --------------------------------------------------------------------------------------------
@@ -342,10 +310,10 @@ def test_infinity_is_no_root(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("factory", [newton, gauss_newton])
 def test_iterates_that_come_back_have_not(factory) -> None:
     """From 1e-10 it jumps to 3e19, and from -5 to 143."""
-    x, state = factory(lambda x: x**3 - 1).run(tensor(1e-10))
+    x, state = factory(lambda x: x**3 - 1).run(vector(1e-10))
     assert state.status == Status.CONVERGED and state.iter_num > 100
-    torch.testing.assert_close(x, tensor(1))
-    x, state = factory(lambda x: x.exp() - 1, atol=1e-12).run(tensor(-5))
+    torch.testing.assert_close(x, vector(1))
+    x, state = factory(lambda x: x.exp() - 1, atol=1e-12).run(vector(-5))
     assert state.iter_num > 100 and x.abs().max() < 1e-11
 
 

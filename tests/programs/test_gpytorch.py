@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from differences import central
+from checks.differences import central
 from torch.func import functional_call, grad
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from differences import central
+from checks.differences import central
 from torch.func import grad
 
 from implicitdiff import custom_root

@@ -10,7 +10,7 @@ import copy
 
 import pytest
 import torch
-from differences import central
+from checks.differences import central
 from torch import nn
 from torch.func import functional_call, grad, vmap
 

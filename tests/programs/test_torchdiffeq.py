@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from differences import central
+from checks.differences import central
 from torch.func import grad, jvp, vmap
 
 from implicitdiff import TransformError, custom_fixed_point, custom_root

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from differences import central
+from checks.differences import central
 from torch.func import functional_call, grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from checks.tensors import number
 from torch import Tensor, nn
 
 F64 = torch.float64
@@ -39,10 +40,6 @@ def right(s: float = 1.0, **options: Any) -> Callable[..., Any]:
 
 def right_or_refused(s: float = 1.0, **options: Any) -> Callable[..., Any]:
     return lambda make: CHANGES.append(Change(make.__name__, make, s, exact=False, **options))
-
-
-def number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=F64)
 
 
 # --- variables and containers -----------------------------------------------------------------------------------------

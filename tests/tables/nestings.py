@@ -11,17 +11,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import searches
 import torch
-from searches import SEARCHES
-from solvers import SOLVERS
 from torch import Tensor, nn
 from torch.func import grad
 
 import implicitdiff as idf
+import tables.solvers as searches
 from implicitdiff import custom_fixed_point, custom_root, linear_solve, projections, prox, root_jvp, root_vjp, solvers
 from implicitdiff.nn import ImplicitMetaGradientModule
 from implicitdiff.solvers import KKTSolution, make_kkt_optimality_fn
+from tables.linear_solvers import SOLVERS
+from tables.solvers import SEARCHES
 
 F64 = torch.float64
 Scalar = Callable[[Tensor, Tensor], Tensor]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from checks.tensors import draw
 from torch import Tensor
 
 from implicitdiff.linear_solve import (
@@ -29,10 +30,6 @@ F32, F64, C64, C128 = torch.float32, torch.float64, torch.complex64, torch.compl
 
 CONDITION = 10.0
 """Of every matrix of a family."""
-
-
-def draw(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def unitary(seed: int, n: int, dtype: torch.dtype) -> Tensor:

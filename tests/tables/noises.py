@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from changes import Residual, number
+from checks.tensors import number
 from torch import nn
+
+from tables.changes import Residual
 
 F64 = torch.float64
 

@@ -19,7 +19,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from routes import Put, Residual, Route, Squared, box, putter, script, setter
+
+from tables.routes import Put, Residual, Route, Squared, box, putter, script, setter
 
 UNUSUAL: list[Route] = []
 

@@ -10,15 +10,15 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import searches
 import torch
-from searches import SEARCHES
-from solvers import SOLVERS, Row
 from torch import Tensor
 
+import tables.solvers as searches
 from implicitdiff import custom_fixed_point, custom_root, root_vjp
 from implicitdiff.linear_solve import LinearSolver, solve_gmres, solve_lstsq, solve_lu
 from implicitdiff.solvers import qp
+from tables.linear_solvers import SOLVERS, Row
+from tables.solvers import SEARCHES
 
 F64 = torch.float64
 # Derivatives through an exact factorisation are right to rounding; a Krylov solve leaves the residual that it was

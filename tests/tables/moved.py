@@ -11,15 +11,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from routes import ROUTES, Route
+from checks.derivatives import ways_at
 from torch import Tensor, nn
-from torch.func import grad, jacfwd, vmap
-from unusual_routes import UNUSUAL
 
 import implicitdiff as idf
 from implicitdiff import custom_fixed_point, custom_root, linear_solve, projections, root_jvp, root_vjp, solvers, unroll
 from implicitdiff.nn import ImplicitMetaGradientModule
 from implicitdiff.solvers import KKTSolution, make_kkt_optimality_fn
+from tables.routes import ROUTES, Route
+from tables.unusual_routes import UNUSUAL
 
 __all__ = ["DOORS", "ROUTES", "UNUSUAL", "WAYS", "Door", "Route", "T"]
 
@@ -43,26 +43,7 @@ class Door(NamedTuple):
 # --- ways to take a derivative of a function of one number -----------------------------------------------------------
 
 
-def by_backward(f: Callable[[Tensor], Tensor]) -> Tensor:
-    t = T.clone().requires_grad_()
-    f(t).backward()
-    return t.grad
-
-
-def twice(f: Callable[[Tensor], Tensor]) -> Tensor:
-    t = T.clone().requires_grad_()
-    (first,) = torch.autograd.grad(f(t), t, create_graph=True)
-    (second,) = torch.autograd.grad(first, t)
-    return torch.stack([first.detach(), second])
-
-
-WAYS = {
-    "backward": by_backward,
-    "twice": twice,
-    "grad": lambda f: grad(f)(T),
-    "vmap of grad": lambda f: vmap(grad(f))(torch.stack([T, 1.1 * T])),
-    "jacfwd": lambda f: jacfwd(f)(T),
-}
+WAYS = ways_at(T)
 
 # --- ways to have a solution -----------------------------------------------------------------------------------------
 

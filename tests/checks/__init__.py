@@ -1,0 +1,1 @@
+"""Tensors, derivatives and comparisons that several files of tests use."""

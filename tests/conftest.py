@@ -1,0 +1,80 @@
+"""Fixtures of several files, and which cases are collected."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+from checks.compiled import needs_cpu
+
+import implicitdiff as idf
+from implicitdiff import _C
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts calls of the compiled functions by name."""
+    counts = Counter()
+
+    def counted(module, name):
+        def run(*operands):
+            counts[name] += 1
+            return getattr(module, name)(*operands)
+
+        return run
+
+    for device in "cpu", "cuda":
+        module = getattr(_C, device)
+        if module is not None:
+            monkeypatch.setattr(
+                _C,
+                device,
+                SimpleNamespace(**{**vars(module), "step": counted(module, "step"), "pull": counted(module, "pull")}),
+            )
+    return counts
+
+
+@pytest.fixture(params=[pytest.param(True, marks=needs_cpu), False], ids=["kernel", "plain"])
+def pair(request):
+    """AdamW, by kernels and by plain torch."""
+    return idf.adamw(lr=0.1, use_accelerated_op=request.param)
+
+
+def pytest_configure(config):
+    # Here and not in pyproject.toml, so that a copy of this folder knows them.
+    config.pluginmanager.register(Nightly())
+    config.addinivalue_line("markers", "nightly: a case beyond those that each change runs")
+    config.addinivalue_line(
+        "markers", "one_in(n): on each change one case in n, and one with each value of each parameter"
+    )
+
+
+class Nightly:
+    """Mark cases of ``one_in``, before pytest selects by marks."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items):
+        counts, seen = Counter(), set()
+        for item in items:
+            if (mark := item.get_closest_marker("one_in")) is not None:
+                function = item.nodeid.partition("[")[0]
+                values = {(function, name, str(value)) for name, value in item.callspec.params.items()}
+                if counts[function] % mark.args[0] and values <= seen:
+                    item.add_marker("nightly")
+                else:
+                    seen |= values
+                counts[function] += 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Of the cases of one function that are skipped for one reason, keep the first: one skip says it for all."""
+    told, kept, left_out = set(), [], []
+    for item in items:
+        reasons = [mark.kwargs["reason"] for mark in item.iter_markers("skipif") if mark.args[0]]
+        case = (item.nodeid.partition("[")[0], *reasons)
+        (left_out if reasons and case in told else kept).append(item)
+        told.add(case)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
