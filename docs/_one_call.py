@@ -76,23 +76,23 @@ PARTS = [
     Part(
         "below the transforms: plain tensors",
         0,
-        [Step("return the known solution", "_implicit/primitive.py", "_Solution.forward")],
+        [Step("return the known solution", "_implicit/primitive.py", "_ImplicitSolution.forward")],
     ),
     Part(
         "caller's frame: backward of grad",
         2,
-        [Step("receive the cotangent", "_implicit/primitive.py", "_Solution.backward")],
+        [Step("receive the cotangent", "_implicit/primitive.py", "_ImplicitSolution.backward")],
     ),
     Part(
         "below the transforms: plain tensors",
         0,
         [
-            Step("compute the derivative", "_implicit/primitive.py", "_Derivative.forward"),
-            Step("one graph for all lanes", "_implicit/root.py", "RootProblem.quiet_vjp"),
+            Step("compute the derivative", "_implicit/primitive.py", "_UnrecordedVjp.forward"),
+            Step("one graph for all lanes", "_implicit/root.py", "RootProblem.unrecorded_vjp"),
             Step("solve Aᴴ u = x̄", "_implicit/linear_problem.py", "LinearProblem.primal"),
             Step("form the matrix of each lane", "_implicit/system.py", "_materialise_each"),
             Step("factorise: LAPACK's kernel", "linear_solve/lu.py", "lu"),
-            Step("θ̄ = -Bᴴ u", "_implicit/linearisation.py", "WithOperands.pull_theta"),
+            Step("θ̄ = -Bᴴ u", "_implicit/linearisation.py", "JointLinearisation.pull_theta"),
         ],
     ),
     Part("caller's frame: the gradient of each lane", 2, []),

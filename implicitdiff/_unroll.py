@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import implicitdiff._closures.modes as _modes
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.context as _context
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.lift import confirm, lift
 from implicitdiff._closures.signature import name_of
@@ -91,7 +91,7 @@ class Unrolled:
 @_modes.one_operation
 def _recomputed(fn: UserFunction, *args: Any) -> Tree:
     """Return ``fn(*args)`` without a graph; a derivative evaluates ``fn`` again."""
-    if functorch.nothing_records():
+    if _context.now().is_silent:
         return fn(*args)
     # The call runs under a mode, detached, so no step is recorded. A derivative starts from the operands.
     lifted = lift("unroll: the step", fn, *args)
@@ -139,7 +139,7 @@ class _Segment(Problem):
             return list(self.pullback(x, theta, u, wanted).values())
 
         n, operands = len(x), [*x, *theta, *x_bar]
-        if functorch.nothing_records():
+        if _context.now().is_silent:
             operands = [t.detach() for t in operands]
         return dict(zip(wanted, solve_problem(_Segment(pull), operands), strict=True))
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 import implicitdiff._closures.modes as _modes
-import implicitdiff._torch.levels as _functorch
+import implicitdiff._torch.compile as _compile
+import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.lift import one_derivative
 from implicitdiff._closures.signature import Matcher, name_of
@@ -191,7 +192,7 @@ class _Decoration(NamedTuple):
     check: float | None
 
 
-@_functorch.outside_compile
+@_compile.outside_compile
 @_modes.one_operation
 def _solution_of_call(
     decoration: _Decoration, matcher: Matcher, solver: UserSolver, args: tuple[Tree, ...], kwargs: dict[str, Tree]
@@ -240,7 +241,7 @@ def _check_argnums(name: str, chosen: frozenset[int] | None, positions: int | No
 
 def _check_residual(name: str, check: float, residual: Leaves) -> None:
     norm = torch.stack([r.abs().to(torch.float64).square().sum() for r in residual]).sum().sqrt()
-    lanes = _functorch.base(norm).reshape(-1)
+    lanes = _levels.base(norm).reshape(-1)
     # Not `lanes > check`: a residual of NaN has to fail.
     failed = ~(lanes <= check)
     if bool(failed.any()):

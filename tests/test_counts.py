@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 
 import implicitdiff._implicit.primitive as _primitive
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.functions as _functions
 from implicitdiff import custom_root, linear_solve, solvers
 
 F64 = torch.float64
@@ -37,7 +37,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
     counts = Counts()
     for name in FACTORISATIONS:
         monkeypatch.setattr(torch.linalg, name, counts.counted("factorised", getattr(torch.linalg, name)))
-    monkeypatch.setattr(functorch, "gradients", counts.counted("engine", functorch.gradients))
+    monkeypatch.setattr(_functions, "gradients", counts.counted("engine", _functions.gradients))
     for name in ("__bool__", "__float__", "__int__", "item", "tolist"):
         monkeypatch.setattr(Tensor, name, counts.counted("looked", getattr(Tensor, name)))
     for function in (_primitive._ImplicitSolution, _primitive._UnrecordedVjp):

@@ -7,16 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import implicitdiff as idf
 
 PACKAGE = {path: ast.parse(path.read_text()) for path in sorted(Path(idf.__file__).parent.rglob("*.py"))}
 HERE = Path(__file__).parent
 TESTS = {path: path.read_text() for path in sorted(HERE.rglob("*.py"))}
 LONGEST = 600
-# Fixed parts of the file of a solver and of an optimizer; an object has the name of the class of torch.optim.
-ALLOWED = {"_start", "_step", "_size", "_newton_step", "_rule", *idf.objects.__all__}
+# Fixed parts of the file of a solver, an optimizer and replaced operations; objects have the names of torch.optim.
+ALLOWED = {"_start", "_step", "_size", "_newton_step", "_rule", "REPLACEMENTS", *idf.objects.__all__}
 # A clause in the place of a noun.
 CLAUSES = ("What", "Where", "The same", "How")
 
@@ -59,7 +57,6 @@ def test_no_two_files_of_tests_define_one_helper() -> None:
     assert [several for several in files.values() if len(several) > 1] == []
 
 
-@pytest.mark.xfail(strict=True, reason="until the names are cleaned")
 def test_no_two_modules_define_one_name() -> None:
     modules = defaultdict(list)
     for path, tree in PACKAGE.items():
@@ -69,7 +66,6 @@ def test_no_two_modules_define_one_name() -> None:
     assert {name: found for name, found in several.items() if name not in ALLOWED} == {}
 
 
-@pytest.mark.xfail(strict=True, reason="until the names are cleaned")
 def test_no_docstring_begins_with_a_clause() -> None:
     beginnings = {where: text.splitlines()[0] for where, text in docstrings()}
     assert {where: line for where, line in beginnings.items() if line.startswith(CLAUSES)} == {}

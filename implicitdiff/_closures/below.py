@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.context as _context
+import implicitdiff._torch.functions as _functions
+import implicitdiff._torch.levels as _levels
+import implicitdiff._torch.switches as _switches
 from implicitdiff._closures.modes import Rewriting, is_traced, substitutes
 from implicitdiff._torch.modes import uncached
 
@@ -27,7 +30,7 @@ def below_autodiff(outside: bool = False) -> Iterator[Derived]:
     """Run the body without the running grad, vjp and jvp levels, and with gradients off; vmaps stay. Yield the tensors
     that the body computes from differentiated tensors.
 
-    In the body, a tensor that was taken through `functorch.plain_under_vmap` is plain, or batched by the running vmaps
+    In the body, a tensor that was taken through `_levels.plain_under_vmap` is plain, or batched by the running vmaps
     alone. On plain tensors, in-place updates, NumPy, host control flow and `torch.autograd` work as outside of any
     transform.
 
@@ -35,8 +38,8 @@ def below_autodiff(outside: bool = False) -> Iterator[Derived]:
         outside: whether to run the body with no level at all. The body should then use no wrapper of a running
             transform, which cannot always be distinguished from a wrapper of the body's own transforms.
     """
-    depth = functorch.depth()
-    levels = functorch.no_transforms() if outside else functorch.inert_gradient_levels()
+    depth = _context.depth()
+    levels = _switches.no_transforms() if outside else _switches.inert_gradient_levels()
     with KeepGradients() as gradients, uncached(), levels, torch.no_grad():
         try:
             # Without running transforms and modes, no tensor has a layer to drop.
@@ -74,7 +77,7 @@ class KeepGradients(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         if func is _BACKWARD:
-            for leaf in functorch.leaves_of(args[0]):
+            for leaf in _functions.graph_leaves(args[0]):
                 if leaf not in self.before:
                     # autograd accumulates into `grad` in place, so save a copy.
                     self.before[leaf] = None if leaf.grad is None else leaf.grad.clone()
@@ -100,7 +103,7 @@ class KeepGradients(TorchFunctionMode):
     def restore(self) -> None:
         """Restore the saved gradients."""
         # `backward` accumulates in place, so the current `grad` is the caller's own tensor: copy into this tensor.
-        with functorch.no_modes():
+        with _switches.no_modes():
             for leaf, grad in self.before.items():
                 if grad is None or leaf.grad is None:
                     leaf.grad = grad
@@ -134,29 +137,29 @@ class DropGradientLayers(Rewriting):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         # functorch forbids `requires_grad_` again after each backward pass inside the body.
-        functorch.allow_requires_grad()
+        _switches.allow_requires_grad()
         args, kwargs = self.rewritten(args, kwargs)
-        if func in _REFUSES_LEVELS and functorch.is_plain(args[0]):
-            with functorch.no_levels():
+        if func in _REFUSES_LEVELS and _levels.is_plain(args[0]):
+            with _switches.no_levels():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def resolve(self, tensor: torch.Tensor) -> torch.Tensor:
         for substitute in self.around:
             tensor = substitute.resolve(tensor)
-        if functorch.is_plain(tensor):
+        if _levels.is_plain(tensor):
             return tensor
         # A wrapper of the body's own transforms stays; the tensor inside may belong to an outer transform.
         if not self._is_outer(tensor):
             return self.resolve_inside(tensor)
-        value = functorch.without_gradient_layers(tensor)
+        value = _levels.without_gradient_layers(tensor)
         if value is not tensor:
             self.bare[id(value)] = weakref.ref(value)
         return value
 
     def _is_outer(self, tensor: torch.Tensor) -> bool:
         """True if a wrapper belongs to a transform that runs around the function."""
-        return 0 < functorch.level(tensor) <= self.outer
+        return 0 < _levels.level(tensor) <= self.outer
 
 
 class DropOutside(DropGradientLayers):
@@ -168,7 +171,7 @@ class DropOutside(DropGradientLayers):
     """
 
     def _is_outer(self, tensor: torch.Tensor) -> bool:
-        level = functorch.level(tensor)
-        if not 0 < level <= self.outer or functorch.is_batched(tensor):
+        level = _levels.level(tensor)
+        if not 0 < level <= self.outer or _levels.is_batched(tensor):
             return False
-        return level > functorch.depth() or functorch.is_vmap(level)
+        return level > _context.depth() or _levels.is_vmap(level)

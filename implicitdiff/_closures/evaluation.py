@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.context as _context
+import implicitdiff._torch.messages as _messages
+import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.modes import uncached
 from implicitdiff._torch.replacements import Exchange
@@ -28,7 +30,7 @@ class named_in_errors(AbstractContextManager["named_in_errors"]):
         self.name = name
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if functorch.depth() == 0:
+        if _context.depth() == 0:
             return
         if (refusal := transform_error(self.name, error)) not in (None, error):
             raise refusal from error
@@ -38,7 +40,7 @@ def transform_error(name: str, error: BaseException | None) -> TransformError | 
     """Return the `TransformError` for an error of torch.func in the user's function `name`; None for other errors."""
     if isinstance(error, TransformError):
         return error
-    if not isinstance(error, RuntimeError) or (what := functorch.untransformable(error)) is None:
+    if not isinstance(error, RuntimeError) or (what := _messages.untransformable(error)) is None:
         return None
     return TransformError(
         f"{name} applies {what}; or take a first derivative by backward() outside of torch.func, which autograd alone "
@@ -62,7 +64,7 @@ class by_autograd_alone:
 
 def is_by_autograd_alone() -> bool:
     """True if autograd alone differentiates the running function."""
-    return getattr(_evaluation, "is_alone", False) and functorch.depth() == 0
+    return getattr(_evaluation, "is_alone", False) and _context.depth() == 0
 
 
 def gradient(fn: Callable[..., torch.Tensor], x: Tree, *args: Any) -> Tree:
@@ -105,7 +107,7 @@ class isolated_from_caller:
     """Context without the weight caches (`parametrize.cached`) and the hooks on saved tensors of the caller."""
 
     def __enter__(self) -> None:
-        self.contexts = uncached(), functorch.without_saved_tensor_hooks()
+        self.contexts = uncached(), _switches.without_saved_tensor_hooks()
         for context in self.contexts:
             context.__enter__()
 

@@ -25,7 +25,12 @@ from typing import Any
 import torch
 
 import implicitdiff._closures.modes as _modes
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.context as _context
+import implicitdiff._torch.functions as _functions
+import implicitdiff._torch.levels as _levels
+import implicitdiff._torch.messages as _messages
+import implicitdiff._torch.switches as _switches
+import implicitdiff._torch.tracking as _tracking
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.evaluation import (
     by_autograd_alone,
@@ -84,7 +89,7 @@ class Lifted:
             self.program.aliases["constant", id(tensor)] = ("operand", i)
         # functorch refuses a tensor whose level is not running. At least one level must run in any case: without a
         # level, a mode does not see the operands of a custom autograd.Function.
-        self.levels = 0 if refusal else max(1, max(map(functorch.level, self.captured), default=0))
+        self.levels = 0 if refusal else max(1, max(map(_levels.level, self.captured), default=0))
         self.settings = settings()
         self._known_constants = {id(t) for t, _ in self.constants}
         self._is_within_call = False
@@ -142,7 +147,7 @@ class Lifted:
         # If the operands are the captured tensors themselves, the function runs as it is, without a substitution.
         is_direct = not self.captured or self._are_captured(operands[self.given :])
         levels = 0 if is_direct else self.levels
-        with functorch.levels_up_to(levels) as inert, with_replacements(*self.exchanges), autocast(self.settings[0]):
+        with _switches.levels_up_to(levels) as inert, with_replacements(*self.exchanges), autocast(self.settings[0]):
             if self.refusal:
                 return self._run_by_autograd(operands, *more)
             with named_in_errors(self.name):
@@ -173,7 +178,7 @@ class Lifted:
 
     def _run_again_watched(self, operands: Sequence[torch.Tensor]) -> tuple[Tree, Watch]:
         """Return the result with these operands, and the mode that recorded the evaluation."""
-        with functorch.levels_up_to(self.levels) as inert, isolated_from_caller(), with_replacements(*self.exchanges):
+        with _switches.levels_up_to(self.levels) as inert, isolated_from_caller(), with_replacements(*self.exchanges):
             watch = Watch([*operands], inert)
             with watch, named_in_errors(self.name):
                 result = self._run_by_autograd(operands) if self.refusal else self._run(-1, operands)
@@ -194,9 +199,9 @@ class Lifted:
 
     def _are_captured(self, values: Sequence[torch.Tensor]) -> bool:
         """True if the values are the captured tensors themselves and no derivative is recorded."""
-        if not functorch.nothing_records():
+        if not _context.now().is_silent:
             return False
-        return all([functorch.is_same_memory(value, t) for value, t in zip(values, self.captured, strict=True)])
+        return all([_levels.is_same_memory(value, t) for value, t in zip(values, self.captured, strict=True)])
 
     def _run_by_autograd(self, operands: Sequence[torch.Tensor], *more: Any) -> Tree:
         """Run the function with no transform on the stack.
@@ -211,7 +216,7 @@ class Lifted:
                 with torch.enable_grad():
                     result = self._run(-1, _requiring_grad([t.detach() for t in operands]), *more)
         except RuntimeError as error:
-            if functorch.untransformable(error) is None:
+            if _messages.untransformable(error) is None:
                 raise
             raise TransformError(self.refusal) from error
         return pytree.map_tensors(torch.Tensor.detach, result)
@@ -262,7 +267,7 @@ def lift(name: str, fn: UserFunction, *args: Any, differentiated: Sequence[bool]
     try:
         return _lift_once(name, fn, given, arguments, None, differentiated)
     except TransformError as error:
-        if not functorch.only_autograd():
+        if not _context.now().is_outside:
             raise
         why = str(error)
     return _lift_once(name, fn, given, arguments, why)
@@ -285,7 +290,7 @@ def _lift_once(
     if any(id(t) in used for t in snapshot.replaced()):
         raise _replaced_tensor_error(name)
     # Unused constants stay in the snapshot: they have no graph that could grow from call to call.
-    snapshot.keep_used(lambda t: id(t) in used or not functorch.may_be_differentiated(t))
+    snapshot.keep_used(lambda t: id(t) in used or not _tracking.may_be_differentiated(t))
     used_again: list[weakref.ref[torch.Tensor]] = []
     if kept := watch.program.surviving_results():
         # The function computed tensors and stored them, for example a constant at its first use. The second run reads
@@ -320,14 +325,14 @@ def _run_watched(
     differentiated: Sequence[bool],
 ) -> tuple[Tree, Watch]:
     """Return the detached result of one evaluation, and the mode that recorded the evaluation."""
-    random_state = functorch.random_state()
-    with functorch.levels_up_to(0 if refusal else 1) as inert, isolated_from_caller(), torch.enable_grad():
+    random_state = _switches.random_state()
+    with _switches.levels_up_to(0 if refusal else 1) as inert, isolated_from_caller(), torch.enable_grad():
         aliases = [t.detach() for t in given]
         if refusal:
             # The function may call `torch.autograd.grad` with respect to its arguments.
             aliases = _requiring_grad(aliases)
         elif differentiated:
-            with functorch.requires_grad_allowed():
+            with _switches.requires_grad_allowed():
                 aliases = [t.requires_grad_(flag) for t, flag in zip(aliases, differentiated, strict=True)]
         with (
             Watch(aliases, inert, exchanges=True) as watch,
@@ -339,7 +344,7 @@ def _run_watched(
     for tensor in pytree.tensors(result):
         watch.program.origin_of(tensor)
     # The state of the generator shows all draws, including draws in compiled code that no mode sees.
-    if functorch.random_state() != random_state:
+    if _switches.random_state() != random_state:
         raise ValueError(
             f"{name} draws random numbers, but it is evaluated more than once and must give the same values each time; "
             "draw them outside and pass them as arguments (dropout: use eval mode)"
@@ -373,7 +378,7 @@ def confirm_at(lifted: Lifted, operands: Leaves) -> None:
     Raise if the result has autograd history nevertheless (a captured tensor was missed), or if the function applied
     other operations than the first time.
     """
-    if functorch.nothing_records():
+    if _context.now().is_silent:
         return
     # All operands are detached. Any autograd history of the result comes from a captured tensor without a substitute.
     operands = [t.detach() for t in operands]
@@ -381,9 +386,9 @@ def confirm_at(lifted: Lifted, operands: Leaves) -> None:
         if lifted.refusal:
             operands = _requiring_grad(operands)
             result = lifted.run_again(operands)
-            is_lost = any(functorch.leaves_beside(t, operands) for t in pytree.tensors(result))
+            is_lost = any(_functions.leaves_beside(t, operands) for t in pytree.tensors(result))
         else:
-            is_lost = any(map(functorch.is_tracked, pytree.tensors(lifted.run_again(operands))))
+            is_lost = any(map(_tracking.is_tracked, pytree.tensors(lifted.run_again(operands))))
     if is_lost:
         raise missed_capture_error(lifted.name)
     lifted.refuse_changed_function()
@@ -405,7 +410,7 @@ def missed_capture_error(name: str) -> FunctionChangedError:
 def _split_outside(program: Program) -> tuple[Leaves, list[tuple[torch.Tensor, int]], bool]:
     """Return the captured tensors that may be differentiated or batched, the constants with their versions, and whether
     captured tensors of the first sort have died."""
-    seen = [(weakref.ref(t), v, functorch.may_be_differentiated(t)) for t, v in program.outside.values()]
+    seen = [(weakref.ref(t), v, _tracking.may_be_differentiated(t)) for t, v in program.outside.values()]
     program.outside.clear()
     # The program held the last references. A tensor that dies now was computed inside the function, unseen by the mode,
     # so later evaluations do not use the tensor.

@@ -13,11 +13,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch.overrides import TorchFunctionMode
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.functions as _functions
+import implicitdiff._torch.levels as _levels
+import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.program import Program
 from implicitdiff._closures.program import version as version
-from implicitdiff._torch.levels import Fn
+from implicitdiff._torch.compile import Fn
 from implicitdiff._torch.modes import DeviceContext, in_place_of, running
 from implicitdiff._torch.replacements import EXCHANGED, Exchange, exchanged
 from implicitdiff._torch.sparse import call as sparse_call
@@ -95,7 +97,7 @@ class Watch(OwnMode):
     ) -> object:
         program, kwargs = self.program, kwargs or {}
         # The queries that the recording itself makes are not operations of the function.
-        with functorch.no_modes():
+        with _switches.no_modes():
             arguments = program.compared_arguments(args, kwargs)
             is_sparse = program.has_sparse and have_sparse(args, kwargs)
         is_exchanged = func in EXCHANGED
@@ -105,10 +107,10 @@ class Watch(OwnMode):
             with Exchange() if self.exchanges_here else nullcontext():
                 result = sparse_call(func, args, kwargs)
         elif is_exchanged and self.exchanges_here:
-            result = functorch.call_inert(*exchanged(func, args, kwargs), self.inert)
+            result = _functions.call_inert(*exchanged(func, args, kwargs), self.inert)
         else:
-            result = functorch.call_inert(func, args, kwargs, self.inert)
-        with functorch.no_modes():
+            result = _functions.call_inert(func, args, kwargs, self.inert)
+        with _switches.no_modes():
             program.add(func, arguments, result)
         return result
 
@@ -181,14 +183,14 @@ class Rewriting(OwnMode):
 
     def rewritten(self, args: Sequence[Any], kwargs: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with their tensors replaced."""
-        new = tuple([functorch.swap(a, self.resolve) for a in args])
-        return new, {k: functorch.swap(v, self.resolve) for k, v in (kwargs or {}).items()}
+        new = tuple([_levels.swap(a, self.resolve) for a in args])
+        return new, {k: _levels.swap(v, self.resolve) for k, v in (kwargs or {}).items()}
 
     def resolve_inside(self, wrapper: torch.Tensor) -> torch.Tensor:
         """Return a wrapper of the replacement of the wrapped tensor."""
         if (known := self._wrappers.get(id(wrapper))) is not None:
             return known[1]
-        new = functorch.replace_inside(wrapper, self.resolve)
+        new = _levels.replace_inside(wrapper, self.resolve)
         if new is not wrapper:
             # Keep the old wrapper alive, so that Python does not reuse its id.
             self._wrappers[id(wrapper)] = (wrapper, new)
@@ -210,12 +212,12 @@ class Substitute(Rewriting):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        return functorch.call_inert(func, *self.rewritten(args, kwargs), self.inert)
+        return _functions.call_inert(func, *self.rewritten(args, kwargs), self.inert)
 
     def resolve(self, tensor: torch.Tensor) -> torch.Tensor:
         if (value := self.values.get(id(tensor))) is not None:
             return value
-        return tensor if functorch.is_plain(tensor) else self.resolve_inside(tensor)
+        return tensor if _levels.is_plain(tensor) else self.resolve_inside(tensor)
 
 
 def substitutes() -> list[Substitute]:

@@ -19,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.context as _context
+import implicitdiff._torch.levels as _levels
+import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.trees import Leaves
 
@@ -45,7 +47,7 @@ class Program:
     """
 
     def __init__(self, operands: Sequence[torch.Tensor]) -> None:
-        self.depth = functorch.depth()
+        self.depth = _context.depth()
         self.outside: dict[int, tuple[torch.Tensor, int]] = {}
         self.operations: list[RecordedOperation] = []
         self.recorded: list[bool] = []
@@ -124,14 +126,14 @@ class Program:
             return ("constant", id(tensor))
         # A transform inside the function wraps its arguments without a call of a torch function. Look for the origin of
         # the wrapped tensor.
-        while not self._knows(tensor) and functorch.level(tensor) > self.depth:
-            tensor = functorch.unwrap(tensor)
+        while not self._knows(tensor) and _levels.level(tensor) > self.depth:
+            tensor = _levels.unwrap(tensor)
         if self._knows(tensor):
             return self._origins.get(id(tensor), _HIDDEN)
         if id(tensor) not in self.outside:
             self.outside[id(tensor)] = (tensor, version(tensor))
             self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
-            self._note_borrowed(functorch.base(tensor))
+            self._note_borrowed(_levels.base(tensor))
         return ("constant", id(tensor))
 
     def _note(self, function: object, arguments: tuple[Sequence[object], Mapping[str, object]]) -> None:
@@ -156,8 +158,8 @@ class Program:
         self._origins[id(tensor)] = origin
         self._alive.append(tensor)
         self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
-        while functorch.level(tensor) > self.depth:
-            tensor = functorch.unwrap(tensor)
+        while _levels.level(tensor) > self.depth:
+            tensor = _levels.unwrap(tensor)
             if id(tensor) not in self.outside:
                 self._origins.setdefault(id(tensor), origin)
                 self._alive.append(tensor)
@@ -188,7 +190,7 @@ class Program:
         if isinstance(value, np.ndarray):
             return ["array", value.shape.__repr__(), str(value.dtype), self._borrow(value)]
         if isinstance(value, torch.Generator):
-            with functorch.no_levels(), functorch.no_modes():
+            with _switches.no_levels(), _switches.no_modes():
                 return ["generator", value.get_state().numpy().tobytes()]
         return value if isinstance(value, (int, float, complex, str, np.generic)) else None
 
@@ -197,11 +199,11 @@ class Program:
     def note_memory(self, operands: Leaves) -> None:
         """Record checksums of operands whose memory other code may write to."""
         for operand in operands:
-            self._note_borrowed(functorch.base(operand))
+            self._note_borrowed(_levels.base(operand))
 
     def _note_borrowed(self, tensor: torch.Tensor) -> None:
         if tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.numel() and is_borrowed(tensor):
-            with functorch.no_levels(), functorch.no_modes():
+            with _switches.no_levels(), _switches.no_modes():
                 self._borrow(_as_numpy(tensor))
 
     def _borrow(self, array: npt.NDArray[Any] | None) -> list[object] | None:
@@ -319,7 +321,7 @@ def _describe_value(value: object) -> str:
 
 def version(tensor: torch.Tensor) -> int:
     """Return autograd's count of in-place changes; 0 for wrappers and inference tensors, which have no count."""
-    return tensor._version if functorch.is_plain(tensor) and not tensor.is_inference() else 0
+    return tensor._version if _levels.is_plain(tensor) and not tensor.is_inference() else 0
 
 
 def is_borrowed(tensor: torch.Tensor) -> bool:

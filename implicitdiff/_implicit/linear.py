@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import implicitdiff._closures.modes as _modes
-import implicitdiff._torch.levels as _functorch
+import implicitdiff._torch.compile as _compile
+import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.settings as _settings
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.lift import Lifted, confirm, lift
@@ -37,7 +38,7 @@ _HINT = " (where the unknowns are another tree than b, pass init=, a tree like t
 class LinearSolver(LinearMethod):
     """``solve(matvec, b) -> x`` with ``A x = b`` over pytrees; made by the factories of `implicitdiff.linear_solve`."""
 
-    @_functorch.outside_compile
+    @_compile.outside_compile
     @_modes.one_operation
     def __call__(self, matvec: Callable[[Tree], Tree], b: Tree) -> Tree:
         leaves, structure = pytree.flatten(b)
@@ -136,7 +137,7 @@ class Domain:
 
 def _have_entries(leaves: Leaves) -> bool:
     """True if the leaves have entries, in at least one lane: not for a vmap of size 0."""
-    return any(t.numel() for t in leaves) and all(_functorch.base(t).numel() for t in leaves if t.numel())
+    return any(t.numel() for t in leaves) and all(_levels.base(t).numel() for t in leaves if t.numel())
 
 
 def _lift_between(
@@ -162,7 +163,7 @@ def _check_linear(name: str, lifted: Lifted, leaves: Leaves, structure: Structur
             return [t.detach() for t in structure.tensors_of(lifted.within_call([*v, *lifted.captured]))]
 
     b = [t.detach() for t in leaves]
-    values = [_functorch.base(t) for t in product([torch.zeros_like(t) for t in b])]
+    values = [_levels.base(t) for t in product([torch.zeros_like(t) for t in b])]
     if any(bool(((v != 0) & torch.isfinite(v)).any()) for v in values):
         raise ValueError(f"{name}: matvec is not linear: it does not take zero to zero; leave out its constant term")
     p = [max_abs_or_one(t) * w for t, w in zip(b, probe_vector(b), strict=True)]
@@ -193,7 +194,7 @@ def _largest_gap(images: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
         torch.where(gap > eps**0.25 * (size + eps**0.5 * whole + least), gap / size, 0.0)
         for gap, size in zip(gaps, sizes, strict=True)
     ]
-    return max(float(_functorch.base(t).max()) for t in found)
+    return max(float(_levels.base(t).max()) for t in found)
 
 
 def _solve_embedded(solver: LinearSolver, lifted: Lifted, x: Domain, b: Leaves, structure: Structure) -> Tree:

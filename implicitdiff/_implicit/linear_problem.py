@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import implicitdiff._closures.modes as _modes
-import implicitdiff._torch.levels as _functorch
+import implicitdiff._torch.context as _context
+import implicitdiff._torch.levels as _levels
 from implicitdiff._closures.below import below_autodiff
 from implicitdiff._closures.lift import Lifted, confirm, lift
 from implicitdiff._implicit.checks import check_like
@@ -67,16 +68,16 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leav
         if aids is None:
             return solve_problem(*_with_aids(problem, solver, b, operands))
         return solve_problem(problem, [*b, *operands, *aids])
-    values = [_functorch.plain_under_vmap(t) for t in [*b, *operands]]
+    values = [_levels.plain_under_vmap(t) for t in [*b, *operands]]
     sides, operands_below = values[: len(b)], values[len(b) :]
     with below_autodiff():
         # Without any number to solve for, such as under a vmap of size 0, the user's function is not called.
-        if any(_functorch.base(t).numel() for t in sides):
+        if any(_levels.base(t).numel() for t in sides):
             x = problem.solve_by_user(sides, operands_below)
         else:
             x = [torch.zeros_like(t) for t in sides]
     x = [t.detach() for t in x]
-    if broken := sum(not bool(torch.isfinite(_functorch.base(t)).all()) for t in x):
+    if broken := sum(not bool(torch.isfinite(_levels.base(t)).all()) for t in x):
         raise LinearSolveError(
             f"{problem.solver!r} returned values that are not finite in {broken} of {len(x)} leaves; the operator may "
             "be singular, or not of the kind that this solver is for",
@@ -304,7 +305,7 @@ class BoundMatvec:
             product = self.operator.products(_modes.alias(self.operands), leaves).matvec()
             return self.structure.unflatten(product(leaves))
         if self.product is None:
-            by: type[Linearisation] = OfOperands if _functorch.depth() == 0 else ByFunctorch
+            by: type[Linearisation] = OfOperands if _context.depth() == 0 else ByFunctorch
             self.product = self.operator.products(self.operands, leaves, by).matvec()
         return self.structure.unflatten(self.product(leaves))
 

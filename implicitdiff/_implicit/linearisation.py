@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.context as _context
+import implicitdiff._torch.functions as _functions
+import implicitdiff._torch.levels as _levels
+import implicitdiff._torch.switches as _switches
 from implicitdiff._torch.trees import Leaves
 
 Product = Callable[[Leaves], Leaves]
@@ -113,14 +116,14 @@ class ByAutograd(Linearisation):
     def push(self) -> Product:
         x, y = self._graph
         # The same trick: record J^T u as a function of u, at zero, and pull back through the record.
-        with functorch.recording():
+        with _switches.recording():
             u = [torch.zeros_like(t).requires_grad_() for t in y]
             pulled = vector_jacobian_product(y, x, u, create_graph=True)
         return lambda v: vector_jacobian_product(pulled, u, v)
 
     def of_gradient(self) -> ByAutograd:
         x, y = self._graph
-        with functorch.recording():
+        with _switches.recording():
             gradient = vector_jacobian_product(y, x, [torch.ones_like(t) for t in y], create_graph=True)
         at = object.__new__(ByAutograd)
         at.__dict__["_graph"] = x, gradient
@@ -132,9 +135,9 @@ class ByAutograd(Linearisation):
 
     def _record(self) -> tuple[Leaves, Leaves]:
         """Return the leaves ``x`` of a new graph, and its results."""
-        with functorch.recording():
-            x = [t.requires_grad_() for t in functorch.recordable(self.x)]
-            return x, self.fn(x, functorch.recordable(self.theta))
+        with _switches.recording():
+            x = [t.requires_grad_() for t in _functions.recordable(self.x)]
+            return x, self.fn(x, _functions.recordable(self.theta))
 
 
 class OfOperands(ByAutograd):
@@ -158,7 +161,7 @@ class JointLinearisation(OfOperands):
     """
 
     def __init__(self, fn: Residual, x: Leaves, theta: Leaves, positions: Sequence[int]) -> None:
-        super().__init__(fn, x, functorch.recordable(theta))
+        super().__init__(fn, x, _functions.recordable(theta))
         self.wanted = [self.theta[i] for i in positions]
 
     def pull_theta(self, u: Leaves) -> Leaves:
@@ -167,8 +170,8 @@ class JointLinearisation(OfOperands):
         return vector_jacobian_product(y, self.wanted, u)
 
     def _record(self) -> tuple[Leaves, Leaves]:
-        with functorch.recording():
-            x = [t.requires_grad_() for t in functorch.recordable(self.x)]
+        with _switches.recording():
+            x = [t.requires_grad_() for t in _functions.recordable(self.x)]
             for t in self.wanted:
                 t.requires_grad_()
             y = self.fn(x, self.theta)
@@ -219,7 +222,7 @@ class RetainedGraph(JointLinearisation):
         # Leaves are adopted in order of discovery, each once.
         if not self.adopts:
             return super()._check_unknown_leaves(known, y)
-        found = [leaf for t in y for leaf in functorch.leaves_beside(t, known)]
+        found = [leaf for t in y for leaf in _functions.leaves_beside(t, known)]
         self.adopted = list({id(leaf): leaf for leaf in found}.values())
         return None
 
@@ -231,8 +234,8 @@ def vector_jacobian_product(y: Leaves, x: Leaves, u: Leaves, *, create_graph: bo
         return [torch.zeros_like(t) for t in x]
     ys, us = zip(*pairs, strict=True)
     # Under vmap with gradients on, for the reason given in `_with_gradients_on`.
-    is_batched = not create_graph and functorch.depth() > 0
-    grads = functorch.gradients(ys, x, us, create_graph=create_graph or is_batched)
+    is_batched = not create_graph and _context.depth() > 0
+    grads = _functions.gradients(ys, x, us, create_graph=create_graph or is_batched)
     pulled = [torch.zeros_like(t) if g is None else g for t, g in zip(x, grads, strict=True)]
     return [t.detach() for t in pulled] if is_batched else pulled
 
@@ -246,7 +249,7 @@ def refuse_unknown_leaves(x: Leaves, y: Leaves) -> None:
 
     The derivative with respect to the leaf would silently be zero.
     """
-    if not all(map(functorch.is_plain, y)) or any(functorch.leaves_beside(t, x) for t in y):
+    if not all(map(_levels.is_plain, y)) or any(_functions.leaves_beside(t, x) for t in y):
         raise UnknownLeafError(
             "the function to be differentiated depends on a tensor that it did not depend on when the solver was "
             "called: a parameter was replaced since then, or given its gradient flag; take the derivative first"

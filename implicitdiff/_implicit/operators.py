@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.functions as _functions
 import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.linearisation import ByFunctorch, Linearisation, Product, Residual
 from implicitdiff._torch.lanes import vmap
@@ -29,7 +29,9 @@ def with_vectors(
 ) -> Callable[[Tree], Tree]:
     """Return a product with many vectors, stacked in a new first dimension: by vmap, or by a loop if `one_by_one`."""
     if not one_by_one:
-        return torch.func.vmap(product, chunk_size=chunk_size) if chunk_size else partial(functorch.over_first, product)
+        return (
+            torch.func.vmap(product, chunk_size=chunk_size) if chunk_size else partial(_functions.over_first, product)
+        )
 
     def products(vectors: Tree) -> Tree:
         leaves, structure = pytree.flatten(vectors)

@@ -22,8 +22,13 @@ from typing import Any, TypeVar
 import torch
 
 import implicitdiff._closures.modes as _modes
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.compile as _compile
+import implicitdiff._torch.context as _context
+import implicitdiff._torch.functions as _functions
+import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.settings as _settings
+import implicitdiff._torch.switches as _switches
+import implicitdiff._torch.tracking as _tracking
 from implicitdiff._closures.lift import one_derivative
 from implicitdiff._implicit.linearisation import ByFunctorch, Linearisation, OfOperands, Residual
 from implicitdiff._implicit.operators import Dims
@@ -89,14 +94,14 @@ class Problem(ABC):
 
     def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
         """Return ``(d residual / d theta)^H u`` for the operands at the positions `wanted`."""
-        by: type[Linearisation] = OfOperands if functorch.is_quiet([*x, *theta], u) else ByFunctorch
+        by: type[Linearisation] = OfOperands if _tracking.is_quiet([*x, *theta], u) else ByFunctorch
         pull = by(self._residual_at(x, theta, wanted), [theta[i] for i in wanted], []).pull()
         return dict(zip(wanted, pull(u), strict=True))
 
     def pushforward(self, x: Leaves, theta: Leaves, tangents: dict[int, torch.Tensor]) -> Leaves:
         """Return ``(d residual / d theta) theta'``, given the tangents by position."""
         given = list(tangents.values())
-        by: type[Linearisation] = OfOperands if functorch.is_quiet([*x, *theta], given) else ByFunctorch
+        by: type[Linearisation] = OfOperands if _tracking.is_quiet([*x, *theta], given) else ByFunctorch
         return by(self._residual_at(x, theta, list(tangents)), [theta[i] for i in tangents], []).push()(given)
 
     def _residual_at(self, x: Leaves, theta: Leaves, positions: Sequence[int]) -> Residual:
@@ -113,20 +118,20 @@ class Problem(ABC):
 
 def solve_problem(problem: Problem, theta: Leaves) -> Leaves:
     """Return the problem's solution as a differentiable function of `theta`."""
-    theta = [functorch.alive(t) for t in _modes.alias(theta)]
-    if functorch.is_quiet([], theta) and not _modes.is_inside():
+    theta = [_levels.strip_dead_wrappers(t) for t in _modes.alias(theta)]
+    if _tracking.is_quiet([], theta) and not _modes.is_inside():
         return solve_unrecorded(problem, theta)
-    return list(functorch.apply(_ImplicitSolution, problem, 0, *theta))
+    return list(_functions.apply(_ImplicitSolution, problem, 0, *theta))
 
 
 def solve_unrecorded(problem: Problem, theta: Leaves) -> Leaves:
     """`solve_problem` for operands that nothing differentiates: remove the vmaps without an autograd.Function."""
-    layer = functorch.outermost_layer(theta)
+    layer = _levels.outermost_layer(theta)
     if layer is None:
-        with functorch.nothing_running(), _settings.full_precision():
+        with _switches.nothing_running(), _settings.full_precision():
             return problem.primal(theta)
     batched, theta, at = _batch(problem, layer.below, layer.dims, layer.size)
-    return [functorch.add_layer(t, at, layer) for t in solve_unrecorded(batched, theta)]
+    return [_levels.add_layer(t, at, layer) for t in solve_unrecorded(batched, theta)]
 
 
 def _batch(problem: Problem, theta: Leaves, dims: Dims, size: int) -> tuple[Problem, Leaves, int]:
@@ -141,7 +146,7 @@ def attach(problem: Problem, x: Leaves, theta: Leaves) -> Leaves:
 
 
 def _apply(problem: Problem, known: int, operands: Leaves) -> Leaves:
-    return list(functorch.apply(_ImplicitSolution, problem, known, *_modes.alias(operands)))
+    return list(_functions.apply(_ImplicitSolution, problem, known, *_modes.alias(operands)))
 
 
 class _ImplicitSolution(torch.autograd.Function):
@@ -151,7 +156,7 @@ class _ImplicitSolution(torch.autograd.Function):
     """
 
     @staticmethod
-    @functorch.outside_compile
+    @_compile.outside_compile
     def forward(problem: Problem, known: int, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if known:
             # An autograd.Function has to return new tensors, so clone the operands.
@@ -164,7 +169,7 @@ class _ImplicitSolution(torch.autograd.Function):
         return tuple(t.clone() if id(t) in given or 0 in t.stride() else t for t in solution)
 
     @staticmethod
-    @functorch.outside_compile
+    @_compile.outside_compile
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         ctx.problem, ctx.known, *operands = inputs
         ctx.unknowns, ctx.operands = len(output), len(operands) - ctx.known
@@ -174,9 +179,9 @@ class _ImplicitSolution(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @functorch.outside_compile
+    @_compile.outside_compile
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        x, theta = _split([functorch.alive(t) for t in ctx.saved_tensors], ctx.unknowns)
+        x, theta = _split([_levels.strip_dead_wrappers(t) for t in ctx.saved_tensors], ctx.unknowns)
         theta, released = _split(theta, ctx.operands)
         # The problem, the number `known` and the known solution get no gradient.
         first = 2 + ctx.known
@@ -191,8 +196,8 @@ class _ImplicitSolution(torch.autograd.Function):
         return tuple(grads)
 
     @staticmethod
-    @functorch.outside_compile
-    @functorch.nested_forward_mode
+    @_compile.outside_compile
+    @_functions.nested_forward_mode
     def jvp(ctx: Any, saved: Leaves, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, theta = _split(saved, ctx.unknowns)
         given = {i: t for i, t in enumerate(tangents[2 + ctx.known :]) if t is not None}
@@ -204,7 +209,7 @@ class _ImplicitSolution(torch.autograd.Function):
             return tuple(_pushed_forward(ctx.problem, x, theta, given))
 
     @staticmethod
-    @functorch.outside_compile
+    @_compile.outside_compile
     def vmap(info: Any, in_dims: Dims, problem: Problem, known: int, *operands: torch.Tensor) -> BatchedOutputs:
         x, theta = _split(operands, known)
         x_dims, theta_dims = in_dims[2 : 2 + known], in_dims[2 + known :]
@@ -223,7 +228,7 @@ class _UnrecordedVjp(torch.autograd.Function):
     """
 
     @staticmethod
-    @functorch.outside_compile
+    @_compile.outside_compile
     def forward(
         problem: Problem, wanted: tuple[int, ...], unknowns: int, *operands: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
@@ -232,15 +237,15 @@ class _UnrecordedVjp(torch.autograd.Function):
         return tuple(pulled[i] for i in wanted)
 
     @staticmethod
-    @functorch.outside_compile
+    @_compile.outside_compile
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         ctx.problem, ctx.wanted, ctx.unknowns, *operands = inputs
         ctx.save_for_backward(*operands)
 
     @staticmethod
-    @functorch.outside_compile
+    @_compile.outside_compile
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        operands = [functorch.alive(t) for t in ctx.saved_tensors]
+        operands = [_levels.strip_dead_wrappers(t) for t in ctx.saved_tensors]
         varied = [i for i in range(len(operands)) if ctx.needs_input_grad[3 + i]]
 
         def vjp(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -258,7 +263,7 @@ class _UnrecordedVjp(torch.autograd.Function):
         return (None, None, None, *[pulled.get(i) for i in range(len(operands))])
 
     @staticmethod
-    @functorch.outside_compile
+    @_compile.outside_compile
     def vmap(
         info: Any, in_dims: Dims, problem: Problem, wanted: tuple[int, ...], unknowns: int, *operands: torch.Tensor
     ) -> BatchedOutputs:
@@ -273,7 +278,7 @@ class _UnrecordedVjp(torch.autograd.Function):
             _move_batch_dim(t, d, -1, info.batch_size, at)
             for t, d in zip([*x, *x_bar], [*x_dims, *x_bar_dims], strict=True)
         ]
-        out = functorch.apply(_UnrecordedVjp, batched, wanted, unknowns, *_modes.alias([*known, *theta]))
+        out = _functions.apply(_UnrecordedVjp, batched, wanted, unknowns, *_modes.alias([*known, *theta]))
         return out, (0,) * len(out)
 
 
@@ -288,16 +293,16 @@ def _pulled_back(
     """Return ``theta_bar`` by the fastest rule that the running modes and transforms allow."""
     # A mode has to see the operations. A vmap by `is_grads_batched=True` has no level, so `solve_unrecorded` could not
     # remove its batch dimension.
-    if _modes.is_inside() or functorch.have_legacy_batch(x_bar):
+    if _modes.is_inside() or _tracking.have_legacy_batch(x_bar):
         return problem.vjp(x, theta, x_bar, wanted)
-    if functorch.nothing_records():
+    if _context.now().is_silent:
         # An ordinary backward pass without `create_graph`: the history of the operands is not needed.
         x, theta = [t.detach() for t in x], [t.detach() for t in theta]
         return problem.unrecorded_vjp(x, theta, x_bar, wanted, released)
     # Under one grad transform and any vmaps: compute without a record, see `_UnrecordedVjp`.
-    if problem.prefers_unrecorded and functorch.is_grad_alone([*x, *x_bar, *theta]):
+    if problem.prefers_unrecorded and _tracking.is_grad_alone([*x, *x_bar, *theta]):
         operands = _modes.alias([*x, *x_bar, *theta])
-        pulled = functorch.apply(_UnrecordedVjp, problem, tuple(wanted), len(x), *operands)
+        pulled = _functions.apply(_UnrecordedVjp, problem, tuple(wanted), len(x), *operands)
         return dict(zip(wanted, pulled, strict=True))
     return problem.vjp(x, theta, x_bar, wanted)
 
@@ -305,7 +310,7 @@ def _pulled_back(
 def _pushed_forward(problem: Problem, x: Leaves, theta: Leaves, tangents: dict[int, torch.Tensor]) -> Leaves:
     """Return ``x'`` by the fastest rule that the running modes and transforms allow."""
     given = list(tangents.values())
-    if not problem.prefers_unrecorded or _modes.is_inside() or not functorch.is_jvp_alone([*x, *theta, *given]):
+    if not problem.prefers_unrecorded or _modes.is_inside() or not _tracking.is_jvp_alone([*x, *theta, *given]):
         return problem.jvp(x, theta, tangents)
 
     # The innermost transform is a jvp, whose tangent has been removed. So compute at the level below, where none
@@ -313,7 +318,7 @@ def _pushed_forward(problem: Problem, x: Leaves, theta: Leaves, tangents: dict[i
     def jvp(x: Leaves, theta: Leaves, given: Leaves) -> Leaves:
         return problem.jvp(x, theta, dict(zip(tangents, given, strict=True)))
 
-    return functorch.below_the_top(jvp, x, theta, given)
+    return _functions.below_the_top(jvp, x, theta, given)
 
 
 def _split_in_three(values: Sequence[_Value], unknowns: int) -> tuple[list[_Value], list[_Value], list[_Value]]:

@@ -10,7 +10,8 @@ from typing import NamedTuple, TypeVar
 import torch
 
 import implicitdiff._closures.modes as _modes
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.context as _context
+import implicitdiff._torch.tracking as _tracking
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.below import Derived
 from implicitdiff._closures.lift import Lifted, confirm, confirm_at, lift, missed_capture_error
@@ -82,9 +83,9 @@ class RootProblem(Problem):
 
     def vjp(self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
         # A plain backward pass does not need the history of the operands, and is unrecorded without the history.
-        if functorch.nothing_records() and not functorch.have_legacy_batch(x_bar):
+        if _context.now().is_silent and not _tracking.have_legacy_batch(x_bar):
             x, theta = [t.detach() for t in x], [t.detach() for t in theta]
-        if functorch.is_quiet([*x, *theta], x_bar) and not _modes.is_inside():
+        if _tracking.is_quiet([*x, *theta], x_bar) and not _modes.is_inside():
             return self.unrecorded_vjp(x, theta, x_bar, wanted, [])
         if self.refusal is not None:
             raise TransformError(self.refusal)
@@ -193,7 +194,7 @@ class RootAt:
         try:
             return make(self)
         except TransformError as error:
-            if self.lifted.refusal or not functorch.only_autograd():
+            if self.lifted.refusal or not _context.now().is_outside:
                 raise
             why = str(error)
         return make(replace(self, lifted=self.lifted.by_autograd(why)))
@@ -231,7 +232,7 @@ class RootAt:
 
     def _is_plain_autograd(self) -> bool:
         """True if plain autograd alone records: a first derivative then needs only one graph of plain tensors."""
-        plain = functorch.only_autograd() and torch.is_grad_enabled() and not functorch.in_saved_tensor_hooks()
+        plain = _context.now().is_outside and torch.is_grad_enabled() and not _context.in_saved_tensor_hooks()
         return plain and isinstance(self.solver, LinearSolver) and not _modes.is_inside()
 
     def _recorded_graph(self, wanted: Sequence[int]) -> RetainedGraph:
@@ -309,7 +310,7 @@ def root_at(
 
 def _gradient_flags(x: Leaves, theta: Leaves) -> list[bool]:
     """Return the `requires_grad` flags of x and theta in an ordinary backward pass; empty if none is to follow."""
-    if not (functorch.only_autograd() and torch.is_grad_enabled() and any(t.requires_grad for t in theta)):
+    if not (_context.now().is_outside and torch.is_grad_enabled() and any(t.requires_grad for t in theta)):
         return []
     return [True] * len(x) + [t.requires_grad for t in theta]
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 import implicitdiff._closures.modes as _modes
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.context as _context
+import implicitdiff._torch.levels as _levels
+import implicitdiff._torch.messages as _messages
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.below import Derived, below_autodiff
 from implicitdiff._closures.signature import Call, name_of
@@ -32,8 +34,8 @@ def run_solver(solver: UserSolver, call: Call, has_aux: bool) -> tuple[Tree, Tre
     tensors, structure = pytree.flatten((call.init, call.args, call.kwargs))
     # The tensors of the initial guess come first.
     own = len(pytree.tensors(call.init))
-    values = [functorch.plain_under_vmap(t) for t in tensors]
-    flags = [functorch.is_plain(v) and functorch.base(t).requires_grad for v, t in zip(values, tensors, strict=True)]
+    values = [_levels.plain_under_vmap(t) for t in tensors]
+    flags = [_levels.is_plain(v) and _levels.base(t).requires_grad for v, t in zip(values, tensors, strict=True)]
 
     def run(outside: bool) -> tuple[Tree, Derived]:
         with below_autodiff(outside) as derived:
@@ -61,23 +63,23 @@ def _run_outside_if_possible(
     solver: UserSolver, run: Callable[[bool], tuple[Tree, Derived]], values: Leaves, structure: Structure
 ) -> tuple[Tree, Derived]:
     """Return ``run(outside)``, with no transform on the stack (``outside=True``) if possible."""
-    if functorch.depth() == 0:
+    if _context.depth() == 0:
         return run(False)
     # Run with no level if no tensor of the solver belongs to a running transform. If captured tensors may be hidden
     # (`is_all` is False), run inside first, and outside only if a transform refuses an operation.
-    is_batched = not functorch.are_plain(values) or "different" in functorch.randomness()
+    is_batched = not _levels.are_plain(values) or "different" in _context.randomness()
     within, is_all = tensors_within(solver, structure.others)
-    outside = not is_batched and functorch.are_plain(within)
-    if not is_all and (functorch.randomness() or functorch.in_forward_mode()):
+    outside = not is_batched and _levels.are_plain(within)
+    if not is_all and (_context.randomness() or _context.now().forward):
         # The solver may hold a hidden tensor of an outer vmap or jvp. With no level, functorch would confuse the tensor
         # with tensors of the solver's own transforms.
         outside = False
     # Under a vmap that forbids random numbers, run inside first: outside, the solver could draw them unnoticed.
-    at_once = outside and is_all and "error" not in functorch.randomness()
+    at_once = outside and is_all and "error" not in _context.randomness()
     try:
         return run(at_once)
     except RuntimeError as error:
-        is_refused = isinstance(error, TransformError) or functorch.untransformable_function(error) is not None
+        is_refused = isinstance(error, TransformError) or _messages.untransformable_function(error) is not None
         if at_once or not outside or not is_refused:
             if (why := _refusal_reason(error, is_batched)) is None:
                 raise
@@ -92,12 +94,12 @@ def _refusal_reason(error: RuntimeError, is_batched: bool) -> str | None:
             "uses a tensor of a transform that runs round it, from where this cannot be seen, such as a generator: "
             "pass the tensor as an argument"
         )
-    if is_batched and (what := functorch.unbatchable(error)) is not None:
+    if is_batched and (what := _messages.unbatchable(error)) is not None:
         return (
             f"needs numbers where vmap gives it a batch, for {what}: call it lane by lane, in a Python loop in the "
             "place of vmap, or write it in operations of torch"
         )
-    if (what := functorch.untransformable_function(error)) is None:
+    if (what := _messages.untransformable_function(error)) is None:
         return None
     if is_batched:
         return f"applies {what}; or call it lane by lane, in a Python loop in the place of vmap"

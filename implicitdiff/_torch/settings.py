@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 
 import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.switches import UNCHANGED
 from implicitdiff._torch.trees import Tree
 
 Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 Settings = tuple[Autocast, torch.device, tuple[Any, ...]]
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
-_UNCHANGED: AbstractContextManager[None] = nullcontext()
 
 
 def autocast_state() -> Autocast:
@@ -25,7 +25,7 @@ def autocast_state() -> Autocast:
 
 def autocast(state: Autocast) -> AbstractContextManager[None]:
     """Run the body with autocast in this state."""
-    return _UNCHANGED if state == autocast_state() else _autocast(state)
+    return UNCHANGED if state == autocast_state() else _autocast(state)
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def settings() -> Settings:
 def with_settings(state: Settings) -> AbstractContextManager[None]:
     """Run the body with these settings. Settings that are equal already are not touched."""
     now = settings()
-    return _UNCHANGED if state == now else _with_settings(state, now)
+    return UNCHANGED if state == now else _with_settings(state, now)
 
 
 @contextmanager

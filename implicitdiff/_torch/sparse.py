@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.context as _context
+import implicitdiff._torch.switches as _switches
+import implicitdiff._torch.tracking as _tracking
 import implicitdiff._torch.trees as pytree
 
 _PRODUCTS = {torch.matmul, torch.mm, torch.mv, torch.sparse.mm}
@@ -35,7 +37,7 @@ class SparseProducts(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        with functorch.no_modes():
+        with _switches.no_modes():
             is_sparse = have_sparse(args, kwargs)
         return call(func, args, kwargs) if is_sparse else func(*args, **kwargs)
 
@@ -58,7 +60,7 @@ def call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) 
         return func(*args, **kwargs)
     if all(map(_is_constant, tensors)):
         # A constant of all transforms, such as a transpose of a constant matrix, is computed without levels.
-        with functorch.no_levels():
+        with _switches.no_levels():
             return func(*args, **kwargs)
     try:
         return func(*args, **kwargs)
@@ -80,12 +82,12 @@ def _tensors_among(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tens
 
 
 def _layout(tensor: Tensor) -> str:
-    with functorch.no_modes():
+    with _switches.no_modes():
         return str(tensor.layout).removeprefix("torch.")
 
 
 def _is_sparse(tensor: Tensor) -> bool:
-    with functorch.no_modes():
+    with _switches.no_modes():
         return tensor.layout is not torch.strided
 
 
@@ -94,17 +96,17 @@ def _runs_natively(tensors: Sequence[Tensor]) -> bool:
 
     With history, a later backward pass under vmap would meet sparse kernels without batching rules.
     """
-    return functorch.only_autograd() and not any(map(functorch.is_tracked, tensors))
+    return _context.now().is_outside and not any(map(_tracking.is_tracked, tensors))
 
 
 def _have_blocks(tensors: Sequence[Tensor]) -> bool:
     """True if a tensor has a blocked layout, for which torch lacks some products."""
-    with functorch.no_modes():
+    with _switches.no_modes():
         return any(t.layout in (torch.sparse_bsr, torch.sparse_bsc) for t in tensors)
 
 
 def _is_constant(tensor: Tensor) -> bool:
-    return functorch.are_constant([tensor]) and not tensor.requires_grad
+    return _tracking.are_constant([tensor]) and not tensor.requires_grad
 
 
 def _sparse_product(a: Tensor, b: Tensor) -> Tensor:
@@ -127,7 +129,7 @@ def _sparse_product(a: Tensor, b: Tensor) -> Tensor:
 
 def _entries(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the values of a sparse matrix, their rows and their columns."""
-    with functorch.no_levels() if _is_constant(matrix) else nullcontext():
+    with _switches.no_levels() if _is_constant(matrix) else nullcontext():
         # Duplicate coordinates are summed, and indices of a coalesced tensor can be read.
         coordinates = matrix.to_sparse_coo().coalesce()
         rows, columns = coordinates.indices()

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.levels as _levels
 
 
 def refuse_valueless(name: str, tensors: Sequence[Tensor]) -> None:
     """Raise if a tensor has no values, if other processes hold its values, or if a tracer records the operations for
     later values."""
-    plain = [functorch.base(t) for t in tensors]
+    plain = [_levels.base(t) for t in tensors]
     _refuse(name, _reason_missing(plain) or _reason_unsuitable(plain))
 
 
 def refuse_missing(name: str, tensors: Sequence[Tensor]) -> None:
     """Raise if a tensor has no values."""
-    _refuse(name, _reason_missing([functorch.base(t) for t in tensors]))
+    _refuse(name, _reason_missing([_levels.base(t) for t in tensors]))
 
 
 def _refuse(name: str, reason: str | None) -> None:

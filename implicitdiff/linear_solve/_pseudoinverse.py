@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.levels as _levels
 from implicitdiff._closures.below import below_autodiff
 from implicitdiff._implicit.checks import probe_vector
 from implicitdiff._implicit.linear_problem import LinearProblem
@@ -84,7 +84,7 @@ class PseudoinverseProblem(LinearProblem):
         """Report a change of rank along the tangents, in lanes with a cotangent other than zero."""
         if self.on_failure == "ignore":
             return
-        value = functorch.plain_under_vmap
+        value = _levels.plain_under_vmap
         # Values alone: the check must not be differentiated, and reads all lanes at once.
         with below_autodiff():
             theta, along = [value(t) for t in theta], {i: value(t) for i, t in tangents.items()}
@@ -92,7 +92,7 @@ class PseudoinverseProblem(LinearProblem):
             if x_bar is not None:
                 gap = torch.where(self._is_in_use([value(t) for t in x_bar]), gap, 0.0)
             # One tensor of both, so that gap and bound get the same lanes in front.
-            (both,), _ = functorch.without_batch_layers([torch.stack(torch.broadcast_tensors(gap, bound), dim=-1)])
+            (both,), _ = _levels.without_batch_layers([torch.stack(torch.broadcast_tensors(gap, bound), dim=-1)])
         gap, bound = both.reshape(-1, 2).unbind(dim=-1)
         failed = gap > bound
         if bool(failed.any()):

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-Item: TypeAlias = torch.Tensor | nn.Module
-Given: TypeAlias = dict[str, Item]
+TensorOrModule: TypeAlias = torch.Tensor | nn.Module
+Given: TypeAlias = dict[str, TensorOrModule]
 """Tensors and modules by path: the argument's name and the keys or attributes, joined by underscores."""
 
 _NOT_CONTAINERS = (str, bytes, int, float, complex, bool, type(None))
@@ -31,7 +31,7 @@ def find_given(constructor: Callable[..., None], args: tuple[Any, ...], kwargs: 
         named = inspect.signature(constructor).bind(None, *args, **kwargs).arguments
     except TypeError:  # the call of the constructor raises the better message
         return {}
-    found: dict[int, tuple[str, Item]] = {}
+    found: dict[int, tuple[str, TensorOrModule]] = {}
     seen: dict[int, object] = {}
     for name, value in named.items():
         for path, item in _find_in(name, value, seen):
@@ -39,7 +39,7 @@ def find_given(constructor: Callable[..., None], args: tuple[Any, ...], kwargs: 
     return dict(found.values())
 
 
-def _find_in(path: str, value: object, seen: dict[int, object]) -> Iterator[tuple[str, Item]]:
+def _find_in(path: str, value: object, seen: dict[int, object]) -> Iterator[tuple[str, TensorOrModule]]:
     if isinstance(value, nn.Module):
         yield path, value
     elif isinstance(value, torch.Tensor):

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 import implicitdiff._closures.modes as _modes
-import implicitdiff._torch.levels as _functorch
+import implicitdiff._torch.compile as _compile
+import implicitdiff._torch.levels as _levels
+import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.signature import Matcher
 from implicitdiff._implicit.root import root_at, root_form
@@ -51,7 +53,7 @@ class _Method(nn.Module):
         return getattr(self.module, self.method)(*args, **kwargs)
 
 
-@_functorch.outside_compile
+@_compile.outside_compile
 @_modes.one_operation
 def solve_implicitly(
     module: Module,
@@ -83,16 +85,16 @@ def solve_implicitly(
         )
     for name in values:
         # Leaves are kept on the module for the next call. Tensors of a transform or a trace end with it.
-        if _functorch.is_plain(begun[name].tensor) and not _modes.is_traced():
+        if _levels.is_plain(begun[name].tensor) and not _modes.is_traced():
             module._leaves[name] = begun[name].tensor
     try:
         return _ModuleProblem(module, method, condition, values)(args, kwargs)
     except BaseException:
         # Restore values and slots: after an error the module is as before.
-        with _functorch.no_levels(), torch.no_grad():
+        with _switches.no_levels(), torch.no_grad():
             for name in values:
-                if _functorch.is_plain(begun[name].tensor):
-                    begun[name].tensor.copy_(_functorch.base(values[name]))
+                if _levels.is_plain(begun[name].tensor):
+                    begun[name].tensor.copy_(_levels.base(values[name]))
         for name, slot in begun.items():
             slot.put(before[name])
         raise
@@ -160,9 +162,9 @@ class _ModuleProblem:
         attached = root.attached()
         # Tensors of the output that are inner parameters are returned with derivatives, others detached.
         known = {id(slot.tensor): slot.tensor for slot in slots.values()}
-        if any(tensor.requires_grad or not _functorch.is_plain(tensor) for tensor in attached.values()):
+        if any(tensor.requires_grad or not _levels.is_plain(tensor) for tensor in attached.values()):
             for name, slot in slots.items():
-                if _functorch.is_plain(slot.tensor) and not _modes.is_traced():
+                if _levels.is_plain(slot.tensor) and not _modes.is_traced():
                     self.module._leaves[name] = slot.tensor
                 slot.put(attached[name])
                 known[id(slot.tensor)] = attached[name]
@@ -192,7 +194,7 @@ class _ModuleProblem:
 @contextmanager
 def _gradients_restored(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
     """Restore ``.grad`` of leaves at exit, whatever ``backward`` and ``zero_grad`` did in the body."""
-    leaves = [t for t in tensors if t.is_leaf and _functorch.is_plain(t)]
+    leaves = [t for t in tensors if t.is_leaf and _levels.is_plain(t)]
     before = [(leaf, grad, grad.detach().clone(), grad._version) for leaf in leaves if (grad := leaf.grad) is not None]
     try:
         yield

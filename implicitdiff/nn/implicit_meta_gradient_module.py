@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import implicitdiff._closures.modes as _modes
-import implicitdiff._torch.levels as _functorch
+import implicitdiff._torch.levels as _levels
+import implicitdiff._torch.switches as _switches
 import implicitdiff.nn._solve as _solve
 from implicitdiff._closures.evaluation import gradient
 from implicitdiff._implicit.linear_problem import Solve
@@ -154,12 +155,12 @@ class ImplicitMetaGradientModule(MetaGradientModule):
         """Return a leaf with the values of an inner parameter, or None if the slot needs no replacement."""
         kept = self._leaves.get(name)
         is_frozen = kept is None and not tensor.requires_grad
-        if is_frozen or (tensor.is_leaf and _functorch.is_plain(tensor) and not _modes.is_traced()):
+        if is_frozen or (tensor.is_leaf and _levels.is_plain(tensor) and not _modes.is_traced()):
             return None
-        if _functorch.batch_levels(tensor):  # the lanes of a vmap have no common value to start from
+        if _levels.batch_levels(tensor):  # the lanes of a vmap have no common value to start from
             return kept
-        with _functorch.no_levels(), torch.no_grad():
-            value = _functorch.base(tensor).detach()
+        with _switches.no_levels(), torch.no_grad():
+            value = _levels.base(tensor).detach()
             if _modes.is_traced():
                 # Inside of another module's condition the leaf is an intermediate result: it has to be made by traced
                 # operations, and must not outlive the evaluation.

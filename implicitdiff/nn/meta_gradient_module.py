@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from implicitdiff._torch.slots import ParameterSlot, parameters_of
-from implicitdiff.nn._given import Given, Item, find_given
+from implicitdiff.nn._given import Given, TensorOrModule, find_given
 
 
 class _ArgumentTracking(abc.ABCMeta):
@@ -189,7 +189,7 @@ class MetaGradientModule(nn.Module, metaclass=_ArgumentTracking):
         super().register_parameter(name, None)
         self._parameters[name] = tensor  # type: ignore[assignment]
 
-    def _meta_items(self) -> list[Item]:
+    def _meta_items(self) -> list[TensorOrModule]:
         """Return the present meta-parameters and meta-modules, which `torch.func.functional_call` may exchange."""
         items = [*self.__dict__.get("_given", {}).values()]
         for path in self._meta:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-import implicitdiff._torch.levels as _functorch
+import implicitdiff._torch.functions as _functions
 
 _NAME = "_inherited_hooks"
 
@@ -37,7 +37,7 @@ def _inherited(tensor: torch.Tensor) -> _Inherited:
 
 def inherit(new: torch.Tensor, old: torch.Tensor) -> None:
     """Pass the hooks of a parameter on to its replacement."""
-    own = _functorch.hooks_of(old)
+    own = _functions.hooks_of(old)
     tables = (*_inherited(old).tables, *([own] if own else []))
     if tables and new is not old:
         setattr(new, _NAME, _Inherited(tables))

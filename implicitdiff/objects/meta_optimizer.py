@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-import implicitdiff._torch.levels as _functorch
+import implicitdiff._torch.levels as _levels
 import implicitdiff.objects._check as _check
 import implicitdiff.objects._hooks as _hooks
 import implicitdiff.optim as optim
@@ -153,7 +153,7 @@ def _tensors_by_name(slots: dict[str, ParameterSlot]) -> dict[str, torch.Tensor]
 
 def _as_parameter(tensor: torch.Tensor) -> torch.Tensor:
     """Make a tensor an ``nn.Parameter`` in place: torch cannot deep-copy other tensors with history."""
-    if type(tensor) is torch.Tensor and _functorch.is_plain(tensor):
+    if type(tensor) is torch.Tensor and _levels.is_plain(tensor):
         # `nn.Parameter(tensor)` would be a leaf.
         tensor.__class__ = nn.Parameter
     return tensor

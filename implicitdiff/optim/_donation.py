@@ -12,14 +12,15 @@ from collections.abc import Sequence
 
 import torch
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.levels as _levels
+import implicitdiff._torch.tracking as _tracking
 from implicitdiff._torch.trees import Leaves
 from implicitdiff.optim._step import Buffers, Operands, Step
 
 
 def refuse_tracked(caller: str, name: str, tensors: Leaves) -> None:
     """Raise if autograd or a transform differentiates these tensors: an overwrite would lose the derivative."""
-    if functorch.have_gradient_layer(tensors) or (torch.is_grad_enabled() and any([t.requires_grad for t in tensors])):
+    if _tracking.have_gradient_layer(tensors) or (torch.is_grad_enabled() and any([t.requires_grad for t in tensors])):
         raise ValueError(
             f"{caller}: inplace=True, but {name} are being differentiated, so their old values are needed; "
             "use inplace=False, detach them, or run the step under torch.no_grad()"
@@ -28,7 +29,7 @@ def refuse_tracked(caller: str, name: str, tensors: Leaves) -> None:
 
 def is_leaf(tensor: torch.Tensor) -> bool:
     """True for a leaf of the graph outside of all transforms. A step reads the value without history."""
-    return tensor.is_leaf and not functorch.have_gradient_layer([tensor])
+    return tensor.is_leaf and not _tracking.have_gradient_layer([tensor])
 
 
 def refuse_needed(caller: str, name: str, tensors: Leaves) -> None:
@@ -36,7 +37,7 @@ def refuse_needed(caller: str, name: str, tensors: Leaves) -> None:
 
     Leaves of a graph are allowed: an optimizer's step is meant to change them.
     """
-    if functorch.have_gradient_layer(tensors) or not all([t.is_leaf for t in tensors]):
+    if _tracking.have_gradient_layer(tensors) or not all([t.is_leaf for t in tensors]):
         raise ValueError(
             f"{caller}: inplace=True would overwrite {name} that a graph or a transform needs; use inplace=False, or "
             "detach them"
@@ -104,10 +105,10 @@ def shared(tensors: Leaves) -> set[int]:
     Tensors of a transform are left out: their addresses cannot be read.
     """
     # Fast path: contiguous plain tensors with disjoint byte ranges share nothing.
-    simple = functorch.are_plain(tensors) and all([t.is_contiguous() for t in tensors])
+    simple = _levels.are_plain(tensors) and all([t.is_contiguous() for t in tensors])
     if simple and not overlap([t.data_ptr() for t in tensors], [t.nbytes for t in tensors]):
         return set()
-    plain = [i for i, t in enumerate(tensors) if functorch.is_plain(t) and t.numel()]
+    plain = [i for i, t in enumerate(tensors) if _levels.is_plain(t) and t.numel()]
     # Not contiguous and not provably dense: several elements may have one address.
     loose = {i for i in plain if not tensors[i].is_contiguous() and not _is_dense(tensors[i])}
     spans = [(tensors[i].data_ptr(), tensors[i].data_ptr() + _extent(tensors[i]), i) for i in plain]
@@ -164,7 +165,7 @@ def fill(buffers: Sequence[Sequence[torch.Tensor | None]], values: list[Leaves])
 
 def can_hold_all(buffers: Operands, values: Leaves) -> bool:
     """True if every buffer is None or can hold its value."""
-    if functorch.are_plain([*(b for b in buffers if b is not None), *values]):
+    if _levels.are_plain([*(b for b in buffers if b is not None), *values]):
         return True
     return all(b is None or can_hold(b, v) for b, v in zip(buffers, values, strict=True))
 
@@ -175,6 +176,6 @@ def can_hold(buffer: torch.Tensor, value: torch.Tensor) -> bool:
     A base with overlapping elements, such as an expanded tensor, has too few addresses. So has a buffer that is batched
     at fewer levels than the value.
     """
-    if not functorch.is_plain(buffer) and not _is_dense(functorch.base(buffer)):
+    if not _levels.is_plain(buffer) and not _is_dense(_levels.base(buffer)):
         return False
-    return functorch.is_plain(value) or functorch.batch_levels(value) <= functorch.batch_levels(buffer)
+    return _levels.is_plain(value) or _levels.batch_levels(value) <= _levels.batch_levels(buffer)

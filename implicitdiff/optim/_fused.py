@@ -15,7 +15,10 @@ import torch
 
 import implicitdiff._C as _C
 import implicitdiff._closures.modes as _modes
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.context as _context
+import implicitdiff._torch.levels as _levels
+import implicitdiff._torch.switches as _switches
+import implicitdiff._torch.tracking as _tracking
 import implicitdiff.optim._donation as _donation
 from implicitdiff._torch.modes import is_any_running
 from implicitdiff._torch.trees import Leaves
@@ -102,7 +105,7 @@ class Located(NamedTuple):
     @property
     def is_free(self) -> bool:
         """True if neither autograd nor forward mode records a step that makes new tensors."""
-        return not (self.requiring and torch.is_grad_enabled()) and not functorch.in_forward_mode()
+        return not (self.requiring and torch.is_grad_enabled()) and not _context.now().forward
 
     @property
     def is_donated(self) -> bool:
@@ -110,7 +113,7 @@ class Located(NamedTuple):
 
         Parameters may require a gradient if they are leaves: the step is then not recorded, as in torch.optim.
         """
-        if not self.apart or self.inner & _PARAMS or functorch.in_forward_mode():
+        if not self.apart or self.inner & _PARAMS or _context.now().forward:
             return False
         return not (self.requiring & ~_PARAMS and torch.is_grad_enabled())
 
@@ -125,7 +128,7 @@ def locate(
         overwritten: indices of the columns to be overwritten, first that of the parameters or the gradients.
         count: number of the step for every leaf, if a kernel reads it.
     """
-    if _C.cpu is None or torch.compiler.is_compiling() or functorch.depth() or functorch.in_dispatch_mode():
+    if _C.cpu is None or torch.compiler.is_compiling() or _context.depth() or _context.in_dispatch_mode():
         return None
     if is_any_running():
         return None
@@ -149,7 +152,7 @@ def serves(step: Step, name: str, *, insists: bool) -> bool:
     Raises:
         ValueError: if `insists`, and a hyper-parameter is more than one number without derivative.
     """
-    if torch.compiler.is_compiling() or functorch.in_dispatch_mode() or not _modes.let_addresses_through():
+    if torch.compiler.is_compiling() or _context.in_dispatch_mode() or not _modes.let_addresses_through():
         return False
     if learned := [k for k in step.rule.numbers if not is_number(getattr(step.rule, k))]:
         if insists:
@@ -163,9 +166,9 @@ def serves(step: Step, name: str, *, insists: bool) -> bool:
     if not {type(t) for t in operands} <= {torch.Tensor, torch.nn.Parameter}:
         return False
     if not _is_recorded(step):
-        return not functorch.have_batch_layer([step.count])
-    worth = insists or functorch.depth() == 0 or sum(step.sizes) + _LEAF * len(step.rows) >= _FUNCTION
-    return worth and functorch.only_reverse_mode() and not functorch.have_batch_layer([*operands, step.count])
+        return not _levels.have_batch_layer([step.count])
+    worth = insists or _context.depth() == 0 or sum(step.sizes) + _LEAF * len(step.rows) >= _FUNCTION
+    return worth and _context.now().only_reverse_mode and not _levels.have_batch_layer([*operands, step.count])
 
 
 def is_number(value: object) -> bool:
@@ -173,7 +176,7 @@ def is_number(value: object) -> bool:
     if not isinstance(value, torch.Tensor):
         return True
     is_scalar = value.ndim == 0 and value.device.type == "cpu"
-    return is_scalar and functorch.are_constant([value]) and not value.requires_grad
+    return is_scalar and _tracking.are_constant([value]) and not value.requires_grad
 
 
 def run_kernel(name: str, step: Step, buffers: Buffers | None) -> list[Leaves]:
@@ -239,7 +242,7 @@ class _Step(torch.autograd.Function):
         given = [*saved, *(c for c in cotangents if c is not None)]
         if not any(wanted):
             grads: list[torch.Tensor | None] = [None] * len(wanted)
-        elif not functorch.only_reverse_mode() or functorch.have_legacy_batch(given):
+        elif not _context.now().only_reverse_mode or _tracking.have_legacy_batch(given):
             grads = list(step.pullback(cotangents, wanted))
         else:
             grads = list(_Pull.apply(step.emptied(), wanted, *saved, *cotangents))  # type: ignore[no-untyped-call]
@@ -320,7 +323,7 @@ def _launch_for(
 ) -> None:
     """Call a compiled function for a step, with a copy of each input that it cannot read."""
     first = step.grads[0]
-    count = functorch.base(step.count).to(first.device).contiguous()
+    count = _levels.base(step.count).to(first.device).contiguous()
     readable = _readable(inputs)  # keeps the copies alive until the call returns
     addresses = _addresses([*readable, *outputs])
     _launch(function, first, step.rule.kernel, numbers_of(step.rule), step.sizes, step.rows, count, addresses)
@@ -357,11 +360,11 @@ def _note_change(tensors: Leaves) -> None:
 
 def _nothing_else() -> AbstractContextManager[object]:
     """Run the body outside all modes and transforms: its tensors are then those that have the memory."""
-    if functorch.depth() == 0 and not is_any_running():
+    if _context.depth() == 0 and not is_any_running():
         return nullcontext()
     stack = ExitStack()
-    stack.enter_context(functorch.no_modes())
-    stack.enter_context(functorch.nothing_running())
+    stack.enter_context(_switches.no_modes())
+    stack.enter_context(_switches.nothing_running())
     return stack
 
 

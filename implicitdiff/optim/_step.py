@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.tracking as _tracking
 import implicitdiff.optim._rule as _rule
 from implicitdiff._torch.trees import Leaves, Tree
 
@@ -59,7 +59,7 @@ class Step:
     @cached_property
     def is_constant(self) -> bool:
         """True if no transform tracks an operand."""
-        return functorch.are_constant(self.operands)
+        return _tracking.are_constant(self.operands)
 
     def of(self, operands: Sequence[torch.Tensor]) -> Step:
         """Return the step with other tensors, given in the order of `operands`."""

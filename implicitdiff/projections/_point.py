@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-import implicitdiff._torch.levels as _functorch
+import implicitdiff._torch.context as _context
+import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.trees import Number, Tree
 
@@ -91,7 +92,7 @@ class Point(NamedTuple):
             wanted = f"broadcasts to the shape {list(shape)}" if shape else "is a scalar"
             self._refuse(name, f"a number or a tensor that {wanted}", operand)
         if least > -math.inf and not holds(operand >= least):
-            lowest = float(_functorch.base(operand).min()) if isinstance(operand, Tensor) else operand
+            lowest = float(_levels.base(operand).min()) if isinstance(operand, Tensor) else operand
             self._refuse(name, f"at least {least:g}", lowest)
         return operand
 
@@ -103,9 +104,9 @@ def holds(condition: bool | Tensor) -> bool:
     """True if a condition holds in all entries of all lanes, or if a tracer or meta tensor has no values."""
     if not isinstance(condition, Tensor):
         return bool(condition)
-    if torch.compiler.is_compiling() or _functorch.in_dispatch_mode() or condition.is_meta:
+    if torch.compiler.is_compiling() or _context.in_dispatch_mode() or condition.is_meta:
         return True
-    return _functorch.is_all(condition)
+    return _levels.is_all(condition)
 
 
 def _tensor_like(value: Tree, like: Tensor) -> Tensor:

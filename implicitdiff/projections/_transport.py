@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 import implicitdiff._closures.modes as _modes
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.compile as _compile
+import implicitdiff._torch.functions as _functions
+import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.settings as _settings
+import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.modes import uncached
 from implicitdiff._torch.trees import Leaves, Number, Tree
@@ -128,20 +131,20 @@ def _sums(function: str, name: str, value: Number, v: Tensor, count: int) -> Ten
 # --- below the transforms ---------------------------------------------------------------------------------------------
 
 
-@functorch.outside_compile
+@_compile.outside_compile
 @_modes.one_operation
 def _below(function: str, search: Callable[[Tensor], Leaves], values: Tensor) -> Leaves:
     """Run `search` below all transforms, on a row for each lane. The results are constants for every derivative."""
     refuse_valueless(function, [values])
-    operands = [functorch.plain_under_vmap(functorch.alive(t)) for t in _modes.alias([values])]
-    operands, layers = functorch.without_batch_layers(operands)
-    with _modes.without_own_modes(), uncached(), functorch.nothing_running(), _settings.full_precision():
-        (plain,) = functorch.out_of_inference(operands)
+    operands = [_levels.plain_under_vmap(_levels.strip_dead_wrappers(t)) for t in _modes.alias([values])]
+    operands, layers = _levels.without_batch_layers(operands)
+    with _modes.without_own_modes(), uncached(), _switches.nothing_running(), _settings.full_precision():
+        (plain,) = _functions.out_of_inference(operands)
         lanes = plain.shape[:-1]
         found = [t.reshape(lanes + t.shape[1:]) for t in search(plain.reshape(lanes.numel(), plain.shape[-1]))]
     # The first dimension belongs to the outermost vmap.
     for layer in reversed(layers):
-        found = [functorch.add_layer(t, 0, layer) for t in found]
+        found = [_levels.add_layer(t, 0, layer) for t in found]
     return found
 
 

@@ -180,7 +180,7 @@ def make_scipy_solver(
     rtol, atol, maxiter = options.get("rtol"), options.get("atol"), options.get("maxiter")
     step = partial(_step, engine=engine, rtol=rtol, atol=atol, budget=maxiter)
     return make_solver(
-        name, equation_of, (fn,), IterativeMethod(_start, step, ScipyMemory, 10_000), options, kind=_ScipyImpl
+        name, equation_of, (fn,), IterativeMethod(_start, step, ScipyMemory, 10_000), options, impl=_ScipyImpl
     )
 
 

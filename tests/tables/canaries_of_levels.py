@@ -153,24 +153,28 @@ def requires_grad_is_refused_inside_of_a_transform_unless_allowed(allow: Any, al
     inside(vmap, body)
 
 
-@canary(*(INTERPRETERS + n for n in ("retrieve_all_functorch_interpreters", "VmapInterpreter", "GradInterpreter")))
-def interpreters_are_listed_from_the_outermost(running: Any, of_vmap: Any, of_grad: Any) -> None:
+@canary(*(INTERPRETERS + n for n in ("retrieve_all_functorch_interpreters", "VmapInterpreter")))
+def interpreters_are_listed_from_the_outermost(running: Any, of_vmap: Any) -> None:
     assert running() == []
 
     def body(_: Tensor) -> None:
         outer, inner = running()
         assert isinstance(outer, of_vmap)
-        assert isinstance(inner, of_grad)
+        assert not isinstance(inner, of_vmap)
         assert (outer.level(), outer.batch_size(), outer.randomness()) == (1, 2, "same")
         assert inner.level() == 2
 
     inside(lambda fn: vmap(fn, randomness="same"), lambda x: inside(grad, body, x))
 
 
-@canary(INTERPRETERS + "JvpInterpreter")
-def forward_mode_has_an_interpreter_of_its_own(of_jvp: Any) -> None:
-    running = find(INTERPRETERS + "retrieve_all_functorch_interpreters")
-    inside(jvp_of, lambda _: check([type(one) for one in running()], [of_jvp]))
+@canary(LEVELS + "TransformType", *(LEVELS + f"TransformType.{kind}" for kind in ("Vmap", "Grad", "Jvp")))
+def an_interpreter_has_the_type_of_its_transform(_: Any, of_vmap: Any, of_grad: Any, of_jvp: Any) -> None:
+    def keys() -> list[Any]:
+        return [one.key() for one in torch._C._functorch.get_interpreter_stack()]
+
+    inside(vmap, lambda _: check(keys(), [of_vmap]))
+    inside(grad, lambda _: check(keys(), [of_grad]))
+    inside(jvp_of, lambda _: check(keys(), [of_jvp]))
 
 
 @canary(INTERPRETERS + "retrieve_current_functorch_interpreter")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.compile as _compile
 from implicitdiff._torch.replacements import (
     _activations,
     _along,
@@ -82,7 +82,7 @@ class Exchange(TorchFunctionMode):
     """The mode that replaces operations in its body."""
 
     # torch.compile would trace the mode itself, with wrong results.
-    @functorch.outside_compile
+    @_compile.outside_compile
     def __torch_function__(
         self, func: Operation, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.levels as _levels
 from implicitdiff._torch.replacements._spelling import Operation, of_aten
 
 
@@ -71,7 +71,7 @@ def _attention_weights(logits: Tensor, mask: Tensor | None) -> Tensor:
 def _multi_head_attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     # With need_weights=True torch computes attention by elementary operations.
     out, weights = functional.multi_head_attention_forward(*args, **{**kwargs, "need_weights": True})
-    if weights is not None and functorch.is_any(weights.isnan()):
+    if weights is not None and _levels.is_any(weights.isnan()):
         # Weights of a fully masked query, for which torch returns 0 or nan depending on the kernel: leave the choice.
         return functional.multi_head_attention_forward(*args, **kwargs)
     return out, weights if kwargs.get("need_weights", True) else None

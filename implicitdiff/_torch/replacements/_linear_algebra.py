@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.functions as _functions
+import implicitdiff._torch.levels as _levels
 from implicitdiff._torch.replacements._spelling import Operation, of_aten
 
 
@@ -45,7 +46,7 @@ class _LinearSolve(torch.autograd.Function):
         return -b_bar @ x.mH, b_bar, None
 
     @staticmethod
-    @functorch.nested_forward_mode
+    @_functions.nested_forward_mode
     def jvp(ctx: Any, saved: Sequence[Tensor], a_dot: Tensor | None, b_dot: Tensor | None, _: None) -> Any:
         a, x = saved
         moved = torch.zeros_like(x) if b_dot is None else b_dot
@@ -136,7 +137,7 @@ def _det(A: Tensor) -> Tensor:
         return torch.linalg.det(A)  # type: ignore[no-any-return]
     with torch.no_grad():
         singular = (torch.linalg.lu_factor_ex(A.detach())[0].diagonal(dim1=-2, dim2=-1) == 0).any(-1)
-    if not functorch.is_any(singular):
+    if not _levels.is_any(singular):
         return _det_by_lu(A)
     # LU of a singular matrix has no derivative, but the determinant is a polynomial and has one.
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.evaluation import gradient, pullback
 from implicitdiff._closures.signature import name_of
@@ -222,12 +222,12 @@ def returning_like_x(fn: Callable[..., Tree]) -> Callable[..., Tree]:
 
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:
-    with functorch.no_modes():
+    with _switches.no_modes():
         return a.shape == b.shape and a.dtype == b.dtype
 
 
 def _is_real_number(value: Tensor) -> bool:
-    with functorch.no_modes():
+    with _switches.no_modes():
         return value.shape == () and value.is_floating_point()
 
 

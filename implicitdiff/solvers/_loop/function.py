@@ -8,20 +8,21 @@ from collections.abc import Callable, Iterable
 from inspect import Parameter, Signature
 from typing import Any, NamedTuple
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.compile as _compile
 from implicitdiff._closures.signature import name_of, show
+from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.state import State
 
 
 class SolverFunction:
-    """``function(params, *args, **kwargs)``, one of the four of a solver; of `update` the state is the second argument.
+    """One of the four functions of a solver, ``function(params, *args, **kwargs)``; `update` takes the state second.
 
-    An argument by keyword goes to the parameter of that name of the user's first function, unless it is an option of
-    `run`.
+    An argument by keyword goes to the parameter of that name of the user's first function, unless the keyword is an
+    option of `run`.
 
     Attributes:
-        maker: has a method for each of the four, see `_solver.SolverImpl`.
-        field: which field of `Solver` this is.
+        maker: the `SolverImpl`, with a method for each of the four functions.
+        field: the field of `Solver` that this function fills.
     """
 
     def __init__(self, maker: Any, field: str) -> None:
@@ -29,7 +30,7 @@ class SolverFunction:
         self.__name__, self.__qualname__, self.__module__ = field, f"{maker.factory}.{field}", "implicitdiff.solvers"
         self.__doc__ = f"{self._shown}\n\n{getattr(maker, field).__doc__} See `implicitdiff.solvers`."
 
-    @functorch.outside_compile
+    @_compile.outside_compile
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         maker, own = self.maker, self._own
         options = {name: kwargs.pop(name) for name in own.options if name in kwargs}
@@ -48,8 +49,8 @@ class SolverFunction:
             args, maker = (*args, *kwargs.values()), maker.with_last_by_keyword(tuple(kwargs))
         return getattr(maker, self.field)(params, *state, args, **options)
 
-    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the user's function: by position as far as its signature allows, the others by keyword."""
+    def _bound(self, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of the user's function: by position as far as the signature allows, then by keyword."""
         fn = self.maker.functions[0]
         try:
             signature = inspect.signature(fn)
@@ -78,13 +79,13 @@ class SolverFunction:
         return f"; the options of {self.field} are {', '.join(options)}" if options else ""
 
     def _hidden(self, options: Iterable[str]) -> list[str]:
-        """Which of these options are parameters of the user's function as well."""
+        """Return the options whose names are parameters of the user's function as well."""
         try:
             return [name for name in inspect.signature(self.maker.functions[0]).parameters if name in options]
         except (TypeError, ValueError):  # some builtins have none
             return []
 
-    def _check_state(self, params: Any, state: Any) -> None:
+    def _check_state(self, params: Tree, state: Any) -> None:
         factory, kind = self.maker.factory, self.maker.method.memory
         if not (isinstance(state, State) and isinstance(state.memory, kind)):
             got = type(state).__name__
@@ -121,10 +122,10 @@ class _Parameters(NamedTuple):
     """The parameters of a solver's function.
 
     Attributes:
-        first: the names of those before the arguments of the user's function.
-        options: the names of those that are options.
-        signature: all, with those of the function that is solved for.
-        shown: the signature, for a message.
+        first: names of the parameters before the arguments of the user's function.
+        options: names of the options.
+        signature: all parameters, the user's among them.
+        shown: the signature as text.
     """
 
     first: tuple[str, ...]
@@ -135,8 +136,10 @@ class _Parameters(NamedTuple):
 
 @functools.cache
 def _parameters(method: Callable[..., Any], fn: Callable[..., Any] | None) -> _Parameters:
-    """The parameters that a method ``method(self, *first, args, **options)`` of a maker stands for, with those of `fn`
-    after its first in the place of `args`; None: any."""
+    """Return the parameters for a method ``method(self, *first, args, **options)`` of a `SolverImpl`.
+
+    The parameters of `fn` after its first stand in the place of `args`; if `fn` is None, any arguments.
+    """
     _, *first, _ = [p for p in _bare(method) if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
     options = [p for p in _bare(method) if p.kind is Parameter.KEYWORD_ONLY]
     args, kwargs = [Parameter("args", Parameter.VAR_POSITIONAL)], [Parameter("kwargs", Parameter.VAR_KEYWORD)]
@@ -151,7 +154,7 @@ def _bare(method: Callable[..., Any]) -> list[Parameter]:
 
 
 class LastByKeyword:
-    """``fn(x, *args, **kwargs)`` as a function of positional arguments, the last of which are the keywords' values."""
+    """``fn(x, *args, **kwargs)`` as a function of positional arguments; the last arguments are the keywords' values."""
 
     def __init__(self, fn: Callable[..., Any], names: tuple[str, ...]) -> None:
         self.fn, self.names = fn, names

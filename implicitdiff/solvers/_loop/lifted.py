@@ -1,4 +1,4 @@
-"""The user's functions below the transforms, where a solver runs on plain tensors."""
+"""The problem of a search, below the transforms and with the derivatives of its solution."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 import implicitdiff._closures.modes as _modes
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.context as _context
+import implicitdiff._torch.functions as _functions
+import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.settings as _settings
+import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.evaluation import transform_error
 from implicitdiff._closures.lift import FunctionChangedError, lift
@@ -22,10 +25,10 @@ from implicitdiff._implicit.root import RootAt, root_at, root_form
 from implicitdiff._implicit.system import Vectors
 from implicitdiff._torch.lanes import over_levels
 from implicitdiff._torch.modes import uncached
-from implicitdiff._torch.trees import Leaves
+from implicitdiff._torch.trees import Leaves, Tree
 from implicitdiff._torch.values import refuse_valueless
 from implicitdiff.solvers._loop.equations import Equation
-from implicitdiff.solvers._loop.problem import BatchedProblem, RowFunction, UserFunction
+from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, RowFunction
 
 Search = Callable[[BatchedProblem, Tensor], tuple[Tensor, Any]]
 """``search(problem, x) -> (x, state)``."""
@@ -39,13 +42,13 @@ class LiftedProblem:
     solution than at the initial guess, as after a branch on values, it is lifted there once more.
     """
 
-    def __init__(self, name: str, equation: Equation, params: Any, args: tuple[Any, ...]) -> None:
+    def __init__(self, name: str, equation: Equation, params: Tree, args: tuple[Tree, ...]) -> None:
         self.x0, self.structure = pytree.flatten(params)
         check_unknowns(f"{name}: the initial guess", self.x0, self.structure)
         refuse_valueless(name, [*self.x0, *pytree.tensors(args)])
-        needs_derivatives = not functorch.nothing_records()
+        needs_derivatives = not _context.now().is_silent
 
-        def dispatch(params: Any, args: tuple[Any, ...], name: str | None = None, *more: Any) -> Any:
+        def dispatch(params: Tree, args: tuple[Tree, ...], name: str | None = None, *more: Tensor) -> Tree:
             if name is not None:
                 return equation.functions[name](params, args, *more)
             if needs_derivatives:
@@ -55,8 +58,8 @@ class LiftedProblem:
         self.name, self.equation, self.args = name, equation, args
         self.lifted = lift(name, dispatch, params, args)
 
-    def attached(self, x: Leaves, solve: Solve) -> Any:
-        """The solution with its derivatives, `solve` for the linear systems."""
+    def attached(self, x: Leaves, solve: Solve) -> Tree:
+        """Return the solution with its derivatives; `solve` is for their linear systems."""
         root = RootAt(self.lifted, root_form, solve, x, self.structure, is_lifted_here=False)
         try:
             return root.attached()
@@ -66,20 +69,21 @@ class LiftedProblem:
     def _root_anew(self, x: Leaves, solve: Solve) -> RootAt:
         equation = self.equation
 
-        def residual(params: Any, *args: Any) -> Any:
+        def residual(params: Tree, *args: Tree) -> Tree:
             return equation.on_trees(equation.functions, params, args)
 
         return root_at(self.name, residual, root_form, solve, self.structure.unflatten(x), self.args, {})
 
     def search(self, solve: Search) -> tuple[Leaves, Any]:
-        """The solution and the state, which only the vmaps see; `solve` finds them below all transforms."""
+        """Run a search below all transforms; return the solution and the state with batch layers alone."""
         try:
             return self._search(solve)
         except RuntimeError as error:
-            # A function may fail only here, where its value or its derivative is taken by itself.
+            # The lift evaluates the residual. A value or a derivative of one function may fail where the residual does
+            # not.
             if (refusal := transform_error(self.name, error)) is None:
                 raise
-            if self.lifted.refusal or not functorch.only_autograd():
+            if self.lifted.refusal or not _context.now().is_outside:
                 raise refusal from (None if refusal is error else error)
             why = str(refusal)
         self.lifted = self.lifted.by_autograd(why)
@@ -87,31 +91,31 @@ class LiftedProblem:
 
     def _search(self, solve: Search) -> tuple[Leaves, Any]:
         theta = self.lifted.operands[len(self.x0) :]
-        operands = [functorch.plain_under_vmap(functorch.alive(t)) for t in _modes.alias([*self.x0, *theta])]
-        operands, layers = functorch.without_batch_layers(operands)
+        operands = [_levels.plain_under_vmap(_levels.strip_dead_wrappers(t)) for t in _modes.alias([*self.x0, *theta])]
+        operands, layers = _levels.without_batch_layers(operands)
         levels: list[Dims] = [tuple(None if d is None else 0 for d in layer.dims) for layer in layers]
         lanes = tuple(layer.size for layer in reversed(layers))
         n = len(self.x0)
-        with _modes.without_own_modes(), uncached(), functorch.nothing_running(), _settings.full_precision():
-            operands = functorch.out_of_inference(operands)
+        with _modes.without_own_modes(), uncached(), _switches.nothing_running(), _settings.full_precision():
+            operands = _functions.out_of_inference(operands)
             x = [_everywhere(t, [dims[i] for dims in levels], lanes) for i, t in enumerate(operands[:n])]
-            problem = self._rows(x, operands[n:], [dims[n:] for dims in levels], lanes)
+            problem = self._problem(x, operands[n:], [dims[n:] for dims in levels], lanes)
             found, state = solve(problem, problem.inputs.ravel(x))
             solution = problem.inputs.unravel(found)
             leaves, nesting = pytree.flatten(state)
             state = nesting.unflatten([t.reshape((*lanes, *t.shape[1:])) for t in leaves])
         # The lanes of the outermost vmap lie in front.
         for layer in reversed(layers):
-            solution = [functorch.add_layer(t, 0, layer) for t in solution]
-            state = pytree.map_tensors(partial(functorch.add_layer, dim=0, of=layer), state)
+            solution = [_levels.add_layer(t, 0, layer) for t in solution]
+            state = pytree.map_tensors(partial(_levels.add_layer, dim=0, of=layer), state)
         return solution, state
 
-    def _rows(self, x: Leaves, theta: Leaves, levels: list[Dims], lanes: tuple[int, ...]) -> BatchedProblem:
+    def _problem(self, x: Leaves, theta: Leaves, levels: list[Dims], lanes: tuple[int, ...]) -> BatchedProblem:
         def lane(i: int) -> BatchedProblem:
             at = tuple(int(k) for k in torch.unravel_index(torch.tensor(i), lanes))
             outermost_first = zip(theta, *levels[::-1], strict=True)
             own = [t[tuple(k for k, d in zip(at, dims, strict=True) if d is not None)] for t, *dims in outermost_first]
-            return self._rows([t[at] for t in x], own, [], ())
+            return self._problem([t[at] for t in x], own, [], ())
 
         inputs = Vectors(x, lanes)
         functions = {name: self._over_lanes(name, theta, levels) for name in self.equation.functions}
@@ -121,15 +125,18 @@ class LiftedProblem:
         jacobians = {name: self._jacobian_over_lanes(name, theta, levels) for name in functions}
         return BatchedProblem(functions, inputs, self.structure, True, self.equation.on_rows, lane, jacobians)
 
-    def _over_lanes(self, name: str, theta: Leaves, levels: list[Dims]) -> UserFunction:
+    def _over_lanes(self, name: str, theta: Leaves, levels: list[Dims]) -> LeafFunction:
         fn = over_levels(self._one_lane(name), [(0, list(dims), 0) for dims in levels])
         return lambda x, more: fn(x, theta, more)
 
     def _jacobian_over_lanes(
         self, name: str, theta: Leaves, levels: list[Dims]
     ) -> Callable[[Leaves], tuple[Tensor, Tensor]]:
-        """The vmap over unit vectors inside of those over lanes: outside, it would copy what the lanes hold, once for
-        each vector."""
+        """Return a function for the value and the Jacobian of all lanes.
+
+        The vmap over unit vectors lies inside the vmaps over lanes. Outside, it would copy the data of the lanes once
+        for each vector.
+        """
         part = self._one_lane(name)
 
         def one_lane(x: Leaves, theta: Leaves) -> tuple[Tensor, Tensor]:
@@ -148,8 +155,13 @@ class LiftedProblem:
 
 
 def _everywhere(tensor: Tensor, dims: list[int | None], lanes: tuple[int, ...]) -> Tensor:
-    """A tensor with a batch dimension in front for every lane; it has those where `dims`, from the innermost vmap
-    outwards, is not None."""
+    """Expand a tensor to a batch dimension in front for each vmap.
+
+    Args:
+        tensor: has the batch dimensions of some vmaps in front, the dimension of the outermost first.
+        dims: for each vmap, from the innermost outwards, None if the tensor lacks its dimension.
+        lanes: the sizes of the vmaps, the outermost first.
+    """
     has = [d is not None for d in reversed(dims)]
     for at, there in enumerate(has):
         if not there:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.linearisation import ByAutograd, ByFunctorch, Linearisation, Product
 from implicitdiff._implicit.operators import with_vectors
@@ -25,7 +25,7 @@ from implicitdiff._torch.trees import Leaves, Structure, Tree
 ResultT = TypeVar("ResultT")
 VectorMap = Callable[[Tensor], Tensor]
 """A map of rows, ``(lanes, n) -> (lanes, m)``."""
-UserFunction = Callable[[Leaves, Leaves], Leaves]
+LeafFunction = Callable[[Leaves, Leaves], Leaves]
 """``function(x, more) -> leaves``, all leaves with the lanes in front; `more` holds one number for each lane."""
 
 
@@ -43,7 +43,7 @@ class RowFunction:
 
     def __init__(
         self,
-        function: UserFunction,
+        function: LeafFunction,
         inputs: Vectors,
         plain: bool,
         jacobian_over_lanes: Callable[[Leaves], tuple[Tensor, Tensor]] | None = None,
@@ -152,7 +152,7 @@ class BatchedProblem:
 
     def __init__(
         self,
-        functions: dict[str, UserFunction],
+        functions: dict[str, LeafFunction],
         inputs: Vectors,
         structure: Structure,
         plain: bool,
@@ -230,7 +230,7 @@ def safe_divide(a: Tensor, b: Tensor) -> Tensor:
 
 def any_lane(flag: Tensor) -> bool:
     """True if a flag is set in any lane, of this frame or of a surrounding vmap."""
-    return functorch.is_any(flag)
+    return _levels.is_any(flag)
 
 
 def select(where: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""What a solver is, and the loop round every method.
+"""The type of a solver, and the loop round every method.
 
-`Solver.init` and `Solver.update` run a method's own lines in the caller's frame, one lane at a time as torch.func has
-it, so that transforms see every operation. `Solver.run` takes the vmaps off, runs the same lines once on plain tensors
-with one row for each lane, and gives the solution the derivatives of the condition that it satisfies.
+A method's code runs in one of two frames. `Solver.init` and `Solver.update` run it in the caller's frame, on one lane
+as torch.func presents it, so that transforms see every operation. `Solver.run` takes the vmaps off and runs the same
+code below all transforms, on plain tensors with one row for each lane. Then the solution gets the derivatives of the
+equation that it satisfies.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import implicitdiff._closures.modes as _modes
-import implicitdiff._torch.levels as functorch
+import implicitdiff._torch.context as _context
+import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.settings as _settings
+import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.checks import check_unknowns
 from implicitdiff._implicit.system import Vectors
 from implicitdiff._torch.replacements import elementary
-from implicitdiff._torch.trees import Leaves, Structure
+from implicitdiff._torch.trees import Leaves, Structure, Tree
 from implicitdiff._torch.values import refuse_missing
 from implicitdiff._unroll import unroll
 from implicitdiff.linear_solve.auto import solve_auto
@@ -32,7 +35,7 @@ from implicitdiff.solvers._loop.function import LastByKeyword, SolverFunction
 from implicitdiff.solvers._loop.lifted import LiftedProblem
 from implicitdiff.solvers._loop.method import IterativeMethod
 from implicitdiff.solvers._loop.options import Options, check_count, options_of
-from implicitdiff.solvers._loop.problem import BatchedProblem, UserFunction, any_lane, select, select_tree
+from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, any_lane, select, select_tree
 from implicitdiff.solvers._loop.report import Callback, Report
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status, report_failures
@@ -40,15 +43,15 @@ from implicitdiff.solvers._loop.termination import PATIENCE, Termination, Verdic
 
 
 class Solver(NamedTuple):
-    """A solver as pure functions; made by the factories of `implicitdiff.solvers`, where all is said.
+    """A solver as four pure functions, made by the factories of `implicitdiff.solvers`; see there.
 
     Attributes:
         init: ``init(params, *args, **kwargs) -> state``.
         update: ``update(params, state, *args, **kwargs) -> (params, state)``, one iteration.
         run: ``run(params, *args, implicit_diff=True, checkpoint_every=None, keep_history=False, verbose=False,
             callback=None, **kwargs) -> (params, state)``, iterations until every lane has stopped.
-        optimality_fn: ``optimality_fn(params, *args, **kwargs)``, a tree like ``params``, zero at a solution; its
-            derivatives are what ``run`` is differentiated by.
+        optimality_fn: ``optimality_fn(params, *args, **kwargs)``, a tree like ``params``, zero at a solution. The
+            derivatives of ``run`` are those of this equation.
     """
 
     init: Callable[..., Any]
@@ -59,17 +62,17 @@ class Solver(NamedTuple):
 
 @dataclass(frozen=True)
 class SolverImpl:
-    """What a factory has made: computes the four functions of a `Solver`, with the arguments of the user's as a tuple.
+    """The implementation of a `Solver`: a method for each of the four functions, with the user's arguments as a tuple.
 
     Attributes:
         factory: the name of the factory.
-        name: that with the user's function, as messages show it.
+        name: the name of the factory with the user's function, for messages.
         equation_of: makes the equation of the user's functions.
-        functions: those.
+        functions: the user's functions.
         method: the iteration.
-        options: of every solver.
-        guess: ``guess(params, *args, **kwargs)``, the unknowns that a user's `params` stand for; None: these.
-        is_named: whether the first function is the library's own, so that its parameters are to be shown.
+        options: the options that every solver has.
+        guess: ``guess(params, *args, **kwargs)``, the unknowns for a user's `params`; None: `params` are the unknowns.
+        is_named: True if the first function is the library's own, so that signatures show its parameters.
         termination: the stopping rule.
     """
 
@@ -89,27 +92,27 @@ class SolverImpl:
         object.__setattr__(self, "termination", Termination(rtol, atol, limit, is_budget=maxiter is not None))
 
     def with_last_by_keyword(self, names: tuple[str, ...]) -> SolverImpl:
-        """The same, where the last arguments are those that the user's function takes by these keywords."""
+        """Return a solver whose last arguments go to the user's first function by these keywords."""
         fn, *others = self.functions
         return replace(self, functions=(LastByKeyword(fn, names), *others))
 
-    def optimality_fn(self, params: Any, args: tuple[Any, ...]) -> Any:
-        """What is zero at a solution, a tree like `params`."""
+    def optimality_fn(self, params: Tree, args: tuple[Tree, ...]) -> Any:
+        """Return the residual of the equation, a tree like `params`; zero at a solution."""
         equation = self.equation_of(*self.functions)
         return equation.on_trees(equation.functions, params, args)
 
     @_modes.one_operation
     @_settings.outside_autocast
-    def init(self, params: Any, args: tuple[Any, ...]) -> Any:
-        """The state at an initial guess."""
+    def init(self, params: Tree, args: tuple[Tree, ...]) -> Any:
+        """Return the state at an initial guess."""
         x, problem, _ = self._frame(params, args)
         with _settings.full_precision():
             return _unbatched(self._start(problem, x))
 
     @_modes.one_operation
     @_settings.outside_autocast
-    def update(self, params: Any, state: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
-        """One iteration, ``(params, state)``."""
+    def update(self, params: Tree, state: Any, args: tuple[Tree, ...]) -> tuple[Any, Any]:
+        """Make one iteration; return ``(params, state)``."""
         x, problem, structure = self._frame(params, args)
         with _settings.full_precision():
             old = pytree.map_tensors(lambda t: t[None], state)
@@ -121,8 +124,8 @@ class SolverImpl:
     @_settings.outside_autocast
     def run(
         self,
-        params: Any,
-        args: tuple[Any, ...],
+        params: Tree,
+        args: tuple[Tree, ...],
         *,
         implicit_diff: bool = True,
         checkpoint_every: int | None = None,
@@ -130,7 +133,7 @@ class SolverImpl:
         verbose: bool = False,
         callback: Callback | None = None,
     ) -> tuple[Any, Any]:
-        """Iterations from an initial guess until every lane has stopped, ``(params, state)``."""
+        """Iterate from an initial guess until every lane has stopped; return ``(params, state)``."""
         report = Report(self.name, self.termination.limit, keep_history, verbose, callback)
         if not implicit_diff:
             if self.method.only_implicit is not None:
@@ -148,7 +151,7 @@ class SolverImpl:
         return self.termination.begin(self.method, problem, x, self.method.start(problem, x))
 
     def _step(self, problem: BatchedProblem, x: Tensor, state: State[Any], *, mask: bool) -> tuple[Tensor, State[Any]]:
-        """One iteration; with `mask` it leaves the lanes alone that have stopped."""
+        """Make one iteration; with `mask`, lanes that have stopped stay as they are."""
         new_x, new = self.method.step(problem, x, state)
         new = self.termination.advance(self.method, problem, x, new_x, new)
         if not mask:
@@ -157,19 +160,19 @@ class SolverImpl:
         return select(active, new_x, x), select_tree(active, new, state)
 
     def _with_rounding_measured(self, problem: BatchedProblem, x: Tensor, state: State[Any]) -> State[Any]:
-        """The state with the rounding floor measured where it is due."""
+        """Return the state, with the rounding floor measured in lanes that have made no progress for long enough."""
         return self.termination.measure_rounding(self.method, problem, x, state, self.termination.idle(state))
 
     # --- in the caller's frame --------------------------------------------------------------------------------------
 
-    def _frame(self, params: Any, args: tuple[Any, ...]) -> tuple[Tensor, BatchedProblem, Structure]:
+    def _frame(self, params: Tree, args: tuple[Tree, ...]) -> tuple[Tensor, BatchedProblem, Structure]:
         leaves, structure = pytree.flatten(params)
         check_unknowns(f"{self.name}: the initial guess", leaves, structure)
         refuse_missing(self.name, [*leaves, *pytree.tensors(args)])
         equation = self.equation_of(*self.functions)
         inputs = Vectors(leaves, ())
 
-        def on_leaves(function: Callable[..., Any]) -> UserFunction:
+        def on_leaves(function: Callable[..., Any]) -> LeafFunction:
             def fn(x: Leaves, more: Leaves) -> Leaves:
                 before = [_modes.version(t) for t in x]
                 with _modes.as_user_code():
@@ -181,11 +184,11 @@ class SolverImpl:
             return fn
 
         on = {name: on_leaves(elementary()(function)) for name, function in equation.functions.items()}
-        problem = BatchedProblem(on, inputs, structure, functorch.nothing_records(), equation.on_rows)
+        problem = BatchedProblem(on, inputs, structure, _context.now().is_silent, equation.on_rows)
         return inputs.ravel(leaves), problem, structure
 
     def _unrolled(
-        self, params: Any, args: tuple[Any, ...], checkpoint_every: int | None, report: Report
+        self, params: Tree, args: tuple[Tree, ...], checkpoint_every: int | None, report: Report
     ) -> tuple[Any, Any]:
         def step(carry: tuple[Any, Any], *args: Any) -> tuple[Any, Any]:
             return self.update(*carry, args)
@@ -194,16 +197,16 @@ class SolverImpl:
             check_count(self.name, "checkpoint_every", checkpoint_every)
         at_once = checkpoint_every or (1 if report.keeps else self.options.check_every)
         advance = unroll(step, at_once, checkpoint_every)
-        random_state = functorch.random_state()
+        random_state = _switches.random_state()
         state = self.init(params, args)
-        if functorch.random_state() != random_state:
+        if _switches.random_state() != random_state:
             raise ValueError(
                 f"{self.name} draws random numbers, with which no iteration converges; draw them outside and pass them "
                 "as arguments (dropout: use eval mode)"
             )
         first_x, _, _ = self._frame(params, args)
 
-        def judge(params: Any, state: State[Any], verdict: Verdict) -> tuple[State[Any], Verdict]:
+        def judge(params: Tree, state: State[Any], verdict: Verdict) -> tuple[State[Any], Verdict]:
             x, problem, _ = self._frame(params, args)
             with _settings.full_precision():
                 one = pytree.map_tensors(lambda t: t[None], (state, verdict))
@@ -225,17 +228,17 @@ class SolverImpl:
 
     # --- below the transforms ---------------------------------------------------------------------------------------
 
-    def _implicit(self, params: Any, args: tuple[Any, ...], report: Report) -> tuple[Any, Any]:
+    def _implicit(self, params: Tree, args: tuple[Tree, ...], report: Report) -> tuple[Any, Any]:
         options = self.options
-        closed = LiftedProblem(self.name, self.equation_of(*self.functions), params, args)
+        lifted = LiftedProblem(self.name, self.equation_of(*self.functions), params, args)
 
         def search(problem: BatchedProblem, x: Tensor) -> tuple[Tensor, Any]:
-            return self._loop(problem, x, closed.structure, report)
+            return self._loop(problem, x, lifted.structure, report)
 
-        x, state = closed.search(search)
-        if functorch.nothing_records():
-            return closed.structure.unflatten(x), state
-        return closed.attached(x, options.solve or solve_auto(on_failure=options.on_failure)), state
+        x, state = lifted.search(search)
+        if _context.now().is_silent:
+            return lifted.structure.unflatten(x), state
+        return lifted.attached(x, options.solve or solve_auto(on_failure=options.on_failure)), state
 
     def _loop(self, problem: BatchedProblem, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
         lanes, every = problem.inputs.batch, 1 if report.keeps else self.options.check_every
@@ -250,7 +253,8 @@ class SolverImpl:
             for _ in range(every):
                 x, state = self._step(problem, x, state, mask=mask)
                 count += 1
-                # Lanes that were told to run on count by themselves. The others do not, which saves a look.
+                # A lane with a verdict to run on counts its own idle iterations, so every iteration asks. Before any
+                # verdict a question every few iterations saves synchronisations.
                 if resumed or count % PATIENCE == 0:
                     state = self._with_rounding_measured(problem, x, state)
             return x, state
@@ -270,12 +274,12 @@ class SolverImpl:
 
 
 class _Frame(NamedTuple):
-    """Where the loop runs: in the caller's frame on trees, or below the transforms on rows.
+    """The operations of the loop in one frame: the caller's, on trees, or below the transforms, on rows.
 
     Attributes:
-        see: ``see(x, state)``, how many lanes are still running.
-        advance: ``advance(x, state, running) -> (x, state)``, some iterations.
-        judge: ``judge(x, state, verdict) -> (state, verdict)``, where every lane has stopped.
+        see: ``see(x, state)`` reports progress and returns the number of running lanes.
+        advance: ``advance(x, state, running) -> (x, state)`` makes some iterations.
+        judge: ``judge(x, state, verdict) -> (state, verdict)``, called when every lane has stopped.
     """
 
     see: Callable[[Any, State[Any]], int]
@@ -284,7 +288,7 @@ class _Frame(NamedTuple):
 
 
 def _until_stopped(x: Any, state: State[Any], frame: _Frame) -> tuple[Any, State[Any]]:
-    """The loop of every search."""
+    """Run the loop of every search."""
     verdict = Verdict.initial(state)
     while running := frame.see(x, state):
         x, state = frame.advance(x, state, running)
@@ -301,28 +305,28 @@ def make_solver(
     options: Any,
     guess: Callable[..., Any] | None = None,
     is_named: bool = False,
-    kind: type[SolverImpl] = SolverImpl,
+    impl: type[SolverImpl] = SolverImpl,
 ) -> Solver:
-    """A solver from a method and the equation that its solutions satisfy.
+    """Make a solver from a method and the equation of its solutions.
 
-    All of it has to pickle, but for what the user gives: functions of modules, bound to options by functools.partial.
+    Every argument but the user's functions must pickle: bind options to functions of modules by functools.partial.
 
     Args:
-        name: of the factory.
+        name: the name of the factory.
         equation_of: makes the equation of the user's functions.
-        functions: those.
+        functions: the user's functions.
         method: the iteration.
-        options: of `Options`.
+        options: keyword arguments for `Options`.
         guess, is_named: see `SolverImpl`.
-        kind: the class of the maker.
+        impl: the class of the implementation.
     """
     for fn in functions:
         if not callable(fn):
             raise TypeError(f"{name}: a function was expected, got {type(fn).__name__}")
     checked = options_of(name, options)
     called = ", ".join(map(name_of, functions[:1]))
-    maker = kind(name, f"{name}({called})", equation_of, functions, method, checked, guess, is_named)
-    return Solver(*(SolverFunction(maker, field) for field in Solver._fields))
+    made = impl(name, f"{name}({called})", equation_of, functions, method, checked, guess, is_named)
+    return Solver(*(SolverFunction(made, field) for field in Solver._fields))
 
 
 def _unbatched(state: Any) -> Any:
@@ -330,9 +334,9 @@ def _unbatched(state: Any) -> Any:
 
 
 def _plain(tree: Any) -> Any:
-    """The values of a tree in the caller's frame, the lanes of its vmaps in front."""
+    """Return the plain tensors of a tree, with the lanes of all vmaps in front."""
     return pytree.map_tensors(_plain_value, tree)
 
 
 def _plain_value(tensor: Tensor) -> Tensor:
-    return functorch.without_batch_layers([functorch.plain_under_vmap(functorch.alive(tensor))])[0][0]
+    return _levels.without_batch_layers([_levels.plain_under_vmap(_levels.strip_dead_wrappers(tensor))])[0][0]

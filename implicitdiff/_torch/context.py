@@ -1,0 +1,84 @@
+"""The context of a call: the running transforms, and whether autograd and forward mode record."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch._C import _functorch as functorch
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
+
+
+class Context(NamedTuple):
+    """The mechanisms that see the operations of torch at one moment.
+
+    Attributes:
+        transforms: the kinds of the running transforms of torch.func, the outermost first.
+        records: whether autograd records on plain tensors (its grad mode is on).
+        forward: whether forward mode runs.
+    """
+
+    transforms: tuple[TransformType, ...]
+    records: bool
+    forward: bool
+
+    @property
+    def is_silent(self) -> bool:
+        """True if no derivative is recorded, in either mode, and no transform runs."""
+        return not (self.records or self.forward or self.transforms)
+
+    @property
+    def is_outside(self) -> bool:
+        """True if no transform runs, and no forward mode. Autograd may record."""
+        return not (self.forward or self.transforms)
+
+    @property
+    def only_vmaps(self) -> bool:
+        """True if every running transform is a vmap."""
+        return all([kind == TransformType.Vmap for kind in self.transforms])
+
+    @property
+    def only_reverse_mode(self) -> bool:
+        """True if every running transform is grad, vjp or their kin, so that an autograd.Function needs no other rule
+        than `backward`."""
+        return not self.forward and all([kind == TransformType.Grad for kind in self.transforms])
+
+    def has_one(self, kind: TransformType) -> bool:
+        """Return whether the innermost transform is of this kind, and all others are vmaps."""
+        return self.transforms[-1:] == (kind,) and all([k == TransformType.Vmap for k in self.transforms[:-1]])
+
+
+_OUTSIDE = {(records, forward): Context((), records, forward) for records in (False, True) for forward in (False, True)}
+
+
+def now() -> Context:
+    """Return the context of this moment."""
+    forward = bool(forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled())
+    stack = functorch.get_interpreter_stack()
+    if not stack:
+        return _OUTSIDE[torch.is_grad_enabled(), forward]
+    return Context(tuple([interpreter.key() for interpreter in stack]), torch.is_grad_enabled(), forward)
+
+
+def depth() -> int:
+    """Return the number of running transforms."""
+    # `retrieve_all_functorch_interpreters` would make a Python object for each.
+    stack = functorch.get_interpreter_stack()
+    return 0 if stack is None else len(stack)
+
+
+def randomness() -> set[str]:
+    """Return the `randomness` options of the running vmaps: "error", "same" or "different"."""
+    return {i.randomness() for i in retrieve_all_functorch_interpreters() if isinstance(i, VmapInterpreter)}
+
+
+def in_dispatch_mode() -> bool:
+    """Return whether a TorchDispatchMode runs, such as tracing, fake tensors, or a counter of operations."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def in_saved_tensor_hooks() -> bool:
+    """Return whether hooks on saved tensors are active, as inside of `torch.utils.checkpoint`."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -1,0 +1,175 @@
+"""Autograd beneath its public functions: custom functions, the engine, the graph."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch._C import _functorch as functorch
+from torch._functorch.autograd_function import custom_function_call
+from torch._functorch.pyfunctorch import (
+    VmapInterpreter,
+    retrieve_all_functorch_interpreters,
+    retrieve_current_functorch_interpreter,
+    temporarily_clear_interpreter_stack,
+)
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
+from torch._functorch.vmap import lazy_load_decompositions  # type: ignore[attr-defined]
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+from implicitdiff._torch.context import depth
+
+
+def leaves_beside(tensor: torch.Tensor, known: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the leaves of a tensor's graph that are neither `known` nor reached only through `known`."""
+    own = {id(t) for t in known}
+    return [t for t in graph_leaves(tensor, [t.grad_fn for t in known]) if id(t) not in own]
+
+
+def graph_leaves(tensor: torch.Tensor, below: Iterable[Any] = ()) -> list[torch.Tensor]:
+    """Return the leaves into which `tensor.backward()` would accumulate; the search stops at the nodes `below`."""
+    seen: set[Any] = set(below)
+    leaves: list[torch.Tensor] = []
+    nodes: list[Any] = [tensor.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            nodes += [below for below, _ in node.next_functions]
+    return leaves
+
+
+def hooks_of(tensor: torch.Tensor) -> dict[int, Callable[[torch.Tensor], torch.Tensor | None]] | None:
+    """Return the hooks that ``register_hook`` has put on a tensor, by id; None if there never was a hook."""
+    return tensor._backward_hooks
+
+
+def below_the_top(fn: Callable[..., list[torch.Tensor]], *tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Run a function of lists of tensors one level further down. The innermost transform must not be a vmap."""
+    interpreter = retrieve_current_functorch_interpreter()
+    level = interpreter.level()
+    below = [[functorch._unwrap_for_grad(t, level) for t in some] for some in tensors]
+    with interpreter.lower():
+        values = fn(*below)
+    return [functorch._wrap_for_grad(t, level) for t in values]
+
+
+def call_inert(func: Any, args: Sequence[Any], kwargs: dict[str, Any], depth: int) -> Any:
+    """Call a torch function where all `depth` running levels are inert.
+
+    A mode sees the operands of a custom autograd.Function only while some level runs. But then torch asks the Function
+    for a vmap rule, though nothing is batched. So the Function itself runs with no level.
+    """
+    if func is not custom_function_call or len(retrieve_all_functorch_interpreters()) != depth:
+        return func(*args, **kwargs)
+    with temporarily_clear_interpreter_stack():
+        return func(*args, **kwargs)
+
+
+def over_first(fn: Callable[[Any], Any], stacked: Any) -> Any:
+    """Map a function over the first dimension of a tensor, or of each tensor of a list, as `torch.func.vmap` does.
+
+    `torch.func.vmap` takes as long as a small function to flatten trees and check arguments. This function does
+    neither.
+    """
+    is_one = isinstance(stacked, torch.Tensor)
+    size = len(stacked if is_one else stacked[0])
+    lazy_load_decompositions()
+    level = functorch._vmap_increment_nesting(size, "error")
+    try:
+        if is_one:
+            return functorch._remove_batch_dim(fn(functorch._add_batch_dim(stacked, 0, level)), level, size, 0)
+        images = fn([functorch._add_batch_dim(t, 0, level) for t in stacked])
+        return [functorch._remove_batch_dim(t, level, size, 0) for t in images]
+    finally:
+        functorch._vmap_decrement_nesting()
+
+
+def gradients(
+    y: Sequence[torch.Tensor], x: Sequence[torch.Tensor], u: Sequence[torch.Tensor], *, create_graph: bool = False
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of `torch.autograd.grad` with ``retain_graph=True`` and ``allow_unused=True``.
+
+    The engine is called directly: the checks of `torch.autograd.grad` take as long as a small graph.
+    """
+    run = torch.autograd.Variable._execution_engine.run_backward
+    return run(tuple(y), tuple(u), True, create_graph, tuple(x), allow_unreachable=True, accumulate_grad=False)
+
+
+def recordable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return detached tensors that autograd can record; tensors of inference mode are copied."""
+    if not any([t.is_inference() for t in tensors]):
+        return [t.detach() for t in tensors]
+    # `out_of_inference` leaves the mode first: inside, a copy would be an inference tensor as well.
+    return [t.detach() for t in out_of_inference(tensors)]
+
+
+def out_of_inference(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors that autograd can save; tensors of inference mode are copied."""
+    with torch.inference_mode(False):
+        return [t.clone() if t.is_inference() else t for t in tensors]
+
+
+def apply(function: type[torch.autograd.Function], *operands: Any) -> tuple[torch.Tensor, ...]:
+    """Return ``function.apply(*operands)``, for a function whose results are new tensors.
+
+    Under grad, vjp and jvp `apply` makes a new class for each call. This function uses one class for all calls, unless
+    a mode has to see the call.
+    """
+    if depth() == 0:
+        # `Function.apply` without its first step, which binds the operands to the signature.
+        return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(operands))  # type: ignore[misc, no-any-return]
+    seen = torch._C._len_torch_function_stack() > 0
+    if seen or isinstance(retrieve_current_functorch_interpreter(), VmapInterpreter):
+        return function.apply(*operands)  # type: ignore[no-any-return]
+    with enable_single_level_autograd_function():
+        return _at_one_level(function).apply(*unwrap_dead_wrappers(operands))  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _at_one_level(function: type[torch.autograd.Function]) -> Any:
+    """Return the Function that one level of grad, vjp or jvp records: its values come from the level below."""
+
+    def forward(*operands: Any) -> tuple[torch.Tensor, ...]:
+        interpreter = retrieve_current_functorch_interpreter()
+        level = interpreter.level()
+        below = [functorch._unwrap_for_grad(t, level) if isinstance(t, torch.Tensor) else t for t in operands]
+        # autograd runs `forward` with both modes off; the level below may record in either.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), interpreter.lower():
+            values = apply(function, *below)
+        return tuple([functorch._wrap_for_grad(t, level) for t in values])
+
+    rules = {name: staticmethod(getattr(function, name)) for name in ("setup_context", "backward", "jvp")}
+    return type(function.__name__, (_SingleLevelFunction,), {"forward": staticmethod(forward), **rules})
+
+
+Rule = Callable[..., tuple[torch.Tensor | None, ...]]
+
+
+def nested_forward_mode(jvp: Rule) -> Rule:
+    """Decorate an autograd.Function's `jvp` so that outer forward-mode levels see through it.
+
+    torch runs `jvp` with forward mode off, and with saved tensors that still carry the tangents of the rule's own
+    level. Both lose the tangents of outer levels (pytorch #197867: the second forward derivative of x**4 comes out as
+    0). So forward mode is switched on, and `primal` takes the tangent of the own level off every operand.
+    """
+
+    @functools.wraps(jvp)
+    def rule(ctx: Any, *tangents: Any) -> tuple[torch.Tensor | None, ...]:
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = [primal(t) for t in ctx.saved_tensors]
+            return jvp(ctx, saved, *(None if t is None else primal(t) for t in tangents))
+
+    return rule
+
+
+def primal(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without the tangent of the innermost level of forward mode."""
+    if tensor.layout is not torch.strided:
+        return tensor
+    inner: torch.Tensor = forward_ad.unpack_dual(tensor, level=0).primal
+    return inner

@@ -1,0 +1,89 @@
+"""Errors of torch.func in words: the operation that torch.func cannot transform, and the remedy."""
+
+from __future__ import annotations
+
+import dis
+import itertools
+from types import BuiltinMethodType, FrameType, MethodType
+
+
+def untransformable(error: RuntimeError) -> str | None:
+    """Return the operation that made torch.func raise an error, with the remedy; None for other errors."""
+    for start, words in _UNTRANSFORMABLE.items():
+        if str(error).startswith(start):
+            return words
+    return untransformable_function(error)
+
+
+def untransformable_function(error: RuntimeError) -> str | None:
+    """Return the autograd.Function that made torch.func raise an error, with the remedy; None for other errors."""
+    if not str(error).startswith("In order to use an autograd.Function with functorch transforms"):
+        return None
+    name = _refused(error)
+    if name == "BackwardHookFunction":
+        return "a module with a full backward hook, which torch.func cannot transform: remove the hook"
+    if name.startswith("GeneratedBackwardFor_"):
+        return (
+            f"the custom operator {name.removeprefix('GeneratedBackwardFor_')}, whose registered derivative torch.func "
+            "cannot transform: write it as an autograd.Function with setup_context"
+        )
+    if name == "CheckpointFunction":
+        return "a reentrant checkpoint, which torch.func cannot transform: pass use_reentrant=False"
+    which = f"the autograd.Function {name}" if name else "an autograd.Function"
+    return f"{which}, which torch.func cannot transform: give it a setup_context"
+
+
+def _refused(error: RuntimeError) -> str:
+    """Return the name of the class whose ``apply`` raised the error; empty if the code does not tell."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return ""
+    # Up to torch 2.13 the last frame is that of `apply`. Since 2.14 `apply` is compiled: the last frame calls it.
+    if isinstance(cls := trace.tb_frame.f_locals.get("cls"), type):
+        return cls.__name__
+    return _owner_of_apply(trace.tb_frame, trace.tb_lasti)
+
+
+def _owner_of_apply(frame: FrameType, end: int) -> str:
+    """Return the name of the class whose ``apply`` the code of a frame names last before an instruction."""
+    visible = frame.f_globals | frame.f_locals
+    read = [i.argval for i in dis.get_instructions(frame.f_code) if i.offset < end and isinstance(i.argval, str)]
+    for before, name in reversed([*itertools.pairwise(["", *read])]):
+        value = visible.get(name)
+        if name == "apply":
+            owner = visible.get(before)
+            return owner.__name__ if isinstance(owner, type) else before
+        if isinstance(value, MethodType | BuiltinMethodType) and value.__name__ == "apply":
+            return getattr(value.__self__, "__name__", "")
+    return ""
+
+
+def unbatchable(error: RuntimeError) -> str | None:
+    """Return the use of values that made vmap raise an error, such as "control flow"; None for other errors."""
+    for start, words in _UNBATCHABLE.items():
+        if str(error).startswith(start):
+            return words
+    return None
+
+
+_UNBATCHABLE = {
+    "vmap: It looks like you're attempting to use a Tensor in some data-dependent control flow": "control flow",
+    "vmap: It looks like you're calling .item()": "item() or float()",
+    "vmap: We do not support batching operators that can": "a shape that depends on them",
+    "Cannot access data pointer of Tensor that doesn't have storage": "NumPy, or another reader of memory",
+}
+
+
+_UNTRANSFORMABLE = {
+    "element 0 of tensors does not require grad": "torch.autograd.grad to its arguments: take torch.func.grad",
+    # It does not require grad, or (torch 2.11) is not in the graph.
+    "One of the differentiated Tensors": "torch.autograd.grad to its arguments: take torch.func.grad",
+    "The differentiated Tensor at index": "torch.autograd.grad to its arguments: take torch.func.grad",
+    "backward() called inside a functorch transform": "Tensor.backward: take torch.func.grad",
+    "You tried to vmap over": "an autograd.Function without a vmap rule: set generate_vmap_rule = True in its class",
+    "torch.func.{grad, vjp, jacrev, hessian} don't yet support saved tensor hooks": (
+        "hooks of saved tensors, as torch.utils.checkpoint has, which torch.func cannot transform: leave them out"
+    ),
+}
