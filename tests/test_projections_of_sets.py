@@ -299,7 +299,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "transport: row_sums and column_sums have to have equal totals",
     ),
-    "no values": (lambda: birkhoff(torch.ones(2, 2, device="meta")), NotImplementedError, "birkhoff: what it does"),
+    "no values": (lambda: birkhoff(torch.ones(2, 2, device="meta")), NotImplementedError, "birkhoff: its control flow"),
 }
 
 

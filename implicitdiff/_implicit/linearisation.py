@@ -70,14 +70,14 @@ class ByFunctorch(Linearisation):
 
     def pull(self) -> Product:
         _, pull = self._pair
-        return lambda u: _with_gradients_on(lambda: pull(*u))
+        return lambda u: list(pull(*u))
 
     def push(self) -> Product:
         # The pullback is linear, so its derivative is the same at every cotangent; take zero. See J. Townsend, "A new
         # trick for calculating Jacobian vector products", 2017.
         values, pull = self._pair
         push: Any = torch.func.vjp(pull, *map(torch.zeros_like, values))[1]
-        return lambda v: _with_gradients_on(lambda: push(tuple(v)))
+        return lambda v: list(push(tuple(v)))
 
     def of_gradient(self) -> ByFunctorch:
         def gradient(x: Leaves, theta: Leaves) -> Leaves:
@@ -91,14 +91,6 @@ class ByFunctorch(Linearisation):
         pair: Any = torch.func.vjp(lambda *x: tuple(self.fn(list(x), self.theta)), *self.x)
         values, pull = pair
         return values, lambda *u: pull(u)
-
-
-def _with_gradients_on(product: Callable[[], Sequence[torch.Tensor]]) -> Leaves:
-    # With gradients off, torch takes formulas of which some are wrong under vmap: that of `torch.linalg.eigvals`.
-    if torch.is_grad_enabled():
-        return list(product())
-    with torch.enable_grad():
-        return [t.detach() for t in product()]
 
 
 class ByAutograd(Linearisation):
@@ -233,7 +225,7 @@ def vector_jacobian_product(y: Leaves, x: Leaves, u: Leaves, *, create_graph: bo
     if not pairs:
         return [torch.zeros_like(t) for t in x]
     ys, us = zip(*pairs, strict=True)
-    # Under vmap with gradients on, for the reason given in `_with_gradients_on`.
+    # Without a graph, torch takes formulas of which some are wrong under vmap: that of `torch.linalg.eigvals`.
     is_batched = not create_graph and _context.depth() > 0
     grads = _functions.gradients(ys, x, us, create_graph=create_graph or is_batched)
     pulled = [torch.zeros_like(t) if g is None else g for t, g in zip(x, grads, strict=True)]

@@ -79,7 +79,7 @@ class RowFunction:
         """Return the value, the product ``v -> J v`` and the pullback ``u -> J' u``."""
         at = self._at(x)
         push = cache(at.push)
-        return at.values[0], lambda v: push()([v])[0], _on_one(at.pull())
+        return at.values[0], lambda v: _on_one(push())(v), _on_one(at.pull())
 
     def hessian(self, x: Tensor) -> tuple[Tensor, Tensor, VectorMap]:
         """Return the value, the gradient and the product ``v -> H v`` of a real-valued function."""
@@ -132,7 +132,12 @@ class RowFunction:
 
 
 def _on_one(product: Product) -> VectorMap:
-    return lambda v: product([v])[0]
+    def of_rows(v: Tensor) -> Tensor:
+        # With gradients off, torch takes formulas of which some are wrong under vmap: that of `torch.linalg.eigvals`.
+        with torch.enable_grad():
+            return product([v])[0]
+
+    return of_rows
 
 
 _MAX_ENTRIES_AT_ONCE = 2**22
