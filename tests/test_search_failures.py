@@ -285,6 +285,15 @@ def test_an_unknown_far_from_zero_does_not_make_the_guess_a_solution(name, dtype
     assert abs(found - centre) < (1e-4 if dtype == F64 else 0.1)
 
 
+@pytest.mark.parametrize("factory", ["gradient_descent", "lbfgs", "newton_cg", "nonlinear_cg"])
+def test_a_size_out_of_range_is_no_measure_of_the_error(factory):
+    # log x has no minimum. Its second derivative at the guess is beyond float32; below 0 only its gradient is finite.
+    guess = torch.full((2,), 3e-20, dtype=torch.float32)
+    _, state = getattr(solvers, factory)(lambda x: x.log().sum(), on_failure="ignore").run(guess)
+    assert state.status in (Status.LINE_SEARCH_FAILED, Status.UNBOUNDED, Status.DIVERGED)
+    assert not state.error < 1
+
+
 @pytest.mark.parametrize(("dtype", "curvature"), [(torch.float32, 0.05), (F64, 0.002)])
 @pytest.mark.parametrize("factory", [solvers.gradient_descent, solvers.lbfgs, solvers.newton_cg, solvers.nonlinear_cg])
 def test_a_kink_at_the_guess_does_not_make_it_a_solution(factory, dtype, curvature):

@@ -293,8 +293,9 @@ class Termination:
         # Rounding rarely exceeds 256 eps of the scale; the bound saves two evaluations in most searches.
         if any_lane(again & (error <= 256.0 * problem.eps * size)):
             again = again & (error > rounding_floor(problem.residual, problem, x, here))
-        # A failed line search leaves more error than a regular end: accept two thirds of the digits.
-        good = failed & (error <= rough)
+        # A failed line search leaves more error than a regular end: accept two thirds of the digits. An infinite scale
+        # gives no target.
+        good = failed & (error <= rough) & torch.isfinite(rough)
         state = self._running_on(state, again)
         state = state._replace(
             target=torch.where(again, fine, torch.where(good, rough, state.target)),
@@ -334,7 +335,7 @@ class Termination:
         far = reached & ~_is_settled(method, problem, state, "near")
         state = self._running_on(state, far)._replace(
             target=torch.where(far, _NEXT_TARGET * state.error, state.target),
-            memory=select_tree(far, step.memory, state.memory),
+            memory=state.memory if step.memory is None else select_tree(far, step.memory, state.memory),
         )
         return state, verdict._replace(error=torch.where(far, 0.0, verdict.error))
 

@@ -106,7 +106,9 @@ def _step(
     if acceleration:
         memory = _accelerate(problem, x, state.memory, memory)
     status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status)
-    return new_x, state._replace(error=row_norm(residual), status=status, memory=memory)
+    # Where the last trial of a search has no value, the gradient may be finite all the same: that of log(x) at x < 0.
+    error = torch.where(torch.isfinite(value.detach()), row_norm(residual), torch.inf)
+    return new_x, state._replace(error=error, status=status, memory=memory)
 
 
 def _descend(
