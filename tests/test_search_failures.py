@@ -12,6 +12,7 @@ import pytest
 import torch
 from checks.tensors import number
 from problem_sets.hock_schittkowski import rosenbrock
+from tables.solvers import MINIMISERS
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -264,7 +265,7 @@ def test_unrolled_a_poor_guess_makes_no_poor_solution():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("factory", [solvers.gradient_descent, solvers.lbfgs, solvers.newton_cg, solvers.nonlinear_cg])
+@pytest.mark.parametrize("factory", MINIMISERS)
 def test_a_kink_is_no_solution(factory, dtype):
     # The minimum is at the kink, where the gradient jumps from one sign to the other and is zero nowhere.
     solver = factory(lambda x: ((x - 3).abs() + (x - 3.5) ** 2 / 2).sum(), maxiter=30, on_failure="ignore")
@@ -285,17 +286,17 @@ def test_an_unknown_far_from_zero_does_not_make_the_guess_a_solution(name, dtype
     assert abs(found - centre) < (1e-4 if dtype == F64 else 0.1)
 
 
-@pytest.mark.parametrize("factory", ["gradient_descent", "lbfgs", "newton_cg", "nonlinear_cg"])
+@pytest.mark.parametrize("factory", MINIMISERS)
 def test_a_size_out_of_range_is_no_measure_of_the_error(factory):
     # log x has no minimum. Its second derivative at the guess is beyond float32; below 0 only its gradient is finite.
     guess = torch.full((2,), 3e-20, dtype=torch.float32)
-    _, state = getattr(solvers, factory)(lambda x: x.log().sum(), on_failure="ignore").run(guess)
+    _, state = factory(lambda x: x.log().sum(), on_failure="ignore").run(guess)
     assert state.status in (Status.LINE_SEARCH_FAILED, Status.UNBOUNDED, Status.DIVERGED)
     assert not state.error < 1
 
 
 @pytest.mark.parametrize(("dtype", "curvature"), [(torch.float32, 0.05), (F64, 0.002)])
-@pytest.mark.parametrize("factory", [solvers.gradient_descent, solvers.lbfgs, solvers.newton_cg, solvers.nonlinear_cg])
+@pytest.mark.parametrize("factory", MINIMISERS)
 def test_a_kink_at_the_guess_does_not_make_it_a_solution(factory, dtype, curvature):
     solver = factory(lambda x: curvature / 2 * ((x - 2) ** 2).sum() + (x - 3).relu().sum())
     found, _ = solver.run(torch.tensor([3.0], dtype=dtype))

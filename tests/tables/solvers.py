@@ -320,3 +320,5 @@ SEARCHES = [
     ),
     Row("scipy_least_squares", solvers.scipy_least_squares, LEAST_SQUARES, SCIPY, unrolls=False, tolerance=1e-6),
 ]
+# Those of smooth functions without constraints, whose failures have tests of their own.
+MINIMISERS = [row.factory for row in SEARCHES if row.family is MINIMUM and not isinstance(row.factory, partial)]

@@ -40,7 +40,8 @@ class IterativeMethod(NamedTuple, Generic[MethodMemory]):
     Attributes:
         start: ``start(problem, x)``.
         step: ``step(problem, x, state) -> (x, state)``. Returns the new ``x``, and the state with the new ``error`` and
-            ``memory``, and with ``status`` changed in lanes that fail; the loop updates the other fields. The loop
+            ``memory``, and with ``status`` changed in lanes that fail, such as ``LINE_SEARCH_FAILED``; at a solution
+            the stopping rule changes it to ``CONVERGED``. The loop updates the other fields. The loop
             discards the results of lanes that have stopped, but these results must be finite because transforms
             differentiate them.
         memory: the class of the memory.

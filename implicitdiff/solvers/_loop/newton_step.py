@@ -31,7 +31,7 @@ class NewtonStep(NamedTuple):
         counts: True if the predicted gain also exceeds rounding of the objective.
         size: ``|H x|``.
         bends_down: True if a curvature is negative beyond rounding, so that no minimum is near.
-        memory: the method's memory with this step to be tried next; None if the method does not try the step.
+        memory: the method's memory with this step to be tried next; None if the next iteration cannot try the step.
         units: scale of each unknown for the length of the step; None for the unknowns' own.
     """
 

@@ -29,9 +29,9 @@ def backtrack(
 
     Args:
         at: returns the point for a step size.
-        enough: True in lanes whose point, for the given size, is acceptable.
+        enough: True in lanes whose point, for the given size, is acceptable; False where the point has no value.
         size: the first size, ``(lanes,)``.
-        active: the lanes to search; the others keep their first point.
+        active: the lanes to search; the others keep their first point, so give them size 0.
         halvings: bound on the number of halvings.
 
     Returns:
