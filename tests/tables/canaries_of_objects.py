@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from checks.private_names import canary
-from tables.canaries_of_levels import Seen, Twice, plain
 from torch import Tensor, nn
 from torch.func import grad, vmap
+
+from tables.canaries_of_levels import Seen, Twice, plain
 
 # --- tensors and modules --------------------------------------------------------------------------------------------
 
