@@ -51,16 +51,13 @@ def solve_normal_cg(
     For an ``A`` of ``m`` rows and ``n`` columns, with different trees ``x`` and ``b``:
 
     - ``x`` is the least-squares solution, and for ``m < n`` the solution of least norm. `init` is a tree like ``x``,
-    and
-      the initial guess if ``m >= n``; see `implicitdiff.linear_solve` for a missing `init`.
+      and the initial guess if ``m >= n``; see `implicitdiff.linear_solve` for a missing `init`.
     - ``b`` may be outside of the range, so the iteration stops at
       ``|A^H (b - A x)| <= max(rtol |A^H b|, atol)``, or at rounding.
     - The preconditioner approximates the inverse of the smaller of ``A^H A``, over trees like ``x``, and ``A A^H``,
-    over
-      trees like ``b``. In the second case, and in derivatives of the first, the test is on ``|b - A x|``.
+      over trees like ``b``. In the second case, and in derivatives of the first, the test is on ``|b - A x|``.
     - ``ridge`` raises. For damped least squares, ``(A^H A + ridge I) x = A^H b``, use a tall operator: ``matvec``
-    returns
-      ``(A v, ridge**0.5 * v)``, with the right-hand side ``(b, 0)``.
+      returns ``(A v, ridge**0.5 * v)``, with the right-hand side ``(b, 0)``.
     - Derivatives are those of the pseudoinverse at constant rank, see `solve_lstsq`, without a check: full rank is
       constant.
 
