@@ -209,10 +209,12 @@ def draw() -> str:
 def box(number: int, step: Step, y: int) -> list[str]:
     x = MARGIN + 8
     code = f"{Path(step.file).name}: {step.function}"
+    # About as many letters as the box is wide.
+    squeezed = ' textLength="308" lengthAdjust="spacingAndGlyphs"' if len(code) > 42 else ""
     return [
         f'<rect class="box" x="{x}" y="{y}" width="{WIDTH - 2 * x}" height="{BOX}" rx="4"/>',
         f'<text x="{x + 8}" y="{y + 19}">{number}. {escape(step.does)}</text>',
-        f'<text class="code" x="{x + 8}" y="{y + 37}">{escape(code)}</text>',
+        f'<text class="code" x="{x + 8}" y="{y + 37}"{squeezed}>{escape(code)}</text>',
     ]
 
 
