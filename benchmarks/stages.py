@@ -42,8 +42,8 @@ STAGES = {
     "the linear system": ["_implicit.linear:LinearProblem.primal"],
     "its matrix": ["_implicit.system:_materialise"],
     "its factorisation": ["linear_solve._direct:probed"],
-    "products by autograd": ["_torch.levels:gradients"],
-    "one level of torch.func": ["_torch.levels:apply"],
+    "products by autograd": ["_torch.functions:gradients"],
+    "one level of torch.func": ["_torch.functions:apply"],
 }
 
 

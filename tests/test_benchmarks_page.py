@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 
@@ -23,3 +26,17 @@ def maker() -> ModuleType:
 
 def test_the_page_is_made_from_the_results(maker: ModuleType) -> None:
     assert maker.PAGE.read_text() == maker.page(FOLDER), "python benchmarks/page.py writes it again"
+
+
+def test_the_functions_whose_time_is_measured_are_there() -> None:
+    if not (FOLDER / "stages.py").exists():
+        pytest.skip("benchmarks/stages.py is not here")
+    source = ast.parse((FOLDER / "stages.py").read_text())
+    places = [text.value for text in ast.walk(source) if isinstance(text, ast.Constant) and isinstance(text.value, str)]
+    found = [
+        place.split(":") for place in places if place.startswith(("_", "solvers.", "linear_solve.")) and ":" in place
+    ]
+    assert len(found) > 10
+    for module, path in found:
+        # A place of several functions ends where their names are put in.
+        assert attrgetter(path.rstrip("."))(importlib.import_module(f"implicitdiff.{module}"))
