@@ -1,8 +1,5 @@
 """Differentiation through optimisation on torch.func: of solutions, and of an optimizer's steps."""
 
-import warnings as _warnings
-from typing import Any as _Any
-
 # Spelt so, they belong to the package, but `from implicitdiff import *` leaves the user's own `nn` alone.
 from implicitdiff import linear_solve as linear_solve
 from implicitdiff import nn as nn
@@ -136,10 +133,3 @@ __all__ = [
     "stop_gradient",
     "unroll",
 ]
-
-
-def __getattr__(name: str) -> _Any:
-    if name == "fronts":
-        _warnings.warn("implicitdiff.fronts is now implicitdiff.objects", DeprecationWarning, stacklevel=2)
-        return objects
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

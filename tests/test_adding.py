@@ -17,15 +17,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("implicitdiff", "tests", "benchmarks", "docs/api", "CHANGELOG.md", "pyproject.toml")
-# Where a table was before it was in tests/tables/.
-BEFORE = {
-    "tests/tables/linear_solvers.py": "tests/solvers.py",
-    "tests/tables/solvers.py": "tests/searches.py",
-    "tests/tables/optimizers.py": "tests/optimizers.py",
-    "tests/tables/fronts.py": "tests/test_optimizer_fronts.py",
-    "tests/tables/meta_fronts.py": "tests/test_meta_optimizers.py",
-}
-
 if not (ROOT / "CONTRIBUTING.md").exists():
     pytest.skip("the sources are not here", allow_module_level=True)
 
@@ -42,11 +33,6 @@ def steps(heading: str) -> list[str]:
 
 def code_in(text: str) -> list[str]:
     return re.findall(r"`([^`]+)`", text)
-
-
-def place(root: Path, path: str) -> Path:
-    """A path of a list, or where the table was before."""
-    return root / path if (root / path).exists() else root / BEFORE.get(path, path)
 
 
 Edit = tuple[str, str, str]
@@ -259,7 +245,7 @@ def omissions(root: Path, one: List) -> list[str]:
     listed = re.findall(r"^   (\w+)$", (root / one.page).read_text(), re.MULTILINE)
     found += [f"{one.page}: {name}" for name in names if name not in listed]
     for path in (one.table, one.benchmark):
-        used = names_used(place(root, path)).union(one.exempt.get(path, ()))
+        used = names_used(root / path).union(one.exempt.get(path, ()))
         found += [f"{path}: {name}" for name in factories(root, one) if name not in used]
     return found + [f"CHANGELOG.md: {name}" for name in factories(root, one) if f"`{name}`" not in news]
 
@@ -284,7 +270,7 @@ def follow(root: Path, one: List, without: str = "") -> None:
     write_file(root, one)
     for step, edits in one.edits.items():
         for path, before, text in edits if step != without else ():
-            file = place(root, path)
+            file = root / path
             old = file.read_text()
             assert before in old, f"{step}: {before!r} is not in {path}"
             text = text.format(one.factory) if path == "CHANGELOG.md" else text
@@ -318,7 +304,7 @@ def test_a_list_has_at_most_six_lines_and_its_paths_are_there(one: List) -> None
     for code in code_in(text):
         if "/" in code:
             folders = (ROOT, ROOT / "implicitdiff", ROOT / one.package)
-            assert any(place(folder, code).exists() for folder in folders), code
+            assert any((folder / code).exists() for folder in folders), code
 
 
 @every_list
@@ -370,7 +356,7 @@ def test_without_its_export_a_row_is_an_error(tmp_path: Path) -> None:
     root, both = copied(tmp_path), (LINEAR_SOLVER, SOLVER)
     for one in both:
         follow(root, one, without="export")
-    tables = [place(root, one.table).relative_to(root / "tests").with_suffix("") for one in both]
+    tables = [(root / one.table).relative_to(root / "tests").with_suffix("") for one in both]
     tries = [f"try: import {'.'.join(table.parts)}\nexcept Exception as error: print(error)" for table in tables]
     shown = run(root, "-c", "\n".join(["import sys", "sys.path.insert(0, 'tests')", *tries]))
     for one in both:

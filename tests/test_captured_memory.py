@@ -288,6 +288,17 @@ def test_memory_does_not_grow_with_the_calls(solver):
     assert sizes[1] - sizes[0] < 60e6  # a chain would have kept 200 MB
 
 
+@pytest.mark.parametrize("factory", ["lbfgs", "newton"])
+def test_a_warm_start_keeps_no_earlier_solution(factory):
+    fn = (lambda x, t: x**3 - t) if factory == "newton" else (lambda x, t: (x**4 / 4 - t * x).sum())
+    theta = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    x, marks = torch.ones(1, dtype=F64), weakref.WeakSet()
+    for _ in range(10):
+        x = marked(getattr(solvers, factory)(fn).run(x, theta)[0], marks)
+        gc.collect()
+        assert len(marks) == 1
+
+
 # --- what is saved ----------------------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ ORDER = [
     "projections",
     "nn",
     "objects",
+    "fronts",
     "_version",
     "",
     "__main__",

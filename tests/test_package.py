@@ -51,3 +51,11 @@ def test_the_version_of_a_source_tree_that_is_not_installed(tmp_path: Path, with
 def test_the_summary_of_the_build_begins_with_the_version() -> None:
     shown = subprocess.run([sys.executable, "-m", "implicitdiff"], capture_output=True, text=True, check=True).stdout
     assert shown.startswith(f"implicitdiff {implicitdiff.__version__}\n")
+
+
+def test_the_former_name_of_the_objects_warns() -> None:
+    fronts = importlib.import_module("implicitdiff.fronts")
+    with pytest.warns(DeprecationWarning, match="now implicitdiff.objects"):
+        assert fronts.MetaAdam is objects.MetaAdam
+    with pytest.raises(AttributeError):
+        fronts.no_such_name  # noqa: B018

@@ -269,6 +269,17 @@ def test_going_on_from_a_tensor_of_the_last_evaluation_is_refused(way, make):
 # --- memory that belongs to others ------------------------------------------------------------------------------------
 
 
+def test_an_initial_guess_may_be_overwritten_meanwhile():
+    guess, theta = np.ones(1), torch.tensor(8.0, dtype=F64, requires_grad=True)
+    x, _ = solvers.newton(lambda x, theta: x**3 - theta).run(torch.from_numpy(guess), theta)
+    guess[:] = 5.0
+    (slope,) = torch.autograd.grad(x.sum(), theta, create_graph=True)
+    guess[:] = 7.0
+    (curvature,) = torch.autograd.grad(slope, theta)
+    # x = theta^(1/3)
+    torch.testing.assert_close(torch.stack([slope, curvature]), torch.tensor([1 / 12, -1 / 144], dtype=F64))
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.complex128])
 @pytest.mark.parametrize("used", ["from_numpy", "as_tensor", "captured"])
 @pytest.mark.parametrize("way", PASSES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import re
 from functools import partial
 from typing import Any
 
@@ -157,3 +159,11 @@ def test_the_spawned_worker_of_a_data_loader_solves() -> None:
     loader = DataLoader(Solutions(solver), batch_size=None, num_workers=1, multiprocessing_context=context)
     for i, x in enumerate(loader):
         torch.testing.assert_close(x, searches.rotated_cubic((i + 1) * THETA))
+
+
+@every_solver
+def test_a_saved_state_names_no_private_module(row: Row) -> None:
+    state = row.solver().init(row.family.start(THETA), THETA)
+    named = set(re.findall(rb"implicitdiff[.\w]*", pickle.dumps(state)))
+    assert named
+    assert not [name for name in named if b"._" in name]

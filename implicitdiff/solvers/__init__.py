@@ -197,5 +197,9 @@ __all__ = [
     "scipy_root",
 ]
 
+# A saved state names the classes of its parts. It names them here, so that private modules may move.
+State.__module__ = Progress.__module__ = __name__
+ProximalGradientMemory.__module__ = DoglegMemory.__module__ = ScipyMemory.__module__ = __name__
+
 # Classes that `torch.load` accepts with weights_only=True.
 add_safe_globals([KKTSolution, Progress, State, *(globals()[name] for name in __all__ if name.endswith("Memory"))])

@@ -56,10 +56,15 @@ class LiftedProblem:
             return [function(params, args) for function in equation.functions.values()]
 
         self.name, self.equation, self.args = name, equation, args
-        self.lifted = lift(name, dispatch, params, args)
+        # The lifted function outlives the call. It must keep neither the graph of the guess, as of a warm start from
+        # an earlier solution, nor its memory, which the caller may overwrite.
+        guess = self.structure.unflatten([t.detach().clone() for t in self.x0])
+        self.lifted = lift(name, dispatch, guess, args)
 
     def attached(self, x: Leaves, solve: Solve) -> Tree:
         """Return the solution with its derivatives; `solve` is for their linear systems."""
+        # From here on the function is evaluated at the solution; the copy of the guess is free.
+        self.lifted.operands[: len(x)] = x
         root = RootAt(self.lifted, root_form, solve, x, self.structure, is_lifted_here=False)
         try:
             return root.attached()
