@@ -297,7 +297,7 @@ def _lift_once(
         # the stored tensors, as all later runs will.
         value, watch = _run_watched(name, fn, given, arguments, refusal, differentiated)
         used_again = [ref for ref in kept if id(ref()) in watch.program.outside]
-    # For functions around this call, the call counts as one operation, with this program.
+    # A watched function around this call records the call as one operation, together with the program of `fn`.
     for outer in _modes.watches():
         outer.program.nest(watch.program)
     watch.program.note_memory(given)

@@ -1,4 +1,4 @@
-"""The dictionaries in which a module keeps its tensors."""
+"""The dictionaries of parameters, buffers and attributes in which an `nn.Module` keeps tensors."""
 
 from __future__ import annotations
 

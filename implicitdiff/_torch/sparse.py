@@ -110,7 +110,7 @@ def _is_constant(tensor: Tensor) -> bool:
 
 
 def _sparse_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b``, of which one operand is a sparse matrix."""
+    """Return ``a @ b`` for one sparse and one dense operand."""
     if _is_sparse(a) and _is_sparse(b):
         raise NotImplementedError(
             f"torch cannot transform the product of two sparse matrices, in the layouts {_layout(a)} and {_layout(b)}; "

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from implicitdiff._torch.context import depth, in_dispatch_mode, in_saved_tensor_hooks, now
 
-# For a body that needs no switch at this moment.
+# Context for a body where nothing has to be switched.
 UNCHANGED: AbstractContextManager[None] = nullcontext()
 
 

@@ -121,7 +121,7 @@ class Located(NamedTuple):
 def locate(
     columns: Sequence[Operands], overwritten: Sequence[int], count: torch.Tensor | None = None
 ) -> Located | None:
-    """Return the addresses of a step on these columns, None if its tensors have to be checked one by one.
+    """Return the addresses of a step on these columns; None if each tensor must be checked by itself.
 
     Args:
         columns: columns of a `Step`, or gradients and parameters alone.
@@ -200,7 +200,7 @@ def at_once(
     overwritten: Sequence[int],
     memory: Located,
 ) -> list[Leaves]:
-    """Return the results of a located step: the columns that it overwrites, or new ones if there are none.
+    """Return the results of a located step: the overwritten columns, or new columns if none is overwritten.
 
     To be called only if `memory.is_donated`, or `memory.is_free` if no column is overwritten.
     """
@@ -221,7 +221,7 @@ def _is_recorded(step: Step) -> bool:
 
 
 class _Step(torch.autograd.Function):
-    """A step as one operation of autograd. Operands: the `Step` without its tensors, its tensors."""
+    """A step as one operation of autograd. Operands: the `Step` without tensors, then the tensors of the step."""
 
     @staticmethod
     def forward(step: Step, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -351,7 +351,7 @@ def _launch(
 
 
 def _note_change(tensors: Leaves) -> None:
-    """Tell autograd that a kernel has overwritten these tensors."""
+    """Count an in-place change of each tensor, since autograd does not see the writes of kernels."""
     try:
         torch.autograd.graph.increment_version(tensors)
     except RuntimeError:  # Tensors made in inference mode have no version.

@@ -201,7 +201,7 @@ class _Section(NamedTuple):
         return free | still, enter >= high, is_corner
 
     def _crossings(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return for each entry the ``tau`` at which it enters, and at which it leaves the box."""
+        """Return the ``tau`` at which each entry enters the box, and the ``tau`` at which the entry leaves the box."""
         step = torch.where(self.w == 0, 1.0, self.w)
         return (self.near - v) / step, (self.far - v) / step
 

@@ -79,7 +79,7 @@ def elementary() -> Iterator[None]:
 
 
 class Exchange(TorchFunctionMode):
-    """The mode that replaces operations in its body."""
+    """Mode that replaces operations."""
 
     # torch.compile would trace the mode itself, with wrong results.
     @_compile.outside_compile

@@ -151,7 +151,7 @@ class SolverImpl:
         return self.termination.begin(self.method, problem, x, self.method.start(problem, x))
 
     def _step(self, problem: BatchedProblem, x: Tensor, state: State[Any], *, mask: bool) -> tuple[Tensor, State[Any]]:
-        """Make one iteration; with `mask`, lanes that have stopped stay as they are."""
+        """Make one iteration; with `mask`, stopped lanes do not change."""
         new_x, new = self.method.step(problem, x, state)
         new = self.termination.advance(self.method, problem, x, new_x, new)
         if not mask:
