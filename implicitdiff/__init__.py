@@ -10,6 +10,7 @@ from implicitdiff import prox as prox
 from implicitdiff import pytree as pytree
 from implicitdiff import schedule as schedule
 from implicitdiff import solvers as solvers
+from implicitdiff._problems import fixed_point, least_squares, minimize, root
 from implicitdiff._torch.replacements import elementary
 from implicitdiff._unroll import unroll
 from implicitdiff._version import __version__ as __version__
@@ -122,14 +123,23 @@ __all__ = [
     "custom_root",
     "elementary",
     "extract_state_dict",
+    "fixed_point",
     "from_torch",
+    "least_squares",
+    "minimize",
     "module_clone",
     "radam",
     "recover_state_dict",
     "rmsprop",
+    "root",
     "root_jvp",
     "root_vjp",
     "sgd",
     "stop_gradient",
     "unroll",
 ]
+
+
+def __dir__() -> list[str]:
+    modules = ["linear_solve", "nn", "objects", "optim", "projections", "prox", "pytree", "schedule", "solvers"]
+    return [*__all__, *modules, "__version__"]

@@ -14,6 +14,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 class LinearSolveError(RuntimeError):
     """A linear solve broke down, or reached the default limit of iterations before its target.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 
@@ -18,7 +18,7 @@ from implicitdiff._implicit.checks import check_like
 from implicitdiff._implicit.linear_problem import Solve
 from implicitdiff._implicit.root import ResidualForm, fixed_point_form, root_at, root_form
 from implicitdiff._implicit.solver_body import UserSolver, detached, run_solver
-from implicitdiff._torch.trees import Leaves, Tree, UserFunction
+from implicitdiff._torch.trees import Leaves, P, Tree, UserFunction, X
 from implicitdiff._torch.values import refuse_valueless
 from implicitdiff.errors import NotARootError
 from implicitdiff.linear_solve.auto import solve_auto
@@ -26,6 +26,30 @@ from implicitdiff.linear_solve.auto import solve_auto
 __all__ = ["custom_fixed_point", "custom_root", "root_jvp", "root_vjp"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
+Aux = TypeVar("Aux")
+
+
+@overload
+def custom_root(
+    optimality_fn: UserFunction,
+    argnums: int | Sequence[int] | None = None,
+    has_aux: Literal[False] = False,
+    solve: Solve | None = None,
+    check: float | None = None,
+) -> Callable[[Callable[P, X]], Callable[P, X]]: ...
+@overload
+def custom_root(
+    optimality_fn: UserFunction,
+    argnums: int | Sequence[int] | None = None,
+    *,
+    has_aux: Literal[True],
+    solve: Solve | None = None,
+    check: float | None = None,
+) -> Callable[[Callable[P, tuple[X, Aux]]], Callable[P, tuple[X, Aux]]]: ...
 def custom_root(
     optimality_fn: UserFunction,
     argnums: int | Sequence[int] | None = None,
@@ -101,6 +125,23 @@ def custom_root(
     return _decorator("custom_root", optimality_fn, root_form, argnums, has_aux, solve, check)
 
 
+@overload
+def custom_fixed_point(
+    fixed_point_fn: UserFunction,
+    argnums: int | Sequence[int] | None = None,
+    has_aux: Literal[False] = False,
+    solve: Solve | None = None,
+    check: float | None = None,
+) -> Callable[[Callable[P, X]], Callable[P, X]]: ...
+@overload
+def custom_fixed_point(
+    fixed_point_fn: UserFunction,
+    argnums: int | Sequence[int] | None = None,
+    *,
+    has_aux: Literal[True],
+    solve: Solve | None = None,
+    check: float | None = None,
+) -> Callable[[Callable[P, tuple[X, Aux]]], Callable[P, tuple[X, Aux]]]: ...
 def custom_fixed_point(
     fixed_point_fn: UserFunction,
     argnums: int | Sequence[int] | None = None,

@@ -33,6 +33,10 @@ from implicitdiff.projections._point import Point
 __all__ = ["elastic_net", "group_lasso", "lasso", "non_negative_lasso", "non_negative_ridge", "ridge"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def lasso(v: Tree, threshold: Tree = 1.0, *, strength: Tree = 1.0) -> Tree:
     """Soft thresholding, for the penalty ``g(x) = strength |x|_1``.
 

@@ -27,6 +27,11 @@ __all__ = [
     "tree_zeros_like",
 ]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Scalar = torch.Tensor | float | complex
 
 

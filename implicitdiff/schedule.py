@@ -14,14 +14,25 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from implicitdiff._calls import Remembers, shows_call
 from implicitdiff._torch.trees import Number
 
 __all__ = ["constant", "cosine", "exponential", "linear", "piecewise", "polynomial", "warmup"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Count = int | torch.Tensor
 Schedule = Callable[[Count], torch.Tensor]
 
 
+class _Schedule(Remembers, functools.partial[torch.Tensor]):
+    """A schedule: a partial function, which unlike a closure can be pickled."""
+
+
+@shows_call
 def constant(value: Number) -> Schedule:
     """Constant ``value``.
 
@@ -30,8 +41,7 @@ def constant(value: Number) -> Schedule:
         >>> constant(0.1)(3)
         tensor(0.1000, dtype=torch.float64)
     """
-    # Partial functions can be pickled, closures cannot.
-    return functools.partial(_constant, value)
+    return _Schedule(_constant, value)
 
 
 def _constant(value: Number, count: Count) -> torch.Tensor:
@@ -39,6 +49,7 @@ def _constant(value: Number, count: Count) -> torch.Tensor:
     return value + 0 * _float(count)
 
 
+@shows_call
 def polynomial(
     init_value: Number, end_value: Number, power: Number, transition_steps: int, *, begin: int = 0
 ) -> Schedule:
@@ -59,7 +70,7 @@ def polynomial(
         tensor([1.0000, 0.5625, 0.2500, 0.0625, 0.0000], dtype=torch.float64)
     """
     _at_least_one("polynomial", transition_steps=transition_steps)
-    return functools.partial(_polynomial, init_value, end_value, power, transition_steps, begin)
+    return _Schedule(_polynomial, init_value, end_value, power, transition_steps, begin)
 
 
 def _polynomial(
@@ -70,6 +81,7 @@ def _polynomial(
     return end_value * (1 - left**power) + init_value * left**power
 
 
+@shows_call
 def linear(init_value: Number, end_value: Number, transition_steps: int, *, begin: int = 0) -> Schedule:
     """A straight line from ``init_value`` to ``end_value`` in ``transition_steps`` updates, constant before and after.
 
@@ -81,6 +93,7 @@ def linear(init_value: Number, end_value: Number, transition_steps: int, *, begi
     return polynomial(init_value, end_value, 1, transition_steps, begin=begin)
 
 
+@shows_call
 def exponential(
     init_value: Number,
     decay_rate: Number,
@@ -106,7 +119,7 @@ def exponential(
     _at_least_one("exponential", transition_steps=transition_steps)
     if not isinstance(decay_rate, torch.Tensor) and not decay_rate > 0:
         raise ValueError(f"exponential: decay_rate has to be positive, but it is {decay_rate!r}")
-    return functools.partial(_exponential, init_value, decay_rate, transition_steps, begin, staircase, end_value)
+    return _Schedule(_exponential, init_value, decay_rate, transition_steps, begin, staircase, end_value)
 
 
 def _exponential(
@@ -127,6 +140,7 @@ def _exponential(
     return torch.where(falls, value.clamp(min=end_value), value.clamp(max=end_value))
 
 
+@shows_call
 def cosine(init_value: Number, decay_steps: int, *, alpha: Number = 0.0, begin: int = 0) -> Schedule:
     """Half a period of a cosine from ``init_value`` to ``alpha * init_value``.
 
@@ -143,7 +157,7 @@ def cosine(init_value: Number, decay_steps: int, *, alpha: Number = 0.0, begin: 
         tensor([1.0000, 0.8536, 0.5000, 0.1464, 0.0000], dtype=torch.float64)
     """
     _at_least_one("cosine", decay_steps=decay_steps)
-    return functools.partial(_cosine, init_value, decay_steps, alpha, begin)
+    return _Schedule(_cosine, init_value, decay_steps, alpha, begin)
 
 
 def _cosine(init_value: Number, decay_steps: int, alpha: Number, begin: int, count: Count) -> torch.Tensor:
@@ -151,6 +165,7 @@ def _cosine(init_value: Number, decay_steps: int, alpha: Number, begin: int, cou
     return init_value * ((1 - alpha) * fall + alpha)
 
 
+@shows_call
 def warmup(schedule: Schedule, warmup_steps: int, *, init_value: Number = 0.0) -> Schedule:
     """A straight line from ``init_value`` to the first value of a schedule, then the schedule.
 
@@ -167,7 +182,7 @@ def warmup(schedule: Schedule, warmup_steps: int, *, init_value: Number = 0.0) -
         tensor([0.0000, 0.5000, 1.0000, 0.5000, 0.0000], dtype=torch.float64)
     """
     _at_least_one("warmup", warmup_steps=warmup_steps)
-    return functools.partial(_warmed, schedule, warmup_steps, init_value)
+    return _Schedule(_warmed, schedule, warmup_steps, init_value)
 
 
 def _warmed(schedule: Schedule, warmup_steps: int, init_value: Number, count: Count) -> torch.Tensor:
@@ -177,6 +192,7 @@ def _warmed(schedule: Schedule, warmup_steps: int, init_value: Number, count: Co
     return torch.where(count < warmup_steps, rising, schedule((count - warmup_steps).clamp(min=0)))
 
 
+@shows_call
 def piecewise(schedules: Sequence[Schedule | float], boundaries: Sequence[int]) -> Schedule:
     """A sequence of schedules, each with its count from its own start.
 
@@ -198,7 +214,7 @@ def piecewise(schedules: Sequence[Schedule | float], boundaries: Sequence[int]) 
             f"increase, but there are {len(schedules)} schedules and boundaries {list(boundaries)}"
         )
     pieces = [functools.partial(_widened, piece) if callable(piece) else constant(piece) for piece in schedules]
-    return functools.partial(_joined, pieces, list(boundaries))
+    return _Schedule(_joined, pieces, list(boundaries))
 
 
 def _joined(pieces: Sequence[Schedule], boundaries: Sequence[int], count: Count) -> torch.Tensor:

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "implicitdiff"
 ORDER = [
     "errors",
     "_C",
+    "_calls",
     "_torch",
     "pytree",
     "_closures",
@@ -31,6 +32,7 @@ ORDER = [
     "solvers._steps",
     "solvers._qp",
     "solvers",
+    "_problems",
     "projections",
     "nn",
     "objects",

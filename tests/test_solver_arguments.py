@@ -116,10 +116,10 @@ def test_errors_and_help_name_the_public_function(row: Row) -> None:
             fn(*given, thta=THETA)
         with pytest.raises(TypeError, match=rf"^{name}\.{field}: params is missing"):
             fn()
-        assert f"solvers.{name}(" in repr(fn) and repr(fn).endswith(f".{field}>")
+        assert repr(fn).startswith(f"{name}(") and repr(fn).endswith(f").{field}")
         assert fn.__name__ == field and fn.__qualname__ == f"{name}.{field}"
         text = pydoc.plain(pydoc.render_doc(fn))
-        assert f"{name}.{field}(params, " in text and "SolverImpl" not in text
+        assert f"{field}(params, " in text and "Args:" in text and "Returns:" in text and "SolverImpl" not in text
     assert list(inspect.signature(solver.run).parameters)[2:-1] == [
         *("implicit_diff", "checkpoint_every", "keep_history", "verbose", "callback")
     ]

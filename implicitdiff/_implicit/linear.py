@@ -14,6 +14,7 @@ import implicitdiff._torch.compile as _compile
 import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.settings as _settings
 import implicitdiff._torch.trees as pytree
+from implicitdiff._calls import Remembers
 from implicitdiff._closures.lift import Lifted, confirm, lift
 from implicitdiff._implicit.checks import check_like, check_unknowns, is_like, max_abs_or_one, probe_vector
 from implicitdiff._implicit.domain import SHAPE_ERRORS, domain_of, refuse_other_errors
@@ -34,8 +35,8 @@ _NOT_SQUARE = " (solve_lstsq and solve_normal_cg take operators that are not squ
 _HINT = " (where the unknowns are another tree than b, pass init=, a tree like them)"
 
 
-@dataclass(frozen=True)
-class LinearSolver(LinearMethod):
+@dataclass(frozen=True, repr=False)
+class LinearSolver(Remembers, LinearMethod):
     """``solve(matvec, b) -> x`` with ``A x = b`` over pytrees; made by the factories of `implicitdiff.linear_solve`."""
 
     @_compile.outside_compile
@@ -115,9 +116,6 @@ class LinearSolver(LinearMethod):
                 "solver takes square operators alone: take solve_lstsq or solve_normal_cg"
             )
         return Domain.like(f"{self.name}: matvec", v)
-
-    def __repr__(self) -> str:
-        return f"<implicitdiff.linear_solve.{self.name}>"
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,13 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.utils import _pytree as torch_pytree
+from typing_extensions import ParamSpec, TypeVar
 
 Tree: TypeAlias = Any  # a pytree of tensors, nested as its user likes
 UserFunction: TypeAlias = Callable[..., Any]
+# For annotations: the unknowns, a tree; and the parameters of a user's function after its first.
+X = TypeVar("X", bound=Any, default=Any)
+P = ParamSpec("P", default=...)
 Leaves = list[torch.Tensor]
 _LEAF_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 TreeSpec = torch_pytree.TreeSpec

@@ -58,3 +58,7 @@ __all__ = [
     "solve_lu",
     "solve_normal_cg",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

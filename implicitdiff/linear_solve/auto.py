@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import System
 from implicitdiff.linear_solve._arithmetic import dot
@@ -18,6 +19,7 @@ from implicitdiff.linear_solve.gmres import NOT_FINITE, gmres
 from implicitdiff.linear_solve.lu import SINGULAR, lu
 
 
+@shows_call
 def solve_auto(
     *, dense_up_to: int = 1000, rtol: float | None = None, atol: float = 0.0, on_failure: OnFailure = "raise"
 ) -> LinearSolver:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
 from implicitdiff.linear_solve._arithmetic import Arithmetic, RowScalar
@@ -14,6 +15,7 @@ from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 
 
+@shows_call
 def solve_bicgstab(
     *,
     rtol: float | None = None,

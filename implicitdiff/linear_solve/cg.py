@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
 from implicitdiff.linear_solve._arithmetic import Arithmetic, RowScalar
@@ -19,6 +20,7 @@ INDEFINITE = (
 )
 
 
+@shows_call
 def solve_cg(
     *,
     rtol: float | None = None,

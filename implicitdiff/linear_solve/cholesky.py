@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff.linear_solve._direct import Factors, direct, probed
 from implicitdiff.linear_solve._outcome import OnFailure
 
 
+@shows_call
 def solve_cholesky(*, ridge: float = 0.0, on_failure: OnFailure = "raise") -> LinearSolver:
     r"""Make a solver ``solve(matvec, b) -> x`` that materialises ``A`` and factorises it, ``A`` Hermitian positive
     definite.

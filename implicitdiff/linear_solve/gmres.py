@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
 from implicitdiff.linear_solve._arithmetic import Arithmetic, OfOneRow, RowScalar, norm
@@ -19,6 +20,7 @@ from implicitdiff.linear_solve._outcome import OnFailure
 NOT_FINITE = "the iteration met values that are not finite; is the operator finite?"
 
 
+@shows_call
 def solve_gmres(
     *,
     rtol: float | None = None,

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
 from implicitdiff.linear_solve._arithmetic import Arithmetic, RowScalar
@@ -17,6 +18,7 @@ from implicitdiff.linear_solve._outcome import OnFailure
 from implicitdiff.linear_solve.lu import SINGULAR
 
 
+@shows_call
 def solve_inv(
     *,
     ns: bool = False,

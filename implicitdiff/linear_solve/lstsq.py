@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
 from implicitdiff.linear_solve._direct import direct
@@ -16,6 +17,7 @@ from implicitdiff.linear_solve._outcome import OnFailure
 from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem
 
 
+@shows_call
 def solve_lstsq(*, rtol: float | None = None, init: Tree = None, on_failure: OnFailure = "raise") -> LinearSolver:
     r"""Make a solver ``solve(matvec, b) -> x`` for the ``x`` of least ``|x|`` among those of least ``|b - A x|``,
     ``A`` any operator, square or not.
@@ -74,12 +76,12 @@ def solve_lstsq(*, rtol: float | None = None, init: Tree = None, on_failure: OnF
     if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < math.inf):
         raise ValueError(f"solve_lstsq: rtol must be a finite number >= 0 or None, got {rtol!r}")
     broken = "the matrix, or the right-hand side, is not finite"
-    solver = direct("solve_lstsq", partial(least_squares, rtol=rtol), broken, on_failure=on_failure)
+    solver = direct("solve_lstsq", partial(least_squares_rows, rtol=rtol), broken, on_failure=on_failure)
     problem_type = partial(PseudoinverseProblem, rtol=rtol, on_failure=on_failure)
     return replace(solver, init=init, problem_type=problem_type, rectangular=problem_type)
 
 
-def least_squares(a: Tensor, b: Tensor, eps: float, *, rtol: float | None) -> tuple[Tensor, Tensor]:
+def least_squares_rows(a: Tensor, b: Tensor, eps: float, *, rtol: float | None) -> tuple[Tensor, Tensor]:
     """A `Factorise` for any matrix, by its pseudoinverse."""
     # The decomposition of a batch raises if one lane is not finite: replace such lanes by zeros, and report them.
     finite = torch.isfinite(a).all(dim=(-2, -1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff.linear_solve._direct import Factors, direct, factorised
 from implicitdiff.linear_solve._outcome import OnFailure
@@ -15,6 +16,7 @@ SINGULAR = (
 )
 
 
+@shows_call
 def solve_lu(*, ridge: float = 0.0, on_failure: OnFailure = "raise") -> LinearSolver:
     r"""Make a solver ``solve(matvec, b) -> x`` that materialises ``A`` and factorises it, ``A`` any non-singular
     operator.

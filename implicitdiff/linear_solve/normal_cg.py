@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import System
 from implicitdiff._torch.trees import Tree
@@ -28,6 +29,7 @@ DEFICIENT = (
 )
 
 
+@shows_call
 def solve_normal_cg(
     *,
     rtol: float | None = None,

@@ -4,3 +4,7 @@ from implicitdiff.nn.implicit_meta_gradient_module import ImplicitMetaGradientMo
 from implicitdiff.nn.meta_gradient_module import MetaGradientModule
 
 __all__ = ["ImplicitMetaGradientModule", "MetaGradientModule"]
+
+
+def __dir__() -> list[str]:
+    return __all__

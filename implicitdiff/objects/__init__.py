@@ -78,5 +78,10 @@ __all__ = [
     "stop_gradient",
 ]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # `torch.load` with weights_only=True accepts registered classes alone.
 add_safe_globals([ModuleState])

@@ -58,6 +58,11 @@ __all__ = [
     "trace",
 ]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # `torch.load` with weights_only=True accepts registered classes alone, so states are registered.
 add_safe_globals(
     [

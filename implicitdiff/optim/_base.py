@@ -10,6 +10,7 @@ import torch
 
 import implicitdiff.optim._donation as _donation
 import implicitdiff.optim._fused as _fused
+from implicitdiff._calls import FactoryCall, Remembers, shown, shows_call
 from implicitdiff._torch.trees import Tree
 from implicitdiff.optim._columns import Columns
 
@@ -43,6 +44,16 @@ class GradientTransformation(NamedTuple):
 
     init: Callable[[Tree], Tree]
     update: Callable[..., tuple[Tree, Tree]]
+
+    def __repr__(self) -> str:
+        if isinstance(self.update, Remembers):
+            return repr(self.update)
+        return f"GradientTransformation({shown(self.init)}, {shown(self.update)})"
+
+    def remember(self, call: FactoryCall) -> None:
+        """Set the call that `repr` shows."""
+        if isinstance(self.update, Remembers):
+            self.update.remember(call)
 
     def step(self, grads: Tree, state: Tree, params: Tree, *, inplace: bool = False) -> tuple[Tree, Tree]:
         """Return ``(params, state)`` after ``update`` and `apply_updates`.
@@ -106,6 +117,7 @@ def apply_updates(params: Tree, updates: Tree, *, inplace: bool = False) -> Tree
     return params
 
 
+@shows_call
 def chain(*transformations: GradientTransformation) -> GradientTransformation:
     """Apply transformations in sequence: the updates of each are the gradients of the next.
 
@@ -137,8 +149,8 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     return GradientTransformation(update.init, update)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Chain:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Chain(Remembers):
     """``init`` and ``update`` of a chain."""
 
     links: Sequence[Sequence[Callable[..., Any]]]

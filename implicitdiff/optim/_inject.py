@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 import implicitdiff._torch.trees as pytree
+from implicitdiff._calls import Remembers
 from implicitdiff._torch.trees import Tree
 from implicitdiff.optim._base import GradientTransformation
 
@@ -66,8 +67,8 @@ def _injected(factory: Callable[..., GradientTransformation], **given: Tree) -> 
     return GradientTransformation(update.init, update)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Injected:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Injected(Remembers):
     """``init``, ``update`` and ``step`` of a factory's pair, which is made again for each update.
 
     Attributes:

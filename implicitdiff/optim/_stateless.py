@@ -9,6 +9,7 @@ import torch
 
 import implicitdiff._torch.trees as pytree
 import implicitdiff.optim._donation as _donation
+from implicitdiff._calls import Remembers
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns, accumulator, refuse_others, value_of_each_leaf
@@ -20,8 +21,8 @@ def stateless(name: str, compute: Callable[[Columns, Tree], Leaves]) -> Gradient
     return GradientTransformation(update.init, update)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _StatelessUpdate:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _StatelessUpdate(Remembers):
     """``init`` and ``update`` of a transformation without a state."""
 
     name: str

@@ -17,6 +17,7 @@ import torch
 import implicitdiff._torch.trees as pytree
 import implicitdiff.optim._donation as _donation
 import implicitdiff.optim._fused as _fused
+from implicitdiff._calls import Remembers
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns, accumulator, refuse_misfits, refuse_others, value_of_each_leaf
@@ -79,8 +80,8 @@ def _initial(name: str, leaf: torch.Tensor | None, value: Number | complex | Non
 _PUBLIC = {"b1": "betas[0]", "b2": "betas[1]", "initial": "initial_accumulator_value"}
 
 
-@dataclasses.dataclass(frozen=True)
-class _RuleUpdate:
+@dataclasses.dataclass(frozen=True, repr=False)
+class _RuleUpdate(Remembers):
     """``init``, ``update`` and the fused ``step`` of a rule.
 
     Attributes:

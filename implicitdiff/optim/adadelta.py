@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 import implicitdiff.optim._check as _check
+from implicitdiff._calls import shows_call
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule, safe_sqrt
@@ -51,6 +52,7 @@ class AdadeltaRule(UpdateRule):
         return -c.lr * d, [nu, c.keep * delta + c.take * d * d]
 
 
+@shows_call
 def adadelta(
     lr: Hyperparameter = 1.0,
     rho: Hyperparameter = 0.9,
@@ -95,6 +97,7 @@ def adadelta(
     return transformation("adadelta", rule, AdadeltaState, use_accelerated_op=use_accelerated_op)
 
 
+@shows_call
 def scale_by_adadelta(
     rho: Hyperparameter = 0.9, eps: Hyperparameter = 1e-6, *, use_accelerated_op: bool | None = None
 ) -> GradientTransformation:

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 import implicitdiff.optim._check as _check
+from implicitdiff._calls import shows_call
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule, safe_sqrt
@@ -53,6 +54,7 @@ class AdagradRule(UpdateRule):
         return -c.step_size * g / (safe_sqrt(total, c.eps_root) + c.eps), [total]
 
 
+@shows_call
 def adagrad(
     lr: Hyperparameter = 1e-2,
     lr_decay: Hyperparameter = 0.0,
@@ -99,6 +101,7 @@ def adagrad(
     return transformation("adagrad", rule, AdagradState, use_accelerated_op=use_accelerated_op)
 
 
+@shows_call
 def scale_by_adagrad(
     initial_accumulator_value: Number = 0.0,
     eps: Hyperparameter = 1e-10,

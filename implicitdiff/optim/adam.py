@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 import implicitdiff.optim._check as _check
+from implicitdiff._calls import shows_call
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule, safe_sqrt
@@ -76,6 +77,7 @@ class AdamRule(UpdateRule):
         return c.step * mu / (safe_sqrt(top * c.unbias, c.eps_root) + c.eps), [mu, nu, *nu_max]
 
 
+@shows_call
 def adam(
     lr: Hyperparameter = 1e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
@@ -147,6 +149,7 @@ def adam(
     return transformation("adam", rule, AdamState, use_accelerated_op=use_accelerated_op)
 
 
+@shows_call
 def scale_by_adam(
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
     eps: Hyperparameter = 1e-8,

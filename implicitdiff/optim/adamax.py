@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 import implicitdiff.optim._check as _check
+from implicitdiff._calls import shows_call
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule
@@ -53,6 +54,7 @@ class AdamaxRule(UpdateRule):
         return -c.step_size * mu / nu, [mu, nu]
 
 
+@shows_call
 def adamax(
     lr: Hyperparameter = 2e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
@@ -93,6 +95,7 @@ def adamax(
     return transformation("adamax", rule, AdamaxState, use_accelerated_op=use_accelerated_op)
 
 
+@shows_call
 def scale_by_adamax(
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
     eps: Hyperparameter = 1e-8,

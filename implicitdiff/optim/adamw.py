@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import implicitdiff.optim._check as _check
+from implicitdiff._calls import shows_call
 from implicitdiff._torch.trees import Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._rule import Hyperparameter
@@ -10,6 +11,7 @@ from implicitdiff.optim._transformation import transformation
 from implicitdiff.optim.adam import AdamState, adam_rule
 
 
+@shows_call
 def adamw(
     lr: Hyperparameter = 1e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),

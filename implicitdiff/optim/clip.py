@@ -8,12 +8,14 @@ import math
 import torch
 
 import implicitdiff.optim._check as _check
+from implicitdiff._calls import shows_call
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns, accumulator
 from implicitdiff.optim._stateless import each, stateless
 
 
+@shows_call
 def clip(max_delta: float) -> GradientTransformation:
     """Clamp every element to ``[-max_delta, max_delta]``.
 
@@ -35,12 +37,14 @@ def _clamped(max_delta: float, g: torch.Tensor) -> torch.Tensor:
     return g.clamp(-max_delta, max_delta)
 
 
+@shows_call
 def nan_to_num(nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> GradientTransformation:
     """Replace nan and infinities by finite numbers, as `torch.nan_to_num` does. Replaced entries have derivative 0."""
     replaced = functools.partial(torch.nan_to_num, nan=nan, posinf=posinf, neginf=neginf)
     return stateless("nan_to_num", functools.partial(each, replaced))
 
 
+@shows_call
 def clip_grad_norm(max_norm: Number, norm_type: float = 2.0, *, eps: float = 1e-6) -> GradientTransformation:
     """Scale all gradients together so that their global norm is at most `max_norm`.
 

@@ -10,12 +10,14 @@ import torch
 
 import implicitdiff.optim._check as _check
 import implicitdiff.optim._donation as _donation
+from implicitdiff._calls import Remembers, shows_call
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns
 from implicitdiff.optim._stateless import convert_factor, factor_of_each_row, in_accumulator_dtype, stateless
 
 
+@shows_call
 def add_decayed_weights(weight_decay: Number | Tree = 0.0, mask: Tree = None) -> GradientTransformation:
     """Add a multiple of the parameters: ``update = g + weight_decay * p``; needs ``params`` in ``update``.
 
@@ -50,6 +52,7 @@ def _decayed(g: torch.Tensor, p: torch.Tensor, weight_decay: Number) -> torch.Te
     return in_accumulator_dtype(g, lambda g: g + convert_factor(weight_decay, g) * p.to(g.dtype))
 
 
+@shows_call
 def masked(inner: GradientTransformation, mask: Tree) -> GradientTransformation:
     """Transform the leaves of a mask and leave the others unchanged.
 
@@ -70,8 +73,8 @@ def masked(inner: GradientTransformation, mask: Tree) -> GradientTransformation:
     return GradientTransformation(update.init, update)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Masked:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Masked(Remembers):
     """``init`` and ``update`` of a masked transformation."""
 
     inner: GradientTransformation

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from implicitdiff._calls import shows_call
 from implicitdiff._torch.trees import Leaves, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns
 from implicitdiff.optim._stateless import stateless
 
 
+@shows_call
 def identity() -> GradientTransformation:
     """Return gradients unchanged: ``update = g``.
 

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 import implicitdiff.optim._check as _check
+from implicitdiff._calls import shows_call
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule, safe_sqrt
@@ -73,6 +74,7 @@ class RAdamRule(UpdateRule):
         return -c.step_size * mu * torch.where(c.adapts != 0, adaptive, 1.0), [mu, nu]
 
 
+@shows_call
 def radam(
     lr: Hyperparameter = 1e-3,
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
@@ -121,6 +123,7 @@ def radam(
     return transformation("radam", rule, RAdamState, use_accelerated_op=use_accelerated_op)
 
 
+@shows_call
 def scale_by_radam(
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
     eps: Hyperparameter = 1e-8,

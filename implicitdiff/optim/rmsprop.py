@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 import implicitdiff.optim._check as _check
+from implicitdiff._calls import shows_call
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule, safe_sqrt
@@ -82,6 +83,7 @@ class RMSPropRule(UpdateRule):
         return -c.lr * d, news
 
 
+@shows_call
 def rmsprop(
     lr: Hyperparameter = 1e-2,
     alpha: Hyperparameter = 0.99,
@@ -133,6 +135,7 @@ def rmsprop(
     return transformation("rmsprop", rule, RMSPropState, use_accelerated_op=use_accelerated_op)
 
 
+@shows_call
 def scale_by_rmsprop(
     alpha: Hyperparameter = 0.99,
     eps: Hyperparameter = 1e-8,

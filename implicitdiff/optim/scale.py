@@ -11,6 +11,7 @@ import torch
 
 import implicitdiff._torch.trees as pytree
 import implicitdiff.optim._check as _check
+from implicitdiff._calls import Remembers, shows_call
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns, refuse_others
@@ -33,6 +34,7 @@ class ScheduleState(NamedTuple):
     count: torch.Tensor  # type: ignore[assignment]  # not the method of tuples
 
 
+@shows_call
 def scale(factor: Number | Tree) -> GradientTransformation:
     """Multiply by a constant or learned number: ``update = factor * g``.
 
@@ -51,6 +53,7 @@ def scale(factor: Number | Tree) -> GradientTransformation:
     return stateless("scale", functools.partial(_all_scaled, factor))
 
 
+@shows_call
 def scale_by_schedule(schedule: Callable[[torch.Tensor], Number]) -> GradientTransformation:
     """Multiply by the value of a schedule: ``update = schedule(count) * g``, for count = 0, 1, 2, ...
 
@@ -72,8 +75,8 @@ def scale_by_schedule(schedule: Callable[[torch.Tensor], Number]) -> GradientTra
     return GradientTransformation(update.init, update)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Scheduled:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Scheduled(Remembers):
     """``init`` and ``update`` of a schedule."""
 
     schedule: Callable[[torch.Tensor], Number]

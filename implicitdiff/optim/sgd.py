@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 import implicitdiff.optim._check as _check
+from implicitdiff._calls import shows_call
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule
@@ -71,6 +72,7 @@ class SGDRule(UpdateRule):
         return -c.lr * (g + c.momentum * trace if self.nesterov else trace), [trace]
 
 
+@shows_call
 def sgd(
     lr: Hyperparameter = 1e-3,
     momentum: Hyperparameter = 0.0,
@@ -120,6 +122,7 @@ def sgd(
     return transformation("sgd", rule, SGDState, use_accelerated_op=use_accelerated_op)
 
 
+@shows_call
 def trace(
     momentum: Hyperparameter = 0.9,
     dampening: Hyperparameter = 0.0,

@@ -45,3 +45,7 @@ __all__ = [
     "sparse_simplex",
     "transport",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

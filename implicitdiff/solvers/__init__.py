@@ -104,6 +104,7 @@ Options of run:
 
 from torch.serialization import add_safe_globals
 
+from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.solver import Solver
 from implicitdiff.solvers._loop.state import Progress, State
 from implicitdiff.solvers._loop.status import Status
@@ -165,6 +166,7 @@ __all__ = [
     "QPMemory",
     "ScipyMemory",
     "Solver",
+    "SolverOptions",
     "State",
     "Status",
     "anderson",
@@ -196,6 +198,11 @@ __all__ = [
     "scipy_minimize",
     "scipy_root",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 # A saved state names the classes of its parts. It names them here, so that private modules may move.
 State.__module__ = Progress.__module__ = __name__

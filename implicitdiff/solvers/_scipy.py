@@ -22,7 +22,7 @@ from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.operators import with_vectors
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import P, Tree, X
 from implicitdiff.solvers._loop.equations import EquationOf
 from implicitdiff.solvers._loop.measures import precision
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
@@ -167,7 +167,7 @@ class ScipyEngine(NamedTuple):
 
 def make_scipy_solver(
     name: str, equation_of: EquationOf, fn: Callable[..., Tree], engine: ScipyEngine, options: SolverOptions
-) -> Solver:
+) -> Solver[X, P, ScipyMemory]:
     """Make a solver with a single iteration, the whole of SciPy's search.
 
     Args:
@@ -190,7 +190,16 @@ class _ScipyImpl(SolverImpl):
     def update(
         self, params: Tree, state: State[ScipyMemory], args: tuple[Tree, ...]
     ) -> tuple[Tree, State[ScipyMemory]]:
-        """Run the whole search, ``(params, state)``."""
+        """Run the whole search.
+
+        Args:
+            params: the unknowns.
+            state: the state that belongs to `params`.
+            args: the arguments of the user's function after the first, by position or keyword.
+
+        Returns:
+            ``(params, state)``: the solution, a tree like `params`, and a `State`.
+        """
         # SciPy needs plain numbers. Tensors of the caller's frame may be batched or tracked, and `run` strips both.
         running = state.status == Status.RUNNING
         if not any_lane(running):

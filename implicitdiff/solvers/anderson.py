@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import SolverOptions, check_count, check_number
+from implicitdiff.solvers._loop.options import SolverOptions, check_count, check_number, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -37,14 +37,15 @@ class AndersonMemory(NamedTuple):
     changes: Tensor
 
 
+@solver_factory
 def anderson(
-    fixed_point_fn: Callable[..., Tree],
+    fixed_point_fn: Callable[Concatenate[X, P], X],
     history: int = 5,
     ridge: float = 1e-14,
     mixing: float = 1.0,
     safeguard: float | None = 10.0,
     **options: Unpack[SolverOptions],
-) -> Solver:
+) -> Solver[X, P, AndersonMemory]:
     r"""Make a solver of ``f(x, *args) = x`` by Anderson acceleration.
 
     Let ``r(x) = f(x) - x`` be the residual, and ``S`` and ``Y`` the last changes of ``x`` and ``r`` as columns. The
@@ -62,7 +63,7 @@ def anderson(
         mixing: step along the residual, not zero; values below 1 damp.
         safeguard: bound on the growth of the error in a step. Instead of a step beyond the bound the iteration clears
             its history and takes a plain step. None for no bound.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         ValueError: an option is out of its range.

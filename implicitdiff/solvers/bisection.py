@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ from typing_extensions import Unpack
 
 import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import P, Tree, X
 from implicitdiff.solvers._loop.bounds import Bound
 from implicitdiff.solvers._loop.equations import Equation
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -41,7 +41,10 @@ class BisectionMemory(NamedTuple):
     largest: Tensor
 
 
-def bisection(fn: Callable[..., Tree], lower: Bound, upper: Bound, **options: Unpack[SolverOptions]) -> Solver:
+@solver_factory
+def bisection(
+    fn: Callable[Concatenate[X, P], X], lower: Bound, upper: Bound, **options: Unpack[SolverOptions]
+) -> Solver[X, P, BisectionMemory]:
     r"""Make a solver of ``F(x, *args) = 0`` by bisection, entry by entry: ``F(x)[i]`` may depend on ``x[i]`` alone.
 
     Every iteration halves the brackets ``[lower, upper]``; ``F`` must have different signs at the two ends. A search
@@ -56,7 +59,7 @@ def bisection(fn: Callable[..., Tree], lower: Bound, upper: Bound, **options: Un
         fn: ``F(x, *args)``, a tree like ``x``.
         lower: a number, or a tensor or a tree that broadcasts to ``x``; lanes of a vmap may have different values.
         upper: likewise.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises (when solving):
         ValueError: ``F`` has the same sign at both ends of a bracket, or ``lower > upper``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.low_rank as _low_rank
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import SolverOptions, check_count
+from implicitdiff.solvers._loop.options import SolverOptions, check_count, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -37,7 +37,10 @@ class BroydenMemory(NamedTuple):
     rank: Tensor
 
 
-def broyden(fixed_point_fn: Callable[..., Tree], history: int = 20, **options: Unpack[SolverOptions]) -> Solver:
+@solver_factory
+def broyden(
+    fixed_point_fn: Callable[Concatenate[X, P], X], history: int = 20, **options: Unpack[SolverOptions]
+) -> Solver[X, P, BroydenMemory]:
     r"""Make a solver of ``f(x, *args) = x`` by Broyden's method on ``x - f(x) = 0``, from the identity as Jacobian.
 
     The next iterate is ``x - H (x - f(x))``. After each step a rank-one correction of least norm makes the inverse
@@ -47,7 +50,7 @@ def broyden(fixed_point_fn: Callable[..., Tree], history: int = 20, **options: U
     Args:
         fixed_point_fn: ``f(x, *args)``, a tree like ``x``.
         history: the largest number of rank-one corrections, at least 1; a full history restarts from the identity.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         ValueError: ``history`` is less than 1.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from typing_extensions import Unpack
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.low_rank as _low_rank
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import SolverOptions, check_count
+from implicitdiff.solvers._loop.options import SolverOptions, check_count, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -46,9 +46,13 @@ class BroydenRootMemory(NamedTuple):
     age: Tensor
 
 
+@solver_factory
 def broyden_root(
-    residual_fn: Callable[..., Tree], history: int = 20, backtracking: bool = False, **options: Unpack[SolverOptions]
-) -> Solver:
+    residual_fn: Callable[Concatenate[X, P], X],
+    history: int = 20,
+    backtracking: bool = False,
+    **options: Unpack[SolverOptions],
+) -> Solver[X, P, BroydenRootMemory]:
     r"""Make a solver of ``F(x, *args) = 0`` by Broyden's method from a Jacobian.
 
     The inverse Jacobian of `chord`, corrected after every step as in `broyden`: superlinear convergence for one
@@ -59,7 +63,7 @@ def broyden_root(
         residual_fn: ``F(x, *args)``, a tree like ``x``.
         history: the largest number of rank-one corrections, at least 1; a full history starts anew from a new Jacobian.
         backtracking: see `newton`.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         ValueError: ``history`` is less than 1.

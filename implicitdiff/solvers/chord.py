@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -14,9 +14,9 @@ import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
 from implicitdiff._implicit.linear import LinearSolver
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -36,12 +36,13 @@ class ChordMemory(NamedTuple):
     inverse: Tensor
 
 
+@solver_factory
 def chord(
-    residual_fn: Callable[..., Tree],
+    residual_fn: Callable[Concatenate[X, P], X],
     linear_solve: LinearSolver | None = None,
     backtracking: bool = False,
     **options: Unpack[SolverOptions],
-) -> Solver:
+) -> Solver[X, P, ChordMemory]:
     r"""Make a solver of ``F(x, *args) = 0`` by ``x <- x - J0^-1 F(x)``, ``J0`` the Jacobian at the initial guess.
 
     A single factorisation serves all iterations, and an iteration costs one evaluation of ``F``. Converges linearly; a
@@ -51,7 +52,7 @@ def chord(
         residual_fn: ``F(x, *args)``, a tree like ``x``.
         linear_solve: a solver of `implicitdiff.linear_solve`; None for the inverse, computed once.
         backtracking: see `newton`.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         TypeError: ``linear_solve`` is not a linear solver of this library.

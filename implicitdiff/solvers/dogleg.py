@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Concatenate
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.dogleg as _dogleg
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import P, Tree, X
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -29,7 +30,10 @@ from implicitdiff.solvers._steps.least_squares import (
 from implicitdiff.solvers._steps.trust_region import check_radius, scaling_of
 
 
-def dogleg(residual_fn: Callable[..., Tree], radius: float = 1.0, **options: Unpack[SolverOptions]) -> Solver:
+@solver_factory
+def dogleg(
+    residual_fn: Callable[Concatenate[X, P], Tree], radius: float = 1.0, **options: Unpack[SolverOptions]
+) -> Solver[X, P, DoglegMemory]:
     r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by Powell's dogleg steps.
 
     A step ``d`` reduces the model ``|r + J d|``, ``J = dr/dx``, within ``|D d| <= Delta``. A Gauss-Newton step inside
@@ -48,7 +52,7 @@ def dogleg(residual_fn: Callable[..., Tree], radius: float = 1.0, **options: Unp
     Args:
         residual_fn: ``r(x, *args)``, a tree of any tensors.
         radius: the first ``Delta`` in units of ``|D x|``, or of ``|r|`` for a zero ``x``; positive.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         ValueError: ``radius`` is not positive.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
+from typing import Concatenate
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ from typing_extensions import Unpack
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.dogleg as _dogleg
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -24,7 +25,10 @@ from implicitdiff.solvers._steps.dogleg import DoglegMemory
 from implicitdiff.solvers._steps.trust_region import check_radius
 
 
-def dogleg_root(residual_fn: Callable[..., Tree], radius: float = 1.0, **options: Unpack[SolverOptions]) -> Solver:
+@solver_factory
+def dogleg_root(
+    residual_fn: Callable[Concatenate[X, P], X], radius: float = 1.0, **options: Unpack[SolverOptions]
+) -> Solver[X, P, DoglegMemory]:
     r"""Make a solver of ``F(x, *args) = 0`` by Powell's dogleg steps, which converge from farther away than Newton's.
 
     A step ``d`` reduces ``|F + J d|``, ``J = dF/dx``, within ``|D d| <= Delta``. A Newton step inside of the region is
@@ -40,7 +44,7 @@ def dogleg_root(residual_fn: Callable[..., Tree], radius: float = 1.0, **options
     Args:
         residual_fn: ``F(x, *args)``, a tree like ``x``.
         radius: the first ``Delta`` in units of ``|D x|``, or of ``|F|`` for a zero ``x``; positive.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         ValueError: ``radius`` is not positive.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import SolverOptions, check_number
+from implicitdiff.solvers._loop.options import SolverOptions, check_number, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -28,9 +28,10 @@ class FixedPointMemory(NamedTuple):
     image: Tensor
 
 
+@solver_factory
 def fixed_point_iteration(
-    fixed_point_fn: Callable[..., Tree], damping: float = 0.0, **options: Unpack[SolverOptions]
-) -> Solver:
+    fixed_point_fn: Callable[Concatenate[X, P], X], damping: float = 0.0, **options: Unpack[SolverOptions]
+) -> Solver[X, P, FixedPointMemory]:
     r"""Make a solver of ``f(x, *args) = x`` that iterates ``x <- damping x + (1 - damping) f(x, *args)``.
 
     Converges if ``f`` is a contraction near the solution, with ``damping`` also for some maps with oscillating
@@ -41,7 +42,7 @@ def fixed_point_iteration(
     Args:
         fixed_point_fn: ``f(x, *args)``, a tree like ``x``.
         damping: weight of the old iterate, in [0, 1).
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         ValueError: ``damping`` is not in [0, 1).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -13,10 +13,10 @@ from typing_extensions import Unpack
 import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff._torch.lanes import vmap
-from implicitdiff._torch.trees import Leaves, Structure, Tree
+from implicitdiff._torch.trees import Leaves, P, Structure, Tree, X
 from implicitdiff.optim import GradientTransformation
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -34,9 +34,12 @@ class FromOptimizerMemory(NamedTuple):
     inner: Tree
 
 
+@solver_factory
 def from_optimizer(
-    objective_fn: Callable[..., Tensor], transformation: GradientTransformation, **options: Unpack[SolverOptions]
-) -> Solver:
+    objective_fn: Callable[Concatenate[X, P], Tensor],
+    transformation: GradientTransformation,
+    **options: Unpack[SolverOptions],
+) -> Solver[X, P, FromOptimizerMemory]:
     r"""Make a minimiser of a smooth ``f(x, *args)`` by an optimizer's steps, until the gradient is zero.
 
     An iteration is ``x, inner = transformation.step(grad f(x), inner, x)``. Optimizers are designed for noisy
@@ -46,7 +49,7 @@ def from_optimizer(
     Args:
         objective_fn: ``f(x, *args)``, a real number.
         transformation: e.g. ``implicitdiff.adam(1e-2)``.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         TypeError: ``transformation`` is not a `GradientTransformation`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from typing_extensions import Unpack
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import P, Tree, X
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -37,7 +37,10 @@ class GaussNewtonMemory(NamedTuple):
     growth: Tensor
 
 
-def gauss_newton(residual_fn: Callable[..., Tree], **options: Unpack[SolverOptions]) -> Solver:
+@solver_factory
+def gauss_newton(
+    residual_fn: Callable[Concatenate[X, P], Tree], **options: Unpack[SolverOptions]
+) -> Solver[X, P, GaussNewtonMemory]:
     r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by ``x <- x + argmin_d |r + J d|^2``, ``J = dr/dx``.
 
     ``r`` must be at least as long as ``x``. Converges quadratically to a solution with zero residual and linearly to
@@ -50,7 +53,7 @@ def gauss_newton(residual_fn: Callable[..., Tree], **options: Unpack[SolverOptio
 
     Args:
         residual_fn: ``r(x, *args)``, a tree of any tensors.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Reference:
         Nocedal and Wright, "Numerical Optimization", 2nd ed., section 10.3.

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Concatenate
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.proximal_gradient as _proximal_gradient
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff._torch.trees import P, X
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem
 from implicitdiff.solvers._loop.solver import Solver, make_solver
+from implicitdiff.solvers._steps.proximal_gradient import ProximalGradientMemory
 
 
+@solver_factory
 def gradient_descent(
-    objective_fn: Callable[..., Tensor],
+    objective_fn: Callable[Concatenate[X, P], Tensor],
     stepsize: float | None = None,
     acceleration: bool = True,
     **options: Unpack[SolverOptions],
-) -> Solver:
+) -> Solver[X, P, ProximalGradientMemory]:
     r"""Make a minimiser of a smooth ``f(x, *args)`` by ``x <- y - stepsize grad f(y)``.
 
     Without acceleration ``y`` is ``x``. With Nesterov's acceleration ``y = x + (x - x_before) (t_before - 1) / t``; the
@@ -32,7 +36,7 @@ def gradient_descent(
         stepsize: positive; None for backtracking, with growth between iterations. A fixed step size must be less than
             ``2 / L``, ``L`` the largest curvature.
         acceleration: True to accelerate, at the cost of one more gradient per iteration.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         ValueError: ``stepsize`` is not positive.

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, objective_newton_step
-from implicitdiff.solvers._loop.options import SolverOptions, check_count
+from implicitdiff.solvers._loop.options import SolverOptions, check_count, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -49,7 +50,10 @@ class LbfgsMemory(NamedTuple):
     mark: Tensor
 
 
-def lbfgs(objective_fn: Callable[..., Tensor], history: int = 10, **options: Unpack[SolverOptions]) -> Solver:
+@solver_factory
+def lbfgs(
+    objective_fn: Callable[Concatenate[X, P], Tensor], history: int = 10, **options: Unpack[SolverOptions]
+) -> Solver[X, P, LbfgsMemory]:
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by limited-memory BFGS.
 
     Steps along ``-H grad f(x)`` to a point that satisfies the strong Wolfe conditions. ``H`` is ``(s'y / y'y) I`` with
@@ -61,7 +65,7 @@ def lbfgs(objective_fn: Callable[..., Tensor], history: int = 10, **options: Unp
     Args:
         objective_fn: ``f(x, *args)``, a real number; ``x`` is a pytree.
         history: the number of steps to remember, at least 1.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         ValueError: ``history`` is less than 1.

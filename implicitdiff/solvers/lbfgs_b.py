@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,11 @@ from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.bounds import Bound, Limits, limits_of, limits_on
 from implicitdiff.solvers._loop.measures import composite_size
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import SolverOptions, check_count
+from implicitdiff.solvers._loop.options import SolverOptions, check_count, solver_factory
 from implicitdiff.solvers._loop.problem import (
     BatchedProblem,
     any_lane,
@@ -58,12 +59,13 @@ class LbfgsBMemory(NamedTuple):
     mark: Tensor
 
 
+@solver_factory
 def lbfgs_b(
-    objective_fn: Callable[..., Tensor],
+    objective_fn: Callable[Concatenate[X, P], Tensor],
     bounds: tuple[Bound, Bound],
     history: int = 10,
     **options: Unpack[SolverOptions],
-) -> Solver:
+) -> Solver[X, P, LbfgsBMemory]:
     r"""Make a solver of ``min f(x, *args)`` subject to ``lower <= x <= upper``, ``f`` smooth, by L-BFGS-B.
 
     An iteration minimises the quadratic model ``g'd + d'B d / 2`` twice: along the path ``clip(x - t g)`` up to the
@@ -88,7 +90,7 @@ def lbfgs_b(
             these like ``x``, or None. They are differentiated and batched like what ``objective_fn`` captures. An
             unknown with two equal bounds is fixed.
         history: the number of steps to remember, at least 1.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         ValueError: ``history`` is less than 1, or ``bounds`` is not a pair. When solving: a lower bound

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +12,12 @@ from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.trust_region as _trust_region
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import P, Tree, X
 from implicitdiff.solvers._loop.bounds import Bound, limits_of, limits_on
 from implicitdiff.solvers._loop.losses import check_loss_scale, loss_of
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import Progress, State
@@ -64,14 +64,15 @@ class LevenbergMarquardtMemory(NamedTuple):
     slow: Tensor
 
 
+@solver_factory
 def levenberg_marquardt(
-    residual_fn: Callable[..., Tree],
+    residual_fn: Callable[Concatenate[X, P], Tree],
     radius: float = 100.0,
     bounds: tuple[Bound, Bound] | None = None,
     loss: str | Callable[[Tensor], Tensor] = "linear",
     loss_scale: float | Tensor = 1.0,
     **options: Unpack[SolverOptions],
-) -> Solver:
+) -> Solver[X, P, LevenbergMarquardtMemory]:
     r"""Make a minimiser of ``|r(x, *args)|^2 / 2`` by Gauss-Newton steps within a trust region, optionally in a box
     and with a robust loss.
 
@@ -124,7 +125,7 @@ def levenberg_marquardt(
             ``rho'(0) = 1``; captured tensors are differentiated and batched too.
         loss_scale: the size above which a residual counts as an outlier (SciPy's ``f_scale``), a positive number or a
             tensor that broadcasts to every leaf of ``r``; differentiated and batched.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         ValueError: ``radius`` or ``loss_scale`` is not positive, ``bounds`` is not a pair, or the loss is unknown. When

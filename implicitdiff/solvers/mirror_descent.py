@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from typing_extensions import Unpack
 
 import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import P, Tree, X
 from implicitdiff.solvers._loop.equations import Composite, Equation, Functions
 from implicitdiff.solvers._loop.measures import composite_size
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_dot, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -52,13 +52,14 @@ def softmax(y: Tree) -> Tree:
     return pytree.map_tensors(lambda t: torch.softmax(t.flatten(), dim=0).reshape(t.shape), y)
 
 
+@solver_factory
 def mirror_descent(
-    objective_fn: Callable[..., Tensor],
+    objective_fn: Callable[Concatenate[X, P], Tensor],
     projection: Callable[[Tree], Tree] = softmax,
     mapping: Callable[[Tree], Tree] = entropy,
     stepsize: float | None = None,
     **options: Unpack[SolverOptions],
-) -> Solver:
+) -> Solver[X, P, MirrorDescentMemory]:
     r"""Make a minimiser of a smooth ``f(x, *args)`` over a convex set by
     ``x <- projection(mapping(x) - stepsize grad f(x))``.
 
@@ -75,7 +76,7 @@ def mirror_descent(
         mapping: from the set to the dual space; default: the logarithm.
         stepsize: positive; None for backtracking, with growth between iterations, until the step ``d`` satisfies
             ``f(x + d) <= f(x) + grad f(x).d + (mapping(x + d) - mapping(x)).d / (2 stepsize)``.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         ValueError: ``stepsize`` is not positive.

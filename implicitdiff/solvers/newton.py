@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from typing_extensions import Unpack
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
 from implicitdiff._implicit.linear import LinearSolver
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -35,12 +35,13 @@ class NewtonMemory(NamedTuple):
     growth: Tensor
 
 
+@solver_factory
 def newton(
-    residual_fn: Callable[..., Tree],
+    residual_fn: Callable[Concatenate[X, P], X],
     linear_solve: LinearSolver | None = None,
     backtracking: bool = False,
     **options: Unpack[SolverOptions],
-) -> Solver:
+) -> Solver[X, P, NewtonMemory]:
     r"""Make a solver of ``F(x, *args) = 0`` by Newton's method, ``x <- x - J^-1 F(x)`` with ``J = dF/dx``.
 
     Converges quadratically near a solution with a non-singular ``J``. An iteration factorises ``J``, computed from
@@ -54,7 +55,7 @@ def newton(
             failures. None for LU.
         backtracking: True to halve steps until the residual decreases, for convergence from farther away. Lanes without
             such a step get the status ``LINE_SEARCH_FAILED``.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         TypeError: ``linear_solve`` is not a linear solver of this library.

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import MAX_PRODUCTS, NewtonStep, objective_newton_step
-from implicitdiff.solvers._loop.options import SolverOptions, check_count
+from implicitdiff.solvers._loop.options import SolverOptions, check_count, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, VectorMap, any_lane, row_dot, row_norm, safe_divide
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -38,9 +39,12 @@ class NewtonCgMemory(NamedTuple):
     first_error: Tensor
 
 
+@solver_factory
 def newton_cg(
-    objective_fn: Callable[..., Tensor], inner_maxiter: int | None = None, **options: Unpack[SolverOptions]
-) -> Solver:
+    objective_fn: Callable[Concatenate[X, P], Tensor],
+    inner_maxiter: int | None = None,
+    **options: Unpack[SolverOptions],
+) -> Solver[X, P, NewtonCgMemory]:
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by Newton's method with conjugate gradients.
 
     Conjugate gradients solve ``hess f(x) d = -g``, ``g = grad f(x)``, for the direction ``d`` until the residual is at
@@ -59,7 +63,7 @@ def newton_cg(
     Args:
         objective_fn: ``f(x, *args)``, a real number; ``x`` is a pytree.
         inner_maxiter: bound on the inner iterations of a step; None for twice the number of unknowns.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         ValueError: ``inner_maxiter`` is less than 1.

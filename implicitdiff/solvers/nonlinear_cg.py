@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, objective_newton_step
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -63,9 +64,12 @@ def hestenes_stiefel(grad: Tensor, old_grad: Tensor, old_direction: Tensor) -> T
     return safe_divide(row_dot(grad, change), row_dot(old_direction, change)).clamp(min=0.0)
 
 
+@solver_factory
 def nonlinear_cg(
-    objective_fn: Callable[..., Tensor], formula: Formula = polak_ribiere, **options: Unpack[SolverOptions]
-) -> Solver:
+    objective_fn: Callable[Concatenate[X, P], Tensor],
+    formula: Formula = polak_ribiere,
+    **options: Unpack[SolverOptions],
+) -> Solver[X, P, NonlinearCgMemory]:
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by nonlinear conjugate gradients.
 
     With ``g = grad f(x)`` a step goes along::
@@ -81,7 +85,7 @@ def nonlinear_cg(
         objective_fn: ``f(x, *args)``, a real number; ``x`` is a pytree.
         formula: ``formula(grad, old_grad, old_direction) -> beta``, from ``(lanes, n)`` to ``(lanes,)``: one of
             `polak_ribiere`, `fletcher_reeves`, `hestenes_stiefel`, or a user's function.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         TypeError: ``formula`` is not a function.

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Concatenate
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.proximal_gradient as _proximal_gradient
-from implicitdiff._torch.trees import Tree
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff._torch.trees import P, Tree, X
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem
 from implicitdiff.solvers._loop.solver import Solver, make_solver
+from implicitdiff.solvers._steps.proximal_gradient import ProximalGradientMemory
 
 
+@solver_factory
 def projected_gradient(
-    objective_fn: Callable[..., Tensor],
+    objective_fn: Callable[Concatenate[X, P], Tensor],
     projection: Callable[[Tree], Tree],
     stepsize: float | None = None,
     acceleration: bool = True,
     **options: Unpack[SolverOptions],
-) -> Solver:
+) -> Solver[X, P, ProximalGradientMemory]:
     r"""Make a minimiser of a smooth ``f(x, *args)`` over a convex set by ``x <- projection(y - stepsize grad f(y))``.
 
     The iteration of `proximal_gradient` with the projection as the proximal operator. Every iterate after the initial
@@ -33,7 +36,7 @@ def projected_gradient(
             `implicitdiff.projections`. Captured tensors, such as a radius, are differentiated too.
         stepsize: see `gradient_descent`.
         acceleration: see `gradient_descent`.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         ValueError: ``stepsize`` is not positive.

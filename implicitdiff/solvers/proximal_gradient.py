@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Concatenate
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.proximal_gradient as _proximal_gradient
-from implicitdiff._torch.trees import Tree
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff._torch.trees import P, Tree, X
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem
 from implicitdiff.solvers._loop.solver import Solver, make_solver
+from implicitdiff.solvers._steps.proximal_gradient import ProximalGradientMemory
 
 
+@solver_factory
 def proximal_gradient(
-    objective_fn: Callable[..., Tensor],
+    objective_fn: Callable[Concatenate[X, P], Tensor],
     prox: Callable[[Tree, float | Tensor], Tree],
     stepsize: float | None = None,
     acceleration: bool = True,
     **options: Unpack[SolverOptions],
-) -> Solver:
+) -> Solver[X, P, ProximalGradientMemory]:
     r"""Make a minimiser of ``f(x, *args) + g(x)``, ``f`` smooth, by ``x <- prox(y - stepsize grad f(y), stepsize)``.
 
     ``prox(v, s)`` is the minimiser of ``s g(x) + |x - v|^2 / 2``. Acceleration (FISTA) and the choice of the step size
@@ -34,7 +37,7 @@ def proximal_gradient(
             as the strength of a penalty, are differentiated too.
         stepsize: see `gradient_descent`.
         acceleration: see `gradient_descent`.
-        options: see `implicitdiff.solvers`.
+        options: see `SolverOptions`.
 
     Raises:
         ValueError: ``stepsize`` is not positive.

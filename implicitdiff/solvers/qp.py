@@ -16,7 +16,7 @@ import implicitdiff.solvers._qp.admm as _admm
 from implicitdiff._torch.trees import Tree
 from implicitdiff.solvers._loop.equations import Equation, Functions
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, all_of, any_lane, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
@@ -66,7 +66,8 @@ class QPMemory(NamedTuple):
     record: Tensor
 
 
-def qp(**options: Unpack[SolverOptions]) -> Solver:
+@solver_factory
+def qp(**options: Unpack[SolverOptions]) -> Solver[Tree, ..., QPMemory]:
     r"""Make a solver of convex quadratic programs.
 
     A program is::
@@ -118,7 +119,7 @@ def qp(**options: Unpack[SolverOptions]) -> Solver:
     takes and returns a `KKTSolution`. All tensors have the same dtype; vmap solves a batch of programs.
 
     Args:
-        options: see `implicitdiff.solvers`. The default of ``solve`` is `solve_auto` with matrices of up to 4000 rows.
+        options: see `SolverOptions`. The default of ``solve`` is `solve_auto` with matrices of up to 4000 rows.
 
     Raises (when solving):
         TypeError: an argument is not a real floating-point tensor.

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Concatenate
 
 import numpy as np
 from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import P, Tree, X
 from implicitdiff.solvers._loop.bounds import Bound, limits_of
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.solver import Solver
 from implicitdiff.solvers._scipy import (
     LaneFunctions,
     ScipyEngine,
+    ScipyMemory,
     check_scipy_options,
     lookup,
     make_scipy_solver,
@@ -46,13 +47,14 @@ _REFUSED = {
 }
 
 
+@solver_factory
 def scipy_least_squares(
-    residual_fn: Callable[..., Tree],
+    residual_fn: Callable[Concatenate[X, P], Tree],
     method: str = "trf",
     bounds: tuple[Bound, Bound] | None = None,
     scipy_options: Mapping[str, object] | None = None,
     **options: Unpack[SolverOptions],
-) -> Solver:
+) -> Solver[X, P, ScipyMemory]:
     r"""Make a solver of ``min |r(x, *args)|^2 / 2``, optionally in a box, by `scipy.optimize.least_squares`.
 
     SciPy's solver runs on the host with the Jacobian of `torch`, below every transform. The solution has the implicit
@@ -76,7 +78,7 @@ def scipy_least_squares(
             initial guess is moved into the box.
         scipy_options: other arguments of `scipy.optimize.least_squares`, with priority over tolerances from ``rtol``
             and ``atol``.
-        options: see `implicitdiff.solvers`; ``maxiter=None`` allows 200 for each unknown, at least 1000.
+        options: see `SolverOptions`; ``maxiter=None`` allows 200 for each unknown, at least 1000.
 
     Raises:
         ValueError: SciPy has no such method, the method takes no bounds, or the bounds are not a pair;

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple
 
 import numpy as np
 from torch import Tensor
 from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.bounds import Bound, limits_of
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.solver import Solver
 from implicitdiff.solvers._scipy import (
     LaneFunctions,
     ScipyEngine,
+    ScipyMemory,
     check_scipy_options,
     lookup,
     make_scipy_solver,
@@ -89,13 +91,14 @@ _MINIMIZE_METHODS = {
 }
 
 
+@solver_factory
 def scipy_minimize(
-    objective_fn: Callable[..., Tensor],
+    objective_fn: Callable[Concatenate[X, P], Tensor],
     method: str | None = None,
     bounds: tuple[Bound, Bound] | None = None,
     scipy_options: Mapping[str, object] | None = None,
     **options: Unpack[SolverOptions],
-) -> Solver:
+) -> Solver[X, P, ScipyMemory]:
     r"""Make a solver of ``min f(x, *args)``, optionally in a box, by `scipy.optimize.minimize`.
 
     SciPy's solver runs on the host, below every transform, with the gradient of `torch`, with products with the Hessian
@@ -122,7 +125,7 @@ def scipy_minimize(
             these like ``x``, or None. They are differentiated and batched like what ``objective_fn`` captures. The
             initial guess is moved into the box.
         scipy_options: the method's own options, with priority over tolerances from ``rtol`` and ``atol``.
-        options: see `implicitdiff.solvers`; ``maxiter=None`` allows 200 for each unknown, at least 1000.
+        options: see `SolverOptions`; ``maxiter=None`` allows 200 for each unknown, at least 1000.
 
     Raises:
         ValueError: SciPy has no such method, the method takes no bounds, or the bounds are not a pair; the budget is

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple
 
 import numpy as np
 from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff._torch.trees import Tree
-from implicitdiff.solvers._loop.options import SolverOptions
+from implicitdiff._torch.trees import P, X
+from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.solver import Solver
-from implicitdiff.solvers._scipy import LaneFunctions, ScipyEngine, check_scipy_options, lookup, make_scipy_solver
+from implicitdiff.solvers._scipy import (
+    LaneFunctions,
+    ScipyEngine,
+    ScipyMemory,
+    check_scipy_options,
+    lookup,
+    make_scipy_solver,
+)
 
 RootTolerances = Callable[[float, float], dict[str, object]]
 
@@ -58,12 +65,13 @@ _ROOT_METHODS = {
 }
 
 
+@solver_factory
 def scipy_root(
-    residual_fn: Callable[..., Tree],
+    residual_fn: Callable[Concatenate[X, P], X],
     method: str = "hybr",
     scipy_options: Mapping[str, object] | None = None,
     **options: Unpack[SolverOptions],
-) -> Solver:
+) -> Solver[X, P, ScipyMemory]:
     r"""Make a solver of ``F(x, *args) = 0``, as many equations as unknowns, by `scipy.optimize.root`.
 
     SciPy's solver runs on the host, below every transform, with the Jacobian of `torch` for ``hybr`` and ``lm``. The
@@ -81,7 +89,7 @@ def scipy_root(
         residual_fn: ``F(x, *args)``, a tree like ``x``.
         method: a method of `scipy.optimize.root`.
         scipy_options: the method's own options, with priority over tolerances from ``rtol`` and ``atol``.
-        options: see `implicitdiff.solvers`; ``maxiter=None`` allows 200 for each unknown, at least 1000.
+        options: see `SolverOptions`; ``maxiter=None`` allows 200 for each unknown, at least 1000.
 
     Raises:
         ValueError: SciPy has no such method, or the budget is among ``scipy_options``.

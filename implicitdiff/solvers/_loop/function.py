@@ -28,7 +28,11 @@ class SolverFunction:
     def __init__(self, maker: Any, field: str) -> None:
         self.maker, self.field = maker, field
         self.__name__, self.__qualname__, self.__module__ = field, f"{maker.factory}.{field}", "implicitdiff.solvers"
-        self.__doc__ = f"{self._shown}\n\n{getattr(maker, field).__doc__} See `implicitdiff.solvers`."
+        self.__doc__ = getattr(maker, field).__doc__
+
+    def __get__(self, instance: object, owner: type | None = None) -> SolverFunction:
+        # An attribute with this method is a routine to `help`, which then shows the signature and the docstring.
+        return self
 
     @_compile.outside_compile
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,7 +116,7 @@ class SolverFunction:
         return self._own.signature
 
     def __repr__(self) -> str:
-        return f"<implicitdiff.solvers.{self.maker.name}.{self.field}>"
+        return f"{self.maker!r}.{self.field}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SolverFunction, (self.maker, self.field)

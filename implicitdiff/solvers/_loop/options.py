@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from inspect import Parameter, Signature
 from typing import TypedDict, TypeGuard
 
+from implicitdiff._calls import FactoryT, shows_call
 from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.linear_problem import Solve
 from implicitdiff.linear_solve._outcome import OnFailure
 
 
 class SolverOptions(TypedDict, total=False):
-    """The keyword arguments of every factory; the fields and defaults are those of `Options`."""
+    """The keyword arguments of every factory of `implicitdiff.solvers`.
+
+    To pass them on from a function of yours, annotate it by ``**options: Unpack[SolverOptions]``.
+
+    Attributes:
+        rtol: relative tolerance: the target of the error is ``rtol |F(x0)|``. None: see `implicitdiff.solvers`.
+        atol: absolute tolerance of the error, in the units of ``F``. None: see `implicitdiff.solvers`.
+        maxiter: budget of iterations; reaching the budget is no failure. None: a large limit; reaching it is a failure.
+        check_every: number of iterations between two tests of the status; more than 1 saves synchronisations on a GPU.
+        solve: linear solver of the implicit derivative, see `implicitdiff.custom_root`. None:
+            `implicitdiff.linear_solve.solve_auto`.
+        on_failure: ``"raise"`` a `implicitdiff.ConvergenceError` if a lane fails, ``"warn"``, or ``"ignore"``.
+    """
 
     rtol: float | None
     atol: float | None
@@ -26,7 +41,7 @@ class SolverOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """The options of every solver; `implicitdiff.solvers` describes each."""
+    """The options of every solver with their defaults; `SolverOptions` describes each."""
 
     rtol: float | None = None
     atol: float | None = None
@@ -92,3 +107,15 @@ def options_of(name: str, given: SolverOptions) -> Options:
     options = Options(**given)
     options.check(name)
     return options
+
+
+def solver_factory(factory: FactoryT) -> FactoryT:
+    """Decorate a factory: its help lists the options of every solver, and its solvers show their call."""
+    parameters = [p for p in inspect.signature(factory).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    common = [Parameter(option.name, Parameter.KEYWORD_ONLY, default=option.default) for option in fields(Options)]
+    decorated = shows_call(factory)
+    decorated.__signature__ = Signature([*parameters, *common])  # type: ignore[attr-defined]
+    if factory.__doc__ and SolverOptions.__doc__:  # None under ``python -OO``
+        listed = SolverOptions.__doc__.partition("Attributes:\n")[2].rstrip()
+        decorated.__doc__ = re.sub(r"(?m)(^ +options: (?:.|\n(?! *\n| *\w+:))*)", rf"\1\n{listed}", factory.__doc__)
+    return decorated

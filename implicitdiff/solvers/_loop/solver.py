@@ -12,9 +12,10 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Generic, Protocol, overload
 
 from torch import Tensor
+from typing_extensions import NamedTuple, TypeVar
 
 import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.context as _context
@@ -22,11 +23,12 @@ import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.settings as _settings
 import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
+from implicitdiff._calls import FactoryCall, Remembers
 from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.checks import check_unknowns
 from implicitdiff._implicit.system import Vectors
 from implicitdiff._torch.replacements import elementary
-from implicitdiff._torch.trees import Leaves, Structure, Tree
+from implicitdiff._torch.trees import Leaves, P, Structure, Tree, X
 from implicitdiff._torch.values import refuse_missing
 from implicitdiff._unroll import unroll
 from implicitdiff.linear_solve.auto import solve_auto
@@ -37,13 +39,78 @@ from implicitdiff.solvers._loop.method import IterativeMethod
 from implicitdiff.solvers._loop.options import Options, check_count, options_of
 from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, any_lane, select, select_tree
 from implicitdiff.solvers._loop.report import Callback, Report
-from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._loop.state import MemoryT, State
 from implicitdiff.solvers._loop.status import Status, report_failures
 from implicitdiff.solvers._loop.termination import PATIENCE, Termination, Verdict
 
+X_contra = TypeVar("X_contra", bound=Any, contravariant=True, default=Any)
 
-class Solver(NamedTuple):
+
+class InitFn(Protocol[X_contra, P, MemoryT]):
+    """The type of ``solver.init``."""
+
+    def __call__(self, params: X_contra, *args: P.args, **kwargs: P.kwargs) -> State[MemoryT]: ...
+
+
+class UpdateFn(Protocol[X, P, MemoryT]):
+    """The type of ``solver.update``."""
+
+    def __call__(
+        self, params: X, state: State[MemoryT], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[X, State[MemoryT]]: ...
+
+
+class RunFn(Protocol[X, P, MemoryT]):
+    """The type of ``solver.run``.
+
+    A type checker compares arguments with the user's function in a call without options. Python has no type for a
+    function of the user's arguments and options, so with an option any arguments pass.
+    """
+
+    @overload
+    def __call__(self, params: X, *args: P.args, **kwargs: P.kwargs) -> tuple[X, State[MemoryT]]: ...
+    @overload
+    def __call__(
+        self,
+        params: X,
+        *args: Any,
+        implicit_diff: bool,
+        checkpoint_every: int | None = None,
+        keep_history: bool = False,
+        verbose: bool = False,
+        callback: Callback | None = None,
+        **kwargs: Any,
+    ) -> tuple[X, State[MemoryT]]: ...
+    @overload
+    def __call__(
+        self,
+        params: X,
+        *args: Any,
+        keep_history: bool,
+        verbose: bool = False,
+        callback: Callback | None = None,
+        **kwargs: Any,
+    ) -> tuple[X, State[MemoryT]]: ...
+    @overload
+    def __call__(
+        self, params: X, *args: Any, verbose: bool, callback: Callback | None = None, **kwargs: Any
+    ) -> tuple[X, State[MemoryT]]: ...
+    @overload
+    def __call__(self, params: X, *args: Any, callback: Callback, **kwargs: Any) -> tuple[X, State[MemoryT]]: ...
+
+
+class OptimalityFn(Protocol[X, P]):
+    """The type of ``solver.optimality_fn``."""
+
+    def __call__(self, params: X, *args: P.args, **kwargs: P.kwargs) -> X: ...
+
+
+class Solver(NamedTuple, Generic[X, P, MemoryT]):
     """A solver as four pure functions, made by the factories of `implicitdiff.solvers`; see there.
+
+    As a type ``Solver[X, P, M]`` has the unknowns ``X``, such as `Tensor` or ``dict[str, Tensor]``, the parameters
+    ``P`` of the user's function after the first, and the memory ``M``, such as `LbfgsMemory`. A parameter that is
+    omitted is any: ``Solver[Tensor]``, ``Solver``.
 
     Attributes:
         init: ``init(params, *args, **kwargs) -> state``.
@@ -54,14 +121,21 @@ class Solver(NamedTuple):
             derivatives of ``run`` are those of this equation.
     """
 
-    init: Callable[..., Any]
-    update: Callable[..., tuple[Any, Any]]
-    run: Callable[..., tuple[Any, Any]]
-    optimality_fn: Callable[..., Any]
+    init: InitFn[X, P, MemoryT]
+    update: UpdateFn[X, P, MemoryT]
+    run: RunFn[X, P, MemoryT]
+    optimality_fn: OptimalityFn[X, P]
+
+    def __repr__(self) -> str:
+        return repr(getattr(self.run, "maker", self.run))
+
+    def remember(self, call: FactoryCall) -> None:
+        """Set the call that `repr` shows."""
+        self.run.maker.remember(call)  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class SolverImpl:
+@dataclass(frozen=True, repr=False)
+class SolverImpl(Remembers):
     """The implementation of a `Solver`: a method for each of the four functions, with the user's arguments as a tuple.
 
     Attributes:
@@ -97,14 +171,30 @@ class SolverImpl:
         return replace(self, functions=(LastByKeyword(fn, names), *others))
 
     def optimality_fn(self, params: Tree, args: tuple[Tree, ...]) -> Any:
-        """Return the residual of the equation, a tree like `params`; zero at a solution."""
+        """Return the residual of the optimality condition.
+
+        Args:
+            params: the unknowns.
+            args: the arguments of the user's function after the first, by position or keyword.
+
+        Returns:
+            A tree like `params`, zero at a solution.
+        """
         equation = self.equation_of(*self.functions)
         return equation.on_trees(equation.functions, params, args)
 
     @_modes.one_operation
     @_settings.outside_autocast
     def init(self, params: Tree, args: tuple[Tree, ...]) -> Any:
-        """Return the state at an initial guess."""
+        """Return the state at an initial guess.
+
+        Args:
+            params: the initial guess, a tree of tensors.
+            args: the arguments of the user's function after the first, by position or keyword.
+
+        Returns:
+            A `State`.
+        """
         x, problem, _ = self._frame(params, args)
         with _settings.full_precision():
             return _unbatched(self._start(problem, x))
@@ -112,7 +202,16 @@ class SolverImpl:
     @_modes.one_operation
     @_settings.outside_autocast
     def update(self, params: Tree, state: Any, args: tuple[Tree, ...]) -> tuple[Any, Any]:
-        """Make one iteration; return ``(params, state)``."""
+        """Make one iteration.
+
+        Args:
+            params: the unknowns.
+            state: the state that belongs to `params`, by ``init`` or the last ``update``.
+            args: the arguments of the user's function after the first, by position or keyword.
+
+        Returns:
+            ``(params, state)``: the new unknowns, a tree like `params`, and a `State`.
+        """
         x, problem, structure = self._frame(params, args)
         with _settings.full_precision():
             old = pytree.map_tensors(lambda t: t[None], state)
@@ -133,7 +232,27 @@ class SolverImpl:
         verbose: bool = False,
         callback: Callback | None = None,
     ) -> tuple[Any, Any]:
-        """Iterate from an initial guess until every lane has stopped; return ``(params, state)``."""
+        """Iterate from an initial guess until every lane has stopped.
+
+        Args:
+            params: the initial guess, a tree of tensors.
+            args: the arguments of the user's function after the first, by position or keyword.
+            implicit_diff: False to differentiate the iterations instead of the equation.
+            checkpoint_every: with ``implicit_diff=False``, keep only every so many iterates in memory.
+            keep_history: True to record the errors of all iterations in ``state.history``.
+            verbose: True to show a progress bar for a run of more than a second (needs tqdm).
+            callback: ``callback(iter_num, params, state)``, called at every test of the status.
+
+        Returns:
+            ``(params, state)``: the solution, a tree like `params`, and a `State` with the number of iterations, the
+            error, the status and the memory of the method.
+
+        Raises:
+            ConvergenceError: a lane failed, with ``on_failure="raise"``; see `Status`.
+            TypeError: a tensor of `params` is not floating-point, or the arguments are not those of the function.
+            ValueError: the function changes its arguments, or draws random numbers.
+            TransformError: torch.func cannot transform the function.
+        """
         report = Report(self.name, self.termination.limit, keep_history, verbose, callback)
         if not implicit_diff:
             if self.method.only_implicit is not None:
@@ -306,7 +425,7 @@ def make_solver(
     guess: Callable[..., Any] | None = None,
     is_named: bool = False,
     impl: type[SolverImpl] = SolverImpl,
-) -> Solver:
+) -> Solver[X, P, MemoryT]:
     """Make a solver from a method and the equation of its solutions.
 
     Every argument but the user's functions must pickle: bind options to functions of modules by functools.partial.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol
 
 import torch
 from torch import Tensor
-from typing_extensions import NamedTuple  # typing's own cannot be generic on Python 3.10; torch requires this package
+from typing_extensions import (  # typing's own cannot be generic on Python 3.10; torch requires this package
+    NamedTuple,
+    TypeVar,
+)
 
+import implicitdiff._torch.levels as _levels
 from implicitdiff.solvers._loop.problem import largest_entry, row_norm, safe_divide
 from implicitdiff.solvers._loop.status import Status
 
-MemoryT = TypeVar("MemoryT")
+MemoryT = TypeVar("MemoryT", default=Any)
 
 
 class ObjectiveMemory(Protocol):
@@ -126,7 +130,30 @@ class State(NamedTuple, Generic[MemoryT]):
     progress: Progress
     memory: MemoryT
 
+    def __repr__(self) -> str:
+        try:
+            statuses, iterations, errors = (
+                _levels.base(t).reshape(-1).tolist() for t in (self.status, self.iter_num, self.error)
+            )
+            return _summary(statuses, iterations, errors)
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            # After `tree_map` the fields may be anything; tensors on the meta device have no values.
+            return f"State{tuple(self)!r}"
+
     @property
     def converged(self) -> Tensor:
         """True where ``status`` is ``CONVERGED``, a boolean tensor."""
         return self.status == Status.CONVERGED
+
+
+def _summary(statuses: list[int], iterations: list[int], errors: list[float]) -> str:
+    """Return the outcome of a search in one line; of several lanes as numbers of lanes and ranges."""
+    if len(statuses) == 1:
+        return f"{Status(statuses[0]).name} after {iterations[0]} iterations, error {errors[0]:.1e}"
+    counted = ", ".join(f"{n} {status.name}" for status in Status if (n := statuses.count(status)))
+    if not statuses:
+        return "0 lanes"
+    return (
+        f"{len(statuses)} lanes: {counted}; after {min(iterations)} to {max(iterations)} iterations, "
+        f"error {min(errors):.1e} to {max(errors):.1e}"
+    )
