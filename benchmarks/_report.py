@@ -10,6 +10,7 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 
 import argparse
+import datetime
 import importlib
 import importlib.metadata
 import json
@@ -84,7 +85,8 @@ def save(results: Path, rows: Rows, names: Collection[str]) -> None:
         merged[name] = merged.get(name, {}) | row | ({"last": last} if "ms" in row and last else {})
     order = list(names)
     ordered = dict(sorted(merged.items(), key=lambda item: order.index(item[0].split(",")[0])))
-    results.write_text(json.dumps({"versions": found, "rows": ordered}, indent=1) + "\n")
+    day = datetime.date.today().isoformat()
+    results.write_text(json.dumps({"measured": day, "versions": found, "rows": ordered}, indent=1) + "\n")
 
 
 def rounded(quartiles: dict[str, list[float]]) -> dict[str, list[float]]:

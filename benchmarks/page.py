@@ -20,64 +20,73 @@ Rows = dict[str, dict[str, Any]]
 HEAD = """\
 # Benchmarks
 
-Every row is one computation, done by this library, by others and by hand in plain torch, and none is timed before its
-numbers have been compared with a closed form or with those by hand, or its residual with a target. If not said, all run
-in float64, on one thread of one machine and in turns, and a time is the median of the process time of a call. JAX's
-times are those of compiled programs, without the compilation, and what counts is the ratio, ours / its: above 1 this
-library is the slower one, and the ratio is **bold**.
+Each row is one computation. This library does it, other libraries do it, and plain torch does it by hand. Before a
+computation is timed, its numbers are compared with a closed form or with those by hand, or its residual is compared
+with a target.
 
-`python3 -m nox -s bench-peers -- --save` and `python3 -m nox -s bench-growth -- --save` measure all of it and write
-this page. "Last" is the ratio of the run before.
+Unless a row says otherwise, everything runs in float64, on one thread, in turns. A time is the median of the process
+time of a call. JAX's times are those of compiled programs, without the compilation. Read the ratio "ours / its": above
+1 this library is slower, and the ratio is **bold**. "Last" is the ratio of the previous measurement.
+
+To measure on your machine and write this page again:
+
+```sh
+python3 -m nox -s bench-peers -- --save
+python3 -m nox -s bench-growth -- --save
+```
 """
 MISSING = "\nNot measured yet.\n"
 DERIVATIVES = """
 ## Derivatives
 
-Of `benchmarks/peers.py`. "By hand" is the same mathematics in plain torch, for this one problem: without a check of
-convergence, of the arguments or of the derivative, and without further derivatives.
+From `benchmarks/peers.py`. "By hand" is the same mathematics in plain torch, written for this one problem. It checks
+neither convergence nor arguments nor the derivative, and has no further derivatives.
 """
 STAGES = """
 ## A small call
 
-Of `benchmarks/stages.py`: what each stage of one call takes itself, without the stages inside of it. No stage is the
-one to blame. Each is some ten to thirty operations of torch or calls of Python. Those of checks (variables, watched
-evaluations, their comparison) are what makes a wrong gradient an error.
+From `benchmarks/stages.py`: the time of each stage of one call, without the stages inside of it. No stage dominates.
+Each stage is some ten to thirty operations of torch or calls of Python. Thanks to the stages that check (variables,
+watched evaluations, their comparison), a function that would lead to a wrong gradient raises an error.
 """
 MEMORY = f"""
 ## Memory
 
-How far one call, after another, raises the peak of resident memory, each in a fresh process. Less than {LEAST_MIB} MiB
-cannot be told from nothing.
+The rise of the peak of resident memory during one call that follows another, each in a fresh process. A rise of less
+than {LEAST_MIB} MiB cannot be measured.
 """
 ITERATIONS = """
-The gradient of a fixed point of 2^22 unknowns in float32 (16 MiB), by the number of iterations: for the implicit one
-the solution is kept, for the unrolled one every iterate.
+The gradient of a fixed point of 2^22 unknowns in float32 (16 MiB), by the number of iterations. The implicit gradient
+keeps the solution, the unrolled one keeps every iterate.
 """
 FAMILIES = """
 ## Solvers
 
-Of `benchmarks/solvers.py`: the time to the same residual, 1e-8, for first-order methods and quadratic programs 1e-6;
-who does not reach it is not timed, and "missed". Gradients are those of the sum of the solution, and agree with closed
-forms to 1e-5. "Iterations" are ours, the median and the largest of all problems.
+From `benchmarks/solvers.py`: the time to the same residual, 1e-8, or 1e-6 for first-order methods and quadratic
+programs. A solver that does not reach the residual is not timed, and its entry says "missed". Gradients are those of
+the sum of the solution, and agree with closed forms to 1e-5. "Iterations" are those of this library: the median and the
+largest of all problems.
 """
 GROWTH = """
 ## Growth
 
-Of `benchmarks/growth.py`, which fails where a time grows faster over the last decade than the method says.
+From `benchmarks/growth.py`, which fails if a time grows faster over the last decade than the method predicts.
 
 ![Time of a solution with its gradient by unknowns, by problems in a batch and by parameters, beside plain
 torch](_static/growth.svg)
 """
 LOSSES = """
-## What the losses are due to
+## Why small problems are slow
 
-Here each iteration is Python that calls torch, operation by operation; a call costs microseconds, more under `vmap` and
-`grad`. JAX compiles the whole loop into one program. So a small problem loses most: what a derivative costs however
-small it is, is in the rows with n = 10. The larger the operations, the smaller the ratio, as the figure shows beside
-plain torch. What is left of it at the largest sizes are further passes over the data: the function is evaluated again
-to differentiate it and to check the solution and the linear solve, which the code by hand trusts. A batch shares the
-Python between its problems, and takes as long as its slowest one. Few dear iterations (`newton`, `newton_cg`, `qp`)
-lose less than many cheap ones (`fixed_point_iteration`, `bisection`).
+An iteration of this library is Python that calls torch, operation by operation. A call costs microseconds, and more
+under `vmap` and `grad`. JAX compiles the whole loop into one program. So small problems lose most: the rows with n = 10
+show the cost of a derivative of the smallest problem. The larger the operations, the smaller the ratio, as the figure
+shows beside plain torch. At the largest sizes the rest of the ratio is further passes over the data: the function is
+evaluated again, to differentiate it and to check the solution and the linear solve. The code by hand does not check.
+
+The problems of a batch share the Python, and take as long as the slowest of them. Methods with few, expensive
+iterations (`newton`, `newton_cg`, `qp`) lose less than methods with many cheap ones (`fixed_point_iteration`,
+`bisection`).
 """
 
 
@@ -224,7 +233,8 @@ def machines(results: dict[str, dict[str, Any]]) -> str:
     for name, found in results.items():
         versions = dict(found["versions"])
         where = f"{versions.pop('processor')}; Python {versions.pop('python')}, "
-        files.setdefault(where + ", ".join(map(" ".join, versions.items())), []).append(f"`{name}`")
+        told = f"measured on {found['measured']}, on one core of {where}" + ", ".join(map(" ".join, versions.items()))
+        files.setdefault(told, []).append(f"`{name}`")
     return "\n" + "\n".join(f"- {', '.join(names)}: {told}." for told, names in files.items()) + "\n"
 
 
