@@ -104,7 +104,7 @@ def find_public(
 def documented_name(env: BuildEnvironment, target: str, modules: tuple[str, ...]) -> str | None:
     """Return the name on a page of the object that has this name in the first of the modules that has one."""
     objects = env.domains.python_domain.objects
-    if len(_names) != len(objects):
+    if not _names:
         _names.update((id(pydoc.locate(name)), name) for name in objects)
     for name in (f"implicitdiff.{target}", *(f"{module}.{target}" for module in modules)):
         found = name if name in objects else _names.get(id(pydoc.locate(name)))
