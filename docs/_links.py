@@ -14,8 +14,6 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util import inspect, logging
 from sphinx.util.nodes import make_refnode
 
-import implicitdiff
-
 # The addresses of the inventories in docs/_inventories.
 ADDRESSES = {
     "torch": "https://docs.pytorch.org/docs/stable/",
@@ -36,7 +34,15 @@ SPELLINGS = {
 }
 # A bare name is looked up in these modules, in this order. In the others a bare name may be a word: `scale`, `trace`.
 BARE = ("implicitdiff", "implicitdiff.solvers", "implicitdiff.linear_solve")
-OTHERS = tuple(f"implicitdiff.{name}" for name in ("optim", "prox", "projections", "schedule", "nn", "objects", "pytree"))
+OTHERS = (
+    "implicitdiff.optim",
+    "implicitdiff.prox",
+    "implicitdiff.projections",
+    "implicitdiff.schedule",
+    "implicitdiff.nn",
+    "implicitdiff.objects",
+    "implicitdiff.pytree",
+)
 
 _names: dict[int, str] = {}  # the name on a page of an object, by its identity
 

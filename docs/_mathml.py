@@ -20,7 +20,10 @@ def setup(app: Sphinx) -> None:
 
 def visit_inline(self: HTML5Translator, node: nodes.math) -> None:
     """Write an equation that stands in a sentence."""
-    self.body.append(convert(node, block=False))
+    after = node.next_node(nodes.Text, descend=False, siblings=True)
+    # A word joiner keeps the comma behind an equation on its line.
+    joiner = "\N{WORD JOINER}" if after and after.astext()[0] in ",.;:)" else ""
+    self.body.append(convert(node, block=False) + joiner)
     raise nodes.SkipNode
 
 
