@@ -72,12 +72,23 @@ def link_code(app: Sphinx, doctree: nodes.document) -> None:
     """Turn code of a page that is a public name, here or in an inventory, into a link; other code stays as it is."""
     for literal in list(doctree.findall(nodes.literal)):
         target = literal.astext().removesuffix("()")
-        outside = not isinstance(literal.parent, (nodes.title, nodes.reference, addnodes.pending_xref))
-        if outside and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", target) and ("." in target or is_public(target)):
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", target) or not may_link(literal, app.env.docname):
+            continue
+        if "." in target or is_public(target):
             options = {"refdomain": "py", "reftype": "obj", "reftarget": target, "refdoc": app.env.docname}
             link = addnodes.pending_xref("", refexplicit=False, refwarn=False, optional=True, **options)
             literal.replace_self(link)
             link += literal
+
+
+def may_link(literal: nodes.literal, page: str) -> bool:
+    """Return True if code may become a link: not in a title or link, and no name of another library's table."""
+    if isinstance(literal.parent, (nodes.title, nodes.reference, addnodes.pending_xref)):
+        return False
+    cell = literal.parent
+    while cell is not None and not isinstance(cell, nodes.entry):
+        cell = cell.parent
+    return page != "migrating" or cell is None or cell.parent.index(cell) > 0
 
 
 def is_public(name: str) -> bool:

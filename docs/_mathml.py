@@ -16,14 +16,24 @@ from sphinx.writers.html5 import HTML5Translator
 def setup(app: Sphinx) -> None:
     """Register the renderer."""
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
+    app.connect("doctree-read", keep_punctuation)
+
+
+def keep_punctuation(app: Sphinx, doctree: nodes.document) -> None:
+    """Keep a comma on the line of the equation before it: browsers may break the line between the two."""
+    for math in list(doctree.findall(nodes.math)):
+        text = math.next_node(nodes.Text, descend=False, siblings=True)
+        sign = text.astext()[:1] if text else ""
+        if sign and sign in ",.;:)" and math.parent.index(text) == math.parent.index(math) + 1:
+            text.parent.replace(text, nodes.Text(text.astext()[1:]))
+            together = nodes.inline(classes=["together"])
+            math.replace_self(together)
+            together += [math, nodes.Text(sign)]
 
 
 def visit_inline(self: HTML5Translator, node: nodes.math) -> None:
     """Write an equation that stands in a sentence."""
-    after = node.next_node(nodes.Text, descend=False, siblings=True)
-    # A word joiner keeps the comma behind an equation on its line.
-    joiner = "\N{WORD JOINER}" if after and after.astext()[0] in ",.;:)" else ""
-    self.body.append(convert(node, block=False) + joiner)
+    self.body.append(convert(node, block=False))
     raise nodes.SkipNode
 
 
