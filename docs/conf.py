@@ -10,15 +10,15 @@ from importlib import metadata
 from pathlib import Path
 
 from docutils import nodes
-from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
-from sphinx.util.nodes import make_refnode
 
 import implicitdiff
 
-sys.path.insert(0, str(Path(__file__).parent))  # for _between_examples
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this one
+
+import _links
 
 project = "implicitdiff"
 author = "The implicitdiff authors"
@@ -29,19 +29,26 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
+    "_links",
+    "_mathml",
+    "_pages",
 ]
-exclude_patterns = ["_build", "_static", "_templates", "gallery/*.ipynb", "gallery/*.py"]
+exclude_patterns = ["_build", "_static", "_templates", "_inventories", "gallery/*.ipynb", "gallery/*.py"]
 templates_path = ["_templates"]
 # A single backtick in a docstring: a link where it names something of this library, else code.
 default_role = "py:obj"
 nitpicky = True
-# Of the types of torch and Python there is no inventory without a network.
-nitpick_ignore_regex = [("py:.*", ".*")]
+nitpick_ignore_regex = [
+    # An argument or a local name in single backticks.
+    ("py:obj", r"[a-z_]\w*"),
+]
+intersphinx_mapping = {name: (address, f"_inventories/{name}.inv") for name, address in _links.ADDRESSES.items()}
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = project
 html_static_path = ["_static"]
@@ -60,8 +67,10 @@ copybutton_prompt_is_regexp = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_typehints_format = "short"
-autodoc_type_aliases = {name: name for name in ("Number", "Schedule", "Solve", "Solver")}
+autodoc_type_aliases = {name: name for name in ("Number", "Schedule", "Solve", "Tree")}
 autodoc_member_order = "bysource"
+# A line for each argument of a longer signature, so that a phone shows it.
+python_maximum_signature_line_length = 72
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = [
@@ -92,7 +101,6 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("source-read", underline_title)
     app.connect("doctree-read", strip_code)
-    app.connect("missing-reference", find_short_name)
     app.connect("env-check-consistency", check_complete)
 
 
@@ -118,20 +126,6 @@ def strip_code(app: Sphinx, doctree: nodes.document) -> None:
         if block.rawsource == block.astext():
             block.rawsource = block.rawsource.rstrip("\n")
             block[:] = [nodes.Text(block.rawsource)]
-
-
-def find_short_name(
-    app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, content: nodes.TextElement
-) -> nodes.reference | None:
-    """Find a name of the top level from everywhere, and from the examples any that only one object has."""
-    if node.get("refdomain") != "py":
-        return None
-    objects, target, page = env.domains.python_domain.objects, node["reftarget"], node["refdoc"]
-    names = [name for name in objects if name.endswith(f".{target}")]
-    if len(names) != 1 or not (page.startswith("gallery/") or names[0] == f"implicitdiff.{target}"):
-        return None
-    found = objects[names[0]]
-    return make_refnode(app.builder, page, found.docname, found.node_id, content)
 
 
 def check_complete(app: Sphinx, env: BuildEnvironment) -> None:
