@@ -7,18 +7,19 @@ to know this. It has a length scale for each feature: the distance over which th
 
 With the penalty on its weights the model has 29 hyperparameters, and a grid cannot reach them. A grid tunes two, the
 penalty and one length scale that all features share. Here all 29 descend the gradient of a cross-validated loss. The
-model is a Poisson regression on 30 Gaussian bumps. `solvers.newton` fits its weights, for four folds of six data sets
-in one batch, by `vmap`. `grad` goes through the fits: it differentiates the equation that the weights satisfy.
+model is a Poisson regression on 30 Gaussian bumps. `newton` fits its weights, for four folds of six data sets in one
+batch, by `vmap`. `grad` goes through the fits: it differentiates the equation that the weights satisfy.
 
 The protocol was fixed on 2645 hours that this script leaves alone, before any test hour was used. Six disjoint draws of
 300 hours are tuned, each by itself, and each tuned model is tested on 4200 further hours. All methods choose by the
 same cross-validation and have the same budget, 48 cross-validations for a draw. A gradient counts as three of them; the
-column of seconds shows its cost. The grid has 12 length scales and 4 penalties. Random search draws all 29 from the
+column of seconds shows what it took. The grid has 12 length scales and 4 penalties. Random search draws all 29 from the
 range of the grid. The evolution strategy starts where the descent does, in the middle of that range, and six times
 keeps the best of eight random steps. Losses are Poisson deviances of an hour; a perfect prediction has zero.
 
-The script checks the weights of a fold against SciPy, the hypergradient against central differences, and that the
-hypergradient wins on the mean and on at least five of the six draws. The table and the picture have every draw.
+The hypergradient wins clearly on five of the six draws. On the first it gains little: the descent ends in a poor local
+minimum, which cross-validation shows too. The script checks that it wins on the mean and on at least five draws, the
+weights of a fold against SciPy, and the hypergradient against central differences.
 """
 
 import csv
@@ -181,14 +182,13 @@ for name, method in methods.items():
     results[name] = vmap(test_loss)(tuned[name], X, y, X_test)
 
 ours = results["hypergradient"]
-print(f"\n{'':16}{'validation':>12}{'held out':>14}{'range':>18}{'beaten on':>16}{'seconds':>10}")
+print(f"\n{'deviance of an hour':20}validation{'held out':>16}{'draw by draw':>25}{'loses to ours':>26}{'seconds':>10}")
 for name, result in results.items():
-    beaten = "-" if result is ours else f"{(ours < result).sum()} of {DRAWS} draws"
-    held = f"{result.mean():.2f} ± {result.std():.2f}"
-    extent = f"{result.min():.1f} to {result.max():.1f}"
-    print(f"{name:16}{curves[name][:, -1].mean():12.2f}{held:>14}{extent:>18}{beaten:>16}{seconds[name]:10.1f}")
-print("deviance of an hour: mean of the draws, ± their standard deviation; ", end="")
-print(f"a constant rate has {deviance(y.mean(1, keepdim=True).log(), y_test).mean():.1f}")
+    held, each = f"{result.mean():.2f} ± {result.std():.2f}", "".join(f"{loss:6.1f}" for loss in result)
+    lost = "" if result is ours else f"{(ours < result).sum()} of {DRAWS}"
+    print(f"{name:20}{curves[name][:, -1].mean():10.2f}{held:>16}  {each}{lost:>13}{seconds[name]:10.1f}")
+constant = deviance(y.mean(1, keepdim=True).log(), y_test).mean()
+print(f"means of the draws, ± their standard deviation; a constant rate has {constant:.1f} on the held-out hours")
 
 # %%
 # The weights of a fold against SciPy, which has NumPy arrays and derivatives written by hand. The hypergradient against
@@ -225,14 +225,16 @@ for place, (name, curve) in enumerate(curves.items()):
     at["cost"].plot(cost, curve.mean(0), color=COLORS[name], lw=2.2)
     at["cost"].fill_between(cost, curve.amin(0), curve.amax(0), color=COLORS[name], alpha=0.15, lw=0)
     at["test"].scatter([place] * DRAWS, results[name], color=COLORS[name], s=26)
-    mean, top = results[name].mean().item(), results[name].amax() + 2
-    at["test"].text(place, top, f"{mean:.1f}", color=COLORS[name], weight="bold", ha="center")
+    label = {"color": COLORS[name], "weight": "bold", "ha": "center"}
+    at["test"].text(place, results[name].amax() + 2, f"{results[name].mean():.1f}", **label)
+    at["test"].text(place, 1, name.replace(" ", "\n", 1).replace("rg", "r-\ng"), **label)
 at["cost"].set(title="Validation loss, best so far", xlabel="cost in cross-validations", ylabel="deviance")
 at["cost"].set(yscale="log", ylim=(9, 100), yticks=(10, 20, 40, 80), yticklabels=(10, 20, 40, 80))
 at["cost"].minorticks_off()
 at["test"].plot(torch.stack(list(results.values())), color="0.8", lw=1, zorder=0)
-at["test"].set(title=f"Loss of held-out hours, {DRAWS} draws", ylim=(0, None), xlim=(-0.5, 3.5), ylabel="deviance")
-at["test"].set_xticks(range(4), ["shared,\nby grid", "random\nsearch", "evolution", "hyper-\ngradient"])
+at["test"].set(
+    title=f"Loss of held-out hours, {DRAWS} draws", ylim=(0, 51), xlim=(-0.5, 3.5), ylabel="deviance", xticks=()
+)
 
 relevance = (-tuned["hypergradient"][:, :-1]).exp()
 mean, initial = relevance.log().mean(0).exp(), (-middle[0, 0]).exp()
