@@ -12,6 +12,7 @@ from pathlib import Path
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util import logging
 
 import implicitdiff
@@ -45,6 +46,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     # An argument or a local name in single backticks.
     ("py:obj", r"[a-z_]\w*"),
+    # Type variables; docs/api/types says what X and P stand for.
+    ("py:class", r"(~|.*\.)?(X|P|Aux)"),
 ]
 intersphinx_mapping = {name: (address, f"_inventories/{name}.inv") for name, address in _links.ADDRESSES.items()}
 
@@ -98,6 +101,11 @@ sphinx_gallery_conf = {
 
 def setup(app: Sphinx) -> None:
     """Connect what is below to the build."""
+    for module in ("implicitdiff.implicit", "implicitdiff._problems"):
+        # A page shows the one signature that runs. Overloads are for type checkers.
+        overloaded = ModuleAnalyzer.for_module(module)
+        overloaded.analyze()
+        overloaded.overloads.clear()
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("source-read", underline_title)
     app.connect("doctree-read", strip_code)

@@ -108,7 +108,7 @@ class OptimalityFn(Protocol[X, P]):
 class Solver(NamedTuple, Generic[X, P, MemoryT]):
     """A solver as four pure functions, made by the factories of `implicitdiff.solvers`; see there.
 
-    As a type ``Solver[X, P, M]`` has the unknowns ``X``, such as `Tensor` or ``dict[str, Tensor]``, the parameters
+    As a type ``Solver[X, P, M]`` has the unknowns ``X``, such as ``Tensor`` or ``dict[str, Tensor]``, the parameters
     ``P`` of the user's function after the first, and the memory ``M``, such as `LbfgsMemory`. A parameter that is
     omitted is any: ``Solver[Tensor]``, ``Solver``.
 
