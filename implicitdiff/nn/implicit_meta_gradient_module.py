@@ -195,7 +195,7 @@ def _check_methods(cls: type[ImplicitMetaGradientModule], is_base: bool) -> None
         # Any descriptor that binds `self` is a method, such as the result of a decorator.
         if isinstance(method, (staticmethod, classmethod, property)) or not hasattr(type(method), "__get__"):
             raise TypeError(
-                f"{cls.__name__}: {name} has to be a method, def {name}(self, ...), got {type(method).__name__}"
+                f"{cls.__name__}: {name} must be a method, def {name}(self, ...), got {type(method).__name__}"
             )
     if is_base:
         return

@@ -131,7 +131,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     for given in transformations:
         if not (isinstance(given, (tuple, list)) and len(given) == 2 and all(map(callable, given))):
             raise TypeError(
-                f"chain: each argument has to be a pair (init, update) such as scale(0.1), got {type(given).__name__}"
+                f"chain: each argument must be a pair (init, update) such as scale(0.1), got {type(given).__name__}"
             )
     update = _Chain(transformations)
     return GradientTransformation(update.init, update)

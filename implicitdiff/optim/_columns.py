@@ -33,7 +33,7 @@ def value_of_each_leaf(caller: str, key: str, value: Tree, spec: TreeSpec) -> li
         # The nesting of the parameters, whose values are not at hand, with * for a leaf.
         params = pytree.describe(pytree.unflatten([_LEAF] * spec.num_leaves, spec))
         raise ValueError(
-            f"{caller}: {key} has to be one for all leaves, or nested like the parameters, or a prefix of them, but it "
+            f"{caller}: {key} must be one for all leaves, or nested like the parameters, or a prefix of them, but it "
             f"is {pytree.describe(value)} and they are {params}"
         ) from error
 
@@ -52,7 +52,7 @@ def refuse_others(caller: str, leaves: Sequence[object]) -> None:
     """Raise unless every leaf of the parameters is a tensor or None."""
     for leaf in leaves:
         if leaf is not None and not isinstance(leaf, torch.Tensor):
-            raise TypeError(f"{caller}: params have the leaf {leaf!r}; each has to be a tensor, or None")
+            raise TypeError(f"{caller}: params have the leaf {leaf!r}; each must be a tensor, or None")
 
 
 def refuse_misfits(caller: str, key: str, values: Sequence[object], leaves: Sequence[Any], spec: TreeSpec) -> None:
@@ -67,7 +67,7 @@ def refuse_misfits(caller: str, key: str, values: Sequence[object], leaves: Sequ
         if value.ndim > leaf.ndim or any(n not in (1, m) for n, m in aligned):
             raise ValueError(
                 f"{caller}: {key} of shape {list(value.shape)} does not broadcast to the leaf"
-                f"{pytree.names_of(spec)[at]} of shape {list(leaf.shape)}; it has to be a scalar, or to fit each leaf "
+                f"{pytree.names_of(spec)[at]} of shape {list(leaf.shape)}; it must be a scalar, or to fit each leaf "
                 "that it is for"
             )
 
@@ -103,7 +103,7 @@ class Columns:
                 if leaf.layout is not torch.strided or not (leaf.is_floating_point() or leaf.is_complex()):
                     why = why_dense if leaf.layout is not torch.strided else ""
                     self._refuse(
-                        TypeError, row, self.name, f"is {_kind(leaf)}; it has to be dense and of floating point{why}"
+                        TypeError, row, self.name, f"is {_kind(leaf)}; it must be dense and of floating point{why}"
                     )
         return self
 
@@ -128,7 +128,7 @@ class Columns:
 
     def _unlike(self, name: str, tree: Tree, error: ValueError) -> ValueError:
         return ValueError(
-            f"{self.caller}: {self.name} and {name} have to be nested alike, but {self.name} is "
+            f"{self.caller}: {self.name} and {name} must be nested alike, but {self.name} is "
             f"{pytree.describe(self.tree)} and {name} is {pytree.describe(tree)}: {error}"
         )
 
@@ -146,7 +146,7 @@ class Columns:
                     if name != self.name:
                         self.checked()  # an integer gradient has no moments: name the gradient as the cause
                     what = "or None" if name == self.name else f"where {self.name} is not None"
-                    self._refuse(TypeError, row, name, f"is {leaf!r}; it has to be a tensor {what}")
+                    self._refuse(TypeError, row, name, f"is {leaf!r}; it must be a tensor {what}")
         return column
 
     def column(self, name: str, leaves: list[Any]) -> Leaves:
@@ -181,7 +181,7 @@ class Columns:
             return self.pick(pytree.broadcast(self.spec, mask))
         except ValueError as error:
             raise ValueError(
-                f"{self.caller}: mask has to be nested like the parameters, or be a prefix of them, but it is {mask!r} "
+                f"{self.caller}: mask must be nested like the parameters, or be a prefix of them, got {mask!r} "
                 f"and {self.name} is {pytree.describe(self.tree)}"
             ) from error
 

@@ -72,7 +72,7 @@ def clip_grad_norm(max_norm: Number, norm_type: float = 2.0, *, eps: float = 1e-
     """
     _check.require_one_non_negative("clip_grad_norm", max_norm=max_norm, eps=eps)
     if not norm_type >= 1:
-        raise ValueError(f"clip_grad_norm: norm_type has to be at least 1, or infinity, but it is {norm_type!r}")
+        raise ValueError(f"clip_grad_norm: norm_type must be at least 1, or infinity, got {norm_type!r}")
 
     return stateless("clip_grad_norm", functools.partial(_clipped_to_norm, max_norm, norm_type, eps))
 
