@@ -195,7 +195,7 @@ def piecewise(schedules: Sequence[Schedule | float], boundaries: Sequence[int]) 
     if len(schedules) != len(boundaries) + 1 or list(boundaries) != sorted({0, *boundaries} - {0}):
         raise ValueError(
             "piecewise: there must be one schedule more than boundaries, and boundaries must be positive and "
-            f"increase, but there are {len(schedules)} schedules and boundaries {list(boundaries)}"
+            f"increase, got {len(schedules)} schedules and boundaries {list(boundaries)}"
         )
     pieces = [functools.partial(_widened, piece) if callable(piece) else constant(piece) for piece in schedules]
     return functools.partial(_joined, pieces, list(boundaries))

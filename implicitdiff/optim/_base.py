@@ -150,7 +150,10 @@ class _Chain:
         self, updates: Tree, state: Tree, params: Tree = None, *, inplace: bool = False
     ) -> tuple[Tree, tuple[Tree, ...]]:
         if len(state) != len(self.links):
-            raise ValueError(f"chain: {len(self.links)} transformations, but a state of {len(state)}; give it its own")
+            raise ValueError(
+                f"chain: the state must be of these {len(self.links)} transformations, got a state of {len(state)}; "
+                "pass the state that init of the chain returned"
+            )
         states = []
         for (_, apply), inner in zip(self.links, state, strict=True):
             updates, inner = apply(updates, inner, params=params, inplace=inplace)

@@ -341,10 +341,13 @@ def _complex_of(real: torch.Tensor, buffer: torch.Tensor | None, pairs: dict[int
 def _increment(name: str, columns: Columns, count: torch.Tensor) -> int | torch.Tensor:
     """Return the increment of `count`: 1 for each leaf with a gradient, else 0."""
     if count.dtype != torch.int64:
-        raise TypeError(f"{name}: state.count is {count.dtype}; it has to stay int64 when the state is converted")
+        raise TypeError(f"{name}: state.count must stay int64 when the state is converted, got {count.dtype}")
     total = len(columns.leaves)
     if count.shape != (total,):
-        raise ValueError(f"{name}: grads have {total} leaves, but state.count has the shape {list(count.shape)}")
+        raise ValueError(
+            f"{name}: state.count must have one entry for each of the {total} leaves of grads, got the shape "
+            f"{list(count.shape)}"
+        )
     if len(columns.rows) == total:
         return 1
     rows = set(columns.rows)
@@ -356,6 +359,7 @@ def _increment_in_place(name: str, count: torch.Tensor, increment: int | torch.T
     # torch raises too, but after the addition.
     if count.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
-            f"{name}: inplace=True, but state.count was made in inference mode and can be overwritten only there"
+            f"{name}: inplace=True would overwrite state.count, which was made in inference mode and can be "
+            "overwritten only there; use inplace=False, or run init outside of inference mode"
         )
     return count.add_(increment)

@@ -31,7 +31,9 @@ def clip(max_delta: float) -> GradientTransformation:
 
 def _clamped(max_delta: float, g: torch.Tensor) -> torch.Tensor:
     if g.is_complex():
-        raise TypeError(f"clip: complex numbers have no order, but a gradient is {g.dtype}; use clip_grad_norm")
+        raise TypeError(
+            f"clip: a gradient must be real, because complex numbers have no order, got {g.dtype}; use clip_grad_norm"
+        )
     return g.clamp(-max_delta, max_delta)
 
 

@@ -99,7 +99,7 @@ def box_section(v: Tree, lower: Tree, upper: Tree, w: Tree, c: Number) -> Tree:
     """
     point = Point.of("box_section", v)
     if not point.size:
-        raise ValueError(f"box_section: v has to have an entry, got {pytree.describe(v)}")
+        raise ValueError(f"box_section: v must have an entry, got {pytree.describe(v)}")
     # Bounds of all leaves as vectors, in the order of the entries of v.
     low, high = (point.flat(bounds) for bounds in _bounds(point, lower, upper))
     normal, offset = point.flat(point.operands("w", w)), point.scalar("c", c)
@@ -111,7 +111,7 @@ def box_section(v: Tree, lower: Tree, upper: Tree, w: Tree, c: Number) -> Tree:
         section = _Section(low.to(v.dtype), high.to(v.dtype), (normal / size).to(v.dtype), c / size.to(v.dtype))
         if not holds(section.is_met()):
             raise ValueError(
-                "box_section: c must be w.x for some x within the bounds, but it is less, or more, than that"
+                "box_section: c must be w.x for some x within the bounds, got a smaller or a larger number"
             )
         return section.project(v)
 
@@ -122,8 +122,8 @@ def _bounds(point: Point, lower: Tree, upper: Tree) -> tuple[list[Any], list[Any
     lowers, uppers = point.operands("lower", lower), point.operands("upper", upper)
     if not all(low is None or holds(low <= high) for low, high in zip(lowers, uppers, strict=True)):
         raise ValueError(
-            f"{point.function}: lower must be at most upper in every entry, but lower is "
-            f"{pytree.describe(lower)} and upper is {pytree.describe(upper)}"
+            f"{point.function}: lower must be at most upper in every entry, got lower {pytree.describe(lower)} and "
+            f"upper {pytree.describe(upper)}"
         )
     return lowers, uppers
 

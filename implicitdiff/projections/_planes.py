@@ -105,7 +105,7 @@ def _onto_affine_set(v: Tensor, A: Tensor, b: Tensor) -> Tensor:
     # A' = Q R: R_kk is the distance of row k of A from the span of earlier rows, compared with the length of row k.
     rows = torch.linalg.vector_norm(R.detach(), dim=0)
     if not holds(R.detach().diagonal().abs() > rows * (v.numel() * torch.finfo(v.dtype).eps)):
-        raise ValueError("affine_set: the rows of A must be finite and linearly independent, but they are not")
+        raise ValueError("affine_set: the rows of A must be finite and linearly independent, got rows that are not")
     # A' (A A')^-1 = Q R (R' R)^-1 = Q R'^-1.
     step: Tensor = Q @ torch.linalg.solve_triangular(R.mT, (A @ v - b).unsqueeze(-1), upper=False)
     return v - step.squeeze(-1)

@@ -83,7 +83,7 @@ def nonempty(function: str, v: Tree) -> Point:
     """Return the point of `v`, or raise if it has no entry."""
     point = Point.of(function, v)
     if not point.size:
-        raise ValueError(f"{function}: v has to have an entry, got {pytree.describe(v)}")
+        raise ValueError(f"{function}: v must have an entry, got {pytree.describe(v)}")
     return point
 
 

@@ -102,7 +102,7 @@ def _onto_transport(function: str, v: Tensor, row_sums: Number, column_sums: Num
     coarsest = max(torch.finfo(t.dtype).eps for t in (v, row_sums, column_sums) if isinstance(t, Tensor))
     gap = (rows.detach().sum() - columns.detach().sum()).abs()
     if not holds(gap <= 4 * (sum(v.shape) + 1) * coarsest * rows.detach().sum()):
-        raise ValueError(f"{function}: row_sums and column_sums have to have equal totals, but they differ")
+        raise ValueError(f"{function}: row_sums and column_sums must have equal totals, got different ones")
     if not v.numel():
         return v
     packed = torch.cat([t.detach().double() for t in (v.flatten(), rows, columns)])

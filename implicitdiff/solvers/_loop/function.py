@@ -36,7 +36,7 @@ class SolverFunction:
         options = {name: kwargs.pop(name) for name in own.options if name in kwargs}
         for name in own.first[len(args) :]:
             if name not in kwargs:
-                raise TypeError(f"{self.__qualname__}: {name} is missing, in a call of {self._shown}")
+                raise TypeError(f"{self.__qualname__}: argument {name} is missing, in a call of {self._shown}")
             args = (*args, kwargs.pop(name))
         (params, *state), args = args[: len(own.first)], args[len(own.first) :]
         if state:
@@ -56,8 +56,8 @@ class SolverFunction:
             signature = inspect.signature(fn)
         except (TypeError, ValueError):  # some builtins have none
             raise TypeError(
-                f"{self.__qualname__}: {name_of(fn)} has no signature in which to look up {', '.join(kwargs)}; give "
-                "its arguments by position"
+                f"{self.__qualname__}: {name_of(fn)} has no signature, so {', '.join(kwargs)} cannot be given by "
+                "keyword; give its arguments by position"
             ) from None
         try:
             bound = signature.bind(None, *args, **kwargs)
