@@ -316,8 +316,8 @@ class _RuleUpdate:
 
 
 _NOT_SPARSE = (
-    " ({} also moves where a gradient is zero, so that sparse gradients would save nothing; sgd and adagrad take them, "
-    "torch.optim.SparseAdam is another algorithm, and grad.to_dense() is what this one computes with)"
+    " ({} also moves parameters whose gradient is zero, so sparse gradients would save nothing: use sgd or adagrad, "
+    "torch.optim.SparseAdam, which is another algorithm, or grad.to_dense())"
 )
 
 

@@ -36,7 +36,7 @@ class SolverFunction:
         options = {name: kwargs.pop(name) for name in own.options if name in kwargs}
         for name in own.first[len(args) :]:
             if name not in kwargs:
-                raise TypeError(f"{self.__qualname__}: argument {name} is missing, in a call of {self._shown}")
+                raise TypeError(f"{self.__qualname__}: {name} is missing, in a call of {self._shown}")
             args = (*args, kwargs.pop(name))
         (params, *state), args = args[: len(own.first)], args[len(own.first) :]
         if state:
