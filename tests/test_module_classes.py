@@ -297,7 +297,7 @@ def test_a_module_without_inner_parameters_is_refused():
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (lambda self: (self.w, self.w), r"one residual for each of the inner parameters \['w'\] is needed, got 2"),
+        (lambda self: (self.w, self.w), r"must return one residual for each of the inner parameters \['w'\], got 2"),
         (lambda self: {"v": self.w}, "Inner.optimality"),
         (lambda self: (self.w[:1],), "Inner.optimality"),
         (lambda self: {"w": self.w.sum()}, "Inner.optimality"),

@@ -105,9 +105,13 @@ MISMATCHES = {
     "the state of another": (
         lambda: idf.adam().update(_grads(), idf.sgd().init(PARAMS)),
         TypeError,
-        ["adam: state is a SGDState, not the AdamState of its init"],
+        ["adam: state must be the AdamState of its init, got SGDState"],
     ),
-    "no state": (lambda: idf.adam().update(_grads(), None), TypeError, ["adam: state is a NoneType"]),
+    "no state": (
+        lambda: idf.adam().update(_grads(), None),
+        TypeError,
+        ["adam: state must be the AdamState of its init, got NoneType"],
+    ),
     "a state for fewer leaves": (
         lambda: idf.sgd().update([ONE, ONE], idf.sgd().init([ONE])),
         ValueError,

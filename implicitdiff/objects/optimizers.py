@@ -263,8 +263,8 @@ class _NamedOptimizer(Optimizer):
             )
         if odd := [key for key in fresh if key != "step" and torch.as_tensor(kept[key]).shape != fresh[key].shape]:
             raise ValueError(
-                f"{type(self).__name__}: the given state is of other parameters: {odd[0]} must be of shape "
-                f"{list(fresh[odd[0]].shape)}, got {list(torch.as_tensor(kept[odd[0]]).shape)}"
+                f"{type(self).__name__}: the given state is of other parameters: expected {odd[0]} of shape "
+                f"{list(fresh[odd[0]].shape)}, got shape {list(torch.as_tensor(kept[odd[0]]).shape)}"
             )
         return {key: torch.as_tensor(kept[key]).to(like.device, like.dtype, copy=True) for key, like in fresh.items()}
 

@@ -171,7 +171,7 @@ class Columns:
         for row in self.rows:
             if values[row] is None:
                 way = pytree.names_of(self.spec)[row]
-                raise ValueError(f"{self.caller}: {key}{way} is None, but {self.name}{way} is not")
+                raise ValueError(f"{self.caller}: {key}{way} must not be None where {self.name}{way} is a tensor")
         refuse_misfits(self.caller, key, values, self.leaves, self.spec)
 
     def mask_of_rows(self, mask: Tree) -> list[Any]:

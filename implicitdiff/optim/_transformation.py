@@ -67,7 +67,10 @@ def _initial(name: str, leaf: torch.Tensor | None, value: Number | complex | Non
         return None
     dtype = accumulator(leaf.dtype)
     if value is None:
-        raise ValueError(f"{name}: {_PUBLIC['initial']} is None for a parameter of shape {list(leaf.shape)}")
+        raise ValueError(
+            f"{name}: {_PUBLIC['initial']} must not be None for a parameter, got None for one of shape "
+            f"{list(leaf.shape)}"
+        )
     if leaf.is_complex():  # the real and the imaginary part are accumulated as two reals, from one start each
         value = value * (1 + 1j)
     if not isinstance(value, torch.Tensor):
@@ -133,7 +136,7 @@ class _RuleUpdate:
     def _columns(self, grads: Tree, state: Tree) -> Columns:
         if not isinstance(state, self.state):
             raise TypeError(
-                f"{self.name}: state is a {type(state).__name__}, not the {self.state.__name__} of its init"
+                f"{self.name}: state must be the {self.state.__name__} of its init, got {type(state).__name__}"
             )
         # `count` is in the order of the state's leaves, so gradients are put into the same order.
         like = next(((name, getattr(state, field)) for name, field in self.moments.items()), None)

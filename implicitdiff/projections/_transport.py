@@ -124,7 +124,7 @@ def _sums(function: str, name: str, value: Number, v: Tensor, count: int) -> Ten
     if not broadcasts(sums.shape, torch.Size([count])):
         raise ValueError(f"{function}: {name} must be of shape {[count]}, got {pytree.describe(value)}")
     if not holds((sums >= 0) & sums.isfinite()):
-        raise ValueError(f"{function}: {name} must be at least 0 and finite")
+        raise ValueError(f"{function}: {name} must be at least 0 and finite in every entry")
     return sums.to(v.dtype).expand(count)
 
 
