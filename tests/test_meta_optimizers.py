@@ -191,7 +191,7 @@ def test_a_state_of_another_optimizer_is_refused():
 
 @pytest.mark.parametrize("kwargs", [{"lr": 0.1}, {"module": nn.Linear(2, 1), "rate": 0.1}])
 def test_wrong_arguments_are_told_with_those_that_it_takes(kwargs):
-    with pytest.raises(TypeError, match=r"MetaSGD: .*; it takes \(module, lr"):
+    with pytest.raises(TypeError, match=r"MetaSGD: .*; the signature is \(module, lr"):
         idf.MetaSGD(**kwargs)
 
 

@@ -160,7 +160,7 @@ def test_integers_and_booleans_are_refused_with_what_to_do(row: Row, dtype: torc
         lambda x: solver.run(x, THETA),
     ]
     for call in calls:
-        with pytest.raises(TypeError, match=rf"{row.name.split(',')[0]}.* dtype {dtype}.*convert it"):
+        with pytest.raises(TypeError, match=rf"{row.name.split(',')[0]}.* dtype {dtype}.*convert the leaf"):
             call(torch.ones(3).to(dtype))
 
 

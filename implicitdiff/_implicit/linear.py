@@ -30,8 +30,8 @@ from implicitdiff._implicit.primitive import solve_problem
 from implicitdiff._torch.trees import Leaves, Structure, Tree
 from implicitdiff._torch.values import refuse_valueless
 
-_NOT_SQUARE = " (solve_lstsq and solve_normal_cg take operators that are not square)"
-_HINT = " (where the unknowns are another tree than b, pass init=, a tree like them)"
+_NOT_SQUARE = " (solve_lstsq and solve_normal_cg accept operators that are not square)"
+_HINT = " (if the unknowns are another tree than b, pass init=, a tree like the unknowns)"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem
 
 Algorithm = Callable[[System], Tensor]
 NOT_FINITE_OR_INDEFINITE = (
-    "the operator, or the right-hand side, is not finite, or the preconditioner is not positive definite"
+    "the operator or the right-hand side is not finite, or the preconditioner is not positive definite: remove the "
+    "preconditioner, and look for nan in the operator"
 )
 DEFICIENT = (
     "the rows of the operator are dependent and the right-hand side is not in its range, or the preconditioner is "
