@@ -160,14 +160,18 @@ def literals() -> Iterator[tuple[str, str]]:
 
 def has_row(text: str) -> bool:
     """True if a row matches a message of the source, or if a clause of one is in the other."""
-    if any(row.matches(text) for row in rows()):
-        return True
     clauses = _clauses(re.split(f"{HOLE}|; |: ", text))
-    return any(
-        any(clause in row.message for clause in clauses)
-        or any(part in text for part in _clauses(row.message.split("...")))
-        for row in rows()
+    everything = "\n".join(row.message for row in rows())
+    return (
+        any(clause in everything for clause in clauses)
+        or any(part in text for part in _row_clauses())
+        or any(row.matches(text) for row in rows())
     )
+
+
+@cache
+def _row_clauses() -> set[str]:
+    return {part for row in rows() for part in _clauses(row.message.split("..."))}
 
 
 def _clauses(parts: list[str]) -> list[str]:
