@@ -204,9 +204,9 @@ def test_a_learnable_number_is_refused_only_if_kernels_are_insisted_on(name, dev
         return pair.step(g, pair.init(params), params)[0].sum()
 
     number = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(ValueError, match=f"use_accelerated_op=True, but {name} is a tensor"):
+    with pytest.raises(ValueError, match=f"use_accelerated_op=True, but .* {name} is a tensor"):
         stepped(number, True)
-    with pytest.raises(ValueError, match=f"use_accelerated_op=True, but {name} is a tensor"):
+    with pytest.raises(ValueError, match=f"use_accelerated_op=True, but .* {name} is a tensor"):
         grad(lambda x: stepped(x, True))(number.detach())
     for flag in None, False:
         assert torch.autograd.gradcheck(lambda x, flag=flag: stepped(x, flag), number)
