@@ -350,7 +350,7 @@ def test_a_wrong_group_is_refused_and_not_added():
     for wrong, match in [({"lr": -1.0}, "lr must be"), ({"betas": (0.9, 1.5)}, "betas"), ({"eps": math.nan}, "eps")]:
         with pytest.raises(ValueError, match=match):
             ours.add_param_group({"params": start()[1:], **wrong})
-    with pytest.raises(ValueError, match="decoupled_weight_decay must be False .* got True"):
+    with pytest.raises(ValueError, match=r"decoupled_weight_decay must be False .* got True"):
         ours.add_param_group({"params": start()[1:], "decoupled_weight_decay": True})
     assert len(ours.param_groups) == 1
 
