@@ -56,9 +56,9 @@ def unroll(step: UserFunction, n: int, checkpoint_every: int | None = None) -> U
         (tensor(-27.0652, dtype=torch.float64), tensor(-27.0652, dtype=torch.float64))
     """
     if n < 0:
-        raise ValueError(f"unroll: n has to be at least 0, but it is {n!r}")
+        raise ValueError(f"unroll: n must be at least 0, got {n!r}")
     if checkpoint_every is not None and not checkpoint_every >= 1:
-        raise ValueError(f"unroll: checkpoint_every has to be at least 1, or None, but it is {checkpoint_every!r}")
+        raise ValueError(f"unroll: checkpoint_every must be at least 1, or None, got {checkpoint_every!r}")
 
     return Unrolled(step, n, checkpoint_every)
 

@@ -265,8 +265,8 @@ def _checked_argnums(maker: str, argnums: int | Sequence[int] | None) -> frozens
     chosen = [argnums] if isinstance(argnums, int) else list(argnums)
     if wrong := [i for i in chosen if type(i) is not int or i < 1]:
         raise ValueError(
-            f"{maker}: argnums counts the solver's arguments from the initial guess, number 0, which has zero "
-            f"gradient; give integers >= 1, got {wrong[0]!r}"
+            f"{maker}: argnums must be integers >= 1 (number 0 is the initial guess, whose gradient is zero), got "
+            f"{wrong[0]!r}"
         )
     return frozenset(chosen)
 
@@ -275,8 +275,8 @@ def _check_argnums(name: str, chosen: frozenset[int] | None, positions: int | No
     """Raise if `chosen` exceeds the number of the solver's positional arguments; ``positions=None``: any number."""
     if chosen and positions is not None and max(chosen) >= positions:
         raise ValueError(
-            f"{name}: argnums names argument {max(chosen)}, and the last of the solver's positional arguments is "
-            f"number {positions - 1}, counted from the initial guess, which is number 0"
+            f"{name}: argnums names argument {max(chosen)}, but the last positional argument of the solver is number "
+            f"{positions - 1} (number 0 is the initial guess)"
         )
 
 
@@ -288,9 +288,9 @@ def _check_residual(name: str, check: float, residual: Leaves) -> None:
     if bool(failed.any()):
         worst = float(lanes[failed].nan_to_num(nan=torch.inf).max())
         raise NotARootError(
-            f"{name}: what the solver returned is no solution: the norm of the residual is {worst:.3e}, above "
-            f"check={check:.3e}, in {int(failed.sum())} of {lanes.numel()} lanes; let the solver go on to a smaller "
-            "residual, or raise check",
+            f"{name}: the solver returned a point that is not a solution: the norm of the residual is {worst:.3e}, "
+            f"above check={check:.3e}, in {int(failed.sum())} of {lanes.numel()} lanes; continue the solver to a "
+            "smaller residual, or increase check",
             residual=worst,
             check=check,
             failed=int(failed.sum()),

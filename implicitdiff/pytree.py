@@ -116,7 +116,7 @@ def tree_vdot(x: Tree, y: Tree) -> torch.Tensor:
     """
     products = _pytree.tensors(tree_map(_leaf_vdot, x, y))
     if not products:
-        raise ValueError(f"tree_vdot: a tree with tensors is needed, got {_pytree.describe(x)}")
+        raise ValueError(f"tree_vdot: x must be a tree with tensors, got {_pytree.describe(x)}")
     return functools.reduce(torch.add, products)
 
 
@@ -134,7 +134,7 @@ def tree_l2_norm(x: Tree) -> torch.Tensor:
     """
     leaves = _pytree.tensors(x)
     if not leaves:
-        raise ValueError(f"tree_l2_norm: a tree with tensors is needed, got {_pytree.describe(x)}")
+        raise ValueError(f"tree_l2_norm: x must be a tree with tensors, got {_pytree.describe(x)}")
     norm: torch.Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in leaves]))
     return norm
 

@@ -118,7 +118,7 @@ def exponential(
     """
     _at_least_one("exponential", transition_steps=transition_steps)
     if not isinstance(decay_rate, torch.Tensor) and not decay_rate > 0:
-        raise ValueError(f"exponential: decay_rate has to be positive, but it is {decay_rate!r}")
+        raise ValueError(f"exponential: decay_rate must be positive, got {decay_rate!r}")
     return _Schedule(_exponential, init_value, decay_rate, transition_steps, begin, staircase, end_value)
 
 
@@ -210,8 +210,8 @@ def piecewise(schedules: Sequence[Schedule | float], boundaries: Sequence[int]) 
     """
     if len(schedules) != len(boundaries) + 1 or list(boundaries) != sorted({0, *boundaries} - {0}):
         raise ValueError(
-            "piecewise: there has to be one schedule more than boundaries, and boundaries have to be positive and "
-            f"increase, but there are {len(schedules)} schedules and boundaries {list(boundaries)}"
+            "piecewise: there must be one schedule more than boundaries, and boundaries must be positive and "
+            f"increase, got {len(schedules)} schedules and boundaries {list(boundaries)}"
         )
     pieces = [functools.partial(_widened, piece) if callable(piece) else constant(piece) for piece in schedules]
     return _Schedule(_joined, pieces, list(boundaries))
@@ -246,4 +246,4 @@ def _count_tensor(count: Count) -> torch.Tensor:
 def _at_least_one(name: str, **values: int) -> None:
     for key, value in values.items():
         if not value >= 1:
-            raise ValueError(f"{name}: {key} has to be at least 1, but it is {value!r}")
+            raise ValueError(f"{name}: {key} must be at least 1, got {value!r}")

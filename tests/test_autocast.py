@@ -74,7 +74,7 @@ def test_arguments_of_half_precision_are_cast():
 
 def test_a_captured_tensor_of_half_precision_is_named():
     h, layer = X.to(BF16), nn.Linear(3, 3)
-    with pytest.raises(RuntimeError, match="a search runs outside of autocast, in single precision"):
+    with pytest.raises(RuntimeError, match="a search runs without autocast, in single precision"):
         inside(lambda: solvers.anderson(lambda z: torch.tanh(0.1 * z + layer(h))).run(torch.zeros(16, 3)))
 
 

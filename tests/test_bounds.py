@@ -434,9 +434,9 @@ def test_bounds_that_make_no_sense_are_refused(make):
     for bounds in (3.0, (0.0, 1.0, 2.0)):
         with pytest.raises(ValueError, match="bounds must be a pair"):
             make(nonlinear, bounds)
-    with pytest.raises(ValueError, match="lower has to be at most upper"):
+    with pytest.raises(ValueError, match="lower must be at most upper"):
         make(nonlinear, (vector(0.0, 2.0, 0.0), 1.0)).run(torch.zeros(3, dtype=F64), THETA)
-    with pytest.raises(ValueError, match="upper has to be"):
+    with pytest.raises(ValueError, match="upper must be"):
         make(nonlinear, (0.0, torch.ones(2, dtype=F64))).run(torch.zeros(3, dtype=F64), THETA)
 
 

@@ -151,7 +151,7 @@ def test_a_func_optimizer_goes_on_from_its_state():
 
 
 def test_wrong_arguments_are_told_with_those_that_it_takes():
-    with pytest.raises(TypeError, match=r"RMSProp: .*'nesterov'; it takes \(params, lr"):
+    with pytest.raises(TypeError, match=r"RMSProp: .*'nesterov'; the signature is \(params, lr"):
         idf.RMSProp([torch.zeros(1)], nesterov=False)
 
 

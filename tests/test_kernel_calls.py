@@ -204,9 +204,9 @@ def test_a_learnable_number_is_refused_only_if_kernels_are_insisted_on(name, dev
         return pair.step(g, pair.init(params), params)[0].sum()
 
     number = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(ValueError, match=f"use_accelerated_op=True, but {name} is a tensor"):
+    with pytest.raises(ValueError, match=f"use_accelerated_op=True, but .* {name} is a tensor"):
         stepped(number, True)
-    with pytest.raises(ValueError, match=f"use_accelerated_op=True, but {name} is a tensor"):
+    with pytest.raises(ValueError, match=f"use_accelerated_op=True, but .* {name} is a tensor"):
         grad(lambda x: stepped(x, True))(number.detach())
     for flag in None, False:
         assert torch.autograd.gradcheck(lambda x, flag=flag: stepped(x, flag), number)
@@ -264,7 +264,7 @@ def test_leaves_that_do_not_match_the_gradients_are_refused_by_name(method, plac
 def test_gradients_of_integers_are_refused_by_name():
     pair = idf.adam()
     params = [torch.ones(2), torch.ones(2, dtype=torch.int64)]
-    with pytest.raises(TypeError, match=r"adam: grads\[1\] is int64\[2\] on cpu"):
+    with pytest.raises(TypeError, match=r"adam: grads\[1\] must be .* got int64\[2\] on cpu"):
         pair.update(params, pair.init(params), params)
 
 
@@ -435,7 +435,7 @@ def test_a_converted_count_is_refused():
     pair = idf.adam()
     params = torch.ones(3, dtype=torch.float64)
     state = pair.init(params)
-    with pytest.raises(TypeError, match=r"adam: state.count is torch.float64; it has to stay int64"):
+    with pytest.raises(TypeError, match=r"adam: state.count must stay int64"):
         pair.update(params, state._replace(count=state.count.double()))
 
 

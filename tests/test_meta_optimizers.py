@@ -167,7 +167,7 @@ def test_a_module_that_has_got_other_parameters_is_refused():
     net, (x, y) = net_of(), data()
     inner = idf.MetaSGD(net, lr=0.1)
     net.more = nn.Linear(1, 1).double()
-    with pytest.raises(ValueError, match="make another one"):
+    with pytest.raises(ValueError, match="make another optimizer"):
         inner.step(((net[:3](x) - y) ** 2).mean())
 
 
@@ -175,7 +175,7 @@ def test_a_module_with_a_parameter_of_another_shape_is_refused():
     net = nn.Linear(2, 1).double()
     inner = idf.MetaAdam(net, lr=0.1)
     net.weight = nn.Parameter(torch.ones(1, 3, dtype=torch.float64))
-    with pytest.raises(ValueError, match="make another one"):
+    with pytest.raises(ValueError, match="make another optimizer"):
         inner.step(net(torch.ones(1, 3, dtype=torch.float64)).sum())
 
 
@@ -191,7 +191,7 @@ def test_a_state_of_another_optimizer_is_refused():
 
 @pytest.mark.parametrize("kwargs", [{"lr": 0.1}, {"module": nn.Linear(2, 1), "rate": 0.1}])
 def test_wrong_arguments_are_told_with_those_that_it_takes(kwargs):
-    with pytest.raises(TypeError, match=r"MetaSGD: .*; it takes \(module, lr"):
+    with pytest.raises(TypeError, match=r"MetaSGD: .*; the signature is \(module, lr"):
         idf.MetaSGD(**kwargs)
 
 
@@ -322,7 +322,7 @@ def test_derivatives_of_steps_are_right_or_raise(kind: str) -> None:
     if kind == "group_norm":
         torch.testing.assert_close(torch.autograd.grad(found, scale)[0], second, rtol=2e-4, atol=0)
         return
-    with pytest.raises(RuntimeError, match=f"third derivative of {kind} wrong; compute the loss under"):
+    with pytest.raises(RuntimeError, match=f"third derivative of {kind} wrongly; compute the loss under"):
         torch.autograd.grad(found, scale)
 
 
@@ -330,6 +330,6 @@ def test_a_derivative_through_steps_that_torch_gets_wrong_is_refused() -> None:
     scale = torch.tensor(1.0, dtype=F64, requires_grad=True)
     loss = weight_normalised(scale)
     with pytest.raises(
-        RuntimeError, match=r"MetaSGD\.step: .* second derivative of weight_norm wrong; compute the loss"
+        RuntimeError, match=r"MetaSGD\.step: .* second derivative of weight_norm wrongly; compute the loss"
     ):
         torch.autograd.grad(loss, scale)

@@ -211,13 +211,16 @@ def test_meta_modules_and_children_have_names():
 
 
 NO_CLASS = {
-    "no solve": ({"objective": method}, r"Inner does not define solve\(\), and needs it; declare a base class"),
-    "no condition": ({"solve": method}, r"Inner defines neither objective\(\) nor optimality\(\), and needs one"),
+    "no solve": ({"objective": method}, r"Inner does not define solve\(\), which is required; for a base class"),
+    "no condition": (
+        {"solve": method},
+        r"Inner defines neither objective\(\) nor optimality\(\), of which one is required",
+    ),
     "nothing": ({}, r"does not define solve.* and defines neither objective"),
-    "a number": ({"solve": method, "objective": 3}, r"Inner: objective has to be a method, def.*got int"),
-    "a loss": ({"solve": method, "objective": nn.MSELoss()}, r"objective has to be a method.*got MSELoss"),
-    "static": ({"solve": method, "optimality": staticmethod(method)}, r"optimality has to be a method.*staticmethod"),
-    "a property": ({"solve": property(method), "objective": method}, r"solve has to be a method.*property"),
+    "a number": ({"solve": method, "objective": 3}, r"Inner: objective must be a method, def.*got int"),
+    "a loss": ({"solve": method, "objective": nn.MSELoss()}, r"objective must be a method.*got MSELoss"),
+    "static": ({"solve": method, "optimality": staticmethod(method)}, r"optimality must be a method.*staticmethod"),
+    "a property": ({"solve": property(method), "objective": method}, r"solve must be a method.*property"),
 }
 
 
@@ -274,7 +277,7 @@ def test_arguments_that_do_not_fit_are_refused():
         module.solve(X)
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'z'.*Ridge\.solve.*Ridge\.objective"):
         module.solve(X, Y, z=1)
-    with pytest.raises(TypeError, match=r"nothing is given for 'y'.*Inner\.solve.*Ridge\.objective"):
+    with pytest.raises(TypeError, match=r"no argument is given for parameter 'y'.*Inner\.solve.*Ridge\.objective"):
         Inner(leaf()).solve(X)
     assert module.w.is_leaf and not module.w.any()
 
@@ -285,14 +288,16 @@ def test_a_module_without_inner_parameters_is_refused():
             super().__init__(penalty)
             self.w.requires_grad_(False)
 
-    with pytest.raises(ValueError, match=r"Inner\.solve: there are no inner parameters: make those to be solved for"):
+    with pytest.raises(
+        ValueError, match=r"Inner\.solve: the module has no inner parameters; create the parameters to be solved for"
+    ):
         Inner(leaf()).solve(X, Y)
 
 
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (lambda self: (self.w, self.w), r"one residual for each of the inner parameters \['w'\] is needed, got 2"),
+        (lambda self: (self.w, self.w), r"must return one residual for each of the inner parameters \['w'\], got 2"),
         (lambda self: {"v": self.w}, "Inner.optimality"),
         (lambda self: (self.w[:1],), "Inner.optimality"),
         (lambda self: {"w": self.w.sum()}, "Inner.optimality"),
@@ -328,7 +333,7 @@ def test_inner_parameters_read_in_another_way_than_as_attributes_are_refused():
 
     for kind in (Listed, Bound):
         module = kind(leaf())
-        with pytest.raises(ValueError, match=r"inner parameter 'w' is read otherwise than as an attribute"):
+        with pytest.raises(ValueError, match=r"inner parameter 'w' is not read as an attribute"):
             module.solve(X, Y)
         assert module.w.is_leaf and not module.w.any()
 
@@ -339,7 +344,7 @@ def test_inner_parameters_that_are_gone_are_named():
             del self.w
             return self
 
-    with pytest.raises(ValueError, match=r"Inner\.solve: the inner parameter 'w' is gone after it"):
+    with pytest.raises(ValueError, match=r"Inner\.solve: the module has lost its inner parameter 'w'"):
         Inner(leaf()).solve(X, Y)
 
 

@@ -168,7 +168,7 @@ def test_a_pair_may_take_the_parameters_by_keyword_alone(around):
 
 @pytest.mark.parametrize("given", [[optim.scale(0.1)], optim.scale, (optim.scale(0.1),) * 2, None])
 def test_a_chain_of_what_is_no_pair_is_refused(given):
-    with pytest.raises(TypeError, match=r"chain: each argument has to be a pair \(init, update\)"):
+    with pytest.raises(TypeError, match=r"chain: each argument must be a pair \(init, update\)"):
         idf.chain(given)
 
 

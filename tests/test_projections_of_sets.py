@@ -253,53 +253,53 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "numbers for a matrix": (
         lambda: polyhedron(X, [[1.0]], 0.0),
         TypeError,
-        "polyhedron: A has to be a floating-point tensor or None, but it is [[1.0]]",
+        "polyhedron: A must be a floating-point tensor or None, got [[1.0]]",
     ),
     "a matrix for another vector": (
         lambda: polyhedron(X, G=M.T, h=0.0),
         ValueError,
-        "polyhedron: G has to be a matrix with 3 columns, as v has entries, but it is float64[3, 2]",
+        "polyhedron: G must be a matrix with 3 columns, as v has entries, got float64[3, 2]",
     ),
     "a list for a vector": (
         lambda: polyhedron(X, M, [1.0, 1.0]),
         TypeError,
-        "b has to be a number or a tensor, but it",
+        "b must be a number or a tensor, got",
     ),
     "a vector for another matrix": (
         lambda: polyhedron(X, M, X),
         ValueError,
-        "polyhedron: b has to be of shape [2], but it is float64[3]",
+        "polyhedron: b must be of shape [2], got float64[3]",
     ),
     "a vector for a matrix": (
         lambda: transport(X, 1.0, 1.0),
         ValueError,
-        "transport: v has to be a matrix, but it is float64[3]",
+        "transport: v must be a matrix, got float64[3]",
     ),
     "a tree": (
         lambda: transport([M], 1.0, 1.0),
         ValueError,
-        "transport: v has to be a matrix, but it is [float64[2, 3]]",
+        "transport: v must be a matrix, got [float64[2, 3]]",
     ),
-    "integers": (lambda: birkhoff(torch.ones(2, 2).int()), TypeError, "birkhoff: v has to be a floating-point tensor"),
-    "not square": (lambda: birkhoff(M), ValueError, "birkhoff: v has to be a square matrix, but it is float64[2, 3]"),
+    "integers": (lambda: birkhoff(torch.ones(2, 2).int()), TypeError, "birkhoff: v must be a floating-point tensor"),
+    "not square": (lambda: birkhoff(M), ValueError, "birkhoff: v must be a square matrix, got float64[2, 3]"),
     "sums of another shape": (
         lambda: transport(M, X, X),
         ValueError,
-        "transport: row_sums has to be of shape [2], but it is float64[3]",
+        "transport: row_sums must be of shape [2], got float64[3]",
     ),
-    "no sums": (lambda: transport(M, None, X), TypeError, "transport: row_sums has to be a number or a tensor, but it"),
-    "negative sums": (lambda: transport(M, 1.0, X - 2), ValueError, "column_sums has to be at least 0 and finite"),
+    "no sums": (lambda: transport(M, None, X), TypeError, "transport: row_sums must be a number or a tensor, got"),
+    "negative sums": (lambda: transport(M, 1.0, X - 2), ValueError, "column_sums must be at least 0 and finite"),
     "sums of another total": (
         lambda: transport(M, 1.0, 1.0),
         ValueError,
-        "transport: row_sums and column_sums have to have equal totals",
+        "transport: row_sums and column_sums must have equal totals",
     ),
     "a lane of another total": (
         lambda: vmap(lambda a: transport(M, a, 1.0))(tensor([1.5, 1.4])),
         ValueError,
-        "transport: row_sums and column_sums have to have equal totals",
+        "transport: row_sums and column_sums must have equal totals",
     ),
-    "no values": (lambda: birkhoff(torch.ones(2, 2, device="meta")), NotImplementedError, "birkhoff: its control flow"),
+    "no values": (lambda: birkhoff(torch.ones(2, 2, device="meta")), NotImplementedError, "birkhoff: the control flow"),
 }
 
 

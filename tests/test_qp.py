@@ -461,7 +461,7 @@ def test_multipliers_and_constraints_go_together():
     optimality_fn = make_kkt_optimality_fn(lambda x: (x**2).sum(), ineq_fn=lambda x: x)
     with pytest.raises(ValueError, match="dual_ineq must not be None"):
         optimality_fn(KKTSolution(x))
-    with pytest.raises(ValueError, match="dual_eq has no function of constraints"):
+    with pytest.raises(ValueError, match="dual_eq must be None without a function of constraints"):
         optimality_fn(KKTSolution(x, x, x))
     with pytest.raises(ValueError, match="must have the structure, shapes and dtypes of dual_ineq"):
         optimality_fn(KKTSolution(x, None, x[:1]))

@@ -200,13 +200,13 @@ def test_the_derivative_by_the_power_is_finite_at_the_end(power):
 
 
 ERRORS = {
-    "linear": (lambda: schedule.linear(1.0, 0.0, 0), "polynomial: transition_steps has to be at least 1, but it is 0"),
-    "polynomial": (lambda: schedule.polynomial(1.0, 0.0, 2, -3), "transition_steps has to be at least 1, but it is -3"),
-    "exponential": (lambda: schedule.exponential(1.0, 0.5, 0), "exponential: transition_steps has to be at least 1"),
-    "growth": (lambda: schedule.exponential(1.0, 0.0), "exponential: decay_rate has to be positive, but it is 0.0"),
-    "nan": (lambda: schedule.exponential(1.0, math.nan), "decay_rate has to be positive"),
-    "cosine": (lambda: schedule.cosine(1.0, 0), "cosine: decay_steps has to be at least 1, but it is 0"),
-    "warmup": (lambda: schedule.warmup(schedule.constant(1.0), 0), "warmup: warmup_steps has to be at least 1"),
+    "linear": (lambda: schedule.linear(1.0, 0.0, 0), "polynomial: transition_steps must be at least 1, got 0"),
+    "polynomial": (lambda: schedule.polynomial(1.0, 0.0, 2, -3), "transition_steps must be at least 1, got -3"),
+    "exponential": (lambda: schedule.exponential(1.0, 0.5, 0), "exponential: transition_steps must be at least 1"),
+    "growth": (lambda: schedule.exponential(1.0, 0.0), "exponential: decay_rate must be positive, got 0.0"),
+    "nan": (lambda: schedule.exponential(1.0, math.nan), "decay_rate must be positive"),
+    "cosine": (lambda: schedule.cosine(1.0, 0), "cosine: decay_steps must be at least 1, got 0"),
+    "warmup": (lambda: schedule.warmup(schedule.constant(1.0), 0), "warmup: warmup_steps must be at least 1"),
     "too few": (lambda: schedule.piecewise([1.0], [3]), "1 schedules and boundaries [3]"),
     "too many": (lambda: schedule.piecewise([1.0, 2.0, 3.0], [3]), "one schedule more than boundaries"),
     "unsorted": (lambda: schedule.piecewise([1.0, 2.0, 3.0], [5, 3]), "boundaries [5, 3]"),

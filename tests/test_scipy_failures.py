@@ -184,9 +184,9 @@ def test_arguments_that_make_no_sense_are_refused_where_the_solver_is_made(make,
 
 def test_bounds_that_cross_or_do_not_fit_are_refused():
     for factory, fn in ((scipy_minimize, rosenbrock), (scipy_least_squares, enzyme)):
-        with pytest.raises(ValueError, match="lower has to be at most upper"):
+        with pytest.raises(ValueError, match="lower must be at most upper"):
             factory(fn, bounds=(tensor(0.0, 2.0), 1.0)).run(tensor(0.5, 0.5))
-        with pytest.raises(ValueError, match="upper has to be"):
+        with pytest.raises(ValueError, match="upper must be"):
             factory(fn, bounds=(0.0, torch.ones(3, dtype=F64))).run(tensor(0.5, 0.5))
 
 
@@ -198,5 +198,5 @@ def test_an_option_that_scipy_does_not_know_is_told():
 
 
 def test_what_is_no_function_is_refused():
-    with pytest.raises(TypeError, match="scipy_root: a function was expected, got int"):
+    with pytest.raises(TypeError, match="scipy_root: fn must be a function, got int"):
         scipy_root(3)

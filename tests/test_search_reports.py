@@ -296,7 +296,7 @@ def test_what_is_no_function_is_refused_when_the_solver_is_made(row: Row) -> Non
 
 
 def test_checkpoints_of_an_implicit_derivative_are_refused() -> None:
-    with pytest.raises(ValueError, match="checkpoint_every is for implicit_diff=False"):
+    with pytest.raises(ValueError, match="checkpoint_every needs implicit_diff=False"):
         fixed_point_iteration(halve).run(START, ONE, checkpoint_every=3)
 
 

@@ -124,7 +124,7 @@ def too_many(x, a, b, c):
     [
         (missing, (None, A, B), {}, "argument 'b' of the solver has no counterpart"),
         (missing, (None, A), {"b": B}, "argument 'b' of the solver has no counterpart"),
-        (too_many, (None, A, B), {}, "nothing is given for 'c'"),
+        (too_many, (None, A, B), {}, "no argument is given for parameter 'c'"),
         (by_position, (None, A), {}, "missing a required argument: 'b'"),
         (by_position, (None, A, B, A), {}, "too many positional arguments"),
         (by_position, (None, A, B), {"typo": A}, "unexpected keyword argument 'typo'"),

@@ -114,7 +114,7 @@ def test_a_body_runs_once_in_reverse_mode():
 
 def test_under_vmap_the_error_names_cause_and_remedy():
     solver = custom_root(lambda x, t: x**2 - t)(BODIES["an old autograd.Function"])
-    with pytest.raises(TransformError, match=r"the autograd.Function Root.*Python loop in the place of vmap"):
+    with pytest.raises(TransformError, match=r"the autograd.Function Root.*Python loop instead of vmap"):
         vmap(grad(lambda t: solver(None, t)))(T[None])
     looped = torch.stack([grad(lambda t: solver(None, t))(t) for t in torch.stack([T, 4 * T])])
     torch.testing.assert_close(looped, torch.tensor([0.25, 0.125], dtype=F64))
@@ -131,7 +131,7 @@ NUMBERS = {
 @pytest.mark.parametrize("what", NUMBERS)
 def test_under_vmap_what_needs_numbers_is_named(what):
     solver = custom_root(lambda x, t: x**2 - t)(NUMBERS[what])
-    with pytest.raises(TransformError, match=rf"needs numbers where vmap gives it a batch, for {re.escape(what)}"):
+    with pytest.raises(TransformError, match=rf"needs the values of a tensor that vmap batches, for {re.escape(what)}"):
         vmap(grad(lambda t: solver(None, t).sum()))(torch.ones(2, 1, dtype=F64))
 
 
@@ -140,7 +140,7 @@ def test_a_captured_tensor_of_a_transform_is_to_be_an_argument():
         s = 2 * t
         return custom_root(lambda x: x**2 - s)(lambda init: Root.apply(s))(None)
 
-    with pytest.raises(TransformError, match="pass the tensors that it captures as arguments"):
+    with pytest.raises(TransformError, match="pass the tensors that the solver captures as arguments"):
         grad(f)(T)
 
 

@@ -190,8 +190,8 @@ def test_leaves_of_different_shapes_have_no_inner_product():
 
 def test_a_tree_without_tensors_has_no_inner_product_and_no_norm():
     for empty in ([], None, {"a": 1}):
-        with pytest.raises(ValueError, match="tree_vdot: a tree with tensors is needed"):
+        with pytest.raises(ValueError, match="tree_vdot: x must be a tree with tensors"):
             tree_vdot(empty, empty)
-        with pytest.raises(ValueError, match="tree_l2_norm: a tree with tensors is needed"):
+        with pytest.raises(ValueError, match="tree_l2_norm: x must be a tree with tensors"):
             tree_l2_norm(empty)
         assert tree_add(empty, empty) == empty

@@ -47,10 +47,16 @@ class Wrapped(torch.nn.Module):
 
 
 WITHOUT: dict[str, tuple[Callable[[Program], Any], str]] = {
-    "fake": (lambda f: f(FakeTensorMode().from_tensor(torch.ones(3))), "FakeTensor has none; call it outside"),
-    "meta": (lambda f: f(torch.ones(3, device="meta")), "meta device has none; put the tensors on a real device"),
-    "make_fx": (lambda f: make_fx(f)(torch.ones(3)), "make_fx and torch.export .*; call it outside"),
-    "export": (lambda f: torch.export.export(Wrapped(f), (torch.ones(3),)), "make_fx and torch.export .*; call it"),
+    "fake": (
+        lambda f: f(FakeTensorMode().from_tensor(torch.ones(3))),
+        "FakeTensor has no values; call the solver outside",
+    ),
+    "meta": (lambda f: f(torch.ones(3, device="meta")), "meta device has no values; move the tensors to a real device"),
+    "make_fx": (lambda f: make_fx(f)(torch.ones(3)), "make_fx and torch.export .*; call the solver outside"),
+    "export": (
+        lambda f: torch.export.export(Wrapped(f), (torch.ones(3),)),
+        "make_fx and torch.export .*; call the solver",
+    ),
 }
 
 
@@ -58,7 +64,7 @@ WITHOUT: dict[str, tuple[Callable[[Program], Any], str]] = {
 @pytest.mark.parametrize("name", PROGRAMS | STEPS)
 def test_what_looks_at_values_refuses_tensors_without(name, way, capsys):
     run, said = WITHOUT[way]
-    with pytest.raises(NotImplementedError, match=f"depends on values, and .*{said}"):
+    with pytest.raises(NotImplementedError, match=f"depends on the values of tensors, and .*{said}"):
         run((PROGRAMS | STEPS)[name])
 
 

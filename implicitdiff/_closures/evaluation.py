@@ -43,8 +43,8 @@ def transform_error(name: str, error: BaseException | None) -> TransformError | 
     if not isinstance(error, RuntimeError) or (what := _messages.untransformable(error)) is None:
         return None
     return TransformError(
-        f"{name} applies {what}; or take a first derivative by backward() outside of torch.func, which autograd alone "
-        "can do"
+        f"{name} applies {what}; or compute a first derivative by backward() outside of torch.func, which needs "
+        "autograd alone"
     )
 
 

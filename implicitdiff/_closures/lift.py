@@ -115,8 +115,9 @@ class Lifted:
             result, watch = self._run_again_watched(operands)
         if (difference := watch.program.difference(self.program, self._known_constants)) is not None:
             raise RuntimeError(
-                f"{self.name} has changed since the call: {difference}; its derivative evaluates it again, so it must "
-                "be the same then: take the derivative first, or pass what changes as an argument"
+                f"{self.name} has changed since the call: {difference}; the derivative evaluates the function again "
+                "and must find it unchanged: take the derivative before the change, or pass the changing value as an "
+                "argument"
             )
         if compared is not None:
             compared[id(self)] += 1
@@ -137,9 +138,9 @@ class Lifted:
         """Raise if the second evaluation at the call applied other operations than the first."""
         if self._difference is not None:
             raise FunctionChangedError(
-                f"{self.name} has changed from one evaluation to the next: {self._difference}; it is evaluated more "
-                "than once and must do the same each time: draw random numbers outside and pass them as arguments, and "
-                "keep counters, iterators and caches out of it"
+                f"{self.name} has changed from one evaluation to the next: {self._difference}; the library evaluates "
+                "it more than once, and each evaluation must apply the same operations: draw random numbers outside "
+                "and pass them as arguments, and keep counters, iterators and caches outside of the function"
             )
 
     def within_call(self, operands: Sequence[torch.Tensor], *more: Any) -> Tree:
@@ -171,9 +172,8 @@ class Lifted:
         changed += [array.shape for array, before in self.program.borrowed.values() if checksum(array) != before]
         if changed:
             raise RuntimeError(
-                f"{self.name} captures a tensor or an array of shape {list(changed[0])} that has been changed in place "
-                "since the call, so its derivative can no longer be taken; give the call a clone, or update out of "
-                "place"
+                f"{self.name} captures a tensor or an array of shape {list(changed[0])} that has been changed in "
+                "place since the call, so the derivative cannot be computed: capture a clone, or update out of place"
             )
 
     def _run_again_watched(self, operands: Sequence[torch.Tensor]) -> tuple[Tree, Watch]:
@@ -311,8 +311,9 @@ def _lift_once(
 def _replaced_tensor_error(name: str) -> ValueError:
     """Return the error for a function that updates a captured tensor from one evaluation to the next."""
     return ValueError(
-        f"{name} puts another tensor into the place of one that it uses, but it is evaluated more than once and must "
-        "do the same each time: keep what changes out of it, or pass it as an argument"
+        f"{name} replaces a tensor that it uses, but the library evaluates it more than once, and each evaluation "
+        "must use the same tensors: keep the update outside of the function, or pass the changing tensor as an "
+        "argument"
     )
 
 
@@ -346,13 +347,14 @@ def _run_watched(
     # The state of the generator shows all draws, including draws in compiled code that no mode sees.
     if _switches.random_state() != random_state:
         raise ValueError(
-            f"{name} draws random numbers, but it is evaluated more than once and must give the same values each time; "
-            "draw them outside and pass them as arguments (dropout: use eval mode)"
+            f"{name} draws random numbers, but the library evaluates it more than once, and each evaluation must give "
+            "the same values: draw them outside and pass them as arguments (dropout: use eval mode)"
         )
     if changed := watch.changed():
         raise ValueError(
-            f"{name} changes a tensor of shape {list(changed[0].shape)} in place that it did not make, but it is "
-            "evaluated more than once and must be free of side effects (batch normalisation: use eval mode)"
+            f"{name} changes a tensor of shape {list(changed[0].shape)} in place that it did not create, but the "
+            "library evaluates it more than once, so it must be free of side effects (batch normalisation: use eval "
+            "mode)"
         )
     watch.program.finish()
     # Detached: a graph would keep the tensors alive that the function computed, see `Program.surviving_results`.
@@ -401,9 +403,9 @@ class FunctionChangedError(ValueError):
 def missed_capture_error(name: str) -> FunctionChangedError:
     """Return the error for a captured tensor that the mode `Watch` did not see."""
     return FunctionChangedError(
-        f"{name} depends on a tensor that it captures where this cannot be seen, as in TorchScript, in an "
+        f"{name} depends on a captured tensor that the library cannot find, as in TorchScript, in an "
         "autograd.Function that torch.func cannot transform, or where a captured tensor passes through an inner vmap "
-        "untouched: pass the tensor as an argument"
+        "unchanged: pass the tensor as an argument"
     )
 
 

@@ -106,7 +106,8 @@ class Matcher:
                 source[name] = i
             elif parameter.default is Parameter.empty:
                 raise TypeError(
-                    f"nothing is given for {name!r} of the optimality function, in a call of the {self.names}"
+                    f"no argument is given for parameter {name!r} of the optimality function, in a call of the "
+                    f"{self.names}"
                 )
         # Second, every argument without a destination goes to ``*args`` or ``**kwargs`` of the condition, or raises.
         more: list[int] = []
@@ -151,8 +152,8 @@ class Matcher:
     def _refuse(self, what: str) -> None:
         raise TypeError(
             f"{what} of the solver has no counterpart in the optimality function: the {self.names} must take the same "
-            "arguments after the first; give the optimality function this parameter, or bind it to the solver with "
-            "functools.partial"
+            "arguments after the first; add this parameter to the optimality function, or fix its value in the "
+            "solver by functools.partial"
         )
 
 

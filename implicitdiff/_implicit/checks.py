@@ -15,11 +15,11 @@ def check_leaves(name: str, leaves: Leaves) -> None:
         raise TypeError(f"{name} holds no tensor")
     if wrong := [t.dtype for t in leaves if not (t.is_floating_point() or t.is_complex())]:
         raise TypeError(
-            f"{name} has a leaf of dtype {wrong[0]}; every tensor in it must be floating point or complex: convert it, "
-            "by .to(torch.get_default_dtype()) for one"
+            f"{name} has a leaf of dtype {wrong[0]}; every tensor in it must be floating point or complex: convert "
+            "the leaf, for example by .to(torch.get_default_dtype())"
         )
     if len(devices := {t.device for t in leaves}) > 1:
-        raise ValueError(f"{name} has leaves on several devices, {sorted(map(str, devices))}; put them on one")
+        raise ValueError(f"{name} has leaves on several devices, {sorted(map(str, devices))}; move them to one device")
 
 
 def check_unknowns(name: str, leaves: Leaves, structure: Structure) -> None:
@@ -28,8 +28,8 @@ def check_unknowns(name: str, leaves: Leaves, structure: Structure) -> None:
     for leaf in structure.others:
         if leaf is not None and not isinstance(leaf, str):
             raise TypeError(
-                f"{name} holds {repr(leaf)[:100]}, of type {type(leaf).__name__}, where a tensor was expected; only "
-                "tensors are solved for: make it a tensor, or pass it as another argument"
+                f"{name} holds {repr(leaf)[:100]}, of type {type(leaf).__name__}, where a tensor was expected; the "
+                "unknowns are tensors: convert it to a tensor, or pass it as another argument"
             )
 
 

@@ -46,8 +46,8 @@ def domain_of(name: str, matvec: Callable[[Tree], Tree], b: Tree) -> Tensor | No
     lengths = sorted({m for n in fits for m in (n, n + 1) if m == n or _accepts(matvec, _ones(m, b), b)})
     if len(lengths) > 1:
         raise ValueError(
-            f"{name} takes vectors of several lengths, {', '.join(map(str, lengths))} among them, none of which is "
-            f"that of b, {pytree.describe(b)}: pass init=, a tree like the unknowns, which says what it acts on"
+            f"{name} accepts vectors of several lengths, {', '.join(map(str, lengths))} among them, but not the "
+            f"length of b, {pytree.describe(b)}: pass init=, a tree like the unknowns, to name the length"
         )
     return _ones(lengths[0], b) if lengths else None
 

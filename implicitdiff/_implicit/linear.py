@@ -31,8 +31,8 @@ from implicitdiff._implicit.primitive import solve_problem
 from implicitdiff._torch.trees import Leaves, Structure, Tree
 from implicitdiff._torch.values import refuse_valueless
 
-_NOT_SQUARE = " (solve_lstsq and solve_normal_cg take operators that are not square)"
-_HINT = " (where the unknowns are another tree than b, pass init=, a tree like them)"
+_NOT_SQUARE = " (solve_lstsq and solve_normal_cg accept operators that are not square)"
+_HINT = " (if the unknowns are another tree than b, pass init=, a tree like the unknowns)"
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,8 +112,8 @@ class LinearSolver(Remembers, LinearMethod):
             return None
         if self.rectangular is None:
             raise ValueError(
-                f"{self.name}: matvec takes {pytree.describe(v)} to a tensor like b, {pytree.describe(b)}, but this "
-                "solver takes square operators alone: take solve_lstsq or solve_normal_cg"
+                f"{self.name}: matvec maps {pytree.describe(v)} to a tensor like b, {pytree.describe(b)}, but this "
+                "solver needs a square operator: use solve_lstsq or solve_normal_cg"
             )
         return Domain.like(f"{self.name}: matvec", v)
 
@@ -163,13 +163,14 @@ def _check_linear(name: str, lifted: Lifted, leaves: Leaves, structure: Structur
     b = [t.detach() for t in leaves]
     values = [_levels.base(t) for t in product([torch.zeros_like(t) for t in b])]
     if any(bool(((v != 0) & torch.isfinite(v)).any()) for v in values):
-        raise ValueError(f"{name}: matvec is not linear: it does not take zero to zero; leave out its constant term")
+        raise ValueError(f"{name}: matvec is not linear: it does not map zero to zero; remove the constant term")
     p = [max_abs_or_one(t) * w for t, w in zip(b, probe_vector(b), strict=True)]
     images = image, product(p), product([t - 3 * w for t, w in zip(b, p, strict=True)])
     if (gap := _largest_gap([t for t in zip(*images, strict=True) if t[0].numel()])) > 0:
         raise ValueError(
             f"{name}: matvec is not linear: A (b - 3 p) and A b - 3 A p, for a vector p of the size of b, differ by "
-            f"{gap:.1e} of their size; leave out absolute values, products of the argument with itself and the like"
+            f"{gap:.1e} of their size; remove absolute values, products of the argument with itself and other "
+            "nonlinear operations"
         )
 
 
@@ -199,8 +200,8 @@ def _solve_embedded(solver: LinearSolver, lifted: Lifted, x: Domain, b: Leaves, 
     """Return the solution, a tree like `x`, from the square problem on the leaves of both sides; see `Rectangular`."""
     if solver.rectangular is None or solver.ridge:
         raise ValueError(
-            f"{solver.name}: ridge is added to A, which must be square for that; for damped least squares let matvec "
-            "return (A v, ridge**0.5 * v) and pass (b, zeros like the unknowns)"
+            f"{solver.name}: ridge needs a square A; for damped least squares let matvec return (A v, ridge**0.5 * v) "
+            "and pass (b, zeros like the unknowns)"
         )
     matvec, is_wide = lifted_operator(lifted, structure), _count_real_numbers(x.leaves) > _count_real_numbers(b)
     operator = Rectangular(matvec.fn, len(x.leaves), is_wide, matvec.one_by_one)

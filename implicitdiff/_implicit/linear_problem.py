@@ -80,7 +80,7 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leav
     if broken := sum(not bool(torch.isfinite(_levels.base(t)).all()) for t in x):
         raise LinearSolveError(
             f"{problem.solver!r} returned values that are not finite in {broken} of {len(x)} leaves; the operator may "
-            "be singular, or not of the kind that this solver is for",
+            "be singular, or of a kind that this solver cannot solve",
             solver=repr(problem.solver),
             residual=math.nan,
             target=math.nan,

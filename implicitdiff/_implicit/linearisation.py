@@ -243,6 +243,7 @@ def refuse_unknown_leaves(x: Leaves, y: Leaves) -> None:
     """
     if not all(map(_levels.is_plain, y)) or any(_functions.leaves_beside(t, x) for t in y):
         raise UnknownLeafError(
-            "the function to be differentiated depends on a tensor that it did not depend on when the solver was "
-            "called: a parameter was replaced since then, or given its gradient flag; take the derivative first"
+            "the function to be differentiated depends on a tensor on which it did not depend at the call of the "
+            "solver: a parameter was replaced since the call, or its requires_grad flag was set; take the derivative "
+            "before the change"
         )

@@ -172,9 +172,9 @@ class RootAt:
             if is_smooth and id(constant) in derived and derived[id(constant)]() is constant:
                 raise ValueError(
                     f"{self.lifted.name} uses a tensor of shape {list(constant.shape)} that the solver has computed "
-                    "from what is differentiated and has kept, in a cache or an attribute; gradients are off in the "
-                    "solver, so the derivative of that tensor would be lost: compute it in the function itself, or "
-                    "before the call"
+                    "from a differentiated tensor and has stored, in a cache or an attribute; gradients are off in "
+                    "the solver, so the derivative of the stored tensor would be lost: compute the tensor in the "
+                    "function itself, or before the call"
                 )
 
     def problem(self) -> RootProblem:
@@ -285,8 +285,8 @@ class RootAt:
             raise ValueError(
                 f"{self.lifted.name} takes a gradient whose own derivative, along one direction, is {found:.6g} by "
                 f"autograd and {wanted:.6g} by differences: a custom autograd.Function or operator in it cannot be "
-                "differentiated twice, as its backward pass uses what its forward pass has computed; write it in "
-                "operations of torch"
+                "differentiated twice, because its backward pass uses results of its forward pass as constants; "
+                "write it in operations of torch"
             )
 
 

@@ -91,19 +91,22 @@ def _refusal_reason(error: RuntimeError, is_batched: bool) -> str | None:
     """Return the operation that the running transforms refuse, and the remedy, in words; None for other errors."""
     if "INTERNAL ASSERT FAILED" in str(error) and "TensorWrapper.cpp" in str(error):
         return (
-            "uses a tensor of a transform that runs round it, from where this cannot be seen, such as a generator: "
-            "pass the tensor as an argument"
+            "uses a tensor of a surrounding transform from a place that the library cannot search, such as a "
+            "generator: pass the tensor as an argument"
         )
     if is_batched and (what := _messages.unbatchable(error)) is not None:
         return (
-            f"needs numbers where vmap gives it a batch, for {what}: call it lane by lane, in a Python loop in the "
-            "place of vmap, or write it in operations of torch"
+            f"needs the values of a tensor that vmap batches, for {what}: call the solver in a Python loop instead of "
+            "vmap, or write it in operations of torch"
         )
     if (what := _messages.untransformable_function(error)) is None:
         return None
     if is_batched:
-        return f"applies {what}; or call it lane by lane, in a Python loop in the place of vmap"
-    return f"applies {what}; or pass the tensors that it captures as arguments, so that it runs outside of transforms"
+        return f"applies {what}; or call the solver in a Python loop instead of vmap"
+    return (
+        f"applies {what}; or pass the tensors that the solver captures as arguments, so that it runs outside of "
+        "transforms"
+    )
 
 
 def _refuse_changed(solver: UserSolver, arguments: Leaves, before: Sequence[int]) -> None:
@@ -112,7 +115,7 @@ def _refuse_changed(solver: UserSolver, arguments: Leaves, before: Sequence[int]
         if _modes.version(value) != version:
             raise ValueError(
                 f"the solver {name_of(solver)} changes an argument of shape {list(value.shape)} in place; only the "
-                "initial guess is its own copy: clone the argument first"
+                "initial guess is a copy: clone the argument before the change"
             )
 
 

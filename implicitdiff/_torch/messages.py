@@ -24,8 +24,8 @@ def untransformable_function(error: RuntimeError) -> str | None:
         return "a module with a full backward hook, which torch.func cannot transform: remove the hook"
     if name.startswith("GeneratedBackwardFor_"):
         return (
-            f"the custom operator {name.removeprefix('GeneratedBackwardFor_')}, whose registered derivative torch.func "
-            "cannot transform: write it as an autograd.Function with setup_context"
+            f"the custom operator {name.removeprefix('GeneratedBackwardFor_')}, whose registered derivative "
+            "torch.func cannot transform: write it as an autograd.Function with setup_context"
         )
     if name == "CheckpointFunction":
         return "a reentrant checkpoint, which torch.func cannot transform: pass use_reentrant=False"
@@ -77,13 +77,13 @@ _UNBATCHABLE = {
 
 
 _UNTRANSFORMABLE = {
-    "element 0 of tensors does not require grad": "torch.autograd.grad to its arguments: take torch.func.grad",
+    "element 0 of tensors does not require grad": "torch.autograd.grad to its arguments: use torch.func.grad",
     # It does not require grad, or (torch 2.11) is not in the graph.
-    "One of the differentiated Tensors": "torch.autograd.grad to its arguments: take torch.func.grad",
-    "The differentiated Tensor at index": "torch.autograd.grad to its arguments: take torch.func.grad",
-    "backward() called inside a functorch transform": "Tensor.backward: take torch.func.grad",
+    "One of the differentiated Tensors": "torch.autograd.grad to its arguments: use torch.func.grad",
+    "The differentiated Tensor at index": "torch.autograd.grad to its arguments: use torch.func.grad",
+    "backward() called inside a functorch transform": "Tensor.backward: use torch.func.grad",
     "You tried to vmap over": "an autograd.Function without a vmap rule: set generate_vmap_rule = True in its class",
     "torch.func.{grad, vjp, jacrev, hessian} don't yet support saved tensor hooks": (
-        "hooks of saved tensors, as torch.utils.checkpoint has, which torch.func cannot transform: leave them out"
+        "hooks of saved tensors, which torch.func cannot transform (torch.utils.checkpoint uses them): remove them"
     ),
 }

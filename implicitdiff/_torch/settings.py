@@ -62,8 +62,8 @@ def outside_autocast(fn: _Decorated) -> _Decorated:
                 if "same dtype" not in str(error) or not any(half in str(error) for half in ("BFloat16", "Half")):
                     raise
                 raise RuntimeError(
-                    f"{error}; a search runs outside of autocast, in single precision: a tensor of half precision that "
-                    "its function captures has to be cast by .float(), or passed as an argument, which is cast"
+                    f"{error}; a search runs without autocast, in single precision: convert a captured tensor of half "
+                    "precision by .float(), or pass it as an argument, which the search converts"
                 ) from error
 
     return cast(_Decorated, run)

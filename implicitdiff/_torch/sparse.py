@@ -69,7 +69,7 @@ def call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) 
         raise NotImplementedError(
             f"torch cannot transform {getattr(func, '__name__', func)} of a tensor in the layout "
             f"{' or '.join(layouts)} ({str(error).splitlines()[0]}); write it as a product S @ v with a matrix S, or "
-            "take S.to_dense()"
+            "use S.to_dense()"
         ) from error
 
 
@@ -113,8 +113,8 @@ def _sparse_product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b`` for one sparse and one dense operand."""
     if _is_sparse(a) and _is_sparse(b):
         raise NotImplementedError(
-            f"torch cannot transform the product of two sparse matrices, in the layouts {_layout(a)} and {_layout(b)}; "
-            "multiply one after the other with the vector, or take to_dense() of one"
+            f"torch cannot transform the product of two sparse matrices, in the layouts {_layout(a)} and "
+            f"{_layout(b)}; multiply the vector by one after the other, or use to_dense() of one"
         )
     inner = a.shape[-1], b.shape[-2 if b.dim() > 1 else -1]
     if inner[0] != inner[1]:

@@ -25,31 +25,34 @@ def refuse_missing(name: str, tensors: Sequence[Tensor]) -> None:
 
 def _refuse(name: str, reason: str | None) -> None:
     if reason is not None:
-        raise NotImplementedError(f"{name}: its control flow depends on values, and {reason}")
+        raise NotImplementedError(f"{name}: the control flow depends on the values of tensors, and {reason}")
 
 
 def _reason_missing(tensors: Sequence[Tensor]) -> str | None:
     if any(t.is_meta and type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
-        return "a tensor on the meta device has none; put the tensors on a real device, e.g. by to_empty"
+        return "a tensor on the meta device has no values; move the tensors to a real device, for example by to_empty"
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
     if proxies is not None and proxies.get_proxy_mode() is not None:
         return (
-            "make_fx and torch.export record operations without them; call it outside of what is exported, or use "
-            "torch.compile, which runs it eagerly"
+            "make_fx and torch.export record operations without values; call the solver outside of the exported "
+            "function, or use torch.compile, which runs the solver eagerly"
         )
     if any(_is_instance(t, "torch._subclasses.fake_tensor", "FakeTensor") for t in tensors):
-        return "a FakeTensor has none; call it outside of FakeTensorMode, on real tensors"
+        return "a FakeTensor has no values; call the solver outside of FakeTensorMode, on real tensors"
     return None
 
 
 def _reason_unsuitable(tensors: Sequence[Tensor]) -> str | None:
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return (
-            "torch.jit.trace would record the iterations for this input alone; call it outside of what is traced, or "
-            "use torch.compile, which runs it eagerly"
+            "torch.jit.trace would record the iterations for this input alone; call the solver outside of the traced "
+            "function, or use torch.compile, which runs the solver eagerly"
         )
     if any(_is_instance(t, "torch.distributed.tensor", "DTensor") for t in tensors):
-        return "those of a DTensor are spread over processes; give it a plain tensor, by full_tensor() or to_local()"
+        return (
+            "the values of a DTensor are distributed over processes; pass a plain tensor, by full_tensor() or "
+            "to_local()"
+        )
     return None
 
 

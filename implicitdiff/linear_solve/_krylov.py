@@ -38,7 +38,7 @@ iterations."""
 
 
 NO_CONVERGENCE = (
-    "no convergence; the operator may be singular or ill-conditioned: try solve_lu or solve_lstsq, a preconditioner, "
+    "no convergence; the operator may be singular or ill-conditioned: use solve_lu or solve_lstsq, a preconditioner, "
     "or a larger rtol"
 )
 

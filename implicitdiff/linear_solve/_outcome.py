@@ -72,4 +72,4 @@ def check_on_failure(name: str, on_failure: str) -> None:
 def check_ridge(name: str, ridge: float) -> None:
     """Raise unless `ridge` is a finite number >= 0."""
     if not (isinstance(ridge, (int, float)) and 0 <= ridge < math.inf):
-        raise ValueError(f"{name}: ridge must be a number >= 0, got {ridge!r}")
+        raise ValueError(f"{name}: ridge must be a finite number >= 0, got {ridge!r}")

@@ -34,8 +34,9 @@ from implicitdiff._torch.trees import Leaves
 from implicitdiff.linear_solve._outcome import OnFailure, report
 
 RANK_CHANGES = (
-    "the rank of the matrix changes in the direction of the derivative, and there the solution of least norm has none: "
-    "A' takes vectors of the null space of A out of the range of A; give A by parameters that keep its rank"
+    "the rank of the matrix changes in the direction of the derivative, so the solution of least norm has no "
+    "derivative: A' maps vectors of the null space of A out of the range of A; describe A by parameters that keep "
+    "its rank"
 )
 
 

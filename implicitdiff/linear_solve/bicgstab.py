@@ -48,7 +48,7 @@ def solve_bicgstab(
     return iterative(
         "solve_bicgstab",
         bicgstab,
-        "the recurrence broke down on values that are not finite; take solve_gmres or solve_lu",
+        "the iteration has produced values that are not finite: use solve_gmres or solve_lu",
         rtol=rtol,
         atol=atol,
         maxiter=maxiter,

@@ -15,8 +15,8 @@ from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 
 INDEFINITE = (
-    "the operator is not positive definite, or not finite (a search direction has p'Ap <= 0): at a minimum that is not "
-    "strict add a ridge, for other operators take solve_gmres, solve_lu or solve_lstsq"
+    "the operator is not positive definite, or not finite (a search direction has p'Ap <= 0): add a ridge at a "
+    "minimum that is not strict; for other operators use solve_gmres, solve_lu or solve_lstsq"
 )
 
 

@@ -33,7 +33,7 @@ def solve_cholesky(*, ridge: float = 0.0, on_failure: OnFailure = "raise") -> Li
         tensor([1., 1.])
     """
     broken = (
-        "the matrix is not Hermitian positive definite to working precision, or not finite: add a ridge, or take "
+        "the matrix is not Hermitian positive definite to working precision, or not finite: add a ridge, or use "
         "solve_lu or solve_lstsq"
     )
     return direct("solve_cholesky", cholesky, broken, ridge=ridge, on_failure=on_failure)

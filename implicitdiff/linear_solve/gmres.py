@@ -17,7 +17,7 @@ from implicitdiff.linear_solve._arithmetic import Arithmetic, OfOneRow, RowScala
 from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 
-NOT_FINITE = "the iteration met values that are not finite; is the operator finite?"
+NOT_FINITE = "the iteration has produced values that are not finite: check that the operator is finite"
 
 
 @shows_call

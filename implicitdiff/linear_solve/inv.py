@@ -61,10 +61,10 @@ def solve_inv(
     if ns:
         alpha = 1.0 if alpha is None else alpha
         if not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
-            raise ValueError(f"solve_inv: alpha must be > 0, got {alpha!r}")
+            raise ValueError(f"solve_inv: alpha must be a finite number > 0, got {alpha!r}")
         broken = (
-            "the Neumann series diverges, since I - alpha A has spectral radius above one: take a smaller alpha, "
-            "or another solver"
+            "the Neumann series diverges, because I - alpha A has a spectral radius above 1: use a smaller alpha, or "
+            "another solver"
         )
         method = partial(neumann, alpha=alpha)
         return iterative(
@@ -81,7 +81,7 @@ def solve_inv(
     # Options without an effect are errors, not ignored.
     if (maxiter, alpha, rtol, init) != (None, None, None, None) or atol != 0.0:
         raise ValueError(
-            "solve_inv: maxiter, alpha, rtol, atol and init are options of the Neumann series; they need ns=True"
+            "solve_inv: maxiter, alpha, rtol, atol and init are options of the Neumann series, which needs ns=True"
         )
     return direct("solve_inv", factorised(inverse), SINGULAR, ridge=ridge, on_failure=on_failure)
 

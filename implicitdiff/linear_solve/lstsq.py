@@ -75,7 +75,7 @@ def solve_lstsq(*, rtol: float | None = None, init: Tree = None, on_failure: OnF
     """
     if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < math.inf):
         raise ValueError(f"solve_lstsq: rtol must be a finite number >= 0 or None, got {rtol!r}")
-    broken = "the matrix, or the right-hand side, is not finite"
+    broken = "the matrix or the right-hand side is not finite: look for nan in them"
     solver = direct("solve_lstsq", partial(least_squares_rows, rtol=rtol), broken, on_failure=on_failure)
     problem_type = partial(PseudoinverseProblem, rtol=rtol, on_failure=on_failure)
     return replace(solver, init=init, problem_type=problem_type, rectangular=problem_type)

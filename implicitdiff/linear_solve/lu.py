@@ -11,8 +11,8 @@ from implicitdiff.linear_solve._direct import Factors, direct, factorised
 from implicitdiff.linear_solve._outcome import OnFailure
 
 SINGULAR = (
-    "the matrix is singular to working precision, or not finite: take solve_lstsq for the solution of minimum norm, "
-    "or add a ridge"
+    "the matrix is singular to working precision, or not finite: use solve_lstsq for the solution of least norm, or "
+    "add a ridge"
 )
 
 

@@ -21,11 +21,12 @@ from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem
 
 Algorithm = Callable[[System], Tensor]
 NOT_FINITE_OR_INDEFINITE = (
-    "the operator, or the right-hand side, is not finite, or the preconditioner is not positive definite"
+    "the operator or the right-hand side is not finite, or the preconditioner is not positive definite: remove the "
+    "preconditioner, and look for nan in the operator"
 )
 DEFICIENT = (
-    "the rows of the operator are dependent and the right-hand side is not in its range, or the preconditioner is not "
-    "positive definite: leave it out, or take solve_lstsq"
+    "the rows of the operator are dependent and the right-hand side is not in its range, or the preconditioner is "
+    "not positive definite: remove the preconditioner, or use solve_lstsq"
 )
 
 
@@ -88,8 +89,8 @@ def solve_normal_cg(
     solver = iterative(
         "solve_normal_cg",
         normal_conjugate_gradients,
-        "the operator is singular and the right-hand side not in its range, or it is not finite: take solve_lstsq, "
-        "or add a ridge",
+        "the operator is singular and the right-hand side is not in its range, or the operator is not finite: use "
+        "solve_lstsq, or add a ridge",
         rtol=rtol,
         atol=atol,
         maxiter=maxiter,

@@ -81,7 +81,8 @@ def solve_implicitly(
     values = {name: slot.tensor.detach().clone() for name, slot in begun.items() if slot.tensor.requires_grad}
     if not values:
         raise ValueError(
-            f"{type(module).__name__}.solve: there are no inner parameters: make those to be solved for in __init__"
+            f"{type(module).__name__}.solve: the module has no inner parameters; create the parameters to be solved "
+            "for in __init__"
         )
     for name in values:
         # Leaves are kept on the module for the next call. Tensors of a transform or a trace end with it.
@@ -187,7 +188,10 @@ class _ModuleProblem:
     def _slots(self) -> dict[str, ParameterSlot]:
         slots = self.module._inner_slots()
         if missing := self.values.keys() - slots.keys():
-            raise ValueError(f"{self.name}.solve: the inner parameter {min(missing)!r} is gone after it")
+            raise ValueError(
+                f"{self.name}.solve: the module has lost its inner parameter {min(missing)!r} in solve; write values "
+                "into it instead of deleting it"
+            )
         return {name: slots[name] for name in self.values}
 
 
@@ -225,7 +229,7 @@ def _residuals(name: str, twin: Module, solution: dict[str, torch.Tensor], /, *a
         found = tuple(found)
         if len(found) != len(solution):
             raise ValueError(
-                f"{name}.optimality: one residual for each of the inner parameters {list(solution)} is needed, got "
+                f"{name}.optimality: must return one residual for each of the inner parameters {list(solution)}, got "
                 f"{len(found)}"
             )
         found = dict(zip(solution, found, strict=True))
@@ -266,7 +270,7 @@ def _refuse_captured(name: str, slots: dict[str, ParameterSlot], theta: list[tor
     for key, slot in slots.items():
         if id(slot.tensor) in captured:
             raise ValueError(
-                f"{name}.optimality: the inner parameter {key!r} is read otherwise than as an attribute of the module: "
+                f"{name}.optimality: the inner parameter {key!r} is not read as an attribute of the module, but "
                 "through a list or a function that holds the parameter, its module or self, or through a module that "
                 "torch.compile made; the derivative would be wrong: read an attribute (an nn.ModuleList holds "
                 "modules)"

@@ -174,8 +174,9 @@ class ImplicitMetaGradientModule(MetaGradientModule):
             held is tensor for optimizer in optimizers for group in optimizer.param_groups for held in group["params"]
         ):
             raise ValueError(
-                f"{type(self).__name__}.solve: an optimizer was made in __init__ for the inner parameter {name!r}, but "
-                "a transform or another module's condition replaces inner parameters: make the optimizer in solve"
+                f"{type(self).__name__}.solve: an optimizer was made in __init__ for the inner parameter {name!r}, "
+                "but a transform or the condition of another module replaces inner parameters: make the optimizer in "
+                "solve"
             )
 
     def _condition(self) -> _solve.ModuleMethod:
@@ -195,19 +196,19 @@ def _check_methods(cls: type[ImplicitMetaGradientModule], is_base: bool) -> None
         # Any descriptor that binds `self` is a method, such as the result of a decorator.
         if isinstance(method, (staticmethod, classmethod, property)) or not hasattr(type(method), "__get__"):
             raise TypeError(
-                f"{cls.__name__}: {name} has to be a method, def {name}(self, ...), got {type(method).__name__}"
+                f"{cls.__name__}: {name} must be a method, def {name}(self, ...), got {type(method).__name__}"
             )
     if is_base:
         return
     base = ImplicitMetaGradientModule
     lacks = []
     if _is_abstract(cls.solve):
-        lacks.append("does not define solve(), and needs it")
+        lacks.append("does not define solve(), which is required")
     if all(getattr(cls, name) is getattr(base, name) or _is_abstract(getattr(cls, name)) for name in _CONDITIONS):
-        lacks.append("defines neither objective() nor optimality(), and needs one")
+        lacks.append("defines neither objective() nor optimality(), of which one is required")
     if lacks:
         raise TypeError(
-            f"{cls.__name__} {' and '.join(lacks)}; declare a base class that leaves methods to subclasses as class "
+            f"{cls.__name__} {' and '.join(lacks)}; for a base class that leaves methods to subclasses, write class "
             f"{cls.__name__}(ImplicitMetaGradientModule, abc.ABC)"
         )
 

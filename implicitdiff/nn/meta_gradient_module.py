@@ -69,7 +69,7 @@ class MetaGradientModule(nn.Module, metaclass=_ArgumentTracking):
             super().__setattr__(name, value)
         elif "_parameters" not in self.__dict__:
             if value.requires_grad:
-                raise AttributeError(f"cannot assign parameters before Module.__init__() call, and {name!r} is one")
+                raise AttributeError(f"cannot assign the parameter {name!r} before Module.__init__() call")
             super().__setattr__(name, value)
         # Tensors that are no nn.Parameter are registered too; nn.Module refuses them.
         elif id(value) in self._meta_ids():
@@ -230,7 +230,7 @@ class MetaGradientModule(nn.Module, metaclass=_ArgumentTracking):
         for path, tensor in self._adopted.items():
             if self._parameters.get(path) is not tensor:
                 raise ValueError(
-                    f"{type(self).__name__}: the meta-parameter {path!r} was exchanged (torch.func.functional_call), "
-                    "but the module reads it from inside of an argument: assign an attribute in __init__, and read "
-                    "the attribute"
+                    f"{type(self).__name__}: torch.func.functional_call replaced the meta-parameter {path!r}, but the "
+                    "module reads it from inside of an argument: assign it to an attribute in __init__, and read the "
+                    "attribute"
                 )

@@ -49,7 +49,7 @@ def check_state(name: str, mine: Tree, given: Tree) -> Tree:
     # Dtypes and devices may differ: `convert_state` adapts them.
     if [t.shape for t in others] != [t.shape for t in leaves]:
         raise ValueError(
-            f"{name}: the state given does not belong to this optimizer and these parameters: expected "
+            f"{name}: the given state does not belong to this optimizer and these parameters: expected "
             f"{pytree.describe(mine)}, got {pytree.describe(given)}"
         )
     return given
@@ -70,4 +70,4 @@ def bind_arguments(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     try:
         return dict(cls.__signature__.bind(*args, **kwargs).arguments)
     except TypeError as error:
-        raise TypeError(f"{cls.__name__}: {error}; it takes {cls.__signature__}") from None
+        raise TypeError(f"{cls.__name__}: {error}; the signature is {cls.__signature__}") from None

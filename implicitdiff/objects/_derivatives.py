@@ -47,7 +47,7 @@ def guard_derivatives(name: str, loss: Tensor, grads: dict[int, Tensor], params:
 
 def _message(name: str, operation: str, which: str) -> str:
     return (
-        f"{name}: torch gets the {which} derivative of {operation} wrong; compute the loss under "
+        f"{name}: torch computes the {which} derivative of {operation} wrongly; compute the loss under "
         "implicitdiff.elementary(), as `with elementary(): loss = ...` or by a function with `@elementary()` above it"
     )
 

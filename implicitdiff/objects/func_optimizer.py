@@ -106,8 +106,8 @@ def loss_gradients(name: str, loss: torch.Tensor, params: Tree, *, constant: boo
         }
     if not grads:
         raise ValueError(
-            f"{name}: the loss depends on none of the parameters that need a gradient; compute the loss after each "
-            "step again, from the new parameters, with gradients enabled"
+            f"{name}: the loss depends on none of the parameters that require a gradient; compute the loss again "
+            "after each step, from the new parameters, with gradients enabled"
         )
     if not constant:
         grads = guard_derivatives(name, loss, grads, some)

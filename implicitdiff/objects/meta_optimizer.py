@@ -119,8 +119,8 @@ class MetaOptimizer:
         slots = self._slots()
         if _shapes(slots) != self._shapes:
             raise ValueError(
-                f"{name}: the module's parameters are {_shapes(slots)}, but they were {self._shapes} when this "
-                "optimizer was made; make another one"
+                f"{name}: the module's parameters are {_shapes(slots)}, but were {self._shapes} when this optimizer "
+                "was made; make another optimizer"
             )
         params = _tensors_by_name(slots)
         self._fit(params)

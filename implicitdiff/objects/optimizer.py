@@ -69,8 +69,8 @@ class Optimizer(torch.optim.Optimizer):
         """
         if others := [key for key in param_group if key not in ("params", "param_names")]:
             raise ValueError(
-                f"Optimizer: a group has params alone, but got {others[0]!r}; pass hyper-parameters to the "
-                "transformation, or use SGD, Adam or the like, whose groups have their own"
+                f"Optimizer: a parameter group has no options but params, got {others[0]!r}; pass hyper-parameters to "
+                "the transformation, or use SGD, Adam or another optimizer whose groups have hyper-parameters"
             )
         super().add_param_group(param_group)
 
@@ -173,14 +173,14 @@ class Optimizer(torch.optim.Optimizer):
         kept = [*states.get(group_key(index), {}).values()]
         if any(key in states for key in saved["params"]):
             raise ValueError(
-                "Optimizer: the state given is of an optimizer with a state for each parameter; load it into SGD, "
-                "Adam or the like"
+                "Optimizer: the given state is of an optimizer with a state for each parameter; load it into SGD, "
+                "Adam or another optimizer of that kind"
             )
         # Shapes identify a state: it is saved without names.
         if kept and [t.shape for t in kept] != [t.shape for t in mine]:
             raise ValueError(
-                f"Optimizer: the state of group {index} does not belong to this transformation and these parameters: "
-                f"it has {pytree.describe(kept)}, expected {pytree.describe(mine)}"
+                f"Optimizer: the given state of group {index} does not belong to this transformation and these "
+                f"parameters: expected {pytree.describe(mine)}, got {pytree.describe(kept)}"
             )
         if kept:
             pairs = enumerate(zip(kept, mine, strict=True))

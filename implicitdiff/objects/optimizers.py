@@ -77,7 +77,7 @@ class _NamedOptimizer(Optimizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = _check.bind_arguments(type(self), args, kwargs)
         if given.pop("mask", None) is not None:
-            raise ValueError(f"{type(self).__name__}: instead of a mask, use a group with weight_decay=0")
+            raise ValueError(f"{type(self).__name__}: has no mask; use a parameter group with weight_decay=0 instead")
         # Defaults of the factory are written into groups too, where schedulers and users change them.
         params, defaults = given.pop("params"), inspect.signature(self.factory).parameters
         values = {key: given.get(key, defaults[key].default) for key in self.hyperparameters}
@@ -230,7 +230,8 @@ class _NamedOptimizer(Optimizer):
         self._check_flags(saved)
         if group_key(index) in states:
             raise ValueError(
-                f"{type(self).__name__}: the state given is one for all parameters of a group; load it into Optimizer"
+                f"{type(self).__name__}: the given state is one state for all parameters of a group; load it into "
+                "Optimizer"
             )
         params = self.param_groups[index]["params"]
         fresh = self._param_states(self._transformation_for(index, params), params, [{} for _ in params])
@@ -243,7 +244,7 @@ class _NamedOptimizer(Optimizer):
         for key, value in self.flags.items():
             if group.get(key, value) != value:
                 raise ValueError(
-                    f"{type(self).__name__}: a group has {key}={group[key]}, but here it is {value}; use "
+                    f"{type(self).__name__}: {key} must be {value} in every parameter group, got {group[key]}; use "
                     f"{'Adam' if isinstance(self, AdamW) else 'AdamW'}"
                 )
 
@@ -257,13 +258,13 @@ class _NamedOptimizer(Optimizer):
         kept = {"step": 1.0, **kept} if "momentum_buffer" in fresh else kept
         if kept.keys() != fresh.keys():
             raise ValueError(
-                f"{type(self).__name__}: the state given is of another optimizer, or of other hyper-parameters: of a "
-                f"parameter it has {sorted(kept)}, expected {sorted(fresh)}"
+                f"{type(self).__name__}: the given state is of another optimizer, or of other hyper-parameters: for a "
+                f"parameter it must have {sorted(fresh)}, got {sorted(kept)}"
             )
         if odd := [key for key in fresh if key != "step" and torch.as_tensor(kept[key]).shape != fresh[key].shape]:
             raise ValueError(
-                f"{type(self).__name__}: the state given is of other parameters: {odd[0]} of shape "
-                f"{list(torch.as_tensor(kept[odd[0]]).shape)} is given where {list(fresh[odd[0]].shape)} is needed"
+                f"{type(self).__name__}: the given state is of other parameters: expected {odd[0]} of shape "
+                f"{list(fresh[odd[0]].shape)}, got shape {list(torch.as_tensor(kept[odd[0]]).shape)}"
             )
         return {key: torch.as_tensor(kept[key]).to(like.device, like.dtype, copy=True) for key, like in fresh.items()}
 

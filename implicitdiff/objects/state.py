@@ -108,7 +108,7 @@ def recover_state_dict(target: Tree, state: Tree) -> None:
             shapes = []
         if shapes != [t.shape for t in leaves]:
             raise ValueError(
-                f"recover_state_dict: the state given does not fit this target: expected {pytree.describe(target)}, "
+                f"recover_state_dict: the given state does not fit this target: expected {pytree.describe(target)}, "
                 f"got {pytree.describe(state)}"
             )
         for container, key, tensor in _assignments(target, state):
@@ -144,8 +144,8 @@ def stop_gradient(target: Tree) -> None:
     attached = [t for t in tensors if t.grad_fn is not None]
     if views := [t for t in attached if t._is_view()]:
         raise ValueError(
-            f"stop_gradient: a tensor of shape {list(views[0].shape)} is a view of another tensor and cannot be "
-            "detached in place; use its detach()"
+            f"stop_gradient: a tensor of shape {list(views[0].shape)} is a view of another tensor, which torch cannot "
+            "detach in place; use tensor.detach()"
         )
     for tensor in attached:
         # Moments of an optimizer are constants of the next run, parameters its unknowns.
@@ -199,7 +199,9 @@ def _tensor_tree(name: str, target: Tree) -> Tree:
         # A module in a list is a leaf without tensors for a pytree, and would be ignored silently.
         if hasattr(leaf, "state_dict"):
             kind = type(leaf).__name__
-            raise TypeError(f"{name}: a {kind} is no tensor of a tree; pass a module or meta-optimizer by itself")
+            raise TypeError(
+                f"{name}: a tree must hold tensors, got {kind}; pass a module or a meta-optimizer by itself"
+            )
     return target
 
 
@@ -232,7 +234,8 @@ def _deep_copy(tensor: torch.Tensor, device: torch.device | str | None) -> torch
 def _recover_module(module: nn.Module, state: Tree) -> None:
     if not isinstance(state, ModuleState):
         raise ValueError(
-            f"recover_state_dict: state must be a ModuleState that extract_state_dict gave, got {type(state).__name__}"
+            "recover_state_dict: state must be a ModuleState, the result of extract_state_dict, got "
+            f"{type(state).__name__}"
         )
     slots = listed_parameters_of(module)
     _check_fit("parameters", slots, state.params)
@@ -252,7 +255,7 @@ def _check_fit(what: str, slots: dict[str, ParameterSlot], state: dict[str, torc
     if mine != theirs:
         odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
         raise ValueError(
-            f"recover_state_dict: the state's {what} are not the module's: {odd[0]!r} has the shape "
+            f"recover_state_dict: the {what} of the state are not those of the module: {odd[0]!r} has the shape "
             f"{mine.get(odd[0], 'of nothing')} in the module and {theirs.get(odd[0], 'of nothing')} in the state"
         )
 

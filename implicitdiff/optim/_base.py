@@ -143,7 +143,7 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
     for given in transformations:
         if not (isinstance(given, (tuple, list)) and len(given) == 2 and all(map(callable, given))):
             raise TypeError(
-                f"chain: each argument has to be a pair (init, update) such as scale(0.1), got {type(given).__name__}"
+                f"chain: each argument must be a pair (init, update) such as scale(0.1), got {type(given).__name__}"
             )
     update = _Chain(transformations)
     return GradientTransformation(update.init, update)
@@ -162,7 +162,10 @@ class _Chain(Remembers):
         self, updates: Tree, state: Tree, params: Tree = None, *, inplace: bool = False
     ) -> tuple[Tree, tuple[Tree, ...]]:
         if len(state) != len(self.links):
-            raise ValueError(f"chain: {len(self.links)} transformations, but a state of {len(state)}; give it its own")
+            raise ValueError(
+                f"chain: the state must be of these {len(self.links)} transformations, got a state of {len(state)}; "
+                "pass the state that init of the chain returned"
+            )
         states = []
         for (_, apply), inner in zip(self.links, state, strict=True):
             updates, inner = apply(updates, inner, params=params, inplace=inplace)

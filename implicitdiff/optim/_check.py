@@ -14,7 +14,7 @@ from implicitdiff._torch.trees import Tree
 def require_pair(name: str, betas: object) -> tuple[Tree, Tree]:
     """Return the two betas, or raise a TypeError."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"{name}: betas has to be a pair of numbers, but it is {betas!r}")
+        raise TypeError(f"{name}: betas must be a pair of numbers, got {betas!r}")
     return betas[0], betas[1]
 
 
@@ -28,8 +28,8 @@ def require_one_non_negative(name: str, **values: object) -> None:
     for key, value in values.items():
         if isinstance(value, torch.Tensor) and value.ndim:
             raise ValueError(
-                f"{name}: {key} is a {value.dtype} tensor of shape {list(value.shape)}; it is one for all leaves, "
-                "so a tensor has to be a scalar"
+                f"{name}: {key} must be a number or a scalar tensor, because it is one for all leaves, got "
+                f"{value.dtype} of shape {list(value.shape)}"
             )
         _require_number(name, key, value, _is_non_negative, "a finite number, at least 0")
 
@@ -72,13 +72,13 @@ def _require_number(name: str, key: str, value: object, holds: Callable[[float],
         # The values of a tensor are not compared: a comparison would wait for the device, and fail under transforms.
         if not value.is_floating_point():
             raise ValueError(
-                f"{name}: {key} is a {value.dtype} tensor of shape {list(value.shape)}; as a tensor it has to be of "
-                "floating point"
+                f"{name}: {key} must be of floating point if it is a tensor, got {value.dtype} of shape "
+                f"{list(value.shape)}"
             )
     elif not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(
-            f"{name}: {key} is {value!r}; it has to be a number, a tensor, a schedule, or a tree of these that is "
-            "nested like the parameters"
+            f"{name}: {key} must be a number, a tensor, a schedule, or a tree of these nested like the parameters, "
+            f"got {value!r}"
         )
     elif not holds(value):
-        raise ValueError(f"{name}: {key} has to be {wanted}, but it is {value!r}")
+        raise ValueError(f"{name}: {key} must be {wanted}, got {value!r}")

@@ -33,8 +33,8 @@ def value_of_each_leaf(caller: str, key: str, value: Tree, spec: TreeSpec) -> li
         # The nesting of the parameters, whose values are not at hand, with * for a leaf.
         params = pytree.describe(pytree.unflatten([_LEAF] * spec.num_leaves, spec))
         raise ValueError(
-            f"{caller}: {key} has to be one for all leaves, or nested like the parameters, or a prefix of them, but it "
-            f"is {pytree.describe(value)} and they are {params}"
+            f"{caller}: {key} must be one for all leaves, or nested like the parameters, or a prefix of them, got "
+            f"{pytree.describe(value)} for the parameters {params}"
         ) from error
 
 
@@ -52,7 +52,7 @@ def refuse_others(caller: str, leaves: Sequence[object]) -> None:
     """Raise unless every leaf of the parameters is a tensor or None."""
     for leaf in leaves:
         if leaf is not None and not isinstance(leaf, torch.Tensor):
-            raise TypeError(f"{caller}: params have the leaf {leaf!r}; each has to be a tensor, or None")
+            raise TypeError(f"{caller}: every leaf of params must be a tensor or None, got {leaf!r}")
 
 
 def refuse_misfits(caller: str, key: str, values: Sequence[object], leaves: Sequence[Any], spec: TreeSpec) -> None:
@@ -66,9 +66,8 @@ def refuse_misfits(caller: str, key: str, values: Sequence[object], leaves: Sequ
         aligned = zip(reversed(value.shape), reversed(leaf.shape), strict=False)
         if value.ndim > leaf.ndim or any(n not in (1, m) for n, m in aligned):
             raise ValueError(
-                f"{caller}: {key} of shape {list(value.shape)} does not broadcast to the leaf"
-                f"{pytree.names_of(spec)[at]} of shape {list(leaf.shape)}; it has to be a scalar, or to fit each leaf "
-                "that it is for"
+                f"{caller}: {key} must be a scalar or broadcast to each leaf that it is for, got shape "
+                f"{list(value.shape)} for the leaf{pytree.names_of(spec)[at]} of shape {list(leaf.shape)}"
             )
 
 
@@ -103,7 +102,7 @@ class Columns:
                 if leaf.layout is not torch.strided or not (leaf.is_floating_point() or leaf.is_complex()):
                     why = why_dense if leaf.layout is not torch.strided else ""
                     self._refuse(
-                        TypeError, row, self.name, f"is {_kind(leaf)}; it has to be dense and of floating point{why}"
+                        TypeError, row, self.name, f"must be dense and of floating point, got {_kind(leaf)}{why}"
                     )
         return self
 
@@ -128,8 +127,8 @@ class Columns:
 
     def _unlike(self, name: str, tree: Tree, error: ValueError) -> ValueError:
         return ValueError(
-            f"{self.caller}: {self.name} and {name} have to be nested alike, but {self.name} is "
-            f"{pytree.describe(self.tree)} and {name} is {pytree.describe(tree)}: {error}"
+            f"{self.caller}: {self.name} and {name} must be nested alike, got {pytree.describe(self.tree)} and "
+            f"{pytree.describe(tree)}: {error}"
         )
 
     def pick(self, leaves: list[Entry]) -> list[Entry]:
@@ -146,7 +145,7 @@ class Columns:
                     if name != self.name:
                         self.checked()  # an integer gradient has no moments: name the gradient as the cause
                     what = "or None" if name == self.name else f"where {self.name} is not None"
-                    self._refuse(TypeError, row, name, f"is {leaf!r}; it has to be a tensor {what}")
+                    self._refuse(TypeError, row, name, f"must be a tensor {what}, got {leaf!r}")
         return column
 
     def column(self, name: str, leaves: list[Any]) -> Leaves:
@@ -172,7 +171,7 @@ class Columns:
         for row in self.rows:
             if values[row] is None:
                 way = pytree.names_of(self.spec)[row]
-                raise ValueError(f"{self.caller}: {key}{way} is None, but {self.name}{way} is not")
+                raise ValueError(f"{self.caller}: {key}{way} must not be None where {self.name}{way} is a tensor")
         refuse_misfits(self.caller, key, values, self.leaves, self.spec)
 
     def mask_of_rows(self, mask: Tree) -> list[Any]:
@@ -181,8 +180,8 @@ class Columns:
             return self.pick(pytree.broadcast(self.spec, mask))
         except ValueError as error:
             raise ValueError(
-                f"{self.caller}: mask has to be nested like the parameters, or be a prefix of them, but it is {mask!r} "
-                f"and {self.name} is {pytree.describe(self.tree)}"
+                f"{self.caller}: mask must be nested like the parameters, or be a prefix of them, got {mask!r} for "
+                f"{self.name} {pytree.describe(self.tree)}"
             ) from error
 
     def tree_of(self, leaves: list[Any], rows: list[Any]) -> Tree:

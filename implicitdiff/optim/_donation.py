@@ -22,8 +22,8 @@ def refuse_tracked(caller: str, name: str, tensors: Leaves) -> None:
     """Raise if autograd or a transform differentiates these tensors: an overwrite would lose the derivative."""
     if _tracking.have_gradient_layer(tensors) or (torch.is_grad_enabled() and any([t.requires_grad for t in tensors])):
         raise ValueError(
-            f"{caller}: inplace=True, but {name} are being differentiated, so their old values are needed; "
-            "use inplace=False, detach them, or run the step under torch.no_grad()"
+            f"{caller}: inplace=True would overwrite values that a derivative needs, because {name} are being "
+            "differentiated; use inplace=False, detach them, or run the step under torch.no_grad()"
         )
 
 
@@ -94,8 +94,8 @@ def refuse_shared(caller: str, params: Operands) -> None:
     """Raise if a parameter is None, the mark of shared memory."""
     if any(p is None for p in params):
         raise ValueError(
-            f"{caller}: inplace=True, but a tensor in params shares memory with another one, or with itself, and would "
-            "be changed twice; pass each tensor once, or use inplace=False"
+            f"{caller}: inplace=True would change memory twice, because a tensor in params shares memory with another "
+            "one, or with itself; pass each tensor once, or use inplace=False"
         )
 
 

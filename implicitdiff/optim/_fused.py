@@ -157,9 +157,9 @@ def serves(step: Step, name: str, *, insists: bool) -> bool:
     if learned := [k for k in step.rule.numbers if not is_number(getattr(step.rule, k))]:
         if insists:
             raise ValueError(
-                f"{name}: use_accelerated_op=True, but {', '.join(learned)} is a tensor of several "
-                "numbers, or one that is differentiated, batched or not on the CPU, and compiled steps take numbers; "
-                "leave use_accelerated_op at None"
+                f"{name}: use_accelerated_op=True, but compiled steps take numbers, and {', '.join(learned)} is a "
+                "tensor of several numbers, or one that is differentiated, batched or not on the CPU; leave "
+                "use_accelerated_op at None"
             )
         return False
     operands = step.operands

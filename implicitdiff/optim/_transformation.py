@@ -68,7 +68,10 @@ def _initial(name: str, leaf: torch.Tensor | None, value: Number | complex | Non
         return None
     dtype = accumulator(leaf.dtype)
     if value is None:
-        raise ValueError(f"{name}: {_PUBLIC['initial']} is None for a parameter of shape {list(leaf.shape)}")
+        raise ValueError(
+            f"{name}: {_PUBLIC['initial']} must not be None for a parameter, got None for one of shape "
+            f"{list(leaf.shape)}"
+        )
     if leaf.is_complex():  # the real and the imaginary part are accumulated as two reals, from one start each
         value = value * (1 + 1j)
     if not isinstance(value, torch.Tensor):
@@ -134,7 +137,7 @@ class _RuleUpdate(Remembers):
     def _columns(self, grads: Tree, state: Tree) -> Columns:
         if not isinstance(state, self.state):
             raise TypeError(
-                f"{self.name}: state is a {type(state).__name__}, not the {self.state.__name__} of its init"
+                f"{self.name}: state must be the {self.state.__name__} of its init, got {type(state).__name__}"
             )
         # `count` is in the order of the state's leaves, so gradients are put into the same order.
         like = next(((name, getattr(state, field)) for name, field in self.moments.items()), None)
@@ -317,8 +320,8 @@ class _RuleUpdate(Remembers):
 
 
 _NOT_SPARSE = (
-    " ({} also moves where a gradient is zero, so that sparse gradients would save nothing; sgd and adagrad take them, "
-    "torch.optim.SparseAdam is another algorithm, and grad.to_dense() is what this one computes with)"
+    " ({} also moves parameters whose gradient is zero, so sparse gradients would save nothing: use sgd or adagrad, "
+    "torch.optim.SparseAdam, which is another algorithm, or grad.to_dense())"
 )
 
 
@@ -342,10 +345,13 @@ def _complex_of(real: torch.Tensor, buffer: torch.Tensor | None, pairs: dict[int
 def _increment(name: str, columns: Columns, count: torch.Tensor) -> int | torch.Tensor:
     """Return the increment of `count`: 1 for each leaf with a gradient, else 0."""
     if count.dtype != torch.int64:
-        raise TypeError(f"{name}: state.count is {count.dtype}; it has to stay int64 when the state is converted")
+        raise TypeError(f"{name}: state.count must stay int64 when the state is converted, got {count.dtype}")
     total = len(columns.leaves)
     if count.shape != (total,):
-        raise ValueError(f"{name}: grads have {total} leaves, but state.count has the shape {list(count.shape)}")
+        raise ValueError(
+            f"{name}: state.count must have one entry for each of the {total} leaves of grads, got the shape "
+            f"{list(count.shape)}"
+        )
     if len(columns.rows) == total:
         return 1
     rows = set(columns.rows)
@@ -357,6 +363,7 @@ def _increment_in_place(name: str, count: torch.Tensor, increment: int | torch.T
     # torch raises too, but after the addition.
     if count.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
-            f"{name}: inplace=True, but state.count was made in inference mode and can be overwritten only there"
+            f"{name}: inplace=True would overwrite state.count, which was made in inference mode and can be "
+            "overwritten only there; use inplace=False, or run init outside of inference mode"
         )
     return count.add_(increment)

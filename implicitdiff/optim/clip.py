@@ -33,7 +33,9 @@ def clip(max_delta: float) -> GradientTransformation:
 
 def _clamped(max_delta: float, g: torch.Tensor) -> torch.Tensor:
     if g.is_complex():
-        raise TypeError(f"clip: complex numbers have no order, but a gradient is {g.dtype}; use clip_grad_norm")
+        raise TypeError(
+            f"clip: a gradient must be real, because complex numbers have no order, got {g.dtype}; use clip_grad_norm"
+        )
     return g.clamp(-max_delta, max_delta)
 
 
@@ -76,7 +78,7 @@ def clip_grad_norm(max_norm: Number, norm_type: float = 2.0, *, eps: float = 1e-
     """
     _check.require_one_non_negative("clip_grad_norm", max_norm=max_norm, eps=eps)
     if not norm_type >= 1:
-        raise ValueError(f"clip_grad_norm: norm_type has to be at least 1, or infinity, but it is {norm_type!r}")
+        raise ValueError(f"clip_grad_norm: norm_type must be at least 1, or infinity, got {norm_type!r}")
 
     return stateless("clip_grad_norm", functools.partial(_clipped_to_norm, max_norm, norm_type, eps))
 

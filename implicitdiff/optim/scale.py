@@ -70,7 +70,7 @@ def scale_by_schedule(schedule: Callable[[torch.Tensor], Number]) -> GradientTra
         tensor([0.5000])
     """
     if not callable(schedule):
-        raise TypeError(f"scale_by_schedule: schedule has to be a function of a count, got {schedule!r}; see scale")
+        raise TypeError(f"scale_by_schedule: schedule must be a function of a count, got {schedule!r}; see scale")
     update = _Scheduled(schedule)
     return GradientTransformation(update.init, update)
 

@@ -150,7 +150,5 @@ def _rule(
     # A tensor or a schedule is accepted: its values are not known here.
     damped = isinstance(dampening, (int, float)) and dampening != 0
     if nesterov and (damped or not rule.has_momentum):
-        raise ValueError(
-            f"{name}: nesterov needs a momentum and no dampening, but they are {momentum!r} and {dampening!r}"
-        )
+        raise ValueError(f"{name}: nesterov needs a momentum and no dampening, got {momentum!r} and {dampening!r}")
     return rule

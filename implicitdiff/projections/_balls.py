@@ -126,7 +126,7 @@ def _onto_l1_sphere(v: Tensor, radius: Tensor) -> Tensor:
 def _onto_l2_sphere(v: Tensor, radius: Tensor) -> Tensor:
     if not holds((v != 0).any(0, keepdim=True) | (radius == 0)):
         raise ValueError(
-            "l2_sphere: v has to be other than zero, since all points of the sphere are equally near to zero"
+            "l2_sphere: v must be other than zero, because zero has the same distance to all points of the sphere"
         )
     size = scale_of(v)
     square = sum_of((v / size).square())

@@ -99,19 +99,19 @@ def box_section(v: Tree, lower: Tree, upper: Tree, w: Tree, c: Number) -> Tree:
     """
     point = Point.of("box_section", v)
     if not point.size:
-        raise ValueError(f"box_section: v has to have an entry, but it is {pytree.describe(v)}")
+        raise ValueError(f"box_section: v must have an entry, got {pytree.describe(v)}")
     # Bounds of all leaves as vectors, in the order of the entries of v.
     low, high = (point.flat(bounds) for bounds in _bounds(point, lower, upper))
     normal, offset = point.flat(point.operands("w", w)), point.scalar("c", c)
     if not holds((normal != 0).any()):
-        raise ValueError(f"box_section: w has to be other than zero, but it is {pytree.describe(w)} of zeros")
+        raise ValueError(f"box_section: w must be other than zero, got {pytree.describe(w)} of zeros")
     size = scale_of(normal)
 
     def project(v: Tensor, c: Tensor) -> Tensor:
         section = _Section(low.to(v.dtype), high.to(v.dtype), (normal / size).to(v.dtype), c / size.to(v.dtype))
         if not holds(section.is_met()):
             raise ValueError(
-                "box_section: c has to be w.x for some x within the bounds, but it is less, or more, than that"
+                "box_section: c must be w.x for some x within the bounds, got a smaller or a larger number"
             )
         return section.project(v)
 
@@ -122,8 +122,8 @@ def _bounds(point: Point, lower: Tree, upper: Tree) -> tuple[list[Any], list[Any
     lowers, uppers = point.operands("lower", lower), point.operands("upper", upper)
     if not all(low is None or holds(low <= high) for low, high in zip(lowers, uppers, strict=True)):
         raise ValueError(
-            f"{point.function}: lower has to be at most upper in every entry, but lower is "
-            f"{pytree.describe(lower)} and upper is {pytree.describe(upper)}"
+            f"{point.function}: lower must be at most upper in every entry, got lower {pytree.describe(lower)} and "
+            f"upper {pytree.describe(upper)}"
         )
     return lowers, uppers
 

@@ -77,11 +77,11 @@ def affine_set(v: Tree, A: Tensor, b: Number) -> Tree:
     point = Point.of("affine_set", v)
     if not isinstance(A, Tensor) or A.ndim != 2 or A.shape[0] > A.shape[1] or A.shape[1] != point.size:
         raise ValueError(
-            f"affine_set: A has to be a matrix with {point.size} columns, as v has entries, and no more rows, "
-            f"but it is {pytree.describe(A)}"
+            f"affine_set: A must be a matrix with {point.size} columns, as v has entries, and no more rows, "
+            f"got {pytree.describe(A)}"
         )
     if isinstance(b, Tensor) and not broadcasts(b.shape, A.shape[:1]):
-        raise ValueError(f"affine_set: b has to be of shape {list(A.shape[:1])}, but it is {pytree.describe(b)}")
+        raise ValueError(f"affine_set: b must be of shape {list(A.shape[:1])}, got {pytree.describe(b)}")
     return point.map_flat(_onto_affine_set, A, b)
 
 
@@ -89,7 +89,7 @@ def _along(function: str, v: Tree, a: Tree, b: Number, step: Callable[[Tensor], 
     point = Point.of(function, v)
     normal, offset = point.flat(point.operands("a", a)), point.scalar("b", b)
     if not holds((normal != 0).any()):
-        raise ValueError(f"{function}: a has to be other than zero, but it is {pytree.describe(a)} of zeros")
+        raise ValueError(f"{function}: a must be other than zero, got {pytree.describe(a)} of zeros")
     # Scaled so that a.a neither overflows nor underflows.
     size = scale_of(normal)
     normal = normal / size
@@ -105,7 +105,7 @@ def _onto_affine_set(v: Tensor, A: Tensor, b: Tensor) -> Tensor:
     # A' = Q R: R_kk is the distance of row k of A from the span of earlier rows, compared with the length of row k.
     rows = torch.linalg.vector_norm(R.detach(), dim=0)
     if not holds(R.detach().diagonal().abs() > rows * (v.numel() * torch.finfo(v.dtype).eps)):
-        raise ValueError("affine_set: the rows of A have to be finite and linearly independent, but they are not")
+        raise ValueError("affine_set: the rows of A must be finite and linearly independent, got rows that are not")
     # A' (A A')^-1 = Q R (R' R)^-1 = Q R'^-1.
     step: Tensor = Q @ torch.linalg.solve_triangular(R.mT, (A @ v - b).unsqueeze(-1), upper=False)
     return v - step.squeeze(-1)

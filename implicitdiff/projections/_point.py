@@ -37,7 +37,7 @@ class Point(NamedTuple):
         tensors = [leaf for leaf in leaves if leaf is not None]
         if not tensors or not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tensors):
             given = pytree.describe(v)
-            raise TypeError(f"{function}: v has to be a floating-point tensor or a tree of them, but it is {given}")
+            raise TypeError(f"{function}: v must be a floating-point tensor or a tree of them, got {given}")
         return cls(function, leaves, spec)
 
     @property
@@ -97,7 +97,7 @@ class Point(NamedTuple):
         return operand
 
     def _refuse(self, name: str, wanted: str, given: Tree, error: type[Exception] = ValueError) -> NoReturn:
-        raise error(f"{self.function}: {name} has to be {wanted}, but it is {pytree.describe(given)}") from None
+        raise error(f"{self.function}: {name} must be {wanted}, got {pytree.describe(given)}") from None
 
 
 def holds(condition: bool | Tensor) -> bool:

@@ -74,18 +74,14 @@ def _checked_rows(point: Point, name: str, matrix: object, other: str, right: ob
     if matrix is None:
         return None, None
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-        raise TypeError(
-            f"polyhedron: {name} has to be a floating-point tensor or None, but it is {pytree.describe(matrix)}"
-        )
+        raise TypeError(f"polyhedron: {name} must be a floating-point tensor or None, got {pytree.describe(matrix)}")
     if matrix.ndim != 2 or matrix.shape[1] != point.size:
         raise ValueError(
-            f"polyhedron: {name} has to be a matrix with {point.size} columns, as v has entries, but it is "
+            f"polyhedron: {name} must be a matrix with {point.size} columns, as v has entries, got "
             f"{pytree.describe(matrix)}"
         )
     if not isinstance(right, (int, float, Tensor)):
-        raise TypeError(f"polyhedron: {other} has to be a number or a tensor, but it is {pytree.describe(right)}")
+        raise TypeError(f"polyhedron: {other} must be a number or a tensor, got {pytree.describe(right)}")
     if isinstance(right, Tensor) and not broadcasts(right.shape, matrix.shape[:1]):
-        raise ValueError(
-            f"polyhedron: {other} has to be of shape {list(matrix.shape[:1])}, but it is {pytree.describe(right)}"
-        )
+        raise ValueError(f"polyhedron: {other} must be of shape {list(matrix.shape[:1])}, got {pytree.describe(right)}")
     return matrix, right

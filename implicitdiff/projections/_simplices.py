@@ -67,9 +67,9 @@ def sparse_simplex(v: Tree, k: int, total: Number = 1.0) -> Tree:
     """
     point = nonempty("sparse_simplex", v)
     if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"sparse_simplex: k has to be an integer, but it is {pytree.describe(k)}")
+        raise TypeError(f"sparse_simplex: k must be an integer, got {pytree.describe(k)}")
     if k < 1:
-        raise ValueError(f"sparse_simplex: k has to be at least 1, but it is {k}")
+        raise ValueError(f"sparse_simplex: k must be at least 1, got {k}")
 
     def project(v: Tensor, total: Tensor) -> Tensor:
         # argsort of a permutation is its inverse, here the rank of each entry.
@@ -83,7 +83,7 @@ def nonempty(function: str, v: Tree) -> Point:
     """Return the point of `v`, or raise if it has no entry."""
     point = Point.of(function, v)
     if not point.size:
-        raise ValueError(f"{function}: v has to have an entry, but it is {pytree.describe(v)}")
+        raise ValueError(f"{function}: v must have an entry, got {pytree.describe(v)}")
     return point
 
 

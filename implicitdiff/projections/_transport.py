@@ -84,14 +84,14 @@ def birkhoff(v: Tensor) -> Tensor:
     """
     _check_matrix("birkhoff", v)
     if v.shape[0] != v.shape[1]:
-        raise ValueError(f"birkhoff: v has to be a square matrix, but it is {pytree.describe(v)}")
+        raise ValueError(f"birkhoff: v must be a square matrix, got {pytree.describe(v)}")
     return _onto_transport("birkhoff", v, 1.0, 1.0)
 
 
 def _check_matrix(function: str, v: Tree) -> None:
     Point.of(function, v)
     if not isinstance(v, Tensor) or v.ndim != 2:
-        raise ValueError(f"{function}: v has to be a matrix, but it is {pytree.describe(v)}")
+        raise ValueError(f"{function}: v must be a matrix, got {pytree.describe(v)}")
 
 
 def _onto_transport(function: str, v: Tensor, row_sums: Number, column_sums: Number) -> Tensor:
@@ -102,7 +102,7 @@ def _onto_transport(function: str, v: Tensor, row_sums: Number, column_sums: Num
     coarsest = max(torch.finfo(t.dtype).eps for t in (v, row_sums, column_sums) if isinstance(t, Tensor))
     gap = (rows.detach().sum() - columns.detach().sum()).abs()
     if not holds(gap <= 4 * (sum(v.shape) + 1) * coarsest * rows.detach().sum()):
-        raise ValueError(f"{function}: row_sums and column_sums have to have equal totals, but they differ")
+        raise ValueError(f"{function}: row_sums and column_sums must have equal totals, got different ones")
     if not v.numel():
         return v
     packed = torch.cat([t.detach().double() for t in (v.flatten(), rows, columns)])
@@ -119,12 +119,12 @@ def _onto_transport(function: str, v: Tensor, row_sums: Number, column_sums: Num
 
 def _sums(function: str, name: str, value: Number, v: Tensor, count: int) -> Tensor:
     if not isinstance(value, (int, float, Tensor)):
-        raise TypeError(f"{function}: {name} has to be a number or a tensor, but it is {pytree.describe(value)}")
+        raise TypeError(f"{function}: {name} must be a number or a tensor, got {pytree.describe(value)}")
     sums = value if isinstance(value, Tensor) else torch.full((), value, dtype=v.dtype, device=v.device)
     if not broadcasts(sums.shape, torch.Size([count])):
-        raise ValueError(f"{function}: {name} has to be of shape {[count]}, but it is {pytree.describe(value)}")
+        raise ValueError(f"{function}: {name} must be of shape {[count]}, got {pytree.describe(value)}")
     if not holds((sums >= 0) & sums.isfinite()):
-        raise ValueError(f"{function}: {name} has to be at least 0 and finite")
+        raise ValueError(f"{function}: {name} must be at least 0 and finite in every entry")
     return sums.to(v.dtype).expand(count)
 
 

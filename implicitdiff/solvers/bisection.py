@@ -77,7 +77,7 @@ def bisection(
         >>> torch.func.grad(lambda theta: solver.run(None, theta)[0])(torch.tensor(8.0))  # 1 / (3 x^2)
         tensor(0.0833)
     """
-    why = "bisection has no derivative of its own"
+    why = "the iterations of bisection have no derivative"
     method = IterativeMethod(_start, _step, BisectionMemory, 10_000, is_judged=False, only_implicit=why)
     pose, guess = partial(_bracketed_equation, lower=lower, upper=upper), partial(_guess_or_middle, lower, upper)
     return make_solver("bisection", pose, (fn,), method, options, guess)

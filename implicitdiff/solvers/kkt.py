@@ -122,7 +122,7 @@ def _constraint(fn: Callable[..., Tree] | None, x: Tree, params: Tree, dual: Tre
     if fn is None and not any(t.numel() for t in pytree.tensors(dual)):
         return dual
     if fn is None or dual is None:
-        what = "has no function of constraints, so it must be None" if fn is None else "must not be None"
+        what = "must be None without a function of constraints" if fn is None else "must not be None"
         raise ValueError(f"make_kkt_optimality_fn: {name} {what}, got {pytree.describe(dual)}")
     values = _call_with_params(fn, x, params)
     leaves, structure = pytree.flatten(dual)

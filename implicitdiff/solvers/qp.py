@@ -207,7 +207,7 @@ def _check_data(named: dict[str, Tensor | None]) -> None:
         if (named[matrix] is None) != (named[vector] is None):
             raise ValueError(f"qp: {matrix} and {vector} go together: give both, or None for both")
     if named["l"] is not None and named["G"] is None:
-        raise ValueError("qp: l are lower bounds of G x: give G and h too (h may be infinite)")
+        raise ValueError("qp: l are lower bounds of G x, so G and h must be given too (h may be infinite)")
     n, p, m = (t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in (named[name] for name in "cbh"))
     expected = {"Q": (n, n), "c": (n,), "A": (p, n), "b": (p,), "G": (m, n), "h": (m,), "l": (m,)}
     given = {name: t for name, t in named.items() if t is not None}

@@ -57,5 +57,5 @@ def test_derivatives_of_a_steady_state_are_central_differences(steady, route):
 
 
 def test_a_batch_of_integrations_raises_with_the_name_of_the_solver():
-    with pytest.raises(TransformError, match="the solver integrate needs numbers where vmap gives it a batch"):
+    with pytest.raises(TransformError, match="the solver integrate needs the values of a tensor that vmap batches"):
         vmap(lambda rates: STEADY["a root of the velocity"](START, rates))(torch.stack([RATES, 0.5 * RATES]))

@@ -60,8 +60,8 @@ class SolverFunction:
             signature = inspect.signature(fn)
         except (TypeError, ValueError):  # some builtins have none
             raise TypeError(
-                f"{self.__qualname__}: {name_of(fn)} has no signature in which to look up {', '.join(kwargs)}; give "
-                "its arguments by position"
+                f"{self.__qualname__}: {name_of(fn)} has no signature, so {', '.join(kwargs)} cannot be given by "
+                "keyword; give its arguments by position"
             ) from None
         try:
             bound = signature.bind(None, *args, **kwargs)

@@ -82,6 +82,6 @@ def _bar(name: str, limit: int) -> Any:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError(f"{name}: verbose=True shows its progress with tqdm: pip install tqdm") from error
+        raise ImportError(f"{name}: verbose=True needs tqdm for the progress bar: pip install tqdm") from error
     # A delay of one second keeps short runs without a bar.
     return tqdm(desc=name, total=limit, delay=1.0, unit="it")

@@ -260,7 +260,8 @@ class SolverImpl(Remembers):
             return self._unrolled(params, args, checkpoint_every, report)
         if checkpoint_every is not None:
             raise ValueError(
-                f"{self.name}: checkpoint_every is for implicit_diff=False: the implicit derivative keeps no iteration"
+                f"{self.name}: checkpoint_every needs implicit_diff=False, because the implicit derivative stores no "
+                "iteration"
             )
         return self._implicit(params, args, report)
 
@@ -297,7 +298,7 @@ class SolverImpl(Remembers):
                 with _modes.as_user_code():
                     result = pytree.tensors(function(structure.unflatten(x), args, *more))
                 if before != [_modes.version(t) for t in x]:
-                    raise ValueError(f"{self.name} changes its first argument in place; work on a clone of it")
+                    raise ValueError(f"{self.name} changes its first argument in place; change a clone instead")
                 return result
 
             return fn
@@ -320,8 +321,8 @@ class SolverImpl(Remembers):
         state = self.init(params, args)
         if _switches.random_state() != random_state:
             raise ValueError(
-                f"{self.name} draws random numbers, with which no iteration converges; draw them outside and pass them "
-                "as arguments (dropout: use eval mode)"
+                f"{self.name} draws random numbers, so the iterations cannot converge; draw them outside and pass "
+                "them as arguments (dropout: use eval mode)"
             )
         first_x, _, _ = self._frame(params, args)
 
@@ -441,7 +442,7 @@ def make_solver(
     """
     for fn in functions:
         if not callable(fn):
-            raise TypeError(f"{name}: a function was expected, got {type(fn).__name__}")
+            raise TypeError(f"{name}: fn must be a function, got {type(fn).__name__}")
     checked = options_of(name, options)
     called = ", ".join(map(name_of, functions[:1]))
     made = impl(name, f"{name}({called})", equation_of, functions, method, checked, guess, is_named)

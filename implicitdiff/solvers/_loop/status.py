@@ -40,16 +40,21 @@ class Status(enum.IntEnum):
 
 
 _ADVICE = {
-    Status.BUDGET_SPENT: "no convergence; the problem may have no solution, or the method may be unsuitable: inspect "
-    "the errors (keep_history=True), try another solver, another initial guess, or a larger rtol or atol",
+    Status.BUDGET_SPENT: (
+        "no convergence; the problem may have no solution, or the method may be unsuitable: inspect the errors "
+        "(keep_history=True), try another solver, another initial guess, or a larger rtol or atol"
+    ),
     Status.DIVERGED: "the iterates are not finite, a matrix is singular, or a quadratic program is not convex: try "
     "another initial guess, a smaller step, or a solver with a line search",
     Status.LINE_SEARCH_FAILED: "no step decreases the error; the function may not be smooth at this point, or its "
     "values too imprecise for rtol and atol",
     Status.STALLED: "no further progress in this precision: the tolerances are below rounding, the problem is "
     "ill-conditioned, or steps have become zero; raise the tolerances, use float64, or scale the problem",
-    Status.INFEASIBLE: "no point satisfies the constraints",
-    Status.UNBOUNDED: "the objective has no minimum: values decrease without bound, or towards an infimum at infinity",
+    Status.INFEASIBLE: "no point satisfies the constraints: relax a constraint",
+    Status.UNBOUNDED: (
+        "the objective has no minimum, because values decrease without bound or towards an infimum at infinity: add "
+        "a penalty or a constraint"
+    ),
 }
 
 

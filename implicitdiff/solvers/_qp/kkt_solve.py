@@ -23,8 +23,8 @@ _MAX_DENSE = 4000
 """Largest number of unknowns with a dense matrix."""
 _NO_DERIVATIVE = (
     "the active constraints and the curvature do not determine the derivative: the minimiser is not unique, or a "
-    "cotangent asks for multipliers that are not, or the constraints contradict each other along a tangent; for a "
-    "derivative of least norm take qp(solve=solve_lstsq())"
+    "cotangent asks for multipliers that are not unique, or the constraints contradict each other along a tangent; "
+    "for a derivative of least norm use qp(solve=solve_lstsq())"
 )
 
 
