@@ -83,7 +83,7 @@ def root(
         >>> x
         tensor(2.)
     """
-    return _run(solver, residual_fn, init, args, options)
+    return _run("root", solver, residual_fn, init, args, options)
 
 
 @overload
@@ -130,7 +130,7 @@ def fixed_point(
         >>> x
         tensor(3.)
     """
-    return _run(solver, fixed_point_fn, init, args, options)
+    return _run("fixed_point", solver, fixed_point_fn, init, args, options)
 
 
 @overload
@@ -177,7 +177,7 @@ def minimize(
         >>> x, bool(state.converged)
         (tensor([1., 2.]), True)
     """
-    return _run(solver, objective_fn, init, args, options)
+    return _run("minimize", solver, objective_fn, init, args, options)
 
 
 @overload
@@ -224,20 +224,19 @@ def least_squares(
         >>> x
         tensor([2.0000, 0.6931])
     """
-    return _run(solver, residual_fn, init, args, options)
+    return _run("least_squares", solver, residual_fn, init, args, options)
 
 
 def _run(
+    name: str,
     factory: Callable[..., Solver[Any, ..., Any]],
     fn: Callable[..., Tree],
     init: Tree,
     args: tuple[Tree, ...],
     options: dict[str, Any],
 ) -> tuple[Tree, State[Any]]:
-    if not callable(factory):
-        raise TypeError(f"solver must be a factory of implicitdiff.solvers, such as newton, got {factory!r}")
     of_run = {name: options.pop(name) for name in RunOptions.__annotations__ if name in options}
-    made = factory(fn, **options)
+    made = factory(fn, **options) if callable(factory) else None
     if not isinstance(made, Solver):
-        raise TypeError(f"solver must be a factory of implicitdiff.solvers, such as newton, got {factory!r}")
+        raise TypeError(f"{name}: solver must be a factory of implicitdiff.solvers, such as newton, got {factory!r}")
     return made.run(init, *args, **of_run)

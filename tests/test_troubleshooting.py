@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tables.troubles import TROUBLES
+from tables import troubles, troubles_of_steps
 
 import implicitdiff
 
+TROUBLES = troubles.TROUBLES | troubles_of_steps.TROUBLES
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 SOURCE = Path(implicitdiff.__file__).parent
 HOLE = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -86,6 +87,7 @@ def test_a_row_names_all_of_its_exceptions() -> None:
 
 # Literals of four words and more that are no message of their own, by a part of each, with the reason.
 WITHOUT = {
+    HOLE + " lanes: ": "the repr of a state",
     "compiler ": "printed by python -m implicitdiff",
     "built for ": "printed by python -m implicitdiff",
     "not built: switched off": "printed by python -m implicitdiff",
