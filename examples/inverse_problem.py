@@ -179,22 +179,22 @@ plt.rcParams.update({"axes.titlelocation": "left"})
 figure, ((true, found), (doubt, tested)) = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
 extent = (0, COLUMNS * CELL, 0, ROWS * CELL)
 log10 = {"origin": "lower", "extent": extent, "cmap": "viridis", "norm": "log", "vmin": 3, "vmax": 45}
-for axis, log_K, title in (true, truth, "The ground, and its water table [m]"), (found, fitted, "Recovered from 24 wells"):
+for axis, log_K, title in (true, truth, "Ground and water table [m]"), (found, fitted, "Recovered from 24 wells"):
     image = axis.imshow(log_K.exp(), **log10)
     lines = axis.contour(x, y, heights(log_K), levels=torch.arange(10, 13, 0.25), colors="white", linewidths=0.8)
     axis.clabel(lines, fontsize=9)
     axis.set_title(title)
-bar = figure.colorbar(image, ax=[true, found], label="conductivity [m/day]", ticks=[3, 10, 30], format="%d")
-bar.ax.minorticks_off()
+    bar = figure.colorbar(image, ax=axis, label="conductivity [m/day]", ticks=[3, 10, 30], format="%d")
+    bar.ax.minorticks_off()
 image = doubt.imshow(spread.exp(), origin="lower", extent=extent, cmap="magma_r", vmin=1, vmax=2.7)
-figure.colorbar(image, ax=doubt, label="factor")
+figure.colorbar(image, ax=doubt, label="factor", ticks=[1, 1.5, 2, 2.5])
 doubt.set_title("Standard error of the recovered conductivity")
 for axis in true, found, doubt:
     axis.plot(*places[wells].T, "o", color="white", mec="black", ms=6, label="well")
     axis.plot(*places[left_out].T, "x", color="#d9683c", ms=7, mew=2, label="left out")
     axis.set(xlabel="from the river [m]", ylabel="along the river [m]")
 for name, color in ("uniform", "#8a8a8a"), ("fitted", "#1b7f79"):
-    tested.plot(actual[left_out], predicted[name][left_out], "o", ms=8, color=color, mec="white", label=f"{name} ground")
+    tested.plot(actual[left_out], predicted[name][left_out], "o", ms=8, color=color, mec="white", label=name)
 tested.axline((11, 11), slope=1, color="#333333", lw=1, zorder=0)
 tested.set(title="Wells that were left out", xlabel="height of the water [m]", ylabel="predicted height [m]")
 tested.spines[["top", "right"]].set_visible(False)

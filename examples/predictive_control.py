@@ -67,8 +67,8 @@ def programs(states: Tensor, theta: Tensor) -> tuple[Tensor, ...]:
 
 
 def plan(states: Tensor, theta: Tensor) -> Tensor:
-    Q, c, G, h, l = programs(states, theta)  # noqa: E741
-    return vmap(lambda c, h, l: qp().run(None, Q, c, G=G, h=h, l=l)[0].primal)(c, h, l)
+    Q, c, G, upper, lower = programs(states, theta)
+    return vmap(lambda c, h, l: qp().run(None, Q, c, G=G, h=h, l=l)[0].primal)(c, upper, lower)  # noqa: E741
 
 
 def control(states: Tensor, theta: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def control(states: Tensor, theta: Tensor) -> Tensor:
 
 
 def draw(count: int) -> Tensor:
-    return torch.cat([24 * torch.rand(count, 1) - 12, torch.randn(count, 3) * torch.tensor([0.5, 0.1, 0.1])], dim=1)
+    return torch.cat([16 * torch.rand(count, 1) - 8, torch.randn(count, 3) * torch.tensor([0.5, 0.1, 0.1])], dim=1)
 
 
 operator, guess = torch.tensor([2.0, 300.0, 10.0]).log(), torch.zeros(3)
@@ -103,8 +103,8 @@ assert ((learned - operator).abs() < 3 * error).all(), "an unknown is more than 
 # %%
 # Journeys from new positions
 # ---------------------------
-# The other controller is linear up to the limits of the drive, with four gains fitted to the same records. It brakes
-# as it has seen, but cannot know the limit of speed.
+# For comparison, a controller that is linear up to the limits of the drive, with four gains fitted to the same records.
+# A linear function cannot look ahead to the limit of speed.
 
 linear = levenberg_marquardt(lambda gain: (states @ gain).clamp(-DRIVE, DRIVE) - pushes)
 gain, _ = linear.run(torch.tensor([-0.01, -0.1, 0.0, 0.0]))
@@ -118,7 +118,7 @@ def drive(controller: Callable[[Tensor], Tensor], states: Tensor, steps: int = 4
     return torch.stack(journey)
 
 
-new, both = torch.tensor([[12.0, 0, 0, 0], [-7.0, 0, 0, 0], [-11.0, 0.5, 0.1, 0]]), torch.stack([operator, learned])
+new, both = torch.tensor([[12.0, 0, 0, 0], [-10.0, 0, 0, 0], [-8.0, 0.5, 0.1, 0]]), torch.stack([operator, learned])
 planned = drive(lambda s: vmap(control)(s.view(2, 3, 4), both).flatten(), new.repeat(2, 1))
 journeys = {"operator": planned[:, :3], "learned": planned[:, 3:]}
 journeys["linear"] = drive(lambda s: (s @ gain).clamp(-DRIVE, DRIVE), new)
@@ -137,15 +137,15 @@ assert fastest["learned"] < SPEED + 1e-6 < fastest["linear"], "only the program 
 # function of the state, whose gains are those of the Riccati recursion, which knows nothing of programs.
 
 
-def slsqp(Q: np.ndarray, c: np.ndarray, G: np.ndarray, h: np.ndarray, l: np.ndarray) -> np.ndarray:  # noqa: E741
-    limits = scipy.optimize.LinearConstraint(G, l, h)
-    cost = lambda u: (u @ Q @ u / 2 + c @ u, Q @ u + c)  # noqa: E731
-    options = {"method": "SLSQP", "constraints": limits, "tol": 1e-12, "options": {"maxiter": 500}}
-    return scipy.optimize.minimize(cost, np.zeros(len(c)), jac=True, **options).x
+def slsqp(c: np.ndarray, upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    options = {"constraints": scipy.optimize.LinearConstraint(G, lower, upper), "tol": 1e-12}
+    return scipy.optimize.minimize(
+        lambda u: (u @ Q @ u / 2 + c @ u, Q @ u + c), 0 * c, jac=True, method="SLSQP", **options
+    ).x
 
 
-Q, c, G, h, l = (part.numpy() for part in programs(states[:20], learned))  # noqa: E741
-found = np.stack([slsqp(Q, *rows) for rows in zip(c, [G] * 20, h, l, strict=True)])
+Q, c, G, upper, lower = (part.numpy() for part in programs(states[:20], learned))
+found = np.stack([slsqp(*rows) for rows in zip(c, upper, lower, strict=True)])
 scipy_error = abs(found - plan(states[:20], learned).numpy()).max()
 
 speed, sway, effort = learned.exp()
@@ -183,6 +183,7 @@ for name, path in journeys.items():
 for limit in (-SPEED, SPEED):
     fast.axhline(limit, color="#333333", lw=1, ls=":")
 fast.text(20, SPEED + 0.04, "limit", ha="right")
+fast.set(ylim=(-2.1, 1.9))
 where.set(title="Two new journeys", xlabel="time [s]", ylabel="distance from the target [m]")
 fast.set(title="Their speeds", xlabel="time [s]", ylabel="speed [m/s]")
 where.legend()
