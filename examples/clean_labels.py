@@ -17,7 +17,7 @@ is simpler: on these digits, to train on the trusted ones and to look at the los
 import time
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -29,9 +29,6 @@ from torch.nn.functional import cross_entropy, pad
 from implicitdiff import apply_updates, sgd
 from implicitdiff.linear_solve import solve_cg
 from implicitdiff.solvers import Solver, newton_cg
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 TRAIN, TRUSTED, WRONG, PENALTY, OUTER_STEPS = 1000, 150, 0.4, 3e-3, 20
 torch.set_default_dtype(torch.float64)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakSet
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -26,9 +26,6 @@ from torch.func import vmap
 from torch.nn.functional import cross_entropy
 
 from implicitdiff.solvers import Solver, anderson, broyden, fixed_point_iteration
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 HIDDEN, MARGIN, EPOCHS, BATCH = 64, 0.2, 12, 128
 FIGURE = Path(__file__).with_suffix(".png")

@@ -10,16 +10,13 @@ each way of extracting. The three ways differ in what is differentiable in what,
 
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_diabetes
 from torch import nn
 from torch.func import functional_call
 
 from implicitdiff import MetaAdam, adam, apply_updates, elementary, extract_state_dict, module_clone, recover_state_dict
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)

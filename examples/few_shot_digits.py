@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakSet
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -27,9 +27,6 @@ from implicitdiff import adam, apply_updates, sgd, unroll
 from implicitdiff.linear_solve import solve_gmres
 from implicitdiff.pytree import tree_add_scalar_mul, tree_map, tree_sub, tree_vdot
 from implicitdiff.solvers import lbfgs
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 WAYS, QUERIES, INNER_STEPS, PULL, META_STEPS, TASKS, H = 3, 10, 5, 2.0, 125, 16, 1e-6
 Params = dict[str, Tensor]

@@ -11,7 +11,7 @@ whole fine-tuning.
 
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
@@ -19,9 +19,6 @@ from torch.func import functional_call, grad
 from implicitdiff import SGD, apply_updates, custom_root, sgd
 from implicitdiff.linear_solve import solve_normal_cg
 from implicitdiff.nn import ImplicitMetaGradientModule
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 STEPS, LEARNING_RATE, REGULARISATION = 100, 2e-2, 1.0
 torch.manual_seed(0)

@@ -11,7 +11,7 @@ the picture shows by how much. The gradient is that of an exact solution, taken 
 
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,9 +20,6 @@ from implicitdiff import custom_fixed_point
 from implicitdiff.linear_solve import solve_normal_cg
 from implicitdiff.nn import ImplicitMetaGradientModule
 from implicitdiff.solvers import anderson
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 ITERATIONS = 10
 linear_solve = solve_normal_cg(maxiter=5, atol=0)

@@ -14,16 +14,13 @@ import math
 import time
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from implicitdiff import adam, apply_updates, chain, clip_grad_norm, sgd, unroll
 from implicitdiff.schedule import cosine
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 TASKS, SHOTS, INNER_STEPS, META_STEPS = 25, 10, 5, 1500
 FIGURE = Path(__file__).with_suffix(".png")

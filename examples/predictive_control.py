@@ -131,8 +131,8 @@ assert apart["learned"] < apart["linear"] / 5, "the learned controller should dr
 assert fastest["learned"] < SPEED + 1e-6 < fastest["linear"], "only the program knows the limit of speed"
 
 # %%
-# Three checks of the derivative and of the plans
-# ------------
+# Three checks of the plans and their derivative
+# ----------------------------------------------
 # SciPy solves twenty of the programs. Near the target no limit is active, and the first acceleration is a linear
 # function of the state, whose gains are those of the Riccati recursion, which knows nothing of programs.
 

@@ -11,7 +11,7 @@ against central differences, and unseen days against a larger network that predi
 
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import scipy.optimize
 import torch
@@ -22,9 +22,6 @@ from torch.nn.functional import mse_loss, softplus
 from implicitdiff import adam, apply_updates
 from implicitdiff.schedule import cosine
 from implicitdiff.solvers import KKTSolution, qp
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 PRODUCTS, MARKET, NOISE, STEPS = 6, 3, 0.02, 400
 torch.set_default_dtype(torch.float64)

@@ -13,16 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
 from implicitdiff import custom_fixed_point
 from implicitdiff.solvers import anderson, fixed_point_iteration, newton
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 N, LANES, HISTORY, REPEATS, BUDGETS = 50, 128, 5, 9, [10, 20, 40, 80, 160]
 torch.set_default_dtype(torch.float64)
