@@ -124,8 +124,8 @@ assert ratio < 0.5, "the fitted ground should predict the wells that were left o
 # %%
 # The gradient, by hand
 # ---------------------
-# The balance is linear in ``u = h^2``, which Newton's method does not know: ``M u = b``, with a sparse matrix ``M`` of
-# the conductances. For the sum of squares ``S`` of the wells the adjoint equation is ``M' v = dS/du``, and then
+# The balance is linear in ``u = h^2``; Newton's method made no use of that. So ``M u = b``, with a sparse matrix ``M``
+# of the conductances. For the sum of squares ``S`` of the wells the adjoint equation is ``M' v = dS/du``, and then
 # ``dS = v'(db - dM u)``, summed over the faces between the cells.
 
 

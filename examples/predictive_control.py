@@ -93,12 +93,12 @@ pushes = control(states, operator) + NOISE * torch.randn(120)
 fit = levenberg_marquardt(lambda theta: control(states, theta) - pushes, atol=1e-5)
 learned, state = fit.run(guess)
 jacobian = jacfwd(control, 1)(states, learned)
-error = NOISE * torch.linalg.inv(jacobian.T @ jacobian).diagonal().sqrt()
+standard_error = NOISE * torch.linalg.inv(jacobian.T @ jacobian).diagonal().sqrt()
 print(f"{'unknown':20}{'guess':>8}{'learned':>20}{'operator':>10}")
 for i, name in enumerate(("weight of speed", "weight of sway", "weight of effort")):
-    value, spread = learned[i].exp(), error[i] * learned[i].exp()
+    value, spread = learned[i].exp(), standard_error[i] * learned[i].exp()
     print(f"{name:20}{guess[i].exp():8.2f}{value:12.2f} +-{spread:5.2f}{operator[i].exp():10.2f}")
-assert ((learned - operator).abs() < 3 * error).all(), "an unknown is more than three standard errors off"
+assert ((learned - operator).abs() < 3 * standard_error).all(), "an unknown is more than three standard errors off"
 
 # %%
 # Journeys from new positions
@@ -134,7 +134,7 @@ assert fastest["learned"] < SPEED + 1e-6 < fastest["linear"], "only the program 
 # Three checks of the plans and their derivative
 # ----------------------------------------------
 # SciPy solves twenty of the programs. Near the target no limit is active, and the first acceleration is a linear
-# function of the state, whose gains are those of the Riccati recursion, which knows nothing of programs.
+# function of the state. The Riccati recursion gives the gains of that function without a program.
 
 
 def slsqp(c: np.ndarray, upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
