@@ -1,8 +1,8 @@
 """Train a deep equilibrium network
 
 A deep network keeps the activations of all its layers for the backward pass. A deep equilibrium network has one layer,
-applied until it changes nothing, and keeps none. Here such a network reads handwritten digits: the hidden state of an
-image ``x`` is the ``z`` with::
+applied until it changes nothing, and keeps its activations once. Here such a network reads handwritten digits: the
+hidden state of an image ``x`` is the ``z`` with::
 
     z = tanh(W z + U x + b).
 

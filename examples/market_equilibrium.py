@@ -27,7 +27,8 @@ from torch.func import grad, jvp, vmap
 
 from implicitdiff.solvers import newton
 
-HOUSEHOLDS, ECONOMIES, HARM = 5, 300, 0.15
+HOUSEHOLDS, ECONOMIES = 5, 300
+HARM = 0.15  # the loss of all utilities by a unit of fuel
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)  # operations as small as these lose time on several
 torch.manual_seed(0)
