@@ -5,9 +5,9 @@ its height is known at 24 wells only, to a centimetre. Which conductivities of 2
 
 A steady water table of height ``h`` above flat rock, in ground of conductivity ``K``, satisfies::
 
-    div(K h grad h) + recharge = 0,
+    div(K h grad h) + recharge = 0.
 
-which is nonlinear in ``h``. `newton` finds the root ``h``, and the derivative of the root in all conductivities follows
+The equation is nonlinear in ``h``. `newton` finds the root ``h``, and the derivative of the root in all conductivities follows
 from the equation: a gradient takes one linear solve with the transposed Jacobian, the adjoint equation, which nobody
 has to derive. So the heights are a function of the ground like any other. `levenberg_marquardt` fits the ground to the
 wells; the smoothness of a Gaussian process settles what the wells leave open.
