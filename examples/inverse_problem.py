@@ -7,10 +7,10 @@ A steady water table of height ``h`` above flat rock, in ground of conductivity 
 
     div(K h grad h) + recharge = 0.
 
-The equation is nonlinear in ``h``. `newton` finds the root ``h``, and the derivative of the root in all conductivities follows
-from the equation: a gradient takes one linear solve with the transposed Jacobian, the adjoint equation, which nobody
-has to derive. So the heights are a function of the ground like any other. `levenberg_marquardt` fits the ground to the
-wells; the smoothness of a Gaussian process settles what the wells leave open.
+The equation is nonlinear in ``h``. `newton` finds the root ``h``, and the derivative of the root in all conductivities
+follows from the equation: a gradient takes one linear solve with the transposed Jacobian, the adjoint equation, which
+nobody has to derive. So the heights are a function of the ground like any other. `levenberg_marquardt` fits the ground
+to the wells; the smoothness of a Gaussian process settles what the wells leave open.
 
 The script checks the heights against a sparse solve of SciPy, the gradient against the adjoint equation written by hand
 and against central differences, and the ground by twelve wells that were left out.
