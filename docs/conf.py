@@ -89,6 +89,8 @@ napoleon_custom_sections = [
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
+    "copyfile_regex": r"index\.rst",  # groups the examples
+    "backreferences_dir": "gallery/backreferences",  # without it each group is a warning
     "filename_pattern": "/",
     "reset_modules": ("matplotlib", "_between_examples.reset"),
     "within_subsection_order": "FileNameSortKey",

@@ -1,4 +1,4 @@
-"""Cleaning labels.
+"""Find wrong labels with a few trusted ones
 
 A thousand handwritten digits, and four labels of ten say the next digit. Errors that agree with each other do not
 average out: a logistic regression on these labels misreads more than a third of the test digits. There are also 150
@@ -17,7 +17,7 @@ is simpler: on these digits, to train on the trusted ones and to look at the los
 import time
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -29,9 +29,6 @@ from torch.nn.functional import cross_entropy, pad
 from implicitdiff import apply_updates, sgd
 from implicitdiff.linear_solve import solve_cg
 from implicitdiff.solvers import Solver, newton_cg
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 TRAIN, TRUSTED, WRONG, PENALTY, OUTER_STEPS = 1000, 150, 0.4, 3e-3, 20
 torch.set_default_dtype(torch.float64)
@@ -47,7 +44,9 @@ flipped, ones = torch.rand(TRAIN) < WRONG, torch.ones(TRAIN)
 labels = torch.where(flipped, (classes[train] + 1) % 10, classes[train])
 
 # %%
-# The classifier, and the loss of the trusted digits as a function of the weights. The biases have a penalty too: else
+# The classifier and the loss of the trusted digits
+# -------------------------------------------------
+# The loss is a function of the weights of the examples. The biases have a penalty too: else
 # the same number added to all ten would change nothing, and the minimum would not be isolated.
 
 
@@ -68,7 +67,9 @@ def accuracy(theta: Tensor) -> float:
 solver = newton_cg(objective, rtol=0.0, atol=1e-6, solve=solve_cg(rtol=1e-6))
 
 # %%
-# Gradient descent on the weights, from equal ones. Adam would move all weights at the same pace, also those of examples
+# Descend on the weights
+# ----------------------
+# By gradient descent, from equal ones. Adam would move all weights at the same pace, also those of examples
 # that hardly matter.
 
 logits, theta, path, descent = torch.zeros(TRAIN), torch.zeros(65, 10), [], sgd(lr=200.0, momentum=0.9)
@@ -86,7 +87,9 @@ area = roc_auc_score(flipped, -logits)
 print(f"step {step + 1}: test accuracy {path[-1]:.3f}, ROC area of the weights {area:.3f}")
 
 # %%
-# What other uses of the same data reach, and how well the loss of a label tells whether it is wrong.
+# What else the same data could do
+# --------------------------------
+# The accuracy of other uses of the data, and how well the loss of a label tells whether it is wrong.
 
 classifiers = {
     "all labels alike": solver.run(theta, ones, pixels[train], labels)[0],
@@ -101,8 +104,10 @@ for name, found in classifiers.items():
     print(f"{name:24} {accuracies[name]:13.3f} {roc_auc_score(flipped, losses):24.3f}")
 
 # %%
-# The gradient in the ten weights that matter most, against central differences of the pipeline: twice ten trainings
-# from scratch, as exact as float64 allows.
+# The gradient, against central differences
+# -----------------------------------------
+# In the ten weights that matter most. The differences are those of the pipeline: twice ten trainings from scratch, as
+# exact as float64 allows.
 
 exact = newton_cg(objective, rtol=0.0, atol=1e-14, solve=solve_cg(rtol=1e-12))
 scratch = torch.zeros(65, 10)
@@ -114,8 +119,14 @@ central = (ahead - behind) / 2e-4
 error = ((implicit[probed] - central) / central).abs().max().item()
 print(f"\nimplicit gradient against central differences: largest relative error of ten {error:.1e}")
 
+assert area >= 0.95, f"the weights find the wrong labels with an ROC area of only {area:.3f}"
+assert accuracies["weighted labels"] > accuracies["all labels alike"] + 0.2, "weights should help on test digits"
+assert accuracies["weighted labels"] > accuracies["trusted digits alone"], "weighted labels should add to trusted ones"
+assert error < 1e-7, "the implicit gradient disagrees with central differences"
+
 # %%
-# The picture.
+# The picture
+# -----------
 RIGHT, FLIPPED = "#1b7f79", "#d9683c"
 plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left"})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
@@ -143,8 +154,3 @@ for axis, i in zip(below.subplots(1, 12), logits.argsort(), strict=False):
     axis.set_title(f"label {labels[i]}, is {classes[train][i]}", fontsize=10, fontweight="normal", loc="center", pad=4)
 plt.savefig(Path(__file__).with_suffix(".png"), dpi=150)
 print(f"figure drawn; {time.perf_counter() - began:.1f} s in total")
-
-assert area >= 0.95, f"the weights find the wrong labels with an ROC area of only {area:.3f}"
-assert accuracies["weighted labels"] > accuracies["all labels alike"] + 0.2, "weights should help on test digits"
-assert accuracies["weighted labels"] > accuracies["trusted digits alone"], "weighted labels should add to trusted ones"
-assert error < 1e-7, "the implicit gradient disagrees with central differences"

@@ -1,8 +1,13 @@
-"""A deep-equilibrium classifier
+"""Train a deep equilibrium network
 
-One layer, applied until it changes nothing, reads digits: the hidden state of an image ``x`` is the ``z`` with
-``z = tanh(W z + U x + b)``. `anderson` finds it, and this equation is differentiated, not the iterations: the backward
-pass is one linear solve, for which as much is kept after 80 iterations as after 5. The solver captures the parameters.
+A deep network keeps the activations of all its layers for the backward pass. A deep equilibrium network has one layer,
+applied until it changes nothing, and keeps its activations once. Here such a network reads handwritten digits: the
+hidden state of an image ``x`` is the ``z`` with::
+
+    z = tanh(W z + U x + b).
+
+`anderson` finds ``z``. The derivative is that of the equation, not of the iterations: the backward pass is one linear
+solve, and keeps as much after 80 iterations as after 5. The solver captures the parameters, as a loss does.
 
 With ``W = (1 - m) I - A'A + B - B'`` every image has exactly one equilibrium, whatever the parameters are. Plain
 iteration need not find it, and with the trained parameters it does not. The script checks the test accuracy, the
@@ -17,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakSet
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -26,9 +31,6 @@ from torch.func import vmap
 from torch.nn.functional import cross_entropy
 
 from implicitdiff.solvers import Solver, anderson, broyden, fixed_point_iteration
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 HIDDEN, MARGIN, EPOCHS, BATCH = 64, 0.2, 12, 128
 FIGURE = Path(__file__).with_suffix(".png")
@@ -58,6 +60,8 @@ net = nn.ModuleDict({"cell": Cell(), "readout": nn.Linear(HIDDEN, 10)})
 
 
 # %%
+# Equilibria of a batch
+# ---------------------
 # As lanes of ``vmap`` images stop one by one, each with its own acceleration: no answer depends on the others. And the
 # derivative factorises a matrix of HIDDEN rows for each, where one long fixed point would have BATCH times as many.
 def equilibria(solver: Solver, x: Tensor, **options: object) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -69,7 +73,9 @@ def loss(solver: Solver, x: Tensor, y: Tensor, **options: object) -> Tensor:
 
 
 # %%
-# Training. The solver is made once; it sees the parameters as they are at each call.
+# Training
+# --------
+# The solver is made once; it sees the parameters as they are at each call.
 solver = anderson(net["cell"], rtol=1e-3, atol=1e-3)
 optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
 decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, EPOCHS)
@@ -86,6 +92,9 @@ for epoch in range(1, EPOCHS + 1):
 print(f"trained in {time.perf_counter() - began:.0f} s")
 
 
+# %%
+# Memory
+# ------
 # What autograd keeps for the gradient of a batch, in MiB.
 def memory(iterations: int, **options: object) -> float:
     kept: WeakSet[Callable[[], Tensor]] = WeakSet()
@@ -110,7 +119,9 @@ for row in zip(budgets, unrolled, checkpointed, implicit, strict=True):
     print("{:10} {:15.2f} {:18.2f} {:10.2f}".format(*row))
 
 # %%
-# The gradient, in float64 and at equilibria as exact as they get.
+# The gradient, against unrolling
+# -------------------------------
+# In float64 and at equilibria as exact as they get.
 net.double()
 exact = anderson(net["cell"], rtol=0.0, atol=1e-11)
 batch = images[:BATCH].double(), labels[:BATCH]
@@ -120,18 +131,30 @@ errors = [((a - b).norm() / b.norm()).item() for a, b in zip(gradients, by_unrol
 print(f"\nimplicit gradient against unrolled: largest relative error of a parameter {max(errors):.1e}")
 
 # %%
-# The picture. A history has a row for each test image.
+# Iterations
+# ----------
+# Residuals of three methods with the trained parameters, a row for each test image.
+methods, histories = {"plain": fixed_point_iteration, "Broyden": broyden, "Anderson": anderson}, {}
+for name, method in methods.items():
+    forty = method(net["cell"], rtol=0.0, atol=0.0, maxiter=40)
+    histories[name] = equilibria(forty, test_images.double(), keep_history=True)[1].history
+medians = {name: history[:, -1].quantile(0.5) for name, history in histories.items()}
+
+assert accuracy >= 0.95, f"the test accuracy is only {accuracy:.3f}"
+assert max(errors) < 1e-4, "the implicit gradient disagrees with the unrolled one"
+assert max(implicit) == min(implicit) < unrolled[0], "memory grows with the iterations"
+assert max(medians["Anderson"], medians["Broyden"]) < 1e-3 * medians["plain"], "acceleration should help"
+
+# %%
+# The picture
+# -----------
 plt.rcParams.update({"font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left"})
 plt.rcParams.update({"axes.titlepad": 12, "axes.spines.top": False, "axes.spines.right": False})
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", width_ratios=[1.2, 1])
-methods, medians = {"plain": fixed_point_iteration, "Broyden": broyden, "Anderson": anderson}, {}
-for (name, method), color in zip(methods.items(), ("#8a8a8a", "#d9683c", "#1b7f79"), strict=True):
-    forty = method(net["cell"], rtol=0.0, atol=0.0, maxiter=40)
-    history = equilibria(forty, test_images.double(), keep_history=True)[1].history
+for (name, history), color in zip(histories.items(), ("#8a8a8a", "#d9683c", "#1b7f79"), strict=True):
     low, median, high = history.quantile(torch.tensor([0.1, 0.5, 0.9]).double(), dim=0)
     left.fill_between(range(41), low, high, color=color, alpha=0.15, lw=0)
     left.semilogy(median, color=color, lw=2.5, label=name)
-    medians[name] = median[-1]
 left.set(title="Way to the equilibria of the test images", xlabel="iteration", ylabel="residual |f(z) - z|")
 left.legend(title="median, and 10 to 90 %", frameon=False, loc="lower left")
 curves = (unrolled, "unrolled"), (checkpointed, "unrolled, a checkpoint every 10"), (implicit, "implicit")
@@ -143,8 +166,3 @@ right.minorticks_off()
 right.set(xticks=budgets, xticklabels=budgets, yticks=[0.1, 1, 10], yticklabels=["0.1", "1", "10"])
 figure.savefig(FIGURE, dpi=150)
 print(f"\n{FIGURE.name} drawn; {time.perf_counter() - began:.0f} s in total")
-
-assert accuracy >= 0.95, f"the test accuracy is only {accuracy:.3f}"
-assert max(errors) < 1e-4, "the implicit gradient disagrees with the unrolled one"
-assert max(implicit) == min(implicit) < unrolled[0], "memory grows with the iterations"
-assert max(medians["Anderson"], medians["Broyden"]) < 1e-3 * medians["plain"], "acceleration should help"

@@ -1,4 +1,4 @@
-"""Leave a state, come back to it.
+"""Return to an earlier state of a network
 
 A meta-optimizer replaces a module's parameters by tensors that remember how they came about. Several inner loops from
 one start, such as the tasks of a meta-batch, need a way back: ``extract_state_dict`` before, ``recover_state_dict``
@@ -10,16 +10,13 @@ each way of extracting. The three ways differ in what is differentiable in what,
 
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_diabetes
 from torch import nn
 from torch.func import functional_call
 
 from implicitdiff import MetaAdam, adam, apply_updates, elementary, extract_state_dict, module_clone, recover_state_dict
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
@@ -108,6 +105,16 @@ central = (above - below) / 2e-5
 print(f"as functions                                                 {functional:.6f}")
 print(f"central differences                                          {central:.6f}")
 
+for by, losses in runs.items():
+    assert losses[0] == losses[1] == losses[2], f"extracted by {by}, the steps were others"
+assert abs(through["reference"] - functional) < 1e-10, "objects and functions disagree"
+assert abs(through["copy"] - functional) < 1e-10, "a copy is not differentiable like the original"
+assert abs(functional - central) < 1e-6, "the derivative disagrees with central differences"
+assert abs(through["deepcopy"] - functional) > 1e-3, "a deep copy should cut the graph"
+
+# %%
+# The picture
+# -----------
 rates = torch.linspace(0.0, 0.12, 60)
 figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
 for n, color in zip((0, 2, 4), ("#999999", "#d9683c", "#1b7f79"), strict=True):
@@ -119,10 +126,3 @@ axis.plot([rate.item()], [at], "o", color="#333333")
 axis.set(title="Validation loss after steps of Adam, by the rate", xlabel="learning rate", ylabel="mean squared error")
 axis.legend(frameon=False)
 figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
-
-for by, losses in runs.items():
-    assert losses[0] == losses[1] == losses[2], f"extracted by {by}, the steps were others"
-assert abs(through["reference"] - functional) < 1e-10, "objects and functions disagree"
-assert abs(through["copy"] - functional) < 1e-10, "a copy is not differentiable like the original"
-assert abs(functional - central) < 1e-6, "the derivative disagrees with central differences"
-assert abs(through["deepcopy"] - functional) > 1e-3, "a deep copy should cut the graph"

@@ -1,4 +1,4 @@
-"""Few-shot digits, by MAML and iMAML.
+"""Learn new classes from a few examples
 
 A task is to tell three digits apart from one or from five examples of each. Meta-training has tasks of the digits 0 to
 5, turned, mirrored and sheared; the test is on 6 to 9. What is learned is where the network starts. MAML takes five
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakSet
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ from implicitdiff.linear_solve import solve_gmres
 from implicitdiff.pytree import tree_add_scalar_mul, tree_map, tree_sub, tree_vdot
 from implicitdiff.solvers import lbfgs
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 WAYS, QUERIES, INNER_STEPS, PULL, META_STEPS, TASKS, H = 3, 10, 5, 2.0, 125, 16, 1e-6
 Params = dict[str, Tensor]
 torch.manual_seed(0)
@@ -42,6 +39,8 @@ untrained = {name: p.detach() for name, p in net.named_parameters()}
 
 
 # %%
+# Tasks
+# -----
 # The tasks of a batch: examples to adapt to, and queries to be judged on, each sorted by class.
 def draw(classes: Tensor, shots: int, count: int, change: Callable = Tensor.clone) -> list[Tensor]:
     kinds = classes[torch.rand(count, len(classes)).argsort()[:, :WAYS], None]
@@ -62,6 +61,8 @@ def labels(x: Tensor) -> Tensor:
 
 
 # %%
+# Two ways to adapt
+# -----------------
 # The two methods are two ways to adapt. The rest is the same for both, and all tasks go through one vmap.
 def loss(params: Params, x: Tensor) -> Tensor:
     return cross_entropy(functional_call(net, params, x), labels(x))
@@ -102,7 +103,9 @@ class PeakMemory(TorchDispatchMode):
 
 
 # %%
-# Meta-training, by Adam on the loss of the queries after adaptation.
+# Meta-training
+# -------------
+# By Adam on the loss of the queries after adaptation.
 results = {}
 print("method  shots   before            after             ms a meta-step   peak MiB")
 for shots in 1, 5:
@@ -128,7 +131,9 @@ for shots in 1, 5:
     print(f"nearest class mean     {(nearest == labels(unseen[1][0])).float().mean():.3f}")
 
 # %%
-# Both meta-gradients in float64, along a random direction.
+# The meta-gradients, against central differences
+# -----------------------------------------------
+# Both in float64, along a random direction.
 start, toward = tree_map(Tensor.double, untrained), tree_map(lambda p: torch.randn_like(p.double()), untrained)
 tasks, errors = [part.double() for part in tasks], {}
 for method, adapt in ("MAML", maml), ("iMAML", lambda p, x: imaml(p, x, 1e-13, 1e-11)):
@@ -137,6 +142,13 @@ for method, adapt in ("MAML", maml), ("iMAML", lambda p, x: imaml(p, x, 1e-13, 1
     errors[method] = abs(2 * H * slope / (ahead - behind) - 1).item()
     print(f"meta-gradient of {method} against central differences: relative error {errors[method]:.1e}")
 
+for name, ((before, low), (after, high), _) in results.items():
+    assert after - high > before + low, f"{name}: {after:.3f} after meta-training is not clearly more than {before:.3f}"
+assert max(errors.values()) < 1e-6, "a meta-gradient disagrees with central differences"
+
+# %%
+# The picture
+# -----------
 _, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
 for (name, (_, after, curve)), color in zip(results.items(), ("#5c4b8b", "#1b7f79", "#a397c9", "#7fc4bf"), strict=True):
     axis.plot(range(0, META_STEPS + 1, 25), curve, "o-", color=color, lw=2, label=name)
@@ -144,7 +156,3 @@ for (name, (_, after, curve)), color in zip(results.items(), ("#5c4b8b", "#1b7f7
 axis.set(title="Tasks of unseen digits", xlabel="meta-step", ylabel="accuracy on 200 tasks (squares: 1000)")
 axis.legend(frameon=False)
 plt.savefig(Path(__file__).with_suffix(".png"), dpi=150)
-
-for name, ((before, low), (after, high), _) in results.items():
-    assert after - high > before + low, f"{name}: {after:.3f} after meta-training is not clearly more than {before:.3f}"
-assert max(errors.values()) < 1e-6, "a meta-gradient disagrees with central differences"

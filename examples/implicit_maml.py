@@ -1,4 +1,4 @@
-"""Implicit MAML, as functions and as objects.
+"""Learn where fine-tuning starts
 
 Implicit MAML learns where fine-tuning starts. The fine-tuned weights minimise the loss of a task plus the squared
 distance to the meta-parameters, so they are a function of the meta-parameters, and its derivative follows from the
@@ -11,7 +11,7 @@ whole fine-tuning.
 
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
@@ -19,9 +19,6 @@ from torch.func import functional_call, grad
 from implicitdiff import SGD, apply_updates, custom_root, sgd
 from implicitdiff.linear_solve import solve_normal_cg
 from implicitdiff.nn import ImplicitMetaGradientModule
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 STEPS, LEARNING_RATE, REGULARISATION = 100, 2e-2, 1.0
 torch.manual_seed(0)
@@ -126,6 +123,15 @@ shift, start = 1e-4 * torch.eye(5, dtype=torch.float64), torch.tensor([1.0, 1, 1
 central = torch.stack([(mean_prediction(start + d) - mean_prediction(start - d)) / 2e-4 for d in shift])
 print("central differences  ", central.numpy().round(4))
 
+expected = torch.tensor([-0.0369, 0.0248, 0.0347, 0.0067, 0.3156])
+for found in functional, object_form:
+    assert (found - expected).abs().max() < 6e-5, "the meta-gradient is another one"
+    assert (found - exact).abs().max() < 1e-5, "the meta-gradient disagrees with the closed form"
+assert (central - exact).abs().max() < 1e-8, "the closed form disagrees with central differences"
+
+# %%
+# The picture
+# -----------
 figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
 bars = {"functions": functional, "objects": object_form, "closed form": exact, "central differences": central}
 for i, (label, values) in enumerate(bars.items()):
@@ -135,9 +141,3 @@ axis.set(title="One meta-gradient, found four ways", ylabel="derivative of the m
 axis.set_xticks(range(5), [*(f"weight {i}" for i in range(4)), "bias"])
 axis.legend(frameon=False)
 figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
-
-expected = torch.tensor([-0.0369, 0.0248, 0.0347, 0.0067, 0.3156])
-for found in functional, object_form:
-    assert (found - expected).abs().max() < 6e-5, "the meta-gradient is another one"
-    assert (found - exact).abs().max() < 1e-5, "the meta-gradient disagrees with the closed form"
-assert (central - exact).abs().max() < 1e-8, "the closed form disagrees with central differences"

@@ -1,4 +1,4 @@
-"""A fixed point of a linear layer.
+"""Differentiate a fixed point, as an object and as a function
 
 The equation is ``x = W x + b``. Whatever number of plain iterations finds its solution, the derivatives come from the
 equation: with ``v`` the gradient of an outer loss in ``x``, solve ``(I - W)' u = v``; then the gradient in ``b`` is
@@ -11,7 +11,7 @@ the picture shows by how much. The gradient is that of an exact solution, taken 
 
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,9 +20,6 @@ from implicitdiff import custom_fixed_point
 from implicitdiff.linear_solve import solve_normal_cg
 from implicitdiff.nn import ImplicitMetaGradientModule
 from implicitdiff.solvers import anderson
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 ITERATIONS = 10
 linear_solve = solve_normal_cg(maxiter=5, atol=0)
@@ -94,14 +91,6 @@ for _ in range(60):
     xs.append(W @ xs[-1] + bias)
 states = torch.stack([(x - solution).norm() for x in xs])
 grads = torch.stack([(torch.outer(u, x) - at_solution).norm() for x in xs])
-figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-axis.semilogy(states, color="#1b7f79", lw=2.5, label="state")
-axis.semilogy(grads, color="#d9683c", lw=2.5, label="implicit gradient in the weight")
-axis.axvline(ITERATIONS, color="#333333", lw=1, ls=":")
-axis.text(ITERATIONS + 0.5, states[0], "where the module stops", va="top")
-axis.set(title="The gradient is as good as the state", xlabel="plain iterations", ylabel="distance to the solution's")
-axis.legend(frameon=False)
-figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
 off = f"the state is off by {states[ITERATIONS]:.1e}, the gradient by {grads[ITERATIONS]:.1e}"
 print(f"after {ITERATIONS} iterations {off}")
 
@@ -113,3 +102,15 @@ assert (bias_grad - u).abs().max() < 1e-5, "the gradient in the bias disagrees w
 assert (weight_grad - at_ten).abs().max() < 1e-5, "the gradient in the weight disagrees with the equations"
 assert (functional["weight"] - weight_grad).abs().max() < 1e-6, "functions and objects disagree"
 assert (converged["weight"] - at_solution).abs().max() < 1e-5, "the converged gradient disagrees with the equations"
+
+# %%
+# The picture
+# -----------
+figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+axis.semilogy(states, color="#1b7f79", lw=2.5, label="state")
+axis.semilogy(grads, color="#d9683c", lw=2.5, label="implicit gradient in the weight")
+axis.axvline(ITERATIONS, color="#333333", lw=1, ls=":")
+axis.text(ITERATIONS + 0.5, states[0], "where the module stops", va="top")
+axis.set(title="The gradient is as good as the state", xlabel="plain iterations", ylabel="distance to the solution's")
+axis.legend(frameon=False)
+figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)

@@ -1,4 +1,4 @@
-"""Meta-learning on sinusoids
+"""Learn where gradient descent starts
 
 Functional MAML on the classic tasks, each to fit a sine of random amplitude and phase from ten points. What is learned
 is where the network starts: such that five gradient steps from there fit any of them. So the loss after the steps is
@@ -14,16 +14,13 @@ import math
 import time
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from implicitdiff import adam, apply_updates, chain, clip_grad_norm, sgd, unroll
 from implicitdiff.schedule import cosine
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 TASKS, SHOTS, INNER_STEPS, META_STEPS = 25, 10, 5, 1500
 FIGURE = Path(__file__).with_suffix(".png")
@@ -37,6 +34,8 @@ outer = chain(clip_grad_norm(10.0), adam(lr=cosine(3e-3, META_STEPS)))
 
 
 # %%
+# Tasks
+# -----
 # A task has points to adapt to, and points to be judged on.
 def draw_tasks(count: int) -> tuple[Tensor, ...]:
     amplitude = torch.empty(count, 1, 1).uniform_(0.1, 5.0)
@@ -51,6 +50,8 @@ def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
 
 
 # %%
+# Adaptation and the meta-loss
+# ----------------------------
 # Adaptation is a loop of steps, and the meta-loss is the loss after it, of all tasks at once.
 def inner_step(carry: tuple[Params, object], x: Tensor, y: Tensor) -> tuple[Params, object]:
     params, state = carry
@@ -79,7 +80,9 @@ def check_meta_gradient(params: Params, tasks: tuple[Tensor, ...], h: float = 1e
 
 
 # %%
-# The meta-gradient, and meta-training.
+# Meta-training
+# -------------
+# First the check of the meta-gradient.
 start = {name: p.detach() for name, p in net.named_parameters()}
 unseen = draw_tasks(1000)
 error = check_meta_gradient(start, draw_tasks(TASKS))
@@ -96,7 +99,12 @@ after = meta_loss(params, unseen).item()
 print(f"before meta-training {before:.3f}, after {after:.3f}: {before / after:.0f} times lower")
 print(f"{time.perf_counter() - began:.0f} s; figure: {FIGURE.name}")
 
+assert error < 1e-6, f"the meta-gradient is off by {error:.1e}"
+assert after < before / 10, f"the loss after adaptation fell only from {before} to {after}"
+
 # %%
+# The picture
+# -----------
 # Three unseen tasks.
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True, layout="constrained")
 grid = torch.linspace(-5, 5, 200)[:, None]
@@ -112,6 +120,3 @@ for axis, amplitude, phase in zip(axes, (1.0, 2.5, 4.5), (0.3, 1.4, 2.6), strict
 axes[0].set_ylabel("y")
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
 figure.savefig(FIGURE, dpi=120)
-
-assert error < 1e-6, f"the meta-gradient is off by {error:.1e}"
-assert after < before / 10, f"the loss after adaptation fell only from {before} to {after}"

@@ -1,4 +1,4 @@
-"""A quadratic program as a layer.
+"""Put a quadratic program into a network
 
 Every day a factory makes the amounts ``x`` of six products that earn most: it maximises ``margin'x - x'x / 2`` subject
 to ``recipe x <= hours`` and ``x >= 0``. Known are the market, the hours of two machines and, with noise, the amounts;
@@ -11,7 +11,7 @@ against central differences, and unseen days against a larger network that predi
 
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import scipy.optimize
 import torch
@@ -22,9 +22,6 @@ from torch.nn.functional import mse_loss, softplus
 from implicitdiff import adam, apply_updates
 from implicitdiff.schedule import cosine
 from implicitdiff.solvers import KKTSolution, qp
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 PRODUCTS, MARKET, NOISE, STEPS = 6, 3, 0.02, 400
 torch.set_default_dtype(torch.float64)
@@ -123,6 +120,16 @@ differences = (moved(directions, 1e-7) - moved(directions, -1e-7)) / 2e-7  # too
 gradient_error = (torch.dist(slopes, differences) / differences.norm()).item()
 print(f"{'fifty against SciPy (SLSQP)':32}{scipy_error:.1e}\n{'gradient against differences':32}{gradient_error:.1e}")
 
+assert max(residual.abs().max() for residual in residuals.values()) < 1e-7, "a solution violates its conditions"
+assert scipy_error < 1e-6, "the solutions disagree with SciPy"
+assert gradient_error < 1e-6, "the gradient through the program disagrees with central differences"
+layer, alone = curves.values()
+assert layer[-1] < layer[0] / 5, "training should reduce the error"
+assert layer[-1] < min(alone) / 1.5, "the program should help on unseen days"
+
+# %%
+# The picture
+# -----------
 plt.rcParams.update({"font.size": 12, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False})
 figure, (training, recipes, growth) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
 for (name, curve), color in zip(curves.items(), ("#1b7f79", "#8a8a8a"), strict=True):
@@ -141,10 +148,3 @@ growth.set(title="One market, more and more hours", xlabel="hours of each machin
 for axis in (training, recipes, growth):
     axis.legend()
 figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
-
-assert max(residual.abs().max() for residual in residuals.values()) < 1e-7, "a solution violates its conditions"
-assert scipy_error < 1e-6, "the solutions disagree with SciPy"
-assert gradient_error < 1e-6, "the gradient through the program disagrees with central differences"
-layer, alone = curves.values()
-assert layer[-1] < layer[0] / 5, "training should reduce the error"
-assert layer[-1] < min(alone) / 1.5, "the program should help on unseen days"

@@ -1,4 +1,4 @@
-"""The fixed point of a tanh layer.
+"""Write a solver and get its derivative
 
 An implicit layer returns the ``z`` with ``z = tanh(W z + x)``, however it is found: by plain iteration, by Anderson
 acceleration (Walker and Ni, 2011; by hand, then the library's), by Newton's method. Its derivatives come from this
@@ -13,16 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
 from implicitdiff import custom_fixed_point
 from implicitdiff.solvers import anderson, fixed_point_iteration, newton
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 N, LANES, HISTORY, REPEATS, BUDGETS = 50, 128, 5, 9, [10, 20, 40, 80, 160]
 torch.set_default_dtype(torch.float64)
@@ -37,8 +34,8 @@ def f(z: Tensor, W: Tensor, x: Tensor) -> Tensor:
 
 
 # %%
-# Anderson acceleration, solved
-# -----------------------------
+# Anderson acceleration, by hand
+# ------------------------------
 # Combine the last steps such that the residual would be smallest if the map were linear. The derivative comes from the
 # decorator, which knows the map and needs to know nothing of what happens in the solver.
 
@@ -128,6 +125,15 @@ for i, n in enumerate(BUDGETS):
     spans = (f"{memory[k, i]:8.2f}{median[k, i]:8.1f} ({low[k, i]:.1f} to {high[k, i]:.1f})" for k in (0, 1))
     print(f"{n:10}", *(f"{span:34}" for span in spans))
 
+assert max(apart.values()) < 1e-11, "the solvers disagree"
+assert count["Newton"] < count["Anderson"] < count["plain iteration"], "acceleration should help"
+assert max(errors.values()) < 1e-9, "the derivatives disagree"
+assert cut[False] < 1e-8 < 1e-2 < cut[True], "only the unrolled derivative should be that of five iterations"
+assert (memory[0].diff() == 0).all() and (memory[1].diff() > 0).all(), "memory should grow for the unrolled one only"
+
+# %%
+# The picture
+# -----------
 plt.rcParams.update({"font.size": 12, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False})
 figure, (way, room, clock) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
 for (name, (_, curve)), color in zip(found.items(), ("#8a8a8a", "#1b7f79", "#d9683c", "k"), strict=True):
@@ -142,9 +148,3 @@ clock.set(title="Time of both passes", xlabel="iterations", ylabel="ms (median, 
 for axis in (way, room, clock):
     axis.legend()
 figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
-
-assert max(apart.values()) < 1e-11, "the solvers disagree"
-assert count["Newton"] < count["Anderson"] < count["plain iteration"], "acceleration should help"
-assert max(errors.values()) < 1e-9, "the derivatives disagree"
-assert cut[False] < 1e-8 < 1e-2 < cut[True], "only the unrolled derivative should be that of five iterations"
-assert (memory[0].diff() == 0).all() and (memory[1].diff() > 0).all(), "memory should grow for the unrolled one only"
