@@ -243,7 +243,7 @@ def repair(session: nox.Session, wheel: Path) -> Path:
 
 @nox.session
 def wheels(session: nox.Session) -> None:
-    """Build a wheel for each version of Python on this system, and test it: on Linux in containers, which takes docker."""
+    """Build and test a wheel for each version of Python on this system; on Linux in containers, which takes docker."""
     session.install(*pins("wheels"))
     session.run("cibuildwheel", "--output-dir", "dist", *session.posargs)
 
