@@ -122,8 +122,9 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def plain(session: nox.Session) -> None:
     """Run all checks that need no compiled code, in one environment without it."""
-    install(session, "lint", "types", "test", "docs", IMPLICITDIFF_NO_EXTENSIONS="1")
+    install(session, "lint", "types", "test", "docs", "metadata", IMPLICITDIFF_NO_EXTENSIONS="1")
     check_style(session)
+    check_metadata(session)
     session.run("mypy")
     run_doctests(session)
     build_docs(session, "-D", "plot_gallery=0")
@@ -313,7 +314,8 @@ def metadata(session: nox.Session) -> None:
 
 
 def check_metadata(session: nox.Session) -> None:
-    session.run("validate-pyproject", "pyproject.toml")
+    tables = ("setuptools", "cibuildwheel", "ruff", "mypy", "pytest")
+    session.run("validate-pyproject", "pyproject.toml", "-E", *tables, env={"VALIDATE_PYPROJECT_NO_NETWORK": "1"})
     for schema, pattern in SCHEMAS.items():
         files = sorted(str(path) for path in Path().glob(pattern))
         session.run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *files)
