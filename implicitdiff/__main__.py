@@ -13,13 +13,13 @@ from implicitdiff import _C, __version__
 _FOLDER = Path(__file__).resolve().parent
 
 _WITHOUT_STEPS = """
-These files are a source tree without compiled steps: optimizers run in plain torch, with the same results.
+These files are a source tree without compiled steps: optimizers run in plain torch, with the same results to rounding.
 """
 _HIDDEN = """
 They hide the installed package {other}
-because Python looks into the current folder and into PYTHONPATH first. To run the installed package, start Python in
-another folder and without PYTHONPATH, or type
-    python -P -m implicitdiff
+because Python looks into the current folder, and into PYTHONPATH, first. To run the installed package, start Python in
+another folder, or type
+    python -P
 """
 _EDITABLE = """
 To build the steps in this source tree, with a C++ compiler on PATH, type
