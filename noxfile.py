@@ -2,57 +2,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import nox
 
-# Exact versions, so that a run today and a run next year check the same thing. They need
-# Python 3.11 or newer; the package itself asks only for the floors in pyproject.toml.
-PINS = {
-    "torch": "2.13.0",
-    "numpy": "2.4.6",
-    "scipy": "1.17.1",
-    "scikit-learn": "1.9.1",
-    "matplotlib": "3.11.2",
-    "pytest": "9.2.0",
-    "pytest-xdist": "3.8.0",
-    "hypothesis": "6.170.15",
-    "ruff": "0.17.6",
-    "mypy": "2.4.1",
-    "build": "1.6.1",
-    "sphinx": "9.0.4",
-    "myst-parser": "5.2.0",
-    "sphinx-gallery": "0.22.1",
-    "furo": "2025.12.19",
-    "sphinx-copybutton": "0.5.2",
-}
-# What benchmarks/peers.py, benchmarks/solvers.py, benchmarks/rates.py and TorchOpt's tests compare with.
-PEERS = {
-    "jax": "0.10.2",
-    "jaxlib": "0.10.2",
-    "jaxopt": "0.8.5",
-    "optimistix": "0.1.0",
-    "equinox": "0.13.8",
-    "lineax": "0.1.1",
-    "optax": "0.2.8",
-}
-# What benchmarks/solvers.py and benchmarks/rates.py compare quadratic programs with.
-QUADRATIC = {"osqp": "1.1.3", "clarabel": "0.11.1"}
-# The libraries of tests/programs.
-PROGRAMS = {
-    "torchdiffeq": "0.2.5",
-    "gpytorch": "1.15.2",
-    "lightning": "2.6.6",
-    "accelerate": "1.15.0",
-    "transformers": "5.24.0",
-    "torch-geometric": "2.8.1",
-    "tensordict": "0.15.3",
-}
-# With what it needs beside torch.
-TORCHOPT, ITS_NEEDS = "0.7.3", {"optree": "0.20.0", "graphviz": "0.21"}
-RUNTIME = ("torch", "numpy", "scipy")
-TESTING = ("pytest", "pytest-xdist", "hypothesis")
+# The pins are the dependency groups of pyproject.toml; a session installs the groups that it names.
+PROJECT = nox.project.load_toml("pyproject.toml")
 # What makes one processor compute as another: as any can, as one with AVX2 does, and as this one does on two threads.
 # There is no row for AVX-512, which would crash a processor without it; one that has it uses it in the last row.
 PROCESSORS = (
@@ -73,7 +30,6 @@ ROUNDED = (
     "tests/test_searches.py::test_vmap_of_vmap_is_a_double_loop",
     "tests/test_searches.py::test_what_is_captured_may_be_batched",
 )
-DOCS = ("sphinx", "myst-parser", "sphinx-gallery", "furo", "sphinx-copybutton", "scikit-learn", "matplotlib")
 
 # Selects what each change runs; the rest, and most examples, are left to `nox -s nightly`.
 EACH_CHANGE = ("-m", "not nightly")
@@ -95,22 +51,34 @@ QUICK = ("clean_labels", "extract_and_recover", "implicit_maml", "linear_fixed_p
 # Of the wheel: what it holds, that its compiled steps run, and a solver of each kind.
 WHEEL = ("test_package.py", "test_layers.py", "test_kernel_calls.py", "test_solvers_agree.py")
 
-nox.needs_version = ">=2024.4.15"
+# The schema of each file that only a forge reads.
+SCHEMAS = {
+    "github-workflows": ".github/workflows/*.yml",
+    "github-issue-forms": ".github/ISSUE_TEMPLATE/*_*.yml",
+    "github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
+    "citation-file-format": "CITATION.cff",
+}
+
+nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["tests", "plain"]
 
 
-def pinned(*names: str) -> list[str]:
-    versions = PINS | PROGRAMS | QUADRATIC
-    return [f"{name}=={versions[name]}" for name in names]
+def pins(*groups: str) -> tuple[str, ...]:
+    return nox.project.dependency_groups(PROJECT, *groups)
 
 
-def install(session: nox.Session, *tools: str, **switches: str) -> None:
+def pinned_version(group: str) -> str:
+    """Return the version of the first requirement of a group."""
+    return pins(group)[0].partition("==")[2]
+
+
+def install(session: nox.Session, *groups: str, **switches: str) -> None:
     # One pip call for pins and package together: a second one could move torch past its pin.
-    session.install(*pinned(*RUNTIME, *tools), ".", env=switches)
+    session.install(*pins("runtime", *groups), ".", env=switches)
 
 
 def install_peers(session: nox.Session) -> None:
-    session.install(*pinned(*RUNTIME), *(f"{name}=={version}" for name, version in PEERS.items()))
+    session.install(*pins("runtime", "peers"))
 
 
 def check(session: nox.Session, built: str, python: str = "python", **env: str) -> None:
@@ -128,14 +96,14 @@ def run_suite(session: nox.Session, pytest: str = "pytest", tests: Sequence[str]
 @nox.session
 def demo(session: nox.Session) -> None:
     """Tune the penalties of a logistic regression and draw the result."""
-    install(session, "scikit-learn", "matplotlib")
+    install(session, "examples")
     session.run("python", "examples/tune_penalties.py", *session.posargs)
 
 
 @nox.session
 def examples(session: nox.Session) -> None:
     """Run the examples, all or those named, each of which checks its own claims and draws a figure."""
-    install(session, "scikit-learn", "matplotlib")
+    install(session, "examples")
     run_examples(session, session.posargs or sorted(path.stem for path in Path("examples").glob("*.py")))
 
 
@@ -147,15 +115,16 @@ def run_examples(session: nox.Session, names: Sequence[str]) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the test suite, but for what is left to the night."""
-    install(session, *TESTING)
+    install(session, "test")
     run_suite(session, tests=("tests", "--durations=50", *EACH_CHANGE))
 
 
 @nox.session
 def plain(session: nox.Session) -> None:
     """Run all checks that need no compiled code, in one environment without it."""
-    install(session, "ruff", "mypy", *TESTING, *DOCS, IMPLICITDIFF_NO_EXTENSIONS="1")
+    install(session, "lint", "types", "test", "docs", "metadata", IMPLICITDIFF_NO_EXTENSIONS="1")
     check_style(session)
+    check_metadata(session)
     session.run("mypy")
     run_doctests(session)
     build_docs(session, "-D", "plot_gallery=0")
@@ -168,7 +137,7 @@ def plain(session: nox.Session) -> None:
 @nox.session(name="tests-plain")
 def tests_plain(session: nox.Session) -> None:
     """Run the whole test suite without compiled code."""
-    install(session, *TESTING, IMPLICITDIFF_NO_EXTENSIONS="1")
+    install(session, "test", IMPLICITDIFF_NO_EXTENSIONS="1")
     check(session, "_C.cpu is None and _C.cuda is None")
     run_suite(session)
 
@@ -176,7 +145,7 @@ def tests_plain(session: nox.Session) -> None:
 @nox.session
 def nightly(session: nox.Session) -> None:
     """Run the whole test suite with compiled code and without, and the documentation with every example."""
-    install(session, *TESTING, *DOCS)
+    install(session, "test", "docs")
     run_suite(session)
     build_docs(session)
     # In the same environment, which differs by the compiled modules alone.
@@ -188,7 +157,7 @@ def nightly(session: nox.Session) -> None:
 @nox.session
 def processors(session: nox.Session) -> None:
     """Run the tests that come closest to rounding as other processors round."""
-    install(session, *TESTING)
+    install(session, "test")
     for env in PROCESSORS:
         run_suite(session, tests=ROUNDED, **env)
 
@@ -196,14 +165,14 @@ def processors(session: nox.Session) -> None:
 @nox.session
 def programs(session: nox.Session) -> None:
     """Run the programs of other libraries, which the tests skip by name where a library is not installed."""
-    install(session, *TESTING, "scikit-learn", *PROGRAMS)
+    install(session, "test", "programs")
     run_suite(session, tests=["tests/programs"])
 
 
 @nox.session
 def sanitize(session: nox.Session) -> None:
     """Run the tests of the kernels under the address and the undefined behaviour sanitizers."""
-    install(session, *TESTING, IMPLICITDIFF_SANITIZE="1", IMPLICITDIFF_CUDA="0")
+    install(session, "test", IMPLICITDIFF_SANITIZE="1", IMPLICITDIFF_CUDA="0")
     compiler = os.environ.get("CXX", "g++")
     # Python is not sanitized, so the runtimes have to be there before it.
     runtimes = [
@@ -223,12 +192,12 @@ def sanitize(session: nox.Session) -> None:
 @nox.session
 def torchopt(session: nox.Session) -> None:
     """Run TorchOpt's own tests on a shim of its names: every seventh case, or with `-- --every=1` all of them."""
-    install(session, "pytest")
+    install(session, "doctest")
     install_peers(session)
     suite, place = Path("tests/torchopt_suite").resolve(), Path(session.create_tmp()).resolve() / "torchopt"
     shutil.rmtree(place, ignore_errors=True)
     # Its release lacks what its tests import. TorchOpt itself is not checked out: the shim is what can be imported.
-    source = ("--depth=1", f"--branch=v{TORCHOPT}", "https://github.com/metaopt/torchopt")
+    source = ("--depth=1", f"--branch=v{pinned_version('torchopt')}", "https://github.com/metaopt/torchopt")
     session.run("git", "clone", "--quiet", "--no-checkout", *source, str(place), external=True)
     session.chdir(place)
     session.run("git", "checkout", "--quiet", "HEAD", "--", "pyproject.toml", "tests", external=True)
@@ -241,19 +210,42 @@ def torchopt(session: nox.Session) -> None:
 @nox.session
 def build(session: nox.Session) -> None:
     """Build the sdist and from it the wheel, and test the wheel in an empty environment: a sample, or what is asked."""
-    session.install(*pinned("build"))
+    session.install(*pins("build"))
     place = Path(session.create_tmp()).resolve()
     shutil.rmtree(place)
     place.mkdir()
     session.run("python", "-m", "build", "--outdir", str(place))
+    (wheel,), (sdist,) = place.glob("*.whl"), place.glob("*.tar.gz")
+    if sys.platform == "linux":
+        wheel = repair(session, wheel)
     session.run("python", "-m", "venv", str(place / "empty"))
     python, pytest = (str(place / "empty/bin" / name) for name in ("python", "pytest"))
-    packages = [*pinned(*RUNTIME, *TESTING), *map(str, place.glob("*.whl"))]
-    session.run(python, "-m", "pip", "install", "--quiet", *packages, external=True)
-    suite = Path("tests").resolve()
+    session.run(python, "-m", "pip", "install", "--quiet", *pins("runtime", "test"), str(wheel), external=True)
+    suite, kept = Path("tests").resolve(), Path("dist").resolve()
     session.chdir(place)
     check(session, "_C.cpu", python)
     run_suite(session, pytest, [str(suite)] if session.posargs else [str(suite / name) for name in WHEEL])
+    kept.mkdir(exist_ok=True)
+    for file in (sdist, wheel):
+        session.log(f"dist/{shutil.copy(file, kept).rpartition('/')[2]}")
+
+
+def repair(session: nox.Session, wheel: Path) -> Path:
+    """Return the wheel under the oldest manylinux tag that auditwheel finds it to run on; fail if there is none."""
+    command = PROJECT["tool"]["cibuildwheel"]["linux"]["repair-wheel-command"]
+    folder = wheel.parent / "repaired"
+    session.run(*(part.format(dest_dir=folder, wheel=wheel) for part in command.split()))
+    (repaired,) = folder.glob("*.whl")
+    if "manylinux" not in repaired.name:
+        session.error(f"{repaired.name} has no manylinux tag")
+    return repaired
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build and test a wheel for each version of Python on this system; on Linux in containers, which takes docker."""
+    session.install(*pins("wheels"))
+    session.run("cibuildwheel", "--output-dir", "dist", *session.posargs)
 
 
 @nox.session(name="cuda-build")
@@ -269,7 +261,7 @@ def cuda_build(session: nox.Session) -> None:
 @nox.session(name="docs-test")
 def docs_test(session: nox.Session) -> None:
     """Run the examples in the README, in the pages and in the docstrings."""
-    install(session, "pytest", IMPLICITDIFF_NO_EXTENSIONS="1")
+    install(session, "doctest", IMPLICITDIFF_NO_EXTENSIONS="1")
     run_doctests(session)
 
 
@@ -282,7 +274,7 @@ def run_doctests(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation: every warning an error, every example run for the gallery."""
-    install(session, *DOCS, IMPLICITDIFF_NO_EXTENSIONS="1")
+    install(session, "docs", IMPLICITDIFF_NO_EXTENSIONS="1")
     build_docs(session, *session.posargs)
 
 
@@ -297,7 +289,7 @@ def build_docs(session: nox.Session, *options: str) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
-    session.install(*pinned("ruff"))
+    session.install(*pins("lint"))
     check_style(session)
 
 
@@ -309,8 +301,29 @@ def check_style(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check the package's types."""
-    install(session, "mypy", IMPLICITDIFF_NO_EXTENSIONS="1")
+    install(session, "types", IMPLICITDIFF_NO_EXTENSIONS="1")
     session.run("mypy")
+
+
+@nox.session
+def metadata(session: nox.Session) -> None:
+    """Check pyproject.toml, CITATION.cff and the files that only a forge reads, each by its linter."""
+    session.install(*pins("metadata"))
+    check_metadata(session)
+
+
+def check_metadata(session: nox.Session) -> None:
+    tables = ("setuptools", "cibuildwheel", "ruff", "mypy", "pytest")
+    session.run("validate-pyproject", "pyproject.toml", "-E", *tables, env={"VALIDATE_PYPROJECT_NO_NETWORK": "1"})
+    for schema, pattern in SCHEMAS.items():
+        files = sorted(str(path) for path in Path().glob(pattern))
+        session.run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *files)
+    session.run("pre-commit", "validate-config")
+    session.run("zizmor", "--offline", "--no-progress", ".github")
+    if shutil.which("actionlint"):
+        session.run("actionlint", external=True)
+    else:
+        session.log("actionlint is not on PATH: the workflows were not checked by it")
 
 
 @nox.session
@@ -324,11 +337,10 @@ def bench(session: nox.Session) -> None:
 @nox.session(name="bench-peers")
 def bench_peers(session: nox.Session) -> None:
     """Measure derivatives and solvers beside other libraries and plain torch; `-- --save` keeps that for the page."""
-    install(session, *QUADRATIC)
+    install(session, "quadratic")
     install_peers(session)
     # Without its torch, which may be another.
-    needs = [f"{name}=={version}" for name, version in ITS_NEEDS.items()]
-    session.install("--no-deps", f"torchopt=={TORCHOPT}", *needs)
+    session.install("--no-deps", *pins("torchopt"))
     for script in (("peers.py",), ("peers.py", "--memory"), ("stages.py",), ("solvers.py",)):
         session.run("python", f"benchmarks/{script[0]}", *script[1:], *session.posargs)
     write_page(session)
@@ -350,13 +362,13 @@ def write_page(session: nox.Session) -> None:
 @nox.session
 def rates(session: nox.Session) -> None:
     """Count the problems of the field's test sets that the solvers solve, beside those of SciPy and other libraries."""
-    install(session, *QUADRATIC)
+    install(session, "quadratic")
     install_peers(session)
     session.run("python", "benchmarks/rates.py", *session.posargs)
 
 
 # The oldest torch that pyproject.toml takes, the pinned one, and the newest that these tests have passed on.
-TORCHES = ("2.12.0", PINS["torch"], "2.14.1")
+TORCHES = [pinned_version(group) for group in ("torch-oldest", "runtime", "torch-newest")]
 # The files that depend most on what is private in torch; test_private_torch.py says what has changed, and for whom.
 SAMPLE = ("private_torch", "closures", "kernels", "same_function", "decorators", "autograd_only", "linear_solve")
 nox.options.error_on_missing_interpreters = False
@@ -367,7 +379,7 @@ nox.options.error_on_missing_interpreters = False
 def versions(session: nox.Session, torch: str) -> None:
     """Run the canaries of torch's private names and a sample of the tests, by versions of torch and Python."""
     try:
-        session.install(f"torch=={torch}", *pinned("numpy", "scipy", *TESTING))
+        session.install(f"torch=={torch}", *pins("numeric", "test"))
     except nox.command.CommandFailed:
         session.skip(f"torch {torch} does not install on Python {session.python}")
     session.install("--no-deps", ".")

@@ -48,6 +48,9 @@ _FUNCTION, _LEAF = 40_000, 8_000
 def accelerated_op_available(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> bool:
     """True if compiled optimizer steps for tensors of a device and dtype were built and can run now.
 
+    In a clone, Python imports the clone's own files, and not those of ``pip install .``, which have the compiled steps.
+    ``python -m implicitdiff`` names the files that run.
+
     Args:
         device: device of the parameters; None is torch's default device.
         dtype: dtype of the parameters.
