@@ -81,6 +81,10 @@ def install_peers(session: nox.Session) -> None:
     session.install(*pins("runtime", "peers"))
 
 
+def install_data(session: nox.Session) -> None:
+    session.install("--no-deps", *pins("data"))
+
+
 def check(session: nox.Session, built: str, python: str = "python", **env: str) -> None:
     # -I keeps this folder off the path: compiled modules of an editable install may lie in it.
     session.run(python, "-I", "-m", "implicitdiff", env=env, external=True)
@@ -95,15 +99,17 @@ def run_suite(session: nox.Session, pytest: str = "pytest", tests: Sequence[str]
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Tune the penalties of a logistic regression and draw the result."""
-    install(session, "examples")
-    session.run("python", "examples/tune_penalties.py", *session.posargs)
+    """Tune 29 hyperparameters on real data, beside three searches, and draw the result."""
+    install(session, "matplotlib")
+    install_data(session)
+    session.run("python", "examples/tune_length_scales.py", *session.posargs)
 
 
 @nox.session
 def examples(session: nox.Session) -> None:
     """Run the examples, all or those named, each of which checks its own claims and draws a figure."""
     install(session, "examples")
+    install_data(session)
     run_examples(session, session.posargs or sorted(path.stem for path in Path("examples").glob("*.py")))
 
 
@@ -129,6 +135,7 @@ def plain(session: nox.Session) -> None:
     run_doctests(session)
     build_docs(session, "-D", "plot_gallery=0")
     run_examples(session, QUICK)
+    run_suite(session, tests=["tests/test_typing.py"])
     check(session, "_C.cpu is None and _C.cuda is None")
     run_suite(session, tests=(*(f"tests/{name}" for name in COMPILED), *EACH_CHANGE))
     run_suite(session, tests=("tests", "-k", "from_optimizer", *EACH_CHANGE))
@@ -146,6 +153,7 @@ def tests_plain(session: nox.Session) -> None:
 def nightly(session: nox.Session) -> None:
     """Run the whole test suite with compiled code and without, and the documentation with every example."""
     install(session, "test", "docs")
+    install_data(session)
     run_suite(session)
     build_docs(session)
     # In the same environment, which differs by the compiled modules alone.
@@ -275,6 +283,7 @@ def run_doctests(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation: every warning an error, every example run for the gallery."""
     install(session, "docs", IMPLICITDIFF_NO_EXTENSIONS="1")
+    install_data(session)
     build_docs(session, *session.posargs)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import assert_type
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack, assert_type
+from typing_extensions import Unpack
 
 import implicitdiff
 from implicitdiff import (
