@@ -82,8 +82,6 @@ napoleon_custom_sections = [
     # As a list in the text: a field of a NamedTuple is no object of its own to link to.
     ("Attributes", "params_style"),
     ("Common options", "params_style"),
-    ("Options of every factory", "params_style"),
-    ("Options of run", "params_style"),
 ]
 
 sphinx_gallery_conf = {

@@ -79,27 +79,16 @@ When a search ends
     available. Give ``atol`` also if unknowns, or equations, of very different sizes share the norm, because the large
     entries hide the small.
 
-Options of every factory:
-    rtol, atol: see above.
-    maxiter: an integer is a budget; reaching the budget is no failure. None sets a limit far above the usual number of
-        iterations; reaching the limit is a failure.
-    check_every: the number of iterations between two tests of the status. A test costs a synchronisation on a GPU;
-        iterations after convergence change nothing.
-    solve: the linear solver of the implicit derivative, see `implicitdiff.custom_root`.
-    on_failure: ``"raise"`` an `implicitdiff.ConvergenceError` if a lane fails, ``"warn"`` with an
-        `implicitdiff.ConvergenceWarning`, or ``"ignore"`` failures and leave the test of ``state.status`` to the
-        caller. `Status` lists the values. Every status except ``CONVERGED`` is a failure; with an integer ``maxiter``,
-        ``BUDGET_SPENT`` and ``STALLED`` are not. The option also applies to the linear solve of the derivative if
-        ``solve`` is None: with ``"ignore"`` the derivative of a lane with a singular matrix is nan, and the other lanes
-        are unaffected.
+Options
+    `SolverOptions` lists the options of every factory, and ``help(solver.run)`` those of ``run``.
 
-Options of run:
-    implicit_diff, checkpoint_every: see above.
-    keep_history: True to record the errors of all iterations in ``state.history``, ``(iterations + 1,)``; with
-        checkpoints the errors at checkpoints. A stopped lane repeats its last error.
-    verbose: True to show a progress bar (tqdm) for a run of more than a second.
-    callback: ``callback(iter_num, params, state)``, called at every test of the status, first before the first
-        iteration. Tensors are plain and detached, with the lanes of the vmaps in front.
+    Every status except ``CONVERGED`` is a failure; with an integer ``maxiter``, ``BUDGET_SPENT`` and ``STALLED`` are
+    not. ``on_failure`` also applies to the linear solve of the derivative if ``solve`` is None: with ``"ignore"`` the
+    derivative of a lane with a singular matrix is nan, and the other lanes are unaffected.
+
+    Iterations after convergence change nothing, so ``check_every`` does not change a result. A history has the shape
+    ``(iterations + 1,)``, with checkpoints the errors at checkpoints; a stopped lane repeats its last error. A callback
+    gets plain, detached tensors, with the lanes of the vmaps in front; its first call precedes the first iteration.
 """
 
 from torch.serialization import add_safe_globals
