@@ -15,8 +15,7 @@ PLACES = {
 
 def rows_below(text: str, page: str) -> list[list[str]]:
     """The rows of the first table after a line, or of the table whose head the line is; an entry for each column."""
-    before, _, after = page.partition(f"\n{text}\n")
-    lines = [text, *after.splitlines()]
+    lines = [text, *page.partition(f"\n{text}\n")[2].splitlines()]
     first = next(n for n, line in enumerate(lines) if line.startswith("|"))
     table = lines[first + 2 :]
     last = next((n for n, line in enumerate(table) if not line.startswith("|")), len(table))

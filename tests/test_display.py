@@ -108,6 +108,13 @@ def test_help_of_a_factory_lists_every_option(factory):
     assert "**options" not in text.splitlines()[2]
 
 
+@pytest.mark.parametrize("name", [name for name in linear_solve.__all__ if name.startswith("solve_")])
+def test_help_of_a_linear_solver_lists_every_option(name):
+    factory = getattr(linear_solve, name)
+    for option in inspect.signature(factory).parameters:
+        assert f"        {option}: " in pydoc.plain(pydoc.render_doc(factory))
+
+
 def test_help_of_run_says_what_it_takes_and_returns():
     text = pydoc.plain(pydoc.render_doc(solvers.lbfgs(ridge).run))
     assert "run(params, *args, implicit_diff=True" in text

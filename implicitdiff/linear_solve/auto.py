@@ -31,7 +31,9 @@ def solve_auto(
 
     Args:
         dense_up_to: the most unknowns (scalars, over all leaves) for which the matrix is materialised.
-        rtol, atol, on_failure: see `implicitdiff.linear_solve`.
+        rtol: relative tolerance; stops at ``|b - A x| <= max(rtol |b|, atol)``. None: ``eps^(2/3)`` of the dtype.
+        atol: absolute tolerance, in the units of ``b``.
+        on_failure: ``"raise"`` a `LinearSolveError`, ``"warn"`` with a `LinearSolveWarning`, or ``"ignore"``.
 
     Raises (when solving):
         LinearSolveError: the matrix is singular to working precision, or the iteration does not converge.

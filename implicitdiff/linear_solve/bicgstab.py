@@ -30,7 +30,16 @@ def solve_bicgstab(
 
     Short recurrences, with two products with ``A`` an iteration and none with the adjoint, without a guarantee of
     convergence. After a breakdown the recurrence restarts from the true residual, and fails if this does not decrease.
-    Stopping test as in `solve_cg`. For the options see `implicitdiff.linear_solve`.
+    Stopping test as in `solve_cg`.
+
+    Args:
+        rtol: relative tolerance; stops at ``|b - A x| <= max(rtol |b|, atol)``. None: ``eps^(2/3)`` of the dtype.
+        atol: absolute tolerance, in the units of ``b``.
+        maxiter: budget of iterations. None: ``max(100, 10 n)``; reaching this limit is a failure.
+        ridge: solve ``(A + ridge I) x = b``; a number >= 0.
+        preconditioner: ``r -> M^-1 r`` with ``M`` close to ``A``; changes the speed, not the solution.
+        init: initial guess, a tree like ``b``; changes the speed, not the solution.
+        on_failure: ``"raise"`` a `LinearSolveError`, ``"warn"`` with a `LinearSolveWarning`, or ``"ignore"``.
 
     Raises (when solving):
         LinearSolveError: breakdown, or no convergence with ``maxiter=None``.

@@ -37,7 +37,14 @@ def solve_cg(
     arithmetic the number of iterations is at most the number of distinct eigenvalues of ``A``. The error bound
     decreases in each iteration by ``(sqrt(k) - 1) / (sqrt(k) + 1)`` for condition number ``k``.
 
-    For the options and the returned solver see `implicitdiff.linear_solve`.
+    Args:
+        rtol: relative tolerance; stops at ``|b - A x| <= max(rtol |b|, atol)``. None: ``eps^(2/3)`` of the dtype.
+        atol: absolute tolerance, in the units of ``b``.
+        maxiter: budget of iterations. None: ``max(100, 10 n)``; reaching this limit is a failure.
+        ridge: solve ``(A + ridge I) x = b``; a number >= 0.
+        preconditioner: ``r -> M^-1 r`` with ``M`` close to ``A``; changes the speed, not the solution.
+        init: initial guess, a tree like ``b``; changes the speed, not the solution.
+        on_failure: ``"raise"`` a `LinearSolveError`, ``"warn"`` with a `LinearSolveWarning`, or ``"ignore"``.
 
     Raises (when solving):
         LinearSolveError: ``A`` is not positive definite, or no convergence with ``maxiter=None``.

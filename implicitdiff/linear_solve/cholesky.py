@@ -17,7 +17,11 @@ def solve_cholesky(*, ridge: float = 0.0, on_failure: OnFailure = "raise") -> Li
     definite.
 
     Half the work of `solve_lu`. The solve fails if ``A`` is not Hermitian (to the square root of the precision) or not
-    positive definite. For the options see `implicitdiff.linear_solve`.
+    positive definite.
+
+    Args:
+        ridge: solve ``(A + ridge I) x = b``; a number >= 0.
+        on_failure: ``"raise"`` a `LinearSolveError`, ``"warn"`` with a `LinearSolveWarning`, or ``"ignore"``.
 
     Raises (when solving):
         LinearSolveError: ``A`` is not Hermitian, not positive definite to working precision, or not finite.

@@ -37,10 +37,17 @@ def solve_gmres(
     Minimises ``|b - A x|`` over a Krylov space of at most ``restart`` dimensions, which are stored, then restarts from
     the minimiser. In exact arithmetic and without a restart, the number of iterations for a diagonalisable ``A`` is at
     most the number of distinct eigenvalues. The preconditioner acts from the right, so the true residual is minimised
-    and tested. Stopping test as in `solve_cg`. For the options see `implicitdiff.linear_solve`.
+    and tested. Stopping test as in `solve_cg`.
 
     Args:
         restart: dimension of the Krylov space, an integer >= 1.
+        rtol: relative tolerance; stops at ``|b - A x| <= max(rtol |b|, atol)``. None: ``eps^(2/3)`` of the dtype.
+        atol: absolute tolerance, in the units of ``b``.
+        maxiter: budget of iterations. None: ``max(100, 10 n)``; reaching this limit is a failure.
+        ridge: solve ``(A + ridge I) x = b``; a number >= 0.
+        preconditioner: ``r -> M^-1 r`` with ``M`` close to ``A``; changes the speed, not the solution.
+        init: initial guess, a tree like ``b``; changes the speed, not the solution.
+        on_failure: ``"raise"`` a `LinearSolveError`, ``"warn"`` with a `LinearSolveWarning`, or ``"ignore"``.
 
     Raises (when solving):
         LinearSolveError: no convergence with ``maxiter=None``, stagnation included, or values that are not finite.

@@ -34,13 +34,17 @@ def solve_inv(
 
     ``ns=False`` materialises ``A`` over all leaves and inverts it; `solve_lu` needs less work and rounds less.
     ``ns=True`` sums ``x = alpha sum_k (I - alpha A)^k b``, with one product a term. The series converges if the
-    spectral radius of ``I - alpha A`` is below one. Stopping test as in `solve_cg`. For the options see
-    `implicitdiff.linear_solve`.
+    spectral radius of ``I - alpha A`` is below one. Stopping test as in `solve_cg`.
 
     Args:
         ns: sum the Neumann series.
-        maxiter, rtol, atol, init: options of the series; errors with ``ns=False``.
+        ridge: solve ``(A + ridge I) x = b``; a number >= 0.
+        maxiter: budget of terms. None: ``max(100, 10 n)``, and reaching it is a failure. An error with ``ns=False``.
+        rtol: relative tolerance of the series, as in `solve_cg`. An error with ``ns=False``.
+        atol: absolute tolerance of the series, in the units of ``b``. An error with ``ns=False``.
+        init: initial guess of the series, a tree like ``b``. An error with ``ns=False``.
         alpha: step of the series, a number > 0; 1 by default. An error with ``ns=False``.
+        on_failure: ``"raise"`` a `LinearSolveError`, ``"warn"`` with a `LinearSolveWarning`, or ``"ignore"``.
 
     Raises (when solving):
         LinearSolveError: ``A`` is singular to working precision, or the series diverges, or does not converge with

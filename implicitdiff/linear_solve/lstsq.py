@@ -41,7 +41,7 @@ def solve_lstsq(*, rtol: float | None = None, init: Tree = None, on_failure: OnF
         rtol: singular values up to ``rtol`` times the largest count as zero; None: ``max(m, n)`` times the
             precision of the dtype. A neglected singular value causes an error of its relative size in derivatives.
         init: a tree like ``x``, of any values. None: a tree like ``b``, or the one found.
-        on_failure: see `implicitdiff.linear_solve`; ``"ignore"`` omits the check of the rank too.
+        on_failure: ``"raise"``, ``"warn"`` or ``"ignore"``, which omits the check of the rank too.
 
     Raises (when solving):
         ValueError: ``matvec`` fails on a tree like ``b``, and no other argument was found: pass `init`.

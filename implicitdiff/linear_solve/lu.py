@@ -23,7 +23,11 @@ def solve_lu(*, ridge: float = 0.0, on_failure: OnFailure = "raise") -> LinearSo
 
     Exact to rounding, and the fastest solver for few unknowns. For ``n`` scalars of ``b`` over all leaves, each lane
     takes ``n`` products with ``A`` (batched), ``n^2`` numbers of memory and ``2 n^3 / 3`` operations. Right-hand sides
-    of one matrix share its factors. For the options see `implicitdiff.linear_solve`.
+    of one matrix share its factors.
+
+    Args:
+        ridge: solve ``(A + ridge I) x = b``; a number >= 0.
+        on_failure: ``"raise"`` a `LinearSolveError`, ``"warn"`` with a `LinearSolveWarning`, or ``"ignore"``.
 
     Raises (when solving):
         LinearSolveError: ``A`` is singular to working precision, or not finite.

@@ -64,7 +64,14 @@ def solve_normal_cg(
     - Derivatives are those of the pseudoinverse at constant rank, see `solve_lstsq`, without a check: full rank is
       constant.
 
-    For the other options see `implicitdiff.linear_solve`.
+    Args:
+        rtol: relative tolerance; see above for the test. None: ``eps^(2/3)`` of the dtype.
+        atol: absolute tolerance, in the units of ``b``.
+        maxiter: budget of iterations. None: ``max(100, 10 n)``; reaching this limit is a failure.
+        ridge: solve ``(A + ridge I) x = b``; a number >= 0.
+        preconditioner: see above; changes the speed, not the solution.
+        init: initial guess, a tree like ``x``; see above.
+        on_failure: ``"raise"`` a `LinearSolveError`, ``"warn"`` with a `LinearSolveWarning`, or ``"ignore"``.
 
     Raises (when solving):
         ValueError: ``matvec`` fails on a tree like ``b``, and no other argument was found: pass `init`.
