@@ -387,3 +387,32 @@ def test_the_errors_survive_pickling_and_copying():
     for other in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert str(other) == str(error)
         assert vars(other) == vars(error)
+
+
+@pytest.mark.parametrize("factory", [solve_lu, solve_cholesky, solve_inv, solve_auto, solve_gmres])
+def test_a_right_hand_side_of_zero_has_the_solution_zero_for_every_matrix(factory):
+    matrices = torch.stack([torch.eye(2, dtype=F64), torch.zeros(2, 2, dtype=F64)])
+    b = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=F64)
+    assert torch.equal(vmap(lambda a, b: factory()(lambda v: a @ v, b))(matrices, b), b)
+
+
+@pytest.mark.parametrize("factory", [solve_lu, solve_cholesky, solve_inv, solve_auto])
+def test_a_lane_with_a_singular_matrix_is_nan_with_ignore(factory):
+    # The second matrix is singular to working precision only, so a factorisation finds a finite x.
+    matrices = torch.stack([torch.eye(2, dtype=F64), torch.tensor([[1.0, 1.0], [1.0, 1.0 + 2e-16]], dtype=F64)])
+    x = vmap(lambda a: factory(on_failure="ignore")(lambda v: a @ v, torch.ones(2, dtype=F64)))(matrices)
+    assert torch.equal(x[0], torch.ones(2, dtype=F64)) and x[1].isnan().all()
+
+
+def test_a_masked_lane_has_the_derivative_zero():
+    # At x = 0 the Jacobian of x^2 - c is singular.
+    roots = custom_root(lambda x, c: x**2 - c, solve=solve_lu(on_failure="ignore"))(lambda init, c: c.sqrt())
+    c = torch.tensor([4.0, 0.0], dtype=F64)
+
+    def loss(scale, mask):
+        x = vmap(lambda c: roots(None, c))(scale * c)
+        return torch.where(mask, x, 0.0).sum()
+
+    one = torch.tensor(1.0, dtype=F64)
+    assert grad(loss)(one, torch.tensor([True, False])) == 1.0
+    assert grad(loss)(one, torch.tensor([True, True])).isnan()

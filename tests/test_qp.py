@@ -468,3 +468,35 @@ def test_multipliers_and_constraints_go_together():
     with pytest.raises(TypeError, match="objective_fn must be a function"):
         make_kkt_optimality_fn(None)
     torch.testing.assert_close(optimality_fn(KKTSolution(x, x[:0], x)), KKTSolution(3 * x, x[:0], x))
+
+
+def test_half_precision_under_autocast_is_cast_as_by_every_solver():
+    eye, c = torch.eye(2), torch.tensor([1.0, -2.0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        solution, _ = qp().run(None, eye, c.bfloat16())
+    assert solution.primal.dtype == torch.float32
+    torch.testing.assert_close(solution.primal, -c)
+
+
+def test_a_minimiser_that_is_not_unique_has_the_derivative_nan_in_its_lane_alone():
+    """A linear program with tied costs in the second lane; a loss that does not depend on it has the derivative 0."""
+    costs = torch.tensor([[1.0, 2.0], [1.0, 1.0]], dtype=F64)
+    A, b, G, h = (
+        torch.ones(1, 2, dtype=F64),
+        torch.ones(1, dtype=F64),
+        -torch.eye(2, dtype=F64),
+        torch.zeros(2, dtype=F64),
+    )
+    Q = torch.diag(torch.tensor([1.0, 0.0], dtype=F64))  # strictly convex on A x = b, where the first cost decides
+
+    def loss(costs, mask):
+        def one(c, curvature):
+            return qp(on_failure="ignore").run(None, curvature * Q, c, A, b, G, h)[0].primal
+
+        x = vmap(one)(costs, torch.tensor([1.0, 0.0], dtype=F64))
+        return torch.where(mask[:, None], x**2, 0.0).sum()
+
+    both, first = torch.tensor([True, True]), torch.tensor([True, False])
+    of_both = grad(loss)(costs, both)
+    assert of_both[0].isfinite().all() and of_both[1].isnan().all()
+    assert torch.equal(grad(loss)(costs, first), torch.stack([of_both[0], torch.zeros(2, dtype=F64)]))

@@ -41,13 +41,19 @@ def _solve_by_factors(
 
 
 def materialised(system: System, factorise: Factorise, broken: str) -> Outcome:
-    """Solve a system with the materialised matrix of every lane."""
+    """Solve a system with the materialised matrix of every lane; rows that fail are nan."""
     a = system.materialise()
     lanes, m, n = a.shape
     # Rows of one lane share the matrix, and are the columns of B.
     b = system.b.reshape(lanes, -1, m).mT
     x, singular = factorise(a, b, system.eps)
-    failed = (singular[:, None] | ~torch.isfinite(x).all(dim=-2)).reshape(-1)
+    failed = singular[:, None] | ~torch.isfinite(x).all(dim=-2)
+    if bool(failed.any()):
+        # ``b = 0`` has the solution 0 for every matrix: so a lane that no loss depends on has the derivative 0.
+        is_zero = (b == 0).all(dim=-2)
+        failed = failed & ~is_zero
+        x = torch.where(is_zero[:, None], 0.0, torch.where(failed[:, None], torch.nan, x))
+    failed = failed.reshape(-1)
 
     def figures() -> tuple[Tensor, Tensor]:
         residual = torch.linalg.vector_norm(b - a @ x, dim=-2).reshape(-1)

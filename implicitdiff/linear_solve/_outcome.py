@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -56,11 +57,20 @@ def report(
     numbers = f"{count} of {total} systems failed{after}; worst residual {residual:.3e}, target {target:.3e}"
     message = f"{name}: {why} ({numbers})"
     if on_failure == "warn":
-        warnings.warn(message, LinearSolveWarning, stacklevel=2)
+        warnings.warn(message, LinearSolveWarning, stacklevel=level_of_caller())
         return
     raise LinearSolveError(
         message, solver=name, residual=residual, target=target, failed=count, total=total, iterations=iterations
     )
+
+
+def level_of_caller() -> int:
+    """Return the number of stack frames between this function and the user's code, for `warnings.warn`."""
+    # A warning points at the user's call: skip the frames of this library and of torch.
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("implicitdiff", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def check_on_failure(name: str, on_failure: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+import implicitdiff._torch.settings as _settings
 import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._qp.admm as _admm
@@ -175,6 +176,7 @@ def data(
     return 0.5 * (Q + Q.mT), c, A, b, G, h, lower
 
 
+@_settings.outside_autocast
 def _filled_guess(
     init: Tensor | KKTSolution | None,
     Q: Tensor,
@@ -203,11 +205,14 @@ def _check_data(named: dict[str, Tensor | None]) -> None:
     for name, t in named.items():
         if not (isinstance(t, Tensor) and t.is_floating_point()) and (t is not None or name in "Qc"):
             raise TypeError(f"qp: {name} must be a real floating-point tensor, got {pytree.describe(t)}")
+    if named["l"] is not None and (named["G"] is None or named["h"] is None):
+        raise ValueError("qp: l are lower bounds of G x, so G and h must be given too (h may be infinite)")
     for matrix, vector in ("Ab", "Gh"):
         if (named[matrix] is None) != (named[vector] is None):
-            raise ValueError(f"qp: {matrix} and {vector} go together: give both, or None for both")
-    if named["l"] is not None and named["G"] is None:
-        raise ValueError("qp: l are lower bounds of G x, so G and h must be given too (h may be infinite)")
+            raise ValueError(
+                f"qp: {matrix} and {vector} go together: give both, or None for both; the first argument of run is the "
+                "initial guess, as in run(None, Q, c, A, b, G, h, l)"
+            )
     n, p, m = (t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in (named[name] for name in "cbh"))
     expected = {"Q": (n, n), "c": (n,), "A": (p, n), "b": (p,), "G": (m, n), "h": (m,), "l": (m,)}
     given = {name: t for name, t in named.items() if t is not None}

@@ -66,11 +66,12 @@ class SolverFunction:
         try:
             bound = signature.bind(None, *args, **kwargs)
         except TypeError as error:
+            called = self._shown if self.maker.is_named else f"{name_of(fn)}{show(fn)}"
             unknown = [name for name in kwargs if name not in signature.parameters]
             takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in signature.parameters.values())
             cause = f"got an unexpected keyword argument {unknown[0]!r}" if unknown and not takes_any else str(error)
             raise TypeError(
-                f"{self.__qualname__}: {cause}, in a call of {name_of(fn)}{show(fn)}{self._advice()}"
+                f"{self.__qualname__}: {cause}, in a call of {called}{self._advice()}"
             ) from None
         return bound.args[1:], bound.kwargs
 

@@ -444,8 +444,8 @@ def make_solver(
         if not callable(fn):
             raise TypeError(f"{name}: fn must be a function, got {type(fn).__name__}")
     checked = options_of(name, options)
-    called = ", ".join(map(name_of, functions[:1]))
-    made = impl(name, f"{name}({called})", equation_of, functions, method, checked, guess, is_named)
+    called = name if is_named else f"{name}({', '.join(map(name_of, functions[:1]))})"
+    made = impl(name, called, equation_of, functions, method, checked, guess, is_named)
     return Solver(*(SolverFunction(made, field) for field in Solver._fields))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import inspect
 import warnings
 from typing import Protocol
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff.errors import ConvergenceError, ConvergenceWarning
-from implicitdiff.linear_solve._outcome import OnFailure
+from implicitdiff.linear_solve._outcome import OnFailure, level_of_caller
 
 
 class Status(enum.IntEnum):
@@ -110,7 +109,7 @@ def report_failures(name: str, state: SearchOutcome, on_failure: OnFailure, *, b
         f"target {float(target[worst]):.3e})"
     )
     if on_failure == "warn":
-        warnings.warn(message, ConvergenceWarning, stacklevel=_level_of_caller())
+        warnings.warn(message, ConvergenceWarning, stacklevel=level_of_caller())
         return
     raise ConvergenceError(
         message,
@@ -122,12 +121,3 @@ def report_failures(name: str, state: SearchOutcome, on_failure: OnFailure, *, b
         lanes=tuple(lanes),
         total=status.numel(),
     )
-
-
-def _level_of_caller() -> int:
-    """Return the number of stack frames between this function and the user's code, for `warnings.warn`."""
-    # A warning points at the user's call: skip the frames of this library and of torch.
-    level, frame = 0, inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("implicitdiff", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level
