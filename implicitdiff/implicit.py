@@ -208,7 +208,12 @@ def _decorator(
     chosen = _checked_argnums(maker, argnums)
     decoration = _Decoration(f"{maker}: {name_of(fn)}", fn, form, chosen, has_aux, solve or solve_auto(), check)
 
-    def decorate(solver: UserSolver) -> UserSolver:
+    def decorate(solver: UserSolver, *args: object, **kwargs: object) -> UserSolver:
+        if args or kwargs or not callable(solver):
+            raise TypeError(
+                f"{decoration.name}: the decorator takes the solver, a function: write @{maker}(F) above the solver, "
+                "where F is the equation"
+            )
         matcher = Matcher(solver, fn)
         _check_argnums(f"{maker}: {name_of(solver)}", chosen, matcher.positions)
 
@@ -290,7 +295,7 @@ def _check_residual(name: str, check: float, residual: Leaves) -> None:
         raise NotARootError(
             f"{name}: the solver returned a point that is not a solution: the norm of the residual is {worst:.3e}, "
             f"above check={check:.3e}, in {int(failed.sum())} of {lanes.numel()} lanes; continue the solver to a "
-            "smaller residual, or increase check",
+            "smaller residual, check that it solves the equation of the decorator, or increase check",
             residual=worst,
             check=check,
             failed=int(failed.sum()),

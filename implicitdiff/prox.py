@@ -21,12 +21,11 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import Tree, X
 from implicitdiff.projections._balls import l2_ball
 from implicitdiff.projections._point import Point
 
@@ -37,7 +36,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def lasso(v: Tree, threshold: Tree = 1.0, *, strength: Tree = 1.0) -> Tree:
+def lasso(v: X, threshold: Tree = 1.0, *, strength: Tree = 1.0) -> X:
     """Soft thresholding, for the penalty ``g(x) = strength |x|_1``.
 
     The result is ``sign(v) max(|v| - threshold strength, 0)``, entry by entry.
@@ -58,7 +57,7 @@ def lasso(v: Tree, threshold: Tree = 1.0, *, strength: Tree = 1.0) -> Tree:
     return _leaf_by_leaf("lasso", _shrink, v, threshold=threshold, strength=strength)
 
 
-def ridge(v: Tree, stepsize: Tree = 1.0, *, strength: Tree = 1.0) -> Tree:
+def ridge(v: X, stepsize: Tree = 1.0, *, strength: Tree = 1.0) -> X:
     """Shrinkage towards zero, for the penalty ``g(x) = strength |x|^2 / 2``.
 
     The result is ``v / (1 + stepsize strength)``, entry by entry.
@@ -79,7 +78,7 @@ def ridge(v: Tree, stepsize: Tree = 1.0, *, strength: Tree = 1.0) -> Tree:
     return _leaf_by_leaf("ridge", lambda v, s, c: v / (1 + s * c), v, stepsize=stepsize, strength=strength)
 
 
-def non_negative_lasso(v: Tree, threshold: Tree = 1.0, *, strength: Tree = 1.0) -> Tree:
+def non_negative_lasso(v: X, threshold: Tree = 1.0, *, strength: Tree = 1.0) -> X:
     """One-sided soft thresholding, for the penalty ``g(x) = strength sum(x)`` on ``x >= 0``.
 
     The result is ``max(v - threshold strength, 0)``, entry by entry.
@@ -105,7 +104,7 @@ def non_negative_lasso(v: Tree, threshold: Tree = 1.0, *, strength: Tree = 1.0) 
     return _leaf_by_leaf("non_negative_lasso", shrink, v, threshold=threshold, strength=strength)
 
 
-def non_negative_ridge(v: Tree, stepsize: Tree = 1.0, *, strength: Tree = 1.0) -> Tree:
+def non_negative_ridge(v: X, stepsize: Tree = 1.0, *, strength: Tree = 1.0) -> X:
     """Shrinkage of positive entries, for the penalty ``g(x) = strength |x|^2 / 2`` on ``x >= 0``.
 
     The result is ``max(v, 0) / (1 + stepsize strength)``, entry by entry.
@@ -130,7 +129,7 @@ def non_negative_ridge(v: Tree, stepsize: Tree = 1.0, *, strength: Tree = 1.0) -
     return _leaf_by_leaf("non_negative_ridge", shrink, v, stepsize=stepsize, strength=strength)
 
 
-def elastic_net(v: Tree, stepsize: Tree = 1.0, *, l1: Tree = 1.0, l2: Tree = 1.0) -> Tree:
+def elastic_net(v: X, stepsize: Tree = 1.0, *, l1: Tree = 1.0, l2: Tree = 1.0) -> X:
     """Soft thresholding, then shrinkage, for the penalty ``g(x) = l1 |x|_1 + l2 |x|^2 / 2``.
 
     The result is ``sign(v) max(|v| - stepsize l1, 0) / (1 + stepsize l2)``, entry by entry.
@@ -159,7 +158,7 @@ def elastic_net(v: Tree, stepsize: Tree = 1.0, *, l1: Tree = 1.0, l2: Tree = 1.0
     return _leaf_by_leaf("elastic_net", shrink, v, stepsize=stepsize, l1=l1, l2=l2)
 
 
-def group_lasso(v: Tree, threshold: Tree = 1.0, *, strength: Tree = 1.0) -> Tree:
+def group_lasso(v: X, threshold: Tree = 1.0, *, strength: Tree = 1.0) -> X:
     """Block soft thresholding, for the penalty ``g(x) = strength |x|_2``, with one group a tensor.
 
     The result is ``v max(1 - threshold strength / |v|, 0)``, zero at ``v = 0``, with derivative zero. For groups that
@@ -184,7 +183,7 @@ def group_lasso(v: Tree, threshold: Tree = 1.0, *, strength: Tree = 1.0) -> Tree
 
     def shrink(v: Tensor, threshold: Tensor, strength: Tensor) -> Tensor:
         # Moreau's decomposition: v - prox(v) projects onto the ball of the dual norm, here the 2-norm too.
-        return v - cast(Tensor, l2_ball(v, (threshold * strength).reshape(())))
+        return v - l2_ball(v, (threshold * strength).reshape(()))
 
     return _leaf_by_leaf("group_lasso", shrink, v, scalar=True, threshold=threshold, strength=strength)
 

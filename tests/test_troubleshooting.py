@@ -88,6 +88,8 @@ def test_a_row_names_all_of_its_exceptions() -> None:
 # Literals of four words and more that are no message of their own, by a part of each, with the reason.
 WITHOUT = {
     HOLE + " lanes: ": "the repr of a state",
+    "for a minimum pass the gradient": "a hint in a message with a row",
+    "pass the objective itself": "the same",
     "compiler ": "printed by python -m implicitdiff",
     "built for ": "printed by python -m implicitdiff",
     "files are a source tree": "printed by python -m implicitdiff",

@@ -44,9 +44,11 @@ def is_like(tree: Tree, leaves: Leaves, structure: Structure) -> bool:
 def check_like(name: str, result: Tree, like: Tree, leaves: Leaves, structure: Structure, of: str) -> None:
     """Raise unless a user's tree is like the tree `like`, with the given leaves and structure; `of` names `like`."""
     if not is_like(result, leaves, structure):
+        is_number = isinstance(result, torch.Tensor) and result.is_floating_point() and not result.dim()
+        hint = "; for a minimum pass the gradient of the objective, torch.func.grad(f)" if is_number else ""
         raise ValueError(
             f"{name} must have the structure, shapes and dtypes of {of}: expected {pytree.describe(like)}, "
-            f"got {pytree.describe(result)}"
+            f"got {pytree.describe(result)}{hint}"
         )
 
 

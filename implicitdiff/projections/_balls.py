@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicitdiff._torch.trees import Number, Tree
+from implicitdiff._torch.trees import Number, X
 from implicitdiff.projections._point import Point, holds, scale_of, sum_of
 from implicitdiff.projections._simplices import nonempty, onto_simplex
 
 
-def l1_ball(v: Tree, radius: Number = 1.0) -> Tree:
+def l1_ball(v: X, radius: Number = 1.0) -> X:
     """Project onto ``{x: sum(|x|) <= radius}``, ``v`` being one vector.
 
     For ``v`` outside, the result is ``sign(v)`` times the projection of ``|v|`` onto the simplex of total ``radius``.
@@ -34,7 +34,7 @@ def l1_ball(v: Tree, radius: Number = 1.0) -> Tree:
     return point.map_flat(_onto_l1_ball, point.scalar("radius", radius, least=0.0))
 
 
-def l2_ball(v: Tree, radius: Number = 1.0) -> Tree:
+def l2_ball(v: X, radius: Number = 1.0) -> X:
     """Project onto ``{x: |x| <= radius}`` in the Euclidean norm, ``v`` being one vector.
 
     The result is ``v min(1, radius / |v|)``.
@@ -55,7 +55,7 @@ def l2_ball(v: Tree, radius: Number = 1.0) -> Tree:
     return point.map_flat(_onto_l2_ball, point.scalar("radius", radius, least=0.0))
 
 
-def l1_sphere(v: Tree, radius: Number = 1.0) -> Tree:
+def l1_sphere(v: X, radius: Number = 1.0) -> X:
     """Project onto ``{x: sum(|x|) = radius}``, ``v`` being one vector.
 
     The result is ``sign(v)`` times the projection of ``|v|`` onto the simplex of total ``radius``. The set is not
@@ -78,7 +78,7 @@ def l1_sphere(v: Tree, radius: Number = 1.0) -> Tree:
     return point.map_flat(_onto_l1_sphere, point.scalar("radius", radius, least=0.0))
 
 
-def l2_sphere(v: Tree, radius: Number = 1.0) -> Tree:
+def l2_sphere(v: X, radius: Number = 1.0) -> X:
     """Project onto ``{x: |x| = radius}`` in the Euclidean norm, ``v`` being one vector.
 
     The result is ``v radius / |v|``. The set is not convex: all its points are equally near to ``v = 0``, and no choice

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff._torch.trees import Number, Tree
+from implicitdiff._torch.trees import Number, Tree, X
 from implicitdiff.projections._point import Point, holds, scale_of, sum_of
 
 
-def box(v: Tree, lower: Tree, upper: Tree) -> Tree:
+def box(v: X, lower: Tree, upper: Tree) -> X:
     """Project onto ``{x: lower <= x <= upper}``, entry by entry.
 
     Args:
@@ -34,7 +34,7 @@ def box(v: Tree, lower: Tree, upper: Tree) -> Tree:
     return point.map(clamp, *_bounds(point, lower, upper))
 
 
-def non_negative(v: Tree) -> Tree:
+def non_negative(v: X) -> X:
     """Project onto ``{x: x >= 0}``, entry by entry.
 
     Example:
@@ -45,7 +45,7 @@ def non_negative(v: Tree) -> Tree:
     return Point.of("non_negative", v).map(torch.relu)
 
 
-def linf_ball(v: Tree, radius: Number = 1.0) -> Tree:
+def linf_ball(v: X, radius: Number = 1.0) -> X:
     """Project onto ``{x: |x_i| <= radius for all i}``, entry by entry.
 
     The result is ``sign(v) min(|v|, radius)``.
@@ -67,7 +67,7 @@ def linf_ball(v: Tree, radius: Number = 1.0) -> Tree:
     return point.map(_onto_linf_ball, [bound] * len(point.leaves))
 
 
-def box_section(v: Tree, lower: Tree, upper: Tree, w: Tree, c: Number) -> Tree:
+def box_section(v: X, lower: Tree, upper: Tree, w: Tree, c: Number) -> X:
     """Project onto ``{x: lower <= x <= upper, w.x = c}``, ``v`` being one vector.
 
     The solution has a multiplier ``tau`` of the plane, and a set ``s`` of entries between the bounds::

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicitdiff._torch.trees import Tree
+from implicitdiff._torch.trees import X
 from implicitdiff.projections._point import Point
 
 
-def isotonic(v: Tree) -> Tree:
+def isotonic(v: X) -> X:
     """Project onto the vectors whose entries do not decrease, ``v`` being one vector.
 
     The result is constant on blocks of consecutive entries, with the mean of ``v`` on a block as value. The Jacobian is

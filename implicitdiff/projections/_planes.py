@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff._torch.trees import Number, Tree
+from implicitdiff._torch.trees import Number, Tree, X
 from implicitdiff.projections._point import Point, broadcasts, holds, scale_of, sum_of
 
 
-def hyperplane(v: Tree, a: Tree, b: Number) -> Tree:
+def hyperplane(v: X, a: Tree, b: Number) -> X:
     """Project onto ``{x: a.x = b}``, ``v`` being one vector.
 
     The result is ``v - a (a.v - b) / (a.a)``.
@@ -33,7 +33,7 @@ def hyperplane(v: Tree, a: Tree, b: Number) -> Tree:
     return _along("hyperplane", v, a, b, lambda excess: excess)
 
 
-def halfspace(v: Tree, a: Tree, b: Number) -> Tree:
+def halfspace(v: X, a: Tree, b: Number) -> X:
     """Project onto ``{x: a.x <= b}``, ``v`` being one vector.
 
     The result is ``v - a max(a.v - b, 0) / (a.a)``.
@@ -54,7 +54,7 @@ def halfspace(v: Tree, a: Tree, b: Number) -> Tree:
     return _along("halfspace", v, a, b, lambda excess: torch.where(excess < 0, 0.0, excess))
 
 
-def affine_set(v: Tree, A: Tensor, b: Number) -> Tree:
+def affine_set(v: X, A: Tensor, b: Number) -> X:
     """Project onto ``{x: A x = b}``, ``v`` being one vector.
 
     The result is ``v - A' (A A')^-1 (A v - b)``, computed from a QR factorisation of ``A'``, which does not square the

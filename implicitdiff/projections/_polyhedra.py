@@ -9,20 +9,20 @@ from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.linear_problem import Solve
-from implicitdiff._torch.trees import Number, Tree
+from implicitdiff._torch.trees import Number, X
 from implicitdiff.projections._point import Point, broadcasts
 from implicitdiff.solvers.qp import qp
 
 
 def polyhedron(
-    v: Tree,
+    v: X,
     A: Tensor | None = None,
     b: Number | None = None,
     G: Tensor | None = None,
     h: Number | None = None,
     *,
     solve: Solve | None = None,
-) -> Tree:
+) -> X:
     """Project onto ``{x: A x = b, G x <= h}``, ``v`` being one vector.
 
     `implicitdiff.solvers.qp` solves the quadratic program ``min |x - v|^2 / 2``. Derivatives in ``v`` and in all four

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff._torch.trees import Number, Tree
+from implicitdiff._torch.trees import Number, Tree, X
 from implicitdiff.projections._point import Point, sum_of
 
 
-def simplex(v: Tree, total: Number = 1.0) -> Tree:
+def simplex(v: X, total: Number = 1.0) -> X:
     """Project onto ``{x: x >= 0, sum(x) = total}``, ``v`` being one vector.
 
     With the threshold ``tau`` and the support ``s``::
@@ -41,7 +41,7 @@ def simplex(v: Tree, total: Number = 1.0) -> Tree:
     return point.map_flat(onto_simplex, point.scalar("total", total, least=0.0))
 
 
-def sparse_simplex(v: Tree, k: int, total: Number = 1.0) -> Tree:
+def sparse_simplex(v: X, k: int, total: Number = 1.0) -> X:
     """Project onto ``{x: x >= 0, sum(x) = total, x has at most k entries other than 0}``, ``v`` being one vector.
 
     The result is the projection of the ``k`` largest entries onto the `simplex`, and 0 elsewhere. The set is not

@@ -225,6 +225,7 @@ def decorated(condition: Any = square, **options: Any) -> Callable[..., Any]:
 
 
 DECORATED = {
+    "no decorator": lambda: custom_root(square)(T, T),
     "no condition": lambda: custom_root(3),
     "solve is no function": lambda: decorated(solve=3),
     "check": lambda: decorated(check=-1.0),
@@ -337,6 +338,7 @@ def dither(x: Tensor) -> Tensor:
 
 
 SEARCHES = {
+    "a guess for an argument": lambda: solvers.newton(square).run(T),
     "no factory": lambda: idf.minimize(never_zero, V, solver=solvers.lbfgs(never_zero)),
     "budget": lambda: solvers.newton(never_zero).run(T),
     "a warning": lambda: warned(lambda: solvers.newton(square, on_failure="warn").run(0 * T, T)),

@@ -162,6 +162,10 @@ any_solver(solver, start)
 tensor_solver(solver, start)
 with_options(torch.sin, rtol=1e-6)
 
+# Projections and proximal operators return what they are given.
+assert_type(simplex(start), Tensor)
+assert_type(lasso({"w": start}, strength=0.1), Weights)
+
 # Other factories.
 lbfgs_b(ridge, bounds=(torch.zeros(2), None)).run(start, one)
 levenberg_marquardt(gradient, loss="huber", loss_scale=0.1).run(start, one)

@@ -238,9 +238,10 @@ def returning_scalar(fn: Callable[..., Tensor]) -> Callable[..., Tree]:
     def checked(x: Tree, args: tuple[Tree, ...]) -> Tree:
         value = fn(x, *args)
         if not (isinstance(value, Tensor) and _is_real_number(value)):
+            hint = "; pass the objective itself, not its gradient" if pytree.tensors(value) else ""
             raise ValueError(
                 f"{name_of(fn)} must return one real number, a floating-point tensor of shape (), got "
-                f"{pytree.describe(value)}"
+                f"{pytree.describe(value)}{hint}"
             )
         return value
 

@@ -51,7 +51,12 @@ class SolverFunction:
             params = maker.guess(params, *args, **kwargs)
         if kwargs:
             args, maker = (*args, *kwargs.values()), maker.with_last_by_keyword(tuple(kwargs))
-        return getattr(maker, self.field)(params, *state, args, **options)
+        try:
+            return getattr(maker, self.field)(params, *state, args, **options)
+        except TypeError:
+            if not kwargs:
+                self._bound(args, {})  # raises an error of its own if the arguments are not those of the function
+            raise
 
     def _bound(self, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of the user's function: by position as far as the signature allows, then by keyword."""
@@ -70,13 +75,13 @@ class SolverFunction:
             unknown = [name for name in kwargs if name not in signature.parameters]
             takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in signature.parameters.values())
             cause = f"got an unexpected keyword argument {unknown[0]!r}" if unknown and not takes_any else str(error)
-            raise TypeError(
-                f"{self.__qualname__}: {cause}, in a call of {called}{self._advice()}"
-            ) from None
+            raise TypeError(f"{self.__qualname__}: {cause}, in a call of {called}{self._advice(kwargs)}") from None
         return bound.args[1:], bound.kwargs
 
-    def _advice(self) -> str:
+    def _advice(self, kwargs: dict[str, Any]) -> str:
         options = self._own.options
+        if not kwargs and self.field in ("init", "run") and not self._hidden(options):
+            return f"; the first argument of {self.field} is the initial guess"
         if hidden := self._hidden(options):
             return (
                 f"; {hidden[0]}= is an option of {self.field}: give this argument by position, or rename the parameter"

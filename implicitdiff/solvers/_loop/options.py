@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import inspect
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from inspect import Parameter, Signature
-from typing import TypedDict, TypeGuard
+from typing import Any, TypedDict, TypeGuard, cast
 
 from implicitdiff._calls import FactoryT, shows_call
 from implicitdiff._closures.signature import name_of
@@ -100,10 +102,7 @@ def check_number(name: str, option: str, value: object, wanted: str, holds: Call
 
 
 def options_of(name: str, given: SolverOptions) -> Options:
-    """Return the checked options from keyword arguments; raise TypeError for an unknown name."""
-    known = [option.name for option in fields(Options)]
-    if unknown := [option for option in given if option not in known]:
-        raise TypeError(f"{name}: unknown option {unknown[0]!r}; the options of every solver are {', '.join(known)}")
+    """Return the checked options from keyword arguments."""
     options = Options(**given)
     options.check(name)
     return options
@@ -113,9 +112,21 @@ def solver_factory(factory: FactoryT) -> FactoryT:
     """Decorate a factory: its help lists the options of every solver, and its solvers show their call."""
     parameters = [p for p in inspect.signature(factory).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
     common = [Parameter(option.name, Parameter.KEYWORD_ONLY, default=option.default) for option in fields(Options)]
-    decorated = shows_call(factory)
-    decorated.__signature__ = Signature([*parameters, *common])  # type: ignore[attr-defined]
+    signature = Signature([*parameters, *common])
+
+    @functools.wraps(factory)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        if unknown := next((name for name in kwargs if name not in signature.parameters), None):
+            close = difflib.get_close_matches(unknown, signature.parameters, n=1)
+            raise TypeError(
+                f"{factory.__name__}: unknown option {unknown!r}{f', did you mean {close[0]}?' if close else ''}; the "
+                f"arguments are {', '.join(signature.parameters)}"
+            )
+        return factory(*args, **kwargs)
+
+    made.__signature__ = signature  # type: ignore[attr-defined]
+    decorated = shows_call(made)
     if factory.__doc__ and SolverOptions.__doc__:  # None under ``python -OO``
         listed = SolverOptions.__doc__.partition("Attributes:\n")[2].rstrip()
         decorated.__doc__ = re.sub(r"(?m)(^ +options: (?:.|\n(?! *\n| *\w+:))*)", rf"\1\n{listed}", factory.__doc__)
-    return decorated
+    return cast(FactoryT, decorated)
