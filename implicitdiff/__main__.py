@@ -15,7 +15,7 @@ _FOLDER = Path(__file__).resolve().parent
 _WITHOUT_STEPS = """
 These files are a source tree without compiled steps: optimizers run in plain torch, with the same results to rounding.
 """
-_HIDDEN = """
+_HIDES = """
 They hide the installed package {other}
 because Python looks into the current folder, and into PYTHONPATH, first. To run the installed package, start Python in
 another folder, or type
@@ -73,7 +73,7 @@ def _advice(folder: Path) -> str:
     if _C.cpu is not None or not _is_source_tree(folder):
         return ""
     other = _installed_beside(folder)
-    hidden = "" if other is None else _HIDDEN.format(other=other)
+    hidden = "" if other is None else _HIDES.format(other=other)
     return _WITHOUT_STEPS + hidden + _EDITABLE.format(clone=folder.parent)
 
 
