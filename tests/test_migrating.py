@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ def names() -> dict[str, Any]:
     return {
         **ours,
         "torch": torch,
+        "partial": partial,
         "f": distance,
         "g": lambda x, c: 0.5 * x + c,
         "F": lambda x, c: x**3 + x - c,
