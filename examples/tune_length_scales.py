@@ -1,4 +1,4 @@
-"""Tune one length scale for each feature.
+"""Tune one length scale for each feature
 
 A city rents out bikes. It has counted the riders of 300 hours of a year, and asks for the other hours. There are 28
 features: harmonics of the day and of the year, the day of the week, and the weather. They do not matter alike. On
