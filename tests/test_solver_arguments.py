@@ -176,6 +176,23 @@ def test_a_function_without_a_signature_takes_arguments_by_position() -> None:
     with pytest.raises(TypeError, match=r"newton\.run: .*sub has no signature, so other"):
         solvers.newton(torch.sub).run(THETA, other=THETA)
     torch.testing.assert_close(solvers.newton(torch.sub).run(torch.zeros_like(THETA), THETA)[0], THETA)
+    with pytest.raises(TypeError, match="invalid combination of arguments"):  # torch's own words
+        solvers.newton(torch.sub).run(THETA)
+
+
+def test_a_missing_argument_may_be_the_guess() -> None:
+    solver = solvers.newton(lambda x, theta: x**3 - theta)
+    for field in (solver.run, solver.init):
+        with pytest.raises(
+            TypeError, match=r"'theta', in a call of .*\(x, theta\); the first argument of \w+ is the init"
+        ):
+            field(THETA)
+    with pytest.raises(TypeError, match=r"^a fault of the function$"):
+        solvers.newton(faulty).run(THETA)
+
+
+def faulty(x: torch.Tensor) -> torch.Tensor:
+    raise TypeError("a fault of the function")
 
 
 @pytest.mark.parametrize(

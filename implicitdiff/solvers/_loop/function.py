@@ -64,6 +64,8 @@ class SolverFunction:
         try:
             signature = inspect.signature(fn)
         except (TypeError, ValueError):  # some builtins have none
+            if not kwargs:
+                return args, kwargs
             raise TypeError(
                 f"{self.__qualname__}: {name_of(fn)} has no signature, so {', '.join(kwargs)} cannot be given by "
                 "keyword; give its arguments by position"
