@@ -208,7 +208,7 @@ def test_no_unknowns_are_solved_for_as_torch_maps_them(name):
 
 @pytest.mark.parametrize("name", NEEDS_ENTRIES)
 def test_what_needs_an_entry_says_so(name):
-    with pytest.raises(ValueError, match="has to"):
+    with pytest.raises(ValueError, match="must"):
         (SOLUTIONS | PROJECTIONS)[name](NOTHING)
 
 

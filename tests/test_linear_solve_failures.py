@@ -389,11 +389,10 @@ def test_the_errors_survive_pickling_and_copying():
         assert vars(other) == vars(error)
 
 
-@pytest.mark.parametrize("factory", [solve_lu, solve_cholesky, solve_inv, solve_auto, solve_gmres])
-def test_a_right_hand_side_of_zero_has_the_solution_zero_for_every_matrix(factory):
-    matrices = torch.stack([torch.eye(2, dtype=F64), torch.zeros(2, 2, dtype=F64)])
-    b = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=F64)
-    assert torch.equal(vmap(lambda a, b: factory()(lambda v: a @ v, b))(matrices, b), b)
+@pytest.mark.parametrize("factory", [solve_lu, solve_cholesky, solve_inv, solve_auto])
+def test_a_singular_matrix_is_reported_with_a_right_hand_side_of_zero_too(factory):
+    with pytest.raises(LinearSolveError, match=r"singular|definite"):
+        factory()(lambda v: 0 * v, torch.zeros(2, dtype=F64))
 
 
 @pytest.mark.parametrize("factory", [solve_lu, solve_cholesky, solve_inv, solve_auto])
@@ -416,3 +415,8 @@ def test_a_masked_lane_has_the_derivative_zero():
     one = torch.tensor(1.0, dtype=F64)
     assert grad(loss)(one, torch.tensor([True, False])) == 1.0
     assert grad(loss)(one, torch.tensor([True, True])).isnan()
+    # Forward mode has no mask: the change of the second root is infinite, and so nan.
+    assert jvp(lambda scale: vmap(lambda c: roots(None, c))(scale * c), (one,), (one,))[1].isnan().tolist() == [
+        False,
+        True,
+    ]

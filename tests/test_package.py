@@ -126,7 +126,7 @@ def test_the_citation_has_the_version() -> None:
 def test_every_pin_of_the_dependency_groups_is_exact() -> None:
     groups = PROJECT["dependency-groups"]
     pins = [entry for group in groups.values() for entry in group if isinstance(entry, str)]
-    assert not [pin for pin in pins if not re.fullmatch(r"[\w-]+==[\d.]+", pin)]
+    assert not [pin for pin in pins if not re.fullmatch(r"[\w-]+(?:\[\w+\])?==[\d.]+", pin)]
 
 
 def test_noxfile_has_no_pin() -> None:

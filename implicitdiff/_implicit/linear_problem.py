@@ -204,6 +204,8 @@ class LinearProblem(Problem):
         vectors, system = make_system(
             operator, operands, b, self.lanes, self.columns, precondition, start or None, lane
         )
+        if isinstance(self.operator, Adjoint):
+            system = replace(system, is_adjoint=True)
         x = vectors.unravel(self.solver.algorithm(system) * system.scale)
         if system.is_square:
             return x

@@ -85,6 +85,7 @@ class System:
         precondition: ``r -> M^-1 r`` on rows, or None.
         of_range: whether `precondition` acts on rows like ``b``; else on rows like ``x``.
         materialise: ``() -> A``, as ``(lanes, m, n)``.
+        is_adjoint: whether ``b`` is a cotangent, as in the reverse mode of an operator.
     """
 
     b: Tensor
@@ -99,6 +100,7 @@ class System:
     precondition: RowMap | None
     of_range: bool
     materialise: Callable[[], Tensor]
+    is_adjoint: bool = False
 
     def shifted(self, ridge: float) -> System:
         """Return the system of ``A + ridge I``."""

@@ -48,18 +48,21 @@ def materialised(system: System, factorise: Factorise, broken: str) -> Outcome:
     b = system.b.reshape(lanes, -1, m).mT
     x, singular = factorise(a, b, system.eps)
     failed = singular[:, None] | ~torch.isfinite(x).all(dim=-2)
-    if bool(failed.any()):
-        # ``b = 0`` has the solution 0 for every matrix: so a lane that no loss depends on has the derivative 0.
-        is_zero = (b == 0).all(dim=-2)
-        failed = failed & ~is_zero
-        x = torch.where(is_zero[:, None], 0.0, torch.where(failed[:, None], torch.nan, x))
+    has_failed = bool(failed.any())
+    if has_failed:
+        x = torch.where(failed[:, None], torch.nan, x)
+        if system.is_adjoint:
+            # A cotangent of 0 is that of a lane on which the loss does not depend: 0 for every matrix.
+            is_zero = (b == 0).all(dim=-2)
+            x, failed = torch.where(is_zero[:, None], 0.0, x), failed & ~is_zero
+            has_failed = bool(failed.any())
     failed = failed.reshape(-1)
 
     def figures() -> tuple[Tensor, Tensor]:
         residual = torch.linalg.vector_norm(b - a @ x, dim=-2).reshape(-1)
         return residual, torch.finfo(a.dtype).eps * torch.linalg.vector_norm(system.b, dim=-1)
 
-    return Outcome(x.mT.reshape(-1, n), failed, broken, figures, 0)
+    return Outcome(x.mT.reshape(-1, n), failed, broken, figures, 0, has_failed)
 
 
 def factorised(factor: Factor) -> Factorise:

@@ -26,6 +26,7 @@ class Outcome(NamedTuple):
         why: message for failed rows, with a remedy.
         figures: computes residual norms and targets of all rows, in the scaling of the system.
         iterations: number of iterations; 0 for a direct solver.
+        has_failed: True if a row failed, or None if that is not known yet.
     """
 
     x: Tensor
@@ -33,11 +34,13 @@ class Outcome(NamedTuple):
     why: str
     figures: Callable[[], tuple[Tensor, Tensor]]
     iterations: int
+    has_failed: bool | None = None
 
 
 def report_failed_solves(name: str, outcome: Outcome, system: System, on_failure: OnFailure) -> Tensor:
     """Report failure as the user asked, and return the solution."""
-    if on_failure == "ignore" or not bool(outcome.failed.any()):
+    has_failed = bool(outcome.failed.any()) if outcome.has_failed is None else outcome.has_failed
+    if on_failure == "ignore" or not has_failed:
         return outcome.x
     scale, (residual, target) = system.scale[:, 0], outcome.figures()
     # The worst system by residual / target; nan counts as infinite.
