@@ -21,7 +21,9 @@ SOURCE = str(Path(implicitdiff.__file__).parent.parent)
 
 def mypy(folder: Path) -> dict[str, set[int]]:
     config = folder / "mypy.ini"
-    config.write_text(f"[mypy]\nstrict = True\nfollow_imports = silent\nmypy_path = {SOURCE}\n")
+    # mypy refuses a path to installed packages, which it finds by itself.
+    path = "" if Path(SOURCE).name == "site-packages" else f"mypy_path = {SOURCE}\n"
+    config.write_text(f"[mypy]\nstrict = True\nfollow_imports = silent\n{path}")
     output = run("mypy", "--config-file", str(config), "--no-incremental", *map(str, sorted(folder.glob("*.py"))))
     return lines_of(re.findall(r"(\w+\.py):(\d+): error", output), output)
 
