@@ -11,8 +11,8 @@ import torch
 import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.context as _context
 import implicitdiff._torch.trees as pytree
+from implicitdiff._calls import FactoryCall
 from implicitdiff._closures.lift import confirm, lift
-from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.operators import Dims
 from implicitdiff._implicit.primitive import Problem, attach, solve_problem
 from implicitdiff._torch.lanes import over_levels
@@ -85,7 +85,8 @@ class Unrolled:
         return carry
 
     def __repr__(self) -> str:
-        return f"<implicitdiff.unroll({name_of(self.step)}, {self.n})>"
+        given = {} if self.checkpoint_every is None else {"checkpoint_every": self.checkpoint_every}
+        return repr(FactoryCall("unroll", (self.step, self.n), given))
 
 
 @_modes.one_operation

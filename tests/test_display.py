@@ -46,6 +46,12 @@ SHOWN = {
     "chain(clip_grad_norm(1.0), masked(sgd(lr=0.1), {'w': True}))": lambda: implicitdiff.chain(
         implicitdiff.clip_grad_norm(1.0), optim.masked(implicitdiff.sgd(lr=0.1), {"w": True})
     ),
+    "unroll(ridge, 3, checkpoint_every=2)": lambda: implicitdiff.unroll(ridge, 3, checkpoint_every=2),
+    "FuncOptimizer(adam(0.1))": lambda: implicitdiff.FuncOptimizer(implicitdiff.adam(0.1)),
+    "MetaOptimizer(Linear(...), sgd(0.1))": lambda: implicitdiff.MetaOptimizer(
+        torch.nn.Linear(1, 1), implicitdiff.sgd(0.1)
+    ),
+    "MetaSGD(Linear(...), lr=0.1)": lambda: implicitdiff.MetaSGD(torch.nn.Linear(1, 1), lr=0.1),
     "linear(1.0, 0.0, 4)": lambda: schedule.linear(1.0, 0.0, 4),
     "GradientTransformation(<lambda>, ridge)": lambda: implicitdiff.GradientTransformation(lambda p: (), ridge),
 }

@@ -7,6 +7,7 @@ import torch
 import implicitdiff._torch.trees as pytree
 import implicitdiff.objects._check as _check
 import implicitdiff.objects._hooks as _hooks
+from implicitdiff._calls import FactoryCall
 from implicitdiff._torch.trees import Tree
 from implicitdiff.objects._derivatives import guard_derivatives
 from implicitdiff.optim._base import GradientTransformation
@@ -37,6 +38,10 @@ class FuncOptimizer:
         self.inplace = inplace
         self.state: Tree = None
         self._options: _check.TensorOptions | None = None
+
+    def __repr__(self) -> str:
+        given = {"inplace": True} if self.inplace else {}
+        return repr(FactoryCall("FuncOptimizer", (self.transformation,), given))
 
     def step(self, loss: torch.Tensor, params: Tree, inplace: bool | None = None, *, first_order: bool = False) -> Tree:
         """Return the parameters after a step along the gradients of a loss.

@@ -13,6 +13,7 @@ import implicitdiff._torch.levels as _levels
 import implicitdiff.objects._check as _check
 import implicitdiff.objects._hooks as _hooks
 import implicitdiff.optim as optim
+from implicitdiff._calls import FactoryCall
 from implicitdiff._torch.slots import ParameterSlot, listed_parameters_of
 from implicitdiff._torch.trees import Tree
 from implicitdiff.objects.func_optimizer import loss_gradients
@@ -78,6 +79,9 @@ class MetaOptimizer:
         # Errors of ``init`` are due here. The state itself is made at first use, when dtypes and devices are final.
         self._fit(_tensors_by_name(slots))
         self._state = None
+
+    def __repr__(self) -> str:
+        return repr(FactoryCall(type(self).__name__, (self.module, self.transformation), {}))
 
     @property
     def state(self) -> Tree:
@@ -178,6 +182,10 @@ class _NamedMetaOptimizer(MetaOptimizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = _check.bind_arguments(type(self), args, kwargs)
         super().__init__(given.pop("module"), type(self).factory(**given))
+
+    def __repr__(self) -> str:
+        call = getattr(self.transformation.update, "call", None)
+        return repr(FactoryCall(type(self).__name__, (self.module,), call.kwargs if call else {}))
 
 
 class MetaSGD(_NamedMetaOptimizer, factory=optim.sgd):
