@@ -85,7 +85,7 @@ class System:
         precondition: ``r -> M^-1 r`` on rows, or None.
         of_range: whether `precondition` acts on rows like ``b``; else on rows like ``x``.
         materialise: ``() -> A``, as ``(lanes, m, n)``.
-        is_adjoint: whether ``b`` is a cotangent, as in the reverse mode of an operator.
+        is_adjoint: whether the matrix is the adjoint of an operator, as for a cotangent ``b``.
     """
 
     b: Tensor

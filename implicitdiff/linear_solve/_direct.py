@@ -49,20 +49,15 @@ def materialised(system: System, factorise: Factorise, broken: str) -> Outcome:
     x, singular = factorise(a, b, system.eps)
     failed = singular[:, None] | ~torch.isfinite(x).all(dim=-2)
     has_failed = bool(failed.any())
-    if has_failed:
-        x = torch.where(failed[:, None], torch.nan, x)
-        if system.is_adjoint:
-            # A cotangent of 0 is that of a lane on which the loss does not depend: 0 for every matrix.
-            is_zero = (b == 0).all(dim=-2)
-            x, failed = torch.where(is_zero[:, None], 0.0, x), failed & ~is_zero
-            has_failed = bool(failed.any())
-    failed = failed.reshape(-1)
+    # Also nan for ``b = 0``: the root of x^2 = c at c = 0 has an infinite derivative, and a loss x^2 has the cotangent 0
+    # there, but the loss has the derivative 1.
+    solution = torch.where(failed[:, None], torch.nan, x) if has_failed else x
 
     def figures() -> tuple[Tensor, Tensor]:
         residual = torch.linalg.vector_norm(b - a @ x, dim=-2).reshape(-1)
         return residual, torch.finfo(a.dtype).eps * torch.linalg.vector_norm(system.b, dim=-1)
 
-    return Outcome(x.mT.reshape(-1, n), failed, broken, figures, 0, has_failed)
+    return Outcome(solution.mT.reshape(-1, n), failed.reshape(-1), broken, figures, 0, has_failed)
 
 
 def factorised(factor: Factor) -> Factorise:

@@ -61,6 +61,9 @@ def _solve_kkt_system(system: System, *, unknowns: int, on_failure: OnFailure) -
     if n > _MAX_DENSE or system.lanes * n * n > 2**27:
         return solve_auto(dense_up_to=0, on_failure=on_failure).algorithm(system)
     outcome = materialised(system, partial(_lu_or_least_norm, unknowns), _NO_DERIVATIVE)
+    if system.is_adjoint and on_failure == "ignore" and outcome.has_failed:
+        # A lane that is infeasible, or has several minimisers, can be masked: a cotangent of 0 leads to 0, not nan.
+        outcome = outcome._replace(x=torch.where((system.b == 0).all(dim=-1, keepdim=True), 0.0, outcome.x))
     return report_failed_solves("solve_auto (LU)", outcome, system, on_failure)
 
 
