@@ -49,7 +49,7 @@ def materialised(system: System, factorise: Factorise, broken: str) -> Outcome:
     x, singular = factorise(a, b, system.eps)
     failed = singular[:, None] | ~torch.isfinite(x).all(dim=-2)
     has_failed = bool(failed.any())
-    # Also nan for ``b = 0``: the root of x^2 = c at c = 0 has an infinite derivative, and a loss x^2 has the cotangent 0
+    # Also nan for ``b = 0``: the root of x^2 = c at c = 0 has an infinite derivative, and a loss x^2 the cotangent 0
     # there, but the loss has the derivative 1.
     solution = torch.where(failed[:, None], torch.nan, x) if has_failed else x
 
