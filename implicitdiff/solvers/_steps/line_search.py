@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from implicitdiff.solvers._loop.control import if_any, repeat
 from implicitdiff.solvers._loop.problem import (
     BatchedProblem,
     any_lane,
@@ -107,9 +110,10 @@ def search(
     # Evaluate stopped lanes at ``x``, inside of the domain: the backward multiplies by zero, and ``0 * inf`` is nan.
     trial = line.at(torch.where(active, first_step, 0.0))
     low, flat = line.test(trial, line.start)
-    if any_lane(active & ~(low & flat)):
-        return _zoom(line, trial, active, state.status)
-    return trial, torch.zeros_like(active), state.status
+    ends = low & flat
+    first = _Found(trial, torch.zeros_like(active), state.status)
+    point, failed, status = if_any(active & ~ends, partial(_zoom, line, active, ends), first)
+    return point, failed, status
 
 
 def unit_step(grad: Tensor) -> Tensor:
@@ -196,48 +200,83 @@ class _Line:
         return torch.where(step > self.segment.largest, self.segment.largest, step)
 
 
-def _zoom(line: _Line, trial: LinePoint, active: Tensor, status: Tensor) -> tuple[LinePoint, Tensor, Tensor]:
-    """Continue the search from the first trial, in lanes whose first trial fails a condition."""
-    best = other = line.start
-    bracketed = torch.zeros_like(active)
+class _Found(NamedTuple):
+    """The result of a search, see `search`."""
+
+    point: LinePoint
+    failed: Tensor
+    status: Tensor
+
+
+class _Bracket(NamedTuple):
+    """A search after some trials.
+
+    Attributes:
+        best: the best point so far.
+        other: the other end of the interval.
+        bracketed: True if a minimum lies between the two.
+        searching: the lanes without a point that satisfies the conditions.
+        status: a `Status` per lane.
+        trials: the number of trials.
+    """
+
+    best: LinePoint
+    other: LinePoint
+    bracketed: Tensor
+    searching: Tensor
+    status: Tensor
+    trials: Tensor
+
+
+def _zoom(line: _Line, active: Tensor, ends: Tensor, first: _Found) -> _Found:
+    """Continue the search from the first trial, in the active lanes whose first trial does not end it."""
     # A direction that does not descend fails at once.
-    searching = active & (line.start.slope < 0)
-    for count in range(1, _MAX_TRIALS + 1):
-        # An objective of minus infinity ends the search.
-        status = torch.where(searching & (trial.value == -torch.inf), int(Status.UNBOUNDED), status)
-        searching = searching & (status == Status.RUNNING)
-        trial = line.finite(trial)
-        low, flat = line.test(trial, best)
-        # Direction from the best point to the other end of the bracket; forward before a bracket is known.
-        ahead = torch.where(bracketed, torch.sign(other.step - best.step), 1.0)
-        moved, beyond = searching & low, searching & ~low
-        # The best point moved past a minimum: the old best point becomes the other end of the bracket.
-        turned = moved & (trial.slope * ahead >= 0)
-        other = other.pick(turned | (moved & ~bracketed), best).pick(beyond, trial)
-        best = best.pick(moved, trial)
-        bracketed = bracketed | turned | beyond
-        searching = searching & ~(moved & flat)
-        if count == _MAX_TRIALS or not any_lane(searching):
-            break
-        beyond_by = _EXTRAPOLATION[1] if count < _SLOW_TRIALS else _FAR_EXTRAPOLATION
-        fraction = _next_fraction(best, other, bracketed, line.noise, beyond_by, bisect=count % 3 == 0)
-        # Stopped lanes evaluate their best point again, inside of the domain.
-        step = line.within(best.step + fraction * (other.step - best.step))
-        trial = line.at(torch.where(searching, step, best.step))
+    sought = active & (ends | (line.start.slope < 0))
+    none, no_trials = torch.zeros_like(active), torch.zeros_like(active, dtype=torch.int64)
+    bracket = _Bracket(line.start, line.start, none, sought, first.status, no_trials)
+    bracket = _digest(line, bracket, first.point)
+    bracket = repeat(partial(_try_next, line), bracket, attrgetter("searching"), _MAX_TRIALS - 1)
     # Without a bracket after all extrapolations, the objective decreases as steeply as at the start.
-    status = torch.where(searching & ~bracketed, int(Status.UNBOUNDED), status)
-    failed = searching | (active & ~(line.start.slope < 0))
-    return best, failed & (status == Status.RUNNING), status
+    endless = bracket.searching & ~bracket.bracketed
+    status = torch.where(endless, int(Status.UNBOUNDED), bracket.status)
+    failed = bracket.searching | (active & ~sought)
+    return _Found(bracket.best, failed & (status == Status.RUNNING), status)
 
 
-def _next_fraction(
-    best: LinePoint, other: LinePoint, bracketed: Tensor, noise: Tensor, farthest: float, *, bisect: bool
-) -> Tensor:
+def _digest(line: _Line, bracket: _Bracket, trial: LinePoint) -> _Bracket:
+    """Return the bracket after a trial."""
+    best, other, bracketed, searching, status, trials = bracket
+    # An objective of minus infinity ends the search.
+    status = torch.where(searching & (trial.value == -torch.inf), int(Status.UNBOUNDED), status)
+    searching = searching & (status == Status.RUNNING)
+    trial = line.finite(trial)
+    low, flat = line.test(trial, best)
+    # Direction from the best point to the other end of the bracket; forward before a bracket is known.
+    ahead = torch.where(bracketed, torch.sign(other.step - best.step), 1.0)
+    moved, beyond = searching & low, searching & ~low
+    # The best point moved past a minimum: the old best point becomes the other end of the bracket.
+    turned = moved & (trial.slope * ahead >= 0)
+    other = other.pick(turned | (moved & ~bracketed), best).pick(beyond, trial)
+    best = best.pick(moved, trial)
+    return _Bracket(best, other, bracketed | turned | beyond, searching & ~(moved & flat), status, trials + 1)
+
+
+def _try_next(line: _Line, bracket: _Bracket) -> _Bracket:
+    """Make the next trial."""
+    best, searching = bracket.best, bracket.searching
+    fraction = _next_fraction(bracket, line.noise)
+    # Stopped lanes evaluate their best point again, inside of the domain.
+    step = line.within(best.step + fraction * (bracket.other.step - best.step))
+    return _digest(line, bracket, line.at(torch.where(searching, step, best.step)))
+
+
+def _next_fraction(bracket: _Bracket, noise: Tensor) -> Tensor:
     """Return the next trial as a fraction of the interval from the best point (0) to the other point (1).
 
     The trial is the minimum of the cubic with the values and slopes of both points; every third trial bisects, so that
     brackets shrink.
     """
+    best, other, bracketed, _, _, trials = bracket
     width = other.step - best.step
     known = torch.isfinite(other.value)
     p, q = best.slope * width, other.slope * width
@@ -255,7 +294,8 @@ def _next_fraction(
     # (3.59) of Nocedal and Wright, with the interval scaled to [0, 1].
     at = 1 - safe_divide(q + root - middle, q - p + 2 * root)
     # Before a bracket is known only an extrapolation (``at < 0``) makes sense.
-    known = known & torch.where(bracketed, not bisect, at < 0)
+    known = known & torch.where(bracketed, trials % 3 != 0, at < 0)
+    farthest = torch.where(trials < _SLOW_TRIALS, _EXTRAPOLATION[1], _FAR_EXTRAPOLATION)
     lower = torch.where(bracketed, _BRACKET_MARGINS[0], -farthest)
     upper = torch.where(bracketed, _BRACKET_MARGINS[1], -_EXTRAPOLATION[0])
     at = torch.where(at < lower, lower, torch.where(at > upper, upper, at))
