@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, select
+from implicitdiff.solvers._loop.control import repeat
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_dot, select
 
 TrialPoint = tuple[Tensor, ...]
 """A trial point with the values computed at the point, all with the lanes in front."""
@@ -37,16 +40,27 @@ def backtrack(
     Returns:
         The points, the sizes, and the active lanes without an acceptable size.
     """
-    new = at(size)
-    refused = active & ~enough(new, size)
-    for _ in range(halvings):
-        if not any_lane(refused):
-            break
+
+    def halve(trial: _Halved) -> _Halved:
         # All lanes are evaluated again, but only refused lanes take the new point.
+        new, size, refused = trial
         size = torch.where(refused, size / 2, size)
         new = tuple(select(refused, a, b) for a, b in zip(at(size), new, strict=True))
-        refused = refused & ~enough(new, size)
+        return _Halved(new, size, refused & ~enough(new, size))
+
+    # A plain tuple, as `halve` returns it.
+    new = tuple(at(size))
+    first = _Halved(new, size, active & ~enough(new, size))
+    new, size, refused = repeat(halve, first, attrgetter("refused"), halvings)
     return new, size, refused
+
+
+class _Halved(NamedTuple):
+    """The points, the sizes, and the active lanes without an acceptable size."""
+
+    new: TrialPoint
+    size: Tensor
+    refused: Tensor
 
 
 def lies_below(problem: BatchedProblem, old: TrialPoint, new: TrialPoint, bound: Tensor) -> Tensor:
