@@ -15,9 +15,10 @@ from typing_extensions import Unpack
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff._torch.trees import P, X
+from implicitdiff.solvers._loop.control import if_any
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import SolverOptions, check_count, check_number, solver_factory
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select, vecmat
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 
@@ -122,14 +123,26 @@ def _step(
     new_r = new_x - problem.fn(new_x)
     if safeguard is not None:
         refused = ~(row_norm(new_r) <= safeguard * state.error)
-        if any_lane(refused):
-            plain_x = x - mixing * r
-            new_x = select(refused, plain_x, new_x)
-            new_r = select(refused, plain_x - problem.fn(plain_x), new_r)
-            steps, changes = (select(refused, torch.zeros_like(t), t) for t in (steps, changes))
+        plainly = partial(_plain_step, problem, x, r, mixing, refused)
+        new_x, new_r, steps, changes = if_any(refused, plainly, (new_x, new_r, steps, changes))
     steps = torch.cat([steps[:, 1:], (new_x - x)[:, None]], dim=1)
     changes = torch.cat([changes[:, 1:], (new_r - r)[:, None]], dim=1)
     return new_x, state._replace(error=row_norm(new_r), memory=AndersonMemory(new_r, steps, changes))
+
+
+_Reached = tuple[Tensor, Tensor, Tensor, Tensor]
+"""The next iterate, its residual, and the history before the step."""
+
+
+def _plain_step(
+    problem: BatchedProblem, x: Tensor, r: Tensor, mixing: float, where: Tensor, reached: _Reached
+) -> _Reached:
+    """Return the result of a plain step, with an empty history, in the flagged lanes."""
+    new_x, new_r, steps, changes = reached
+    plain_x = x - mixing * r
+    new_x, new_r = select(where, plain_x, new_x), select(where, plain_x - problem.fn(plain_x), new_r)
+    steps, changes = (select(where, torch.zeros_like(t), t) for t in (steps, changes))
+    return new_x, new_r, steps, changes
 
 
 def _coefficients(changes: Tensor, residual: Tensor, ridge: float) -> Tensor:
