@@ -13,10 +13,11 @@ from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff._torch.trees import P, X
+from implicitdiff.solvers._loop.control import if_any
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, objective_newton_step
 from implicitdiff.solvers._loop.options import SolverOptions, check_count, solver_factory
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_dot, row_norm, safe_divide, select
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
@@ -116,17 +117,15 @@ def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start[LbfgsMe
 
 def _step(problem: BatchedProblem, x: Tensor, state: State[LbfgsMemory]) -> tuple[Tensor, State[LbfgsMemory]]:
     old = state.memory
-    direction = _lbfgs_direction(old, old.grad)
     replaced = (old.ahead != 0).any(dim=-1)
     # A Newton-type step of the stopping rule replaces the direction once.
-    if any_lane(replaced):
-        direction = select(replaced, old.ahead, direction)
+    direction = if_any(replaced, lambda d: select(replaced, old.ahead, d), _lbfgs_direction(old, old.grad))
     point, failed, status = search(problem, x, state, direction, torch.ones_like(old.value))
     new = _append_pair(old, point.x - x, point.grad - old.grad, problem.eps)
     new = new._replace(**fields_at(old, point), ahead=torch.zeros_like(old.ahead))
     progress = state.progress.fallen(value_fell(problem, old, point))
     state = state._replace(error=row_norm(point.grad), status=status, progress=progress, memory=new)
-    return point.x, _restart_lanes(failed, state, problem.eps) if any_lane(failed) else state
+    return point.x, if_any(failed, lambda state: _restart_lanes(failed, state, problem.eps), state)
 
 
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: LbfgsMemory) -> NewtonStep:
