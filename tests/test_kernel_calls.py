@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 import torch
@@ -392,16 +393,29 @@ def test_the_module_refuses_arguments_of_other_types(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_stub_has_the_signatures_of_the_module(module):
-    # pybind11 begins a docstring with the signature.
-    built = [inspect.getdoc(f).splitlines()[0] for name, f in vars(module).items() if not name.startswith("_")]
     stub = Path(_C.__file__).with_name(module.__name__.rpartition(".")[2] + ".pyi").read_text()
-    assert parameters("".join(f"def {line}: ...\n" for line in built)) == parameters(stub)
+    assert parameters(signatures(module)) == parameters(stub)
+
+
+def signatures(scope):
+    """The definitions of the functions and the classes of a module, or of the methods of a class."""
+    names = [name for name in vars(scope) if not name.startswith("_") or name == "__init__"]
+    return "".join(definition(name, getattr(scope, name)) for name in names)
+
+
+def definition(name, item):
+    if inspect.isclass(item):
+        return f"class {name}:\n" + indent(signatures(item), "    ")
+    # pybind11 begins a docstring with the signature.
+    return f"def {inspect.getdoc(item).splitlines()[0]}: ...\n"
 
 
 def parameters(source):
     """The names of the parameters of each function, in their order."""
-    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    return {f.name: [a.arg for a in f.args.args] for f in functions}
+    body = ast.parse(source).body if isinstance(source, str) else source
+    functions = {f.name: [a.arg for a in f.args.args] for f in body if isinstance(f, ast.FunctionDef)}
+    methods = {c.name: parameters(c.body) for c in body if isinstance(c, ast.ClassDef) and not c.name.startswith("_")}
+    return functions | methods
 
 
 @pytest.mark.parametrize("flag", [None, False])

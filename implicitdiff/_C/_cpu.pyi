@@ -41,3 +41,30 @@ def locate(
     count: torch.Tensor | None,
 ) -> tuple[list[int], list[int], int, int, bool] | None: ...
 def info() -> _Info: ...
+
+# See src/cpu/machine.h. The opcode of an operation is its index in `operations()`. Wrong arguments raise ValueError.
+def operations() -> list[str]: ...
+
+class Machine:
+    def __init__(
+        self,
+        width: int,
+        code: Sequence[Sequence[int]],
+        entry: int,
+        step: int,
+        arena: int,
+        carries: Sequence[tuple[int, int, int]],
+        inputs: Sequence[tuple[int, int, int]],
+        shared: Sequence[int],
+        running: int,
+        paused: int,
+    ) -> None: ...
+    def run(
+        self,
+        carries: Sequence[int],
+        inputs: Sequence[int],
+        shared: Sequence[int],
+        lanes: int,
+        at_most: int,
+        threads: int,
+    ) -> int: ...

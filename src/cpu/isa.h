@@ -22,6 +22,13 @@
 
 namespace implicitdiff {
 
+// Doubles of a vector register of the baseline.
+#if defined(__GNUC__) || defined(__clang__)
+constexpr int baseline_doubles = 2;
+#else
+constexpr int baseline_doubles = 1;
+#endif
+
 enum class Isa { baseline, avx2, avx512 };
 
 inline Isa isa() {
@@ -61,5 +68,18 @@ template <class Body, class... A> Loop<A...> compiled(Loop<A...>) {
 
 // Variant of Body::run for this machine.
 template <class Body> auto compiled() { return compiled<Body>(static_cast<decltype(&Body::run)>(nullptr)); }
+
+// The same of a Body that depends on the number of doubles of a vector register.
+template <template <int> class Body, class... A> Loop<A...> compiled_by_register(Loop<A...>) {
+#ifdef IMPLICITDIFF_X86
+  if (isa() == Isa::avx512) return on_avx512<Body<8>, A...>;
+  if (isa() == Isa::avx2) return on_avx2<Body<4>, A...>;
+#endif
+  return on_baseline<Body<baseline_doubles>, A...>;
+}
+
+template <template <int> class Body> auto compiled_by_register() {
+  return compiled_by_register<Body>(static_cast<decltype(&Body<baseline_doubles>::run)>(nullptr));
+}
 
 }  // namespace implicitdiff

@@ -3,6 +3,7 @@
 
 #include "bindings.h"
 #include "locate.h"
+#include "machine.h"
 #include "steps.h"
 
 namespace py = pybind11;
@@ -27,4 +28,14 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("use", use, py::arg("api"), py::arg("tensor"), py::arg("parameter"));
   module.def("locate", locate, py::arg("columns"), py::arg("accumulated"), py::arg("written"), py::arg("count"));
   module.def("info", info);
+  module.def("operations", operation_names);
+  using py::arg;
+  using Tensors = std::vector<std::array<std::int64_t, 3>>;
+  py::class_<Machine>(module, "Machine")
+      .def(py::init<int, const std::vector<Integers>&, std::int64_t, std::int64_t, std::int64_t, const Tensors&,
+                    const Tensors&, const Integers&, std::int64_t, std::int64_t>(),
+           arg("width"), arg("code"), arg("entry"), arg("step"), arg("arena"), arg("carries"), arg("inputs"),
+           arg("shared"), arg("running"), arg("paused"))
+      .def("run", &Machine::run, arg("carries"), arg("inputs"), arg("shared"), arg("lanes"), arg("at_most"),
+           arg("threads"), py::call_guard<py::gil_scoped_release>());
 }

@@ -1,0 +1,76 @@
+// Groups of doubles for loops that keep accumulators in registers.
+#pragma once
+
+#include <cstring>
+
+#include "../formulas/common.h"
+
+namespace implicitdiff {
+
+// A vector register of N doubles.
+template <int N> struct Register;
+template <> struct Register<1> {
+  using V = double;
+};
+#if defined(__GNUC__) || defined(__clang__)
+template <> struct Register<2> {
+  typedef double V __attribute__((vector_size(16)));
+};
+template <> struct Register<4> {
+  typedef double V __attribute__((vector_size(32)));
+};
+template <> struct Register<8> {
+  typedef double V __attribute__((vector_size(64)));
+};
+#endif
+
+// W doubles, in registers of N of them, or of one where W is 1.
+template <int W, int N> struct Lanes {
+  static constexpr int n = W == 1 ? 1 : N, parts = W / n;
+  using V = typename Register<n>::V;
+  V part[parts];
+
+  static HD Lanes load(const double* x) {
+    Lanes lanes;
+    std::memcpy(&lanes, x, sizeof lanes);
+    return lanes;
+  }
+
+  static HD Lanes all(double x) {
+    Lanes lanes;
+    for (V& each : lanes.part) each = x - V{};  // x + 0 would lose the sign of -0
+    return lanes;
+  }
+
+  HD void store(double* x) const { std::memcpy(x, this, sizeof *this); }
+
+  HD void add_product(const Lanes& a, const Lanes& b) {
+    for (int i = 0; i < parts; ++i) part[i] += a.part[i] * b.part[i];
+  }
+
+  HD void subtract_product(const Lanes& a, const Lanes& b) {
+    for (int i = 0; i < parts; ++i) part[i] -= a.part[i] * b.part[i];
+  }
+
+  HD void divide(const Lanes& a) {
+    for (int i = 0; i < parts; ++i) part[i] /= a.part[i];
+  }
+
+  template <class R> HD void reduce(const Lanes& x) {
+    for (int i = 0; i < parts; ++i) R::step(part[i], x.part[i]);
+  }
+
+  // The reduction of both: what part and x reduce.
+  template <class R> HD void join(const Lanes& x) {
+    for (int i = 0; i < parts; ++i) R::join(part[i], x.part[i]);
+  }
+
+  HD double sum() const {
+    double each[W], total = 0;
+    store(each);
+    for (double x : each) total += x;
+    return total;
+  }
+};
+
+}  // namespace implicitdiff
