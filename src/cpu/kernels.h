@@ -35,7 +35,6 @@ struct Instruction {
   Kernel kernel;         // null for a jump
   std::int64_t n;        // elements of the innermost dimension; of a jump those that it reads, -1 if it reads none
   std::int32_t outer;    // number of outer dimensions
-  bool spread;           // an input is shared, and W > 1
   bool large;            // worth several threads
   struct {
     std::int64_t space, offset, step;  // step: of the innermost dimension
@@ -89,58 +88,67 @@ HD void elements_of_lanes(std::int64_t n, double* r, const double* x, const doub
   }
 }
 
-template <class F, int W> struct Map {
+// One row of the inner dimension, from pointers p to the operands, which are `step` apart.
+template <class F, int W> HD void row(const Instruction* q, double* const* p) {
+  constexpr int K = F::inputs, second = K > 1 ? 2 : 1;
+  const std::int64_t n = q->n, s = q->at[0].step, a = q->at[1].step, b = q->at[second].step, c = q->at[K].step;
+  double *r = p[0], *x = p[1], *y = p[second], *z = p[K];
+  if (W > 1) return elements_of_lanes<F, W>(n, r, x, y, z, s, a, b, c);
+  if (s == 1) {
+    if (a == 1 && b == 1 && c == 1) return elements<F, 1, 1, 1, 1>(n, r, x, y, z, 1, 1, 1, 1);
+    if (K == 2 && a == 1 && b == 0) return elements<F, 1, 1, 0, 0>(n, r, x, y, z, 1, 1, 0, 0);
+    if (K == 2 && a == 0 && b == 1) return elements<F, 1, 0, 1, 1>(n, r, x, y, z, 1, 0, 1, 1);
+    if (K == 3 && a == 1 && b == 1 && c == 0) return elements<F, 1, 1, 1, 0>(n, r, x, y, z, 1, 1, 1, 0);
+    if (K == 3 && a == 1 && b == 0 && c == 1) return elements<F, 1, 1, 0, 1>(n, r, x, y, z, 1, 1, 0, 1);
+    if (K == 3 && a == 0 && b == 1 && c == 1) return elements<F, 1, 0, 1, 1>(n, r, x, y, z, 1, 0, 1, 1);
+  }
+  elements<F, -1, 0, 0, 0>(n, r, x, y, z, s, a, b, c);
+}
+
+// Of an instruction without outer dimensions and shared inputs, the usual case.
+template <class F, int W> struct Row {
+  static HD void run(const Instruction* q, double* const* bases) {
+    double* p[F::inputs + 1];
+    for (int i = 0; i <= F::inputs; ++i) p[i] = bases[0] + q->at[i].offset;
+    row<F, W>(q, p);
+  }
+};
+
+template <class F, int W> struct Rows {
+  static HD void run(const Instruction* q, double* const* bases) {
+    Walk<F::inputs + 1> walk(q, bases);
+    do row<F, W>(q, walk.p);
+    while (walk.next());
+  }
+};
+
+// With shared inputs, W > 1. Their numbers are written to all lanes of a buffer, a few at a time.
+template <class F, int W> struct RowsWithShared {
   static constexpr int K = F::inputs;
+  static constexpr std::int64_t few = 16;
 
   static HD void run(const Instruction* q, double* const* bases) {
     Walk<K + 1> walk(q, bases);
+    double buffer[K][few * W];
     do {
-      if (W == 1) {
-        row(q, walk.p);
-      } else if (q->spread) {
-        row_with_shared(q, walk.p);
-      } else {
-        row_of_lanes(q->n, walk.p, q->at[0].step, q->at[1].step, q->at[K > 1 ? 2 : 1].step, q->at[K].step);
+      for (std::int64_t i = 0; i < q->n; i += few) {
+        const std::int64_t n = std::min(few, q->n - i);
+        double* at[K + 1];
+        std::int64_t step[K + 1];
+        for (int k = 0; k <= K; ++k) {
+          at[k] = walk.p[k] + i * q->at[k].step, step[k] = q->at[k].step;
+          if (q->at[k].space == 0) continue;
+          spread(buffer[k - 1], at[k], n, step[k]);
+          at[k] = buffer[k - 1], step[k] = W;
+        }
+        elements_of_lanes<F, W>(n, at[0], at[1], at[K], at[K], step[0], step[1], step[K], step[K]);
       }
     } while (walk.next());
   }
 
-  static HD void row(const Instruction* q, double* const* p) {
-    const std::int64_t s = q->at[0].step, a = q->at[1].step, b = q->at[K > 1 ? 2 : 1].step, c = q->at[K].step;
-    double *r = p[0], *x = p[1], *y = p[K > 1 ? 2 : 1], *z = p[K];
-    if (s != 1 && q->n > 1) return elements<F, -1, 0, 0, 0>(q->n, r, x, y, z, s, a, b, c);
-    if (a == 1 && b == 1 && c == 1) return elements<F, 1, 1, 1, 1>(q->n, r, x, y, z, 1, 1, 1, 1);
-    if (K == 2 && a == 1 && b == 0) return elements<F, 1, 1, 0, 0>(q->n, r, x, y, z, 1, 1, 0, 0);
-    if (K == 2 && a == 0 && b == 1) return elements<F, 1, 0, 1, 1>(q->n, r, x, y, z, 1, 0, 1, 1);
-    if (K == 3 && a == 1 && b == 1 && c == 0) return elements<F, 1, 1, 1, 0>(q->n, r, x, y, z, 1, 1, 1, 0);
-    if (K == 3 && a == 1 && b == 0 && c == 1) return elements<F, 1, 1, 0, 1>(q->n, r, x, y, z, 1, 1, 0, 1);
-    if (K == 3 && a == 0 && b == 1 && c == 1) return elements<F, 1, 0, 1, 1>(q->n, r, x, y, z, 1, 0, 1, 1);
-    elements<F, -1, 0, 0, 0>(q->n, r, x, y, z, s, a, b, c);
-  }
-
-  static HD void row_of_lanes(std::int64_t n, double* const* p, std::int64_t s, std::int64_t a, std::int64_t b,
-                              std::int64_t c) {
-    elements_of_lanes<F, W>(n, p[0], p[1], p[K > 1 ? 2 : 1], p[K], s, a, b, c);
-  }
-
-  // Shared numbers are written to all lanes of a buffer, a few at a time.
-  static HD void row_with_shared(const Instruction* q, double* const* p) {
-    constexpr std::int64_t few = 16;
-    double buffer[K][few * W];
-    for (std::int64_t i = 0; i < q->n; i += few) {
-      const std::int64_t n = std::min(few, q->n - i);
-      double* at[K + 1] = {p[0] + i * q->at[0].step};
-      std::int64_t step[K + 1] = {q->at[0].step};
-      for (int k = 1; k <= K; ++k) {
-        at[k] = p[k] + i * q->at[k].step;
-        step[k] = q->at[k].step;
-        if (q->at[k].space == 0) continue;
-        for (std::int64_t e = 0; e < n; ++e) {
-          for (int l = 0; l < W; ++l) buffer[k - 1][e * W + l] = at[k][e * step[k]];
-        }
-        at[k] = buffer[k - 1], step[k] = W;
-      }
-      row_of_lanes(n, at, step[0], step[1], step[K > 1 ? 2 : 1], step[K]);
+  static HD void spread(double* to, const double* from, std::int64_t n, std::int64_t step) {
+    for (std::int64_t e = 0; e < n; ++e) {
+      for (int l = 0; l < W; ++l) to[e * W + l] = from[e * step];
     }
   }
 };
@@ -149,8 +157,8 @@ template <class F, int W> struct Map {
 
 // The reduction of L numbers, each over n numbers that are `step` apart: four accumulators, since each waits for its
 // last addition.
-template <class R, int L, int N> HD Lanes<L, N> accumulated(const double* x, std::int64_t n, std::int64_t step) {
-  using Group = Lanes<L, N>;
+template <class R, int L, int N> HD auto accumulated(const double* x, std::int64_t n, std::int64_t step) {
+  using Group = Lanes<L, R::chooses ? 1 : N>;
   constexpr int several = 4;
   Group so_far[several];
   for (Group& each : so_far) each = Group::all(R::start());

@@ -32,7 +32,8 @@ template <int W, int N> struct Lanes {
 
   static HD Lanes load(const double* x) {
     Lanes lanes;
-    std::memcpy(&lanes, x, sizeof lanes);
+    // Register by register: a group that is copied as a whole stays in memory.
+    for (int i = 0; i < parts; ++i) std::memcpy(&lanes.part[i], x + i * n, sizeof(V));
     return lanes;
   }
 
@@ -42,14 +43,12 @@ template <int W, int N> struct Lanes {
     return lanes;
   }
 
-  HD void store(double* x) const { std::memcpy(x, this, sizeof *this); }
-
-  HD void add_product(const Lanes& a, const Lanes& b) {
-    for (int i = 0; i < parts; ++i) part[i] += a.part[i] * b.part[i];
+  HD void store(double* x) const {
+    for (int i = 0; i < parts; ++i) std::memcpy(x + i * n, &part[i], sizeof(V));
   }
 
-  HD void subtract_product(const Lanes& a, const Lanes& b) {
-    for (int i = 0; i < parts; ++i) part[i] -= a.part[i] * b.part[i];
+  template <bool minus> HD void add_product(const Lanes& a, const Lanes& b) {
+    for (int i = 0; i < parts; ++i) part[i] += minus ? -(a.part[i] * b.part[i]) : a.part[i] * b.part[i];
   }
 
   HD void divide(const Lanes& a) {

@@ -41,10 +41,11 @@ template <class F> void with_type(std::int64_t dtype, F&& f) {
 }
 constexpr std::int64_t dtypes = 5;
 
-// A double as an element of a tensor. One that is no integer of the type is undefined in C++: it becomes 0, as does nan.
+// A double as an element of a tensor. C++ does not define what is beyond the integers of a type: it becomes 0, as nan.
 template <class T> T converted(double x) {
   if constexpr (std::is_integral_v<T>) {
-    constexpr double least = double(std::numeric_limits<T>::min()), beyond = 2 * double(std::numeric_limits<T>::max() / 2 + 1);
+    constexpr double least = double(std::numeric_limits<T>::min());
+    constexpr double beyond = 2 * double(std::numeric_limits<T>::max() / 2 + 1);
     return x >= least && x < beyond ? T(x) : T(0);
   } else {
     return T(x);
@@ -154,7 +155,9 @@ Instruction Machine::jump(const Integers& given, std::size_t at, Op op, std::siz
   const std::string name = operations[int(op)].name;
   const auto wrong = [&](const std::string& problem) { implicitdiff::refuse(at, name, problem); };
   const std::size_t length = op == Op::JUMP ? 2 : 4;
-  if (given.size() != length) wrong("it has " + std::to_string(given.size()) + " numbers, not " + std::to_string(length));
+  if (given.size() != length) {
+    wrong("it has " + std::to_string(given.size()) + " numbers, not " + std::to_string(length));
+  }
   const std::int64_t i = std::int64_t(at);
   const std::int64_t begin = i < entry ? 0 : i < step ? entry : step;
   const std::int64_t end = i < entry ? entry : i < step ? step : std::int64_t(size);
@@ -195,13 +198,19 @@ void Machine::execute(std::int64_t begin, std::int64_t end, double* const* bases
 std::int64_t Machine::run(const std::vector<std::uintptr_t>& carries, const std::vector<std::uintptr_t>& inputs,
                           const std::vector<std::uintptr_t>& shared, std::int64_t lanes, std::int64_t at_most,
                           int threads) const {
-  const auto check = [](const char* what, const std::vector<std::uintptr_t>& addresses, std::size_t n) {
-    if (addresses.size() == n) return;
-    refuse(std::to_string(addresses.size()) + " addresses of " + what + ", not " + std::to_string(n));
+  const auto check = [lanes](const char* what, const std::vector<std::uintptr_t>& addresses, const auto& expected,
+                             auto size) {
+    if (addresses.size() != expected.size()) {
+      refuse(std::to_string(addresses.size()) + " addresses of " + what + ", not " + std::to_string(expected.size()));
+    }
+    for (std::size_t i = 0; i < addresses.size() && lanes > 0; ++i) {
+      if (addresses[i] == 0 && size(expected[i]) > 0) refuse("a null address among those of " + std::string(what));
+    }
   };
-  check("carries", carries, this->carries.size());
-  check("inputs", inputs, this->inputs.size());
-  check("shared arrays", shared, memory.shared.size());
+  const auto numel = [](const Tensor& tensor) { return tensor.numel; };
+  check("carries", carries, this->carries, numel);
+  check("inputs", inputs, this->inputs, numel);
+  check("shared arrays", shared, memory.shared, [](std::int64_t n) { return n; });
   if (lanes < 0) refuse("lanes is " + std::to_string(lanes) + ", and so negative");
   if (at_most < 1) refuse("at_most is " + std::to_string(at_most) + ", not 1 or more");
   const std::int64_t blocks = lanes / memory.width + (lanes % memory.width != 0);

@@ -38,7 +38,7 @@ HD double floor_divide(double x, double y) {
 
 // Elementwise operations: X(name, kind, formula). x, y and z are the inputs in their order, out what the output holds.
 #define IMPLICITDIFF_ELEMENTWISE(X)                                           \
-  X(COPY, unary, x)                                                           \
+  X(COPY, copy, x)                                                            \
   X(NEG, unary, -x)                                                           \
   X(ABS, unary, std::abs(x))                                                  \
   X(SQRT, unary, std::sqrt(x))                                                \
@@ -103,14 +103,15 @@ HD double floor_divide(double x, double y) {
   X(WHERE, ternary, x != 0 ? y : z)                                           \
   X(COMMIT, commit, y != 0 ? x : out)
 
-// Reductions by one accumulator: X(name, kind, its start, its value after x, the result). V is a double or a vector.
-#define IMPLICITDIFF_REDUCTIONS(X)                                                              \
-  X(SUM, reduction, 0, so_far + x, so_far)                                                      \
-  X(PROD, reduction, 1, so_far* x, so_far)                                                      \
-  X(AMAX, bound, -elementary::infinity, (x > so_far) | (x != x) ? x : so_far, so_far)           \
-  X(AMIN, bound, elementary::infinity, (x < so_far) | (x != x) ? x : so_far, so_far)            \
+// Reductions by one accumulator: X(name, kind, its start, its value after x, the result). V is a double or a vector,
+// for which compilers know no test for nan.
+#define IMPLICITDIFF_REDUCTIONS(X)                                                                  \
+  X(SUM, reduction, 0, so_far + x, so_far)                                                          \
+  X(PROD, reduction, 1, so_far* x, so_far)                                                          \
+  X(AMAX, bound, -elementary::infinity, x != x ? x : (x > so_far ? x : so_far), so_far)             \
+  X(AMIN, bound, elementary::infinity, x != x ? x : (x < so_far ? x : so_far), so_far)              \
   X(ANY, reduction, 0, x != 0.0 ? V{} + 1.0 : so_far, so_far)                                       \
-  X(ALL, reduction, 1, x != 0.0 ? so_far : V{}, so_far)                                           \
+  X(ALL, reduction, 1, x != 0.0 ? so_far : V{}, so_far)                                             \
   X(NORM, reduction, 0, so_far + x * x, std::sqrt(so_far))
 
 // The others: X(name, kind).
@@ -119,10 +120,16 @@ HD double floor_divide(double x, double y) {
 #define IMPLICITDIFF_MATRICES(X)                                                                      \
   X(MATMUL, matmul) X(LU, lu) X(LU_SOLVE, lu_solve) X(CHOLESKY, cholesky) X(SOLVE_LOWER, triangular)  \
   X(SOLVE_UPPER, triangular) X(SOLVE_UNIT_LOWER, triangular) X(SOLVE_UNIT_UPPER, triangular)
+#define IMPLICITDIFF_ORTHOGONAL(X) X(QR, qr) X(APPLY_Q, apply_q) X(APPLY_Q_TRANSPOSED, apply_q) X(EIGH, eigh)
+#define IMPLICITDIFF_ORDERS(X)                                                                        \
+  X(SORT, sort) X(SORT_DESCENDING, sort) X(GATHER, gather) X(SCATTER, scatter) X(SCATTER_ADD, scatter) \
+  X(CUMSUM, running) X(CUMPROD, running)
+#define IMPLICITDIFF_SINGULAR(X) X(SVD, svd)
 
 #define IMPLICITDIFF_OPERATIONS(X)                                                                    \
   IMPLICITDIFF_CONTROLS(X)                                                                            \
-  IMPLICITDIFF_ELEMENTWISE(X) IMPLICITDIFF_REDUCTIONS(X) IMPLICITDIFF_INDICES(X) IMPLICITDIFF_MATRICES(X)
+  IMPLICITDIFF_ELEMENTWISE(X) IMPLICITDIFF_REDUCTIONS(X) IMPLICITDIFF_INDICES(X) IMPLICITDIFF_MATRICES(X) \
+  IMPLICITDIFF_ORTHOGONAL(X) IMPLICITDIFF_ORDERS(X) IMPLICITDIFF_SINGULAR(X)
 
 enum class Op {
 #define X(name, ...) name,
@@ -130,7 +137,12 @@ enum class Op {
 #undef X
 };
 
-enum class Kind { jump, unary, binary, ternary, commit, reduction, bound, index, matmul, lu, lu_solve, cholesky, triangular };
+// clang-format off
+enum class Kind {
+  jump, copy, unary, binary, ternary, commit, reduction, bound, index, matmul, lu, lu_solve, cholesky, triangular,
+  qr, apply_q, eigh, sort, gather, scatter, running, svd
+};
+// clang-format on
 
 struct Operation {
   const char* name;
@@ -151,6 +163,7 @@ struct References {
 constexpr References references(Kind kind) {
   switch (kind) {
     case Kind::jump: return {0, 0};
+    case Kind::copy:
     case Kind::unary: return {2, 1};
     case Kind::binary: return {3, 1};
     case Kind::ternary: return {4, 1};
@@ -163,8 +176,25 @@ constexpr References references(Kind kind) {
     case Kind::lu_solve: return {4, 1};
     case Kind::cholesky: return {3, 2};
     case Kind::triangular: return {3, 1};
+    case Kind::qr: return {3, 2};
+    case Kind::apply_q: return {4, 1};
+    case Kind::eigh: return {4, 3};
+    case Kind::svd: return {4, 3};
+    case Kind::sort: return {3, 2};
+    case Kind::gather: return {3, 1};
+    case Kind::scatter: return {3, 1};
+    case Kind::running: return {2, 1};
   }
   return {0, 0};
+}
+
+// Whether inputs may be shared arrays.
+constexpr bool shares(Kind kind) { return kind == Kind::copy || kind == Kind::binary || kind == Kind::matmul; }
+
+// Whether the last dimension is none of the result.
+constexpr bool reduces(Kind kind) {
+  return kind == Kind::reduction || kind == Kind::bound || kind == Kind::index || kind == Kind::matmul ||
+         kind == Kind::apply_q || kind == Kind::gather;
 }
 
 namespace formula {
@@ -172,6 +202,7 @@ namespace formula {
 #define X(op, kind, value)                                                                        \
   struct op {                                                                                     \
     static constexpr int inputs = references(Kind::kind).all - references(Kind::kind).outputs;    \
+    static constexpr bool shares = implicitdiff::shares(Kind::kind);                              \
     static HD double of(double x, double y, double z, double out) {                               \
       (void)x, (void)y, (void)z, (void)out;                                                       \
       return value;                                                                               \
@@ -184,12 +215,14 @@ IMPLICITDIFF_ELEMENTWISE(X)
 // gives the correctly rounded result of single precision.
 template <class F> struct Rounded {
   static constexpr int inputs = F::inputs;
+  static constexpr bool shares = F::shares;
   static HD double of(double x, double y, double z, double out) { return double(float(F::of(x, y, z, out))); }
 };
 
 // V is not passed or returned by value, which a function that is not inlined could not do for all instruction sets.
 #define X(op, kind, begin, next, end)                                          \
   struct op {                                                                  \
+    static constexpr bool chooses = Kind::kind == Kind::bound;                 \
     static HD double start() { return begin; }                                 \
     template <class V> static HD void step(V& so_far, const V& x) { so_far = next; } \
     template <class V> static HD void join(V& so_far, const V& other) {        \

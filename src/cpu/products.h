@@ -22,20 +22,22 @@ struct One {
   template <int L, int N> static HD Lanes<L, N> load(const double* x) { return Lanes<L, N>::all(*x); }
 };
 
-// I times J results at once, so that each number that is read serves several of them.
-template <class A, class B, int L, int N, int I, int J>
+// I times J results at once, so that each number that is read serves several of them: a b, or if minus, r - a b.
+template <class A, class B, int L, int N, int I, int J, bool minus>
 HD void tile(const Product& at, double* r, const double* a, const double* b) {
   using Group = Lanes<L, N>;
   Group sums[I][J];
   for (int i = 0; i < I; ++i) {
-    for (int j = 0; j < J; ++j) sums[i][j] = Group::all(0);
+    for (int j = 0; j < J; ++j) {
+      sums[i][j] = minus ? Group::load(r + i * at.i.step[0] + j * at.j.step[0]) : Group::all(0);
+    }
   }
   for (std::int64_t k = 0; k < at.k.size; ++k, a += at.k.step[1], b += at.k.step[2]) {
     Group right[J];
     for (int j = 0; j < J; ++j) right[j] = B::template load<L, N>(b + j * at.j.step[2]);
     for (int i = 0; i < I; ++i) {
       const Group left = A::template load<L, N>(a + i * at.i.step[1]);
-      for (int j = 0; j < J; ++j) sums[i][j].add_product(left, right[j]);
+      for (int j = 0; j < J; ++j) sums[i][j].template add_product<minus>(left, right[j]);
     }
   }
   for (int i = 0; i < I; ++i) {
@@ -44,22 +46,35 @@ HD void tile(const Product& at, double* r, const double* a, const double* b) {
 }
 
 // Results of rows i to i + I.
-template <class A, class B, int L, int N, int I, int J>
+template <class A, class B, int L, int N, int I, int J, bool minus>
 HD void tiles_of_rows(const Product& at, std::int64_t i, double* r, const double* a, const double* b) {
   r += i * at.i.step[0], a += i * at.i.step[1];
   std::int64_t j = 0;
-  for (; j + J <= at.j.size; j += J) tile<A, B, L, N, I, J>(at, r + j * at.j.step[0], a, b + j * at.j.step[2]);
+  for (; j + J <= at.j.size; j += J) tile<A, B, L, N, I, J, minus>(at, r + j * at.j.step[0], a, b + j * at.j.step[2]);
   if (J == 1) return;
-  for (; j < at.j.size; ++j) tile<A, B, L, N, I, 1>(at, r + j * at.j.step[0], a, b + j * at.j.step[2]);
+  for (; j < at.j.size; ++j) tile<A, B, L, N, I, 1, minus>(at, r + j * at.j.step[0], a, b + j * at.j.step[2]);
 }
 
 // As many accumulators as the registers of the instruction set hold.
-template <class A, class B, int L, int N>
+template <class A, class B, int L, int N, bool minus = false>
 HD void tiles(const Product& at, double* r, const double* a, const double* b) {
   constexpr int I = N >= 4 ? 4 : 2, J = N >= 8 ? 2 : 1;
   std::int64_t i = 0;
-  for (; i + I <= at.i.size; i += I) tiles_of_rows<A, B, L, N, I, J>(at, i, r, a, b);
-  for (; i < at.i.size; ++i) tiles_of_rows<A, B, L, N, 1, J>(at, i, r, a, b);
+  for (; i + I <= at.i.size; i += I) tiles_of_rows<A, B, L, N, I, J, minus>(at, i, r, a, b);
+  for (; i < at.i.size; ++i) tiles_of_rows<A, B, L, N, 1, J, minus>(at, i, r, a, b);
+}
+
+constexpr int group = 8;
+
+// The same of one lane, results and b being contiguous along j: eight columns are a group.
+template <int N, bool minus = false>
+HD void tiles_of_columns(const Product& at, double* r, const double* a, const double* b) {
+  Dimension groups = at.j, rest = at.j;
+  const std::int64_t whole = at.j.size / group * group;
+  groups.size /= group, rest.size -= whole;
+  for (std::int64_t& step : groups.step) step *= group;
+  tiles<One, Each, group, N, minus>(Product{at.i, groups, at.k}, r, a, b);
+  tiles<One, Each, 1, 1, minus>(Product{at.i, rest, at.k}, r + whole, a, b + whole);
 }
 
 // For W > 1. A, B: Each in the arena, One in a shared array.
@@ -74,25 +89,17 @@ template <class A, class B, int W> struct ProductOfLanes {
   };
 };
 
-constexpr int group = 8;
-
-// For W = 1 and results and b contiguous along j: eight columns are a group.
+// For W = 1 and results and b contiguous along j.
 template <int N> struct ProductByColumns {
   static HD void run(const Instruction* q, double* const* bases) {
     Walk<3> walk(q, bases);
     const Product at(q);
-    Dimension groups = at.j, rest = at.j;
-    const std::int64_t whole = at.j.size / group * group;
-    groups.size /= group, rest.size -= whole;
-    for (std::int64_t& step : groups.step) step *= group;
     do {
-      double *r = walk.p[0], *a = walk.p[1], *b = walk.p[2];
       if (at.i.size == 1) {
-        row(at, r, a, b);
-        continue;
+        row(at, walk.p[0], walk.p[1], walk.p[2]);
+      } else {
+        tiles_of_columns<N>(at, walk.p[0], walk.p[1], walk.p[2]);
       }
-      tiles<One, Each, group, N>(Product{at.i, groups, at.k}, r, a, b);
-      tiles<One, Each, 1, 1>(Product{at.i, rest, at.k}, r + whole, a, b + whole);
     } while (walk.next());
   }
 
@@ -109,7 +116,8 @@ template <int N> struct ProductByColumns {
       for (std::int64_t j = 0; j < n; ++j) {
         const double* const y = b + j;
         const double low = (x[0] * y[0] + x[1] * y[next_b]) + (x[2] * y[2 * next_b] + x[3] * y[3 * next_b]);
-        const double high = (x[4] * y[4 * next_b] + x[5] * y[5 * next_b]) + (x[6] * y[6 * next_b] + x[7] * y[7 * next_b]);
+        const double* const z = y + 4 * next_b;
+        const double high = (x[4] * z[0] + x[5] * z[next_b]) + (x[6] * z[2 * next_b] + x[7] * z[3 * next_b]);
         r[j] += low + high;
       }
     }
@@ -144,7 +152,7 @@ template <int N> struct ProductByRows {
     std::int64_t k = 0;
     for (; k + group <= at.k.size; k += group) {
       const Group right = Group::load(b + k);
-      for (int i = 0; i < I; ++i) sums[i].add_product(Group::load(a + i * at.i.step[1] + k), right);
+      for (int i = 0; i < I; ++i) sums[i].template add_product<false>(Group::load(a + i * at.i.step[1] + k), right);
     }
     double totals[I];
     for (int i = 0; i < I; ++i) totals[i] = sums[i].sum();
@@ -166,7 +174,8 @@ template <int W> struct SumOfProducts {
         Group sum = Group::all(0);
         const double *a = walk.p[1], *b = walk.p[2];
         for (std::int64_t k = 0; k < q->n; ++k, a += q->at[1].step, b += q->at[2].step) {
-          sum.add_product(one_a ? Group::all(*a) : Group::load(a), one_b ? Group::all(*b) : Group::load(b));
+          const Group left = one_a ? Group::all(*a) : Group::load(a), right = one_b ? Group::all(*b) : Group::load(b);
+          sum.template add_product<false>(left, right);
         }
         sum.store(walk.p[0]);
       } while (walk.next());

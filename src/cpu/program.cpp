@@ -98,12 +98,30 @@ class Reader {
       case Kind::matmul:
         if (d == 0) wrong("it has no dimension to reduce");
         break;
+      case Kind::gather:
+        if (d > 0 && g.sizes[d - 1] == 0) wrong("it reads one of no elements");
+        [[fallthrough]];
+      case Kind::scatter:
+      case Kind::sort:
+      case Kind::running:
+        if (d == 0) wrong("it has no dimension");
+        break;
+      case Kind::apply_q:
+        if (d != 3) wrong("it has " + std::to_string(d) + " dimensions, not 3");
+        if (g.sizes[2] > g.sizes[0]) wrong("it has more reflections than rows");
+        break;
+      case Kind::svd:
+        if (d == 2 && g.sizes[0] < g.sizes[1]) wrong("it has fewer rows than columns");
+        if (d != 2) wrong("it has " + std::to_string(d) + " dimensions, not 2");
+        break;
       case Kind::lu:
       case Kind::cholesky:
+      case Kind::eigh:
         if (d == 2 && g.sizes[0] != g.sizes[1]) wrong("its matrix is not square");
         [[fallthrough]];
       case Kind::lu_solve:
       case Kind::triangular:
+      case Kind::qr:
         if (d != 2) wrong("it has " + std::to_string(d) + " dimensions, not 2");
         break;
       default: break;
@@ -114,11 +132,22 @@ class Reader {
   static Integers extent(const Given& g, int i) {
     const std::int64_t n = g.sizes.empty() ? 0 : g.sizes[0];
     const Integers element = {1, 1}, vector = {n, 1}, square = {n, n};
+    Integers one = g.sizes;  // element of the last dimension
+    if (!one.empty()) one.back() = 1;
     switch (g.kind()) {
       case Kind::lu: return i == 1 ? vector : i == 2 ? element : square;
       case Kind::lu_solve: return i == 1 ? square : i == 2 ? vector : g.sizes;
       case Kind::cholesky: return i == 1 ? element : square;
       case Kind::triangular: return i == 1 ? square : g.sizes;
+      case Kind::qr: return i == 1 ? Integers{std::min(n, g.sizes[1]), 1} : g.sizes;
+      case Kind::eigh: return i == 1 ? vector : square;
+      case Kind::svd: return i == 1 ? Integers{g.sizes[1], 1} : i == 2 ? Integers{g.sizes[1], g.sizes[1]} : g.sizes;
+      case Kind::apply_q:
+        if (i == 1) return {n, 1, g.sizes[2]};
+        if (i == 2) return {1, 1, g.sizes[2]};
+        return {n, g.sizes[1], 1};
+      case Kind::gather: return i == 2 ? one : g.sizes;
+      case Kind::scatter: return i == 0 ? g.sizes : one;
       default: return g.sizes;
     }
   }
@@ -128,15 +157,11 @@ class Reader {
     const bool output = i < references(g.kind()).outputs;
     const std::string what = output ? "an output" : "input " + std::to_string(i - references(g.kind()).outputs);
     if (r.space != 0) {
-      const bool may_share = g.op == Op::COPY || g.kind() == Kind::binary || g.kind() == Kind::matmul;
       if (output) wrong(what + " is a shared array");
-      if (!may_share) wrong(what + " is a shared array, which this operation does not read");
+      if (!shares(g.kind())) wrong(what + " is a shared array, which this operation does not read");
     }
     Integers sizes = extent(g, i);
-    // The result of a reduction is one element, whatever its stride; but of no elements it is an element still.
-    const bool reduces = g.kind() == Kind::reduction || g.kind() == Kind::matmul || g.kind() == Kind::bound ||
-                         g.kind() == Kind::index;
-    if (output && reduces) sizes.back() = 1;
+    if (output && reduces(g.kind())) sizes.back() = 1;  // the result is one element, whatever its stride, even of none
     const double limit = double(r.space == 0 ? memory.arena : memory.shared[r.space - 1]);
     const bool empty = std::find(sizes.begin(), sizes.end(), 0) != sizes.end();
     double lowest = double(r.offset), highest = empty ? lowest - 1 : lowest;
@@ -168,7 +193,7 @@ class Builder {
     for (std::size_t i = 0; i < g.references.size(); ++i) {
       q.at[i].space = g.references[i].space;
       q.at[i].offset = scaled(i, g.references[i].offset);
-      q.spread = q.spread || (q.at[i].space != 0 && width > 1);
+      shared = shared || q.at[i].space != 0;
     }
   }
 
@@ -177,6 +202,20 @@ class Builder {
       case Kind::reduction:
       case Kind::bound:
       case Kind::index: reduction(); break;
+      case Kind::sort:
+      case Kind::gather:
+      case Kind::scatter:
+      case Kind::running:
+        reduction();
+        q.kernel = order_kernel(g.op, width);
+        break;
+      case Kind::qr:
+      case Kind::apply_q:
+      case Kind::eigh:
+      case Kind::svd:
+        matrix();
+        q.kernel = orthogonal_kernel(g.op, width);
+        break;
       case Kind::matmul: product(); break;
       case Kind::lu:
       case Kind::lu_solve:
@@ -198,7 +237,8 @@ class Builder {
     inner(dimensions.back());
     dimensions.pop_back();
     outer();
-    q.kernel = elementwise_kernel(g.op, width, g.round && rounds(g.op));
+    const Form form = shared && width > 1 ? Form::rows_with_shared : q.outer > 0 || shared ? Form::rows : Form::row;
+    q.kernel = elementwise_kernel(g.op, width, g.round && rounds(g.op), form);
   }
 
   void reduction() {
@@ -310,21 +350,21 @@ class Builder {
   const int width;
   std::vector<Dimension> dimensions;
   Instruction q{};
+  bool shared = false;
   int end = 0;
 };
 
 bool has_results(const Given& g) {
   const Kind kind = g.kind();
   if (kind == Kind::lu || kind == Kind::cholesky) return true;  // of no elements, info
-  const bool reduces = kind == Kind::reduction || kind == Kind::bound || kind == Kind::index || kind == Kind::matmul;
-  return std::all_of(g.sizes.begin(), g.sizes.end() - (reduces ? 1 : 0), [](std::int64_t size) { return size > 0; });
+  const auto end = g.sizes.end() - (reduces(kind) ? 1 : 0);
+  return std::all_of(g.sizes.begin(), end, [](std::int64_t size) { return size > 0; });
 }
 
 // A copy of the first output into itself that rounds.
 Given rounding(const Given& g) {
   Given result{Op::COPY, true, g.sizes, {g.references[0], g.references[0]}};
-  const Kind kind = g.kind();
-  if (kind == Kind::reduction || kind == Kind::bound || kind == Kind::index || kind == Kind::matmul) {
+  if (reduces(g.kind())) {
     result.sizes.pop_back();
     for (Reference& r : result.references) r.strides.pop_back();
   }

@@ -5,18 +5,27 @@
 namespace implicitdiff {
 namespace {
 
-template <class F> Kernel map(int width) { return width == 1 ? compiled<Map<F, 1>>() : compiled<Map<F, block_lanes>>(); }
+template <class F, int W> Kernel map(Form form) {
+  if constexpr (W > 1 && F::shares) {
+    if (form == Form::rows_with_shared) return compiled<RowsWithShared<F, W>>();
+  }
+  return form == Form::row ? compiled<Row<F, W>>() : compiled<Rows<F, W>>();
+}
+
+template <class F> Kernel map(int width, Form form) { return width == 1 ? map<F, 1>(form) : map<F, block_lanes>(form); }
 
 template <class R> Kernel reduce(int width) {
   if (width == 1) return compiled_by_register<Reduction<R, 1>::template With>();
   return compiled_by_register<Reduction<R, block_lanes>::template With>();
 }
 
-template <class R> Kernel index(int width) { return width == 1 ? compiled<Index<R, 1>>() : compiled<Index<R, block_lanes>>(); }
+template <class R> Kernel index(int width) {
+  return width == 1 ? compiled<Index<R, 1>>() : compiled<Index<R, block_lanes>>();
+}
 
 template <int W> Kernel matrix(Op op) {
   switch (op) {
-    case Op::LU: return compiled<Lu<W>>();
+    case Op::LU: return compiled_by_register<Lu<W>::template With>();
     case Op::LU_SOLVE: return compiled_by_register<LuSolve<W>::template With>();
     case Op::CHOLESKY: return compiled_by_register<Cholesky<W>::template With>();
     case Op::SOLVE_LOWER: return compiled_by_register<Triangular<W, true, false>::template With>();
@@ -27,27 +36,27 @@ template <int W> Kernel matrix(Op op) {
   }
 }
 
-Kernel rounded(Op op, int width) {
+Kernel rounded(Op op, int width, Form form) {
   using namespace formula;
   switch (op) {
-    case Op::COPY: return map<Rounded<COPY>>(width);
-    case Op::ADD: return map<Rounded<ADD>>(width);
-    case Op::SUB: return map<Rounded<SUB>>(width);
-    case Op::MUL: return map<Rounded<MUL>>(width);
-    case Op::DIV: return map<Rounded<DIV>>(width);
+    case Op::COPY: return map<Rounded<COPY>>(width, form);
+    case Op::ADD: return map<Rounded<ADD>>(width, form);
+    case Op::SUB: return map<Rounded<SUB>>(width, form);
+    case Op::MUL: return map<Rounded<MUL>>(width, form);
+    case Op::DIV: return map<Rounded<DIV>>(width, form);
     default: return nullptr;
   }
 }
 
 }  // namespace
 
-bool rounds(Op op) { return rounded(op, 1) != nullptr; }
+bool rounds(Op op) { return rounded(op, 1, Form::row) != nullptr; }
 
-Kernel elementwise_kernel(Op op, int width, bool round) {
-  if (round) return rounded(op, width);
+Kernel elementwise_kernel(Op op, int width, bool round, Form form) {
+  if (round) return rounded(op, width, form);
   switch (op) {
 #define X(name, ...) \
-  case Op::name: return map<formula::name>(width);
+  case Op::name: return map<formula::name>(width, form);
     IMPLICITDIFF_ELEMENTWISE(X)
 #undef X
     default: return nullptr;
