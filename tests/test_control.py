@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch.func import grad, vmap
+from torch.utils import _pytree as torch_pytree
 
+from implicitdiff import solvers
+from implicitdiff._implicit.system import Vectors
+from implicitdiff._torch.trees import flatten
 from implicitdiff.solvers._loop.control import if_any, recorded_by, repeat
+from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane
+from implicitdiff.solvers._loop.status import Status
+from implicitdiff.solvers._steps.line_search import Segment, search
+
+F64 = torch.float64
 
 
 class Countdown(NamedTuple):
@@ -112,3 +122,122 @@ def test_a_recorder_belongs_to_its_thread():
         thread.start()
         thread.join()
     assert results[0].passes.tolist() == [2]
+
+
+# --- a lane does not notice that a branch runs for its neighbour ------------------------------------------------------
+
+
+class Neighbour:
+    """A recorder that executes as if another lane asked each time, and each time for one pass more."""
+
+    def __init__(self):
+        self.runs = 0
+
+    def if_any(self, flag, then, carry):
+        self.runs += 1
+        return alike(then(carry), carry)
+
+    def repeat(self, body, carry, flag, at_most):
+        for _ in range(at_most):
+            asked = any_lane(flag(carry))
+            self.runs += 1
+            carry = alike(body(carry), carry)
+            if not asked:
+                break
+        return carry
+
+
+def alike(new, old):
+    pairs = [torch_pytree.tree_flatten(tree) for tree in (new, old)]
+    assert pairs[0][1] == pairs[1][1]
+    kinds = [[(type(t), t.shape, t.dtype) for t in leaves] for leaves, _ in pairs]
+    assert kinds[0] == kinds[1]
+    return new
+
+
+def rosenbrock(x, a):
+    return (a - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+
+
+def with_logarithms(x, a):
+    return (a * x - x.log()).sum() + (x.sum() - 2) ** 2
+
+
+def roots(x, a):
+    return torch.stack([10 * (x[1] - x[0] ** 2), (a - x[0]) * x[1].exp()])
+
+
+def misfit(x, a):
+    t = torch.linspace(0, 3, 7, dtype=x.dtype)
+    return x[0] * torch.exp(-x[1] * t) - a * torch.cos(t)
+
+
+METHODS = {
+    "anderson": lambda **options: solvers.anderson(
+        lambda x, a: torch.cos(a * x) + 0.3 * x.flip(0), safeguard=1.0, **options
+    ),
+    "broyden_root": lambda **options: solvers.broyden_root(roots, backtracking=True, **options),
+    "dogleg": lambda **options: solvers.dogleg(misfit, **options),
+    "dogleg_root": lambda **options: solvers.dogleg_root(roots, **options),
+    "gradient_descent": lambda **options: solvers.gradient_descent(with_logarithms, acceleration=True, **options),
+    "lbfgs": lambda **options: solvers.lbfgs(rosenbrock, **options),
+    "lbfgs_b": lambda **options: solvers.lbfgs_b(rosenbrock, (-0.5, 0.8), **options),
+    "levenberg_marquardt": lambda **options: solvers.levenberg_marquardt(misfit, radius=0.5, **options),
+    "levenberg_marquardt, box": lambda **options: solvers.levenberg_marquardt(
+        misfit, radius=0.5, bounds=(0.1, 0.9), **options
+    ),
+    "newton": lambda **options: solvers.newton(roots, backtracking=True, **options),
+    "newton_cg": lambda **options: solvers.newton_cg(rosenbrock, **options),
+    "nonlinear_cg": lambda **options: solvers.nonlinear_cg(with_logarithms, **options),
+}
+STARTS = torch.tensor([[0.3, 0.2], [1.7, 0.5], [0.05, 2.5]], dtype=F64)
+A = torch.tensor([0.5, 1.0, 1.5], dtype=F64)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_lane_does_not_notice_its_neighbours(method):
+    solver = METHODS[method](maxiter=30, on_failure="ignore")
+
+    def results():
+        stepped = solver.update(STARTS[0], solver.init(STARTS[0], A[0]), A[0])
+        return torch_pytree.tree_leaves((vmap(solver.run)(STARTS, A), stepped, solver.run(STARTS[1], A[1])))
+
+    alone, neighbour = results(), Neighbour()
+    with recorded_by(neighbour):
+        beside = results()
+    assert neighbour.runs
+    assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
+
+
+def test_a_search_along_a_line_that_ends_does_not_notice_its_neighbours():
+    # Lane 0 goes uphill at first, and the end of the line is lower all the same; lane 1 needs a second trial.
+    def found(x):
+        problem = BatchedProblem(
+            {"fn": lambda x, _: [values(x[0])]}, Vectors([x], x.shape[:1]), flatten(x)[1], True, None
+        )
+        value, gradient = problem.fn.value_and_grad(x)
+        memory = SimpleNamespace(value=value, grad=gradient, magnitude=value.abs())
+        state = SimpleNamespace(memory=memory, status=torch.full(x.shape[:1], int(Status.RUNNING)))
+        one = torch.ones_like(value)
+        segment = Segment(one, lambda step: x + step[:, None])
+        point, failed, _ = search(problem, x, state, torch.ones_like(x), one, segment=segment)
+        return point.x, failed
+
+    def values(x):
+        return torch.where(x < 5, torch.sin(4 * x), (x - 10.1) ** 2)[:, 0]
+
+    x, failed = found(torch.tensor([[0.0], [10.0]], dtype=F64))
+    alone, failed_alone = found(torch.tensor([[0.0]], dtype=F64))
+    assert (failed.tolist(), failed_alone.tolist()) == ([False, False], [False])
+    assert torch.equal(x[:1], alone) and alone.item() == 1.0
+
+
+def test_a_zero_step_beside_a_shortened_one_has_a_derivative():
+    solver = solvers.levenberg_marquardt(lambda x, a: (x - a) * torch.tensor([1.0, 3.0], dtype=F64), radius=0.01)
+
+    def stepped(x, a):
+        return solver.update(x, solver.init(x, a), a)[0].sum()
+
+    x, a = torch.tensor([[1.0, 1.0], [7.0, 5.0]], dtype=F64), torch.tensor([1.0, 2.0], dtype=F64)
+    derivative = grad(stepped, 1)
+    torch.testing.assert_close(vmap(derivative)(x, a), torch.stack([derivative(x[0], a[0]), derivative(x[1], a[1])]))

@@ -15,9 +15,10 @@ import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.low_rank as _low_rank
 from implicitdiff._torch.trees import P, X
+from implicitdiff.solvers._loop.control import if_any
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import SolverOptions, check_count, solver_factory
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select, vecmat
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
@@ -121,15 +122,20 @@ def _shorten_or_renew(
 ) -> tuple[Tensor, Tensor, State[BroydenRootMemory]]:
     """Return the next point, its residual and the state before the step. If a few halvings do not help, Broyden's
     direction may point uphill; a new Jacobian gives a descent direction of ``|F|``."""
-    new_x, new_r, refused = shorten_step(problem, x, state, direction, state.status == Status.RUNNING, _HALVINGS)
-    if any_lane(refused):
+
+    def renew(
+        carry: tuple[Tensor, Tensor, State[BroydenRootMemory]],
+    ) -> tuple[Tensor, Tensor, State[BroydenRootMemory]]:
+        new_x, new_r, state = carry
         state = _renew_jacobian(problem, x, state, refused)
         # Search again in the refused lanes only; the others keep their points.
         again_x, again_r, still = shorten_step(problem, x, state, _broyden_direction(state.memory), refused)
-        new_x, new_r = select(refused, again_x, new_x), select(refused, again_r, new_r)
         status = torch.where(refused & still, int(Status.LINE_SEARCH_FAILED), state.status)
-        state = state._replace(status=status)
-    return new_x, new_r, state
+        new_x, new_r = select(refused, again_x, new_x), select(refused, again_r, new_r)
+        return new_x, new_r, state._replace(status=status)
+
+    new_x, new_r, refused = shorten_step(problem, x, state, direction, state.status == Status.RUNNING, _HALVINGS)
+    return if_any(refused, renew, (new_x, new_r, state))
 
 
 def _renew_jacobian(
@@ -137,19 +143,19 @@ def _renew_jacobian(
 ) -> State[BroydenRootMemory]:
     """Return the state with the Jacobian at ``x`` and no corrections in the flagged lanes, except lanes whose Jacobian
     is at ``x`` already."""
-    old = state.memory
-    where = where & (old.age > 0)
-    if not any_lane(where):
-        return state
-    memory = old._replace(
-        inverse=select(where, _dense.invert_dense(problem.fn.jacobian(x)[1]), old.inverse),
-        u=select(where, torch.zeros_like(old.u), old.u),
-        v=select(where, torch.zeros_like(old.v), old.v),
-        rank=torch.where(where, 0, old.rank),
-        slow=torch.where(where, 0, old.slow),
-        age=torch.where(where, 0, old.age),
-    )
-    return state._replace(memory=memory)
+    where = where & (state.memory.age > 0)
+
+    def renewed(old: BroydenRootMemory) -> BroydenRootMemory:
+        return old._replace(
+            inverse=select(where, _dense.invert_dense(problem.fn.jacobian(x)[1]), old.inverse),
+            u=select(where, torch.zeros_like(old.u), old.u),
+            v=select(where, torch.zeros_like(old.v), old.v),
+            rank=torch.where(where, 0, old.rank),
+            slow=torch.where(where, 0, old.slow),
+            age=torch.where(where, 0, old.age),
+        )
+
+    return state._replace(memory=if_any(where, renewed, state.memory))
 
 
 def _broyden_direction(memory: BroydenRootMemory) -> Tensor:

@@ -12,10 +12,11 @@ from typing_extensions import Unpack
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.dogleg as _dogleg
 from implicitdiff._torch.trees import P, Tree, X
+from implicitdiff.solvers._loop.control import if_any
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep
 from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, select
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._steps.dogleg import DoglegMemory
@@ -93,16 +94,22 @@ def _start(problem: BatchedProblem, x: Tensor, *, radius: float) -> Start[Dogleg
 def _step(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
     old = state.memory
     trial, radius = _dogleg.try_dogleg(problem, x, state, partial(_dogleg.regularised_step, eps=problem.eps))
-    asked, at_trial = trial.good | trial.by_gradient, (old.residual, old.jacobian)
-    accepted = asked
-    if any_lane(asked):
+    asked = trial.good | trial.by_gradient
+
+    def judge(_: _Judged) -> _Judged:
         # Lanes that stay evaluate ``x`` again, whose Jacobian is finite.
-        at_trial = problem.fn.jacobian(select(asked, trial.x, x))
+        r, J = problem.fn.jacobian(select(asked, trial.x, x))
         # If rounding hides the gain, the scaled gradient decides.
-        flatter = _steepness(*at_trial, old.scale) < _steepness(old.residual, old.jacobian, old.scale)
-        accepted = asked & (flatter | ~trial.unresolved)
+        flatter = _steepness(r, J, old.scale) < _steepness(old.residual, old.jacobian, old.scale)
+        return asked & (flatter | ~trial.unresolved), r, J
+
+    accepted, *at_trial = if_any(asked, judge, (asked, old.residual, old.jacobian))
     x, state = _dogleg.finish_step(x, state, trial, radius, accepted, at_trial)
     return x, state._replace(error=row_norm(normal_residual(state.memory)))
+
+
+_Judged = tuple[Tensor, Tensor, Tensor]
+"""The lanes that accept the step, and the residual and the Jacobian at its end."""
 
 
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: DoglegMemory) -> NewtonStep:

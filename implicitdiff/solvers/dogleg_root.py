@@ -15,9 +15,10 @@ import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.dogleg as _dogleg
 from implicitdiff._torch.trees import P, X
+from implicitdiff.solvers._loop.control import if_any
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select, vecmat
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
@@ -86,10 +87,9 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory]) -> tup
     trial, radius = _dogleg.try_dogleg(problem, x, state, partial(_newton_or_least_squares, eps=problem.eps))
     # If rounding hides the gain, compare the norms themselves, computed without squares.
     accepted = trial.known & torch.where(trial.unresolved, row_norm(trial.residual) < state.error, trial.good)
-    at_trial = state.memory.residual, state.memory.jacobian
-    if any_lane(accepted):
-        # Lanes that stay evaluate ``x`` again, whose Jacobian is finite.
-        at_trial = problem.fn.jacobian(select(accepted, trial.x, x))
+    old = state.memory.residual, state.memory.jacobian
+    # Lanes that stay evaluate ``x`` again, whose Jacobian is finite.
+    at_trial = if_any(accepted, lambda _: problem.fn.jacobian(select(accepted, trial.x, x)), old)
     x, state = _dogleg.finish_step(x, state, trial, radius, accepted, at_trial)
     memory = state.memory
     status = torch.where(memory.slow >= _MAX_SLOW_STEPS, int(Status.LINE_SEARCH_FAILED), state.status)
@@ -104,12 +104,14 @@ def _newton_or_least_squares(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
     """Return ``-A^-1 r`` in lanes with a solution of the system, else the least-squares step."""
     s = -_dense.solve_dense(A, r)
     singular = ~(row_norm(vecmat(s, A.mT) + r) <= _MAX_LINEAR_RESIDUAL * row_norm(r))
-    if any_lane(singular):
+
+    def again(_: Tensor) -> Tensor:
         # Solve again with regular matrices, so that no nan reaches the derivative of the other lanes.
         eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
         regular = _dense.solve_dense(select(singular, eye.expand_as(A), A), r)
-        s = select(singular, _dogleg.regularised_step(A, r, eps=eps), -regular)
-    return s
+        return select(singular, _dogleg.regularised_step(A, r, eps=eps), -regular)
+
+    return if_any(singular, again, s)
 
 
 _MAX_LINEAR_RESIDUAL = 1e-2

@@ -15,12 +15,12 @@ import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.bounds import Bound, Limits, limits_of, limits_on
+from implicitdiff.solvers._loop.control import if_any
 from implicitdiff.solvers._loop.measures import composite_size
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import SolverOptions, check_count, solver_factory
 from implicitdiff.solvers._loop.problem import (
     BatchedProblem,
-    any_lane,
     largest_entry,
     row_dot,
     row_norm,
@@ -172,7 +172,8 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[LbfgsBMemory]) -> tup
     new = _append_scaled_pair(old, point.x - x, point.grad - old.grad, problem.eps)
     new = new._replace(**fields_at(old, point), residual=residual)
     state = state._replace(error=row_norm(residual), status=status, memory=new)
-    return point.x, _restart_in_box(failed, limits, point.x, state, problem.eps) if any_lane(failed) else state
+    restart = partial(_restart_in_box, failed, limits, point.x, problem.eps)
+    return point.x, if_any(failed, restart, state)
 
 
 def _segment(limits: Limits, x: Tensor, direction: Tensor) -> Segment:
@@ -238,12 +239,14 @@ def _model_minimum(memory: LbfgsBMemory, limits: Limits, x: Tensor, eps: float) 
     step = torch.where(torch.isfinite(step).all(dim=-1, keepdim=True), step, 0.0)
     target = limits.clip(cauchy + step)
     uphill = ~(row_dot(target - x, grad) < 0)
-    if not any_lane(uphill):
-        return target
+
+    def to_bound(target: Tensor) -> Tensor:
+        part = _segment(limits, cauchy, step)
+        return select(uphill, part.at(torch.where(part.largest < 1, part.largest, 1.0)), target)
+
     # The model decreases towards its minimum, but possibly not towards the clipped minimum: stop at the first bound
     # instead.
-    part = _segment(limits, cauchy, step)
-    return select(uphill, part.at(torch.where(part.largest < 1, part.largest, 1.0)), target)
+    return if_any(uphill, to_bound, target)
 
 
 def _cauchy_point(model: _Model, limits: Limits, x: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -331,7 +334,7 @@ def _append_scaled_pair(memory: LbfgsBMemory, s: Tensor, y: Tensor, eps: float) 
 
 
 def _restart_in_box(
-    failed: Tensor, limits: Limits, x: Tensor, state: State[LbfgsBMemory], eps: float
+    failed: Tensor, limits: Limits, x: Tensor, eps: float, state: State[LbfgsBMemory]
 ) -> State[LbfgsBMemory]:
     """Restart failed lanes from steepest descent. A lane fails that has just restarted, or whose value has not
     decreased and error has not halved since the last restart."""

@@ -14,11 +14,12 @@ import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.trust_region as _trust_region
 from implicitdiff._torch.trees import P, Tree, X
 from implicitdiff.solvers._loop.bounds import Bound, limits_of, limits_on
+from implicitdiff.solvers._loop.control import if_any
 from implicitdiff.solvers._loop.losses import check_loss_scale, loss_of
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
 from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select, vecmat
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_dot, row_norm, safe_divide, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import Progress, State
 from implicitdiff.solvers._loop.status import Status
@@ -228,8 +229,7 @@ def _step(
     # A refusal by the gain is no slow step: the next step from the same point is shorter.
     slow = torch.where(accepted & (found.ratio < 0.5), 0, old.slow + (accepted | found.unresolved))
     memory = old._replace(radius=radius, refusals=refusals, slow=slow)
-    if any_lane(accepted) and found.new is not None:
-        x, memory = select(accepted, trial.x, x), _moved(memory, found.new, accepted)
+    x, memory = if_any(accepted, partial(_moved, trial.x, found.new, accepted), (x, memory))
     progress = state.progress.fallen(accepted & ~found.unresolved).stepped(trial.whole, x, units_of(memory.jacobian))
     error = _error_at(problem, x, normal_residual(memory), bounded)
     ends, arrived = ~accepted | found.unresolved, error <= state.target
@@ -254,6 +254,9 @@ class _Base(NamedTuple):
     noise: Tensor
 
 
+Weighted = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 class _Evaluation(NamedTuple):
     """The cost at the end of a trial step.
 
@@ -263,7 +266,7 @@ class _Evaluation(NamedTuple):
         unresolved: True if rounding of the cost hides the predicted gain.
         accepted: True if the step is good enough.
         ratio: factor of the scaled gradient, ``|D^-1 J' r|`` at the end relative to the start; 1 if not computed.
-        new: the results of `weighted` at the end; None if no lane needs them.
+        new: the results of `weighted` at the end; those at the start if no lane may accept the step.
     """
 
     gain: Tensor
@@ -271,7 +274,7 @@ class _Evaluation(NamedTuple):
     unresolved: Tensor
     accepted: Tensor
     ratio: Tensor
-    new: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    new: Weighted
 
 
 def _evaluate(
@@ -283,24 +286,28 @@ def _evaluate(
     bounded: bool,
 ) -> _Evaluation:
     """Evaluate a trial step; the Jacobian is computed if a lane may accept the step."""
-    r, (x, g, D, noise) = memory.residual, base
+    r, x = memory.residual, base.x
     measured = problem.function("loss")(trial.x) if robust else problem.fn(trial.x)
     # ``(|r|^2 - |new_r|^2) / 2`` as a product, without cancellation.
     gain = gain_of_losses(memory.losses, measured) if robust else 0.5 * row_dot(r - measured, r + measured)
     known = torch.isfinite(measured).all(dim=-1)
     # A predicted gain below rounding of the cost is unresolved: the gradient decides.
-    unresolved = trial.predicted.abs() <= noise
+    unresolved = trial.predicted.abs() <= base.noise
     accepted = (gain > _trust_region.MIN_GAIN_RATIO * trial.predicted.clamp(min=0.0)) & known
-    if not any_lane(known & (accepted | unresolved)):
-        return _Evaluation(gain, known, unresolved, accepted, torch.ones_like(gain), None)
-    # Lanes outside of the domain evaluate the old point, so that no derivative is nan.
-    there = select(known, trial.x, x)
-    new = weighted(*problem.fn.jacobian(there), select(known, measured, torch.ones_like(measured)), robust)
-    new_g = normal_gradient(new[1], new[0])
-    gradients = _free_gradient(problem, there, new_g, bounded), _free_gradient(problem, x, g, bounded)
-    ratio = safe_divide(*(row_norm(gradient / D) for gradient in gradients))
-    accepted = torch.where(unresolved, known & (ratio < 1.0), accepted)
-    return _Evaluation(gain, known, unresolved, accepted, ratio, new)
+
+    def judge(found: _Evaluation) -> _Evaluation:
+        # Lanes outside of the domain evaluate the old point, so that no derivative is nan.
+        there = select(known, trial.x, x)
+        new = weighted(*problem.fn.jacobian(there), select(known, measured, torch.ones_like(measured)), robust)
+        new_g = normal_gradient(new[1], new[0])
+        gradients = _free_gradient(problem, there, new_g, bounded), _free_gradient(problem, x, base.gradient, bounded)
+        ratio = safe_divide(*(row_norm(gradient / base.D) for gradient in gradients))
+        accepted = torch.where(unresolved, known & (ratio < 1.0), found.accepted)
+        return found._replace(accepted=accepted, ratio=ratio, new=new)
+
+    here = r, memory.jacobian, memory.losses, memory.scale
+    found = _Evaluation(gain, known, unresolved, accepted, torch.ones_like(gain), here)
+    return if_any(known & (accepted | unresolved), judge, found)
 
 
 def _radius_after(
@@ -319,11 +326,11 @@ def _radius_after(
 
 
 def _moved(
-    memory: LevenbergMarquardtMemory, new: tuple[Tensor, Tensor, Tensor, Tensor], accepted: Tensor
-) -> LevenbergMarquardtMemory:
-    """Return the memory with the values of `weighted` at the new point in the accepted lanes."""
-    r, J, losses, squares = new
-    return memory._replace(
+    new_x: Tensor, new: Weighted, accepted: Tensor, old: tuple[Tensor, LevenbergMarquardtMemory]
+) -> tuple[Tensor, LevenbergMarquardtMemory]:
+    """Return the point, and the memory with the values of `weighted` there, after a step of the accepted lanes."""
+    (x, memory), (r, J, losses, squares) = old, new
+    return select(accepted, new_x, x), memory._replace(
         residual=select(accepted, r, memory.residual),
         jacobian=select(accepted, J, memory.jacobian),
         losses=select(accepted, losses, memory.losses),
@@ -356,11 +363,13 @@ def _next_trial(
     # Second derivatives are expensive: ask after several slow steps, or near the end, when rounding hides the
     # Gauss-Newton gain.
     asked = (slow >= _SLOW_GRADIENT_STEPS) | ((slow > 0) & (trial.predicted.abs() <= noise))
-    if not any_lane(asked):
-        return trial
-    g = normal_gradient(memory.jacobian, memory.residual)
-    at = if_twice_differentiable(lambda: _curvature(problem, x, g, robust, bounded))
-    return trial if at is None else _newton_trial(problem, x, memory, at, trial, asked, noise, bounded)
+
+    def by_hessian(trial: _Trial) -> _Trial:
+        g = normal_gradient(memory.jacobian, memory.residual)
+        at = if_twice_differentiable(lambda: _curvature(problem, x, g, robust, bounded))
+        return trial if at is None else _newton_trial(problem, x, memory, at, trial, asked, noise, bounded)
+
+    return if_any(asked, by_hessian, trial)
 
 
 def _gauss_newton_trial(problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, bounded: bool) -> _Trial:
@@ -421,14 +430,17 @@ def _with_distance(
     """Record the distance from the solution, the length of the step without a region, in lanes that may end."""
     # A Gauss-Newton search may end with a long last step, cut by the region: measure the step without the region.
     looks = (ends | arrived) & ~ahead.by_hessian
-    if any_lane(looks):
-        step = _distance(problem, x, memory, progress, ends, bounded)
-        progress = progress._replace(step=torch.where(looks, step, progress.step))
-    looks = arrived & ahead.by_hessian
-    if any_lane(looks):
-        step = _whole_distance(problem, x, memory, progress, robust, bounded)
-        progress = progress._replace(step=torch.where(looks, torch.maximum(step, progress.step), progress.step))
-    return progress
+
+    def look(step: Tensor) -> Tensor:
+        return torch.where(looks, _distance(problem, x, memory, progress, ends, bounded), step)
+
+    looks_far = arrived & ahead.by_hessian
+
+    def look_far(step: Tensor) -> Tensor:
+        whole = _whole_distance(problem, x, memory, progress, robust, bounded)
+        return torch.where(looks_far, torch.maximum(whole, step), step)
+
+    return progress._replace(step=if_any(looks_far, look_far, if_any(looks, look, progress.step)))
 
 
 def _distance(

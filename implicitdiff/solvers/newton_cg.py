@@ -13,10 +13,11 @@ from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff._torch.trees import P, X
+from implicitdiff.solvers._loop.control import repeat
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import MAX_PRODUCTS, NewtonStep, objective_newton_step
 from implicitdiff.solvers._loop.options import SolverOptions, check_count, solver_factory
-from implicitdiff.solvers._loop.problem import BatchedProblem, VectorMap, any_lane, row_dot, row_norm, safe_divide
+from implicitdiff.solvers._loop.problem import BatchedProblem, VectorMap, row_dot, row_norm, safe_divide, select
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
@@ -131,30 +132,50 @@ def _truncated_newton_direction(
 ) -> Tensor:
     """Run conjugate gradients from zero; a lane stops at its target or at a curvature that is not positive. The last
     step then uses the absolute value of the curvature, so that iterates leave a saddle."""
-    d, r, p, rr = torch.zeros_like(grad), grad, -grad, row_dot(grad, grad)
-    stiffest = torch.zeros_like(rr)
-    for count in range(limit):
+
+    def advance(cg: _Cg, *, is_first: bool = False) -> _Cg:
+        d, r, p, rr, stiffest, active = cg
         image = product(p)
         curvature = row_dot(p, image)
         # A curvature of rounding size relative to the stiffest direction counts as zero.
         stiffest = torch.maximum(stiffest, safe_divide(row_norm(image), row_norm(p)))
         rounding = 4 * eps * stiffest * row_dot(p, p)
         positive = active & (curvature > rounding)
-        if count == 0:
+        if is_first:
             # A first direction without positive curvature: steepest descent.
             d = torch.where(positive[:, None], d, _downhill(p, rr, curvature))
-        bends = positive if count == 0 else active & (curvature.abs() > rounding)
+        bends = positive if is_first else active & (curvature.abs() > rounding)
         a = torch.where(bends, safe_divide(rr, curvature.abs()), 0.0)[:, None]
-        d, r = d + a * p, r + a * image
-        # After a step along negative curvature a lane stops.
-        active = positive & (row_norm(r) > target)
-        if not any_lane(active):
-            break
+        d, r = select(bends, d + a * p, d), r + a * image
         new_rr = row_dot(r, r)
         # Fletcher and Reeves' coefficient for the next conjugate direction.
         p = safe_divide(new_rr, rr)[:, None] * p - r
-        rr = new_rr
-    return d
+        # After a step along negative curvature a lane stops.
+        return _Cg(d, r, p, new_rr, stiffest, positive & (row_norm(r) > target))
+
+    rr = row_dot(grad, grad)
+    cg = _Cg(torch.zeros_like(grad), grad, -grad, rr, torch.zeros_like(rr), active)
+    return repeat(advance, advance(cg, is_first=True), attrgetter("active"), limit - 1).d if limit else cg.d
+
+
+class _Cg(NamedTuple):
+    """Conjugate gradients after some products.
+
+    Attributes:
+        d: the step.
+        r: the residual ``H d + g``.
+        p: the next direction.
+        rr: ``r'r``.
+        stiffest: the largest ``|H p| / |p|`` so far.
+        active: the lanes that have not stopped.
+    """
+
+    d: Tensor
+    r: Tensor
+    p: Tensor
+    rr: Tensor
+    stiffest: Tensor
+    active: Tensor
 
 
 def _downhill(p: Tensor, rr: Tensor, curvature: Tensor) -> Tensor:

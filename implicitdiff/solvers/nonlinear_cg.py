@@ -13,10 +13,11 @@ from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 from implicitdiff._torch.trees import P, X
+from implicitdiff.solvers._loop.control import if_any
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, objective_newton_step
 from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, safe_divide, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_dot, row_norm, safe_divide, select
 from implicitdiff.solvers._loop.solver import Solver, make_solver
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
@@ -142,12 +143,15 @@ def _step(
     # Restart unless consecutive gradients are nearly orthogonal and the new direction descends.
     conjugate = row_dot(point.grad, g).abs() < _CONJUGATE * row_dot(point.grad, point.grad)
     new_direction = select(conjugate & (row_dot(new_direction, point.grad) < 0) & ~failed, new_direction, -point.grad)
-    first_step = point.step
-    if any_lane(failed):
+
+    def restart(carry: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        status, first_step = carry
         # A failure along steepest descent cannot be helped by a restart.
         steepest = (d == -g).all(dim=1)
         status = torch.where(failed & steepest, int(Status.LINE_SEARCH_FAILED), status)
-        first_step = torch.where(failed, unit_step(g), first_step)
+        return status, torch.where(failed, unit_step(g), first_step)
+
+    status, first_step = if_any(failed, restart, (status, point.step))
     new = NonlinearCgMemory(**fields_at(memory, point), direction=new_direction, first_step=first_step)
     progress = state.progress.fallen(value_fell(problem, memory, point))
     return point.x, state._replace(error=row_norm(point.grad), status=status, progress=progress, memory=new)

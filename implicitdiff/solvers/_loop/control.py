@@ -23,7 +23,7 @@ from implicitdiff.solvers._loop.problem import any_lane
 CarryT = TypeVar("CarryT")
 
 
-class Recorder(Protocol):
+class BranchRecorder(Protocol):
     """The record of a step, which takes branches and loops in the place of their execution."""
 
     def if_any(self, flag: Tensor, then: Callable[[CarryT], CarryT], carry: CarryT) -> CarryT: ...
@@ -34,14 +34,14 @@ class Recorder(Protocol):
 
 
 class _Slot(threading.local):
-    recorder: Recorder | None = None
+    recorder: BranchRecorder | None = None
 
 
 _slot = _Slot()
 
 
 @contextmanager
-def recorded_by(recorder: Recorder | None) -> Iterator[None]:
+def recorded_by(recorder: BranchRecorder | None) -> Iterator[None]:
     """Hand the branches and loops of this thread to a recorder; None: execute them."""
     before, _slot.recorder = _slot.recorder, recorder
     try:

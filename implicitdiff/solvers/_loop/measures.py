@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from implicitdiff.solvers._loop.control import if_any
 from implicitdiff.solvers._loop.equations import Composite, RowResidual
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, scattered_signs, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, scattered_signs, select
 
 
 def precision(eps: float) -> float:
@@ -32,16 +35,26 @@ def change_with_x(
 
     # Lengths of the differences: ``eps^(1/2)`` balances truncation and rounding.
     long, far, near = (problem.eps**power for power in (1 / 3, 1 / 2, 2 / 3))
-    difference = slope(far)
-    for step in (-far, near, -near):
-        outside = ~torch.isfinite(difference).all(dim=-1)
-        if not any_lane(outside):
-            break
-        difference = select(outside, slope(step), difference)
-    if not (is_guess and any_lane(row_norm(here) <= precision(problem.eps) * row_norm(difference))):
+    difference = _inside_domain(slope, slope(far), (-far, near, -near))
+    if not is_guess:
         return difference
-    other = slope(long)
-    return select(row_norm(other) < row_norm(difference), other, difference)
+    accepts = row_norm(here) <= precision(problem.eps) * row_norm(difference)
+
+    def with_long(difference: Tensor) -> Tensor:
+        other = slope(long)
+        return select(accepts & (row_norm(other) < row_norm(difference)), other, difference)
+
+    return if_any(accepts, with_long, difference)
+
+
+def _inside_domain(slope: Callable[[float], Tensor], difference: Tensor, others: tuple[float, ...]) -> Tensor:
+    """Return the difference quotient, of another length in lanes where the quotient is not finite."""
+    if not others:
+        return difference
+    outside = ~torch.isfinite(difference).all(dim=-1)
+    return if_any(
+        outside, lambda d: _inside_domain(slope, select(outside, slope(others[0]), d), others[1:]), difference
+    )
 
 
 def composite_size(problem: BatchedProblem, x: Tensor, gradient: Tensor) -> Tensor:
@@ -66,14 +79,16 @@ def solution_scale(
     size = row_norm(change_with_x(problem.residual, problem, x, here)) if size is None else size
     # Negated, so that a size of nan counts as small.
     small = ~(size > 100 * error)
-    if not any_lane(small):
-        return size, ~small
-    # Limit the move to that of `change_with_x`, which stays in the domain, unless that move is negligible.
-    # A move of length ``eps^(1/2) |x|``, if shorter than ``eps^(1/2) |back|``.
-    ratio = (row_norm(x) / row_norm(back)).nan_to_num(nan=1.0).clamp(max=1.0)
-    step = step * torch.where(ratio < problem.eps ** (1 / 4), 1.0, ratio)
-    way = row_norm(problem.residual(problem, x + step[:, None] * back) - here) / step
-    return torch.where(small, torch.fmax(size, problem.eps ** (1 / 6) * way), size), ~small
+
+    def with_distance(size: Tensor) -> Tensor:
+        # Limit the move to that of `change_with_x`, which stays in the domain, unless that move is negligible.
+        # A move of length ``eps^(1/2) |x|``, if shorter than ``eps^(1/2) |back|``.
+        ratio = (row_norm(x) / row_norm(back)).nan_to_num(nan=1.0).clamp(max=1.0)
+        length = step * torch.where(ratio < problem.eps ** (1 / 4), 1.0, ratio)
+        way = row_norm(problem.residual(problem, x + length[:, None] * back) - here) / length
+        return torch.where(small, torch.fmax(size, problem.eps ** (1 / 6) * way), size)
+
+    return if_any(small, with_distance, size), ~small
 
 
 def rounding_floor(residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Tensor) -> Tensor:

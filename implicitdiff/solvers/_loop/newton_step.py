@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from implicitdiff.solvers._loop.control import if_any, repeat
 from implicitdiff.solvers._loop.problem import (
     BatchedProblem,
     ResultT,
     VectorMap,
-    any_lane,
     row_dot,
     row_norm,
     safe_divide,
     scattered_signs,
+    select,
 )
 from implicitdiff.solvers._loop.state import ObjectiveMemory
 
@@ -78,11 +80,15 @@ def objective_newton_step(
     terms = torch.minimum(row_norm(x) * step.size, memory.magnitude)
     # Spend an evaluation only if the answer matters: a long step with a gain near rounding.
     doubtful = counts & (row_norm(step.d) > problem.eps ** (2 / 5) * row_norm(x)) & (gain <= problem.eps**0.5 * terms)
-    if any_lane(doubtful):
+
+    def beyond_rounding(counts: Tensor) -> Tensor:
         # Measure the rounding of the objective: the change of its value if every unknown moves by 4 units in the last
         # place.
         moved = problem.fn(x.detach() + 4 * problem.eps * scattered_signs(x) * x.detach())[:, 0].detach()
-        counts = counts & ~(doubtful & (gain <= 16.0 * (moved - value).abs()))
+        resolved: Tensor = counts & ~(doubtful & (gain <= 16.0 * (moved - value).abs()))
+        return resolved
+
+    counts = if_any(doubtful, beyond_rounding, counts)
     return step._replace(promises=promises, counts=counts)
 
 
@@ -111,12 +117,9 @@ def truncated_cg(
         products: bound on the number of products.
         eps: machine epsilon of the objective's values.
     """
-    d, r, z = torch.zeros_like(grad), grad, precondition(grad)
-    p, rz = -z, row_dot(grad, z)
-    gain, stiffest = torch.zeros_like(rz), torch.zeros_like(rz)
-    bends_down = torch.zeros_like(rz, dtype=torch.bool)
-    active = (rz > 0) & torch.isfinite(rz)
-    for _ in range(products):
+
+    def advance(cg: _Preconditioned) -> _Preconditioned:
+        d, r, p, rz, gain, stiffest, bends_down, active = cg
         image = product(p)
         curvature = row_dot(p, image)
         stiffest = torch.maximum(stiffest, safe_divide(row_norm(image), row_norm(p)))
@@ -131,9 +134,49 @@ def truncated_cg(
         rz, before = row_dot(r, z), rz
         # Stop a lane after a step along negative curvature: conjugate gradients assume a positive definite matrix.
         active = bends & (curvature > 0) & (rz > 0) & torch.isfinite(rz)
-        if not any_lane(active):
-            break
         p = safe_divide(rz, before)[:, None] * p - z
+        return _Preconditioned(d, r, p, rz, gain, stiffest, bends_down, active)
+
+    def again(cg: _Preconditioned) -> _Preconditioned:
+        # In a lane that has stopped ``p`` may be infinite, and ``0 * inf`` is nan.
+        new = advance(cg)
+        return new._replace(d=select(cg.active, new.d, cg.d), gain=select(cg.active, new.gain, cg.gain))
+
+    cg = _at_zero(grad, precondition(grad))
+    if products:
+        cg = repeat(again, advance(cg), attrgetter("active"), products - 1)
     # One more product: ``|H x|``, the scale of the residual test, without a difference.
     size = row_norm(product(x))
-    return NewtonStep(x, d, gain > 0, gain > 0, size, bends_down), gain
+    return NewtonStep(x, cg.d, cg.gain > 0, cg.gain > 0, size, cg.bends_down), cg.gain
+
+
+class _Preconditioned(NamedTuple):
+    """Preconditioned conjugate gradients after some products.
+
+    Attributes:
+        d: the step.
+        r: the residual ``H d + g``.
+        p: the next direction.
+        rz: ``r'z`` with the preconditioned residual ``z``.
+        gain: the gain that the model predicts for ``d``.
+        stiffest: the largest ``|H p| / |p|`` so far.
+        bends_down: True if a curvature was negative beyond rounding.
+        active: the lanes that have not stopped.
+    """
+
+    d: Tensor
+    r: Tensor
+    p: Tensor
+    rz: Tensor
+    gain: Tensor
+    stiffest: Tensor
+    bends_down: Tensor
+    active: Tensor
+
+
+def _at_zero(grad: Tensor, z: Tensor) -> _Preconditioned:
+    """Return conjugate gradients before the first product."""
+    rz = row_dot(grad, z)
+    zero, no = torch.zeros_like(rz), torch.zeros_like(rz, dtype=torch.bool)
+    active = (rz > 0) & torch.isfinite(rz)
+    return _Preconditioned(torch.zeros_like(grad), grad, -z, rz, gain=zero, stiffest=zero, bends_down=no, active=active)

@@ -3,13 +3,14 @@ step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, safe_divide, select, vecmat
+from implicitdiff.solvers._loop.control import if_any
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_dot, safe_divide, select, vecmat
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.backtracking import TrialPoint, backtrack
@@ -113,11 +114,14 @@ def try_dogleg(
         new_x = x + s / D
         new_r = problem.fn(new_x)
         known = torch.isfinite(new_r).all(dim=-1)
-        if any_lane(~known):
+
+        def inside(new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             # Evaluate again without the points outside of the domain: ``0 * inf`` in the backward of a masked value is
             # nan.
-            new_x = select(known, new_x, x)
-            new_r = select(known, new_r, r) if problem.plain else problem.fn(new_x)
+            new_x = select(known, new[0], x)
+            return new_x, select(known, new[1], r) if problem.plain else problem.fn(new_x)
+
+        new_x, new_r = if_any(~known, inside, (new_x, new_r))
         # ``(|r|^2 - |new_r|^2) / 2`` as a product, without cancellation.
         gain = torch.where(known, 0.5 * row_dot(r - new_r, r + new_r), -torch.inf)
         promised = safe_divide(path.gain(path.full), 0.5 * row_dot(r, r))
@@ -140,7 +144,7 @@ def finish_step(
     trial: Trial,
     radius: Tensor,
     accepted: Tensor,
-    at_trial: tuple[Tensor, ...],
+    at_trial: Sequence[Tensor],
 ) -> tuple[Tensor, State[DoglegMemory]]:
     """Return the next point and state, without the error; lanes without further acceptable steps get the status
     LINE_SEARCH_FAILED.

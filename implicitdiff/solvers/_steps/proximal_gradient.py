@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicitdiff.solvers._loop.control import if_any
 from implicitdiff.solvers._loop.equations import Composite
 from implicitdiff.solvers._loop.measures import change_with_x, composite_size
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import check_number
-from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_dot, row_norm, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_dot, row_norm, select, select_tree
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.backtracking import GROWTH, TrialPoint, backtrack, lies_below
@@ -146,13 +147,15 @@ def _accelerate(
     ahead = new_x + ((t - 1.0) / next_t)[:, None] * (new_x - x)
     value, grad = problem.fn.value_and_grad(ahead)
     outside = ~(torch.isfinite(value) & torch.isfinite(grad).all(dim=-1))
-    if any_lane(outside):
-        # The extrapolated point may leave the domain although all iterates are inside: restart the momentum.
+
+    def restart(moved: ProximalGradientMemory) -> ProximalGradientMemory:
         if not problem.plain:
             # Evaluate again without the points outside: ``0 * inf`` in the backward of a masked value is nan.
-            ahead = select(outside, new_x, ahead)
-            value, grad = problem.fn.value_and_grad(ahead)
-        pairs = ((new_x, ahead), (new.value, value), (new.grad, grad))
-        ahead, value, grad = (select(outside, inside, out) for inside, out in pairs)
-        next_t = torch.where(outside, 1.0, next_t)
-    return new._replace(point=ahead, value=value, grad=grad, momentum=next_t)
+            inside = select(outside, new_x, moved.point)
+            value, grad = problem.fn.value_and_grad(inside)
+            moved = moved._replace(point=inside, value=value, grad=grad)
+        restarted: ProximalGradientMemory = select_tree(outside, new._replace(momentum=torch.ones_like(next_t)), moved)
+        return restarted
+
+    # The extrapolated point may leave the domain although all iterates are inside: restart the momentum.
+    return if_any(outside, restart, new._replace(point=ahead, value=value, grad=grad, momentum=next_t))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 import implicitdiff.solvers._steps.trust_region as _trust_region
 from implicitdiff.solvers._loop.bounds import Limits
-from implicitdiff.solvers._loop.problem import any_lane, select, vecmat
+from implicitdiff.solvers._loop.control import if_any, repeat
+from implicitdiff.solvers._loop.problem import select, vecmat
 from implicitdiff.solvers._steps.least_squares import damped
 from implicitdiff.solvers._steps.trust_region import length
 
@@ -19,34 +23,56 @@ def step_in_region(J: Tensor, r: Tensor, D: Tensor, radius: Tensor, eps: float) 
     """Return ``argmin |r + J d|`` within ``|D d| <= radius``, the weights ``lambda D^2`` of the equivalent damped
     problem, and the step without the region."""
     weights = least_weights(J, D.square(), eps)
-    d = whole = damped(J, r, weights)
+    whole = damped(J, r, weights)
     size = length(D * whole)
     # As in MINPACK, a step up to 10 % longer than the radius is taken whole.
     beyond = size > 1.1 * radius
-    if any_lane(beyond):
-        damping = _trust_region.multiplier(J / D[:, None], r, torch.where(beyond, radius, 0.5 * size))
+
+    def shorten(step: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        d, weights = step
+        # A lane inside of the region gets any positive radius: no nan may reach its derivative.
+        inner = torch.where(size > 0, 0.5 * size, 1.0)
+        damping = _trust_region.multiplier(J / D[:, None], r, torch.where(beyond, radius, inner))
         weights = select(beyond, damping[:, None] * D.square(), weights)
-        d = select(beyond, damped(J, r, weights), d)
+        return select(beyond, damped(J, r, weights), d), weights
+
+    d, weights = if_any(beyond, shorten, (whole, weights))
     return d, weights, whole
 
 
 def end_in_box(limits: Limits, x: Tensor, r: Tensor, J: Tensor, g: Tensor, weights: Tensor) -> Tensor:
     """Return the end of the damped step in a box. Unknowns that would leave the box are moved to their bounds, and the
     step of the others is solved again."""
-    held = limits.held(x, g)
-    trial = x
-    for _ in range(min(x.shape[-1], _MAX_ROUNDS_IN_BOX)):
+
+    def solve(end: _End) -> _End:
+        trial, held, out = end
+        held = held | out
         # The unknowns at their bounds contribute ``J (trial - x)`` to the residual of the others.
         there = vecmat(torch.where(held, trial - x, 0.0), J.mT)
         step = damped(torch.where(held[:, None], 0.0, J), r + there, weights)
         aim = torch.where(held, trial, x + step)
-        trial = limits.clip(aim)
-        # Each round fixes the unknowns that would leave the box; the loop ends when no unknown does.
-        out = ~held & ((aim > limits.upper) | (aim < limits.lower))
-        if not any_lane(out):
-            break
-        held = held | out
-    return trial
+        return _End(limits.clip(aim), held, ~held & ((aim > limits.upper) | (aim < limits.lower)))
+
+    rounds, held = min(x.shape[-1], _MAX_ROUNDS_IN_BOX), limits.held(x, g)
+    if not rounds:
+        return x
+    # Each round fixes the unknowns that would leave the box; the loop ends when no unknown does.
+    first = solve(_End(x, held, torch.zeros_like(held)))
+    return repeat(solve, first, attrgetter("out"), rounds - 1).trial
+
+
+class _End(NamedTuple):
+    """The end of a step in a box.
+
+    Attributes:
+        trial: the end.
+        held: the unknowns that the step does not move.
+        out: the unknowns that the step has moved to their bounds.
+    """
+
+    trial: Tensor
+    held: Tensor
+    out: Tensor
 
 
 def least_weights(J: Tensor, scale: Tensor, eps: float) -> Tensor:

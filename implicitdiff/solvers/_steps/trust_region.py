@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import implicitdiff.solvers._loop.control as _control
 from implicitdiff._implicit.operators import Dims
 from implicitdiff._implicit.primitive import Problem, solve_problem
 from implicitdiff._torch.trees import Leaves
 from implicitdiff.solvers._loop.options import check_number
-from implicitdiff.solvers._loop.problem import any_lane, largest_entry, row_dot, safe_divide
+from implicitdiff.solvers._loop.problem import largest_entry, row_dot, safe_divide
 from implicitdiff.solvers._steps.least_squares import damped
 
 MIN_GAIN_RATIO = 1e-4
@@ -101,10 +102,13 @@ class _Multiplier(Problem):
         # ``A'A`` squares the condition number: singular values below ``sqrt(eps) |A|`` are lost, and a small multiplier
         # depends on them. Repeat with the singular values of ``A``.
         lost = damping < 1e-8 * values[..., -1]
-        if any_lane(lost & known):
+
+        def by_singular_values(damping: Tensor) -> Tensor:
             U, S, _ = torch.linalg.svd(A, full_matrices=False)
             exact = _newton_for_multiplier(S.square(), S * (U.mT @ r[..., None])[..., 0], radius)
-            damping = torch.where(lost, exact, damping)
+            return torch.where(lost, exact, damping)
+
+        damping = _control.if_any(lost & known, by_singular_values, damping)
         return [torch.where(known, damping, torch.nan).to(theta[0].dtype)]
 
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
@@ -133,14 +137,18 @@ def _newton_for_multiplier(values: Tensor, part: Tensor, radius: Tensor) -> Tens
     eps = torch.finfo(values.dtype).eps
     # Start next to the pole at 0, left of the solution.
     damping = eps**2 * values.amax(dim=-1)
-    for _ in range(_MAX_NEWTON_STEPS):
+
+    def next_to(damping: Tensor) -> Tensor:
         poles = values + damping[..., None]
         s = torch.where(part == 0, 0.0, part / poles)
         size = length(s)
         step = (size / radius - 1.0) / ((s / size[..., None]).square() / poles).sum(dim=-1)
-        new = torch.where(step > 0, damping + step, damping)
-        # Monotone iterates: stop when no lane increases.
-        if not any_lane(new > damping * (1.0 + 4.0 * eps)):
-            break
-        damping = new
-    return damping
+        return torch.where(step > 0, damping + step, damping)
+
+    # Monotone iterates: stop when no lane increases.
+    return _control.repeat(
+        lambda both: (both[1], next_to(both[1])),
+        (damping, next_to(damping)),
+        lambda both: both[1] > both[0] * (1.0 + 4.0 * eps),
+        _MAX_NEWTON_STEPS,
+    )[0]
