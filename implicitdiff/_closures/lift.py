@@ -342,8 +342,7 @@ def _run_watched(
         ):
             result = fn(*arguments.unflatten(aliases))
     # A result may be a captured tensor itself, which no operation has received.
-    for tensor in pytree.tensors(result):
-        watch.program.origin_of(tensor)
+    watch.program.results = [watch.program.origin_of(tensor) for tensor in pytree.tensors(result)]
     # The state of the generator shows all draws, including draws in compiled code that no mode sees.
     if _switches.random_state() != random_state:
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch.overrides import TorchFunctionMode
 
+import implicitdiff._torch.context as _context
 import implicitdiff._torch.functions as _functions
 import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.switches as _switches
@@ -100,6 +101,7 @@ class Watch(OwnMode):
         with _switches.no_modes():
             arguments = program.compared_arguments(args, kwargs)
             is_sparse = program.has_sparse and have_sparse(args, kwargs)
+            program.has_dispatch_mode = program.has_dispatch_mode or _context.in_dispatch_mode()
         is_exchanged = func in EXCHANGED
         self.exchanges = self.exchanges or is_exchanged
         if is_sparse:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 
 import implicitdiff._torch.context as _context
 import implicitdiff._torch.levels as _levels
+import implicitdiff._torch.messages as _messages
 import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.trees import Leaves
@@ -30,6 +32,12 @@ Origin = tuple[str | int, ...]
 contains no other tuples: lists replace the tuples among arguments."""
 RecordedOperation = tuple[object, Sequence[object], Mapping[str, object]]
 """``(function, arguments, keyword arguments)``; the function is a `Program` for a function passed to a solver."""
+
+
+class Opaque(Enum):
+    """Stands for an object that has no comparison by value."""
+
+    OPAQUE = "an object"
 
 
 class Program:
@@ -42,7 +50,13 @@ class Program:
         silent: the number of running library calls. A library call counts as one operation, so the operations inside
             are not recorded.
         has_sparse: whether a sparse tensor occurred.
+        has_dispatch_mode: whether an operation ran under a TorchDispatchMode, which may change its result.
         aliases: origins that stand for the same tensor as another origin.
+        read_at: the line that handed the value of a tensor to Python, as by `Tensor.item`, for a message; None if none
+            did.
+        results: the origins of the tensors in the result of the function.
+        wrappers: the origin of each tensor that a transform inside the function wraps, with the dimension that a vmap
+            takes, in each layer.
         borrowed: arrays whose memory other code may write to, with checksums, by id.
     """
 
@@ -55,7 +69,11 @@ class Program:
         self.is_recording = torch.is_grad_enabled()
         self.silent = 0
         self.has_sparse = False
+        self.read_at: str | None = None
+        self.has_dispatch_mode = False
         self.aliases: dict[Origin, Origin] = {}
+        self.results: list[Origin] = []
+        self.wrappers: list[tuple[Origin | int, ...]] = []
         self.borrowed: dict[int, tuple[npt.NDArray[Any], list[object]]] = {}
         self._origins: dict[int, Origin] = {}
         self._hidden: dict[int, weakref.ref[torch.Tensor]] = {}
@@ -98,8 +116,11 @@ class Program:
             return
         # Operations that return None, such as `__setitem__`, write in place. Operations without a tensor among their
         # results, such as queries of shapes, are not recorded.
-        if made or (result is None and getattr(function, "__name__", "") not in _SWITCHES):
+        name = getattr(function, "__name__", "")
+        if made or (result is None and name not in _SWITCHES):
             self._note(function, arguments)
+        if not made and name in _READERS and self.read_at is None:
+            self.read_at = _messages.line_of_user()
         for k, tensor in enumerate(made):
             self._add_result(tensor, ("result", len(self.operations), k))
 
@@ -126,15 +147,18 @@ class Program:
             return ("constant", id(tensor))
         # A transform inside the function wraps its arguments without a call of a torch function. Look for the origin of
         # the wrapped tensor.
+        dims = []
         while not self._knows(tensor) and _levels.level(tensor) > self.depth:
+            dims.append(_levels.batch_dim(tensor))
             tensor = _levels.unwrap(tensor)
-        if self._knows(tensor):
-            return self._origins.get(id(tensor), _HIDDEN)
-        if id(tensor) not in self.outside:
+        origin = self._origins.get(id(tensor), _HIDDEN) if self._knows(tensor) else ("constant", id(tensor))
+        if dims:
+            self.wrappers.append((origin, *dims))
+        if origin[0] == "constant" and id(tensor) not in self.outside:
             self.outside[id(tensor)] = (tensor, version(tensor))
             self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
             self._note_borrowed(_levels.base(tensor))
-        return ("constant", id(tensor))
+        return origin
 
     def _note(self, function: object, arguments: tuple[Sequence[object], Mapping[str, object]]) -> None:
         self.operations.append((function, *arguments))
@@ -174,7 +198,7 @@ class Program:
     def _as_compared(self, value: object) -> object:
         """Return an argument in the form in which programs are compared: origins for tensors, lists for tuples.
 
-        None stands for objects without a comparison by value.
+        `OPAQUE` stands for objects without a comparison by value.
         """
         if isinstance(value, torch.Tensor):
             return self.origin_of(value)
@@ -188,11 +212,11 @@ class Program:
         if isinstance(value, slice):
             return ["slice", *map(self._as_compared, (value.start, value.stop, value.step))]
         if isinstance(value, np.ndarray):
-            return ["array", value.shape.__repr__(), str(value.dtype), self._borrow(value)]
+            return ["array", value.shape.__repr__(), str(value.dtype), self._borrow(value), value.nbytes]
         if isinstance(value, torch.Generator):
             with _switches.no_levels(), _switches.no_modes():
                 return ["generator", value.get_state().numpy().tobytes()]
-        return value if isinstance(value, (int, float, complex, str, np.generic)) else None
+        return value if isinstance(value, (int, float, complex, str, np.generic)) else OPAQUE
 
     # --- memory that other code may write to --------------------------------------------------------------------------
 
@@ -280,12 +304,19 @@ class _Comparison:
 
 
 _HIDDEN: Origin = ("result", -1, 0)
+OPAQUE = Opaque.OPAQUE
 _PLAIN_TYPES = {int, float, bool, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout}
 _PLAIN_TYPES |= {torch.memory_format}
 # Keyword arguments of `torch.autograd.grad` that do not change its result.
 _GRAPH_OPTIONS = ("create_graph", "retain_graph")
 # Functions without a result that set a state of torch or of a tensor, or run a backward pass.
 _SWITCHES = ("_set_grad_enabled", "backward", "__set__")
+# Functions that hand values of tensors to Python.
+_READER_NAMES = (
+    "item __bool__ __float__ __int__ __index__ __complex__ __contains__ tolist numpy __array__ data_ptr equal allclose "
+    "is_nonzero __dlpack__"
+)
+_READERS = frozenset(_READER_NAMES.split())
 
 
 def _tensors_in(result: object) -> Leaves:
@@ -342,6 +373,11 @@ def _as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any] | None:
         return tensor.numpy()
     except (TypeError, RuntimeError):
         return None
+
+
+def is_exact(found: list[Any], size: int) -> bool:
+    """Return whether a checksum tells all `size` bytes of an array: each stretch is then a single word."""
+    return sum(map(len, found)) == size
 
 
 def checksum(array: npt.NDArray[Any]) -> list[object]:

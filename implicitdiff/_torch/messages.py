@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dis
 import itertools
+import traceback
+from pathlib import Path
 from types import BuiltinMethodType, FrameType, MethodType
+
+import torch
 
 
 def untransformable(error: RuntimeError) -> str | None:
@@ -87,3 +91,14 @@ _UNTRANSFORMABLE = {
         "hooks of saved tensors, which torch.func cannot transform (torch.utils.checkpoint uses them): remove them"
     ),
 }
+
+
+_OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
+def line_of_user() -> str:
+    """Return the line outside of this library and of torch that is running, for a message."""
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith(_OWN_FOLDERS):
+            return f", at {frame.filename}:{frame.lineno}: {frame.line}"
+    return ""

@@ -116,6 +116,54 @@ def distributed_tensors_are_of_a_class_of_tensors(distributed: Any) -> None:
     assert callable(distributed.to_local)
 
 
+# --- operations below autograd ----------------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+
+
+@canary("._cdata")
+def storages_have_an_address(name: str) -> None:
+    x, y = plain(), plain()
+    first, view, other = (getattr(t.untyped_storage(), name) for t in (x, x[0].detach(), y))
+    assert int(first) == int(view) != int(other)
+
+
+@canary("torch._ops.OpOverloadPacket")
+def an_overload_knows_its_packet(packet: Any) -> None:
+    assert isinstance(aten.add, packet)
+    assert aten.add.Tensor.overloadpacket is aten.add
+    assert aten.add._qualified_op_name == "aten::add"
+
+
+@canary("torch._ops.OpOverload")
+def operations_know_what_they_do(operation: Any) -> None:
+    for each in (aten.add.Tensor, aten.add_.Tensor, aten.view.default, aten.dropout.default, aten.squeeze_.dim):
+        assert isinstance(each, operation)
+    assert not isinstance(aten.add, operation)
+    assert (aten.add_.Tensor._schema.name, aten.add_.Tensor._overloadname) == ("aten::add_", "Tensor")
+    assert aten.add_.Tensor._schema.is_mutable
+    assert not aten.add.Tensor._schema.is_mutable
+    assert aten.add.Tensor._schema.returns[0].alias_info is None
+    assert aten.add_.Tensor._schema.returns[0].alias_info.is_write
+    assert not aten.view.default._schema.returns[0].alias_info.is_write
+
+
+@canary("torch._ops.HigherOrderOperator")
+def functions_of_autograd_are_applied_by_an_operator(operator: Any) -> None:
+    assert not isinstance(torch.sin, operator)
+    with Seen() as mode:
+        grad(lambda x: Twice.apply(x).sum())(plain())
+    assert any(isinstance(function, operator) for function in mode.functions)
+
+
+@canary("torch._decomp.decomposition_table.get")
+def operations_are_computed_by_simpler_ones(get: Any) -> None:
+    parts = get(aten.addcmul.default)
+    x = plain()
+    torch.testing.assert_close(parts(x, x, x, value=2.0), x + 2.0 * x * x)
+    assert get(aten._linalg_eigh.default) is None
+
+
 # --- trees ----------------------------------------------------------------------------------------------------------
 
 TREES = "torch.utils._pytree."

@@ -1,0 +1,1 @@
+"""Recorded loops: one step of a search as a tape of instructions, run by the compiled machine."""

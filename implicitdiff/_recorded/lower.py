@@ -1,0 +1,330 @@
+"""The code of the compiled machine for a `Tape`: what runs once, where buffers lie, how instructions are spelt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+
+from implicitdiff._recorded.simplify import simplified
+from implicitdiff._recorded.tape import (
+    Buffer,
+    Instruction,
+    Jump,
+    Kind,
+    Label,
+    NotRecordableError,
+    Reference,
+    Tape,
+    TapeItem,
+)
+
+_MAX_ARENA = 2**23
+"""Bound on the elements of the memory of a block."""
+_SPELT = (
+    "COPY ADD SUB MUL DIV POW ATAN2 HYPOT MAXIMUM MINIMUM FMAX FMIN REMAINDER FMOD FLOOR_DIVIDE COPYSIGN EQ NE LT LE "
+    "GT GE AND OR XOR MATMUL",
+    "SUM PROD AMAX AMIN ANY ALL ARGMAX ARGMIN NORM SORT SORT_DESCENDING GATHER SCATTER SCATTER_ADD CUMSUM CUMPROD",
+    "MATMUL LU LU_SOLVE CHOLESKY SOLVE_LOWER SOLVE_UPPER SOLVE_UNIT_LOWER SOLVE_UNIT_UPPER QR APPLY_Q "
+    "APPLY_Q_TRANSPOSED EIGH SVD",
+)
+# Inputs of the first may lie outside of a block's memory. The last dimension of the second and all dimensions of the
+# third have a meaning each, so that they are not merged.
+_TAKES_SHARED, _REDUCTIONS, _MATRICES = (frozenset(names.split()) for names in _SPELT)
+
+
+class Code(NamedTuple):
+    """The arguments of the machine.
+
+    Attributes:
+        instructions: each a list of integers.
+        entry: the number of instructions that run once for each thread.
+        step: the index of the first instruction of an iteration.
+        arena: the number of elements of a block's memory.
+        offsets: the places of the operands, of the carried tensors, and of the flags.
+        constants: the numbers known while recording, the first shared array.
+    """
+
+    instructions: list[list[int]]
+    entry: int
+    step: int
+    arena: int
+    offsets: dict[Buffer, int]
+    constants: torch.Tensor
+
+
+def lower(
+    tape: Tape,
+    operands: Sequence[Buffer],
+    carried: Sequence[Buffer],
+    flags: Sequence[Buffer],
+    first: Sequence[Instruction],
+    names: Sequence[str],
+) -> Code:
+    """Return the code of a tape.
+
+    Args:
+        tape: the tape of one iteration, with its `COMMIT` instructions.
+        operands: the buffers with a value for each lane.
+        carried: the buffers of the unknowns and the state.
+        flags: buffers that keep their place.
+        first: instructions that run before the first iteration.
+        names: the operations of the machine; the position is the code.
+    """
+    return _Lowering(tape, operands, carried, flags, first, names).code()
+
+
+@dataclass(eq=False)
+class _Lowering:
+    tape: Tape
+    operands: Sequence[Buffer]
+    carried: Sequence[Buffer]
+    flags: Sequence[Buffer]
+    first: Sequence[Instruction]
+    names: Sequence[str]
+    once: list[Instruction] = field(default_factory=list)
+    entry: list[Instruction] = field(default_factory=list)
+    constants: dict[Buffer, int] = field(default_factory=dict)
+    spread: dict[Buffer, Buffer] = field(default_factory=dict)
+    pooled: int = 0
+
+    def code(self) -> Code:
+        items = self._sections(_needed(simplified(self.tape.items), self.flags))
+        items = [self._with_local_inputs(i) if isinstance(i, Instruction) else i for i in items]
+        self.entry = [self._with_local_inputs(item) for item in (*self.entry, *self.first)]
+        fixed = chain(self.carried, self.operands, self.flags, _outputs(self.once), _outputs(self.entry))
+        offsets, top = {}, 0
+        for buffer in dict.fromkeys(fixed):
+            offsets[buffer] = top
+            top += buffer.size
+        top = _place_temporaries(items, self.tape.loops, offsets, top)
+        if top > _MAX_ARENA:
+            raise NotRecordableError(f"a step needs {8 * top} bytes for each problem")
+        values = [b.value.to(torch.float64) for b in self.constants if b.value is not None]
+        shared = torch.cat(values or [torch.zeros(1, dtype=torch.float64)])
+        spelt = _Spelling(self.names, offsets, self.constants)
+        first = len(self.once) + len(self.entry)
+        places, at = {}, first
+        for item in items:
+            if isinstance(item, Label):
+                places[item] = at
+            else:
+                at += 1
+        instructions = [spelt.instruction(i) for i in (*self.once, *self.entry)]
+        for item in items:
+            if isinstance(item, Jump):
+                instructions.append(spelt.jump(item, places))
+            elif isinstance(item, Instruction):
+                instructions.append(spelt.instruction(item))
+        return Code(instructions, len(self.once), first, top, offsets, shared)
+
+    def _sections(self, items: Sequence[TapeItem]) -> list[TapeItem]:
+        """Move instructions that do not depend on carried values out of the iteration; return the others."""
+        uniform: set[Buffer] = set()
+        fixed: set[Buffer] = set(self.operands)
+        left: list[TapeItem] = []
+        for item in items:
+            if not isinstance(item, Instruction) or item.scope or any(r.buffer.writes > 1 for r in item.outputs):
+                left.append(item)
+                continue
+            read = {r.buffer for r in item.inputs if r.buffer.kind not in (Kind.SHARED, Kind.CONSTANT)}
+            made = {r.buffer for r in item.outputs}
+            if made & set(self.flags):
+                left.append(item)
+            elif read <= uniform:
+                uniform |= made
+                self.once.append(self._with_local_inputs(item))
+            elif read <= uniform | fixed:
+                fixed |= made
+                self.entry.append(item)
+            else:
+                left.append(item)
+        return left
+
+    def _with_local_inputs(self, item: Instruction) -> Instruction:
+        """Return an instruction whose inputs lie where the machine takes them; copies are made once."""
+        if not any([r.buffer.kind in (Kind.SHARED, Kind.CONSTANT) for r in item.inputs]):
+            return item
+        inputs = []
+        for reference in item.inputs:
+            buffer = reference.buffer
+            if buffer.kind is Kind.CONSTANT:
+                buffer = self._pooled(buffer)
+                reference = reference._replace(buffer=buffer)
+            if buffer.kind in (Kind.SHARED, Kind.CONSTANT) and item.name not in _TAKES_SHARED:
+                reference = reference._replace(buffer=self._local(buffer))
+            inputs.append(reference)
+        return replace(item, inputs=tuple(inputs))
+
+    def _pooled(self, buffer: Buffer) -> Buffer:
+        if buffer not in self.constants:
+            self.constants[buffer] = self.pooled
+            self.pooled += buffer.size
+        return buffer
+
+    def _local(self, buffer: Buffer) -> Buffer:
+        if buffer not in self.spread:
+            new = Buffer(Kind.RESULT, buffer.size, writes=1)
+            self.spread[buffer] = new
+            source, target = (Reference(b, 0, (1,)) for b in (buffer, new))
+            self.once.append(Instruction("COPY", (buffer.size,), (target,), (source,)))
+        return self.spread[buffer]
+
+
+def _outputs(instructions: Iterable[Instruction]) -> list[Buffer]:
+    return [r.buffer for i in instructions for r in i.outputs]
+
+
+def _needed(items: Sequence[TapeItem], flags: Sequence[Buffer]) -> list[TapeItem]:
+    """Leave out the instructions whose results nothing reads."""
+    needed: set[Buffer] = set(flags)
+    while True:
+        kept: dict[TapeItem, None] = {}
+        for item in reversed(items):
+            if isinstance(item, Jump) and item.flag is not None:
+                needed.add(item.flag[0].buffer)
+            if not isinstance(item, Instruction):
+                kept[item] = None
+            elif item.name == "COMMIT" or any(r.buffer in needed for r in item.outputs):
+                kept[item] = None
+                needed.update(r.buffer for r in item.inputs)
+        # A loop reads at its beginning what was computed at its end, so go through the tape again.
+        left_out = [i for i in items if isinstance(i, Instruction) and i not in kept]
+        if not any(reference.buffer in needed for i in left_out for reference in i.outputs):
+            return list(kept)[::-1]
+
+
+def _place_temporaries(
+    items: Sequence[TapeItem], loops: Sequence[tuple[Label, Label]], offsets: dict[Buffer, int], top: int
+) -> int:
+    """Place the buffers of an iteration; buffers that are not needed at the same time share memory. Return the size."""
+    first: dict[Buffer, int] = {}
+    last: dict[Buffer, int] = {}
+    at_label: dict[Label, int] = {}
+    for at, item in enumerate(items):
+        if isinstance(item, Label):
+            at_label[item] = at
+        for reference in _references(item):
+            first.setdefault(reference.buffer, at)
+            last[reference.buffer] = at
+    # A value from before a loop is read again in the next round. Inner loops come first.
+    for begin, end in ((at_label[a], at_label[b]) for a, b in loops):
+        for buffer, start in first.items():
+            if start < begin <= last[buffer] < end:
+                last[buffer] = end
+    births: dict[int, list[Buffer]] = {}
+    deaths: dict[int, list[Buffer]] = {}
+    for buffer, start in first.items():
+        if buffer not in offsets and buffer.kind is Kind.RESULT:
+            births.setdefault(start, []).append(buffer)
+            deaths.setdefault(last[buffer], []).append(buffer)
+    free = _FreeMemory(top)
+    for at in range(len(items)):
+        for buffer in births.get(at, []):
+            offsets[buffer] = free.take(buffer.size)
+        for buffer in deaths.get(at, []):
+            free.give(offsets[buffer], buffer.size)
+    return free.top
+
+
+class _FreeMemory:
+    """Pieces of memory between `bottom` and `top` that are free."""
+
+    def __init__(self, bottom: int) -> None:
+        self.top = bottom
+        self.pieces: list[tuple[int, int]] = []
+
+    def take(self, size: int) -> int:
+        fitting = [(n, at) for at, n in self.pieces if n >= size]
+        if not fitting:
+            at, self.top = self.top, self.top + size
+            return at
+        n, at = min(fitting)
+        self.pieces.remove((at, n))
+        if n > size:
+            self.pieces.append((at + size, n - size))
+        return at
+
+    def give(self, at: int, size: int) -> None:
+        for piece in list(self.pieces):
+            if piece[0] + piece[1] == at or at + size == piece[0]:
+                self.pieces.remove(piece)
+                at, size = min(at, piece[0]), size + piece[1]
+        if size:
+            self.pieces.append((at, size))
+
+
+def _references(item: TapeItem) -> list[Reference]:
+    if isinstance(item, Instruction):
+        return [*item.outputs, *item.inputs]
+    if isinstance(item, Jump) and item.flag is not None:
+        return [item.flag[0]]
+    return []
+
+
+class _Spelling:
+    """The integers of instructions."""
+
+    def __init__(self, names: Sequence[str], offsets: Mapping[Buffer, int], constants: Mapping[Buffer, int]) -> None:
+        self.codes = {name: i for i, name in enumerate(names)}
+        self.offsets, self.constants = offsets, constants
+
+    def instruction(self, item: Instruction) -> list[int]:
+        references = [*item.outputs, *item.inputs]
+        sizes, strides = list(item.sizes), [list(r.strides) for r in references]
+        if item.name in _REDUCTIONS:
+            sizes, strides = _coalesced(sizes, strides, keep=1)
+        elif item.name not in _MATRICES:
+            sizes, strides = _coalesced(*_sorted(sizes, strides), keep=0)
+        if len(sizes) > 6:
+            raise NotRecordableError(f"an operation has {len(sizes)} dimensions")
+        words = [self.codes[item.name], int(item.rounds), len(sizes), *sizes, len(references)]
+        for reference, steps in zip(references, strides, strict=True):
+            words += [*self._place(reference), *steps]
+        return words
+
+    def jump(self, item: Jump, places: Mapping[Label, int]) -> list[int]:
+        if item.flag is None:
+            return [self.codes["JUMP"], places[item.target]]
+        reference, count = item.flag
+        _, offset = self._place(reference)
+        return [self.codes["JUMP_UNLESS_ANY"], places[item.target], offset, count]
+
+    def _place(self, reference: Reference) -> tuple[int, int]:
+        buffer = reference.buffer
+        if buffer.kind is Kind.CONSTANT:
+            return 1, self.constants[buffer] + reference.offset
+        if buffer.kind is Kind.SHARED:
+            return 2 + buffer.index, reference.offset
+        return 0, self.offsets[buffer] + reference.offset
+
+
+def _sorted(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+    """Return the dimensions in the order of the strides of the first operand, the longest first."""
+    order = sorted(range(len(sizes)), key=lambda d: -abs(strides[0][d]))
+    return [sizes[d] for d in order], [[s[d] for d in order] for s in strides]
+
+
+def _coalesced(sizes: list[int], strides: list[list[int]], keep: int) -> tuple[list[int], list[list[int]]]:
+    """Merge neighbouring dimensions that all operands step through evenly; leave the last `keep` as they are."""
+    head = len(sizes) - keep
+    used = [d for d in range(head) if sizes[d] != 1]
+    new_sizes: list[int] = []
+    new_strides: list[list[int]] = [[] for _ in strides]
+    for d in used:
+        if new_sizes and all(new[-1] == sizes[d] * old[d] for new, old in zip(new_strides, strides, strict=True)):
+            new_sizes[-1] *= sizes[d]
+            for new, old in zip(new_strides, strides, strict=True):
+                new[-1] = old[d]
+        else:
+            new_sizes.append(sizes[d])
+            for new, old in zip(new_strides, strides, strict=True):
+                new.append(old[d])
+    tail = range(head, len(sizes))
+    return (
+        [*new_sizes, *(sizes[d] for d in tail)],
+        [[*new, *(old[d] for d in tail)] for new, old in zip(new_strides, strides, strict=True)],
+    )

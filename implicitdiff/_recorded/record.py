@@ -1,0 +1,401 @@
+"""A recorder: a mode that turns the operations of one step into a `Tape`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import implicitdiff._torch.dispatch as _dispatch
+import implicitdiff._torch.switches as _switches
+import implicitdiff._torch.trees as pytree
+from implicitdiff._recorded.tape import (
+    Buffer,
+    Kind,
+    NotRecordableError,
+    Tape,
+    View,
+    contiguous,
+)
+from implicitdiff._torch.dispatch import AtenOperation, aten
+from implicitdiff._torch.messages import line_of_user
+
+BranchT = TypeVar("BranchT")
+Emitter = Callable[..., None]
+"""``emitter(recorder, result, *args, **kwargs)`` adds the instructions of an operation with this result."""
+
+
+_FACTORIES = (
+    aten.full_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.empty_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+)
+"""Operations that read the shape and the dtype of their argument alone."""
+_RECORDED_DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32, torch.bool)
+
+
+_VALUES, _ENTRIES, _HOOKS = "values", "entries", "hooks"
+_UNSEEN = {
+    **dict.fromkeys((Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr), _VALUES),
+    **dict.fromkeys((Tensor.apply_, Tensor.map_, Tensor.map2_), _ENTRIES),
+    Tensor.register_hook: _HOOKS,
+}
+"""Functions that no operation of the dispatcher shows."""
+
+
+def _unseen(name: str, kind: str) -> NotRecordableError:
+    """Return the refusal of a function that no operation of the dispatcher shows."""
+    if kind == _VALUES:
+        return NotRecordableError(f"Tensor.{name} reads the value of a tensor{line_of_user()}")
+    if kind == _ENTRIES:
+        return NotRecordableError(f"Tensor.{name} runs Python code for each entry{line_of_user()}")
+    return NotRecordableError(f"Tensor.{name} runs Python code in the backward pass{line_of_user()}")
+
+
+class Guard(TorchFunctionMode):
+    """A mode around a recording that refuses what the recorder would not see."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _UNSEEN:
+            raise _unseen(func.__name__, _UNSEEN[func])
+        return func(*args, **(kwargs or {}))
+
+
+class Recorder(_dispatch.TorchDispatchMode):
+    """A mode that records every operation below autograd and torch.func.
+
+    The operations run as well, on the numbers of the recording, so that shapes and dtypes are known; the numbers do not
+    matter. A decision of Python on a number would be recorded as it fell, so reading a number raises.
+
+    Args:
+        emitters: the operations with instructions of their own.
+        constants: captured tensors that no transform differentiates or batches; the last operands.
+
+    Attributes:
+        tape: the instructions.
+        shared: the sources of the `SHARED` buffers, see `share`.
+    """
+
+    def __init__(self, emitters: dict[AtenOperation, Emitter], constants: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape = Tape()
+        self.emitters = emitters
+        self.shared: list[int] = []
+        keys = [_dispatch.storage_key(t) for t in constants]
+        # Counted from the end of the operands; tensors of one memory have the number of the first.
+        self._constants = {key: i - len(keys) for i, key in reversed([*enumerate(keys)])}
+        self._buffers: dict[int, Buffer] = {}
+        self._views: dict[int, View] = {}
+        self._numbers: dict[tuple[str, torch.dtype], View] = {}
+        # Keys of storages are unique as long as the storages live.
+        self._alive: list[Tensor] = []
+
+    # --- tensors and views --------------------------------------------------------------------------------------------
+
+    def operand(self, tensor: Tensor, kind: Kind) -> Buffer:
+        """Declare a contiguous tensor as carried, or as an operand with a value for each lane."""
+        return self._keep(tensor, Buffer(kind, tensor.numel()))
+
+    def share(self, tensor: Tensor, source: int) -> Buffer:
+        """Declare a contiguous tensor as an operand for all lanes; `source` is its number."""
+        self.shared.append(source)
+        return self._keep(tensor, Buffer(Kind.SHARED, tensor.numel(), index=len(self.shared) - 1))
+
+    def view(self, tensor: Tensor) -> View:
+        """Return the view of a tensor."""
+        if (known := self._views.get(id(tensor))) is not None:
+            return known
+        check_recordable(tensor)
+        buffer = self._buffers.get(_dispatch.storage_key(tensor)) or self._foreign(tensor)
+        view = View(buffer, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        # The tensor stays alive, so that Python does not reuse its id.
+        self._alive.append(tensor)
+        self._views[id(tensor)] = view
+        return view
+
+    def result(self, tensor: Tensor) -> View:
+        """Return the view of a new tensor."""
+        check_recordable(tensor)
+        self._keep(tensor, Buffer(Kind.RESULT, _dispatch.storage_size(tensor), self.tape.scope))
+        return self.view(tensor)
+
+    def temporary(self, shape: Sequence[int], dtype: torch.dtype) -> View:
+        """Return a view of a new contiguous buffer."""
+        buffer = Buffer(Kind.RESULT, math.prod(shape), self.tape.scope)
+        return View(buffer, 0, tuple(shape), contiguous(shape), dtype)
+
+    def constant(self, number: float, dtype: torch.dtype) -> View:
+        """Return a number as a view of shape ()."""
+        # 0 and -0 are equal, and nan is not equal to itself.
+        key = (repr(number), dtype)
+        if key not in self._numbers:
+            with _dispatch.outside_dispatch():
+                value = torch.tensor([number], dtype=dtype)
+            self._numbers[key] = View(Buffer(Kind.CONSTANT, 1, value=value), 0, (), (), dtype)
+        return self._numbers[key]
+
+    def as_dtype(self, value: Tensor | View | float, dtype: torch.dtype) -> View:
+        """Return an argument of an operation that computes in `dtype`, rounded as torch rounds the argument."""
+        if isinstance(value, (int, float)):
+            return self.constant(value, dtype)
+        view = self.view(value) if isinstance(value, Tensor) else value
+        if view.dtype == dtype or not _is_narrower(dtype, view.dtype):
+            return view._replace(dtype=dtype)
+        return self.copy(view, dtype)
+
+    def copy(self, view: View, dtype: torch.dtype | None = None) -> View:
+        """Return a contiguous copy."""
+        new = self.temporary(view.shape, dtype or view.dtype)
+        self.convert(new, view)
+        return new
+
+    def convert(self, out: View, view: View) -> None:
+        """Copy a view to another of the same shape, with the conversion of the dtype."""
+        name = "COPY"
+        if out.dtype == torch.bool and view.dtype != torch.bool:
+            name = "TO_BOOL"
+        elif not out.dtype.is_floating_point and view.dtype.is_floating_point:
+            name = "TRUNC"
+        if view.buffer is out.buffer and (view.offset, view.strides) != (out.offset, out.strides):
+            view = self.copy(view)
+        self.tape.emit(name, [out], [view], out.shape)
+
+    def known(self, tensor: Tensor) -> View:
+        """Return the view of a tensor whose numbers do not depend on an operand."""
+        whole = _dispatch.whole_storage(tensor)
+        self._keep(tensor, Buffer(Kind.CONSTANT, whole.numel(), value=whole))
+        return self.view(tensor)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run the body without recording its operations."""
+        with _dispatch.outside_dispatch(), _switches.no_modes(), torch.no_grad():
+            yield
+
+    def _keep(self, tensor: Tensor, buffer: Buffer) -> Buffer:
+        """Let a buffer stand for the memory of a tensor."""
+        self._alive.append(tensor)
+        self._buffers[_dispatch.storage_key(tensor)] = buffer
+        return buffer
+
+    def _foreign(self, tensor: Tensor) -> Buffer:
+        """Return the buffer of a tensor that no recorded operation made."""
+        whole = _dispatch.whole_storage(tensor)
+        if (source := self._constants.get(_dispatch.storage_key(tensor))) is not None:
+            return self.share(whole, source)
+        # Its numbers may be others at the next call, unseen by the key of the recording.
+        raise NotRecordableError("the function uses a tensor of unknown origin, such as one over memory of NumPy")
+
+    # --- operations ---------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: AtenOperation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _dispatch.is_random(func):
+            raise self._refusal(func, "draws random numbers")
+        if _dispatch.changes_geometry(func):
+            return self._other_view(func, args, kwargs)
+        if _dispatch.changes_arguments(func):
+            return self._in_place(func, args, kwargs)
+        if func is aten.lift_fresh.default:
+            # The argument is a tensor that `torch.tensor` has just made of numbers.
+            self.known(args[0])
+        tensors = pytree.tensors((args, kwargs))
+        if func in _FACTORIES or not any([self.view(t).buffer.kind is not Kind.CONSTANT for t in tensors]):
+            return self._folded(func, args, kwargs)
+        self._refuse_unsafe(func, args)
+        if func in self.emitters or _dispatch.returns_views(func):
+            return self._emitted(func, args, kwargs)
+        return self._decomposed(func, args, kwargs)
+
+    def _refuse_unsafe(self, func: AtenOperation, args: tuple[Any, ...]) -> None:
+        # Indices that are no masks have results of a known shape.
+        if _dispatch.reads_values(func) and not (func is aten.index.Tensor and self._are_places(args[1])):
+            raise self._refusal(func, "reads the value of a tensor")
+        if func is aten.as_strided.default and self.view(args[0]).buffer.kind in (Kind.LANE, Kind.SHARED):
+            raise self._refusal(func, "reads the memory of an operand, whose strides may be others in a later call")
+
+    def _emitted(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and emit its instructions; a view of an argument needs none."""
+        result = func(*args, **kwargs)
+        made = pytree.tensors(result)
+        if all([_dispatch.storage_key(t) in self._buffers for t in made]):
+            dtype = pytree.tensors((args, kwargs))[0].dtype
+            if any([t.is_neg() or t.dtype != dtype for t in made]):
+                raise self._refusal(func, "interprets the memory of a tensor in another way")
+            return result
+        emitter = self.emitters.get(func)
+        if emitter is None:
+            return self._decomposed(func, args, kwargs)
+        try:
+            emitter(self, result, *args, **kwargs)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise self._refusal(func, f"has unusual arguments ({error})") from error
+        return result
+
+    def _are_places(self, indices: Sequence[Tensor | None]) -> bool:
+        """Return whether no index is a mask that is computed."""
+        masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
+        return all([self.view(i).buffer.kind is Kind.CONSTANT for i in masks])
+
+    def _folded(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation whose results are constants."""
+        result = func(*args, **kwargs)
+        for tensor in pytree.tensors(result):
+            if _dispatch.storage_key(tensor) not in self._buffers:
+                check_recordable(tensor)
+                self.known(tensor)
+        return result
+
+    def _decomposed(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        parts = _dispatch.decomposition(func)
+        with self:
+            # In inference mode torch hands over operations that it otherwise decomposes itself.
+            result = func.decompose(*args, **kwargs) if parts is None else parts(*args, **kwargs)
+        if result is NotImplemented:
+            raise self._refusal(func, "has no instruction in the compiled machine")
+        return result
+
+    def _other_view(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let a tensor have another shape, as ``squeeze_`` does."""
+        size = _dispatch.storage_size(args[0])
+        self.view(args[0])
+        result = func(*args, **kwargs)
+        if _dispatch.storage_size(args[0]) != size:
+            raise self._refusal(func, "changes the memory of a tensor")
+        del self._views[id(args[0])]
+        return result
+
+    def _in_place(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target = args[0]
+        if func is aten.copy_.default:
+            new = args[1]
+        elif (functional := _dispatch.out_of_place(func)) is not None:
+            with self:
+                new = functional(*args, **kwargs)
+        else:
+            raise self._refusal(func, "writes to a tensor")
+        out, value = self._writable(target), self.view(new).broadcast(target.shape)
+        self.convert(out, value)
+        func(*args, **kwargs)
+        return target
+
+    def _writable(self, tensor: Tensor) -> View:
+        """Return the view of a tensor for a write; a constant becomes a buffer of the tape first."""
+        view = self.view(tensor)
+        if view.buffer.kind is not Kind.CONSTANT:
+            return view
+        old, whole = view.buffer, _dispatch.whole_storage(tensor)
+        old.value = whole.clone()
+        new = self._keep(tensor, Buffer(Kind.RESULT, whole.numel(), self.tape.scope))
+        self._views.clear()
+        shape = (whole.numel(),)
+        target, source = (View(b, 0, shape, (1,), tensor.dtype) for b in (new, old))
+        self.tape.emit("COPY", [target], [source], shape)
+        return view._replace(buffer=new)
+
+    def _refusal(self, func: AtenOperation, why: str) -> NotRecordableError:
+        return NotRecordableError(f"the operation {func} {why}{line_of_user()}")
+
+    # --- branches and loops -------------------------------------------------------------------------------------------
+
+    def if_any(self, flag: Tensor, then: Callable[[BranchT], BranchT], carry: BranchT) -> BranchT:
+        """Record `then` behind a jump, see `implicitdiff.solvers._loop.control.if_any`."""
+        tape = self.tape
+        leaves, structure = pytree.flatten(carry)
+        end, variables = tape.label(), self._variables(leaves)
+        tape.jump(end, self.view(flag))
+        with self._scope():
+            self._assign(variables, structure.tensors_of(then(structure.unflatten(variables))))
+        tape.items.append(end)
+        made: BranchT = structure.unflatten(variables)
+        return made
+
+    def repeat(
+        self, body: Callable[[BranchT], BranchT], carry: BranchT, flag: Callable[[BranchT], Tensor], at_most: int
+    ) -> BranchT:
+        """Record `body` as a loop, see `implicitdiff.solvers._loop.control.repeat`."""
+        tape = self.tape
+        leaves, structure = pytree.flatten(carry)
+        variables = self._variables(leaves)
+        count = self.copy(self.constant(0, torch.int64))
+        begin, end = tape.label(), tape.label()
+        tape.items.append(begin)
+        with self._scope():
+            asked = self.view(flag(structure.unflatten(variables)))
+            goes_on, within = (self.temporary(asked.shape, torch.bool) for _ in range(2))
+            tape.emit("LT", [within], [count, self.constant(at_most, torch.int64)], asked.shape)
+            tape.emit("AND", [goes_on], [asked, within], asked.shape)
+            tape.jump(end, goes_on)
+            self._assign(variables, structure.tensors_of(body(structure.unflatten(variables))))
+            tape.emit("ADD", [count], [count, self.constant(1, torch.int64)], ())
+            tape.jump(begin)
+        tape.items.append(end)
+        tape.loops.append((begin, end))
+        made: BranchT = structure.unflatten(variables)
+        return made
+
+    @contextmanager
+    def _scope(self) -> Iterator[None]:
+        self.tape.open()
+        try:
+            yield
+        finally:
+            self.tape.close()
+
+    def _variables(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Return tensors that a branch or a loop assigns to, with the numbers of `leaves`."""
+        with self.paused():
+            variables = [t.detach().clone(memory_format=torch.contiguous_format) for t in leaves]
+        for new, old in zip(variables, leaves, strict=True):
+            self.convert(self.result(new), self.view(old))
+        return variables
+
+    def _assign(self, variables: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Assign to the variables, as if to all at once."""
+        targets, sources = [[self.view(t) for t in ts] for ts in (variables, values)]
+        own = {id(v.buffer) for v in targets}
+        pairs = [(a, b) for a, b in zip(targets, sources, strict=True) if a != b]
+        for target, source in pairs:
+            if target.shape != source.shape or target.dtype != source.dtype:
+                raise NotRecordableError(
+                    f"a branch changes {list(target.shape)}, {target.dtype} to {list(source.shape)}, {source.dtype}"
+                )
+        # A value may be another variable: copy these before the first write.
+        pairs = [(a, self.copy(b) if id(b.buffer) in own else b) for a, b in pairs]
+        for target, source in pairs:
+            self.convert(target, source)
+        with self.paused():
+            for variable, value in zip(variables, [v.detach().clone() for v in values], strict=True):
+                variable.copy_(value)
+
+
+def check_recordable(tensor: Tensor) -> None:
+    """Raise unless the machine can hold a tensor."""
+    if tensor.dtype not in _RECORDED_DTYPES:
+        raise NotRecordableError(f"a tensor has the dtype {tensor.dtype}")
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        raise NotRecordableError(f"a tensor has the layout {tensor.layout} on {tensor.device}")
+
+
+def _is_narrower(dtype: torch.dtype, than: torch.dtype) -> bool:
+    """True if a conversion of doubles that hold values of `than` to `dtype` changes values."""
+    if dtype == torch.float32:
+        return than in (torch.float64, torch.int64, torch.int32)
+    if dtype == torch.bool:
+        return than != torch.bool
+    return not dtype.is_floating_point and than.is_floating_point

@@ -1,0 +1,151 @@
+"""Fewer instructions for the same values: known results, common subexpressions, values read where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+
+import torch
+
+from implicitdiff._recorded.tape import Buffer, Instruction, Jump, Kind, Reference, TapeItem
+
+Replaced = dict[Buffer, Buffer]
+"""For a buffer the buffer that has the same elements."""
+
+
+def simplified(items: Sequence[TapeItem]) -> list[TapeItem]:
+    """Return instructions that compute the same values.
+
+    A buffer that one instruction writes, as a whole, keeps its value. Such a buffer is replaced by an equal one: by the
+    operand of an operation without effect, or by the result of an earlier instruction with the same operands.
+    """
+    return _Simplifier().run(items)
+
+
+class _Simplifier:
+    def __init__(self) -> None:
+        self.same: Replaced = {}
+        self.results: dict[Hashable, Instruction] = {}
+        self.made_by: dict[Buffer, Instruction] = {}
+
+    def run(self, items: Sequence[TapeItem]) -> list[TapeItem]:
+        kept: list[TapeItem] = []
+        end = _first_commit(items)
+        for item in items[:end]:
+            if isinstance(item, Jump) and item.flag is not None:
+                flag, count = item.flag
+                item = replace(item, flag=(self._moved(flag), count)) if flag.buffer in self.same else item
+            elif isinstance(item, Instruction):
+                item = self._with_equal_inputs(item)
+                if self._is_equal_to_earlier(item):
+                    continue
+            kept.append(item)
+        # The carried buffers change from here on.
+        return kept + [self._with_equal_inputs(i) if isinstance(i, Instruction) else i for i in items[end:]]
+
+    def _with_equal_inputs(self, item: Instruction) -> Instruction:
+        if any([r.buffer in self.same for r in item.inputs]):
+            item = replace(item, inputs=tuple(map(self._moved, item.inputs)))
+        for rule in _RULES:
+            item = rule(item, self.made_by) or item
+        return item
+
+    def _moved(self, reference: Reference) -> Reference:
+        buffer = self.same.get(reference.buffer)
+        return reference if buffer is None else reference._replace(buffer=buffer)
+
+    def _is_equal_to_earlier(self, item: Instruction) -> bool:
+        """Return whether an instruction only repeats a value; its buffer is replaced by that of the value."""
+        if not _is_pure(item):
+            return False
+        out = item.outputs[0]
+        if item.name == "COPY" and _lies_like(out, item.inputs[0], item) and not item.rounds:
+            self.same[out.buffer] = item.inputs[0].buffer
+            return True
+        key = (item.name, item.sizes, item.rounds, out.offset, out.strides, out.buffer.size, *map(_key, item.inputs))
+        earlier = self.results.get(key)
+        if earlier is not None and earlier.scope == item.scope[: len(earlier.scope)]:
+            self.same[out.buffer] = earlier.outputs[0].buffer
+            return True
+        self.results[key] = item
+        self.made_by[out.buffer] = item
+        return False
+
+
+def _first_commit(items: Sequence[TapeItem]) -> int:
+    commits = (at for at, item in enumerate(items) if isinstance(item, Instruction) and item.name == "COMMIT")
+    return next(commits, len(items))
+
+
+def _is_pure(item: Instruction) -> bool:
+    """Return whether an instruction alone writes its result, as a whole, from values that do not change."""
+    if item.name == "COMMIT" or len(item.outputs) != 1:
+        return False
+    (out,) = item.outputs
+    is_whole = out.buffer.writes == 1
+    return is_whole and all([_keeps_its_value(r.buffer) for r in item.inputs])
+
+
+def _keeps_its_value(buffer: Buffer) -> bool:
+    # Carried buffers change at the end of a step alone.
+    return buffer.kind is not Kind.RESULT or buffer.writes == 1
+
+
+def _lies_like(out: Reference, source: Reference, item: Instruction) -> bool:
+    """Return whether a copy has the same positions as its source, in a buffer of the same size."""
+    is_same = (out.offset, out.strides) == (source.offset, source.strides)
+    is_fixed = source.buffer.kind is Kind.RESULT or (source.buffer.kind is Kind.CONSTANT and not item.sizes)
+    return is_same and out.buffer.size == source.buffer.size and is_fixed
+
+
+def _key(reference: Reference) -> Hashable:
+    buffer = reference.buffer
+    if buffer.kind is Kind.CONSTANT and buffer.size == 1 and buffer.value is not None:
+        return (buffer.value.dtype, repr(buffer.value.item()), reference.strides)
+    return reference
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+Shortening = Callable[[Instruction, dict[Buffer, Instruction]], Instruction | None]
+
+
+def _known_number(reference: Reference) -> float | None:
+    """Return the value of a constant of one element."""
+    buffer = reference.buffer
+    if buffer.kind is not Kind.CONSTANT or buffer.value is None or buffer.value.numel() != 1:
+        return None
+    return float(buffer.value)
+
+
+def _flag_with_constant(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
+    """``x & True`` and ``x | False`` are ``x``; ``x & False`` and ``x | True`` are the constant."""
+    if item.name not in ("AND", "OR"):
+        return None
+    for at, other in ((0, 1), (1, 0)):
+        number = _known_number(item.inputs[at])
+        if number is not None:
+            decides = (number != 0) == (item.name == "OR")
+            return replace(item, name="COPY", inputs=(item.inputs[at if decides else other],))
+    return None
+
+
+def _is_finite(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
+    """``(x == x) * (|x| != inf)``, as torch spells ``isfinite``."""
+    if item.name != "MUL":
+        return None
+    pair = [made_by.get(r.buffer) for r in item.inputs]
+    if [i.name if i else "" for i in pair] != ["EQ", "NE"]:
+        return None
+    equal, unequal = pair
+    assert equal is not None and unequal is not None
+    size = made_by.get(unequal.inputs[0].buffer)
+    x = equal.inputs[0]
+    if size is None or size.name != "ABS" or equal.inputs[1] != x or size.inputs[0] != x:
+        return None
+    if _known_number(unequal.inputs[1]) != torch.inf or not equal.sizes == unequal.sizes == size.sizes == item.sizes:
+        return None
+    return replace(item, name="ISFINITE", inputs=(x,))
+
+
+_RULES: tuple[Shortening, ...] = (_flag_with_constant, _is_finite)

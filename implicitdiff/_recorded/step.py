@@ -1,0 +1,182 @@
+"""A recorded step, ready to run: the machine with its operands."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import implicitdiff._C as _C
+import implicitdiff._torch.dispatch as _dispatch
+from implicitdiff._recorded.emitters import EMITTERS
+from implicitdiff._recorded.lower import Code, lower
+from implicitdiff._recorded.record import Guard, Recorder
+from implicitdiff._recorded.tape import Instruction, Kind, NotRecordableError, Reference, View
+from implicitdiff._torch.trees import Leaves
+
+OneStep = Callable[[Recorder, Leaves, Leaves], tuple[Leaves, Tensor | None]]
+"""``step(recorder, carried, operands)`` makes a step of one lane under the recorder; returns the new carried tensors,
+and a flag, shape ``(1,)``, set where Python has to look at the state before the next step, or None."""
+
+_CODES = {torch.float64: 0, torch.float32: 1, torch.int64: 2, torch.bool: 3, torch.int32: 4}
+
+
+@dataclass(eq=False)
+class RecordedStep:
+    """A step that the compiled machine repeats.
+
+    Attributes:
+        machine: the machine with the instructions.
+        lane_operands: the numbers of the operands with a value for each lane.
+        shared: the numbers of the operands for all lanes; negative numbers count from the end.
+        constants: the numbers known while recording.
+    """
+
+    machine: Any
+    lane_operands: list[int]
+    shared: list[int]
+    constants: Tensor
+
+    def run(self, carried: Leaves, operands: Leaves, lanes: int, at_most: int) -> Leaves:
+        """Repeat the step until, block by block, all lanes have stopped or a lane asks to be looked at.
+
+        Args:
+            carried: the unknowns and the state, with `lanes` in front; they are not changed.
+            operands: the operands; those with a value for each lane have the lanes in front. The memories of the
+                constants are the last.
+            lanes: the number of lanes.
+            at_most: bound on the number of steps.
+        """
+        carried = [t.clone(memory_format=torch.contiguous_format) for t in carried]
+        own = [operands[i].contiguous() for i in self.lane_operands]
+        shared = [_as_doubles(operands[i]) for i in self.shared]
+        addresses = [[t.data_ptr() for t in ts] for ts in (carried, own, (self.constants, *shared))]
+        self.machine.run(*addresses, lanes, at_most, torch.get_num_threads())
+        return carried
+
+
+def _as_doubles(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float64).contiguous()
+
+
+def record_step(
+    step: OneStep,
+    carried: Sequence[Tensor],
+    operands: Sequence[Tensor],
+    is_lane: Sequence[bool],
+    constants: Sequence[Tensor],
+    status: int | None,
+    width: int,
+) -> RecordedStep:
+    """Record a step and make it ready for the machine.
+
+    Args:
+        step: makes the step.
+        carried: the unknowns and the state of one lane.
+        operands: the operands of one lane.
+        is_lane: for each operand, whether it has a value for each lane.
+        constants: captured tensors that are neither differentiated nor batched.
+        status: the position among `carried` of the status, 0 in running lanes; None for a step that runs once.
+        width: the number of lanes that the machine runs together.
+
+    Raises:
+        NotRecordableError: the machine has no instruction for an operation, or Python decides on values.
+    """
+    recorder = Recorder(EMITTERS, constants)
+    carried = [t.detach().clone(memory_format=torch.contiguous_format) for t in carried]
+    operands = [t.detach().clone(memory_format=torch.contiguous_format) for t in operands]
+    buffers = [recorder.operand(t, Kind.CARRY) for t in carried]
+    own = []
+    for i, (tensor, varies) in enumerate(zip(operands, is_lane, strict=True)):
+        if varies:
+            own.append((i, recorder.operand(tensor, Kind.LANE)))
+        else:
+            recorder.share(tensor, i)
+    with _without_collection(), Guard():
+        new, asks = step(recorder, carried, operands)
+    running, paused, first = _commit(recorder, carried, new, asks, status)
+    flags = [running.buffer, paused.buffer]
+    of_all = [*operands, *map(_dispatch.whole_storage, constants)]
+    code = lower(recorder.tape, [b for _, b in own], buffers, flags, first, _C.cpu.operations())
+    return RecordedStep(
+        machine=_machine(
+            width,
+            code,
+            [(code.offsets[b], t.numel(), _CODES[t.dtype]) for b, t in zip(buffers, carried, strict=True)],
+            [(code.offsets[b], operands[i].numel(), _CODES[operands[i].dtype]) for i, b in own],
+            [of_all[i].numel() for i in recorder.shared],
+            [code.offsets[b] for b in flags],
+        ),
+        lane_operands=[i for i, _ in own],
+        shared=recorder.shared,
+        constants=code.constants,
+    )
+
+
+def _machine(
+    width: int,
+    code: Code,
+    carries: Sequence[tuple[int, int, int]],
+    inputs: Sequence[tuple[int, int, int]],
+    shared: Iterable[int],
+    flags: Sequence[int],
+) -> Any:
+    sizes = [code.constants.numel(), *shared]
+    return _C.cpu.Machine(width, code.instructions, code.entry, code.step, code.arena, carries, inputs, sizes, *flags)
+
+
+def _commit(
+    recorder: Recorder, carried: Leaves, new: Leaves, asks: Tensor | None, status: int | None
+) -> tuple[View, View, list[Instruction]]:
+    """Emit the end of a step: running lanes take their new values. Return the flags `running` and `paused`, and the
+    instructions that compute `running` before the first step."""
+    tape = recorder.tape
+    running, paused = (recorder.temporary((1,), torch.bool) for _ in range(2))
+    asked = recorder.constant(False, torch.bool) if asks is None else recorder.view(asks)
+    tape.emit("AND", [paused], [asked, running], (1,))
+    targets, sources = [[recorder.view(t) for t in ts] for ts in (carried, new)]
+    own = {v.buffer for v in targets}
+    changed = [(a, b) for a, b in zip(targets, sources, strict=True) if a != b and a.buffer.size]
+    for target, source in changed:
+        if target.shape != source.shape or target.dtype != source.dtype:
+            raise NotRecordableError(
+                f"a step changes a part of the state from {list(target.shape)}, {target.dtype} to "
+                f"{list(source.shape)}, {source.dtype}"
+            )
+    # A new value may be another carried tensor: copy these before the first one changes.
+    changed = [(a, recorder.copy(b) if b.buffer in own else b) for a, b in changed]
+    mask = Reference(running.buffer, 0, ())
+    for target, source in changed:
+        zeros = (0,) * len(target.shape)
+        value = Reference(source.buffer, source.offset, source.strides)
+        out = Reference(target.buffer, target.offset, target.strides)
+        inputs = (value, mask._replace(strides=zeros))
+        tape.items.append(Instruction("COMMIT", target.shape, (out,), inputs))
+    state = recorder.constant(0, torch.int64) if status is None else targets[status]
+    tape.emit("EQ", [running], [state, recorder.constant(0, torch.int64)], (1,))
+    last = tape.items[-1]
+    assert isinstance(last, Instruction)
+    return running, paused, [last]
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Run the body without the collector of cycles: a recording keeps many objects, which the collector visits again
+    and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def is_available() -> bool:
+    """Return whether the compiled machine was built."""
+    return _C.cpu is not None

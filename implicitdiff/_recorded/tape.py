@@ -1,0 +1,224 @@
+"""A step of a search as a list of instructions on buffers.
+
+A buffer is the memory of one or several tensors of the recording. A view is a tensor: a buffer with offset, shape and
+strides, as torch has them. So an operation that returns a view of its argument needs no instruction, and an operation
+in place writes to a view.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class NotRecordableError(Exception):
+    """A step cannot be recorded; the message says why."""
+
+
+class Kind(Enum):
+    """The origin of a buffer.
+
+    `CARRY`: unknowns and state, changed by each step. `LANE`: an operand with a value for each lane. `SHARED`: an
+    operand with one value for all lanes. `CONSTANT`: known while recording. `RESULT`: computed by instructions.
+    """
+
+    CARRY = "carry"
+    LANE = "lane"
+    SHARED = "shared"
+    CONSTANT = "constant"
+    RESULT = "result"
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A piece of memory.
+
+    Attributes:
+        kind: the origin.
+        size: the number of elements.
+        scope: the numbers of the open branches and loops where the buffer was made, the outermost first.
+        index: the number of the operand or of the carried tensor.
+        value: the numbers of a constant, as one vector.
+        writes: the number of instructions that write to the buffer.
+    """
+
+    kind: Kind
+    size: int
+    scope: tuple[int, ...] = ()
+    index: int = -1
+    value: Tensor | None = None
+    writes: int = 0
+
+
+class View(NamedTuple):
+    """A tensor in a buffer.
+
+    Attributes:
+        buffer: the buffer.
+        offset: the position of the first element.
+        shape: the shape.
+        strides: the distances between neighbours in each dimension, in elements.
+        dtype: the dtype.
+    """
+
+    buffer: Buffer
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def broadcast(self, shape: Sequence[int]) -> View:
+        """Return the view expanded to a shape."""
+        if self.shape == shape:
+            return self
+        buffer, offset, own, strides, dtype = self
+        moved = [0 if n == 1 else s for n, s in zip(own, strides, strict=True)]
+        return View(buffer, offset, tuple(shape), (*(0,) * (len(shape) - len(own)), *moved), dtype)
+
+    def moved(self, order: Sequence[int]) -> View:
+        """Return the view with its dimensions in another order."""
+        return self._replace(shape=tuple(self.shape[d] for d in order), strides=tuple(self.strides[d] for d in order))
+
+    def like(self, tensor: Tensor) -> View:
+        """Return the view with the geometry of a tensor, whose storage represents the buffer."""
+        offset = self.offset + int(tensor.storage_offset())
+        return self._replace(offset=offset, shape=tuple(tensor.shape), strides=tensor.stride())
+
+
+class Reference(NamedTuple):
+    """An operand of an instruction: a buffer, the offset, and a stride for each dimension of the instruction."""
+
+    buffer: Buffer
+    offset: int
+    strides: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Instruction:
+    """One operation of the machine.
+
+    Attributes:
+        name: the operation.
+        sizes: the iteration space.
+        outputs: the operands that are written.
+        inputs: the operands that are read.
+        rounds: True if results are rounded to float32.
+        scope: the open branches and loops.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+    outputs: tuple[Reference, ...]
+    inputs: tuple[Reference, ...]
+    rounds: bool = False
+    scope: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class Label:
+    """A position on the tape, the target of jumps."""
+
+    scope: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Jump:
+    """A jump; with a `flag`, made if the flag is not set in any lane.
+
+    Attributes:
+        target: where to.
+        flag: the flag with its number of elements, None for a jump without a condition.
+        scope: the open branches and loops.
+    """
+
+    target: Label
+    flag: tuple[Reference, int] | None
+    scope: tuple[int, ...]
+
+
+TapeItem = Instruction | Label | Jump
+
+
+@dataclass(eq=False)
+class Tape:
+    """The instructions of one step, in order.
+
+    Attributes:
+        items: instructions, labels and jumps.
+        scope: the numbers of the open branches and loops.
+        loops: the first and the last label of each loop.
+    """
+
+    items: list[TapeItem] = field(default_factory=list)
+    scope: tuple[int, ...] = ()
+    loops: list[tuple[Label, Label]] = field(default_factory=list)
+    _scopes: int = 0
+
+    def emit(self, name: str, outputs: Sequence[View], inputs: Sequence[View], shape: Sequence[int]) -> None:
+        """Add an instruction over `shape`; every view is broadcast to this shape."""
+        written, read = ([_reference(v.broadcast(shape)) for v in views] for views in (outputs, inputs))
+        self.add(name, shape, written, read, rounds=outputs[0].dtype == torch.float32)
+
+    def add(
+        self,
+        name: str,
+        sizes: Sequence[int],
+        outputs: Sequence[Reference],
+        inputs: Sequence[Reference],
+        rounds: bool = False,
+    ) -> None:
+        """Add an instruction with references as given."""
+        for reference in outputs:
+            reference.buffer.writes += 1
+            if reference.buffer.kind is not Kind.RESULT:
+                raise NotRecordableError("an operand is changed in place")
+            if not self._is_open(reference.buffer):
+                raise NotRecordableError("a value of a closed branch is changed in place")
+        for reference in inputs:
+            if not self._is_open(reference.buffer):
+                raise NotRecordableError("a value of a closed branch is used outside")
+        self.items.append(Instruction(name, tuple(sizes), tuple(outputs), tuple(inputs), rounds, self.scope))
+
+    def label(self) -> Label:
+        """Return a new label, not yet placed."""
+        return Label(self.scope)
+
+    def jump(self, target: Label, flag: View | None = None) -> None:
+        """Add a jump."""
+        self.items.append(Jump(target, None if flag is None else _flag_of(flag), self.scope))
+
+    def open(self) -> None:
+        """Open a branch or a loop."""
+        self._scopes += 1
+        self.scope = (*self.scope, self._scopes)
+
+    def close(self) -> None:
+        """Close the innermost branch or loop."""
+        self.scope = self.scope[:-1]
+
+    def _is_open(self, buffer: Buffer) -> bool:
+        """Return whether the branch or the loop that made a buffer is still open."""
+        return buffer.scope == self.scope[: len(buffer.scope)]
+
+
+def _reference(view: View) -> Reference:
+    return Reference(view.buffer, view.offset, view.strides)
+
+
+def _flag_of(view: View) -> tuple[Reference, int]:
+    return Reference(view.buffer, view.offset, ()), math.prod(view.shape)
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))

@@ -1,0 +1,102 @@
+"""Operations below autograd and torch.func, as a TorchDispatchMode sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import torch
+from torch._decomp import decomposition_table
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+outside_dispatch: Callable[[], AbstractContextManager[None]] = torch._C._DisableTorchDispatch
+"""Run the body outside of every TorchDispatchMode."""
+
+aten = torch.ops.aten
+"""torch's operations below autograd."""
+
+AtenOperation = OpOverload
+"""An operation of the dispatcher, such as ``torch.ops.aten.add.Tensor``."""
+
+
+@cache
+def is_random(operation: AtenOperation) -> bool:
+    """Return whether an operation draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in operation.tags
+
+
+@cache
+def reads_values(operation: AtenOperation) -> bool:
+    """Return whether an operation hands values of tensors to Python, or has a result whose shape depends on values."""
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags))
+
+
+@cache
+def changes_arguments(operation: AtenOperation) -> bool:
+    """Return whether an operation writes to one of its arguments."""
+    return bool(operation._schema.is_mutable)
+
+
+@cache
+def changes_geometry(operation: AtenOperation) -> bool:
+    """Return whether an operation changes shape and strides of its first argument, and no number, such as ``t_``."""
+    return torch.Tag.inplace_view in operation.tags
+
+
+@cache
+def out_of_place(operation: AtenOperation) -> AtenOperation | None:
+    """Return the operation without the write to its first argument, as ``add`` for ``add_``; None if there is none."""
+    name = operation._schema.name.split("::")[-1]
+    packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
+    # The names of overloads differ: ``pow_.Scalar`` is ``pow.Tensor_Scalar``.
+    found = [getattr(packet, name) for name in (packet.overloads() if packet is not None else ())]
+    return next((f for f in found if _argument_types(f) == _argument_types(operation)), None)
+
+
+def _argument_types(operation: AtenOperation) -> list[str]:
+    return [str(a.type) for a in operation._schema.arguments]
+
+
+@cache
+def returns_views(operation: AtenOperation) -> bool:
+    """Return whether all results of an operation share the memory of its arguments."""
+    returns = operation._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def decomposition(operation: AtenOperation) -> Callable[..., Any] | None:
+    """Return torch's function that computes an operation by simpler operations; None if there is none."""
+    return decomposition_table.get(operation)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Return a number that is the same for two tensors of the same memory; unique as long as a tensor of it lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def storage_size(tensor: torch.Tensor) -> int:
+    """Return the number of elements in the memory of a tensor."""
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
+
+
+def whole_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all elements of the memory of a tensor, as one vector without a copy."""
+    with outside_dispatch():
+        return torch.as_strided(tensor.detach(), (storage_size(tensor),), (1,), 0)
+
+
+def is_custom(function: object) -> bool:
+    """Return whether a function is an operation of the dispatcher that torch does not define."""
+    packet = function.overloadpacket if isinstance(function, OpOverload) else function
+    return isinstance(packet, OpOverloadPacket) and packet._qualified_op_name.partition("::")[0] not in _TORCHS_OWN
+
+
+_TORCHS_OWN = ("aten", "prim", "prims")
+
+
+def is_higher_order(function: object) -> bool:
+    """Return whether a function is an operator on functions, as an autograd.Function is under torch.func."""
+    return isinstance(function, HigherOrderOperator)
