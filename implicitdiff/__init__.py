@@ -15,6 +15,7 @@ from implicitdiff._torch.replacements import elementary
 from implicitdiff._unroll import unroll
 from implicitdiff._version import __version__ as __version__
 from implicitdiff.errors import (
+    CompileError,
     ConvergenceError,
     ConvergenceWarning,
     LinearSolveError,
@@ -84,6 +85,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "CompileError",
     "ConvergenceError",
     "ConvergenceWarning",
     "FuncOptimizer",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 __all__ = [
+    "CompileError",
     "ConvergenceError",
     "ConvergenceWarning",
     "LinearSolveError",
@@ -16,6 +17,10 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class CompileError(RuntimeError):
+    """The loop of a search with ``compile="always"`` cannot run in compiled code."""
 
 
 class LinearSolveError(RuntimeError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,6 +12,8 @@ from checks.compiled import needs_cpu
 
 import implicitdiff as idf
 from implicitdiff import _C
+from implicitdiff.solvers._loop.compiled import Compiler
+from implicitdiff.solvers._loop.options import Options
 
 
 @pytest.fixture
@@ -39,6 +43,44 @@ def calls(monkeypatch):
 def pair(request):
     """AdamW, by kernels and by plain torch."""
     return idf.adamw(lr=0.1, use_accelerated_op=request.param)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--compile",
+        choices=("auto", "off", "always"),
+        default="auto",
+        help="the default of the option of solvers; always: a loop that is eager fails the test, but for REFUSED",
+    )
+
+
+# Why a loop may be eager: what the machine has no instruction for, and what no recording sees.
+REFUSED = re.compile(
+    "has no instruction|reads the value|unknown origin|another mode|there is no lane|dtype|layout|operand is a|calls "
+)
+
+
+@pytest.fixture(autouse=True)
+def loops_of_solvers(request, monkeypatch):
+    """Run every search as ``--compile`` says."""
+    mode = request.config.getoption("--compile")
+    if mode == "off":
+        names = [field.name for field in dataclasses.fields(Options)]
+        defaults = list(Options.__init__.__defaults__)
+        defaults[names.index("compile")] = "off"
+        monkeypatch.setattr(Options.__init__, "__defaults__", tuple(defaults))
+    if mode != "always":
+        yield
+        return
+    reasons, end = [], Compiler._end
+
+    def noted(self, error):
+        reasons.append(str(error))
+        return end(self, error)
+
+    monkeypatch.setattr(Compiler, "_end", noted)
+    yield
+    assert not [reason for reason in reasons if not REFUSED.search(reason)]
 
 
 def pytest_configure(config):

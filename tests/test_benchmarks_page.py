@@ -28,6 +28,29 @@ def test_the_page_is_made_from_the_results(maker: ModuleType) -> None:
     assert maker.PAGE.read_text() == maker.page(FOLDER), "python benchmarks/page.py writes it again"
 
 
+LOOP = {
+    "title": "a search",
+    "threads": 2,
+    "ms": {"implicitdiff": [1, 2, 3], "faster": [0.5, 1, 2], "slower": [4, 6, 7]},
+    "wall_ms": {"implicitdiff": [1, 4, 5], "faster": [1, 1, 2], "slower": [1, 2, 3]},
+    "first_ms": {"implicitdiff": 7, "faster": 400, "slower": 500},
+    "of_target": {"implicitdiff": 1.0, "faster": 0.5, "slower": 1.0, "wrong": 3.5},
+}
+CURVES = {"title": "by size", "sizes": [1, 10], "curves": {"implicitdiff": [2, 1], "jaxopt.X": [1, 2]}}
+
+
+def test_a_loop_is_bold_where_it_is_the_slower_one(maker: ModuleType) -> None:
+    text = maker.loops({"a, threads 2": LOOP})
+    assert "| a search | 2 | 2 | 7 | faster | 1 | 400 | **0.5** | **0.25** |" in text
+    assert "|  |  |  |  | slower | 6 | 500 | 3 | **0.5** |" in text
+    assert "|  |  |  |  | wrong | missed |  |  |  |" in text
+
+
+def test_the_figure_of_loops_is_shown_where_its_curves_are(maker: ModuleType) -> None:
+    assert "loops.png" not in maker.loops({"a": LOOP})
+    assert "loops.png" in maker.loops({"a": LOOP, "b": CURVES})
+
+
 def test_the_functions_whose_time_is_measured_are_there() -> None:
     if not (FOLDER / "stages.py").exists():
         pytest.skip("benchmarks/stages.py is not here")

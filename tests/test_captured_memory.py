@@ -400,12 +400,12 @@ C = torch.tensor([0.3, -0.7, 1.1], dtype=F64)
 
 
 def of_newton(energy):
-    solver = solvers.newton(lambda x, c: grad(energy)(x, c))
+    solver = solvers.newton(lambda x, c: grad(energy)(x, c), compile="off")
     return lambda c: solver.run(torch.zeros(3, dtype=F64), c)[0].sum()
 
 
 def of_lbfgs(energy):
-    solver = solvers.lbfgs(energy)
+    solver = solvers.lbfgs(energy, compile="off")
     return lambda c: solver.run(torch.zeros(3, dtype=F64), c)[0].sum()
 
 

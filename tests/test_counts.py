@@ -87,12 +87,12 @@ def decorated(counts: Counts) -> Callable[[Tensor], Tensor]:
 
 
 def newton(counts: Counts) -> Callable[[Tensor], Tensor]:
-    return lambda b: solvers.newton(residual_of(counts), rtol=0.0, atol=1e-6).run(Z, b)[0]
+    return lambda b: solvers.newton(residual_of(counts), rtol=0.0, atol=1e-6, compile="off").run(Z, b)[0]
 
 
 def lbfgs(counts: Counts) -> Callable[[Tensor], Tensor]:
     residual = residual_of(counts)
-    solver = solvers.lbfgs(lambda z, b: residual(z, b).square().sum(), rtol=0.0, atol=1e-6)
+    solver = solvers.lbfgs(lambda z, b: residual(z, b).square().sum(), rtol=0.0, atol=1e-6, compile="off")
     return lambda b: solver.run(Z, b)[0]
 
 

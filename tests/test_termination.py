@@ -111,7 +111,7 @@ COUNTED = {
 @pytest.mark.parametrize("guess", [0.5, 2.5])
 @pytest.mark.parametrize("name", COUNTED)
 def test_the_default_costs_two_evaluations_more_than_a_given_tolerance(name: str, guess: float) -> None:
-    def run(**options: float) -> tuple[int, Any]:
+    def run(**options: Any) -> tuple[int, Any]:
         calls = [0]
 
         def counted(x: Tensor) -> Tensor:
@@ -121,8 +121,9 @@ def test_the_default_costs_two_evaluations_more_than_a_given_tolerance(name: str
         _, state = getattr(solvers, name)(counted, **options).run(torch.full((3,), guess, dtype=F64))
         return calls[0], state
 
-    by_default, state = run()
-    given, _ = run(rtol=0.0, atol=1.0001 * float(state.error))
+    # A compiled loop does not call the function.
+    by_default, state = run(compile="off")
+    given, _ = run(compile="off", rtol=0.0, atol=1.0001 * float(state.error))
     assert by_default <= given + 2
 
 

@@ -87,6 +87,7 @@ def test_a_row_names_all_of_its_exceptions() -> None:
 
 # Literals of four words and more that are no message of their own, by a part of each, with the reason.
 WITHOUT = {
+    "item __bool__": "names of functions",
     HOLE + " lanes: ": "the repr of a state",
     "for a minimum pass the gradient": "a hint in a message with a row",
     "pass the objective itself": "the same",
@@ -148,16 +149,27 @@ WITHOUT = {
     "gradients, state, hyper": "the same",
     "one with a memory of type": "the kind of a state that was given",
     " also moves parameters": "a reason in the message about sparse gradients",
+    "neg abs sqrt": "names of operations",
+    "the recording differs from its": "kept, and not shown: a part of a search is not recorded",
 }
 
 
+def is_reason(node: ast.AST) -> bool:
+    """True for a call that says why a step is not recorded: a cause inside of the message of CompileError."""
+    function = node.func if isinstance(node, ast.Call) else None
+    return getattr(function, "id", getattr(function, "attr", "")) in ("NotRecordableError", "_refusal")
+
+
 def literals() -> Iterator[tuple[str, str]]:
-    """Return the place and the text of the string literals of the source, without docstrings."""
+    """Return the place and the text of the string literals of the source, without docstrings and reasons."""
     for path in sorted(SOURCE.rglob("*.py")):
         tree = ast.parse(path.read_text())
         inside = {id(p) for f in ast.walk(tree) if isinstance(f, ast.JoinedStr) for p in ast.walk(f) if p is not f}
         inside |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        reasons = {id(p) for call in ast.walk(tree) if is_reason(call) for p in ast.walk(call)}
         for node in ast.walk(tree):
+            if id(node) in reasons:
+                continue
             if isinstance(node, ast.JoinedStr):
                 parts = [str(v.value) if isinstance(v, ast.Constant) else HOLE for v in node.values]
                 yield f"{path.relative_to(SOURCE)}:{node.lineno}", "".join(parts)

@@ -82,6 +82,11 @@ When a search ends
 Options
     `SolverOptions` lists the options of every factory, and ``help(solver.run)`` those of ``run``.
 
+    With ``compile="auto"`` the loop of ``run`` is recorded at the first call and runs in compiled code, if all
+    operations of a step have instructions. Otherwise, and with a callback, a history, a progress bar or
+    ``implicit_diff=False``, the loop runs in Python. The logger ``implicitdiff.solvers`` tells which, at the level
+    INFO. The two differ in the last digits of a result.
+
     Every status except ``CONVERGED`` is a failure; with an integer ``maxiter``, ``BUDGET_SPENT`` and ``STALLED`` are
     not. ``on_failure`` also applies to the linear solve of the derivative if ``solve`` is None: with ``"ignore"`` the
     derivative of a lane with a singular matrix is nan, and the other lanes are unaffected.

@@ -333,6 +333,10 @@ def without_tqdm() -> None:
         newton.run(T, T, verbose=True)
 
 
+def read(x: Tensor, t: Tensor) -> Tensor:
+    return torch.expm1(x - t) if x.item() > 0 else x - t
+
+
 def dither(x: Tensor) -> Tensor:
     return x - torch.rand(())
 
@@ -342,6 +346,7 @@ SEARCHES = {
     "no factory": lambda: idf.minimize(never_zero, V, solver=solvers.lbfgs(never_zero)),
     "budget": lambda: solvers.newton(never_zero).run(T),
     "a warning": lambda: warned(lambda: solvers.newton(square, on_failure="warn").run(0 * T, T)),
+    "a loop that is not recorded": lambda: solvers.newton(read, compile="always").run(2 * T, T),
     "diverged": lambda: newton.run(0 * T, T),
     "stalled": lambda: solvers.newton(square, rtol=0.0, atol=1e-30).run(T.float(), T.float() / 2),
     "line search": lambda: solvers.scipy_root(lambda x: x**2 + 1, "hybr").run(torch.tensor([0.5, 0.3], dtype=F64)),

@@ -320,6 +320,7 @@ NUMBERS = {
     "one of": lambda: solvers.scipy_minimize(lambda x: x.sum(), "fast"),
     "one of, loss": lambda: solvers.levenberg_marquardt(lambda x: x, loss=3),
     "one of, by": lambda: idf.extract_state_dict(V, by="value"),
+    "compile": lambda: solvers.newton(square, compile=True),
     "on_failure": lambda: solvers.newton(square, on_failure="stop"),
     "on_failure of a linear solve": lambda: solve_cg(on_failure="stop"),
     "a function": lambda: solvers.nonlinear_cg(lambda x: x.sum(), formula=3),

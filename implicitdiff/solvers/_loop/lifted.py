@@ -28,7 +28,7 @@ from implicitdiff._torch.modes import uncached
 from implicitdiff._torch.trees import Leaves, Tree
 from implicitdiff._torch.values import refuse_valueless
 from implicitdiff.solvers._loop.equations import Equation
-from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, RowFunction
+from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, RowFunction, SearchOperands
 
 Search = Callable[[BatchedProblem, Tensor], tuple[Tensor, Any]]
 """``search(problem, x) -> (x, state)``."""
@@ -104,7 +104,14 @@ class LiftedProblem:
         with _modes.without_own_modes(), uncached(), _switches.nothing_running(), _settings.full_precision():
             operands = _functions.out_of_inference(operands)
             x = [_everywhere(t, [dims[i] for dims in levels], lanes) for i, t in enumerate(operands[:n])]
-            problem = self._problem(x, operands[n:], [dims[n:] for dims in levels], lanes)
+            own_levels = [dims[n:] for dims in levels]
+            problem = self._problem(x, operands[n:], own_levels, lanes)
+            first = [t[(0,) * len(lanes)] for t in x] if 0 not in lanes else x
+
+            def alone(theta: Leaves) -> BatchedProblem:
+                return self._problem(first, theta, [], ())
+
+            problem.operands = SearchOperands(self.lifted, operands[n:], own_levels, lanes, alone)
             found, state = solve(problem, problem.inputs.ravel(x))
             solution = problem.inputs.unravel(found)
             leaves, nesting = pytree.flatten(state)

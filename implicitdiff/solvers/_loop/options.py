@@ -10,12 +10,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from inspect import Parameter, Signature
-from typing import Any, TypedDict, TypeGuard, cast
+from typing import Any, Literal, TypedDict, TypeGuard, cast
 
 from implicitdiff._calls import FactoryT, shows_call
 from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.linear_problem import Solve
 from implicitdiff.linear_solve._outcome import OnFailure
+
+Compile = Literal["auto", "off", "always"]
 
 
 class SolverOptions(TypedDict, total=False):
@@ -30,6 +32,9 @@ class SolverOptions(TypedDict, total=False):
         check_every: number of iterations between two tests of the status; more than 1 saves synchronisations on a GPU.
         solve: linear solver of the implicit derivative, see `implicitdiff.custom_root`. None:
             `implicitdiff.linear_solve.solve_auto`.
+        compile: ``"auto"`` to run the loop in compiled code if possible; ``"off"`` to run the loop in Python;
+            ``"always"`` to raise a `implicitdiff.CompileError` if the loop cannot be compiled. Results differ in their
+            last digits.
         on_failure: ``"raise"`` a `implicitdiff.ConvergenceError` if a lane fails, ``"warn"``, or ``"ignore"``.
     """
 
@@ -38,6 +43,7 @@ class SolverOptions(TypedDict, total=False):
     maxiter: int | None
     check_every: int
     solve: Solve | None
+    compile: Compile
     on_failure: OnFailure
 
 
@@ -50,6 +56,7 @@ class Options:
     maxiter: int | None = None
     check_every: int = 1
     solve: Solve | None = None
+    compile: Compile = "auto"
     on_failure: OnFailure = "raise"
 
     def check(self, name: str) -> None:
@@ -66,6 +73,8 @@ class Options:
                 f"{name}: solve must be a function solve(matvec, b), such as linear_solve.solve_gmres(), with its "
                 f"parentheses, got {name_of(self.solve)}"
             )
+        if self.compile not in ("auto", "off", "always"):
+            raise ValueError(f'{name}: compile must be "auto", "off" or "always", got {self.compile!r}')
         if self.on_failure not in ("raise", "warn", "ignore"):
             raise ValueError(f'{name}: on_failure must be "raise", "warn" or "ignore", got {self.on_failure!r}')
 

@@ -8,17 +8,19 @@ steps are differentiated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.trees as pytree
+from implicitdiff._closures.lift import Lifted
 from implicitdiff._implicit.linearisation import ByAutograd, ByFunctorch, Linearisation, Product
-from implicitdiff._implicit.operators import with_vectors
+from implicitdiff._implicit.operators import Dims, with_vectors
 from implicitdiff._implicit.system import Vectors
 from implicitdiff._torch.trees import Leaves, Structure, Tree
 
@@ -143,6 +145,54 @@ def _on_one(product: Product) -> VectorMap:
 _MAX_ENTRIES_AT_ONCE = 2**22
 
 
+class SearchOperands(NamedTuple):
+    """The operands of a problem below the transforms.
+
+    Attributes:
+        lifted: the user's functions.
+        theta: the operands after the unknowns.
+        dims: for each vmap, the innermost first, for each operand 0 or None.
+        lanes: the sizes of the vmaps, the outermost first.
+        alone: ``alone(theta)``, the problem of a single lane.
+    """
+
+    lifted: Lifted
+    theta: Leaves
+    dims: list[Dims]
+    lanes: tuple[int, ...]
+    alone: Callable[[Leaves], BatchedProblem]
+
+    @property
+    def is_lane(self) -> list[bool]:
+        """For each operand, whether a vmap batches the operand."""
+        return [any(dims[i] is not None for dims in self.dims) for i in range(len(self.theta))]
+
+    @property
+    def shapes_of_lane(self) -> list[tuple[int, ...]]:
+        """The shape of each operand in one lane."""
+        return [tuple(t.shape[self._batched_dims(i) :]) for i, t in enumerate(self.theta)]
+
+    def of_first_lane(self) -> Leaves:
+        """Return the operands of the first lane."""
+        return [t[(0,) * self._batched_dims(i)] for i, t in enumerate(self.theta)]
+
+    def _batched_dims(self, i: int) -> int:
+        """Return the number of vmaps that batch an operand; their dimensions lie in front."""
+        return sum(dims[i] is not None for dims in self.dims)
+
+    def flat(self) -> Leaves:
+        """Return the operands; those with a value for each lane have one dimension for all lanes in front."""
+        return [self._flat(i) if varies else self.theta[i] for i, varies in enumerate(self.is_lane)]
+
+    def _flat(self, i: int) -> Tensor:
+        tensor = self.theta[i]
+        for at, dims in enumerate(reversed(self.dims)):
+            if dims[i] is None:
+                tensor = tensor.unsqueeze(at)
+        own = tensor.shape[len(self.lanes) :]
+        return tensor.expand((*self.lanes, *own)).reshape(math.prod(self.lanes), *own)
+
+
 class BatchedProblem:
     """A user's problem as functions of rows.
 
@@ -153,7 +203,10 @@ class BatchedProblem:
         plain: True if rows are plain tensors below every transform, so that nothing differentiates the iteration.
         eps: machine epsilon of the least precise leaf.
         residual: the residual of the equation, ``residual(problem, x)``.
+        operands: the operands of the user's functions, below the transforms; None in the caller's frame.
     """
+
+    operands: SearchOperands | None = None
 
     def __init__(
         self,

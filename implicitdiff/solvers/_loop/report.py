@@ -36,6 +36,11 @@ class Report:
         self.errors: list[Tensor] = []
         self.bar = _bar(name, limit) if verbose else None
 
+    @property
+    def is_watching(self) -> bool:
+        """True if the report needs to see every iteration."""
+        return self.keeps or self.bar is not None or self.callback is not None
+
     def over(self, lanes: tuple[int, ...]) -> Report:
         """Set the batch shape of the lanes that a state holds as rows; return the report."""
         self.lanes = lanes

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, Protocol, overload
 
+import torch
 from torch import Tensor
 from typing_extensions import NamedTuple, TypeVar
 
@@ -32,6 +33,7 @@ from implicitdiff._torch.trees import Leaves, P, Structure, Tree, X
 from implicitdiff._torch.values import refuse_missing
 from implicitdiff._unroll import unroll
 from implicitdiff.linear_solve.auto import solve_auto
+from implicitdiff.solvers._loop.compiled import CompiledLoop, Compiler, unfinished
 from implicitdiff.solvers._loop.equations import EquationOf
 from implicitdiff.solvers._loop.function import LastByKeyword, SolverFunction
 from implicitdiff.solvers._loop.lifted import LiftedProblem
@@ -363,12 +365,18 @@ class SolverImpl(Remembers):
     def _loop(self, problem: BatchedProblem, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
         lanes, every = problem.inputs.batch, 1 if report.keeps else self.options.check_every
         first_x, count, resumed = x, 0, False
+        compiler = self._compiler(problem, report)
+        step, asks = partial(self._step, mask=False), partial(self.termination.asks, self.method)
+        loop: CompiledLoop | None = None
 
         def see(x: Tensor, state: State[Any]) -> int:
             return report.see(state, lambda: structure.unflatten(problem.inputs.unravel(x)), state.error)
 
         def advance(x: Tensor, state: State[Any], running: int) -> tuple[Tensor, State[Any]]:
-            nonlocal count
+            nonlocal count, loop
+            if (loop := loop or compiler.loop(step, asks, x, state)) is not None:
+                x, state = loop(x, state)
+                return x, self._with_rounding_measured(problem, x, state)
             mask = every > 1 or running < state.status.numel()
             for _ in range(every):
                 x, state = self._step(problem, x, state, mask=mask)
@@ -382,12 +390,35 @@ class SolverImpl(Remembers):
         def judge(x: Tensor, state: State[Any], verdict: Verdict) -> tuple[State[Any], Verdict]:
             nonlocal resumed
             resumed = True
-            return self.termination.judge(self.method, problem, first_x, x, state, verdict)
+            leaves, structure = pytree.flatten((state, verdict))
 
+            def judged(problem: BatchedProblem, inputs: Leaves) -> tuple[State[Any], Verdict]:
+                first_x, x, *own = inputs
+                return self.termination.judge(self.method, problem, first_x, x, *structure.unflatten(own))
+
+            found: tuple[State[Any], Verdict] = compiler.call("judge", judged, [first_x, x, *leaves])
+            return found
+
+        frame = _Frame(see, advance, judge)
         with contextlib.closing(report.over(lanes)):
-            x, state = _until_stopped(x, self._start(problem, x), _Frame(see, advance, judge))
+            state = compiler.call("start", lambda problem, inputs: self._start(problem, *inputs), [x])
+            x, state = _until_stopped(x, state, frame)
+            if not compiler.is_over and (above := self._above_target(problem, x, state)) is not None:
+                # The user's own function has the last word: where it disagrees with the recording, go on without.
+                loop, compiler.is_over = None, True
+                running = torch.where(above, int(Status.RUNNING), state.status)
+                x, state = _until_stopped(x, state._replace(status=running), frame)
         self._report_failures(state if lanes else state._replace(status=state.status[0]))
         return x, report.into(state)
+
+    def _compiler(self, problem: BatchedProblem, report: Report) -> Compiler:
+        method = (self.factory, self.method, self.termination, self.equation_of)
+        is_over = self.options.compile == "off" or report.is_watching
+        return Compiler(self.name, method, problem, self.options.compile, is_over)
+
+    def _above_target(self, problem: BatchedProblem, x: Tensor, state: State[Any]) -> Tensor | None:
+        """Return the lanes that converged by the recorded error, and not by the user's own function."""
+        return unfinished(problem, x, state.error, state.target, state.status == Status.CONVERGED)
 
     def _report_failures(self, state: Any) -> None:
         report_failures(self.name, state, self.options.on_failure, budget=self.options.maxiter is not None)

@@ -13,11 +13,13 @@ replaces the first condition. A search that cannot decrease the error further ha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from implicitdiff.solvers._loop.control import if_any
 from implicitdiff.solvers._loop.equations import Composite
 from implicitdiff.solvers._loop.measures import change_with_x, precision, rounding_floor, solution_scale
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
@@ -155,6 +157,12 @@ class Termination:
         patient = state.progress.idle >= state.progress.patience
         return (state.status == Status.RUNNING) & patient & (state.iter_num % PATIENCE == 0)
 
+    def asks(self, method: IterativeMethod[MemoryT], state: State[MemoryT]) -> Tensor:
+        """Return the lanes that `measure_rounding` would measure."""
+        if not method.is_judged:
+            return torch.zeros_like(state.status, dtype=torch.bool)
+        return self.idle(state) & self._may_stall(state)
+
     def _advanced(self, state: State[MemoryT], reached: Tensor) -> State[MemoryT]:
         status = torch.where(state.iter_num >= self.limit, int(Status.BUDGET_SPENT), int(Status.RUNNING))
         status = torch.where(reached, int(Status.CONVERGED), status)
@@ -190,24 +198,32 @@ class Termination:
     ) -> State[MemoryT]:
         """Measure the rounding floor in the `asked` lanes, by two evaluations; lanes whose error is at most the floor
         end."""
-        asked = asked & self._may_stall(state)
-        if not (method.is_judged and any_lane(asked)):
+        if not method.is_judged:
             return state
+        asked = asked & self._may_stall(state)
+        return if_any(asked, lambda state: self._with_floor(method, problem, x, state, asked), state)
+
+    def _with_floor(
+        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, state: State[MemoryT], asked: Tensor
+    ) -> State[MemoryT]:
         floor = rounding_floor(problem.residual, problem, x, _current_residual(method, problem, x, state))
         old = state.progress
         progress = old._replace(
             floor=torch.where(asked, floor, old.floor),
             # Double the patience: measurements after 4, 8, 16, ... idle iterations cost a vanishing share.
-            patience=torch.where(asked, 2 * old.idle, old.patience),
+            patience=torch.where(asked, old.idle + old.idle, old.patience),
         )
         # Valid at this point only: the floor depends on ``x``.
         at_floor = asked & (state.error <= floor)
         # With a user's tolerances rounding above the target is a stall, with default tolerances convergence, unless a
         # Newton-type step shows that ``x`` is far from a solution.
         good = at_floor & self.is_default
-        if any_lane(good):
-            state = _with_step(state, _distance_step(method, problem, x, state), good, good)
-            good = good & _is_settled(method, problem, state, "failed")
+
+        def settled(good: Tensor) -> Tensor:
+            stepped = _with_step(state, _distance_step(method, problem, x, state), good, good)
+            return good & _is_settled(method, problem, stepped, "failed")
+
+        good = if_any(good, settled, good)
         status = torch.where(at_floor, int(Status.STALLED), state.status)
         return state._replace(
             status=torch.where(good, int(Status.CONVERGED), status),
@@ -250,17 +266,37 @@ class Termination:
         reached = (state.status == Status.CONVERGED) & (state.iter_num > 0) & (state.target != state.progress.floor)
         # Skip lanes with a final target whose last step was very short.
         reached = reached & ~((verdict.error == 0) & _is_settled(method, problem, state, "sure"))
-        if self.is_default and any_lane(failed | reached):
-            # Error 0 in the verdict marks a final target: measuring ``|J x|`` again would not change the target.
-            coarse = reached & (verdict.error > 0)
-            # A Newton-type method at its target has just made a step.
-            asked = failed if method.steps_tell else failed | reached
-            step = _distance_step(method, problem, x, state) if any_lane(asked) else None
-            state = _with_step(state, step, asked, failed)
-            state, verdict = self._measured_again(method, problem, first_x, x, state, step, failed, coarse, verdict)
-            state, verdict = self._stepped(method, problem, state, step, failed, reached, verdict)
+        if self.is_default:
+            judged = partial(self._judged, method, problem, first_x, x, failed, reached)
+            state, verdict = if_any(failed | reached, judged, (state, verdict))
             failed = failed & (state.status != Status.CONVERGED)
-        return self.measure_rounding(method, problem, x, state, failed), verdict
+        # A search that stands still may have done so at the rounding floor, before the floor was due for measurement.
+        stands = (state.status == Status.STALLED) & (state.progress.still >= _MAX_ZERO_STEPS)
+        return self.measure_rounding(method, problem, x, state, failed | stands), verdict
+
+    def _judged(
+        self,
+        method: IterativeMethod[MemoryT],
+        problem: BatchedProblem,
+        first_x: Tensor,
+        x: Tensor,
+        failed: Tensor,
+        reached: Tensor,
+        carry: tuple[State[MemoryT], Verdict],
+    ) -> tuple[State[MemoryT], Verdict]:
+        state, verdict = carry
+        # Error 0 in the verdict marks a final target: measuring ``|J x|`` again would not change the target.
+        coarse = reached & (verdict.error > 0)
+        # A Newton-type method at its target has just made a step.
+        asked = failed if method.steps_tell else failed | reached
+        # A step costs a factorisation or several products; without one the size is measured by a difference.
+        makes = method.newton_step is not None and any_lane(asked) if method.steps_tell else True
+        step = _distance_step(method, problem, x, state) if makes else None
+        state = _with_step(state, step, asked, failed)
+        measured = partial(self._measured_again, method, problem, first_x, x, step, failed, coarse)
+        state, verdict = if_any(failed | coarse, measured, (state, verdict))
+        good, reached = failed & (state.error <= state.target), reached & (state.status == Status.CONVERGED)
+        return if_any(good | reached, partial(self._stepped, method, problem, step, good, reached), (state, verdict))
 
     def _measured_again(
         self,
@@ -268,19 +304,17 @@ class Termination:
         problem: BatchedProblem,
         first_x: Tensor,
         x: Tensor,
-        state: State[MemoryT],
         step: NewtonStep | None,
         failed: Tensor,
         reached: Tensor,
-        verdict: Verdict,
+        carry: tuple[State[MemoryT], Verdict],
     ) -> tuple[State[MemoryT], Verdict]:
         """Measure ``|J x|`` at `x`; lanes that have `reached` a coarse target continue towards a finer target.
 
         A lane goes to infinity if, since the last decision, ``|x|`` has grown while ``|J x|`` has shrunk about as much
         as the error; the lane gets the status ``method.runs_off``.
         """
-        if not any_lane(failed | reached):
-            return state, verdict
+        state, verdict = carry
         error, here = state.error, _current_residual(method, problem, x, state)
         size, known = solution_scale(problem, x, here, first_x, error, None if step is None else step.size)
         fine, rough = precision(problem.eps) * size, problem.eps ** (2 / 3) * size
@@ -291,8 +325,12 @@ class Termination:
         off = again & (verdict.ratio > 0) & (ratio > 0.1 * verdict.ratio) & (length > 1.2 * verdict.length)
         again = again & ~off
         # Rounding rarely exceeds 256 eps of the scale; the bound saves two evaluations in most searches.
-        if any_lane(again & (error <= 256.0 * problem.eps * size)):
-            again = again & (error > rounding_floor(problem.residual, problem, x, here))
+        near = again & (error <= 256.0 * problem.eps * size)
+
+        def above_floor(again: Tensor) -> Tensor:
+            return again & (~near | (error > rounding_floor(problem.residual, problem, x, here)))
+
+        again = if_any(near, above_floor, again)
         # A failed line search leaves more error than a regular end: accept two thirds of the digits. An infinite scale
         # gives no target.
         good = failed & (error <= rough) & torch.isfinite(rough)
@@ -313,19 +351,16 @@ class Termination:
         self,
         method: IterativeMethod[MemoryT],
         problem: BatchedProblem,
-        state: State[MemoryT],
         step: NewtonStep | None,
-        failed: Tensor,
+        good: Tensor,
         reached: Tensor,
-        verdict: Verdict,
+        carry: tuple[State[MemoryT], Verdict],
     ) -> tuple[State[MemoryT], Verdict]:
         """Judge lanes near their target by the length of a Newton-type step.
 
         A lane that is still far from the solution continues and tries the step next.
         """
-        good, reached = failed & (state.error <= state.target), reached & (state.status == Status.CONVERGED)
-        if not any_lane(good | reached):
-            return state, verdict
+        state, verdict = carry
         good = good & _is_settled(method, problem, state, "failed")
         state = state._replace(status=torch.where(good, int(Status.CONVERGED), state.status))
         if step is None or method.steps_tell:

@@ -1,0 +1,196 @@
+"""The recordings that are kept from call to call, and the keys under which a later call finds them.
+
+A key holds all that a recording depends on: the method with its options, the operations of the user's functions with
+the numbers of Python among their arguments, shapes, dtypes, and which operands the lanes share. Values of tensors are
+not in the key, since tensors are operands.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import threading
+import types
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from types import NoneType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import implicitdiff._torch.dispatch as _dispatch
+from implicitdiff._closures.lift import Lifted
+from implicitdiff._closures.program import OPAQUE, Program, is_exact
+from implicitdiff._recorded.step import RecordedStep
+from implicitdiff._recorded.tape import NotRecordableError
+from implicitdiff._torch.trees import Structure
+
+Kinds = tuple[tuple[Sequence[int], torch.dtype], ...]
+"""Shapes and dtypes of tensors."""
+
+_KEPT = 256
+"""Bound on the number of recordings that are kept."""
+
+
+class Recording(NamedTuple):
+    """A recorded step, or a recorded function that runs once.
+
+    Attributes:
+        step: the program, ready to run.
+        structure: the structure of the results.
+        kinds: their shapes and dtypes, without the lanes.
+    """
+
+    step: RecordedStep
+    structure: Structure
+    kinds: Kinds
+
+
+class _Kept:
+    """Recordings by key, the one used last at the end; a reason in words where a recording failed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._recordings: OrderedDict[Hashable, Recording | str] = OrderedDict()
+
+    def get(self, key: Hashable) -> Recording | str | None:
+        """Return the recording of a key, or the reason why there is none; None if none was made."""
+        with self._lock:
+            found = self._recordings.get(key)
+            if found is not None:
+                self._recordings.move_to_end(key)
+            return found
+
+    def put(self, key: Hashable, found: Recording | str) -> None:
+        """Keep a recording."""
+        with self._lock:
+            self._recordings[key] = found
+            while len(self._recordings) > _KEPT:
+                self._recordings.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget all recordings."""
+        with self._lock:
+            self._recordings.clear()
+
+
+kept = _Kept()
+
+
+def memories(tensors: Sequence[Tensor]) -> Hashable:
+    """Return how tensors lie in memory, as a part of a key, with the first tensor of the same memory for each."""
+    keys = [_dispatch.storage_key(t) for t in tensors]
+    return tuple(
+        (t.dtype, t.shape, t.stride(), t.storage_offset(), _dispatch.storage_size(t), keys.index(key))
+        for t, key in zip(tensors, keys, strict=True)
+    )
+
+
+def fingerprint(lifted: Lifted) -> Hashable:
+    """Return the operations of a user's function with their arguments, in a form that two calls can compare.
+
+    Tensors stand as the numbers of the operands, of the results, or of the constants. The results of the function
+    and the operations without gradients belong to the form.
+
+    Raises:
+        NotRecordableError: the operations do not tell all that the function does.
+    """
+    program = lifted.program
+    if program.has_dispatch_mode:
+        raise NotRecordableError("the function runs operations under a TorchDispatchMode")
+    if program.read_at is not None:
+        raise NotRecordableError(f"the function reads the value of a tensor{program.read_at}")
+    places = {id(t): i for i, (t, _) in enumerate(lifted.constants)}
+
+    def shown(value: Any) -> Hashable:
+        if type(value) is tuple:
+            while value in program.aliases:
+                value = program.aliases[value]
+            kind, *place = value
+            if kind != "constant":
+                return (kind, *place)
+            if value[1] not in places:
+                raise NotRecordableError("the function uses a tensor of unknown origin")
+            return ("constant", places[value[1]])
+        if value is OPAQUE:
+            raise NotRecordableError("the function passes an object that cannot be compared to an operation")
+        if type(value) is list:
+            _refuse_large_array(value)
+            return ("list", *map(shown, value))
+        if type(value) is dict:
+            return ("dict", *((k, shown(v)) for k, v in value.items()))
+        return _number(value) if isinstance(value, (int, float, complex, np.generic)) else value
+
+    operations = tuple(
+        (_torch_function(function), shown(args), shown(kwargs)) for function, args, kwargs in program.operations
+    )
+    wrappers = tuple((shown(origin), *dims) for origin, *dims in program.wrappers)
+    return operations, wrappers, tuple(map(shown, program.results)), tuple(program.recorded)
+
+
+def _refuse_large_array(value: list[Any]) -> None:
+    """Raise if a list stands for an array with a checksum that does not tell its numbers, see `checksum`."""
+    if value[:1] == ["array"] and (value[3] is None or not is_exact(value[3], value[4])):
+        raise NotRecordableError("the function uses a large NumPy array")
+
+
+def _torch_function(function: Any) -> Hashable:
+    """Return a function of torch; raise for others, such as an autograd.Function, whose rules no operation shows."""
+    if isinstance(function, Program):
+        raise NotRecordableError("the function calls another solver")
+    # The accessor of an attribute, such as `Tensor.T`, is a method of a descriptor.
+    owner = function.__self__ if isinstance(function, types.MethodWrapperType) else function
+    module = getattr(owner, "__module__", None) or getattr(getattr(owner, "__objclass__", None), "__module__", "")
+    if _dispatch.is_higher_order(owner) or not (module or "torch").startswith("torch") or _dispatch.is_custom(owner):
+        raise NotRecordableError(f"the function calls {function}")
+    hashable: Hashable = function
+    return hashable
+
+
+def kind_of(value: Any) -> Hashable:
+    """Return an option or a function of a method as a part of a key.
+
+    Tensors among them are operands of the user's functions, so their shapes suffice.
+
+    Raises:
+        NotRecordableError: a function or an object of the user, such as a schedule, may do something else at each call.
+    """
+    if isinstance(value, functools.partial):
+        named = tuple((k, kind_of(v)) for k, v in sorted(value.keywords.items()))
+        return kind_of(value.func), tuple(map(kind_of, value.args)), named
+    if isinstance(value, Tensor):
+        return (value.shape, value.dtype)
+    if isinstance(value, (list, tuple)):
+        return (type(value), *map(kind_of, value))
+    if isinstance(value, dict):
+        return (dict, *((k, kind_of(v)) for k, v in value.items()))
+    if isinstance(value, types.MethodType):
+        return kind_of(value.__func__), kind_of(value.__self__)
+    if isinstance(value, (int, float, complex, operator.attrgetter)):
+        return _number(value)
+    if isinstance(value, types.FunctionType):
+        return (
+            (value, *(kind_of(cell.cell_contents) for cell in value.__closure__ or ())) if _is_ours(value) else object()
+        )
+    if isinstance(value, (str, type, torch.dtype, types.BuiltinFunctionType, NoneType)):
+        return (type(value), value)
+    if _is_ours(type(value)) and hasattr(value, "__dict__"):
+        return (type(value), kind_of(vars(value)))
+    raise NotRecordableError(f"an option is a {type(value).__name__}, which may change")
+
+
+def _is_ours(function: Any) -> bool:
+    """Return whether a function or a class is of this library or of torch."""
+    return (function.__module__ or "").partition(".")[0] in (__name__.partition(".")[0], "torch")
+
+
+def _number(value: Any) -> Hashable:
+    """Return a number as a part of a key; 1, 1.0 and True are equal, as are 0.0 and -0.0."""
+    return type(value), repr(value)
+
+
+def kinds(tensors: Sequence[Tensor]) -> Kinds:
+    """Return the shapes, without the lanes in front, and the dtypes of tensors."""
+    return tuple([(t.shape[1:], t.dtype) for t in tensors])
