@@ -34,16 +34,32 @@ ROUNDED = (
 # Selects what each change runs; the rest, and most examples, are left to `nox -s nightly`.
 EACH_CHANGE = ("-m", "not nightly")
 KERNELS = ("tests/test_kernels.py", "tests/test_kernel_calls.py")
-# The files with tests that reach compiled steps where they are built; all others compute alike without them.
+# The files whose tests run searches: `nox -s loops` runs them with every loop eager, then with every loop compiled.
+SEARCHES = (
+    "tests/test_searches.py",
+    *sorted(str(path) for path in Path("tests").glob("test_search_*.py")),
+    "tests/test_solvers_agree.py",
+    "tests/test_termination.py",
+    "tests/test_bounds.py",
+    "tests/test_problem_sets.py",
+    "tests/test_problem_sets_roots.py",
+    "tests/test_never_silent.py",
+    "tests/test_no_false_alarm.py",
+    "tests/test_solver_arguments.py",
+)
+MACHINE = tuple(sorted(str(path) for path in Path("tests").glob("test_machine*.py")))
+# The files with tests that reach compiled steps where they are built, and a sample of searches, whose loops are eager
+# where they are not.
 # fmt: off
 COMPILED = (
-    "test_kernels.py", "test_kernel_calls.py", "test_donation.py", "test_donation_refused.py",
-    "test_step_counts.py", "test_torch_optim.py", "test_rates.py", "test_states.py", "test_package.py",
-    "test_pickling.py", "test_optim_arguments.py", "test_optim_parts.py", "test_optim_trees.py",
-    "test_optimizer_fronts.py", "test_optimizer_checkpoints.py", "test_func_optimizer.py", "test_unroll.py",
-    "test_meta_gradients.py", "test_meta_optimizers.py", "test_meta_optimizer_modules.py", "test_modules.py",
-    "test_module_parameters.py", "test_autocast.py", "test_compile.py", "test_empty.py", "test_migrating.py",
-    "test_solver_pickling.py",
+    "test_kernels.py", "test_kernel_calls.py", "test_machine.py", "test_recordings.py", "test_recorded_loops.py",
+    "test_solvers_agree.py", "test_search_closed_forms.py", "test_control.py", "test_donation.py",
+    "test_donation_refused.py", "test_recorded_views.py", "test_step_counts.py", "test_torch_optim.py",
+    "test_rates.py", "test_states.py", "test_package.py", "test_pickling.py", "test_optim_arguments.py",
+    "test_optim_parts.py", "test_optim_trees.py", "test_optimizer_fronts.py", "test_optimizer_checkpoints.py",
+    "test_func_optimizer.py", "test_unroll.py", "test_meta_gradients.py", "test_meta_optimizers.py",
+    "test_meta_optimizer_modules.py", "test_modules.py", "test_module_parameters.py", "test_autocast.py",
+    "test_compile.py", "test_empty.py", "test_migrating.py", "test_solver_pickling.py",
 )
 # fmt: on
 # Examples that each change runs; they take seconds.
@@ -123,6 +139,8 @@ def tests(session: nox.Session) -> None:
     """Run the test suite, but for what is left to the night."""
     install(session, "test")
     run_suite(session, tests=("tests", "--durations=50", *EACH_CHANGE))
+    # Its examples need the compiled modules; `plain` runs those of the other pages.
+    session.run("pytest", "--doctest-glob=*.md", "docs/compiled.md")
 
 
 @nox.session
@@ -178,8 +196,16 @@ def programs(session: nox.Session) -> None:
 
 
 @nox.session
+def loops(session: nox.Session) -> None:
+    """Run the tests of searches twice: every loop eager, then every loop compiled."""
+    install(session, "test")
+    for mode in ("off", "always"):
+        run_suite(session, tests=(f"--compile={mode}", *SEARCHES, *EACH_CHANGE))
+
+
+@nox.session
 def sanitize(session: nox.Session) -> None:
-    """Run the tests of the kernels under the address and the undefined behaviour sanitizers."""
+    """Run the tests of the compiled code under the address and the undefined behaviour sanitizers."""
     install(session, "test", IMPLICITDIFF_SANITIZE="1", IMPLICITDIFF_CUDA="0")
     compiler = os.environ.get("CXX", "g++")
     # Python is not sanitized, so the runtimes have to be there before it.
@@ -194,7 +220,7 @@ def sanitize(session: nox.Session) -> None:
     }
     check(session, "_C.cpu", **env)
     # Captured, a report would be lost with the process that it ends.
-    run_suite(session, tests=("--capture=sys", *KERNELS), **env)
+    run_suite(session, tests=("--capture=sys", *KERNELS, *MACHINE), **env)
 
 
 @nox.session
@@ -360,6 +386,16 @@ def bench_growth(session: nox.Session) -> None:
     """Measure how times grow with unknowns, problems and parameters; `-- --save` keeps that, and draws it."""
     install(session, "matplotlib")
     session.run("python", "benchmarks/growth.py", *session.posargs)
+    write_page(session)
+
+
+@nox.session(name="bench-loops")
+def bench_loops(session: nox.Session) -> None:
+    """Measure loops of searches beside those of other libraries, and draw them; `-- --save` keeps that for the page."""
+    install(session, "matplotlib")
+    install_peers(session)
+    for options in (("--threads", "1", "2"), ("--lanes",)):
+        session.run("python", "benchmarks/loops.py", *options, *session.posargs)
     write_page(session)
 
 

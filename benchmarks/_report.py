@@ -1,4 +1,4 @@
-"""What every benchmark needs: one thread, the libraries beside ours, and results that are kept.
+"""What every benchmark needs: a number of threads, the libraries beside ours, and results that are kept.
 
 Import it before NumPy, torch and JAX, which read the variables below when they are imported.
 """
@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import os
 
-os.environ |= {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+# One, unless a benchmark starts a process with another number.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("BENCHMARK_THREADS", "1")
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen={str(os.environ['OMP_NUM_THREADS'] != '1').lower()}",
+}
 
 import argparse
 import datetime
@@ -23,6 +28,7 @@ from typing import Any
 
 import torch
 
+THREADS = int(os.environ["OMP_NUM_THREADS"])
 Rows = dict[str, dict[str, Any]]
 """Results by the name of the row. Those of a timing have "ms": the quartiles of each entry."""
 MISSING: list[str] = []
@@ -38,12 +44,15 @@ def library(name: str) -> Any:
         return None
 
 
-def one_thread() -> None:
-    """Keep this process on one core and torch on one thread, in JAX with float64, and name what is missing."""
+def keep_threads() -> None:
+    """Keep this process on a core for each thread, in JAX with float64, and name what is missing."""
     warnings.simplefilter("ignore")
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) < THREADS:
+            raise SystemExit(f"{THREADS} threads need as many cores, there are {len(cores)}")
+        os.sched_setaffinity(0, cores[-THREADS:])
+    torch.set_num_threads(THREADS)
     if jax := sys.modules.get("jax"):
         jax.config.update("jax_enable_x64", True)
     if MISSING:

@@ -277,7 +277,7 @@ def main() -> None:
     names = _report.chosen(parser, options.rows, CURVES)
     results: _report.Rows = {}
     if not options.draw:
-        _report.one_thread()
+        _report.keep_threads()
         results = {name: result(CURVES[name]) for name in names}
     if options.save:
         _report.save(RESULTS, results, CURVES)

@@ -7,28 +7,41 @@ import time
 from collections.abc import Callable, Mapping
 
 Run = Callable[[], object]
+Clock = Callable[[], float]
 # From how many seconds on a call is too long for cold caches to matter.
 COLD = 0.1
 
 
 def quartiles(
-    runs: Mapping[str, Run], calls: Mapping[str, int], turns: int, clock: Callable[[], float] = time.process_time
+    runs: Mapping[str, Run], calls: Mapping[str, int], turns: int, clock: Clock = time.process_time
 ) -> dict[str, list[float]]:
-    """The quartiles of the milliseconds of each call.
+    """The quartiles of the milliseconds of each call, as `on_clocks`."""
+    return on_clocks(runs, calls, turns, {"": clock})[""]
+
+
+def on_clocks(
+    runs: Mapping[str, Run], calls: Mapping[str, int], turns: int, clocks: Mapping[str, Clock]
+) -> dict[str, dict[str, list[float]]]:
+    """The quartiles of the milliseconds of each call, on each of the clocks.
 
     The runs take turns. A turn is a call that is not counted, since what ran before leaves the caches cold, and the
     mean of some that are.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in runs} for clock in clocks}
+    first = times[next(iter(clocks))]
     for _ in range(turns):
         for name, run in runs.items():
-            if calls[name] > 1 or not times[name] or times[name][-1] < 1e3 * COLD:
+            if calls[name] > 1 or not first[name] or first[name][-1] < 1e3 * COLD:
                 run()
-            began = clock()
+            began = [clock() for clock in clocks.values()]
             for _ in range(calls[name]):
                 run()
-            times[name].append(1e3 * (clock() - began) / calls[name])
-    return {name: statistics.quantiles(measured, n=4) for name, measured in times.items()}
+            for (label, clock), start in zip(clocks.items(), began, strict=True):
+                times[label][name].append(1e3 * (clock() - start) / calls[name])
+    return {
+        label: {name: statistics.quantiles(measured, n=4) for name, measured in found.items()}
+        for label, found in times.items()
+    }
 
 
 def timed(runs: Mapping[str, Run], budget: float, turns: int) -> dict[str, list[float]]:

@@ -24,14 +24,15 @@ Each row is one computation. This library does it, other libraries do it, and pl
 computation is timed, its numbers are compared with a closed form or with those by hand, or its residual is compared
 with a target.
 
-Unless a row says otherwise, everything runs in float64, on one thread, in turns. A time is the median of the process
-time of a call. JAX's times are those of compiled programs, without the compilation. Read the ratio "ours / its": above
-1 this library is slower, and the ratio is **bold**. "Last" is the ratio of the previous measurement.
+Unless a row says otherwise, everything runs in float64, on one thread of one core, in turns. A time is the median of
+the process time of a call. JAX's times are those of compiled programs, without the compilation. Read the ratio "ours /
+its": above 1 this library is slower, and the ratio is **bold**. "Last" is the ratio of the previous measurement.
 
 To measure on your machine and write this page again:
 
 ```sh
 python3 -m nox -s bench-peers -- --save
+python3 -m nox -s bench-loops -- --save
 python3 -m nox -s bench-growth -- --save
 ```
 """
@@ -67,6 +68,30 @@ programs. A solver that does not reach the residual is not timed, and its entry 
 the sum of the solution, and agree with closed forms to 1e-5. "Iterations" are those of this library: the median and the
 largest of all problems.
 """
+LOOPS = """
+## Loops
+
+From `benchmarks/loops.py`: the time of a search, and of its gradient where a row says so. Each library has the loosest
+tolerance with which its residual, measured alike for all, reaches the same target; its solution is compared with that
+of SciPy or a closed form. Here the ratio is "its / ours", in process time and in wall time: below 1 this library is
+slower, and the ratio is **bold**. "First" is what JAX's compilation takes, and for this library what the first call of
+a solver takes beyond a later one.
+"""
+MODES = f"""
+"{OURS}, off" is this library with `compile="off"`, whose loop runs operation by operation, and "{OURS}, always" with
+`compile="always"`; its other times are those of the default.
+"""
+SHARES = """
+Where the time of this library goes: in the machine, which runs the loop; in the call of the function that is watched
+for captured tensors; in the set-up of the derivative, with a second look at the function; in the backward pass. The
+rest is Python of the library and the last evaluation of the error.
+"""
+CURVES = """
+The time of one problem, by the number of problems in a call and by that of unknowns:
+
+![Time of one problem by the number of problems in a call and by that of unknowns, beside
+JAXopt](_static/loops.png)
+"""
 GROWTH = """
 ## Growth
 
@@ -78,15 +103,16 @@ torch](_static/growth.svg)
 LOSSES = """
 ## Why small problems are slow
 
-An iteration of this library is Python that calls torch, operation by operation. A call costs microseconds, and more
-under `vmap` and `grad`. JAX compiles the whole loop into one program. So small problems lose most: the rows with n = 10
-show the cost of a derivative of the smallest problem. The larger the operations, the smaller the ratio, as the figure
-shows beside plain torch. At the largest sizes the rest of the ratio is further passes over the data: the function is
-evaluated again, to differentiate it and to check the solution and the linear solve. The code by hand does not check.
+A search runs in [compiled code](compiled.md), but a call of this library is Python around this code: the function is
+watched and fingerprinted, its operands are found, the error is measured once more, and the derivative is set up. JAX
+compiles all of this into one program. So small problems lose most: the rows with n = 10 show the cost of a call. The
+larger the operations, the smaller the ratio, as the figure shows beside plain torch. At the largest sizes the rest of
+the ratio is further passes over the data: the function is evaluated again, to differentiate it and to check the
+solution and the linear solve. The code by hand does not check.
 
-The problems of a batch share the Python, and take as long as the slowest of them. Methods with few, expensive
-iterations (`newton`, `newton_cg`, `qp`) lose less than methods with many cheap ones (`fixed_point_iteration`,
-`bisection`).
+In a batch the machine runs blocks of 8 problems, each block to its own end. An iteration executes some 50 instructions
+of the stopping rule beside those of the function. They dominate where the function has a few operations on a few
+numbers, as in `bisection` of scalars, and vanish where it has matrices. JAX fuses such operations.
 """
 
 
@@ -198,6 +224,49 @@ def families(rows: Rows) -> str:
     return "".join(parts)
 
 
+def loops(rows: Rows) -> str:
+    timed = [row for row in rows.values() if "ms" in row]
+    lines = [line for row in timed for line in search(row)]
+    head = ("search", "threads", "ours, ms", "first, ms", "beside", "its ms", "first, ms", "its / ours", "wall")
+    modes = any(f"{OURS}, off" in row["ms"] for row in timed)
+    return (
+        LOOPS + MODES * modes + table(head, *lines) + shares(timed) + CURVES * any("curves" in r for r in rows.values())
+    )
+
+
+def shares(rows: list[dict[str, Any]]) -> str:
+    """Where the time of the rows goes that were measured on one thread."""
+    told = [(row["title"], row["shares"]) for row in rows if row["threads"] == 1 and "shares" in row]
+    if not told:
+        return ""
+    lines = [(title, *map(percent, found.values()), percent(1 - sum(found.values()))) for title, found in told]
+    return SHARES + table(("search", *told[0][1], "rest"), *lines)
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}"
+
+
+def search(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The lines of a row of loops: ours, and for each other entry its time and ratios."""
+    ms, first = row["ms"], row["first_ms"]
+    left = row["title"], str(row["threads"]), number(ms[OURS][1]), number(first[OURS])
+    for entry in [name for name in ms if name != OURS] or [""]:
+        its = (number(ms[entry][1]), number(first[entry])) if entry else ("", "")
+        yield (*left, entry, *its, *(behind(ratio(row[clock], entry)) for clock in ("ms", "wall_ms")))
+        left = ("",) * len(left)
+    for entry in [name for name in row["of_target"] if name not in ms]:
+        yield (*left, entry, "missed", "", "", "")
+
+
+def behind(ours_over_its: float | None) -> str:
+    """The other ratio, bold where this library is slower."""
+    if ours_over_its is None:
+        return ""
+    text = number(1 / ours_over_its)
+    return f"**{text}**" if ours_over_its > 1 else text
+
+
 def growth(rows: Rows) -> str:
     lines = [
         (
@@ -217,12 +286,14 @@ SECTIONS: dict[str, list[Callable[[Rows], str]]] = {
     "peers.json": [derivatives, memory],
     "stages.json": [stages],
     "solvers.json": [families],
+    "loops.json": [loops],
     "growth.json": [growth],
 }
 TITLES = {
     "peers.json": DERIVATIVES,
     "stages.json": STAGES,
     "solvers.json": FAMILIES,
+    "loops.json": LOOPS,
     "growth.json": GROWTH.split("\n!")[0],
 }
 
@@ -233,7 +304,7 @@ def machines(results: dict[str, dict[str, Any]]) -> str:
     for name, found in results.items():
         versions = dict(found["versions"])
         where = f"{versions.pop('processor')}; Python {versions.pop('python')}, "
-        told = f"measured on {found['measured']}, on one core of {where}" + ", ".join(map(" ".join, versions.items()))
+        told = f"measured on {found['measured']}, on {where}" + ", ".join(map(" ".join, versions.items()))
         files.setdefault(told, []).append(f"`{name}`")
     return "\n" + "\n".join(f"- {', '.join(names)}: {told}." for told, names in files.items()) + "\n"
 

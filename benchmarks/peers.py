@@ -529,7 +529,7 @@ def rise(run: Entry) -> float:
 
 def peak(row: str, entry: str) -> float:
     """The median of some calls, as the kernel's count of pages lags a little."""
-    _report.one_thread()
+    _report.keep_threads()
     run = MEMORY[row]().entries[entry]
     run()
     return statistics.median(rise(run) for _ in range(CALLS))
@@ -566,7 +566,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = MEMORY if options.memory else ROWS
     names = _report.chosen(parser, options.rows, rows)
-    _report.one_thread()
+    _report.keep_threads()
     before, results = _report.kept(RESULTS), {}
     for name in names:
         row, last = rows[name](), before.get(name, {})

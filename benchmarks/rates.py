@@ -283,7 +283,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.sets) - set(names):
         parser.error(f"no set {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    _report.one_thread()
+    _report.keep_threads()
     for group in SETS:
         for dtype in options.dtype or DTYPES:
             if not options.sets or group.name in options.sets:

@@ -12,7 +12,7 @@ With ``--save`` the results go to ``benchmarks/solvers.json``. Libraries that ar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,9 +106,9 @@ def equations(scale: float, rng: np.random.Generator, n: int) -> Data:
     return w / np.linalg.norm(w, 2), scale * rng.standard_normal(n)
 
 
-def logistic(penalty: float, rng: np.random.Generator, n: int) -> Data:
-    x = rng.standard_normal((2 * n, n))
-    noisy = x @ rng.standard_normal(n) / np.sqrt(n) + 0.5 * rng.standard_normal(2 * n)
+def logistic(penalty: float, rng: np.random.Generator, n: int, rows: int = 0) -> Data:
+    x = rng.standard_normal((rows or 2 * n, n))
+    noisy = x @ rng.standard_normal(n) / np.sqrt(n) + 0.5 * rng.standard_normal(len(x))
     return x, np.where(noisy > 0, 1.0, -1.0), np.full(n, penalty)
 
 
@@ -228,7 +228,7 @@ def from_jaxopt(name: str, hyper: Any = (), maxiter: int = 2000, **options: Any)
     """`hyper` is what projections and proximal operators take, in a tuple."""
 
     def solve(problem: Problem, tol: Any, x0: Any, *data: Any) -> tuple[Any, Any]:
-        solver = getattr(jaxopt, name)(problem.fn, maxiter=maxiter, tol=tol, **linear(), **options)
+        solver = getattr(jaxopt, name)(problem.fn, maxiter=maxiter, tol=tol, **linear() | options)
         params, state = solver.run(x0, *hyper, *data)
         return params, state.iter_num
 
@@ -405,8 +405,12 @@ def stricter(run: Callable[[float], Any], tol: float, target: float, residual: C
     return found
 
 
-def compiled(solve: Callable[..., Any], operands: Data, batch: bool) -> Callable[[float], Any]:
-    fn = jax.vmap(solve, in_axes=(None, *(0 for _ in operands))) if batch else solve
+def compiled(
+    solve: Callable[..., Any], operands: Data, batch: bool, shared: Collection[int] = ()
+) -> Callable[[float], Any]:
+    """``run(tol)``; the operands at the positions `shared` are the same for all lanes."""
+    axes = (None, *(None if i in shared else 0 for i in range(len(operands))))
+    fn = jax.vmap(solve, axes) if batch else solve
     values = [jax.numpy.asarray(v) for v in operands]
     run = jax.jit(fn).lower(jax.numpy.float64(1.0), *values).compile()
     return lambda tol: jax.block_until_ready(run(jax.numpy.float64(tol), *values))
@@ -466,18 +470,18 @@ def ratio(name: str, ms: dict[str, list[float]]) -> str:
     return f"{ms['implicitdiff'][1] / ms[name][1]:.2f}" if {name, "implicitdiff"} <= ms.keys() else ""
 
 
-def instance(problem: Problem, batch: bool) -> Data:
-    """The initial guess and the data."""
+def instance(problem: Problem, n: int, lanes: int = 0) -> Data:
+    """The initial guess and the data, of one problem if there are no lanes."""
     rng = np.random.default_rng(0)
-    n = LANE_UNKNOWNS if batch else problem.unknowns
-    lanes = [(problem.start(n), *problem.make(rng, n)) for _ in range(LANES if batch else 1)]
-    return tuple(map(np.stack, zip(*lanes, strict=True))) if batch else lanes[0]
+    problems = [(problem.start(n), *problem.make(rng, n)) for _ in range(lanes or 1)]
+    return tuple(map(np.stack, zip(*problems, strict=True))) if lanes else problems[0]
 
 
 def measure(row: Row, batch: bool, before: _report.Rows) -> _report.Rows:
     """Of the row, and of its gradient if it has one."""
-    problem, operands = row.problem, instance(row.problem, batch)
-    target = problem.target
+    problem, target = row.problem, row.problem.target
+    size = LANE_UNKNOWNS if batch else problem.unknowns
+    operands = instance(problem, size, LANES if batch else 0)
 
     def residual(solution: Any) -> Array:
         return problem.residual(solution, *operands[1:])
@@ -489,7 +493,6 @@ def measure(row: Row, batch: bool, before: _report.Rows) -> _report.Rows:
     if row.direct and not batch and is_there(row.direct[0]):
         name, solve = row.direct
         found[name] = stricter(lambda tol: solve(problem, tol, *operands), target, target, residual)
-    size = LANE_UNKNOWNS if batch else problem.unknowns
     title = row.name if batch or size == UNKNOWNS else f"{row.name}, {size} unknowns"
     key = f"{row.name}, batch" if batch else row.name
     results = {key: show(title, found, target, before.get(key, {}).get("ms", {}))}
@@ -525,7 +528,7 @@ def main() -> None:
     parser = _report.arguments(__doc__, names, RESULTS)
     options = parser.parse_args()
     chosen = _report.chosen(parser, options.rows, names)
-    _report.one_thread()
+    _report.keep_threads()
     before, results = _report.kept(RESULTS), {}
     for batch in (False, True):
         size = f"{LANES} problems of {LANE_UNKNOWNS} unknowns" if batch else f"One problem of {UNKNOWNS} unknowns"

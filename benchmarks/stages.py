@@ -106,7 +106,7 @@ def main() -> None:
     parser = _report.arguments(__doc__, ROWS, RESULTS)
     options = parser.parse_args()
     names = _report.chosen(parser, options.rows, ROWS)
-    _report.one_thread()
+    _report.keep_threads()
     clock, results = Clock(), {}
     clock.install()
     for name in names:
