@@ -146,9 +146,11 @@ def _newton_for_multiplier(values: Tensor, part: Tensor, radius: Tensor) -> Tens
         return torch.where(step > 0, damping + step, damping)
 
     # Monotone iterates: stop when no lane increases.
-    return _control.repeat(
-        lambda both: (both[1], next_to(both[1])),
-        (damping, next_to(damping)),
-        lambda both: both[1] > both[0] * (1.0 + 4.0 * eps),
-        _MAX_NEWTON_STEPS,
-    )[0]
+    def increases(both: tuple[Tensor, Tensor]) -> Tensor:
+        return both[1] > both[0] * (1.0 + 4.0 * eps)
+
+    def again(both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        going = increases(both)
+        return torch.where(going, both[1], both[0]), torch.where(going, next_to(both[1]), both[1])
+
+    return _control.repeat(again, (damping, next_to(damping)), increases, _MAX_NEWTON_STEPS)[0]
