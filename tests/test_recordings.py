@@ -346,3 +346,15 @@ def test_a_search_is_eager_under_a_mode(mode):
         by_image(image)("auto")
         with mode():
             assert torch.equal(by_image(image)("auto"), expected)
+
+
+def test_a_function_that_fails_under_a_recorder_alone_runs_eagerly():
+    def image(x, theta):
+        if torch._C._len_torch_dispatch_stack():
+            raise RuntimeError("a mode is running")
+        return 0.3 * torch.cos(x) + theta
+
+    solver = solvers.fixed_point_iteration(image)
+    assert torch.equal(solver.run(X, THETA)[0], solvers.fixed_point_iteration(image, compile="off").run(X, THETA)[0])
+    with pytest.raises(CompileError, match="the recording raised RuntimeError: a mode is running"):
+        solvers.fixed_point_iteration(image, compile="always").run(X, THETA)

@@ -164,15 +164,21 @@ class Compiler:
 
     def _record(self, once: Any, carried: Leaves, more: Leaves, status: int | None) -> RecordedStep:
         operands = self._operands
-        return record_step(
-            once,
-            [t[:1] for t in carried],
-            [*operands.of_first_lane(), *(t[:1] for t in more)],
-            [*operands.is_lane, *(True for _ in more)],
-            [t for t, _ in operands.lifted.constants],
-            status,
-            self._width(len(carried[0])),
-        )
+        try:
+            return record_step(
+                once,
+                [t[:1] for t in carried],
+                [*operands.of_first_lane(), *(t[:1] for t in more)],
+                [*operands.is_lane, *(True for _ in more)],
+                [t for t, _ in operands.lifted.constants],
+                status,
+                self._width(len(carried[0])),
+            )
+        except NotRecordableError:
+            raise
+        except Exception as error:
+            # The step runs eagerly, and so fails under a recorder alone.
+            raise NotRecordableError(f"the recording raised {type(error).__name__}: {error}") from error
 
     def _verify(self, step: StepFn, loop: CompiledLoop, x: Tensor, state: State[Any]) -> None:
         """Raise unless the recorded step agrees with its eager twin.
