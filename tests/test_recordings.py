@@ -358,3 +358,19 @@ def test_a_function_that_fails_under_a_recorder_alone_runs_eagerly():
     assert torch.equal(solver.run(X, THETA)[0], solvers.fixed_point_iteration(image, compile="off").run(X, THETA)[0])
     with pytest.raises(CompileError, match="the recording raised RuntimeError: a mode is running"):
         solvers.fixed_point_iteration(image, compile="always").run(X, THETA)
+
+
+def test_a_large_operand_of_an_inner_vmap_is_not_copied_for_each_lane_of_the_outer_one(monkeypatch):
+    monkeypatch.setattr("implicitdiff.solvers._loop.compiled._MAX_COPIED", 100)
+    matrices, shifts = 0.3 * MATRIX.expand(5, 3, 3), torch.linspace(0, 1, 8, dtype=F64)
+
+    def run(compile):
+        solver = solvers.fixed_point_iteration(lambda x, m, s: torch.cos(m @ x + s), compile=compile)
+        of_all = vmap(vmap(lambda m, s: solver.run(X, m, s)[0], (0, None)), (None, 0))
+        return of_all(matrices, shifts)
+
+    assert torch.equal(run("auto"), run("off"))
+    with pytest.raises(CompileError, match="some vmaps batch large operands"):
+        run("always")
+    monkeypatch.undo()
+    torch.testing.assert_close(run("always"), run("off"), rtol=1e-12, atol=1e-12)

@@ -47,6 +47,8 @@ _FEW = 4
 """Below this number of lanes the machine runs each by itself."""
 _AT_MOST = 1000
 """Bound on the iterations of a call of the machine: in between Python handles signals."""
+_MAX_COPIED = 2**26
+"""Bound on the elements of copies, one for each lane, of operands that not every vmap batches."""
 _LARGEST_INTEGER = 2**53
 """Bound on integers: the machine computes with doubles."""
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -236,6 +238,8 @@ class Compiler:
         for tensor in (*operands.theta, *(t for t, _ in operands.lifted.constants)):
             if tensor.dtype == torch.int64 and tensor.numel() and tensor.abs().max() > _LARGEST_INTEGER:
                 raise NotRecordableError("an operand has integers that no double represents")
+        if operands.copied > _MAX_COPIED:
+            raise NotRecordableError("some vmaps batch large operands, and others do not")
         hash(self._key)
 
     @property

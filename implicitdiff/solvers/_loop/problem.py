@@ -180,6 +180,13 @@ class SearchOperands(NamedTuple):
         """Return the number of vmaps that batch an operand; their dimensions lie in front."""
         return sum(dims[i] is not None for dims in self.dims)
 
+    @property
+    def copied(self) -> int:
+        """The number of elements that `flat` adds for operands that some vmaps batch, and not all."""
+        sizes = [math.prod(self.lanes) * math.prod(shape) for shape in self.shapes_of_lane]
+        varying = zip(sizes, self.theta, self.is_lane, strict=True)
+        return sum(size - t.numel() for size, t, varies in varying if varies)
+
     def flat(self) -> Leaves:
         """Return the operands; those with a value for each lane have one dimension for all lanes in front."""
         return [self._flat(i) if varies else self.theta[i] for i, varies in enumerate(self.is_lane)]
@@ -190,7 +197,7 @@ class SearchOperands(NamedTuple):
             if dims[i] is None:
                 tensor = tensor.unsqueeze(at)
         own = tensor.shape[len(self.lanes) :]
-        return tensor.expand((*self.lanes, *own)).reshape(math.prod(self.lanes), *own)
+        return tensor.expand((*self.lanes, *own)).reshape(math.prod(self.lanes), *own).contiguous()
 
 
 class BatchedProblem:
