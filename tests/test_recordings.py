@@ -374,3 +374,10 @@ def test_a_large_operand_of_an_inner_vmap_is_not_copied_for_each_lane_of_the_out
         run("always")
     monkeypatch.undo()
     torch.testing.assert_close(run("always"), run("off"), rtol=1e-12, atol=1e-12)
+
+
+def test_large_matrices_are_left_to_torch():
+    matrix = torch.eye(140, dtype=F64)
+    solver = solvers.newton(lambda x: x + 0.1 * torch.cos(matrix @ x), compile="always")
+    with pytest.raises(CompileError, match="faster in torch"):
+        solver.run(torch.zeros(140, dtype=F64))

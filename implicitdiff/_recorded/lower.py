@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -22,6 +23,8 @@ from implicitdiff._recorded.tape import (
     TapeItem,
 )
 
+_MAX_WORK, _THIN = 2**21, 16
+"""Bound on the products of numbers in one operation on matrices, none of whose sizes is so small."""
 _MAX_ARENA = 2**23
 """Bound on the elements of the memory of a block."""
 _SPELT = (
@@ -92,7 +95,9 @@ class _Lowering:
     pooled: int = 0
 
     def code(self) -> Code:
-        items = self._sections(_needed(simplified(self.tape.items), self.flags))
+        items = _needed(simplified(self.tape.items), self.flags)
+        _refuse_large_matrices(items)
+        items = self._sections(items)
         items = [self._with_local_inputs(i) if isinstance(i, Instruction) else i for i in items]
         self.entry = [self._with_local_inputs(item) for item in (*self.entry, *self.first)]
         fixed = chain(self.carried, self.operands, self.flags, _outputs(self.once), _outputs(self.entry))
@@ -172,6 +177,21 @@ class _Lowering:
             source, target = (Reference(b, 0, (1,)) for b in (buffer, new))
             self.once.append(Instruction("COPY", (buffer.size,), (target,), (source,)))
         return self.spread[buffer]
+
+
+def _refuse_large_matrices(items: Sequence[TapeItem]) -> None:
+    """Raise if a step multiplies or factorises matrices that libraries of linear algebra treat faster."""
+    for item in items:
+        if isinstance(item, Instruction) and item.name in _MATRICES and _work(item) > _MAX_WORK:
+            raise NotRecordableError(f"a step has matrices of sizes {list(item.sizes)}, which are faster in torch")
+
+
+def _work(item: Instruction) -> int:
+    """Return the number of products of numbers in a product or a factorisation; 0 for products with a thin matrix."""
+    rows, columns, *inner = item.sizes[-3:] if item.name == "MATMUL" else item.sizes[-2:]
+    if not inner:
+        return rows * columns * min(rows, columns)
+    return math.prod(item.sizes) if min(rows, columns, *inner) > _THIN else 0
 
 
 def _outputs(instructions: Iterable[Instruction]) -> list[Buffer]:
