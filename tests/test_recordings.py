@@ -381,3 +381,21 @@ def test_large_matrices_are_left_to_torch():
     solver = solvers.newton(lambda x: x + 0.1 * torch.cos(matrix @ x), compile="always")
     with pytest.raises(CompileError, match="faster in torch"):
         solver.run(torch.zeros(140, dtype=F64))
+
+
+@pytest.mark.parametrize("change", ["a hook of a tensor", "a hook of a node"])
+def test_what_no_operation_shows_is_not_taken_for_an_earlier_function(change):
+    def objective(k):
+        def fn(x):
+            y = 2 * x
+            if k and change == "a hook of a tensor" and y.requires_grad:
+                y.register_hook(lambda g: 0.1 * g)
+            if k and change == "a hook of a node" and y.grad_fn is not None:
+                y.grad_fn.register_prehook(lambda g: (0.1 * g[0],))
+            return (y - 1).square().sum() + x.pow(4).sum()
+
+        return fn
+
+    for k in range(2):
+        found, expected = (solvers.lbfgs(objective(k), compile=c, **SHORT).run(X)[0] for c in ("auto", "off"))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

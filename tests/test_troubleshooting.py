@@ -88,6 +88,9 @@ def test_a_row_names_all_of_its_exceptions() -> None:
 # Literals of four words and more that are no message of their own, by a part of each, with the reason.
 WITHOUT = {
     "item __bool__": "names of functions",
+    "size dim ndimension": "the same",
+    "reads the value of a tensor" + HOLE: "a cause in the message of CompileError",
+    ", which no operation shows": "the same",
     HOLE + " lanes: ": "the repr of a state",
     "for a minimum pass the gradient": "a hint in a message with a row",
     "pass the objective itself": "the same",

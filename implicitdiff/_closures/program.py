@@ -52,8 +52,8 @@ class Program:
         has_sparse: whether a sparse tensor occurred.
         has_dispatch_mode: whether an operation ran under a TorchDispatchMode, which may change its result.
         aliases: origins that stand for the same tensor as another origin.
-        read_at: the line that handed the value of a tensor to Python, as by `Tensor.item`, for a message; None if none
-            did.
+        unseen: what the function did that no operation shows, such as to read the value of a tensor or to register a
+            hook, in words; None if nothing.
         results: the origins of the tensors in the result of the function.
         wrappers: the origin of each tensor that a transform inside the function wraps, with the dimension that a vmap
             takes, in each layer.
@@ -69,7 +69,7 @@ class Program:
         self.is_recording = torch.is_grad_enabled()
         self.silent = 0
         self.has_sparse = False
-        self.read_at: str | None = None
+        self.unseen: str | None = None
         self.has_dispatch_mode = False
         self.aliases: dict[Origin, Origin] = {}
         self.results: list[Origin] = []
@@ -119,8 +119,8 @@ class Program:
         name = getattr(function, "__name__", "")
         if made or (result is None and name not in _SWITCHES):
             self._note(function, arguments)
-        if not made and name in _READERS and self.read_at is None:
-            self.read_at = _messages.line_of_user()
+        elif self.unseen is None:
+            self.unseen = _hidden_effect(function, name)
         for k, tensor in enumerate(made):
             self._add_result(tensor, ("result", len(self.operations), k))
 
@@ -311,12 +311,27 @@ _PLAIN_TYPES |= {torch.memory_format}
 _GRAPH_OPTIONS = ("create_graph", "retain_graph")
 # Functions without a result that set a state of torch or of a tensor, or run a backward pass.
 _SWITCHES = ("_set_grad_enabled", "backward", "__set__")
-# Functions that hand values of tensors to Python.
-_READER_NAMES = (
+# Functions that hand values of tensors to Python, and functions that tell shapes, dtypes and settings alone.
+_WITHOUT_TENSORS = (
     "item __bool__ __float__ __int__ __index__ __complex__ __contains__ tolist numpy __array__ data_ptr equal allclose "
-    "is_nonzero __dlpack__"
+    "is_nonzero __dlpack__",
+    "size dim ndimension stride numel nelement element_size itemsize storage_offset is_contiguous is_floating_point "
+    "is_complex is_signed is_conj is_neg is_inference is_pinned is_shared get_device type __len__ __hash__ has_names "
+    "is_same_size result_type can_cast _set_grad_enabled is_tensor is_grad_enabled __format__ __repr__",
 )
-_READERS = frozenset(_READER_NAMES.split())
+_READERS, _QUERIES = (frozenset(names.split()) for names in _WITHOUT_TENSORS)
+
+
+def _hidden_effect(function: object, name: str) -> str | None:
+    """Return, in words, what a function without a tensor among its results does that no operation shows."""
+    if name in _READERS:
+        return f"reads the value of a tensor{_messages.line_of_user()}"
+    # Accessors of attributes: all tell shapes and settings, but for these.
+    attribute = getattr(getattr(function, "__self__", None), "__name__", "")
+    is_harmless = {"__get__": attribute != "grad_fn", "__set__": attribute == "requires_grad"}.get(
+        name, name in _QUERIES
+    )
+    return None if is_harmless else f"calls {attribute or name}, which no operation shows{_messages.line_of_user()}"
 
 
 def _tensors_in(result: object) -> Leaves:

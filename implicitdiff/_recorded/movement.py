@@ -232,7 +232,7 @@ def _index(recorder: Recorder, out: Tensor, x: Tensor, indices: Sequence[Tensor 
     target = recorder.result(out).moved(chosen.order())
     kept = len(chosen.rest)
     source = _flat(recorder, recorder.view(x).moved([*chosen.rest, *chosen.dims]), kept)
-    # The dimension that is picked from stands in front of those of the indices, of which there may be none.
+    # The indexed dimension comes first, then the dimensions of the indices, if any.
     shape = (*target.shape[:kept], 1, *target.shape[kept:])
     target, index = (_with_one(v, shape, kept) for v in (target, chosen.places.broadcast(target.shape)))
     ones = len(shape) - kept - 1

@@ -190,7 +190,7 @@ def reduce(recorder: Recorder, name: str, out: View, view: View, dims: Sequence[
 
 
 def merged(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """Return the stride of several dimensions as one, None if they are not evenly spaced."""
+    """Return the stride of several dimensions merged into one; None if their elements are not evenly spaced."""
     pairs = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
     if not pairs:
         return 1

@@ -56,7 +56,7 @@ class _Kept:
         self._recordings: OrderedDict[Hashable, Recording | str] = OrderedDict()
 
     def get(self, key: Hashable) -> Recording | str | None:
-        """Return the recording of a key, or the reason why there is none; None if none was made."""
+        """Return the recording of a key, or the reason for a failed recording; None before the first attempt."""
         with self._lock:
             found = self._recordings.get(key)
             if found is not None:
@@ -100,8 +100,8 @@ def fingerprint(lifted: Lifted) -> Hashable:
     program = lifted.program
     if program.has_dispatch_mode:
         raise NotRecordableError("the function runs operations under a TorchDispatchMode")
-    if program.read_at is not None:
-        raise NotRecordableError(f"the function reads the value of a tensor{program.read_at}")
+    if program.unseen is not None:
+        raise NotRecordableError(f"the function {program.unseen}")
     places = {id(t): i for i, (t, _) in enumerate(lifted.constants)}
 
     def shown(value: Any) -> Hashable:
