@@ -20,6 +20,14 @@
 #define INDEPENDENT
 #endif
 
+// The same of a loop over the lanes of a block, inside of another loop. GCC would unroll it before it vectorizes, and
+// then test the operands of the outer loop for overlap.
+#if defined(__GNUC__) && !defined(__clang__)
+#define INDEPENDENT_LANES _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
+#else
+#define INDEPENDENT_LANES INDEPENDENT
+#endif
+
 namespace implicitdiff {
 
 // Doubles of a vector register of the baseline.

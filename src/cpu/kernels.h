@@ -83,7 +83,7 @@ template <class F, int W>
 HD void elements_of_lanes(std::int64_t n, double* r, const double* x, const double* y, const double* z, std::int64_t s,
                           std::int64_t a, std::int64_t b, std::int64_t c) {
   for (; n > 0; --n, r += s, x += a, y += b, z += c) {
-    INDEPENDENT
+    INDEPENDENT_LANES
     for (int l = 0; l < W; ++l) r[l] = F::of(x[l], y[l], z[l], r[l]);
   }
 }

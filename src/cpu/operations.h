@@ -97,9 +97,9 @@ HD double floor_divide(double x, double y) {
   X(LE, binary, double(x <= y))                                               \
   X(GT, binary, double(x > y))                                                \
   X(GE, binary, double(x >= y))                                               \
-  X(AND, binary, double((x != 0) & (y != 0)))                                 \
-  X(OR, binary, double((x != 0) | (y != 0)))                                  \
-  X(XOR, binary, double((x != 0) != (y != 0)))                                \
+  X(AND, binary, (x != 0) & (y != 0) ? 1.0 : 0.0)                             \
+  X(OR, binary, (x != 0) | (y != 0) ? 1.0 : 0.0)                              \
+  X(XOR, binary, (x != 0) != (y != 0) ? 1.0 : 0.0)                            \
   X(WHERE, ternary, x != 0 ? y : z)                                           \
   X(COMMIT, commit, y != 0 ? x : out)
 
