@@ -27,6 +27,8 @@ _MAX_WORK, _THIN = 2**21, 16
 """Bound on the products of numbers in one operation on matrices, none of whose sizes is so small."""
 _MAX_ARENA = 2**23
 """Bound on the elements of the memory of a block."""
+_MAX_SPREAD = 32
+"""Bound on the elements of values of all lanes that are copied, once, to each lane of a block."""
 _SPELT = (
     "COPY ADD SUB MUL DIV POW ATAN2 HYPOT MAXIMUM MINIMUM FMAX FMIN REMAINDER FMOD FLOOR_DIVIDE COPYSIGN EQ NE LT LE "
     "GT GE AND OR XOR MATMUL",
@@ -159,7 +161,7 @@ class _Lowering:
             if buffer.kind is Kind.CONSTANT:
                 buffer = self._pooled(buffer)
                 reference = reference._replace(buffer=buffer)
-            if buffer.kind in (Kind.SHARED, Kind.CONSTANT) and item.name not in _TAKES_SHARED:
+            if buffer.kind in (Kind.SHARED, Kind.CONSTANT) and not _reads_shared(item, buffer):
                 reference = reference._replace(buffer=self._local(buffer))
             inputs.append(reference)
         return replace(item, inputs=tuple(inputs))
@@ -192,6 +194,11 @@ def _work(item: Instruction) -> int:
     if not inner:
         return rows * columns * min(rows, columns)
     return math.prod(item.sizes) if min(rows, columns, *inner) > _THIN else 0
+
+
+def _reads_shared(item: Instruction, buffer: Buffer) -> bool:
+    """Return whether an instruction reads a buffer of all lanes where it lies, and is not slower for it."""
+    return item.name in _TAKES_SHARED and (item.name == "MATMUL" or buffer.size > _MAX_SPREAD)
 
 
 def _outputs(instructions: Iterable[Instruction]) -> list[Buffer]:
