@@ -114,6 +114,17 @@ template <class F, int W> struct Row {
   }
 };
 
+// The same of one number of each lane.
+template <class F, int W> struct Single {
+  static HD void run(const Instruction* q, double* const* bases) {
+    constexpr int K = F::inputs, second = K > 1 ? 2 : 1;
+    double *const arena = bases[0], *r = arena + q->at[0].offset;
+    const double *x = arena + q->at[1].offset, *y = arena + q->at[second].offset, *z = arena + q->at[K].offset;
+    INDEPENDENT_LANES
+    for (int l = 0; l < W; ++l) r[l] = F::of(x[l], y[l], z[l], r[l]);
+  }
+};
+
 template <class F, int W> struct Rows {
   static HD void run(const Instruction* q, double* const* bases) {
     Walk<F::inputs + 1> walk(q, bases);
@@ -148,6 +159,7 @@ template <class F, int W> struct RowsWithShared {
 
   static HD void spread(double* to, const double* from, std::int64_t n, std::int64_t step) {
     for (std::int64_t e = 0; e < n; ++e) {
+      INDEPENDENT_LANES
       for (int l = 0; l < W; ++l) to[e * W + l] = from[e * step];
     }
   }
@@ -158,7 +170,7 @@ template <class F, int W> struct RowsWithShared {
 // The reduction of L numbers, each over n numbers that are `step` apart: four accumulators, since each waits for its
 // last addition.
 template <class R, int L, int N> HD auto accumulated(const double* x, std::int64_t n, std::int64_t step) {
-  using Group = Lanes<L, R::chooses ? 1 : N>;
+  using Group = Lanes<L, N>;
   constexpr int several = 4;
   Group so_far[several];
   for (Group& each : so_far) each = Group::all(R::start());
@@ -181,6 +193,7 @@ template <class R, int W> struct Reduction {
         } else {
           double results[W];
           accumulated<R, W, N>(walk.p[1], q->n, q->at[1].step).store(results);
+          INDEPENDENT_LANES
           for (int l = 0; l < W; ++l) walk.p[0][l] = R::result(results[l]);
         }
       } while (walk.next());

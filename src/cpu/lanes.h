@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../formulas/common.h"
+#include "isa.h"
 
 namespace implicitdiff {
 
@@ -39,7 +40,9 @@ template <int W, int N> struct Lanes {
 
   static HD Lanes all(double x) {
     Lanes lanes;
-    for (V& each : lanes.part) each = x - V{};  // x + 0 would lose the sign of -0
+    double same[n];
+    for (double& each : same) each = x;
+    for (V& each : lanes.part) std::memcpy(&each, same, sizeof(V));
     return lanes;
   }
 
@@ -56,12 +59,29 @@ template <int W, int N> struct Lanes {
   }
 
   template <class R> HD void reduce(const Lanes& x) {
-    for (int i = 0; i < parts; ++i) R::step(part[i], x.part[i]);
+    update<R::compares>(x, [](auto& so_far, const auto& x) { R::step(so_far, x); });
   }
 
   // The reduction of both: what part and x reduce.
   template <class R> HD void join(const Lanes& x) {
-    for (int i = 0; i < parts; ++i) R::join(part[i], x.part[i]);
+    update<R::compares>(x, [](auto& so_far, const auto& x) { R::join(so_far, x); });
+  }
+
+  // Calls f(a, b) for each register, or if f compares for each number, of these lanes and of others.
+  template <bool compares, class F> HD void update(const Lanes& x, F f) {
+    for (int i = 0; i < parts; ++i) {
+      if constexpr (compares) {
+        // GCC splits a comparison of vectors, and vectorizes this loop.
+        double mine[n], others[n];
+        std::memcpy(mine, &part[i], sizeof(V));
+        std::memcpy(others, &x.part[i], sizeof(V));
+        INDEPENDENT_LANES
+        for (int l = 0; l < n; ++l) f(mine[l], others[l]);
+        std::memcpy(&part[i], mine, sizeof(V));
+      } else {
+        f(part[i], x.part[i]);
+      }
+    }
   }
 
   HD double sum() const {

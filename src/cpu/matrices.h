@@ -34,7 +34,7 @@ HD void subtract_multiple(double* r, const double* x, const double* y, std::int6
     return;
   }
   for (; n > 0; --n, r += step, y += step) {
-    INDEPENDENT
+    INDEPENDENT_LANES
     for (int l = 0; l < W; ++l) r[l] -= x[l] * y[l];
   }
 }
@@ -90,7 +90,7 @@ template <int W> struct Lu {
       for (int l = 0; l < W; ++l) info[l] = info[l] == 0 && diagonal[l] == 0 ? double(j + 1) : info[l];
       for (std::int64_t i = j + 1; i < n; ++i) {
         double* const factor = a.at(i, j);
-        INDEPENDENT
+        INDEPENDENT_LANES
         for (int l = 0; l < W; ++l) factor[l] = diagonal[l] != 0 ? factor[l] / diagonal[l] : factor[l];
         subtract_multiple<W>(a.at(i, j + 1), factor, a.at(j, j + 1), end - j - 1, a.column);
       }
@@ -113,17 +113,32 @@ template <int W> struct Lu {
     }
 
     static HD void find_pivot(const Matrix& a, std::int64_t j, std::int64_t n, double* pivot) {
-      double largest[W], row[W];
-      for (int l = 0; l < W; ++l) largest[l] = std::abs(a.at(j, j)[l]), row[l] = double(j);
+      using Group = Lanes<W, N>;
+      double first[W];
+      for (int l = 0; l < W; ++l) first[l] = std::abs(a.at(j, j)[l]);
+      Group largest = Group::load(first), row = Group::all(double(j));
       for (std::int64_t i = j + 1; i < n; ++i) {
         const double* const x = a.at(i, j);
-        for (int l = 0; l < W; ++l) {
-          const bool larger = std::abs(x[l]) > largest[l];
-          largest[l] = larger ? std::abs(x[l]) : largest[l];
-          row[l] = larger ? double(i) : row[l];
+        for (int p = 0; p < Group::parts; ++p) {
+          take_larger<Group::n>(largest.part[p], row.part[p], x + p * Group::n, double(i));
         }
       }
-      for (int l = 0; l < W; ++l) pivot[l] = row[l];
+      row.store(pivot);
+    }
+
+    // Of L lanes.
+    template <int L, class V> static HD void take_larger(V& largest, V& row, const double* x, double i) {
+      double size[L], at[L];
+      std::memcpy(size, &largest, sizeof size);
+      std::memcpy(at, &row, sizeof at);
+      INDEPENDENT_LANES
+      for (int l = 0; l < L; ++l) {
+        const bool larger = std::abs(x[l]) > size[l];
+        size[l] = larger ? std::abs(x[l]) : size[l];
+        at[l] = larger ? i : at[l];
+      }
+      std::memcpy(&largest, size, sizeof size);
+      std::memcpy(&row, at, sizeof at);
     }
   };
 };

@@ -103,15 +103,15 @@ HD double floor_divide(double x, double y) {
   X(WHERE, ternary, x != 0 ? y : z)                                           \
   X(COMMIT, commit, y != 0 ? x : out)
 
-// Reductions by one accumulator: X(name, kind, its start, its value after x, the result). V is a double or a vector,
-// for which compilers know no test for nan.
+// Reductions by one accumulator: X(name, kind, its start, its value after x, the result). Those that do not compare
+// take vectors, too.
 #define IMPLICITDIFF_REDUCTIONS(X)                                                                  \
   X(SUM, reduction, 0, so_far + x, so_far)                                                          \
   X(PROD, reduction, 1, so_far* x, so_far)                                                          \
   X(AMAX, bound, -elementary::infinity, x != x ? x : (x > so_far ? x : so_far), so_far)             \
   X(AMIN, bound, elementary::infinity, x != x ? x : (x < so_far ? x : so_far), so_far)              \
-  X(ANY, reduction, 0, x != 0.0 ? V{} + 1.0 : so_far, so_far)                                       \
-  X(ALL, reduction, 1, x != 0.0 ? so_far : V{}, so_far)                                             \
+  X(ANY, reduction, 0, x != 0 ? 1 : so_far, so_far)                                                 \
+  X(ALL, reduction, 1, x != 0 ? so_far : 0, so_far)                                                 \
   X(NORM, reduction, 0, so_far + x * x, std::sqrt(so_far))
 
 // The others: X(name, kind).
@@ -222,7 +222,7 @@ template <class F> struct Rounded {
 // V is not passed or returned by value, which a function that is not inlined could not do for all instruction sets.
 #define X(op, kind, begin, next, end)                                          \
   struct op {                                                                  \
-    static constexpr bool chooses = Kind::kind == Kind::bound;                 \
+    static constexpr bool compares = Kind::kind == Kind::bound || Op::op == Op::ANY || Op::op == Op::ALL; \
     static HD double start() { return begin; }                                 \
     template <class V> static HD void step(V& so_far, const V& x) { so_far = next; } \
     template <class V> static HD void join(V& so_far, const V& other) {        \

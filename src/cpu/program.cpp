@@ -237,8 +237,12 @@ class Builder {
     inner(dimensions.back());
     dimensions.pop_back();
     outer();
-    const Form form = shared && width > 1 ? Form::rows_with_shared : q.outer > 0 || shared ? Form::rows : Form::row;
-    q.kernel = elementwise_kernel(g.op, width, g.round && rounds(g.op), form);
+    q.kernel = elementwise_kernel(g.op, width, g.round && rounds(g.op), form());
+  }
+
+  Form form() const {
+    if (shared) return width > 1 ? Form::rows_with_shared : Form::rows;
+    return q.outer > 0 ? Form::rows : q.n > 1 ? Form::row : Form::single;
   }
 
   void reduction() {

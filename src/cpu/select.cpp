@@ -9,7 +9,11 @@ template <class F, int W> Kernel map(Form form) {
   if constexpr (W > 1 && F::shares) {
     if (form == Form::rows_with_shared) return compiled<RowsWithShared<F, W>>();
   }
-  return form == Form::row ? compiled<Row<F, W>>() : compiled<Rows<F, W>>();
+  switch (form) {
+    case Form::single: return compiled<Single<F, W>>();
+    case Form::row: return compiled<Row<F, W>>();
+    default: return compiled<Rows<F, W>>();
+  }
 }
 
 template <class F> Kernel map(int width, Form form) { return width == 1 ? map<F, 1>(form) : map<F, block_lanes>(form); }

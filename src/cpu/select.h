@@ -8,8 +8,8 @@ namespace implicitdiff {
 // Whether there is a kernel that rounds the results of an elementwise operation to single precision.
 bool rounds(Op op);
 
-// How the elements of an elementwise operation lie: in one dimension, in several, or some in shared arrays.
-enum class Form { row, rows, rows_with_shared };
+// How the elements of an elementwise operation lie: one, in one dimension, in several, or some in shared arrays.
+enum class Form { single, row, rows, rows_with_shared };
 
 Kernel elementwise_kernel(Op op, int width, bool round, Form form);
 Kernel reduction_kernel(Op op, int width);
