@@ -129,6 +129,11 @@ def _pow(recorder: Recorder, out: Tensor, base: Operand, exponent: Operand) -> N
         _binary("POW", recorder, out, base, exponent)
     elif exponent == 2:
         _binary("MUL", recorder, out, base, base)
+    elif exponent == 3 and out.dtype.is_floating_point:
+        square = recorder.temporary(out.shape, out.dtype)
+        view = recorder.as_dtype(base, out.dtype)
+        recorder.tape.emit("MUL", [square], [view, view], out.shape)
+        recorder.tape.emit("MUL", [recorder.result(out)], [square, view], out.shape)
     elif exponent == 0.5:
         recorder.tape.emit("SQRT", [recorder.result(out)], [recorder.as_dtype(base, out.dtype)], out.shape)
     elif exponent == -0.5:
