@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 
+from implicitdiff._recorded.placement import placed
 from implicitdiff._recorded.simplify import simplified
 from implicitdiff._recorded.tape import (
+    MATRICES,
+    REDUCTIONS,
+    TAKES_SHARED,
     Buffer,
     Instruction,
     Jump,
@@ -29,16 +33,6 @@ _MAX_ARENA = 2**23
 """Bound on the elements of the memory of a block."""
 _MAX_SPREAD = 32
 """Bound on the elements of values of all lanes that are copied, once, to each lane of a block."""
-_SPELT = (
-    "COPY ADD SUB MUL DIV POW ATAN2 HYPOT MAXIMUM MINIMUM FMAX FMIN REMAINDER FMOD FLOOR_DIVIDE COPYSIGN EQ NE LT LE "
-    "GT GE AND OR XOR MATMUL",
-    "SUM PROD AMAX AMIN ANY ALL ARGMAX ARGMIN NORM SORT SORT_DESCENDING GATHER SCATTER SCATTER_ADD CUMSUM CUMPROD",
-    "MATMUL LU LU_SOLVE CHOLESKY SOLVE_LOWER SOLVE_UPPER SOLVE_UNIT_LOWER SOLVE_UNIT_UPPER QR APPLY_Q "
-    "APPLY_Q_TRANSPOSED EIGH SVD",
-)
-# Inputs of the first may lie outside of a block's memory. The last dimension of the second and all dimensions of the
-# third have a meaning each, so that they are not merged.
-_TAKES_SHARED, _REDUCTIONS, _MATRICES = (frozenset(names.split()) for names in _SPELT)
 
 
 class Code(NamedTuple):
@@ -93,7 +87,7 @@ class _Lowering:
     once: list[Instruction] = field(default_factory=list)
     entry: list[Instruction] = field(default_factory=list)
     constants: dict[Buffer, int] = field(default_factory=dict)
-    spread: dict[Buffer, Buffer] = field(default_factory=dict)
+    spread: dict[Hashable, Buffer] = field(default_factory=dict)
     pooled: int = 0
 
     def code(self) -> Code:
@@ -107,7 +101,7 @@ class _Lowering:
         for buffer in dict.fromkeys(fixed):
             offsets[buffer] = top
             top += buffer.size
-        top = _place_temporaries(items, self.tape.loops, offsets, top)
+        items, top = placed(items, self.tape.loops, offsets, top)
         if top > _MAX_ARENA:
             raise NotRecordableError(f"a step needs {8 * top} bytes for each problem")
         values = [b.value.to(torch.float64) for b in self.constants if b.value is not None]
@@ -173,18 +167,21 @@ class _Lowering:
         return buffer
 
     def _local(self, buffer: Buffer) -> Buffer:
-        if buffer not in self.spread:
+        # 0 and -0 are equal, and nan is not equal to itself.
+        number = buffer.value if buffer.size == 1 else None
+        key = buffer if number is None else repr(float(number))
+        if key not in self.spread:
             new = Buffer(Kind.RESULT, buffer.size, writes=1)
-            self.spread[buffer] = new
+            self.spread[key] = new
             source, target = (Reference(b, 0, (1,)) for b in (buffer, new))
             self.once.append(Instruction("COPY", (buffer.size,), (target,), (source,)))
-        return self.spread[buffer]
+        return self.spread[key]
 
 
 def _refuse_large_matrices(items: Sequence[TapeItem]) -> None:
     """Raise if a step multiplies or factorises matrices that libraries of linear algebra treat faster."""
     for item in items:
-        if isinstance(item, Instruction) and item.name in _MATRICES and _work(item) > _MAX_WORK:
+        if isinstance(item, Instruction) and item.name in MATRICES and _work(item) > _MAX_WORK:
             raise NotRecordableError(f"a step has matrices of sizes {list(item.sizes)}, which are faster in torch")
 
 
@@ -198,7 +195,7 @@ def _work(item: Instruction) -> int:
 
 def _reads_shared(item: Instruction, buffer: Buffer) -> bool:
     """Return whether an instruction reads a buffer of all lanes where it lies, and is not slower for it."""
-    return item.name in _TAKES_SHARED and (item.name == "MATMUL" or buffer.size > _MAX_SPREAD)
+    return item.name in TAKES_SHARED and (item.name == "MATMUL" or buffer.size > _MAX_SPREAD)
 
 
 def _outputs(instructions: Iterable[Instruction]) -> list[Buffer]:
@@ -224,74 +221,6 @@ def _needed(items: Sequence[TapeItem], flags: Sequence[Buffer]) -> list[TapeItem
             return list(kept)[::-1]
 
 
-def _place_temporaries(
-    items: Sequence[TapeItem], loops: Sequence[tuple[Label, Label]], offsets: dict[Buffer, int], top: int
-) -> int:
-    """Place the buffers of an iteration; buffers that are not needed at the same time share memory. Return the size."""
-    first: dict[Buffer, int] = {}
-    last: dict[Buffer, int] = {}
-    at_label: dict[Label, int] = {}
-    for at, item in enumerate(items):
-        if isinstance(item, Label):
-            at_label[item] = at
-        for reference in _references(item):
-            first.setdefault(reference.buffer, at)
-            last[reference.buffer] = at
-    # A value from before a loop is read again in the next round. Inner loops come first.
-    for begin, end in ((at_label[a], at_label[b]) for a, b in loops):
-        for buffer, start in first.items():
-            if start < begin <= last[buffer] < end:
-                last[buffer] = end
-    births: dict[int, list[Buffer]] = {}
-    deaths: dict[int, list[Buffer]] = {}
-    for buffer, start in first.items():
-        if buffer not in offsets and buffer.kind is Kind.RESULT:
-            births.setdefault(start, []).append(buffer)
-            deaths.setdefault(last[buffer], []).append(buffer)
-    free = _FreeMemory(top)
-    for at in range(len(items)):
-        for buffer in births.get(at, []):
-            offsets[buffer] = free.take(buffer.size)
-        for buffer in deaths.get(at, []):
-            free.give(offsets[buffer], buffer.size)
-    return free.top
-
-
-class _FreeMemory:
-    """Pieces of memory between `bottom` and `top` that are free."""
-
-    def __init__(self, bottom: int) -> None:
-        self.top = bottom
-        self.pieces: list[tuple[int, int]] = []
-
-    def take(self, size: int) -> int:
-        fitting = [(n, at) for at, n in self.pieces if n >= size]
-        if not fitting:
-            at, self.top = self.top, self.top + size
-            return at
-        n, at = min(fitting)
-        self.pieces.remove((at, n))
-        if n > size:
-            self.pieces.append((at + size, n - size))
-        return at
-
-    def give(self, at: int, size: int) -> None:
-        for piece in list(self.pieces):
-            if piece[0] + piece[1] == at or at + size == piece[0]:
-                self.pieces.remove(piece)
-                at, size = min(at, piece[0]), size + piece[1]
-        if size:
-            self.pieces.append((at, size))
-
-
-def _references(item: TapeItem) -> list[Reference]:
-    if isinstance(item, Instruction):
-        return [*item.outputs, *item.inputs]
-    if isinstance(item, Jump) and item.flag is not None:
-        return [item.flag[0]]
-    return []
-
-
 class _Spelling:
     """The integers of instructions."""
 
@@ -302,9 +231,9 @@ class _Spelling:
     def instruction(self, item: Instruction) -> list[int]:
         references = [*item.outputs, *item.inputs]
         sizes, strides = list(item.sizes), [list(r.strides) for r in references]
-        if item.name in _REDUCTIONS:
+        if item.name in REDUCTIONS:
             sizes, strides = _coalesced(sizes, strides, keep=1)
-        elif item.name not in _MATRICES:
+        elif item.name not in MATRICES:
             sizes, strides = _coalesced(*_sorted(sizes, strides), keep=0)
         if len(sizes) > 6:
             raise NotRecordableError(f"an operation has {len(sizes)} dimensions")

@@ -34,42 +34,57 @@ class _Simplifier:
         for item in items[:end]:
             if isinstance(item, Jump) and item.flag is not None:
                 flag, count = item.flag
-                item = replace(item, flag=(self._moved(flag), count)) if flag.buffer in self.same else item
+                item = replace(item, flag=(self._moved(flag, _OF_LANE), count))
             elif isinstance(item, Instruction):
-                item = self._with_equal_inputs(item)
-                if self._is_equal_to_earlier(item):
-                    continue
+                item = self._shortened(self._with_equal_inputs(item, _ALL))
+                self._note(item)
             kept.append(item)
         # The carried buffers change from here on.
-        return kept + [self._with_equal_inputs(i) if isinstance(i, Instruction) else i for i in items[end:]]
+        last = [self._with_equal_inputs(i, _STAYS) if isinstance(i, Instruction) else i for i in items[end:]]
+        return kept + [i for i in last if not (isinstance(i, Instruction) and self._keeps_its_target(i))]
 
-    def _with_equal_inputs(self, item: Instruction) -> Instruction:
+    def _with_equal_inputs(self, item: Instruction, kinds: frozenset[Kind]) -> Instruction:
         if any([r.buffer in self.same for r in item.inputs]):
-            item = replace(item, inputs=tuple(map(self._moved, item.inputs)))
+            return replace(item, inputs=tuple(self._moved(r, kinds) for r in item.inputs))
+        return item
+
+    def _moved(self, reference: Reference, kinds: frozenset[Kind]) -> Reference:
+        buffer = self.same.get(reference.buffer)
+        return reference if buffer is None or buffer.kind not in kinds else reference._replace(buffer=buffer)
+
+    def _shortened(self, item: Instruction) -> Instruction:
         for rule in _RULES:
             item = rule(item, self.made_by) or item
         return item
 
-    def _moved(self, reference: Reference) -> Reference:
-        buffer = self.same.get(reference.buffer)
-        return reference if buffer is None else reference._replace(buffer=buffer)
-
-    def _is_equal_to_earlier(self, item: Instruction) -> bool:
-        """Return whether an instruction only repeats a value; its buffer is replaced by that of the value."""
+    def _note(self, item: Instruction) -> None:
+        """Remember a result; if an instruction only repeats a value, its buffer is replaced by that of the value."""
         if not _is_pure(item):
-            return False
+            return
         out = item.outputs[0]
         if item.name == "COPY" and _lies_like(out, item.inputs[0], item) and not item.rounds:
             self.same[out.buffer] = item.inputs[0].buffer
-            return True
+            return
         key = (item.name, item.sizes, item.rounds, out.offset, out.strides, out.buffer.size, *map(_key, item.inputs))
         earlier = self.results.get(key)
         if earlier is not None and earlier.scope == item.scope[: len(earlier.scope)]:
             self.same[out.buffer] = earlier.outputs[0].buffer
-            return True
+            return
         self.results[key] = item
         self.made_by[out.buffer] = item
-        return False
+
+    def _keeps_its_target(self, item: Instruction) -> bool:
+        """Return whether a carried buffer is to take its own value."""
+        if item.name != "COMMIT":
+            return False
+        (out,), value = item.outputs, item.inputs[0]
+        return self.same.get(value.buffer) is out.buffer and value[1:] == out[1:]
+
+
+_ALL = frozenset(Kind)
+_STAYS = _ALL - {Kind.CARRY}
+_OF_LANE = _ALL - {Kind.CONSTANT, Kind.SHARED}
+"""The kinds of buffers with a value for each lane, which flags of jumps are."""
 
 
 def _first_commit(items: Sequence[TapeItem]) -> int:
@@ -93,16 +108,15 @@ def _keeps_its_value(buffer: Buffer) -> bool:
 
 def _lies_like(out: Reference, source: Reference, item: Instruction) -> bool:
     """Return whether a copy has the same positions as its source, in a buffer of the same size."""
+    if out.buffer.size == source.buffer.size == 1:
+        return source.buffer.kind is not Kind.SHARED
     is_same = (out.offset, out.strides) == (source.offset, source.strides)
-    is_fixed = source.buffer.kind is Kind.RESULT or (source.buffer.kind is Kind.CONSTANT and not item.sizes)
-    return is_same and out.buffer.size == source.buffer.size and is_fixed
+    return is_same and out.buffer.size == source.buffer.size and source.buffer.kind in _OF_LANE
 
 
 def _key(reference: Reference) -> Hashable:
-    buffer = reference.buffer
-    if buffer.kind is Kind.CONSTANT and buffer.size == 1 and buffer.value is not None:
-        return (buffer.value.dtype, repr(buffer.value.item()), reference.strides)
-    return reference
+    number = _known_number(reference)
+    return reference if number is None else (repr(number), reference.strides)
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -130,6 +144,29 @@ def _flag_with_constant(item: Instruction, made_by: dict[Buffer, Instruction]) -
     return None
 
 
+def _choice_known(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
+    """``where(c, x, x)`` is ``x``, and so is ``where(True, x, y)``."""
+    if item.name != "WHERE":
+        return None
+    condition, a, b = item.inputs
+    number = _known_number(condition)
+    if number is None and a != b:
+        return None
+    return replace(item, name="COPY", inputs=(b if number == 0 else a,))
+
+
+def _sum_with_negative(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
+    """``x + (-y)`` and ``(-y) + x`` are ``x - y``."""
+    if item.name != "ADD":
+        return None
+    for at, other in ((1, 0), (0, 1)):
+        reference = item.inputs[at]
+        maker = made_by.get(reference.buffer)
+        if maker is not None and maker.name == "NEG" and maker.sizes == item.sizes and maker.outputs[0] == reference:
+            return replace(item, name="SUB", inputs=(item.inputs[other], maker.inputs[0]))
+    return None
+
+
 def _is_finite(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
     """``(x == x) * (|x| != inf)``, as torch spells ``isfinite``."""
     if item.name != "MUL":
@@ -148,4 +185,4 @@ def _is_finite(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruc
     return replace(item, name="ISFINITE", inputs=(x,))
 
 
-_RULES: tuple[Shortening, ...] = (_flag_with_constant, _is_finite)
+_RULES: tuple[Shortening, ...] = (_flag_with_constant, _choice_known, _sum_with_negative, _is_finite)

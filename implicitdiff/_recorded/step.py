@@ -140,7 +140,6 @@ def _commit(
     asked = recorder.constant(False, torch.bool) if asks is None else recorder.view(asks)
     tape.emit("AND", [paused], [asked, running], (1,))
     targets, sources = [[recorder.view(t) for t in ts] for ts in (carried, new)]
-    own = {v.buffer for v in targets}
     changed = [(a, b) for a, b in zip(targets, sources, strict=True) if a != b and a.buffer.size]
     for target, source in changed:
         if target.shape != source.shape or target.dtype != source.dtype:
@@ -148,8 +147,7 @@ def _commit(
                 f"a step changes a part of the state from {list(target.shape)}, {target.dtype} to "
                 f"{list(source.shape)}, {source.dtype}"
             )
-    # A new value may be another carried tensor: copy these before the first one changes.
-    changed = [(a, recorder.copy(b) if b.buffer in own else b) for a, b in changed]
+    changed = _in_order(recorder, changed)
     mask = Reference(running.buffer, 0, ())
     for target, source in changed:
         zeros = (0,) * len(target.shape)
@@ -162,6 +160,21 @@ def _commit(
     last = tape.items[-1]
     assert isinstance(last, Instruction)
     return running, paused, [last]
+
+
+def _in_order(recorder: Recorder, changed: Sequence[tuple[View, View]]) -> list[tuple[View, View]]:
+    """Order targets and sources so that a carried tensor changes after it is read; copy what is read in a circle."""
+    ordered: list[tuple[View, View]] = []
+    left = list(changed)
+    while left:
+        read = {source.buffer for _, source in left}
+        free = [pair for pair in left if pair[0].buffer not in read]
+        if not free:
+            free = [(target, recorder.copy(source)) for target, source in left]
+            left = []
+        ordered += free
+        left = [pair for pair in left if pair not in free]
+    return ordered
 
 
 @contextmanager

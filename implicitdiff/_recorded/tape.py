@@ -16,6 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_SPELT = (
+    "COPY ADD SUB MUL DIV POW ATAN2 HYPOT MAXIMUM MINIMUM FMAX FMIN REMAINDER FMOD FLOOR_DIVIDE COPYSIGN EQ NE LT LE "
+    "GT GE AND OR XOR MATMUL",
+    "SUM PROD AMAX AMIN ANY ALL ARGMAX ARGMIN NORM SORT SORT_DESCENDING GATHER SCATTER SCATTER_ADD CUMSUM CUMPROD",
+    "MATMUL LU LU_SOLVE CHOLESKY SOLVE_LOWER SOLVE_UPPER SOLVE_UNIT_LOWER SOLVE_UNIT_UPPER QR APPLY_Q "
+    "APPLY_Q_TRANSPOSED EIGH SVD",
+)
+# Inputs of the first may lie outside of a block's memory. The last dimension of the second and all dimensions of the
+# third have a meaning each, so that they are not merged.
+TAKES_SHARED, REDUCTIONS, MATRICES = (frozenset(names.split()) for names in _SPELT)
+
 
 class NotRecordableError(Exception):
     """A step cannot be recorded; the message says why."""
