@@ -129,37 +129,54 @@ template <int N> struct ProductByColumns {
   }
 };
 
-// For W = 1 and both operands contiguous along k: sums of I rows by one column at once.
+// For W = 1 and both operands contiguous along k: sums of I rows by one column at once. A large matrix that is read
+// once is read in the order of memory.
 template <int N> struct ProductByRows {
   static HD void run(const Instruction* q, double* const* bases) {
     Walk<3> walk(q, bases);
     const Product at(q);
     constexpr int I = 4;
+    const bool streams = q->large && at.j.size == 1;  // not by the size here, which is that of a thread's part
     do {
       for (std::int64_t j = 0; j < at.j.size; ++j) {
         double *r = walk.p[0] + j * at.j.step[0], *b = walk.p[2] + j * at.j.step[2];
         std::int64_t i = 0;
-        for (; i + I <= at.i.size; i += I) dots<I>(at, r + i * at.i.step[0], walk.p[1] + i * at.i.step[1], b);
-        for (; i < at.i.size; ++i) dots<1>(at, r + i * at.i.step[0], walk.p[1] + i * at.i.step[1], b);
+        for (; i + I <= at.i.size && !streams; i += I) {
+          dots<I, 1>(at, r + i * at.i.step[0], walk.p[1] + i * at.i.step[1], b);
+        }
+        for (; i < at.i.size; ++i) dots<1, 4>(at, r + i * at.i.step[0], walk.p[1] + i * at.i.step[1], b);
       }
     } while (walk.next());
   }
 
-  template <int I> static HD void dots(const Product& at, double* r, const double* a, const double* b) {
+  // Each sum in several parts.
+  template <int I, int parts> static HD void dots(const Product& at, double* r, const double* a, const double* b) {
     using Group = Lanes<group, N>;
-    Group sums[I];
-    for (Group& sum : sums) sum = Group::all(0);
-    std::int64_t k = 0;
-    for (; k + group <= at.k.size; k += group) {
-      const Group right = Group::load(b + k);
-      for (int i = 0; i < I; ++i) sums[i].template add_product<false>(Group::load(a + i * at.i.step[1] + k), right);
+    Group sums[I][parts];
+    for (auto& sum : sums) {
+      for (Group& part : sum) part = Group::all(0);
     }
+    std::int64_t k = 0;
+    for (; k + parts * group <= at.k.size; k += parts * group) {
+      for (int part = 0; part < parts; ++part) add(at, sums, part, a + k + part * group, b + k + part * group);
+    }
+    for (; k + group <= at.k.size; k += group) add(at, sums, 0, a + k, b + k);
     double totals[I];
-    for (int i = 0; i < I; ++i) totals[i] = sums[i].sum();
+    for (int i = 0; i < I; ++i) {
+      for (int part = 1; part < parts; ++part) sums[i][0].template join<formula::SUM>(sums[i][part]);
+      totals[i] = sums[i][0].sum();
+    }
     for (; k < at.k.size; ++k) {
       for (int i = 0; i < I; ++i) totals[i] += a[i * at.i.step[1] + k] * b[k];
     }
     for (int i = 0; i < I; ++i) r[i * at.i.step[0]] = totals[i];
+  }
+
+  template <int I, int parts>
+  static HD void add(const Product& at, Lanes<group, N> (&sums)[I][parts], int part, const double* a, const double* b) {
+    using Group = Lanes<group, N>;
+    const Group right = Group::load(b);
+    for (int i = 0; i < I; ++i) sums[i][part].template add_product<false>(Group::load(a + i * at.i.step[1]), right);
   }
 };
 
