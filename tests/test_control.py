@@ -13,8 +13,8 @@ from torch.utils import _pytree as torch_pytree
 
 from implicitdiff import solvers
 from implicitdiff._implicit.system import Vectors
+from implicitdiff._torch.control import if_any, recorded_by, repeat
 from implicitdiff._torch.trees import flatten
-from implicitdiff.solvers._loop.control import if_any, recorded_by, repeat
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane
 from implicitdiff.solvers._loop.status import Status
 from implicitdiff.solvers._steps.line_search import Segment, search

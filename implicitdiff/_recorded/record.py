@@ -87,6 +87,7 @@ class Recorder(_dispatch.TorchDispatchMode):
     Attributes:
         tape: the instructions.
         shared: the sources of the `SHARED` buffers, see `share`.
+        left: the flags of the lanes that are left to Python, see `leave_to_python`.
     """
 
     def __init__(self, emitters: dict[AtenOperation, Emitter], constants: Sequence[Tensor]) -> None:
@@ -94,6 +95,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         self.tape = Tape()
         self.emitters = emitters
         self.shared: list[int] = []
+        self.left: list[Tensor] = []
         keys = [_dispatch.storage_key(t) for t in constants]
         # Counted from the end of the operands; tensors of one memory have the number of the first.
         self._constants = {key: i - len(keys) for i, key in reversed([*enumerate(keys)])}
@@ -314,7 +316,7 @@ class Recorder(_dispatch.TorchDispatchMode):
     # --- branches and loops -------------------------------------------------------------------------------------------
 
     def if_any(self, flag: Tensor, then: Callable[[BranchT], BranchT], carry: BranchT) -> BranchT:
-        """Record `then` behind a jump, see `implicitdiff.solvers._loop.control.if_any`."""
+        """Record `then` behind a jump, see `implicitdiff._torch.control.if_any`."""
         tape = self.tape
         leaves, structure = pytree.flatten(carry)
         end, variables = tape.label(), self._variables(leaves)
@@ -328,7 +330,7 @@ class Recorder(_dispatch.TorchDispatchMode):
     def repeat(
         self, body: Callable[[BranchT], BranchT], carry: BranchT, flag: Callable[[BranchT], Tensor], at_most: int
     ) -> BranchT:
-        """Record `body` as a loop, see `implicitdiff.solvers._loop.control.repeat`."""
+        """Record `body` as a loop, see `implicitdiff._torch.control.repeat`."""
         tape = self.tape
         leaves, structure = pytree.flatten(carry)
         variables = self._variables(leaves)
@@ -348,6 +350,10 @@ class Recorder(_dispatch.TorchDispatchMode):
         tape.loops.append((begin, end))
         made: BranchT = structure.unflatten(variables)
         return made
+
+    def leave_to_python(self, flag: Tensor) -> None:
+        """Note the lanes whose step Python has to make, see `implicitdiff._torch.control.leave_to_python`."""
+        self.left.append(flag)
 
     @contextmanager
     def _scope(self) -> Iterator[None]:

@@ -11,8 +11,8 @@ from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.dogleg as _dogleg
+from implicitdiff._torch.control import if_any
 from implicitdiff._torch.trees import P, Tree, X
-from implicitdiff.solvers._loop.control import if_any
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep
 from implicitdiff.solvers._loop.options import SolverOptions, solver_factory

@@ -13,9 +13,9 @@ from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.control import if_any
 from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.bounds import Bound, Limits, limits_of, limits_on
-from implicitdiff.solvers._loop.control import if_any
 from implicitdiff.solvers._loop.measures import composite_size
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.options import SolverOptions, check_count, solver_factory

@@ -12,8 +12,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.control import if_any
 from implicitdiff._torch.trees import P, X
-from implicitdiff.solvers._loop.control import if_any
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, few_products, objective_newton_step
 from implicitdiff.solvers._loop.options import SolverOptions, solver_factory

@@ -18,14 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.context as _context
+import implicitdiff._torch.control as _control
 import implicitdiff._torch.dispatch as _dispatch
 import implicitdiff._torch.trees as pytree
-import implicitdiff.solvers._loop.control as _control
+import torch
 from implicitdiff._recorded.record import Recorder, check_recordable
 from implicitdiff._recorded.step import RecordedStep, is_available, record_step
 from implicitdiff._recorded.tape import NotRecordableError
@@ -35,6 +33,7 @@ from implicitdiff.solvers._loop.options import Compile
 from implicitdiff.solvers._loop.problem import BatchedProblem, SearchOperands, any_lane
 from implicitdiff.solvers._loop.recordings import Recording, fingerprint, kept, kind_of, kinds, memories
 from implicitdiff.solvers._loop.state import State
+from torch import Tensor
 
 StepFn = Callable[[BatchedProblem, Tensor, State[Any]], tuple[Tensor, State[Any]]]
 """``step(problem, x, state) -> (x, state)``, one iteration in all lanes."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.control import if_any
+from implicitdiff._torch.control import if_any
 from implicitdiff.solvers._loop.equations import Composite, RowResidual
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, scattered_signs, select
 

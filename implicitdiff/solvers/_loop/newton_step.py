@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.control import if_any, repeat
+from implicitdiff._torch.control import if_any, repeat
 from implicitdiff.solvers._loop.problem import (
     BatchedProblem,
     ResultT,

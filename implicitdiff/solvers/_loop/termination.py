@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.control import if_any
+from implicitdiff._torch.control import if_any
 from implicitdiff.solvers._loop.equations import Composite
 from implicitdiff.solvers._loop.measures import change_with_x, precision, rounding_floor, solution_scale
 from implicitdiff.solvers._loop.method import IterativeMethod, Start

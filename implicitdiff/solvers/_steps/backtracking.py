@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.control import repeat
+from implicitdiff._torch.control import repeat
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_dot, select
 
 TrialPoint = tuple[Tensor, ...]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.control import if_any
+from implicitdiff._torch.control import if_any
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_dot, safe_divide, select, vecmat
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.status import Status

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitdiff.solvers._loop.control import if_any, repeat
+from implicitdiff._torch.control import if_any, repeat
 from implicitdiff.solvers._loop.problem import (
     BatchedProblem,
     any_lane,

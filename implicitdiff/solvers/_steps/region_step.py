@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._steps.trust_region as _trust_region
+from implicitdiff._torch.control import if_any, repeat
 from implicitdiff.solvers._loop.bounds import Limits
-from implicitdiff.solvers._loop.control import if_any, repeat
 from implicitdiff.solvers._loop.problem import select, vecmat
 from implicitdiff.solvers._steps.least_squares import damped
 from implicitdiff.solvers._steps.trust_region import length

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import implicitdiff.solvers._loop.control as _control
+import implicitdiff._torch.control as _control
 from implicitdiff._implicit.operators import Dims
 from implicitdiff._implicit.primitive import Problem, solve_problem
 from implicitdiff._torch.trees import Leaves

@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from implicitdiff.solvers._loop.problem import any_lane
+import implicitdiff._torch.levels as _levels
 
 CarryT = TypeVar("CarryT")
 
@@ -31,6 +31,8 @@ class BranchRecorder(Protocol):
     def repeat(
         self, body: Callable[[CarryT], CarryT], carry: CarryT, flag: Callable[[CarryT], Tensor], at_most: int
     ) -> CarryT: ...
+
+    def leave_to_python(self, flag: Tensor) -> None: ...
 
 
 class _Slot(threading.local):
@@ -50,6 +52,22 @@ def recorded_by(recorder: BranchRecorder | None) -> Iterator[None]:
         _slot.recorder = before
 
 
+def is_recorded() -> bool:
+    """Return whether a recorder takes the branches and loops of this thread."""
+    return _slot.recorder is not None
+
+
+def leave_to_python(flag: Tensor) -> None:
+    """Let a recorded step change nothing in lanes with a set flag: Python repeats it, and reports what is wrong.
+
+    Args:
+        flag: the flags, shape ``(lanes,)``.
+    """
+    if _slot.recorder is None:
+        raise AssertionError("nothing is recorded")
+    _slot.recorder.leave_to_python(flag)
+
+
 def if_any(flag: Tensor, then: Callable[[CarryT], CarryT], carry: CarryT) -> CarryT:
     """Return ``then(carry)`` if a flag is set in any lane, else the carry itself.
 
@@ -60,7 +78,7 @@ def if_any(flag: Tensor, then: Callable[[CarryT], CarryT], carry: CarryT) -> Car
     """
     if _slot.recorder is not None:
         return _slot.recorder.if_any(flag, then, carry)
-    return then(carry) if any_lane(flag) else carry
+    return then(carry) if _levels.is_any(flag) else carry
 
 
 def repeat(body: Callable[[CarryT], CarryT], carry: CarryT, flag: Callable[[CarryT], Tensor], at_most: int) -> CarryT:
@@ -75,7 +93,7 @@ def repeat(body: Callable[[CarryT], CarryT], carry: CarryT, flag: Callable[[Carr
     if _slot.recorder is not None:
         return _slot.recorder.repeat(body, carry, flag, at_most)
     for _ in range(at_most):
-        if not any_lane(flag(carry)):
+        if not _levels.is_any(flag(carry)):
             break
         carry = body(carry)
     return carry
