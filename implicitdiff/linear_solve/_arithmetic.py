@@ -4,22 +4,31 @@ A row is one right-hand side of one lane. `OfRows` represents vectors as ``(rows
 ``(rows, 1)``. `OfOneRow` represents vectors as ``(n,)`` and scalars as Python numbers: on a CPU an operation on a
 tensor of one element takes more than a microsecond, on a number a twentieth. Both kinds of scalar have ``+ - * /``,
 comparisons and ``& | ^``; further operations are methods of `Arithmetic`. Vectors are never changed in place, since a
-product may return its argument.
+product may return its argument. `OfRecordedRows` hands its loops to the recorder of a compiled loop.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+import implicitdiff._torch.control as _control
+import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.system import RowMap, System
 
 RowScalar = Any
 """A column ``(rows, 1)`` or a Python number, float or bool."""
+Count = Any
+"""A number of iterations: an integer for all rows, or a column of integers in a recording."""
+CarryT = TypeVar("CarryT")
+Body = Callable[[CarryT, RowScalar, Count], tuple[CarryT, Count]]
+"""``body(carry, active, left) -> (carry, iterations)``, a pass in the rows `active`, of at most `left` iterations."""
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -108,6 +117,24 @@ class Arithmetic(ABC):
     def any(self, s: RowScalar) -> bool:
         """True if ``s`` holds in some row. Waits for the device."""
 
+    def least(self, count: Count, bound: int) -> Count:
+        """Return the minimum of two numbers of iterations."""
+        return min(count, bound)
+
+    def repeat(
+        self, body: Body[CarryT], carry: CarryT, flag: Callable[[CarryT], RowScalar], limit: Count
+    ) -> tuple[CarryT, Count]:
+        """Apply the body as long as ``flag(carry)`` holds in some row, for at most `limit` iterations.
+
+        Returns:
+            The last carry, and the number of iterations.
+        """
+        used = 0
+        while used < limit and self.any(active := flag(carry)):
+            carry, iterations = body(carry, active, limit - used)
+            used += iterations
+        return carry, used
+
 
 class OfRows(Arithmetic):
     """Arithmetic on any number of rows, with columns for scalars."""
@@ -160,6 +187,48 @@ class OfRows(Arithmetic):
 
     def any(self, s: RowScalar) -> bool:
         return bool(s.any())
+
+
+class OfRecordedRows(OfRows):
+    """Arithmetic of a recorded step. Each row counts its own iterations, and a row that has stopped does not change."""
+
+    def __init__(self, system: System) -> None:
+        super().__init__(system)
+        # Linearise before the first loop: what a loop computes cannot be used after it.
+        self.matvec(system.b.new_zeros(system.b.shape[0], system.unknowns))
+        self.rmatvec(torch.zeros_like(system.b))
+
+    def any(self, s: RowScalar) -> bool:
+        raise AssertionError("a recording has no values")
+
+    def least(self, count: Count, bound: int) -> Count:
+        return count.clamp(max=bound)
+
+    def repeat(
+        self, body: Body[CarryT], carry: CarryT, flag: Callable[[CarryT], RowScalar], limit: Count
+    ) -> tuple[CarryT, Count]:
+        def again(state: tuple[CarryT, Tensor, Tensor]) -> tuple[CarryT, Tensor, Tensor]:
+            carry, used, active = state
+            new, iterations = body(carry, active, limit - used)
+            new, used = _where(active, (new, used + iterations), (carry, used))
+            return new, used, active & flag(new) & (used < limit)
+
+        none = torch.zeros_like(self.none, dtype=torch.int64)
+        start = carry, none, flag(carry) & (none < limit)
+        carry, used, _ = _control.repeat(again, start, itemgetter(2), _NO_BOUND)
+        return carry, used
+
+
+_NO_BOUND = 2**31
+"""A number of passes that the flag of a loop never lets it reach."""
+
+
+def _where(rows: Tensor, new: CarryT, old: CarryT) -> CarryT:
+    """Return `new` in some rows, and `old` in the others."""
+    leaves, structure = pytree.flatten(new)
+    pairs = zip(leaves, structure.tensors_of(old), strict=True)
+    chosen: CarryT = structure.unflatten([torch.where(rows.reshape(-1, *(1,) * (a.dim() - 1)), a, b) for a, b in pairs])
+    return chosen
 
 
 class OfOneRow(Arithmetic):
@@ -222,6 +291,8 @@ class OfOneRow(Arithmetic):
 
 def arithmetic(system: System) -> Arithmetic:
     """Return the arithmetic for the rows of a system."""
+    if _control.is_recorded():
+        return OfRecordedRows(system)
     return OfOneRow(system) if system.b.device.type == "cpu" and system.b.shape[0] == 1 else OfRows(system)
 
 

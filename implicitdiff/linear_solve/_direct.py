@@ -57,7 +57,7 @@ def materialised(system: System, factorise: Factorise, broken: str) -> Outcome:
         residual = torch.linalg.vector_norm(b - a @ x, dim=-2).reshape(-1)
         return residual, torch.finfo(a.dtype).eps * torch.linalg.vector_norm(system.b, dim=-1)
 
-    return Outcome(solution.mT.reshape(-1, n), failed.reshape(-1), broken, figures, 0, has_failed)
+    return Outcome(solution.mT.reshape(-1, n), failed.reshape(-1), lambda: broken, figures, 0, has_failed)
 
 
 def factorised(factor: Factor) -> Factorise:

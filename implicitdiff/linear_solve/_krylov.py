@@ -12,7 +12,7 @@ from torch import Tensor
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import System
 from implicitdiff._torch.trees import Tree
-from implicitdiff.linear_solve._arithmetic import Arithmetic, RowScalar, arithmetic
+from implicitdiff.linear_solve._arithmetic import Arithmetic, Count, RowScalar, arithmetic
 from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, report_failed_solves
 
 
@@ -27,12 +27,12 @@ class Cycle(NamedTuple):
     """
 
     d: Tensor
-    iterations: int
+    iterations: Count
     broken: RowScalar
     ended: RowScalar | None = None
 
 
-Method = Callable[[Arithmetic, Tensor, RowScalar, int], Cycle]
+Method = Callable[[Arithmetic, Tensor, RowScalar, Count], Cycle]
 """``method(ops, r, target, limit)``: solve ``A d = r`` to ``|r - A d| <= target`` in each row, by at most ``limit``
 iterations."""
 
@@ -155,24 +155,38 @@ def iterate(
     if least is not None:
         target = ops.larger(target, ops.scalar(least))
     x, r, residual = _start_point(ops, system, b, residual, size)
-    failed = ops.negate(ops.finite(residual))
-    stalled = ops.none
-    used = 0
-    while used < limit and ops.any(active := ops.negate((residual <= target) | failed | stalled)):
+
+    def is_unfinished(carry: _Iterate) -> RowScalar:
+        _, _, residual, failed, stalled = carry
+        return ops.negate((residual <= target) | failed | stalled)
+
+    def advance(carry: _Iterate, active: RowScalar, left: Count) -> tuple[_Iterate, Count]:
+        x, r, before, failed, stalled = carry
         # A zero right-hand side stops finished rows at once.
-        cycle = method(ops, ops.select(active, r, 0.0), target, limit - used)
-        used += cycle.iterations
+        cycle = method(ops, ops.select(active, r, 0.0), target, left)
         x = ops.select(active, x + cycle.d, x)
         r = b - ops.matvec(x)
-        before, residual = residual, size(ops, r)
+        residual = size(ops, r)
         failed = failed | (active & (cycle.broken | ops.negate(ops.finite(residual))))
         # A cycle that ended with its dimension may make slow progress, by a factor of 0.999. A cycle whose recursive
         # residual reached the target has to reduce the true residual to 0.9, or rounding limits it.
         enough = 0.9 if cycle.ended is None else ops.select(cycle.ended, 0.9, 0.999)
         stalled = stalled | (active & ops.negate(residual <= enough * before))
+        return (x, r, residual, failed, stalled), cycle.iterations
+
+    start = x, r, residual, ops.negate(ops.finite(residual)), ops.none
+    (x, _, residual, broke, _), used = ops.repeat(advance, start, is_unfinished, limit)
     # An integer maxiter is a budget: rows that used it up return their last iterate without failure.
-    why = broken if ops.any(failed) else NO_CONVERGENCE
-    if maxiter is None:
-        failed = failed | ops.negate(residual <= target)
+    failed = broke if maxiter is not None else broke | ops.negate(residual <= target)
     figures = ops.per_row(residual), ops.per_row(target)
-    return Outcome(ops.to_rows(x), ops.per_row(failed), why, lambda: figures, used)
+    return Outcome(
+        ops.to_rows(x),
+        ops.per_row(failed),
+        lambda: broken if ops.any(broke) else NO_CONVERGENCE,
+        lambda: figures,
+        used,
+    )
+
+
+_Iterate = tuple[Tensor, Tensor, RowScalar, RowScalar, RowScalar]
+"""The iterate and its residual, the size of the residual, and the rows that have failed or make no progress."""

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+import implicitdiff._torch.control as _control
 from implicitdiff._implicit.system import System
 from implicitdiff.errors import LinearSolveError, LinearSolveWarning
 
@@ -23,7 +24,7 @@ class Outcome(NamedTuple):
     Attributes:
         x: the solution, ``(rows, n)``.
         failed: the rows that failed, ``(rows,)``.
-        why: message for failed rows, with a remedy.
+        why: returns the message for failed rows, with a remedy.
         figures: computes residual norms and targets of all rows, in the scaling of the system.
         iterations: number of iterations; 0 for a direct solver.
         has_failed: True if a row failed, or None if that is not known yet.
@@ -31,7 +32,7 @@ class Outcome(NamedTuple):
 
     x: Tensor
     failed: Tensor
-    why: str
+    why: Callable[[], str]
     figures: Callable[[], tuple[Tensor, Tensor]]
     iterations: int
     has_failed: bool | None = None
@@ -39,15 +40,19 @@ class Outcome(NamedTuple):
 
 def report_failed_solves(name: str, outcome: Outcome, system: System, on_failure: OnFailure) -> Tensor:
     """Report failure as the user asked, and return the solution."""
-    has_failed = bool(outcome.failed.any()) if outcome.has_failed is None else outcome.has_failed
-    if on_failure == "ignore" or not has_failed:
+    if on_failure == "ignore":
+        return outcome.x
+    if _control.is_recorded():
+        _control.leave_to_python(outcome.failed)
+        return outcome.x
+    if not (bool(outcome.failed.any()) if outcome.has_failed is None else outcome.has_failed):
         return outcome.x
     scale, (residual, target) = system.scale[:, 0], outcome.figures()
     # The worst system by residual / target; nan counts as infinite.
     excess = torch.where(outcome.failed, residual / target, -torch.inf).nan_to_num(nan=torch.inf)
     worst = int(excess.argmax())
     figures = float((residual * scale)[worst]), float((target * scale)[worst])
-    report(name, outcome.why, outcome.failed, *figures, outcome.iterations, on_failure)
+    report(name, outcome.why(), outcome.failed, *figures, outcome.iterations, on_failure)
     return outcome.x
 
 

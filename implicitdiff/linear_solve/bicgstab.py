@@ -10,7 +10,7 @@ from torch import Tensor
 from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
-from implicitdiff.linear_solve._arithmetic import Arithmetic, RowScalar
+from implicitdiff.linear_solve._arithmetic import Arithmetic, Count, RowScalar
 from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 
@@ -68,15 +68,16 @@ def solve_bicgstab(
     )
 
 
-def bicgstab(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int) -> Cycle:
+def bicgstab(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Count) -> Cycle:
     """A `Method` for any operator, with short recurrences. Notation of Saad, algorithm 7.7, right preconditioned."""
-    x = torch.zeros_like(r)
-    shadow = p = r
-    size, rho = ops.norm(r), ops.dot(r, r)
-    # Rows with a division by zero in the recurrence. A restart chooses another shadow residual, so they are not broken.
-    stopped = ops.none
-    used = 0
-    while used < limit and ops.any(active := ops.negate((size <= target) | stopped)):
+    shadow = r
+
+    def is_unfinished(carry: _Iterate) -> RowScalar:
+        _, _, _, size, _, stopped = carry
+        return ops.negate((size <= target) | stopped)
+
+    def advance(carry: _Iterate, active: RowScalar, left: Count) -> tuple[_Iterate, Count]:
+        x, r, p, _, rho, stopped = carry
         p_hat = ops.precondition(p)
         # alpha = rho / (r*, A p), with the shadow residual r* the first residual.
         v = ops.matvec(p_hat)
@@ -97,5 +98,13 @@ def bicgstab(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int) -> Cycle
         stopped = stopped | (active ^ go)
         beta = ops.ratio(go, rho, before) * ops.ratio(go, alpha, omega)
         p = ops.add(r, beta, ops.add(p, -omega, v))
-        used += 1
+        return (x, r, p, size, rho, stopped), 1
+
+    start = torch.zeros_like(r), r, r, ops.norm(r), ops.dot(r, r), ops.none
+    (x, *_), used = ops.repeat(advance, start, is_unfinished, limit)
+    # A restart chooses another shadow residual, so no row is broken.
     return Cycle(x, used, ops.none)
+
+
+_Iterate = tuple[Tensor, Tensor, Tensor, RowScalar, RowScalar, RowScalar]
+"""``x``, ``r``, ``p``, ``|r|``, ``rho``, and the rows with a division by zero in the recurrence."""

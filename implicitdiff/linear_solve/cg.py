@@ -10,7 +10,7 @@ from torch import Tensor
 from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
-from implicitdiff.linear_solve._arithmetic import Arithmetic, RowScalar
+from implicitdiff.linear_solve._arithmetic import Arithmetic, Count, RowScalar
 from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 
@@ -73,15 +73,19 @@ def solve_cg(
     )
 
 
-def conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int) -> Cycle:
+def conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Count) -> Cycle:
     """A `Method` for symmetric positive definite operators. Notation of Saad, algorithm 9.1."""
-    x = torch.zeros_like(r)
-    z = p = ops.precondition(r)
-    rz, broken = ops.dot(r, z), ops.none
+    z = ops.precondition(r)
+    rz = ops.dot(r, z)
     # If the square of a small residual underflows, the cycle ends; `iterate` then tests a norm safe from underflow.
     rr, reach = rz if z is r else ops.dot(r, r), target * target
-    used = 0
-    while used < limit and ops.any(active := ops.negate((rr <= reach) | broken)):
+
+    def is_unfinished(carry: _Iterate) -> RowScalar:
+        _, _, _, _, rr, broken = carry
+        return ops.negate((rr <= reach) | broken)
+
+    def advance(carry: _Iterate, active: RowScalar, left: Count) -> tuple[_Iterate, Count]:
+        x, r, p, rz, _, broken = carry
         # alpha = (r, z) / (p, A p) is the minimiser of the quadratic along p.
         Ap = ops.matvec(p)
         pAp = ops.dot(p, Ap)
@@ -96,5 +100,12 @@ def conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, limit: in
         rr = rz if z is r else ops.dot(r, r)
         # beta = (r_new, z_new) / (r, z) makes p conjugate to the earlier directions.
         p = ops.add(z, ops.ratio(go, rz, before), p)
-        used += 1
+        return (x, r, p, rz, rr, broken), 1
+
+    start = torch.zeros_like(r), r, z, rz, rr, ops.none
+    (x, *_, broken), used = ops.repeat(advance, start, is_unfinished, limit)
     return Cycle(x, used, broken)
+
+
+_Iterate = tuple[Tensor, Tensor, Tensor, RowScalar, RowScalar, RowScalar]
+"""``x``, ``r``, ``p``, ``(r, z)``, ``(r, r)``, and the rows in which the method has broken down."""

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
-from implicitdiff.linear_solve._arithmetic import Arithmetic, OfOneRow, RowScalar, norm
+from implicitdiff.linear_solve._arithmetic import Arithmetic, Count, OfOneRow, OfRecordedRows, RowScalar, norm
 from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 
@@ -80,17 +81,25 @@ def solve_gmres(
     )
 
 
-def gmres(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int, *, restart: int) -> Cycle:
+def gmres(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Count, *, restart: int) -> Cycle:
     """A `Method` for any operator: minimise over one Krylov space of at most `restart` dimensions."""
-    m = min(restart, limit, r.shape[-1])
-    space = (SpaceOfOneRow if isinstance(ops, OfOneRow) else SpaceOfRows)(ops, r, m)
-    used = 0
-    # A comparison with nan is False, so a row with a nan residual stops.
-    while used < m and ops.any(active := space.residual > target):
+    m = min(restart, r.shape[-1])
+    limit = ops.least(limit, m)
+
+    def advance(space: AnySpace, active: RowScalar, left: Count) -> tuple[AnySpace, Count]:
         v = space.direction(active)
-        space.extend(ops.matvec(ops.precondition(v)))
-        used += 1
+        return space.extended(v, ops.matvec(ops.precondition(v))), 1
+
+    # A comparison with nan is False, so a row with a nan residual stops.
+    space, used = ops.repeat(advance, _first_space(ops, r, limit, m), lambda space: space.residual > target, limit)
     return Cycle(ops.precondition(space.minimiser()), used, ops.none, space.residual <= target)
+
+
+def _first_space(ops: Arithmetic, r: Tensor, limit: Count, m: int) -> AnySpace:
+    """Return the space of no dimension; it grows to `limit`, of which a recording knows the bound `m` alone."""
+    if isinstance(ops, OfRecordedRows):
+        return RecordedSpace.first(r, m)
+    return SpaceOfOneRow(ops, r, limit) if isinstance(ops, OfOneRow) else SpaceOfRows(ops, r, limit)
 
 
 class Space(ABC):
@@ -116,8 +125,7 @@ class Space(ABC):
         self.length = self.residual = ops.norm(r)
         self.dimension = 0
         self.basis = r.new_empty(*r.shape[:-1], m, r.shape[-1])
-        # An image in the space leaves a remainder of this relative size, which is rounding and no direction.
-        self.rounding = 10 * torch.finfo(r.dtype).eps
+        self.rounding = _rounding(r)
 
     @abstractmethod
     def direction(self, active: RowScalar) -> Tensor:
@@ -126,6 +134,11 @@ class Space(ABC):
     @abstractmethod
     def extend(self, w: Tensor) -> None:
         """Add the next column of ``H`` from the image of the last basis vector."""
+
+    def extended(self, v: Tensor, w: Tensor) -> Self:
+        """Return the space with the last basis vector `v`, whose image is `w`."""
+        self.extend(w)
+        return self
 
     @abstractmethod
     def minimiser(self) -> Tensor:
@@ -222,17 +235,8 @@ class SpaceOfRows(Space):
         self.residual = self.size * self.product[:, k, :1].abs()
 
     def _orthogonalise(self, w: Tensor) -> Tensor:
-        # Gram-Schmidt twice for all rows: a test for each row would wait for the device.
-        V = self.basis[:, : self.dimension]
-        size = norm(w)
-        overlap = torch.bmm(w, V.mT)
-        w = torch.baddbmm(w, overlap, V, alpha=-1)
-        rest = torch.bmm(w, V.mT)
-        w = torch.baddbmm(w, rest, V, alpha=-1)
-        length = norm(w)
-        length = torch.where(length <= self.rounding * size, 0.0, length)
-        self.next, self.length = w[:, 0], length[:, 0]
-        return torch.cat([overlap + rest, length], dim=-1)
+        overlap, self.next, self.length = _orthogonalised(w, self.basis[:, : self.dimension])
+        return torch.cat([overlap, self.length], dim=-1)[:, None]
 
     def minimiser(self) -> Tensor:
         k = self.dimension
@@ -243,3 +247,93 @@ class SpaceOfRows(Space):
         diagonal.masked_fill_(diagonal == 0, 1.0)
         y = torch.linalg.solve_triangular(self.triangle[:, :k, :k], rhs[..., None], upper=True)
         return torch.bmm(y.mT, self.basis[:, :k])[:, 0]
+
+
+class RecordedSpace(NamedTuple):
+    """Krylov spaces of several rows as tensors of fixed shapes, for a loop that is recorded once for all dimensions.
+
+    Basis vectors and columns that do not exist yet are zero, and belong to an identity in the product of rotations.
+
+    Attributes:
+        size: ``|r|``.
+        residual, next, length, basis: see `Space`.
+        product, triangle: see `SpaceOfRows`.
+        dimension: the number of basis vectors, a column.
+    """
+
+    size: Tensor
+    residual: Tensor
+    next: Tensor
+    length: Tensor
+    basis: Tensor
+    product: Tensor
+    triangle: Tensor
+    dimension: Tensor
+
+    @classmethod
+    def first(cls, r: Tensor, m: int) -> RecordedSpace:
+        """Return the space of ``r`` without a basis vector; it grows to `m`."""
+        rows, n = r.shape
+        size = norm(r)
+        product = torch.eye(m + 1, dtype=r.dtype, device=r.device).repeat(rows, 1, 1)
+        empty = r.new_zeros(rows, m, n), product, r.new_zeros(rows, m, m)
+        return cls(size, size, r, size, *empty, torch.zeros_like(size, dtype=torch.int64))
+
+    def direction(self, active: Tensor) -> Tensor:
+        """Return the next basis vector; zero in rows that are not active."""
+        return self.next / torch.where(active, self.length, math.inf)
+
+    def extended(self, v: Tensor, w: Tensor) -> RecordedSpace:
+        """Return the space with one more basis vector `v`, whose image is `w`."""
+        # The place of the new vector and of the new column of H, among the entries of a column.
+        places = torch.arange(self.product.shape[-1], device=v.device)
+        here, below = places == self.dimension, places == self.dimension + 1
+        basis = torch.where(here[:, :-1, None], v[:, None], self.basis)
+        overlap, new, length = _orthogonalised(w[:, None], basis)
+        column = torch.where(below, length, torch.cat([overlap, torch.zeros_like(length)], dim=-1))
+        column = torch.bmm(column[:, None], self.product.mT)[:, 0]
+        # The last entry is the length: no earlier rotation reaches it.
+        a, first = (torch.where(here, each, 0.0) for each in (column, torch.ones_like(column)))
+        a = a.sum(dim=-1, keepdim=True)
+        size = torch.hypot(a, length)
+        c, s = torch.where(size == 0, 1.0, a / size), torch.where(size == 0, 0.0, length / size)
+        column = torch.where(here, size, torch.where(places < self.dimension, column, 0.0))
+        triangle = torch.where(here[:, None, :-1], column[:, :-1, None], self.triangle)
+        upper, lower = torch.bmm(first[:, None], self.product)[:, 0], below.to(v.dtype)
+        upper, lower = c * upper + s * lower, c * lower - s * upper
+        product = torch.where(below[..., None], lower[:, None], self.product)
+        product = torch.where(here[..., None], upper[:, None], product)
+        residual = self.size * lower[:, :1].abs()
+        return RecordedSpace(self.size, residual, new, length, basis, product, triangle, self.dimension + 1)
+
+    def minimiser(self) -> Tensor:
+        """Return the combination of basis vectors with the smallest residual."""
+        m = self.triangle.shape[-1]
+        rhs, missing = self.size * self.product[:, :m, 0], self.triangle.diagonal(dim1=-2, dim2=-1) == 0
+        # A direction without image, and one that does not exist, has the coefficient 0.
+        rhs = torch.where(missing, 0.0, rhs)
+        unit = torch.eye(m, dtype=torch.bool, device=rhs.device)
+        triangle = torch.where(unit & missing[..., None], 1.0, self.triangle)
+        y = torch.linalg.solve_triangular(triangle, rhs[..., None], upper=True)
+        return torch.bmm(y.mT, self.basis)[:, 0]
+
+
+AnySpace = Space | RecordedSpace
+
+
+def _rounding(r: Tensor) -> float:
+    """Return the relative size of the remainder that an image in the space leaves: rounding, and no direction."""
+    return 10 * torch.finfo(r.dtype).eps
+
+
+def _orthogonalised(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the products of `w` with the basis, the remainder, and the length of the remainder."""
+    # Gram-Schmidt twice for all rows: a test for each row would wait for the device.
+    size = norm(w)
+    overlap = torch.bmm(w, basis.mT)
+    w = torch.baddbmm(w, overlap, basis, alpha=-1)
+    rest = torch.bmm(w, basis.mT)
+    w = torch.baddbmm(w, rest, basis, alpha=-1)
+    length = norm(w)
+    length = torch.where(length <= _rounding(w) * size, 0.0, length)
+    return (overlap + rest)[:, 0], w[:, 0], length[:, 0]

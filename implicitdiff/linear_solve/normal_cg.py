@@ -14,7 +14,7 @@ from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import System
 from implicitdiff._torch.trees import Tree
-from implicitdiff.linear_solve._arithmetic import Arithmetic, RowScalar, norm
+from implicitdiff.linear_solve._arithmetic import Arithmetic, Count, RowScalar, norm
 from implicitdiff.linear_solve._krylov import Cycle, iterate, iterative
 from implicitdiff.linear_solve._outcome import OnFailure, report_failed_solves
 from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem
@@ -157,24 +157,24 @@ def _rounding(system: System) -> Callable[[Tensor], Tensor]:
     return lambda x: 4 * system.eps * a * (norm(system.b) + a * norm(x))
 
 
-def normal_conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int) -> Cycle:
+def normal_conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Count) -> Cycle:
     """A `Method` for any operator, by conjugate gradients on the normal equations (Saad, algorithm 8.4, CGNR).
 
     The test is on ``|r|`` for a square operator, and on ``|A^T r|`` for a rectangular one.
     """
     s = ops.rmatvec(r)
-    x = torch.zeros_like(s)
     # Gradients s are divided by the length of the first, so that their squares neither overflow nor underflow.
     unit = ops.norm(s)
     s = ops.divide(s, unit)
-    z = p = ops.precondition(s)
-    sz, broken = ops.dot(s, z), ops.none
-    used = 0
+    z = ops.precondition(s)
 
-    def size() -> RowScalar:
-        return ops.norm(r) if ops.is_square else unit * ops.norm(s)
+    def is_unfinished(carry: _Iterate) -> RowScalar:
+        _, r, s, _, _, broken = carry
+        size = ops.norm(r) if ops.is_square else unit * ops.norm(s)
+        return ops.negate((size <= target) | broken)
 
-    while used < limit and ops.any(active := ops.negate((size() <= target) | broken)):
+    def advance(carry: _Iterate, active: RowScalar, left: Count) -> tuple[_Iterate, Count]:
+        x, r, s, p, sz, broken = carry
         # alpha = (s, z) / |A p|^2, in two quotients: |A p|^2 may overflow or underflow. x is in original units.
         Ap = ops.matvec(p)
         length = ops.norm(Ap)
@@ -186,11 +186,18 @@ def normal_conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, li
         z = ops.precondition(s)
         sz, before = ops.dot(s, z), sz
         p = ops.add(z, ops.ratio(go, sz, before), p)
-        used += 1
+        return (x, r, s, p, sz, broken), 1
+
+    start = torch.zeros_like(s), r, s, z, ops.dot(s, z), ops.none
+    (x, *_, broken), used = ops.repeat(advance, start, is_unfinished, limit)
     return Cycle(x, used, broken)
 
 
-def craig(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int) -> Cycle:
+_Iterate = tuple[Tensor, Tensor, Tensor, Tensor, RowScalar, RowScalar]
+"""``x``, ``r``, ``s``, ``p``, ``(s, z)``, and the rows in which the method has broken down."""
+
+
+def craig(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Count) -> Cycle:
     """A `Method` for operators of full row rank, by conjugate gradients on ``A A^T z = r``, ``d = A^T z``.
 
     The preconditioner approximates the inverse of ``A A^T``.
@@ -202,10 +209,13 @@ def craig(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int) -> Cycle:
     # Directions p are divided by the length of the first, so that their squares neither overflow nor underflow.
     unit = ops.norm(p)
     p = ops.divide(p, unit)
-    x = torch.zeros_like(p)
-    rz, broken = ops.dot(r, z), ops.none
-    used = 0
-    while used < limit and ops.any(active := ops.negate((ops.norm(r) <= target) | broken)):
+
+    def is_unfinished(carry: _Craig) -> RowScalar:
+        _, r, _, _, broken = carry
+        return ops.negate((ops.norm(r) <= target) | broken)
+
+    def advance(carry: _Craig, active: RowScalar, left: Count) -> tuple[_Craig, Count]:
+        x, r, p, rz, broken = carry
         # alpha = (r, z) / |A^T z|^2 for the iterate in z; x moves along p = A^T z.
         pp = ops.dot(p, p)
         go = active & (pp > 0) & (rz > 0) & (unit > 0)
@@ -215,5 +225,12 @@ def craig(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int) -> Cycle:
         z = ops.precondition(r)
         rz, before = ops.dot(r, z), rz
         p = ops.add(ops.divide(ops.rmatvec(z), unit), ops.ratio(go, rz, before), p)
-        used += 1
+        return (x, r, p, rz, broken), 1
+
+    start = torch.zeros_like(p), r, p, ops.dot(r, z), ops.none
+    (x, *_, broken), used = ops.repeat(advance, start, is_unfinished, limit)
     return Cycle(x, used, broken)
+
+
+_Craig = tuple[Tensor, Tensor, Tensor, RowScalar, RowScalar]
+"""``x``, ``r``, ``p``, ``(r, z)``, and the rows in which the method has broken down."""
