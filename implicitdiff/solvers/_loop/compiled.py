@@ -18,22 +18,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.context as _context
 import implicitdiff._torch.control as _control
 import implicitdiff._torch.dispatch as _dispatch
 import implicitdiff._torch.trees as pytree
-import torch
 from implicitdiff._recorded.record import Recorder, check_recordable
 from implicitdiff._recorded.step import RecordedStep, is_available, record_step
 from implicitdiff._recorded.tape import NotRecordableError
 from implicitdiff._torch.trees import Leaves, Tree
 from implicitdiff.errors import CompileError
 from implicitdiff.solvers._loop.options import Compile
-from implicitdiff.solvers._loop.problem import BatchedProblem, SearchOperands, any_lane
+from implicitdiff.solvers._loop.problem import BatchedProblem, SearchOperands, any_lane, select, select_tree
 from implicitdiff.solvers._loop.recordings import Recording, fingerprint, kept, kind_of, kinds, memories
 from implicitdiff.solvers._loop.state import State
-from torch import Tensor
 
 StepFn = Callable[[BatchedProblem, Tensor, State[Any]], tuple[Tensor, State[Any]]]
 """``step(problem, x, state) -> (x, state)``, one iteration in all lanes."""
@@ -48,6 +49,8 @@ _AT_MOST = 1000
 """Bound on the iterations of a call of the machine: in between Python handles signals."""
 _MAX_COPIED = 2**26
 """Bound on the elements of copies, one for each lane, of operands that not every vmap batches."""
+_LEFT = -1
+"""The status of a lane whose step is left to Python, see `implicitdiff._torch.control.leave_to_python`."""
 _LARGEST_INTEGER = 2**53
 """Bound on integers: the machine computes with doubles."""
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -64,6 +67,7 @@ class Compiler:
         problem: the problem.
         compile: the option.
         is_over: True once the search is eager.
+        is_left: True once a step was left to Python; the steps after it are eager.
     """
 
     name: str
@@ -71,6 +75,7 @@ class Compiler:
     problem: BatchedProblem
     compile: Compile
     is_over: bool
+    is_left: bool = False
     _is_checked: bool = False
 
     def loop(
@@ -87,7 +92,7 @@ class Compiler:
         Raises:
             CompileError: with ``compile="always"``, if the loop cannot be compiled.
         """
-        if not self._is_usable(x):
+        if self.is_left or not self._is_usable(x):
             return None
         try:
             return self._loop(step, asks, x, state)
@@ -122,7 +127,9 @@ class Compiler:
         def once(recorder: Recorder, carried: Leaves, operands: Leaves) -> tuple[Leaves, Tensor | None]:
             with _control.recorded_by(recorder), recorder:
                 made = fn(self._operands.alone(operands[:theta]), operands[theta:])
-                return structure.tensors_of(made), None
+            if recorder.left:
+                raise NotRecordableError("a linear solver outside of the iteration may fail")
+            return structure.tensors_of(made), None
 
         try:
             step = self._record(once, results, inputs, None)
@@ -133,7 +140,9 @@ class Compiler:
             return "the recording differs from its eager twin"
         return recording
 
-    def _loop(self, step: StepFn, asks: Callable[[State[Any]], Tensor], x: Tensor, state: State[Any]) -> CompiledLoop:
+    def _loop(
+        self, step: StepFn, asks: Callable[[State[Any]], Tensor], x: Tensor, state: State[Any]
+    ) -> CompiledLoop | None:
         leaves, structure = pytree.flatten(state)
         key = (self._key, "step", kinds(leaves))
         known = kept.get(key)
@@ -142,16 +151,27 @@ class Compiler:
         if known is not None:
             return self._made(known)
 
+        can_leave = False
+
         def once(recorder: Recorder, carried: Leaves, operands: Leaves) -> tuple[Leaves, Tensor | None]:
+            nonlocal can_leave
             x, *own = carried
+            state = structure.unflatten(own)
             with _control.recorded_by(recorder), recorder:
-                new_x, new = step(self._operands.alone(operands), x, structure.unflatten(own))
+                new_x, new = step(self._operands.alone(operands), x, state)
+                for flag in recorder.left:
+                    new_x, new, can_leave = select(flag, x, new_x), _left_where(flag, state, new), True
                 return [new_x, *structure.tensors_of(new)], asks(new)
 
         try:
             status = next(i for i, t in enumerate(leaves, start=1) if t is state.status)
-            recording = Recording(self._record(once, [x, *leaves], [], status), structure, ())
+            program = self._record(once, [x, *leaves], [], status)
+            recording = Recording(program, structure, (), can_leave)
             loop = self._made(recording)
+            if can_leave and loop.left(loop(x, state, at_most=1)[1]) is not None:
+                # Nothing to compare: the eager step may raise. So the recording is not kept.
+                self.is_left = True
+                return None
             self._verify(step, loop, x, state)
         except NotRecordableError as error:
             kept.put(key, str(error))
@@ -191,7 +211,10 @@ class Compiler:
         shift = 1e-2 * x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-2) * waves if x.numel() else x
         active = state.status == 0
         for point in (x, x + shift):
-            twins = [pytree.tensors(t) for t in (loop(point, state, at_most=1), step(self.problem, point, state))]
+            recorded = loop(point, state, at_most=1)
+            if loop.left(recorded[1]) is not None:
+                break
+            twins = [pytree.tensors(t) for t in (recorded, step(self.problem, point, state))]
             if _agree(*([t[active] for t in twin] for twin in twins)):
                 return
         raise NotRecordableError("the recorded step differs from the eager step")
@@ -289,6 +312,19 @@ class CompiledLoop:
         structure = self.recording.structure
         x, *leaves = self.recording.step.run([x, *structure.tensors_of(state)], self.operands, len(x), at_most)
         return x, structure.unflatten(leaves)
+
+    def left(self, state: State[Any]) -> Tensor | None:
+        """Return the lanes whose next step Python has to make; None if there are none."""
+        if not self.recording.can_leave:
+            return None
+        flags = state.status == _LEFT
+        return flags if any_lane(flags) else None
+
+
+def _left_where(flag: Tensor, state: State[Any], new: State[Any]) -> State[Any]:
+    """Return the new state; where a flag is set, the old one with the status `_LEFT`."""
+    chosen: State[Any] = select_tree(flag, state, new)
+    return chosen._replace(status=torch.where(flag, _LEFT, new.status))
 
 
 def _agree(recorded: Leaves, eager: Leaves) -> bool:

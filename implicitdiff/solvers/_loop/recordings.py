@@ -41,11 +41,13 @@ class Recording(NamedTuple):
         step: the program, ready to run.
         structure: the structure of the results.
         kinds: their shapes and dtypes, without the lanes.
+        can_leave: True if a step may be left to Python.
     """
 
     step: RecordedStep
     structure: Structure
     kinds: Kinds
+    can_leave: bool = False
 
 
 class _Kept:

@@ -376,6 +376,10 @@ class SolverImpl(Remembers):
             nonlocal count, loop
             if (loop := loop or compiler.loop(step, asks, x, state)) is not None:
                 x, state = loop(x, state)
+                if (left := loop.left(state)) is not None:
+                    # A linear solver fails in the next step, which is made eagerly for its report.
+                    loop, compiler.is_left = None, True
+                    return x, state._replace(status=torch.where(left, int(Status.RUNNING), state.status))
                 return x, self._with_rounding_measured(problem, x, state)
             mask = every > 1 or running < state.status.numel()
             for _ in range(every):
