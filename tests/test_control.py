@@ -11,7 +11,7 @@ import torch
 from torch.func import grad, vmap
 from torch.utils import _pytree as torch_pytree
 
-from implicitdiff import solvers
+from implicitdiff import linear_solve, solvers
 from implicitdiff._implicit.system import Vectors
 from implicitdiff._torch.control import if_any, recorded_by, repeat
 from implicitdiff._torch.trees import flatten
@@ -146,6 +146,21 @@ class Neighbour:
                 break
         return carry
 
+    def leave_to_python(self, flag):
+        pass
+
+
+class Alone(Neighbour):
+    """A recorder that executes what lanes ask for."""
+
+    def if_any(self, flag, then, carry):
+        return super().if_any(flag, then, carry) if any_lane(flag) else carry
+
+    def repeat(self, body, carry, flag, at_most):
+        while any_lane(flag(carry)):
+            carry = alike(body(carry), carry)
+        return carry
+
 
 def alike(new, old):
     pairs = [torch_pytree.tree_flatten(tree) for tree in (new, old)]
@@ -207,6 +222,35 @@ def test_a_lane_does_not_notice_its_neighbours(method):
         beside = results()
     assert neighbour.runs
     assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
+
+
+LINEAR = {
+    "cg": linear_solve.solve_cg(on_failure="ignore", maxiter=3),
+    "normal_cg": linear_solve.solve_normal_cg(on_failure="ignore", maxiter=3),
+    "bicgstab": linear_solve.solve_bicgstab(on_failure="ignore", maxiter=3),
+    "gmres": linear_solve.solve_gmres(on_failure="ignore", maxiter=3),
+    "gmres, restarted": linear_solve.solve_gmres(on_failure="ignore", maxiter=5, restart=2),
+}
+
+
+@pytest.mark.parametrize("linear", LINEAR)
+def test_a_linear_system_does_not_notice_its_neighbours(linear):
+    matrices = torch.stack([torch.diag(d) for d in torch.linspace(-1, 3, 20, dtype=F64).reshape(4, 5).T])
+    # Of four lanes one has no finite matrix, and one the solution 0.
+    matrices[3, 1, 2] = torch.inf
+    sides = torch.ones(5, 4, dtype=F64)
+    sides[4] = 0
+
+    def solutions(recorder):
+        with recorded_by(recorder):
+            return vmap(lambda m, b: LINEAR[linear](lambda v: m @ v, b))(matrices, sides)
+
+    neighbour = Neighbour()
+    alone, beside = solutions(Alone()), solutions(neighbour)
+    assert neighbour.runs
+    assert torch.equal(alone.nan_to_num(7.0), beside.nan_to_num(7.0))
+    one_by_one = [LINEAR[linear](lambda v, m=m: m @ v, b) for m, b in zip(matrices, sides, strict=True)]
+    torch.testing.assert_close(beside, torch.stack(one_by_one), equal_nan=True)
 
 
 def test_a_search_along_a_line_that_ends_does_not_notice_its_neighbours():

@@ -22,7 +22,6 @@ F64 = torch.float64
 NAN, INF = float("nan"), float("inf")
 ROWS = {row.name: row for row in SEARCHES}
 NOT_COMPILED = {
-    "newton, Krylov": "reads the value of a tensor",
     "scipy_root": "dtype torch.uint8",
     "scipy_minimize": "dtype torch.uint8",
     "scipy_least_squares": "dtype torch.uint8",

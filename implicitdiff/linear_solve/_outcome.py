@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,9 +40,26 @@ class Outcome(NamedTuple):
     has_failed: bool | None = None
 
 
+class _Slot(threading.local):
+    is_silent = False
+
+
+_slot = _Slot()
+
+
+@contextmanager
+def unreported() -> Iterator[None]:
+    """Report no failure of this thread in the body."""
+    before, _slot.is_silent = _slot.is_silent, True
+    try:
+        yield
+    finally:
+        _slot.is_silent = before
+
+
 def report_failed_solves(name: str, outcome: Outcome, system: System, on_failure: OnFailure) -> Tensor:
     """Report failure as the user asked, and return the solution."""
-    if on_failure == "ignore":
+    if on_failure == "ignore" or _slot.is_silent:
         return outcome.x
     if _control.is_recorded():
         _control.leave_to_python(outcome.failed)

@@ -31,6 +31,7 @@ from implicitdiff._recorded.step import RecordedStep, is_available, record_step
 from implicitdiff._recorded.tape import NotRecordableError
 from implicitdiff._torch.trees import Leaves, Tree
 from implicitdiff.errors import CompileError
+from implicitdiff.linear_solve._outcome import unreported
 from implicitdiff.solvers._loop.options import Compile
 from implicitdiff.solvers._loop.problem import BatchedProblem, SearchOperands, any_lane, select, select_tree
 from implicitdiff.solvers._loop.recordings import Recording, fingerprint, kept, kind_of, kinds, memories
@@ -168,11 +169,9 @@ class Compiler:
             program = self._record(once, [x, *leaves], [], status)
             recording = Recording(program, structure, (), can_leave)
             loop = self._made(recording)
-            if can_leave and loop.left(loop(x, state, at_most=1)[1]) is not None:
-                # Nothing to compare: the eager step may raise. So the recording is not kept.
+            if not self._verify(step, loop, x, state):
                 self.is_left = True
                 return None
-            self._verify(step, loop, x, state)
         except NotRecordableError as error:
             kept.put(key, str(error))
             raise
@@ -201,22 +200,24 @@ class Compiler:
             # The step runs eagerly, and so fails under a recorder alone.
             raise NotRecordableError(f"the recording raised {type(error).__name__}: {error}") from error
 
-    def _verify(self, step: StepFn, loop: CompiledLoop, x: Tensor, state: State[Any]) -> None:
-        """Raise unless the recorded step agrees with its eager twin.
+    def _verify(self, step: StepFn, loop: CompiledLoop, x: Tensor, state: State[Any]) -> bool:
+        """Raise unless the recorded step agrees with its eager twin; return False if the step is left to Python in all
+        lanes, so that there is nothing to compare.
 
         Close to a solution residuals are rounding errors, which differ. So a step that differs is compared once more,
         at another point.
         """
         waves = torch.cos(torch.arange(x.shape[-1], dtype=x.dtype))
         shift = 1e-2 * x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-2) * waves if x.numel() else x
-        active = state.status == 0
         for point in (x, x + shift):
             recorded = loop(point, state, at_most=1)
-            if loop.left(recorded[1]) is not None:
-                break
-            twins = [pytree.tensors(t) for t in (recorded, step(self.problem, point, state))]
+            active = (state.status == 0) & (recorded[1].status != _LEFT)
+            if not any_lane(active):
+                return False
+            with unreported():
+                twins = [pytree.tensors(t) for t in (recorded, step(self.problem, point, state))]
             if _agree(*([t[active] for t in twin] for twin in twins)):
-                return
+                return True
         raise NotRecordableError("the recorded step differs from the eager step")
 
     def _end(self, error: NotRecordableError) -> None:

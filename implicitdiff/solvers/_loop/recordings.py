@@ -23,6 +23,7 @@ from torch import Tensor
 import implicitdiff._torch.dispatch as _dispatch
 from implicitdiff._closures.lift import Lifted
 from implicitdiff._closures.program import OPAQUE, Program, is_exact
+from implicitdiff._implicit.linear_problem import LinearMethod
 from implicitdiff._recorded.step import RecordedStep
 from implicitdiff._recorded.tape import NotRecordableError
 from implicitdiff._torch.trees import Structure
@@ -157,8 +158,11 @@ def kind_of(value: Any) -> Hashable:
     Tensors among them are operands of the user's functions, so their shapes suffice.
 
     Raises:
-        NotRecordableError: a function or an object of the user, such as a schedule, may do something else at each call.
+        NotRecordableError: a function or an object of the user, such as a schedule, may do something else at each call;
+            a linear solver has tensors of its own, which are no operands.
     """
+    if isinstance(value, LinearMethod) and (value.preconditioner is not None or value.init is not None):
+        raise NotRecordableError("the linear solver has a preconditioner or an initial guess")
     if isinstance(value, functools.partial):
         named = tuple((k, kind_of(v)) for k, v in sorted(value.keywords.items()))
         return kind_of(value.func), tuple(map(kind_of, value.args)), named
