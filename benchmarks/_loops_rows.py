@@ -9,7 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.optimize as so
 import solvers as families
+import torch
 from solvers import Array, Data, Problem, from_jaxopt, from_optimistix, jaxopt
+
+from implicitdiff.linear_solve import solve_cg
+from implicitdiff.solvers import newton
 
 DECADES = tuple(10**k for k in range(6))
 
@@ -79,6 +83,11 @@ def adjoint(name: str) -> Callable[..., Any]:
     return lambda *args, **options: getattr(jaxopt.linear_solve, name)(*args, **options, tol=1e-8)
 
 
+def newton_by_cg(fn: Callable[..., Any], compile: Any = "auto", **options: Any) -> Any:
+    """Newton's method for the gradient of an objective, with the linear solver of its peer."""
+    return newton(torch.func.grad(fn), solve_cg(rtol=1e-6), compile=compile, **options)
+
+
 FAMILY = {row.name: row for row in families.ROWS}
 PLAIN, ANDERSON, NEWTON, LBFGS = (FAMILY[name] for name in ("fixed_point_iteration", "anderson", "newton", "lbfgs"))
 UNEQUAL = LBFGS._replace(
@@ -99,6 +108,7 @@ TINY = PLAIN._replace(
     ],
     gradient=ANDERSON.gradient,
 )
+BY_CG = FAMILY["newton_cg"]._replace(ours=newton_by_cg)
 # How near a solution is follows from the residual's target and the least slope of the residual: 1e-8 and 0.5 for
 # newton, 1e-8 and the penalty 1e-3 for lbfgs, 1e-8 and 1 for bisection. In mirror_descent a component whose limit is 0
 # falls like the reciprocal of the iterations, and at a residual of 1e-6 whoever iterates is still 1.5e-3 away.
@@ -106,6 +116,7 @@ ROWS = {
     "plain": Row("fixed_point_iteration, 1000 x 20", PLAIN, 1000, 20),
     "anderson": Row("anderson, 1000 x 20", ANDERSON, 1000, 20),
     "newton": Row("newton, 1000 x 20", NEWTON, 1000, 20, near=2e-8),
+    "newton_by_cg": Row("newton with solve_cg, logistic regression, 1000 x 20", BY_CG, 1000, 20, near=1e-5),
     "lbfgs": Row("lbfgs, logistic regression, 1000 x 20", LBFGS, 1000, 20, near=1e-5),
     "lbfgs_unequal": Row("lbfgs, 64 x 20 of unequal difficulty", UNEQUAL, 64, 20, near=1e-3),
     "bisection": Row("bisection, 1000 scalars", FAMILY["bisection"], 1000, 1, 1e-8, cubic_root),
