@@ -79,6 +79,7 @@ def assert_same(result: Any, expected: Any, rtol: float) -> None:
 # --- every method with every linear solver ----------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("batched", [False, True], ids=["one", "batch"])
 @pytest.mark.parametrize("linear", LINEAR)
