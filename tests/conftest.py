@@ -56,7 +56,8 @@ def pytest_addoption(parser):
 
 # Why a loop may be eager: what the machine has no instruction for, and what no recording sees.
 REFUSED = re.compile(
-    "has no instruction|reads the value|unknown origin|another mode|there is no lane|dtype|layout|operand is a|calls "
+    "has no instruction|reads the value|unknown origin|another mode|there is no lane|dtype|layout|operand is a|calls |"
+    "a large NumPy array|autograd.Function"
 )
 
 

@@ -8,7 +8,7 @@ from checks.compiled import needs_cpu
 
 from implicitdiff._recorded.simplify import simplified
 from implicitdiff._recorded.step import record_step
-from implicitdiff.solvers._loop.control import if_any, recorded_by, repeat
+from implicitdiff._torch.control import if_any, recorded_by, repeat
 
 pytestmark = needs_cpu
 F64 = torch.float64

@@ -124,6 +124,7 @@ WITHOUT = {
     "solves in its caller's frame": "an assertion",
     "is never batched": "an assertion",
     "the solution is always known": "an assertion",
+    "a recording has no values": "an assertion",
     "refused at the call": "an assertion",
     "vmap: ": "the beginning of a message of torch",
     "Cannot access data pointer": "the same",

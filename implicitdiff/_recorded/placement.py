@@ -1,4 +1,4 @@
-"""Where the buffers of an iteration lie: those that are not needed at the same time share memory."""
+"""The places of the buffers of an iteration: those that are not needed at the same time share memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def placed(
     """
     lives = _Lives(items, loops)
     kept = _without_copies(items, lives, offsets)
-    return kept, _place(len(items), lives, offsets, top)
+    return kept, _placed_from(len(items), lives, offsets, top)
 
 
 class _Lives:
@@ -127,7 +127,7 @@ def _lie(reference: Reference, sizes: Sequence[int]) -> tuple[int, tuple[int, ..
     return reference.offset, tuple([s if n != 1 else 0 for s, n in zip(reference.strides, sizes, strict=True)])
 
 
-def _place(length: int, lives: _Lives, offsets: dict[Buffer, int], top: int) -> int:
+def _placed_from(length: int, lives: _Lives, offsets: dict[Buffer, int], top: int) -> int:
     """Place the buffers that are used at the positions of the iteration; return the end of the memory."""
     births: dict[int, list[Buffer]] = {}
     deaths: dict[int, list[Buffer]] = {}

@@ -36,7 +36,7 @@ class _Simplifier:
                 flag, count = item.flag
                 item = replace(item, flag=(self._moved(flag, _OF_LANE), count))
             elif isinstance(item, Instruction):
-                item = self._shortened(self._with_equal_inputs(item, _ALL))
+                item = self._shortened(self._with_equal_inputs(item, _ALL_KINDS))
                 self._note(item)
             kept.append(item)
         # The carried buffers change from here on.
@@ -81,9 +81,9 @@ class _Simplifier:
         return self.same.get(value.buffer) is out.buffer and value[1:] == out[1:]
 
 
-_ALL = frozenset(Kind)
-_STAYS = _ALL - {Kind.CARRY}
-_OF_LANE = _ALL - {Kind.CONSTANT, Kind.SHARED}
+_ALL_KINDS = frozenset(Kind)
+_STAYS = _ALL_KINDS - {Kind.CARRY}
+_OF_LANE = _ALL_KINDS - {Kind.CONSTANT, Kind.SHARED}
 """The kinds of buffers with a value for each lane, which flags of jumps are."""
 
 

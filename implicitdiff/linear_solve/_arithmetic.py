@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +21,13 @@ from torch import Tensor
 import implicitdiff._torch.control as _control
 import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.system import RowMap, System
+from implicitdiff._torch.control import CarryT
 
 RowScalar = Any
 """A column ``(rows, 1)`` or a Python number, float or bool."""
-Count = Any
+Iterations = Any
 """A number of iterations: an integer for all rows, or a column of integers in a recording."""
-CarryT = TypeVar("CarryT")
-Body = Callable[[CarryT, RowScalar, Count], tuple[CarryT, Count]]
+Body = Callable[[CarryT, RowScalar, Iterations], tuple[CarryT, Iterations]]
 """``body(carry, active, left) -> (carry, iterations)``, a pass in the rows `active`, of at most `left` iterations."""
 
 
@@ -117,13 +117,13 @@ class Arithmetic(ABC):
     def any(self, s: RowScalar) -> bool:
         """True if ``s`` holds in some row. Waits for the device."""
 
-    def least(self, count: Count, bound: int) -> Count:
+    def least(self, count: Iterations, bound: int) -> Iterations:
         """Return the minimum of two numbers of iterations."""
         return min(count, bound)
 
     def repeat(
-        self, body: Body[CarryT], carry: CarryT, flag: Callable[[CarryT], RowScalar], limit: Count
-    ) -> tuple[CarryT, Count]:
+        self, body: Body[CarryT], carry: CarryT, flag: Callable[[CarryT], RowScalar], limit: Iterations
+    ) -> tuple[CarryT, Iterations]:
         """Apply the body as long as ``flag(carry)`` holds in some row, for at most `limit` iterations.
 
         Returns:
@@ -201,16 +201,16 @@ class OfRecordedRows(OfRows):
     def any(self, s: RowScalar) -> bool:
         raise AssertionError("a recording has no values")
 
-    def least(self, count: Count, bound: int) -> Count:
+    def least(self, count: Iterations, bound: int) -> Iterations:
         return count.clamp(max=bound)
 
     def repeat(
-        self, body: Body[CarryT], carry: CarryT, flag: Callable[[CarryT], RowScalar], limit: Count
-    ) -> tuple[CarryT, Count]:
+        self, body: Body[CarryT], carry: CarryT, flag: Callable[[CarryT], RowScalar], limit: Iterations
+    ) -> tuple[CarryT, Iterations]:
         def again(state: tuple[CarryT, Tensor, Tensor]) -> tuple[CarryT, Tensor, Tensor]:
             carry, used, active = state
             new, iterations = body(carry, active, limit - used)
-            new, used = _where(active, (new, used + iterations), (carry, used))
+            new, used = _chosen_rows(active, (new, used + iterations), (carry, used))
             return new, used, active & flag(new) & (used < limit)
 
         none = torch.zeros_like(self.none, dtype=torch.int64)
@@ -223,7 +223,7 @@ _NO_BOUND = 2**31
 """A number of passes that the flag of a loop never lets it reach."""
 
 
-def _where(rows: Tensor, new: CarryT, old: CarryT) -> CarryT:
+def _chosen_rows(rows: Tensor, new: CarryT, old: CarryT) -> CarryT:
     """Return `new` in some rows, and `old` in the others."""
     leaves, structure = pytree.flatten(new)
     pairs = zip(leaves, structure.tensors_of(old), strict=True)

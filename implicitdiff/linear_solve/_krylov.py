@@ -12,7 +12,7 @@ from torch import Tensor
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import System
 from implicitdiff._torch.trees import Tree
-from implicitdiff.linear_solve._arithmetic import Arithmetic, Count, RowScalar, arithmetic
+from implicitdiff.linear_solve._arithmetic import Arithmetic, Iterations, RowScalar, arithmetic
 from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, report_failed_solves
 
 
@@ -27,12 +27,12 @@ class Cycle(NamedTuple):
     """
 
     d: Tensor
-    iterations: Count
+    iterations: Iterations
     broken: RowScalar
     ended: RowScalar | None = None
 
 
-Method = Callable[[Arithmetic, Tensor, RowScalar, Count], Cycle]
+Method = Callable[[Arithmetic, Tensor, RowScalar, Iterations], Cycle]
 """``method(ops, r, target, limit)``: solve ``A d = r`` to ``|r - A d| <= target`` in each row, by at most ``limit``
 iterations."""
 
@@ -156,11 +156,11 @@ def iterate(
         target = ops.larger(target, ops.scalar(least))
     x, r, residual = _start_point(ops, system, b, residual, size)
 
-    def is_unfinished(carry: _Iterate) -> RowScalar:
+    def is_unfinished(carry: _CycleIterate) -> RowScalar:
         _, _, residual, failed, stalled = carry
         return ops.negate((residual <= target) | failed | stalled)
 
-    def advance(carry: _Iterate, active: RowScalar, left: Count) -> tuple[_Iterate, Count]:
+    def advance(carry: _CycleIterate, active: RowScalar, left: Iterations) -> tuple[_CycleIterate, Iterations]:
         x, r, before, failed, stalled = carry
         # A zero right-hand side stops finished rows at once.
         cycle = method(ops, ops.select(active, r, 0.0), target, left)
@@ -188,5 +188,5 @@ def iterate(
     )
 
 
-_Iterate = tuple[Tensor, Tensor, RowScalar, RowScalar, RowScalar]
+_CycleIterate = tuple[Tensor, Tensor, RowScalar, RowScalar, RowScalar]
 """The iterate and its residual, the size of the residual, and the rows that have failed or make no progress."""

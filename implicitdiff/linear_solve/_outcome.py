@@ -40,26 +40,26 @@ class Outcome(NamedTuple):
     has_failed: bool | None = None
 
 
-class _Slot(threading.local):
+class _Reports(threading.local):
     is_silent = False
 
 
-_slot = _Slot()
+_reports = _Reports()
 
 
 @contextmanager
 def unreported() -> Iterator[None]:
     """Report no failure of this thread in the body."""
-    before, _slot.is_silent = _slot.is_silent, True
+    before, _reports.is_silent = _reports.is_silent, True
     try:
         yield
     finally:
-        _slot.is_silent = before
+        _reports.is_silent = before
 
 
 def report_failed_solves(name: str, outcome: Outcome, system: System, on_failure: OnFailure) -> Tensor:
     """Report failure as the user asked, and return the solution."""
-    if on_failure == "ignore" or _slot.is_silent:
+    if on_failure == "ignore" or _reports.is_silent:
         return outcome.x
     if _control.is_recorded():
         _control.leave_to_python(outcome.failed)

@@ -10,7 +10,7 @@ from torch import Tensor
 from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
-from implicitdiff.linear_solve._arithmetic import Arithmetic, Count, RowScalar
+from implicitdiff.linear_solve._arithmetic import Arithmetic, Iterations, RowScalar
 from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 
@@ -68,15 +68,15 @@ def solve_bicgstab(
     )
 
 
-def bicgstab(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Count) -> Cycle:
+def bicgstab(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Iterations) -> Cycle:
     """A `Method` for any operator, with short recurrences. Notation of Saad, algorithm 7.7, right preconditioned."""
     shadow = r
 
-    def is_unfinished(carry: _Iterate) -> RowScalar:
+    def is_unfinished(carry: _BicgstabIterate) -> RowScalar:
         _, _, _, size, _, stopped = carry
         return ops.negate((size <= target) | stopped)
 
-    def advance(carry: _Iterate, active: RowScalar, left: Count) -> tuple[_Iterate, Count]:
+    def advance(carry: _BicgstabIterate, active: RowScalar, left: Iterations) -> tuple[_BicgstabIterate, Iterations]:
         x, r, p, _, rho, stopped = carry
         p_hat = ops.precondition(p)
         # alpha = rho / (r*, A p), with the shadow residual r* the first residual.
@@ -106,5 +106,5 @@ def bicgstab(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Count) -> Cyc
     return Cycle(x, used, ops.none)
 
 
-_Iterate = tuple[Tensor, Tensor, Tensor, RowScalar, RowScalar, RowScalar]
+_BicgstabIterate = tuple[Tensor, Tensor, Tensor, RowScalar, RowScalar, RowScalar]
 """``x``, ``r``, ``p``, ``|r|``, ``rho``, and the rows with a division by zero in the recurrence."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
-from implicitdiff.linear_solve._arithmetic import Arithmetic, Count, RowScalar
+from implicitdiff.linear_solve._arithmetic import Arithmetic, Iterations, RowScalar
 from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 
@@ -73,18 +73,18 @@ def solve_cg(
     )
 
 
-def conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Count) -> Cycle:
+def conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Iterations) -> Cycle:
     """A `Method` for symmetric positive definite operators. Notation of Saad, algorithm 9.1."""
     z = ops.precondition(r)
     rz = ops.dot(r, z)
     # If the square of a small residual underflows, the cycle ends; `iterate` then tests a norm safe from underflow.
     rr, reach = rz if z is r else ops.dot(r, r), target * target
 
-    def is_unfinished(carry: _Iterate) -> RowScalar:
+    def is_unfinished(carry: _CgIterate) -> RowScalar:
         _, _, _, _, rr, broken = carry
         return ops.negate((rr <= reach) | broken)
 
-    def advance(carry: _Iterate, active: RowScalar, left: Count) -> tuple[_Iterate, Count]:
+    def advance(carry: _CgIterate, active: RowScalar, left: Iterations) -> tuple[_CgIterate, Iterations]:
         x, r, p, rz, _, broken = carry
         # alpha = (r, z) / (p, A p) is the minimiser of the quadratic along p.
         Ap = ops.matvec(p)
@@ -107,5 +107,5 @@ def conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Co
     return Cycle(x, used, broken)
 
 
-_Iterate = tuple[Tensor, Tensor, Tensor, RowScalar, RowScalar, RowScalar]
+_CgIterate = tuple[Tensor, Tensor, Tensor, RowScalar, RowScalar, RowScalar]
 """``x``, ``r``, ``p``, ``(r, z)``, ``(r, r)``, and the rows in which the method has broken down."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
-from implicitdiff.linear_solve._arithmetic import Arithmetic, Count, OfOneRow, OfRecordedRows, RowScalar, norm
+from implicitdiff.linear_solve._arithmetic import Arithmetic, Iterations, OfOneRow, OfRecordedRows, RowScalar, norm
 from implicitdiff.linear_solve._krylov import Cycle, iterative
 from implicitdiff.linear_solve._outcome import OnFailure
 
@@ -81,12 +81,12 @@ def solve_gmres(
     )
 
 
-def gmres(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Count, *, restart: int) -> Cycle:
+def gmres(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Iterations, *, restart: int) -> Cycle:
     """A `Method` for any operator: minimise over one Krylov space of at most `restart` dimensions."""
     m = min(restart, r.shape[-1])
     limit = ops.least(limit, m)
 
-    def advance(space: AnySpace, active: RowScalar, left: Count) -> tuple[AnySpace, Count]:
+    def advance(space: AnySpace, active: RowScalar, left: Iterations) -> tuple[AnySpace, Iterations]:
         v = space.direction(active)
         return space.extended(v, ops.matvec(ops.precondition(v))), 1
 
@@ -95,7 +95,7 @@ def gmres(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Count, *, restar
     return Cycle(ops.precondition(space.minimiser()), used, ops.none, space.residual <= target)
 
 
-def _first_space(ops: Arithmetic, r: Tensor, limit: Count, m: int) -> AnySpace:
+def _first_space(ops: Arithmetic, r: Tensor, limit: Iterations, m: int) -> AnySpace:
     """Return the space of no dimension; it grows to `limit`, of which a recording knows the bound `m` alone."""
     if isinstance(ops, OfRecordedRows):
         return RecordedSpace.first(r, m)

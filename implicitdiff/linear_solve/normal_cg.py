@@ -14,7 +14,7 @@ from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import System
 from implicitdiff._torch.trees import Tree
-from implicitdiff.linear_solve._arithmetic import Arithmetic, Count, RowScalar, norm
+from implicitdiff.linear_solve._arithmetic import Arithmetic, Iterations, RowScalar, norm
 from implicitdiff.linear_solve._krylov import Cycle, iterate, iterative
 from implicitdiff.linear_solve._outcome import OnFailure, report_failed_solves
 from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem
@@ -134,7 +134,7 @@ def _solve_least_squares(
     def size(ops: Arithmetic, r: Tensor) -> RowScalar:
         return ops.norm(ops.rmatvec(r))
 
-    rounding = _rounding(system)
+    rounding = _rounding_of_normal(system)
     least = rounding(torch.zeros_like(system.b[:, :1]))
     outcome = iterate(system, normal_conjugate_gradients, NOT_FINITE_OR_INDEFINITE, rtol, atol, maxiter, size, least)
     if bool(outcome.failed.any()):
@@ -144,7 +144,7 @@ def _solve_least_squares(
     return report_failed_solves("solve_normal_cg", outcome, system, on_failure)
 
 
-def _rounding(system: System) -> Callable[[Tensor], Tensor]:
+def _rounding_of_normal(system: System) -> Callable[[Tensor], Tensor]:
     """Return the rounding error of ``|A^T (b - A x)|``, as a function of ``x``.
 
     If ``b`` is nearly orthogonal to the range, a target relative to ``|A^T b|`` is below this error. The Frobenius norm
@@ -157,7 +157,7 @@ def _rounding(system: System) -> Callable[[Tensor], Tensor]:
     return lambda x: 4 * system.eps * a * (norm(system.b) + a * norm(x))
 
 
-def normal_conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Count) -> Cycle:
+def normal_conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Iterations) -> Cycle:
     """A `Method` for any operator, by conjugate gradients on the normal equations (Saad, algorithm 8.4, CGNR).
 
     The test is on ``|r|`` for a square operator, and on ``|A^T r|`` for a rectangular one.
@@ -168,12 +168,12 @@ def normal_conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, li
     s = ops.divide(s, unit)
     z = ops.precondition(s)
 
-    def is_unfinished(carry: _Iterate) -> RowScalar:
+    def is_unfinished(carry: _NormalIterate) -> RowScalar:
         _, r, s, _, _, broken = carry
         size = ops.norm(r) if ops.is_square else unit * ops.norm(s)
         return ops.negate((size <= target) | broken)
 
-    def advance(carry: _Iterate, active: RowScalar, left: Count) -> tuple[_Iterate, Count]:
+    def advance(carry: _NormalIterate, active: RowScalar, left: Iterations) -> tuple[_NormalIterate, Iterations]:
         x, r, s, p, sz, broken = carry
         # alpha = (s, z) / |A p|^2, in two quotients: |A p|^2 may overflow or underflow. x is in original units.
         Ap = ops.matvec(p)
@@ -193,11 +193,11 @@ def normal_conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, li
     return Cycle(x, used, broken)
 
 
-_Iterate = tuple[Tensor, Tensor, Tensor, Tensor, RowScalar, RowScalar]
+_NormalIterate = tuple[Tensor, Tensor, Tensor, Tensor, RowScalar, RowScalar]
 """``x``, ``r``, ``s``, ``p``, ``(s, z)``, and the rows in which the method has broken down."""
 
 
-def craig(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Count) -> Cycle:
+def craig(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Iterations) -> Cycle:
     """A `Method` for operators of full row rank, by conjugate gradients on ``A A^T z = r``, ``d = A^T z``.
 
     The preconditioner approximates the inverse of ``A A^T``.
@@ -214,7 +214,7 @@ def craig(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Count) -> Cycle:
         _, r, _, _, broken = carry
         return ops.negate((ops.norm(r) <= target) | broken)
 
-    def advance(carry: _Craig, active: RowScalar, left: Count) -> tuple[_Craig, Count]:
+    def advance(carry: _Craig, active: RowScalar, left: Iterations) -> tuple[_Craig, Iterations]:
         x, r, p, rz, broken = carry
         # alpha = (r, z) / |A^T z|^2 for the iterate in z; x moves along p = A^T z.
         pp = ops.dot(p, p)
