@@ -9,6 +9,7 @@ from checks.tensors import draw
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import implicitdiff.solvers as solvers
+from implicitdiff import linear_solve
 
 F64 = torch.float64
 
@@ -84,3 +85,16 @@ def test_derivatives_over_lanes_are_right(search, name):
     torch.testing.assert_close(grad(lambda t: vmap(fn)(t).sum())(THETA), first.sum(1), rtol=1e-6, atol=1e-8)
     second = torch.stack([central(jacrev(fn), t) for t in THETA])
     torch.testing.assert_close(vmap(hessian(fn))(THETA), second, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["solve_lu", "solve_auto", "solve_lstsq", "solve_gmres"])
+@pytest.mark.parametrize("solver", ["newton", "chord"])
+def test_a_step_may_use_any_linear_solver_in_lanes(solver, name):
+    run = getattr(solvers, solver)(condition("solve"), linear_solve=getattr(linear_solve, name)()).run
+
+    def fn(t):
+        return run(torch.zeros(3, dtype=F64), t)[0]
+
+    torch.testing.assert_close(vmap(fn)(THETA), torch.stack([fn(t) for t in THETA]), rtol=1e-8, atol=1e-8)
+    nested = vmap(vmap(fn))(THETA.expand(2, 3, 3))
+    torch.testing.assert_close(nested[1], nested[0], rtol=1e-12, atol=1e-12)

@@ -200,7 +200,9 @@ class LinearProblem(Problem):
             like = self._column(b)[blocks.smaller]
             precondition = self._over_lanes(self.precondition, self.count).products(aids, like).matvec
         # The matrix is materialised lane by lane where possible, see `_materialise_each`.
-        lane = operator.lane or Lane(self.operator, operands, tuple(dims[: self.count] for dims in self.levels))
+        lane = operator.lane
+        if lane is None and len(self.levels) == len(self.lanes):
+            lane = Lane(self.operator, operands, tuple(dims[: self.count] for dims in self.levels))
         vectors, system = make_system(
             operator, operands, b, self.lanes, self.columns, precondition, start or None, lane
         )
