@@ -47,6 +47,7 @@ SEARCHES = (
     "tests/test_no_false_alarm.py",
     "tests/test_solver_arguments.py",
 )
+DISTRIBUTED = tuple(sorted(str(path) for path in Path("tests").glob("test_distributed_*.py")))
 MACHINE = tuple(sorted(str(path) for path in Path("tests").glob("test_machine*.py")))
 # The files with tests that reach compiled steps where they are built, and a sample of searches, whose loops are eager
 # where they are not.
@@ -193,6 +194,16 @@ def programs(session: nox.Session) -> None:
     """Run the programs of other libraries, which the tests skip by name where a library is not installed."""
     install(session, "test", "programs")
     run_suite(session, tests=["tests/programs"])
+
+
+@nox.session
+def distributed(session: nox.Session) -> None:
+    """Run the tests of several processes, and the examples of them on two."""
+    install(session, "test", "examples")
+    # These start processes themselves, so one worker runs them.
+    session.run("pytest", *DISTRIBUTED, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    for path in sorted(Path("examples").glob("distributed_*.py")):
+        session.run("torchrun", "--nproc-per-node", "2", str(path))
 
 
 @nox.session
@@ -398,6 +409,14 @@ def bench_loops(session: nox.Session) -> None:
     install_peers(session)
     for options in (("--threads", "1", "2"), ("--lanes",)):
         session.run("python", "benchmarks/loops.py", *options, *session.posargs)
+    write_page(session)
+
+
+@nox.session(name="bench-distributed")
+def bench_distributed(session: nox.Session) -> None:
+    """Measure gradients through many tasks on several processes, and draw that; `-- --save` keeps it for the page."""
+    install(session, "matplotlib")
+    session.run("python", "benchmarks/distributed.py", *session.posargs)
     write_page(session)
 
 

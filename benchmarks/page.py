@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs/benchmarks.md"
-OURS = "implicitdiff"
+OURS, ALONE = "implicitdiff", "one process"
 # What is under it cannot be told from nothing: the kernel counts pages in portions.
 LEAST_MIB = 0.25
 JAX = ("jaxopt", "optimistix", "lineax")
@@ -34,6 +34,7 @@ To measure on your machine and write this page again:
 python3 -m nox -s bench-peers -- --save
 python3 -m nox -s bench-loops -- --save
 python3 -m nox -s bench-growth -- --save
+python3 -m nox -s bench-distributed -- --save
 ```
 """
 MISSING = "\nNot measured yet.\n"
@@ -99,6 +100,18 @@ From `benchmarks/growth.py`, which fails if a time grows faster over the last de
 
 ![Time of a solution with its gradient by unknowns, by problems in a batch and by parameters, beside plain
 torch](_static/growth.svg)
+"""
+DISTRIBUTED = """
+## Several processes
+
+From `benchmarks/distributed.py`: the gradient of the mean loss of many ridge regressions of 50 rows and 20 unknowns, by
+`distributed.vmap` in processes of one thread, beside `torch.func.vmap` in one of these processes, whose gradient is the
+same to 1e-12. Times of several processes are those of the slowest one. Here the ratio is "one process / ours", in
+process time and in wall time: below 1 the several processes are slower, and the ratio is **bold**. A process sends the
+messages and the kilobytes of the last columns in each call; a message is a collective or the header of one.
+"""
+DISTRIBUTED_FIGURE = """
+![Time of a gradient through many tasks by the number of tasks and of processes](_static/distributed.png)
 """
 LOSSES = """
 ## Why small problems are slow
@@ -282,12 +295,56 @@ def growth(rows: Rows) -> str:
     return GROWTH + table(head, *lines)
 
 
+def distributed(rows: Rows) -> str:
+    """The section on several processes: from which size they pay, and all figures."""
+    lines = [
+        (
+            row["title"],
+            str(row["ranks"]),
+            number(row["ms"][ALONE][1]),
+            number(row["ms"][OURS][1]),
+            *(behind(ratio(row[clock], ALONE)) for clock in ("ms", "wall_ms")),
+            str(row["collectives"] + row["headers"]),
+            number(row["bytes"] / 1000),
+        )
+        for row in rows.values()
+    ]
+    head = ("computation", "processes", "one process, ms", "ours, ms", "one / ours", "wall", "messages", "kB")
+    return DISTRIBUTED + load(rows) + pays_from(rows) + table(head, *lines) + DISTRIBUTED_FIGURE
+
+
+def load(rows: Rows) -> str:
+    """How busy the machine was, where it was too busy for wall times."""
+    loads, cores = [row["load"] for row in rows.values()], next(iter(rows.values()))["cores"]
+    span = f"{min(loads):g} to {max(loads):g} on {cores} cores"
+    busy = max(loads) > cores + 1
+    return f"\nThe load of the machine was {span}: wall times say little here.\n" if busy else ""
+
+
+def pays_from(rows: Rows) -> str:
+    """The number of tasks from which on several processes take less process time each than one alone."""
+    groups: dict[tuple[str, int], dict[int, float]] = {}
+    for row in rows.values():
+        if row["ranks"] > 1:
+            gains = groups.setdefault((row["title"].rpartition(", ")[0], row["ranks"]), {})
+            gains[row["tasks"]] = row["ms"][ALONE][1] / row["ms"][OURS][1]
+    told = []
+    for (title, ranks), gains in groups.items():
+        slower = [tasks for tasks, gain in gains.items() if gain <= 1]
+        enough = [tasks for tasks in gains if tasks > max(slower, default=0)]
+        largest = max(gains)
+        pays = f"from {min(enough)} tasks on" if enough else "at none of these sizes"
+        told.append(f"- {title}: {ranks} processes pay {pays}; {gains[largest]:.2g} times as fast at {largest}")
+    return "\nBy process time:\n\n" + "\n".join(told) + "\n" if told else ""
+
+
 SECTIONS: dict[str, list[Callable[[Rows], str]]] = {
     "peers.json": [derivatives, memory],
     "stages.json": [stages],
     "solvers.json": [families],
     "loops.json": [loops],
     "growth.json": [growth],
+    "distributed.json": [distributed],
 }
 TITLES = {
     "peers.json": DERIVATIVES,
@@ -295,6 +352,7 @@ TITLES = {
     "solvers.json": FAMILIES,
     "loops.json": LOOPS,
     "growth.json": GROWTH.split("\n!")[0],
+    "distributed.json": DISTRIBUTED,
 }
 
 

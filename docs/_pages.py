@@ -20,6 +20,7 @@ KEYWORDS = {
     "objects": "meta-learning meta-gradient MAML differentiable optimizer bilevel",
     "quickstart": "hypergradient bilevel hyperparameter tuning",
     "migrating": "TorchOpt JAXopt Optimistix torchdeq higher betty",
+    "distributed": "data-parallel distributed DDP FSDP NCCL gloo torchrun multi-GPU",
     "linear_solvers": "hypergradient conjugate gradient Neumann series",
     "api/nn": "meta-learning meta-gradient implicit layer equilibrium model",
     "api/solvers": "differentiable optimization argmin differentiation implicit layer",
@@ -38,6 +39,7 @@ SEARCHES = {
     "differentiable optimization": "solvers",
     "MAML": "explicit",
     "QP layer": "index",
+    "data-parallel": "distributed",
 }
 # Elements that make a browser load, and the attributes with the address. A link to another site is no load.
 LOADS = {

@@ -71,6 +71,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_typehints_format = "short"
 autodoc_type_aliases = {name: name for name in ("Number", "Schedule", "Solve", "Tree")}
+autodoc_type_aliases["Axis"] = "implicitdiff.distributed.Axis"
 autodoc_member_order = "bysource"
 # A line for each argument of a longer signature, so that a phone shows it.
 python_maximum_signature_line_length = 72

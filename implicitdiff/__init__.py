@@ -1,6 +1,7 @@
 """Differentiation through optimisation on torch.func: of solutions, and of an optimizer's steps."""
 
 # Spelt so, they belong to the package, but `from implicitdiff import *` leaves the user's own `nn` alone.
+from implicitdiff import distributed as distributed
 from implicitdiff import linear_solve as linear_solve
 from implicitdiff import nn as nn
 from implicitdiff import objects as objects
@@ -21,6 +22,7 @@ from implicitdiff.errors import (
     LinearSolveError,
     LinearSolveWarning,
     NotARootError,
+    RankError,
     TransformError,
 )
 from implicitdiff.implicit import custom_fixed_point, custom_root, root_jvp, root_vjp
@@ -111,6 +113,7 @@ __all__ = [
     "RAdam",
     "RMSProp",
     "RMSprop",
+    "RankError",
     "TransformError",
     "accelerated_op_available",
     "adadelta",
@@ -144,4 +147,4 @@ __all__ = [
 
 def __dir__() -> list[str]:
     modules = ["linear_solve", "nn", "objects", "optim", "projections", "prox", "pytree", "schedule", "solvers"]
-    return [*__all__, *modules, "__version__"]
+    return [*__all__, "distributed", *modules, "__version__"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 __all__ = [
     "CompileError",
@@ -11,12 +13,23 @@ __all__ = [
     "LinearSolveError",
     "LinearSolveWarning",
     "NotARootError",
+    "RankError",
     "TransformError",
 ]
 
 
+ErrorT = TypeVar("ErrorT", bound=Exception)
+
+
 def __dir__() -> list[str]:
     return __all__
+
+
+def _restored(of: type[ErrorT], args: tuple[Any, ...], attributes: dict[str, Any]) -> ErrorT:
+    """Return an error with these attributes, without a call of its `__init__`, which takes others than `args`."""
+    error = of.__new__(of, *args)
+    vars(error).update(attributes)
+    return error
 
 
 class CompileError(RuntimeError):
@@ -47,7 +60,7 @@ class LinearSolveError(RuntimeError):
         self.iterations = iterations
 
     def __reduce__(self) -> tuple[object, ...]:
-        return partial(type(self), **vars(self)), self.args
+        return _restored, (type(self), self.args, vars(self))
 
 
 class LinearSolveWarning(RuntimeWarning):
@@ -72,7 +85,7 @@ class NotARootError(RuntimeError):
         self.total = total
 
     def __reduce__(self) -> tuple[object, ...]:
-        return partial(type(self), **vars(self)), self.args
+        return _restored, (type(self), self.args, vars(self))
 
 
 class TransformError(RuntimeError):
@@ -80,6 +93,10 @@ class TransformError(RuntimeError):
 
     The message names the operation.
     """
+
+
+class RankError(RuntimeError):
+    """The ranks of a process group came to different collectives, or a rank has ended or does not answer."""
 
 
 class ConvergenceError(RuntimeError):
@@ -117,7 +134,20 @@ class ConvergenceError(RuntimeError):
         self.total = total
 
     def __reduce__(self) -> tuple[object, ...]:
-        return partial(type(self), **vars(self)), self.args
+        return _restored, (type(self), self.args, vars(self))
+
+    @staticmethod
+    def of_all(errors: Sequence[ConvergenceError]) -> ConvergenceError:
+        """Return one error for those of parts of the same lanes: that of the worst lane, with the lanes of all."""
+        worst = max(errors, key=lambda e: math.inf if math.isnan(e.error) else e.error / e.target)
+        lanes = tuple(sorted({lane for e in errors for lane in e.lanes}))
+        before, now = (lanes_in_words(some, worst.total) for some in (worst.lanes, lanes))
+        return _restored(ConvergenceError, (str(worst).replace(before, now),), {**vars(worst), "lanes": lanes})
+
+
+def lanes_in_words(lanes: Sequence[int], total: int) -> str:
+    """Return the lanes that failed, in words."""
+    return f"lanes {', '.join(map(str, lanes[:5]))}{', ...' if len(lanes) > 5 else ''}: {len(lanes)} of {total}"
 
 
 class ConvergenceWarning(RuntimeWarning):

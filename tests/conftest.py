@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 from checks.compiled import needs_cpu
+from checks.ranks import Worlds
+from torch import distributed
 
 import implicitdiff as idf
 from implicitdiff import _C
@@ -43,6 +45,16 @@ def calls(monkeypatch):
 def pair(request):
     """AdamW, by kernels and by plain torch."""
     return idf.adamw(lr=0.1, use_accelerated_op=request.param)
+
+
+@pytest.fixture(scope="session")
+def on_ranks():
+    """``on_ranks(size, fn, *args)``: what a function returns on each rank of a process group."""
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        pytest.skip("torch is built without the gloo backend")
+    worlds = Worlds()
+    yield worlds
+    worlds.close()
 
 
 def pytest_addoption(parser):

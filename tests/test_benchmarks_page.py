@@ -51,6 +51,19 @@ def test_the_figure_of_loops_is_shown_where_its_curves_are(maker: ModuleType) ->
     assert "loops.png" in maker.loops({"a": LOOP, "b": CURVES})
 
 
+def of_ranks(tasks: int, ours: float) -> dict[str, object]:
+    times = {"one process": [5, 6, 7], "implicitdiff": [ours, ours, ours]}
+    row = {"title": f"a search, {tasks} tasks", "tasks": tasks, "ranks": 2, "ms": times, "wall_ms": times}
+    return row | {"load": 4.5, "cores": 2, "collectives": 2, "headers": 3, "bytes": 1500}
+
+
+def test_several_processes_pay_from_where_they_are_faster(maker: ModuleType) -> None:
+    rows = {str(n): of_ranks(n, ours) for n, ours in ((64, 12), (256, 4), (1024, 8), (2048, 4), (4096, 3))}
+    text = maker.distributed(rows)
+    assert "- a search: 2 processes pay from 2048 tasks on; 2 times as fast at 4096" in text
+    assert "| a search, 64 tasks | 2 | 6 | 12 | **0.5** | **0.5** | 5 | 1.5 |" in text
+
+
 def test_the_functions_whose_time_is_measured_are_there() -> None:
     if not (FOLDER / "stages.py").exists():
         pytest.skip("benchmarks/stages.py is not here")

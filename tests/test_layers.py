@@ -33,6 +33,7 @@ ORDER = [
     "solvers._steps",
     "solvers._qp",
     "solvers",
+    "distributed",
     "_problems",
     "projections",
     "nn",

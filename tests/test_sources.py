@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 TESTS = {path: path.read_text() for path in sorted(HERE.rglob("*.py")) if path.parent.name != "typing"}
 LONGEST = 600
 # Fixed parts of the file of a solver, an optimizer and replaced operations; objects have the names of torch.optim.
-ALLOWED = {"_start", "_step", "_size", "_newton_step", "_rule", "REPLACEMENTS", *idf.objects.__all__}
+ALLOWED = {"_start", "_step", "_size", "_newton_step", "_rule", "REPLACEMENTS", "vmap", *idf.objects.__all__}
 # A clause in the place of a noun.
 CLAUSES = ("What", "Where", "The same", "How")
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tables import troubles, troubles_of_steps
+from tables import troubles, troubles_of_ranks, troubles_of_steps
 
 import implicitdiff
 
-TROUBLES = troubles.TROUBLES | troubles_of_steps.TROUBLES
+TROUBLES = troubles.TROUBLES | troubles_of_steps.TROUBLES | troubles_of_ranks.TROUBLES
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 SOURCE = Path(implicitdiff.__file__).parent
 HOLE = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -94,6 +94,11 @@ WITHOUT = {
     HOLE + " lanes: ": "the repr of a state",
     "for a minimum pass the gradient": "a hint in a message with a row",
     "pass the objective itself": "the same",
+    "raised on ranks " + HOLE: "a note",
+    "the end of `together`": "a point that a rank comes to, in messages of RankError",
+    "the first collective of a group": "the same",
+    "the lengths of histories": "the same",
+    "the numbers of lanes": "the same",
     "compiler ": "printed by python -m implicitdiff",
     "built for ": "printed by python -m implicitdiff",
     "files are a source tree": "printed by python -m implicitdiff",

@@ -15,6 +15,7 @@ autograd alone.
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections import Counter
@@ -292,7 +293,7 @@ def _lift_once(
     # Unused constants stay in the snapshot: they have no graph that could grow from call to call.
     snapshot.keep_used(lambda t: id(t) in used or not _tracking.may_be_differentiated(t))
     used_again: list[weakref.ref[torch.Tensor]] = []
-    if kept := watch.program.surviving_results():
+    if kept := _stored_results(watch.program):
         # The function computed tensors and stored them, for example a constant at its first use. The second run reads
         # the stored tensors, as all later runs will.
         value, watch = _run_watched(name, fn, given, arguments, refusal, differentiated)
@@ -306,6 +307,19 @@ def _lift_once(
         # The second run used a tensor of the first and replaced it: a changing state, not a constant.
         raise _replaced_tensor_error(name)
     return lifted
+
+
+def _stored_results(program: Program) -> list[weakref.ref[torch.Tensor]]:
+    """Return the tensors that the function computed and stored.
+
+    Garbage in a cycle of references is alive too, until Python happens to collect it. How often a function runs must
+    not depend on that: where it communicates, the other processes would wait for a run that is not repeated there.
+    """
+    generations = (1, 2) if program.communicates else (1,)
+    for generation in generations:
+        if program.surviving_results():
+            gc.collect(generation)
+    return program.surviving_results()
 
 
 def _replaced_tensor_error(name: str) -> ValueError:

@@ -126,6 +126,12 @@ def watches() -> list[Watch]:
     return [mode for mode in running() if isinstance(mode, Watch)]
 
 
+def note_communication() -> None:
+    """Tell every running `Watch` that its function sends tensors to other processes."""
+    for mode in watches():
+        mode.program.communicates = True
+
+
 def one_operation(fn: Fn) -> Fn:
     """Decorate a function of the library so that `Watch` records a call as one operation.
 

@@ -54,6 +54,7 @@ class Program:
         aliases: origins that stand for the same tensor as another origin.
         unseen: what the function did that no operation shows, such as to read the value of a tensor or to register a
             hook, in words; None if nothing.
+        communicates: whether the function sends tensors to other processes.
         results: the origins of the tensors in the result of the function.
         wrappers: the origin of each tensor that a transform inside the function wraps, with the dimension that a vmap
             takes, in each layer.
@@ -70,6 +71,7 @@ class Program:
         self.silent = 0
         self.has_sparse = False
         self.unseen: str | None = None
+        self.communicates = False
         self.has_dispatch_mode = False
         self.aliases: dict[Origin, Origin] = {}
         self.results: list[Origin] = []

@@ -48,12 +48,18 @@ _MAX_ITEMS = 10_000
 _MAX_VALUES = 50_000
 
 
-def tensors_within(fn: object, args: Sequence[object]) -> tuple[list[torch.Tensor], bool]:
+def tensors_within(fn: object, args: Sequence[object], *, by_name: bool = True) -> tuple[list[torch.Tensor], bool]:
     """Return the tensors that can be reached from a function and from arguments other than tensors.
 
     The second result is True if the list is complete: no object was reached that may hide other tensors.
+
+    Args:
+        fn: the function.
+        args: the arguments.
+        by_name: follow the attributes of an object whose names occur in reached code alone. Code of installed packages
+            is not read, and a name may be computed; False: follow all.
     """
-    walk = Walk(fn, args)
+    walk = Walk(fn, args, by_name=by_name)
     return walk.tensors, not walk.may_miss_tensors and walk.count < _MAX_VALUES
 
 
@@ -90,12 +96,14 @@ class Walk:
     Attributes:
         locations: the locations of the values.
         count: the number of recorded values.
+        by_name: whether the attributes are followed by name.
         tensors: the reached tensors.
         may_miss_tensors: whether an object was reached that may hide other tensors.
     """
 
-    def __init__(self, fn: object, args: Sequence[object]) -> None:
+    def __init__(self, fn: object, args: Sequence[object], *, by_name: bool = True) -> None:
         self.fn = fn
+        self.by_name = by_name
         self.locations: list[Location] = []
         self.count = 0
         self.tensors: list[torch.Tensor] = []
@@ -258,7 +266,8 @@ class Walk:
         """Record the attributes of an object or a module whose names occur in reached code."""
         # Objects of this library use all of their attributes.
         is_library = type(value).__module__.startswith("implicitdiff")
-        wanted = set(attributes) if is_library else attributes.keys() & self.names
+        is_whole = is_library or not (self.by_name or isinstance(value, (ModuleType, Module)))
+        wanted = set(attributes) if is_whole else attributes.keys() & self.names
         if attributes:
             # Attributes that the function may create: recorded as absent, and deleted again for a later evaluation.
             wanted |= self.stored

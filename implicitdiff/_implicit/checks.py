@@ -7,12 +7,14 @@ from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.trees import Leaves, Structure, Tree
+from implicitdiff._torch.values import refuse_distributed
 
 
 def check_leaves(name: str, leaves: Leaves) -> None:
     """Raise unless unknowns, or right-hand sides, are floating-point or complex tensors on one device."""
     if not leaves:
         raise TypeError(f"{name} holds no tensor")
+    refuse_distributed(name, leaves)
     if wrong := [t.dtype for t in leaves if not (t.is_floating_point() or t.is_complex())]:
         raise TypeError(
             f"{name} has a leaf of dtype {wrong[0]}; every tensor in it must be floating point or complex: convert "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.context as _context
+import implicitdiff._torch.decisions as _decisions
 import implicitdiff._torch.levels as _levels
 from implicitdiff._closures.below import below_autodiff
 from implicitdiff._closures.lift import Lifted, confirm, lift
@@ -208,7 +209,9 @@ class LinearProblem(Problem):
         )
         if isinstance(self.operator, Adjoint):
             system = replace(system, is_adjoint=True)
-        x = vectors.unravel(self.solver.algorithm(system) * system.scale)
+        with _decisions.frame():
+            (rows,) = _decisions.of_leader([self.solver.algorithm(system) * system.scale])
+        x = vectors.unravel(rows)
         if system.is_square:
             return x
         # A rectangular problem has the leaves of both sides as unknowns; the leaves of the range are zero.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.context import depth
 from implicitdiff._torch.trees import UserFunction
 
 
@@ -49,3 +53,53 @@ def _made_up_lane(like: Tensor, dim: int) -> Tensor:
         return ones
     places = torch.arange(ones.numel(), dtype=torch.float32, device=like.device).reshape(ones.shape)
     return ones + 0.5 * torch.cos(7.0 * places**2).to(like.dtype)
+
+
+class _Part(NamedTuple):
+    """The lanes of a vmap that are a part of more: the number of the first, how many, and how many there are in all."""
+
+    first: int
+    size: int
+    total: int
+
+
+class _Parts(threading.local):
+    of_level: dict[int, _Part] = {}  # noqa: RUF012 - replaced, never changed
+
+
+_parts = _Parts()
+
+
+@contextmanager
+def numbered(first: int, count: int, total: int) -> Iterator[None]:
+    """Say that a vmap in the body, as the outermost transform there, runs `count` of `total` lanes from `first` on."""
+    before, _parts.of_level = _parts.of_level, {**_parts.of_level, depth() + 1: _Part(first, count, total)}
+    try:
+        yield
+    finally:
+        _parts.of_level = before
+
+
+class VmapSize(NamedTuple):
+    """A vmap: its level, and its number of lanes in this process."""
+
+    level: int
+    size: int
+
+
+def global_numbers(lanes: Sequence[int], vmaps: Sequence[VmapSize]) -> tuple[list[int], int]:
+    """Return the numbers of lanes among all that there are, in other processes too, and how many there are.
+
+    Args:
+        lanes: numbers of lanes among those that run here, counted over all vmaps.
+        vmaps: the vmaps, the outermost first.
+    """
+    parts = [p if (p := _parts.of_level.get(k)) and p.size == n else _Part(0, n, n) for k, n in vmaps]
+    numbers = []
+    for lane in lanes:
+        number, stride = 0, 1
+        for part in reversed(parts):
+            lane, at = divmod(lane, part.size)
+            number, stride = number + (part.first + at) * stride, stride * part.total
+        numbers.append(number)
+    return numbers, math.prod([part.total for part in parts])

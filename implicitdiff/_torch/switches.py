@@ -50,6 +50,13 @@ def _nothing_running() -> Iterator[None]:
 
 
 @contextmanager
+def unobserved() -> Iterator[None]:
+    """Run the body with no transform and no mode, and with nothing recorded."""
+    with _nothing_running(), torch._C._DisableTorchDispatch(), no_modes():
+        yield
+
+
+@contextmanager
 def recording() -> Iterator[None]:
     """Let autograd record on plain tensors, also in inference mode, `no_grad`, or under hooks on saved tensors."""
     with torch.inference_mode(False), torch.enable_grad(), requires_grad_allowed(), without_saved_tensor_hooks():

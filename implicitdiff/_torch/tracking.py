@@ -30,6 +30,13 @@ def is_tracked(tensor: torch.Tensor) -> bool:
     return tensor.requires_grad or _tangent(tensor) is not None
 
 
+def is_in_graph(tensor: torch.Tensor) -> bool:
+    """Return whether autograd records operations on a tensor, at any layer."""
+    while not (tensor.requires_grad or is_plain(tensor)):
+        tensor = unwrap(tensor)
+    return tensor.requires_grad
+
+
 def _tangent(tensor: torch.Tensor) -> torch.Tensor | None:
     # `unpack_dual` raises for sparse tensors and for tensors of inference mode, which have no tangent.
     if tensor.layout is not torch.strided or tensor.is_inference():

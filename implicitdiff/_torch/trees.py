@@ -200,6 +200,16 @@ def map_leaves(fn: Callable[[Any], Any], tree: Tree) -> Tree:
     return torch_pytree.tree_map(fn, tree)
 
 
+def nodes(tree: Tree, is_node: Callable[[Any], bool]) -> list[Any]:
+    """Return the nodes of a tree for which a predicate is true, the outermost."""
+    return [leaf for leaf in torch_pytree.tree_flatten(tree, is_leaf=is_node)[0] if is_node(leaf)]
+
+
+def map_nodes(fn: Callable[[Any], Any], tree: Tree, is_node: Callable[[Any], bool]) -> Tree:
+    """Return the tree with ``fn`` applied to the nodes for which a predicate is true, the outermost."""
+    return torch_pytree.tree_map(lambda leaf: fn(leaf) if is_node(leaf) else leaf, tree, is_leaf=is_node)
+
+
 def describe(tree: Tree) -> str:
     """Return one line with a tree's nesting, shapes and dtypes, for error messages."""
     text = repr(map_tensors(lambda t: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}", tree)).replace("'", "")

@@ -18,6 +18,18 @@ def refuse_valueless(name: str, tensors: Sequence[Tensor]) -> None:
     _refuse(name, _reason_missing(plain) or _reason_unsuitable(plain))
 
 
+def refuse_distributed(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise if a tensor is a DTensor."""
+    if any(is_distributed(_levels.base(t)) for t in tensors):
+        raise NotImplementedError(f"{name}: {_DISTRIBUTED}")
+
+
+_DISTRIBUTED = (
+    "the values of a DTensor are distributed over processes; pass a plain tensor, by full_tensor(), or by to_local() "
+    "with implicitdiff.distributed.psum over the processes"
+)
+
+
 def refuse_missing(name: str, tensors: Sequence[Tensor]) -> None:
     """Raise if a tensor has no values."""
     _refuse(name, _reason_missing([_levels.base(t) for t in tensors]))
@@ -48,15 +60,22 @@ def _reason_unsuitable(tensors: Sequence[Tensor]) -> str | None:
             "torch.jit.trace would record the iterations for this input alone; call the solver outside of the traced "
             "function, or use torch.compile, which runs the solver eagerly"
         )
-    if any(_is_instance(t, "torch.distributed.tensor", "DTensor") for t in tensors):
-        return (
-            "the values of a DTensor are distributed over processes; pass a plain tensor, by full_tensor() or "
-            "to_local()"
-        )
+    if any(map(is_distributed, tensors)):
+        return _DISTRIBUTED
     return None
 
 
-def _is_instance(tensor: Tensor, module: str, name: str) -> bool:
-    # Look in `sys.modules`: if the module is not imported yet, the tensor is not of its class.
+def is_distributed(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor."""
+    return _is_instance(tensor, "torch.distributed.tensor", "DTensor")
+
+
+def is_shard(placement: object) -> bool:
+    """Return whether a placement of `torch.distributed.tensor` is a ``Shard(dim)``."""
+    return _is_instance(placement, "torch.distributed.tensor", "Shard")
+
+
+def _is_instance(value: object, module: str, name: str) -> bool:
+    # Look in `sys.modules`: if the module is not imported yet, the value is not of its class.
     loaded = sys.modules.get(module)
-    return type(tensor) is not Tensor and loaded is not None and isinstance(tensor, getattr(loaded, name))
+    return type(value) is not Tensor and loaded is not None and isinstance(value, getattr(loaded, name))

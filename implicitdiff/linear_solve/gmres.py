@@ -11,6 +11,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+import implicitdiff._torch.decisions as _decisions
 from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
@@ -183,7 +184,7 @@ class SpaceOfOneRow(Space):
         for _ in range(2):
             overlap = torch.mv(V, w)
             w.addmv_(V.t(), overlap, alpha=-1)
-            found, length = overlap.tolist(), self.ops.norm(w)
+            found, length = _decisions.of_leader([overlap])[0].tolist(), self.ops.norm(w)
             column = [a + b for a, b in zip(column, found, strict=True)]
             sizes.append(math.hypot(*found, length))
             # If w has shrunk below 0.7, cancellation may have left components in the space: orthogonalise again (Daniel

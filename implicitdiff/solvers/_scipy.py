@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import implicitdiff._torch.decisions as _decisions
 import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.operators import with_vectors
 from implicitdiff._torch.trees import P, Tree, X
@@ -130,7 +131,8 @@ class LaneFunctions:
 
 def _to_array(row: Tensor) -> Array:
     """Return a tensor's single row as a float64 array."""
-    return row[0].detach().to("cpu", torch.float64).numpy().copy()
+    (row,) = _decisions.of_leader([row[0].detach()])
+    return row.to("cpu", torch.float64).numpy().copy()
 
 
 class SearchEnd(NamedTuple):

@@ -24,3 +24,8 @@ def tensor(values: Any) -> Tensor:
 
 def vector(*values: Any) -> Tensor:
     return torch.tensor(values, dtype=F64)
+
+
+def close(found: Any, expected: Any) -> None:
+    """Assert that tensors, or trees of them, are the same but for rounding."""
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -116,6 +116,11 @@ def distributed_tensors_are_of_a_class_of_tensors(distributed: Any) -> None:
     assert callable(distributed.to_local)
 
 
+@canary("torch.distributed.tensor.Shard")
+def a_shard_names_the_dimension_that_is_split(shard: Any) -> None:
+    assert shard(2).dim == 2
+
+
 # --- operations below autograd ----------------------------------------------------------------------------------------
 
 aten = torch.ops.aten

@@ -358,12 +358,12 @@ def one_process() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def distributed_tensor() -> None:
+def distributed_tensor(*plain: torch.Tensor) -> None:
     with one_process():
         from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
         t = distribute_tensor(V, init_device_mesh("cpu", (1,)), [Shard(0)])
-        newton.run(t, t)
+        newton.run(*plain, t, t)
 
 
 VALUES = {
@@ -372,7 +372,8 @@ VALUES = {
     "make_fx": lambda: torch.fx.experimental.proxy_tensor.make_fx(lambda t: newton.run(t, t)[0])(T),
     "export": lambda: torch.export.export(Exported(), (T,)),
     "trace": lambda: torch.jit.trace(lambda t: newton.run(t, t)[0], T),
-    "DTensor": distributed_tensor,
+    "DTensor": lambda: distributed_tensor(V),
+    "DTensor as unknowns": distributed_tensor,
     "sparse": lambda: grad(by_condition(lambda x, t: torch.einsum("ij,j->i", sparse_eye(T), x * V).sum() - t))(T),
     "two sparse matrices": lambda: grad(
         by_condition(lambda x, t: (sparse_eye(x) @ sparse_eye(x)).to_dense().sum() - t)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.context as _context
+import implicitdiff._torch.decisions as _decisions
 import implicitdiff._torch.functions as _functions
 import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.settings as _settings
@@ -23,7 +24,7 @@ from implicitdiff._implicit.linear_problem import Solve
 from implicitdiff._implicit.operators import Dims
 from implicitdiff._implicit.root import RootAt, root_at, root_form
 from implicitdiff._implicit.system import Vectors
-from implicitdiff._torch.lanes import over_levels
+from implicitdiff._torch.lanes import VmapSize, over_levels
 from implicitdiff._torch.modes import uncached
 from implicitdiff._torch.trees import Leaves, Tree
 from implicitdiff._torch.values import refuse_valueless
@@ -111,10 +112,13 @@ class LiftedProblem:
             def alone(theta: Leaves) -> BatchedProblem:
                 return self._problem(first, theta, [], ())
 
-            problem.operands = SearchOperands(self.lifted, operands[n:], own_levels, lanes, alone)
-            found, state = solve(problem, problem.inputs.ravel(x))
+            vmaps = tuple(VmapSize(layer.level, layer.size) for layer in reversed(layers))
+            problem.operands = SearchOperands(self.lifted, operands[n:], own_levels, lanes, alone, vmaps)
+            with _decisions.frame():
+                found, state = solve(problem, problem.inputs.ravel(x))
+                leaves, nesting = pytree.flatten(state)
+                found, *leaves = _decisions.of_leader([found, *leaves])
             solution = problem.inputs.unravel(found)
-            leaves, nesting = pytree.flatten(state)
             state = nesting.unflatten([t.reshape((*lanes, *t.shape[1:])) for t in leaves])
         # The lanes of the outermost vmap lie in front.
         for layer in reversed(layers):
@@ -139,7 +143,7 @@ class LiftedProblem:
 
     def _over_lanes(self, name: str, theta: Leaves, levels: list[Dims]) -> LeafFunction:
         fn = over_levels(self._one_lane(name), [(0, list(dims), 0) for dims in levels])
-        return lambda x, more: fn(x, theta, more)
+        return lambda x, more: fn(_decisions.of_leader(x), theta, more)
 
     def _jacobian_over_lanes(
         self, name: str, theta: Leaves, levels: list[Dims]
@@ -157,7 +161,7 @@ class LiftedProblem:
             return y[0], matrix[0]
 
         fn = over_levels(one_lane, [(0, list(dims)) for dims in levels])
-        return lambda x: fn(x, theta)
+        return lambda x: fn(_decisions.of_leader(x), theta)
 
     def _one_lane(self, name: str) -> Callable[[Leaves, Leaves, Leaves], Leaves]:
         def fn(x: Leaves, theta: Leaves, more: Leaves) -> Leaves:

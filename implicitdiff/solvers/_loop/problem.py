@@ -22,6 +22,7 @@ from implicitdiff._closures.lift import Lifted
 from implicitdiff._implicit.linearisation import ByAutograd, ByFunctorch, Linearisation, Product
 from implicitdiff._implicit.operators import Dims, with_vectors
 from implicitdiff._implicit.system import Vectors
+from implicitdiff._torch.lanes import VmapSize
 from implicitdiff._torch.trees import Leaves, Structure, Tree
 
 ResultT = TypeVar("ResultT")
@@ -154,6 +155,7 @@ class SearchOperands(NamedTuple):
         dims: for each vmap, the innermost first, for each operand 0 or None.
         lanes: the sizes of the vmaps, the outermost first.
         alone: ``alone(theta)``, the problem of a single lane.
+        vmaps: the vmaps, the outermost first.
     """
 
     lifted: Lifted
@@ -161,6 +163,7 @@ class SearchOperands(NamedTuple):
     dims: list[Dims]
     lanes: tuple[int, ...]
     alone: Callable[[Leaves], BatchedProblem]
+    vmaps: tuple[VmapSize, ...]
 
     @property
     def is_lane(self) -> list[bool]:

@@ -103,6 +103,8 @@ def fingerprint(lifted: Lifted) -> Hashable:
     program = lifted.program
     if program.has_dispatch_mode:
         raise NotRecordableError("the function runs operations under a TorchDispatchMode")
+    if program.communicates:
+        raise NotRecordableError("the function communicates with other processes")
     if program.unseen is not None:
         raise NotRecordableError(f"the function {program.unseen}")
     places = {id(t): i for i, (t, _) in enumerate(lifted.constants)}

@@ -9,7 +9,7 @@ equation that it satisfies.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, Protocol, overload
@@ -28,6 +28,7 @@ from implicitdiff._calls import FactoryCall, Remembers
 from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.checks import check_unknowns
 from implicitdiff._implicit.system import Vectors
+from implicitdiff._torch.lanes import VmapSize
 from implicitdiff._torch.replacements import elementary
 from implicitdiff._torch.trees import Leaves, P, Structure, Tree, X
 from implicitdiff._torch.values import refuse_missing
@@ -199,7 +200,9 @@ class SolverImpl(Remembers):
         """
         x, problem, _ = self._frame(params, args)
         with _settings.full_precision():
-            return _unbatched(self._start(problem, x))
+            state = _unbatched(self._start(problem, x))
+        # Each with memory of its own: a checkpoint is loaded into the tensors of a first state.
+        return pytree.map_tensors(torch.clone, state)
 
     @_modes.one_operation
     @_settings.outside_autocast
@@ -345,7 +348,9 @@ class SolverImpl(Remembers):
         with contextlib.closing(report):
             params, state = _until_stopped(params, state, frame)
         state = pytree.map_tensors(Tensor.detach, state)
-        self._report_failures(_plain(state))
+        status = _levels.plain_under_vmap(_levels.strip_dead_wrappers(state.status))
+        layers = _levels.without_batch_layers([status])[1]
+        self._report_failures(_plain(state), [VmapSize(layer.level, layer.size) for layer in reversed(layers)])
         return params, report.into(state)
 
     # --- below the transforms ---------------------------------------------------------------------------------------
@@ -412,7 +417,8 @@ class SolverImpl(Remembers):
                 loop, compiler.is_over = None, True
                 running = torch.where(above, int(Status.RUNNING), state.status)
                 x, state = _until_stopped(x, state._replace(status=running), frame)
-        self._report_failures(state if lanes else state._replace(status=state.status[0]))
+        vmaps = () if problem.operands is None else problem.operands.vmaps
+        self._report_failures(state if lanes else state._replace(status=state.status[0]), vmaps)
         return x, report.into(state)
 
     def _compiler(self, problem: BatchedProblem, report: Report) -> Compiler:
@@ -424,8 +430,9 @@ class SolverImpl(Remembers):
         """Return the lanes that converged by the recorded error, and not by the user's own function."""
         return unfinished(problem, x, state.error, state.target, state.status == Status.CONVERGED)
 
-    def _report_failures(self, state: Any) -> None:
-        report_failures(self.name, state, self.options.on_failure, budget=self.options.maxiter is not None)
+    def _report_failures(self, state: Any, vmaps: Sequence[VmapSize]) -> None:
+        budget = self.options.maxiter is not None
+        report_failures(self.name, state, self.options.on_failure, budget=budget, vmaps=vmaps)
 
 
 class _Frame(NamedTuple):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import enum
 import warnings
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from implicitdiff.errors import ConvergenceError, ConvergenceWarning
+from implicitdiff._torch.lanes import VmapSize, global_numbers
+from implicitdiff.errors import ConvergenceError, ConvergenceWarning, lanes_in_words
 from implicitdiff.linear_solve._outcome import OnFailure, level_of_caller
 
 
@@ -75,7 +77,9 @@ def is_any_of(status: Tensor, *which: Status) -> Tensor:
     return torch.stack([status == int(s) for s in which]).any(dim=0)
 
 
-def report_failures(name: str, state: SearchOutcome, on_failure: OnFailure, *, budget: bool) -> None:
+def report_failures(
+    name: str, state: SearchOutcome, on_failure: OnFailure, *, budget: bool, vmaps: Sequence[VmapSize] = ()
+) -> None:
     """Raise or warn if a lane failed.
 
     With an integer budget (``maxiter`` given by the user), ``BUDGET_SPENT`` and ``STALLED`` are no failures.
@@ -85,6 +89,7 @@ def report_failures(name: str, state: SearchOutcome, on_failure: OnFailure, *, b
         state: a state of plain tensors, lanes in front.
         on_failure: the user's choice of raising, warning or neither.
         budget: True if the user gave ``maxiter``.
+        vmaps: the vmaps over the lanes, the outermost first; empty: count the lanes as they lie.
 
     Raises:
         ConvergenceError: a lane failed and `on_failure` is ``"raise"``; describes the lane with the largest
@@ -95,15 +100,13 @@ def report_failures(name: str, state: SearchOutcome, on_failure: OnFailure, *, b
     failed = ~is_any_of(status, *good)
     if on_failure == "ignore" or not bool(failed.any()):
         return
-    lanes = failed.nonzero()[:, 0].tolist()
+    lanes, total = global_numbers(failed.nonzero()[:, 0].tolist(), vmaps or [VmapSize(0, status.numel())])
     error, target = state.error.reshape(-1), state.target.reshape(-1)
     # Describe the lane with the largest excess over its target; nan counts as infinite.
     excess = torch.where(failed, error / target, -torch.inf).nan_to_num(nan=torch.inf)
     worst = int(excess.argmax())
-    why = Status(int(status[worst]))
-    shown = ", ".join(map(str, lanes[:5])) + (", ..." if len(lanes) > 5 else "")
-    which = f"lanes {shown}: {len(lanes)} of {status.numel()}; worst" if state.status.dim() else "at the end"
-    iterations = int(state.iter_num.reshape(-1)[worst])
+    why, iterations = Status(int(status[worst])), int(state.iter_num.reshape(-1)[worst])
+    which = f"{lanes_in_words(lanes, total)}; worst" if state.status.dim() else "at the end"
     message = (
         f"{name}: {_ADVICE[why]} ({why.name} after {iterations} iterations; {which} error {float(error[worst]):.3e}, "
         f"target {float(target[worst]):.3e})"
@@ -119,5 +122,5 @@ def report_failures(name: str, state: SearchOutcome, on_failure: OnFailure, *, b
         error=float(error[worst]),
         target=float(target[worst]),
         lanes=tuple(lanes),
-        total=status.numel(),
+        total=total,
     )
