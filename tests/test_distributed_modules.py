@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils import _pytree as torch_pytree
 
 import implicitdiff.distributed as dist
 from implicitdiff import custom_root, linear_solve, solvers
+from implicitdiff.nn import ImplicitMetaGradientModule
 
 W = draw(1, 3)
 
@@ -298,3 +300,57 @@ def test_a_search_goes_on_from_a_checkpoint(on_ranks, tmp_path) -> None:
         assert torch.equal(begun, first)
         assert not torch.equal(begun, expected)
         assert torch.equal(found, expected)
+
+
+# --- the end of a group -----------------------------------------------------------------------------------------------
+
+
+def ended() -> bool:
+    group, w = weakref.ref(c10d.group.WORLD), W.clone().requires_grad_()
+    kept = dist.psum_of(torch.sin)(w), grad(lambda w: dist.vmap(torch.cos)(w).sum())(w)
+    c10d.destroy_process_group()
+    return len(kept) == 2 and group() is None
+
+
+def test_results_with_their_graphs_do_not_keep_a_group_alive() -> None:
+    """torch may abort a process that ends with a group."""
+    with World(1) as world:
+        assert world.call(ended) == [True]
+
+
+# --- modules of this library ------------------------------------------------------------------------------------------
+
+
+class Ridge(ImplicitMetaGradientModule, linear_solve=linear_solve.solve_cg()):
+    """A regression, whose rows lie on all ranks, solved by gradient steps."""
+
+    def __init__(
+        self, penalty: Tensor, rows: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]
+    ) -> None:
+        super().__init__()
+        self.penalty, self.rows = penalty, rows
+        self.w = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    def objective(self, x: Tensor) -> Tensor:
+        return self.rows(lambda w: ((x @ w - 1) ** 2).sum())(self.w) + (self.penalty.exp() * self.w**2).sum()
+
+    def solve(self, x: Tensor) -> Ridge:
+        for _ in range(300):
+            with torch.enable_grad():
+                (step,) = torch.autograd.grad(self.objective(x), self.w)
+            self.w.sub_(0.02 * step)
+        return self
+
+
+def learned(spread: bool) -> tuple[Tensor, Tensor]:
+    penalty = draw(3, 3).requires_grad_()
+    x = draw(2, 6, 3)
+    model = Ridge(penalty, dist.psum_of).solve(x[rank() :: 2]) if spread else Ridge(penalty, lambda f: f).solve(x)
+    return model.w.detach(), torch.autograd.grad((model.w.sin() ** 2).sum(), penalty)[0]
+
+
+def test_a_module_that_solves_may_have_its_data_on_all_ranks(on_ranks) -> None:
+    w, gradient = learned(False)
+    for found in on_ranks(2, learned, True):
+        close(found[0], w)
+        close(found[1], gradient)
