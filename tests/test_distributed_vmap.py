@@ -242,9 +242,11 @@ ROOTS = vector(1.0, 4.0, -1.0, 9.0, 2.0, -5.0, 3.0)
 
 
 def root_of(c: Tensor, **options: Any) -> Any:
-    """The square root, which negative numbers do not have."""
+    """The square root. For a negative number the iterates are chaotic, so that a last bit decides them: eagerly, since
+    what a process has compiled depends on its earlier searches."""
     keep = options.pop("keep_history", False)
-    return solvers.newton(lambda x, c: x**2 - c, **options).run(torch.ones_like(c), c, keep_history=keep)
+    solver = solvers.newton(lambda x, c: x**2 - c, compile="off", **options)
+    return solver.run(torch.ones_like(c), c, keep_history=keep)
 
 
 def seen_warnings(fn: Callable[[], Any]) -> tuple[Any, set[tuple[type, str]]]:

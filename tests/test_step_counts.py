@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -59,12 +60,16 @@ def python_calls(f):
     def note(frame, event, arg):
         counts[event] += 1
 
+    # A collection calls what waits for the end of dead objects.
+    gc.collect()
+    gc.disable()
     before = sys.getprofile()
     sys.setprofile(note)
     try:
         f()
     finally:
         sys.setprofile(before)
+        gc.enable()
     return counts["call"] + counts["c_call"]
 
 
