@@ -13,7 +13,7 @@ from checks.tensors import draw
 from checks.transforms import TRANSFORMS, under_each
 from tables.collectives import FUNCTIONS, THETA, in_one_process, transformed
 from torch import Tensor
-from torch.func import grad
+from torch.func import grad, linearize
 from torch.utils._pytree import tree_flatten
 
 import implicitdiff.distributed as dist
@@ -146,6 +146,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no such dimension": (lambda: dist.all_gather(torch.ones(2, 3), dim=2), ValueError, r"shape \[2, 3\] has no .* 2"),
     "a number to gather": (lambda: dist.all_gather(torch.tensor(1.0)), ValueError, "has no dimension 0"),
     "a number to split": (lambda: dist.shard(torch.tensor(1.0)), ValueError, "has no dimension 0"),
+    "linearize": (lambda: linearize(dist.psum_of(torch.sin), torch.ones(2)), NotImplementedError, "jvp in the place"),
+    "linearize of vmap": (lambda: linearize(dist.vmap(torch.sin), torch.ones(2)), NotImplementedError, "make_fx"),
+    "batched by autograd": (
+        lambda: torch.autograd.functional.hessian(dist.psum_of(torch.prod), torch.ones(2), vectorize=True),
+        NotImplementedError,
+        "use torch.func.jacrev",
+    ),
     "unequal parts": (lambda: dist.shard(torch.ones(4, 3), dim=1), ValueError, "multiple of 2"),
 }
 
@@ -161,3 +168,16 @@ def test_a_tensor_is_refused_before_it_is_sent(on_ranks, name: str) -> None:
         assert isinstance(error, Raised) and error.type is kind, error
         assert re.search(text, error.text), error
         assert usable
+
+
+def compiled(w: Tensor) -> Any:
+    """A part of a program of torch.compile, which runs eagerly."""
+    total, lanes = dist.psum_of(lambda w: (w * (1 + rank())).sin().sum()), dist.vmap(torch.sin)
+    return torch.compile(lambda w: 2 * total(w) + lanes(w).sum() + dist.psum(w).sum(), backend="eager")(w)
+
+
+def test_torch_compile_leaves_them_as_they_are(on_ranks) -> None:
+    w = draw(7, 4)
+    expected = 2 * (w.sin().sum() + (2 * w).sin().sum()) + w.sin().sum() + 2 * w.sum()
+    for found in on_ranks(2, compiled, w):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

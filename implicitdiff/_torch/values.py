@@ -40,11 +40,16 @@ def _refuse(name: str, reason: str | None) -> None:
         raise NotImplementedError(f"{name}: the control flow depends on the values of tensors, and {reason}")
 
 
+def is_recorded_for_later() -> bool:
+    """Return whether make_fx, `torch.export` or `torch.func.linearize` records the operations."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return proxies is not None and proxies.get_proxy_mode() is not None
+
+
 def _reason_missing(tensors: Sequence[Tensor]) -> str | None:
     if any(t.is_meta and type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
         return "a tensor on the meta device has no values; move the tensors to a real device, for example by to_empty"
-    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    if proxies is not None and proxies.get_proxy_mode() is not None:
+    if is_recorded_for_later():
         return (
             "make_fx and torch.export record operations without values; call the solver outside of the exported "
             "function, or use torch.compile, which runs the solver eagerly"

@@ -32,6 +32,7 @@ import implicitdiff._torch.tracking as _tracking
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.decisions import add_leader
 from implicitdiff._torch.trees import Leaves, Tree
+from implicitdiff._torch.values import is_recorded_for_later
 from implicitdiff.distributed._agreement import agree, broken_by, rounds_differently
 from implicitdiff.distributed._groups import Axis, group_of
 from implicitdiff.distributed._local import is_local, refuse_inside
@@ -79,6 +80,7 @@ class Collective:
             return x.clone()
         if self.name == "shard":
             return x.select(self.lanes, c10d.get_rank(self.group)).clone()
+        self._refuse_unsendable(x)
         agree(self.group, f"{self.name} of {tuple(x.shape)} {x.dtype}")
         plain = x.resolve_conj().resolve_neg()
         numbers = torch.view_as_real(plain) if x.is_complex() else plain
@@ -86,6 +88,18 @@ class Collective:
         with broken_by(self.group, self.name):
             result = self._communicated(numbers)
         return torch.view_as_complex(result) if x.is_complex() else result
+
+    def _refuse_unsendable(self, x: Tensor) -> None:
+        if is_recorded_for_later():
+            raise NotImplementedError(
+                f"{self.name}: make_fx, torch.export and torch.func.linearize record operations without the messages "
+                "to other ranks; keep the call outside of what they record, and take jvp in the place of linearize"
+            )
+        if _tracking.have_legacy_batch([x]):
+            raise NotImplementedError(
+                f"{self.name}: gradients by is_grads_batched=True or vectorize=True cannot be sent to other ranks; use "
+                "torch.func.jacrev, torch.func.hessian or torch.func.vmap"
+            )
 
     def _communicated(self, x: Tensor) -> Tensor:
         if self.name == "all_gather":
@@ -197,6 +211,7 @@ def _seen_varied(group: ProcessGroup, *leaves: Tensor) -> tuple[Tensor, ...]:
     return tuple(result_leaves)
 
 
+@_compile.outside_compile
 def psum(tree: Tree, axis: Axis = None) -> Tree:
     """Return the sums over the ranks, ``sum_r tree_r``, on every rank.
 
@@ -210,17 +225,20 @@ def psum(tree: Tree, axis: Axis = None) -> Tree:
     return _on_tree("psum", tree, axis)
 
 
+@_compile.outside_compile
 def pmean(tree: Tree, axis: Axis = None) -> Tree:
     """Return the means over the ranks, ``psum(tree) / ranks``, on every rank; see `psum`."""
     size = c10d.get_world_size(group_of(axis))
     return pytree.map_tensors(lambda t: t / size, psum(tree, axis))
 
 
+@_compile.outside_compile
 def pvary(tree: Tree, axis: Axis = None) -> Tree:
     """Return replicated values as varying ones: the same numbers, and the transpose is `psum`."""
     return _on_tree("pvary", tree, axis)
 
 
+@_compile.outside_compile
 def all_gather(tree: Tree, axis: Axis = None, dim: int = 0) -> Tree:
     """Return the tensors of all ranks, joined along an existing dimension in the order of the ranks, on every rank.
 
@@ -241,6 +259,7 @@ def all_gather(tree: Tree, axis: Axis = None, dim: int = 0) -> Tree:
     return pytree.map_tensors(joined, _on_tree("all_gather", tree, axis))
 
 
+@_compile.outside_compile
 def shard(tree: Tree, axis: Axis = None, dim: int = 0) -> Tree:
     """Return this rank's part of tensors that are split into equal parts along a dimension.
 

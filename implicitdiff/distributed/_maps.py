@@ -11,6 +11,7 @@ import torch.distributed as c10d
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+import implicitdiff._torch.compile as _compile
 import implicitdiff._torch.tracking as _tracking
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.signature import name_of
@@ -45,6 +46,7 @@ def psum_of(fn: UserFunction, axis: Axis = None) -> UserFunction:
         RankError: an argument that is differentiated differs between the ranks. Asked at the first call.
     """
 
+    @_compile.outside_compile
     @functools.wraps(fn)
     def total(*args: Tree) -> Tree:
         group = group_of(axis)
@@ -59,6 +61,7 @@ def pmean_of(fn: UserFunction, axis: Axis = None) -> UserFunction:
     """Return the function ``F(*args) = mean_r fn_r(*args)``; see `psum_of`."""
     summed = psum_of(fn, axis)
 
+    @_compile.outside_compile
     @functools.wraps(fn)
     def mean(*args: Tree) -> Tree:
         size = c10d.get_world_size(group_of(axis))
@@ -159,6 +162,7 @@ def vmap(
         RankError: replicated arguments differ between the ranks.
     """
 
+    @_compile.outside_compile
     @functools.wraps(fn)
     def mapped(*args: Tree) -> Tree:
         group = group_of(axis)

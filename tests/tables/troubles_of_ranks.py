@@ -83,6 +83,11 @@ def over_lanes_of_lanes() -> None:
         distributed.vmap(lambda x: distributed.vmap(lambda y: x * y)(V))(V)
 
 
+def batched_by_autograd() -> None:
+    total = distributed.psum_of(torch.sin)
+    torch.autograd.functional.jacobian(total, V, vectorize=True)
+
+
 def after_the_end() -> None:
     w = V.clone().requires_grad_()
     with a_world():
@@ -109,6 +114,8 @@ RANKS = {
     "other points": beside_another("psum of (4,) torch.float64", lambda: distributed.psum(V)),
     "other values": beside_another("{}; the data of another rank", lambda: distributed.vmap(torch.sin)(V)),
     "inside of another": over_lanes_of_lanes,
+    "recorded": in_a_world(lambda: torch.func.linearize(distributed.psum_of(torch.sin), V)),
+    "batched by autograd": in_a_world(batched_by_autograd),
     "a group that has ended": after_the_end,
     "a dead rank": in_a_world(beside_a_dead_one),
 }
