@@ -59,19 +59,11 @@ def each_alone() -> Iterator[None]:
 
 def of_leader(leaves: Leaves) -> Leaves:
     """Return tensors as the leaders of this frame have them; without a leader the tensors themselves."""
-    if _open.frames:
-        for leader in _leaders_here():
+    # Of this frame alone: in a backward pass a linear solve of one process lies in the frame of a search of all.
+    if _open.frames and (innermost := _open.frames[-1]) is not None:
+        for leader in innermost.leaders:
             leaves = leader(leaves)
     return leaves
-
-
-def _leaders_here() -> list[Leader]:
-    leaders: dict[Leader, None] = {}
-    for frame in reversed(_open.frames):
-        if frame is None:
-            break
-        leaders.update(frame.leaders)
-    return [*leaders]
 
 
 class LedFrame(TorchDispatchMode):
@@ -93,7 +85,7 @@ class LedFrame(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Of nested frames the innermost asks, for all.
+        # Of nested frames the innermost asks.
         if func is aten._local_scalar_dense.default and _open.frames[-1] is self:
             with unobserved():
                 args = (of_leader([args[0]])[0],)
