@@ -1,7 +1,8 @@
 """Differentiation through optimisation on torch.func: of solutions, and of an optimizer's steps."""
 
+from torch.distributed import is_available as _is_distributed_built
+
 # Spelt so, they belong to the package, but `from implicitdiff import *` leaves the user's own `nn` alone.
-from implicitdiff import distributed as distributed
 from implicitdiff import linear_solve as linear_solve
 from implicitdiff import nn as nn
 from implicitdiff import objects as objects
@@ -76,6 +77,10 @@ from implicitdiff.optim import (
     rmsprop,
     sgd,
 )
+
+# torch may be built without it.
+if _is_distributed_built():
+    from implicitdiff import distributed as distributed
 
 __all__ = [
     "SGD",

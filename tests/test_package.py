@@ -35,6 +35,14 @@ def written_version() -> str:
     return re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
 
 
+def test_torch_may_lack_its_distributed_package():
+    program = (
+        "import sys, torch.distributed as c10d; c10d.is_available = lambda: False; import implicitdiff; "
+        "assert 'implicitdiff.distributed' not in sys.modules; implicitdiff.solvers.newton"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_the_version_is_that_of_the_installed_package() -> None:
     assert implicitdiff.__version__ == importlib.metadata.version("implicitdiff") == written_version()
 

@@ -25,7 +25,7 @@ Leader = Callable[[Leaves], Leaves]
 
 class _OpenFrames(threading.local):
     def __init__(self) -> None:
-        # None: in the frames below it, the values of this process are its own.
+        # None stands for a local function: code inside of it computes with values of this process alone.
         self.frames: list[LedFrame | None] = []
 
 

@@ -12,6 +12,7 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.trees import Tree
 from implicitdiff.distributed._agreement import agree
 from implicitdiff.distributed._groups import numbers_of_ranks
+from implicitdiff.solvers._loop.state import State
 
 
 def with_equal_histories(result: Tree, group: ProcessGroup) -> Tree:
@@ -28,9 +29,6 @@ def with_equal_histories(result: Tree, group: ProcessGroup) -> Tree:
 
 
 def _is_state(node: object) -> bool:
-    # Imported at the first call: the solvers cannot be imported before the projections.
-    from implicitdiff.solvers._loop.state import State
-
     return isinstance(node, State)
 
 
