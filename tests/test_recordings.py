@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import array
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -269,6 +271,15 @@ def test_the_same_function_is_recorded_once(monkeypatch):
         solvers.fixed_point_iteration(lambda x, m: 0.1 * torch.cos(m.T @ x), compile="always").run(X, MATRIX * (1 + k))
         # The first state, the step, and the judgement at the end.
         assert len(made) == 3
+
+
+def test_a_recording_does_not_import_the_compiler_of_torch():
+    code = (
+        "import sys, torch; from implicitdiff import solvers; x = torch.zeros(3, dtype=torch.float64); "
+        "solvers.fixed_point_iteration(torch.cos, compile='always').run(x); print('torch._dynamo' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ran.stdout == "False\n", ran.stderr
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

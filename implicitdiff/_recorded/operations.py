@@ -89,6 +89,40 @@ for _name, _operation in _LOGICAL.items():
 registers(ARITHMETIC, aten.round.default)(partial(_unary, "ROUND"))
 
 
+def _is_infinite(number: float, recorder: Recorder, out: Tensor, x: Tensor) -> None:
+    _comparison("EQ", recorder, out, x, number)
+
+
+registers(ARITHMETIC, aten.isposinf.default)(partial(_is_infinite, torch.inf))
+registers(ARITHMETIC, aten.isneginf.default)(partial(_is_infinite, -torch.inf))
+
+
+@registers(ARITHMETIC, aten.nan_to_num.default)
+def _nan_to_num(
+    recorder: Recorder,
+    out: Tensor,
+    x: Tensor,
+    nan: float | None = None,
+    posinf: float | None = None,
+    neginf: float | None = None,
+) -> None:
+    if not out.dtype.is_floating_point:
+        return recorder.convert(recorder.result(out), recorder.view(x))
+    value, limits = recorder.view(x), torch.finfo(out.dtype)
+    number, flag = recorder.temporary(out.shape, out.dtype), recorder.temporary(out.shape, torch.bool)
+    recorder.tape.emit("ISNAN", [flag], [value], out.shape)
+    recorder.tape.emit("WHERE", [number], [flag, recorder.constant(nan or 0.0, out.dtype), value], out.shape)
+    for end, limit, target in (
+        (torch.inf, limits.max if posinf is None else posinf, recorder.temporary(out.shape, out.dtype)),
+        (-torch.inf, limits.min if neginf is None else neginf, recorder.result(out)),
+    ):
+        flag = recorder.temporary(out.shape, torch.bool)
+        recorder.tape.emit("EQ", [flag], [value, recorder.constant(end, out.dtype)], out.shape)
+        recorder.tape.emit("WHERE", [target], [flag, recorder.constant(limit, out.dtype), number], out.shape)
+        number = target
+    return None
+
+
 def _sum_of(name: str, recorder: Recorder, out: Tensor, a: Operand, b: Operand, alpha: float = 1) -> None:
     first, second = recorder.as_dtype(a, out.dtype), recorder.as_dtype(b, out.dtype)
     if out.dtype == torch.bool:

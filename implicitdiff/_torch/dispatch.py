@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._decomp import decomposition_table
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode as ModeOfTorch
 
 outside_dispatch: Callable[[], AbstractContextManager[None]] = torch._C._DisableTorchDispatch
 """Run the body outside of every TorchDispatchMode."""
@@ -20,6 +20,17 @@ aten = torch.ops.aten
 
 AtenOperation = OpOverload
 """An operation of the dispatcher, such as ``torch.ops.aten.add.Tensor``."""
+
+
+class TorchDispatchMode(ModeOfTorch):
+    """torch's mode, for subclasses that are not used inside of what torch.compile traces.
+
+    At the first operation that any other subclass sees, torch imports its compiler: one second in each process.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 @cache

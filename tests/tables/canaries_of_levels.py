@@ -308,6 +308,22 @@ class Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@canary("torch.utils._python_dispatch.TorchDispatchMode")
+def a_mode_says_whether_its_rule_asks_for_the_compiler(mode: Any) -> None:
+    class Asking(mode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any: ...
+
+    class Plain(mode):
+        __torch_dispatch__ = Dispatched.__torch_dispatch__
+
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False
+
+    assert hasattr(Asking.__torch_dispatch__, "__wrapped__")
+    assert Plain.__torch_dispatch__ is Dispatched.__torch_dispatch__
+
+
 @canary("torch._C._DisableTorchDispatch", "torch._C._len_torch_dispatch_stack")
 def no_mode_looks_on_where_dispatch_is_disabled(disabled: Any, count: Any) -> None:
     assert count() == 0
