@@ -171,4 +171,4 @@ WRONG = {
 def test_bad_instructions_are_refused(sentence):
     name, sizes, references = WRONG[sentence]
     with pytest.raises(ValueError, match=sentence):
-        cpu.Machine(8, [instruction(name, sizes, *references)], 0, 0, 20, [], [], [100], 0, 1)
+        cpu.Machine(8, [instruction(name, sizes, *references)], [0, 0, 0, 0, 1], 20, [], [], [100], 0, 1)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from checks.compiled import needs_cpu
-from tables.machine import F32, F64, NUMBER, Operand, evaluate, instruction, unwritten
+from tables.machine import F32, F64, NUMBER, Operand, evaluate, instruction, sections, unwritten
 
 from implicitdiff._C import cpu
 
@@ -262,12 +262,12 @@ WRONG = {
 def test_bad_instructions_are_refused(sentence):
     name, sizes, references = WRONG[sentence]
     with pytest.raises(ValueError, match=sentence):
-        cpu.Machine(8, [instruction(name, sizes, *references)], 0, 0, 30, [], [], [100], 0, 1)
+        cpu.Machine(8, [instruction(name, sizes, *references)], [0, 0, 0, 0, 1], 30, [], [], [100], 0, 1)
     assert name in NUMBER
 
 
 def test_a_matrix_may_lie_at_the_end_of_the_arena():
     code = [instruction("QR", (3, 3), SQUARE, (0, 9, (1, 0)), (0, 12, (3, 1)))]
-    cpu.Machine(8, code, 0, 0, 21, [], [], [], 0, 1)
+    cpu.Machine(8, code, sections(code), 21, [], [], [], 0, 1)
     with pytest.raises(ValueError, match="reaches out"):
-        cpu.Machine(8, code, 0, 0, 20, [], [], [], 0, 1)
+        cpu.Machine(8, code, sections(code), 20, [], [], [], 0, 1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from checks.compiled import needs_cpu
-from tables.machine import F64, I64, NUMBER, addresses, instruction
+from tables.machine import F64, I64, NUMBER, addresses, instruction, sections
 
 from implicitdiff._C import cpu
 
@@ -48,7 +50,9 @@ def counting(width, extra=(), entry=()):
     carries = [(COUNT, 1, 2), (VALUE, 1, 0), (PAUSED, 1, 3)]
     inputs = [(LIMIT, 1, 4), (ONE, 1, 0), (TWO, 1, 1), (PAUSE_AT, 1, 2)]
     code = [*entry, *start, *step]
-    return cpu.Machine(width, code, len(entry), len(entry) + 1, 16, carries, inputs, [], RUNNING, PAUSED)
+    return cpu.Machine(
+        width, code, sections(code, len(entry), len(entry) + 1), 16, carries, inputs, [], RUNNING, PAUSED
+    )
 
 
 class Lanes:
@@ -126,7 +130,9 @@ def test_jumps_skip_and_repeat(width):
         jump(9),
         scalar("ADD", value, value, value),
     ]
-    machine = cpu.Machine(width, code, 0, 0, 8, [(0, 1, 0), (rest, 1, 2), (value, 1, 0)], [(one, 1, 0)], [], 0, 1)
+    machine = cpu.Machine(
+        width, code, sections(code), 8, [(0, 1, 0), (rest, 1, 2), (value, 1, 0)], [(one, 1, 0)], [], 0, 1
+    )
     counts = torch.arange(LANES) % 13
     rest, running, value, one = counts.clone(), *torch.ones(3, LANES, dtype=F64)
     tensors = addresses(running, rest, value), addresses(one), []
@@ -145,7 +151,9 @@ def test_a_jump_reads_all_of_its_elements_in_all_lanes(at, width):
         scalar("COPY", 0, 1),
         scalar("COPY", 0, 1),
     ]
-    machine = cpu.Machine(width, code, 0, 0, 9, [(0, 1, 0), (kept, 1, 3)], [(flags, 5, 0), (one, 1, 0)], [], 0, 1)
+    machine = cpu.Machine(
+        width, code, sections(code), 9, [(0, 1, 0), (kept, 1, 3)], [(flags, 5, 0), (one, 1, 0)], [], 0, 1
+    )
     values, running, reached = torch.zeros(3, 5, dtype=F64), torch.ones(3, dtype=F64), torch.zeros(3, dtype=torch.bool)
     ones = running.clone()
     if at is not None:
@@ -166,11 +174,55 @@ def test_sections_run_for_each_thread_and_for_each_block(width, threads):
         scalar("ADD", out, per_block, constant),
         scalar("SUB", 0, constant, constant),
     ]
-    machine = cpu.Machine(width, code, 1, 3, 6, [(0, 1, 0), (out, 1, 0), (out, 0, 0)], [], [2], 0, 1)
+    machine = cpu.Machine(width, code, sections(code, 1, 3), 6, [(0, 1, 0), (out, 1, 0), (out, 0, 0)], [], [2], 0, 1)
     running, value, nothing = torch.ones(LANES, dtype=F64), torch.arange(LANES, dtype=F64), torch.zeros(0)
     shared = torch.tensor([5.0, 0.25], dtype=F64)
     machine.run(addresses(running, value, nothing), [], addresses(shared), LANES, 3, threads)
     assert value.tolist() == [lane + 0.25 for lane in range(LANES)]
+
+
+def judged(width):
+    """Count from a start to a limit, which each judgement raises by one until it is the last limit."""
+    running, paused, count, limit, first, last, one, asked, new = range(9)
+    start = [scalar("COPY", count, first)]
+    head = [scalar("LT", running, count, limit)]
+    step = [scalar("ADD", new, count, one), scalar("COMMIT", count, new, running), *head]
+    judge = [scalar("LT", asked, limit, last), scalar("ADD", new, limit, one), scalar("COMMIT", limit, new, asked)]
+    code = [*start, *head, *step, *judge]
+    begins = [0, 0, 1, 2, 2 + len(step)]
+    carries, inputs = [(count, 1, 0), (limit, 1, 0)], [(first, 1, 0), (last, 1, 0), (one, 1, 0)]
+    return cpu.Machine(width, code, begins, 9, carries, inputs, [], running, paused)
+
+
+def judged_lanes(machine, at_most, threads, **parts):
+    """The counts and the limits, from a count of 1 and a limit of 4."""
+    count, limit = torch.ones(LANES, dtype=F64), torch.full((LANES,), 4.0, dtype=F64)
+    first = torch.arange(LANES, dtype=F64) % 4
+    inputs = addresses(first, last := 3 + torch.arange(LANES, dtype=F64) % 5, one := torch.ones(LANES, dtype=F64))
+    machine.run(addresses(count, limit), inputs, [], LANES, at_most, threads, **parts)
+    return count, limit, first, last, one
+
+
+@each_threads
+@each_width
+def test_a_search_starts_and_is_judged_where_it_is_asked_for(width, threads):
+    machine = judged(width)
+    for starts, judges in itertools.product([False, True], repeat=2):
+        count, limit, first, last, _ = judged_lanes(machine, 100, threads, starts=starts, judges=judges)
+        assert torch.equal(limit, torch.maximum(last, torch.tensor(4.0)) if judges else torch.full_like(last, 4.0))
+        assert torch.equal(count, limit)
+        count, limit, first, *_ = judged_lanes(machine, 0, threads, starts=starts, judges=judges)
+        assert torch.equal(count, first if starts else torch.ones_like(first))
+        assert torch.equal(limit, torch.full_like(last, 4.0))
+
+
+@each_width
+def test_a_judgement_alone_makes_no_step(width):
+    machine = judged(width)
+    count, limit, first, last, one = judged_lanes(machine, 100, 1)
+    machine.run(addresses(count, limit), addresses(first, last, one), [], LANES, 0, 1, judges=True)
+    assert torch.equal(count, torch.full_like(last, 4.0))
+    assert torch.equal(limit, 4.0 + (last > 4.0))
 
 
 def test_inputs_are_only_read_and_copied_lanes_are_not_written():
@@ -192,7 +244,7 @@ def test_results_of_no_elements_are_not_written(width):
         instruction("MATMUL", (2, 0, 3), (0, 2, (0, 1, 0)), (0, 2, (3, 0, 1)), (0, 2, (0, 1, 0)), rounded=True),
         scalar("COPY", 0, 1),
     ]
-    machine = cpu.Machine(width, code, 0, 0, 8, [(0, 1, 0), (2, 6, 0)], [], [], 0, 1)
+    machine = cpu.Machine(width, code, sections(code), 8, [(0, 1, 0), (2, 6, 0)], [], [], 0, 1)
     running, values = torch.ones(1, dtype=F64), torch.arange(6, dtype=F64)
     assert machine.run(addresses(running, values), [], [], 1, 5, 1) == 1
     assert torch.equal(values, torch.arange(6, dtype=F64))
@@ -204,8 +256,7 @@ ADD = scalar("ADD", 0, 1, 2)
 PROGRAM = {
     "width": 8,
     "code": [ADD],
-    "entry": 0,
-    "step": 0,
+    "sections": [0, 0, 0, 0, 1],
     "arena": 10,
     "carries": [(0, 1, 0)],
     "inputs": [],
@@ -281,9 +332,10 @@ BAD_PROGRAMS = {
     "an arena of -1 elements": {"arena": -1},
     "an arena of 2199023255552 elements": {"arena": 2**41},
     "a shared array of -1 elements": {"shared": [-1]},
-    "sections begin at -1 and 0 of 1": {"entry": -1},
-    "sections begin at 1 and 0 of 1": {"entry": 1},
-    "sections begin at 0 and 2 of 1": {"step": 2},
+    "sections begin at -1, 0, 0, 0, 1, of 1": {"sections": [-1, 0, 0, 0, 1]},
+    "sections begin at 1, 0, 0, 0, 1, of 1": {"sections": [1, 0, 0, 0, 1]},
+    "sections begin at 0, 0, 0, 2, 1, of 1": {"sections": [0, 0, 0, 2, 1]},
+    "sections begin at 0, 0, 0, 0, 2, of 1": {"sections": [0, 0, 0, 0, 2]},
     "running is out of the arena": {"running": 10},
     "running is out of": {"running": -1},
     "paused is out of the arena": {"paused": 10},
@@ -295,10 +347,20 @@ BAD_PROGRAMS = {
     "carry 0 has no dtype -1": {"carries": [(0, 1, -1)]},
     "instruction 1 .JUMP.: it leaves its section, from 1 to 2, for 0": {
         "code": [ADD, jump(0), ADD],
-        "entry": 1,
-        "step": 2,
+        "sections": [1, 2, 2, 2, 3],
     },
-    "instruction 0 .JUMP.: it leaves its section, from 0 to 1, for 2": {"code": [jump(2), ADD], "entry": 1, "step": 1},
+    "instruction 0 .JUMP.: it leaves its section, from 0 to 1, for 2": {
+        "code": [jump(2), ADD],
+        "sections": [1, 1, 1, 1, 2],
+    },
+    "instruction 1 .JUMP.: it leaves its section, from 1 to 3, for 0": {
+        "code": [ADD, jump(0), ADD, ADD],
+        "sections": [0, 0, 0, 1, 3],
+    },
+    "instruction 2 .JUMP.: it leaves its section, from 2 to 3, for 0": {
+        "code": [ADD, ADD, jump(0)],
+        "sections": [0, 0, 0, 0, 2],
+    },
 }
 
 
@@ -328,7 +390,7 @@ def test_bad_runs_are_refused():
         "2 addresses of inputs, not 1": {"inputs": [0, 0]},
         "0 addresses of shared arrays, not 1": {"shared": []},
         "lanes is -1": {"lanes": -1},
-        "at_most is 0": {"at_most": 0},
+        "at_most is -1": {"at_most": -1},
         "a null address": {"lanes": 1},
     }
     assert machine.run(**right) == 0

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks.compiled import needs_cpu
+from checks.compiled import needs_cpu, recorded_once
 
-from implicitdiff._recorded.simplify import simplified
-from implicitdiff._recorded.step import record_step
+from implicitdiff._recorded.step import Parts, record_step
 from implicitdiff._torch.control import if_any, recorded_by, repeat
 
 pytestmark = needs_cpu
@@ -124,10 +123,14 @@ def ran(step, x, y, width):
         x, y, count, limit, _ = carried
         with recorded_by(recorder), recorder:
             new = count + 1
-            return [*step(x, y, count), new, limit, torch.where(new >= limit, 1, 0)], None
+            return [*step(x, y, count), new, limit, torch.where(new >= limit, 1, 0)], torch.zeros_like(
+                new, dtype=torch.bool
+            )
 
-    recorded = record_step(once, [t[:1] for t in carried], [], [], [], 4, width)
-    return recorded.run(carried, [], len(x), 100)[:2]
+    recorded = record_step(Parts(once), [t[:1] for t in carried], [], [], [], 4, width)
+    carried = [t.clone() for t in carried]
+    recorded.run(carried, [], len(x), 100)
+    return carried[:2]
 
 
 def by_torch(step, x, y):
@@ -167,15 +170,7 @@ def test_shorter_instructions_give_the_same_bits(name):
     function, names = SIMPLER[name]
     special = torch.tensor([0.0, -0.0, torch.inf, 1.5, 1e200, -torch.inf], dtype=F64)
     x = torch.stack([special, special.roll(1), special.flip(0)])
-    recorded = []
-
-    def step(recorder, carried, operands):
-        with recorder:
-            made = function(operands[0][0])[None]
-        recorded.extend(item.name for item in simplified(recorder.tape.items))
-        return [made], None
-
     expected = function(x)[None]
-    found = record_step(step, [expected], [x[None]], [True], [], None, 1).run([expected], [x[None]], 1, 1)[0]
+    (found,), recorded = recorded_once(lambda x: [function(x[0])[None]], x[None], [expected], 1)
     assert recorded == names
     assert torch.equal(found.view(torch.int64), expected.view(torch.int64))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks.compiled import needs_cpu
+from checks.compiled import needs_cpu, recorded_once
 
-from implicitdiff._recorded.step import record_step
 from implicitdiff._recorded.tape import NotRecordableError
 
 pytestmark = needs_cpu
@@ -111,13 +110,7 @@ def flat(made):
 
 def run_recorded(function, x, eager, width):
     """The function of each lane, by the compiled machine."""
-
-    def step(recorder, carried, operands):
-        with recorder:
-            return flat(function(operands[0][0])), None
-
-    recorded = record_step(step, [t[:1] for t in eager], [x[:1]], [True], [PLACES], None, width)
-    return recorded.run([torch.full_like(t, 1) for t in eager], [x, PLACES], len(x), 1)
+    return recorded_once(lambda x: flat(function(x[0])), x, eager, width, [PLACES])[0]
 
 
 def by_torch(function, x):

@@ -50,8 +50,7 @@ class Machine:
         self,
         width: int,
         code: Sequence[Sequence[int]],
-        entry: int,
-        step: int,
+        sections: Sequence[int],
         arena: int,
         carries: Sequence[tuple[int, int, int]],
         inputs: Sequence[tuple[int, int, int]],
@@ -67,4 +66,6 @@ class Machine:
         lanes: int,
         at_most: int,
         threads: int,
+        starts: bool = False,
+        judges: bool = False,
     ) -> int: ...

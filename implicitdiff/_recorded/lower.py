@@ -40,45 +40,52 @@ class Code(NamedTuple):
 
     Attributes:
         instructions: each a list of integers.
-        entry: the number of instructions that run once for each thread.
-        step: the index of the first instruction of an iteration.
+        sections: the indices at which the sections after the first begin: what runs once for each block, the first
+            state, what precedes the first iteration, the iteration, the judgement.
         arena: the number of elements of a block's memory.
         offsets: the places of the operands, of the carried tensors, and of the flags.
         constants: the numbers known while recording, the first shared array.
     """
 
     instructions: list[list[int]]
-    entry: int
-    step: int
+    sections: list[int]
     arena: int
     offsets: dict[Buffer, int]
     constants: torch.Tensor
 
 
+class Tapes(NamedTuple):
+    """The recorded parts of a search, with their `COMMIT` instructions; a part that is not recorded is empty."""
+
+    start: Tape
+    step: Tape
+    judge: Tape
+
+
 def lower(
-    tape: Tape,
+    tapes: Tapes,
     operands: Sequence[Buffer],
     carried: Sequence[Buffer],
     flags: Sequence[Buffer],
     first: Sequence[Instruction],
     names: Sequence[str],
 ) -> Code:
-    """Return the code of a tape.
+    """Return the code of a search.
 
     Args:
-        tape: the tape of one iteration, with its `COMMIT` instructions.
+        tapes: the recorded parts.
         operands: the buffers with a value for each lane.
         carried: the buffers of the unknowns and the state.
         flags: buffers that keep their place.
-        first: instructions that run before the first iteration.
+        first: instructions that run before the first iteration, and after a judgement.
         names: the operations of the machine; the position is the code.
     """
-    return _Lowering(tape, operands, carried, flags, first, names).code()
+    return _Lowering(tapes, operands, carried, flags, first, names).code()
 
 
 @dataclass(eq=False)
 class _Lowering:
-    tape: Tape
+    tapes: Tapes
     operands: Sequence[Buffer]
     carried: Sequence[Buffer]
     flags: Sequence[Buffer]
@@ -91,36 +98,35 @@ class _Lowering:
     pooled: int = 0
 
     def code(self) -> Code:
-        items = _needed(simplified(self.tape.items), self.flags)
-        _refuse_large_matrices(items)
-        items = self._sections(items)
-        items = [self._with_local_inputs(i) if isinstance(i, Instruction) else i for i in items]
-        self.entry = [self._with_local_inputs(item) for item in (*self.entry, *self.first)]
+        parts = [self._varying(tape) for tape in self.tapes]
+        once_a_block = [self._with_local_inputs(item) for item in self.entry]
+        head = [self._with_local_inputs(item) for item in self.first]
         fixed = chain(self.carried, self.operands, self.flags, _outputs(self.once), _outputs(self.entry))
         offsets, top = {}, 0
         for buffer in dict.fromkeys(fixed):
             offsets[buffer] = top
             top += buffer.size
-        items, top = placed(items, self.tape.loops, offsets, top)
-        if top > _MAX_ARENA:
-            raise NotRecordableError(f"a step needs {8 * top} bytes for each problem")
+        # The parts run one after the other, so their buffers share memory.
+        placements = [placed(items, tape.loops, offsets, top) for items, tape in zip(parts, self.tapes, strict=True)]
+        arena = max(end for _, end in placements)
+        if arena > _MAX_ARENA:
+            raise NotRecordableError(f"a step needs {8 * arena} bytes for each problem")
         values = [b.value.to(torch.float64) for b in self.constants if b.value is not None]
         shared = torch.cat(values or [torch.zeros(1, dtype=torch.float64)])
+        start, step, judge = (items for items, _ in placements)
         spelt = _Spelling(self.names, offsets, self.constants)
-        first = len(self.once) + len(self.entry)
-        places, at = {}, first
-        for item in items:
-            if isinstance(item, Label):
-                places[item] = at
-            else:
-                at += 1
-        instructions = [spelt.instruction(i) for i in (*self.once, *self.entry)]
-        for item in items:
-            if isinstance(item, Jump):
-                instructions.append(spelt.jump(item, places))
-            elif isinstance(item, Instruction):
-                instructions.append(spelt.instruction(item))
-        return Code(instructions, len(self.once), first, top, offsets, shared)
+        instructions: list[list[int]] = []
+        begins = []
+        for section in (self.once, once_a_block, start, head, step, judge):
+            begins.append(len(instructions))
+            instructions += spelt.section(section, len(instructions))
+        return Code(instructions, begins[1:], arena, offsets, shared)
+
+    def _varying(self, tape: Tape) -> list[TapeItem]:
+        """Return the items of a part that depend on carried values; the others run once."""
+        items = _needed(simplified(tape.items), self.flags)
+        _refuse_large_matrices(items)
+        return [self._with_local_inputs(i) if isinstance(i, Instruction) else i for i in self._sections(items)]
 
     def _sections(self, items: Sequence[TapeItem]) -> list[TapeItem]:
         """Move instructions that do not depend on carried values out of the iteration; return the others."""
@@ -133,7 +139,7 @@ class _Lowering:
                 continue
             read = {r.buffer for r in item.inputs if r.buffer.kind not in (Kind.SHARED, Kind.CONSTANT)}
             made = {r.buffer for r in item.outputs}
-            if made & set(self.flags):
+            if made & set(self.flags) or item.name == "COMMIT":
                 left.append(item)
             elif read <= uniform:
                 uniform |= made
@@ -227,6 +233,16 @@ class _Spelling:
     def __init__(self, names: Sequence[str], offsets: Mapping[Buffer, int], constants: Mapping[Buffer, int]) -> None:
         self.codes = {name: i for i, name in enumerate(names)}
         self.offsets, self.constants = offsets, constants
+
+    def section(self, items: Sequence[TapeItem], begin: int) -> list[list[int]]:
+        """Return the instructions of a section, the first of which has the index `begin`."""
+        places, words = {}, [i for i in items if not isinstance(i, Label)]
+        for item in items:
+            if isinstance(item, Label):
+                places[item] = begin
+            else:
+                begin += 1
+        return [self.jump(i, places) if isinstance(i, Jump) else self.instruction(i) for i in words]
 
     def instruction(self, item: Instruction) -> list[int]:
         references = [*item.outputs, *item.inputs]

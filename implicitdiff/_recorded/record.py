@@ -181,6 +181,12 @@ class Recorder(_dispatch.TorchDispatchMode):
         self._keep(tensor, Buffer(Kind.CONSTANT, whole.numel(), value=whole))
         return self.view(tensor)
 
+    def begin_part(self) -> None:
+        """Record on an empty tape from now on. No tensor that was computed on the tape before can be used any more."""
+        self.tape = Tape()
+        self._buffers = {key: b for key, b in self._buffers.items() if b.kind is not Kind.RESULT}
+        self._views.clear()
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run the body without recording its operations."""

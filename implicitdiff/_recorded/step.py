@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,74 +14,97 @@ from torch import Tensor
 import implicitdiff._C as _C
 import implicitdiff._torch.dispatch as _dispatch
 from implicitdiff._recorded.emitters import EMITTERS
-from implicitdiff._recorded.lower import Code, lower
+from implicitdiff._recorded.lower import Code, Tapes, lower
 from implicitdiff._recorded.record import Guard, Recorder
-from implicitdiff._recorded.tape import Instruction, Kind, NotRecordableError, Reference, View
+from implicitdiff._recorded.tape import Instruction, Kind, NotRecordableError, Reference, Tape, View
 from implicitdiff._torch.trees import Leaves
 
-OneStep = Callable[[Recorder, Leaves, Leaves], tuple[Leaves, Tensor | None]]
+OneStep = Callable[[Recorder, Leaves, Leaves], tuple[Leaves, Tensor]]
 """``step(recorder, carried, operands)`` makes a step of one lane under the recorder; returns the new carried tensors,
-and a flag, shape ``(1,)``, set where Python has to look at the state before the next step, or None."""
+and a flag, shape ``(1,)``, set where Python has to look at the state before the next step."""
+
+OneChange = Callable[[Recorder, Leaves, Leaves], Leaves]
+"""``change(recorder, carried, operands)`` returns new carried tensors of one lane, computed under the recorder."""
 
 _CODES = {torch.float64: 0, torch.float32: 1, torch.int64: 2, torch.bool: 3, torch.int32: 4}
 
 
 @dataclass(eq=False)
 class RecordedStep:
-    """A step that the compiled machine repeats.
+    """A step that the compiled machine repeats, with the first state before it and the judgement after it.
 
     Attributes:
         machine: the machine with the instructions.
+        starts: True if the first state is recorded.
+        judges: True if the judgement is recorded.
         lane_operands: the numbers of the operands with a value for each lane.
         shared: the numbers of the operands for all lanes; negative numbers count from the end.
         constants: the numbers known while recording.
     """
 
     machine: Any
+    starts: bool
+    judges: bool
     lane_operands: list[int]
     shared: list[int]
     constants: Tensor
 
-    def run(self, carried: Leaves, operands: Leaves, lanes: int, at_most: int) -> Leaves:
+    def run(
+        self, carried: Leaves, operands: Leaves, lanes: int, at_most: int, starts: bool = False, judges: bool = False
+    ) -> None:
         """Repeat the step until, block by block, all lanes have stopped or a lane asks to be looked at.
 
         Args:
-            carried: the unknowns and the state, with `lanes` in front; they are not changed.
+            carried: the unknowns and the state, with `lanes` in front, contiguous; they change in place.
             operands: the operands; those with a value for each lane have the lanes in front. The memories of the
                 constants are the last.
             lanes: the number of lanes.
             at_most: bound on the number of steps.
+            starts: True to compute the first state before; of `carried` only the unknowns are read then.
+            judges: True to judge a block whose lanes have all stopped, which may let lanes go on.
         """
-        carried = [t.clone(memory_format=torch.contiguous_format) for t in carried]
         own = [operands[i].contiguous() for i in self.lane_operands]
         shared = [_as_doubles(operands[i]) for i in self.shared]
         addresses = [[t.data_ptr() for t in ts] for ts in (carried, own, (self.constants, *shared))]
-        self.machine.run(*addresses, lanes, at_most, torch.get_num_threads())
-        return carried
+        self.machine.run(*addresses, lanes, at_most, torch.get_num_threads(), starts, judges)
 
 
 def _as_doubles(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float64).contiguous()
 
 
+class Parts(NamedTuple):
+    """The parts of a search that are recorded.
+
+    Attributes:
+        step: makes a step.
+        start: computes the first state; None to leave this to Python.
+        judge: judges lanes that have stopped; None to leave this to Python.
+    """
+
+    step: OneStep
+    start: OneChange | None = None
+    judge: OneChange | None = None
+
+
 def record_step(
-    step: OneStep,
+    parts: Parts,
     carried: Sequence[Tensor],
     operands: Sequence[Tensor],
     is_lane: Sequence[bool],
     constants: Sequence[Tensor],
-    status: int | None,
+    status: int,
     width: int,
 ) -> RecordedStep:
-    """Record a step and make it ready for the machine.
+    """Record a step and make it ready for the machine. The other parts are left out if they cannot be recorded.
 
     Args:
-        step: makes the step.
+        parts: the step, and what precedes and follows the steps.
         carried: the unknowns and the state of one lane.
         operands: the operands of one lane.
         is_lane: for each operand, whether it has a value for each lane.
         constants: captured tensors that are neither differentiated nor batched.
-        status: the position among `carried` of the status, 0 in running lanes; None for a step that runs once.
+        status: the position among `carried` of the status, 0 in running lanes.
         width: the number of lanes that the machine runs together.
 
     Raises:
@@ -98,11 +121,14 @@ def record_step(
         else:
             recorder.share(tensor, i)
     with _without_collection(), Guard():
-        new, asks = step(recorder, carried, operands)
+        start, judge = (_recorded_change(recorder, part, carried, operands) for part in (parts.start, parts.judge))
+        recorder.begin_part()
+        new, asks = parts.step(recorder, carried, operands)
     running, paused, first = _commit(recorder, carried, new, asks, status)
     flags = [running.buffer, paused.buffer]
     of_all = [*operands, *map(_dispatch.whole_storage, constants)]
-    code = lower(recorder.tape, [b for _, b in own], buffers, flags, first, _C.cpu.operations())
+    tapes = Tapes(start or Tape(), recorder.tape, judge or Tape())
+    code = lower(tapes, [b for _, b in own], buffers, flags, first, _C.cpu.operations())
     return RecordedStep(
         machine=_machine(
             width,
@@ -112,6 +138,8 @@ def record_step(
             [of_all[i].numel() for i in recorder.shared],
             [code.offsets[b] for b in flags],
         ),
+        starts=start is not None,
+        judges=judge is not None,
         lane_operands=[i for i, _ in own],
         shared=recorder.shared,
         constants=code.constants,
@@ -127,18 +155,39 @@ def _machine(
     flags: Sequence[int],
 ) -> Any:
     sizes = [code.constants.numel(), *shared]
-    return _C.cpu.Machine(width, code.instructions, code.entry, code.step, code.arena, carries, inputs, sizes, *flags)
+    return _C.cpu.Machine(width, code.instructions, code.sections, code.arena, carries, inputs, sizes, *flags)
+
+
+def _recorded_change(recorder: Recorder, change: OneChange | None, carried: Leaves, operands: Leaves) -> Tape | None:
+    """Return the tape of a part that changes all lanes; None if the part is left to Python."""
+    if change is None:
+        return None
+    recorder.begin_part()
+    try:
+        _assign(recorder, carried, change(recorder, carried, operands), recorder.constant(True, torch.bool))
+    except NotRecordableError:
+        return None
+    return recorder.tape
 
 
 def _commit(
-    recorder: Recorder, carried: Leaves, new: Leaves, asks: Tensor | None, status: int | None
+    recorder: Recorder, carried: Leaves, new: Leaves, asks: Tensor, status: int
 ) -> tuple[View, View, list[Instruction]]:
     """Emit the end of a step: running lanes take their new values. Return the flags `running` and `paused`, and the
     instructions that compute `running` before the first step."""
     tape = recorder.tape
     running, paused = (recorder.temporary((1,), torch.bool) for _ in range(2))
-    asked = recorder.constant(False, torch.bool) if asks is None else recorder.view(asks)
-    tape.emit("AND", [paused], [asked, running], (1,))
+    tape.emit("AND", [paused], [recorder.view(asks), running], (1,))
+    _assign(recorder, carried, new, running)
+    zero = recorder.constant(0, torch.int64)
+    tape.emit("EQ", [running], [recorder.view(carried[status]), zero], (1,))
+    last = tape.items[-1]
+    assert isinstance(last, Instruction)
+    return running, paused, [last]
+
+
+def _assign(recorder: Recorder, carried: Leaves, new: Leaves, mask: View) -> None:
+    """Emit instructions by which the carried tensors take their new values in the lanes of a mask."""
     targets, sources = [[recorder.view(t) for t in ts] for ts in (carried, new)]
     changed = [(a, b) for a, b in zip(targets, sources, strict=True) if a != b and a.buffer.size]
     for target, source in changed:
@@ -147,19 +196,12 @@ def _commit(
                 f"a step changes a part of the state from {list(target.shape)}, {target.dtype} to "
                 f"{list(source.shape)}, {source.dtype}"
             )
-    changed = _in_order(recorder, changed)
-    mask = Reference(running.buffer, 0, ())
-    for target, source in changed:
-        zeros = (0,) * len(target.shape)
+    where = Reference(mask.buffer, mask.offset, ())
+    for target, source in _in_order(recorder, changed):
         value = Reference(source.buffer, source.offset, source.strides)
         out = Reference(target.buffer, target.offset, target.strides)
-        inputs = (value, mask._replace(strides=zeros))
-        tape.items.append(Instruction("COMMIT", target.shape, (out,), inputs))
-    state = recorder.constant(0, torch.int64) if status is None else targets[status]
-    tape.emit("EQ", [running], [state, recorder.constant(0, torch.int64)], (1,))
-    last = tape.items[-1]
-    assert isinstance(last, Instruction)
-    return running, paused, [last]
+        inputs = (value, where._replace(strides=(0,) * len(target.shape)))
+        recorder.tape.items.append(Instruction("COMMIT", target.shape, (out,), inputs))
 
 
 def _in_order(recorder: Recorder, changed: Sequence[tuple[View, View]]) -> list[tuple[View, View]]:

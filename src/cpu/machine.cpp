@@ -87,6 +87,7 @@ void run_split(const Instruction& whole, double* const* bases, int threads) {
 struct Machine::Call {
   const std::vector<std::uintptr_t>&carries, &inputs, &shared;
   std::int64_t lanes, at_most;
+  bool starts, judges;
 
   std::vector<double*> bases(double* arena) const {
     std::vector<double*> result = {arena};
@@ -95,19 +96,23 @@ struct Machine::Call {
   }
 };
 
-Machine::Machine(int width, const std::vector<Integers>& code, std::int64_t entry, std::int64_t step,
-                 std::int64_t arena, const std::vector<std::array<std::int64_t, 3>>& carries,
+Machine::Machine(int width, const std::vector<Integers>& code, const Sections& sections, std::int64_t arena,
+                 const std::vector<std::array<std::int64_t, 3>>& carries,
                  const std::vector<std::array<std::int64_t, 3>>& inputs, const Integers& shared, std::int64_t running,
                  std::int64_t paused)
-    : memory{width, arena, shared}, entry(entry), step(step), running(running), paused(paused) {
+    : memory{width, arena, shared}, running(running), paused(paused) {
   if (width != 1 && width != block_lanes) refuse("width is " + std::to_string(width) + ", not 1 or 8");
   if (arena < 0 || arena > most_elements) refuse("an arena of " + std::to_string(arena) + " elements");
   for (std::int64_t n : shared) {
     if (n < 0 || n > most_elements) refuse("a shared array of " + std::to_string(n) + " elements");
   }
-  if (entry < 0 || entry > step || step > std::int64_t(code.size())) {
-    refuse("sections begin at " + std::to_string(entry) + " and " + std::to_string(step) + " of " +
-           std::to_string(code.size()) + " instructions");
+  bounds.front() = 0;
+  std::copy(sections.begin(), sections.end(), bounds.begin() + 1);
+  bounds.back() = std::int64_t(code.size());
+  if (!std::is_sorted(bounds.begin(), bounds.end())) {
+    std::string places;
+    for (std::int64_t at : sections) places += std::to_string(at) + ", ";
+    refuse("sections begin at " + places + "of " + std::to_string(code.size()) + " instructions");
   }
   for (const auto& [offset, name] : {std::pair(running, "running"), std::pair(paused, "paused")}) {
     if (offset < 0 || offset >= arena) refuse(std::string(name) + " is out of the arena");
@@ -137,7 +142,7 @@ void Machine::read(const std::vector<Integers>& code) {
     starts.push_back(std::int64_t(instructions.size()));
     const Op op = operation(code[at], at);
     if (operations[int(op)].kind == Kind::jump) {
-      instructions.push_back(jump(code[at], at, op, code.size()));
+      instructions.push_back(jump(code[at], at, op));
     } else {
       const std::vector<Instruction> several = implicitdiff::instructions(code[at], at, memory);
       instructions.insert(instructions.end(), several.begin(), several.end());
@@ -147,20 +152,18 @@ void Machine::read(const std::vector<Integers>& code) {
   for (Instruction& q : instructions) {
     if (q.kernel == nullptr) q.target = starts[q.target];
   }
-  entry = starts[entry];
-  step = starts[step];
+  for (std::int64_t& bound : bounds) bound = starts[bound];
 }
 
-Instruction Machine::jump(const Integers& given, std::size_t at, Op op, std::size_t size) const {
+Instruction Machine::jump(const Integers& given, std::size_t at, Op op) const {
   const std::string name = operations[int(op)].name;
   const auto wrong = [&](const std::string& problem) { implicitdiff::refuse(at, name, problem); };
   const std::size_t length = op == Op::JUMP ? 2 : 4;
   if (given.size() != length) {
     wrong("it has " + std::to_string(given.size()) + " numbers, not " + std::to_string(length));
   }
-  const std::int64_t i = std::int64_t(at);
-  const std::int64_t begin = i < entry ? 0 : i < step ? entry : step;
-  const std::int64_t end = i < entry ? entry : i < step ? step : std::int64_t(size);
+  const auto next = std::upper_bound(bounds.begin(), bounds.end() - 1, std::int64_t(at));
+  const std::int64_t begin = *(next - 1), end = *next;
   Instruction q{};
   q.target = given[1];
   if (q.target < begin || q.target > end) {
@@ -181,9 +184,10 @@ bool Machine::any(const double* arena, std::int64_t offset, std::int64_t count) 
   return std::any_of(x, x + count * memory.width, [](double each) { return each != 0; });
 }
 
-void Machine::execute(std::int64_t begin, std::int64_t end, double* const* bases, int threads) const {
+void Machine::execute(Section section, double* const* bases, int threads) const {
   const Instruction* const all = instructions.data();
-  for (std::int64_t i = begin; i < end;) {
+  const std::int64_t end = bounds[int(section) + 1];
+  for (std::int64_t i = bounds[int(section)]; i < end;) {
     const Instruction& q = all[i++];
     if (q.kernel == nullptr) {
       if (q.n < 0 || !any(bases[0], q.at[0].offset, q.n)) i = q.target;
@@ -197,7 +201,7 @@ void Machine::execute(std::int64_t begin, std::int64_t end, double* const* bases
 
 std::int64_t Machine::run(const std::vector<std::uintptr_t>& carries, const std::vector<std::uintptr_t>& inputs,
                           const std::vector<std::uintptr_t>& shared, std::int64_t lanes, std::int64_t at_most,
-                          int threads) const {
+                          int threads, bool starts, bool judges) const {
   const auto check = [lanes](const char* what, const std::vector<std::uintptr_t>& addresses, const auto& expected,
                              auto size) {
     if (addresses.size() != expected.size()) {
@@ -212,16 +216,17 @@ std::int64_t Machine::run(const std::vector<std::uintptr_t>& carries, const std:
   check("inputs", inputs, this->inputs, numel);
   check("shared arrays", shared, memory.shared, [](std::int64_t n) { return n; });
   if (lanes < 0) refuse("lanes is " + std::to_string(lanes) + ", and so negative");
-  if (at_most < 1) refuse("at_most is " + std::to_string(at_most) + ", not 1 or more");
+  if (at_most < 0) refuse("at_most is " + std::to_string(at_most) + ", and so negative");
   const std::int64_t blocks = lanes / memory.width + (lanes % memory.width != 0);
-  return blocks == 0 ? 0 : run_blocks({carries, inputs, shared, lanes, at_most}, blocks, std::max(threads, 1));
+  const Call call{carries, inputs, shared, lanes, at_most, starts, judges};
+  return blocks == 0 ? 0 : run_blocks(call, blocks, std::max(threads, 1));
 }
 
 std::int64_t Machine::run_blocks(const Call& call, std::int64_t blocks, int threads) const {
   const std::int64_t size = memory.arena * memory.width;
   const auto prepare = [&](double* arena) {
     std::fill_n(arena, size, 0.0);
-    execute(0, entry, call.bases(arena).data(), 1);
+    execute(Section::thread, call.bases(arena).data(), 1);
   };
 #ifdef _OPENMP
   const int parts = int(std::min<std::int64_t>(threads, blocks));
@@ -278,14 +283,28 @@ std::int64_t Machine::run_block(const Call& call, std::int64_t first, double* co
   };
   for (std::size_t i = 0; i < inputs.size(); ++i) gather(inputs[i], call.inputs[i]);
   for (std::size_t i = 0; i < carries.size(); ++i) gather(carries[i], call.carries[i]);
-  execute(entry, step, bases, threads);
+  execute(Section::block, bases, threads);
+  if (call.starts) execute(Section::start, bases, threads);
+  execute(Section::head, bases, threads);
   std::int64_t count = 0;
-  while (any(bases[0], running, 1)) {
-    execute(step, std::int64_t(instructions.size()), bases, threads);
-    if (++count == call.at_most || any(bases[0], paused, 1)) break;
+  while (iterate(call, count, bases, threads) && call.judges) {
+    execute(Section::judge, bases, threads);
+    execute(Section::head, bases, threads);
+    if (!any(bases[0], running, 1)) break;
   }
   for (std::size_t i = 0; i < carries.size(); ++i) scatter(carries[i], call.carries[i]);
   return count;
+}
+
+// Iterates a block; returns whether all its lanes have stopped.
+bool Machine::iterate(const Call& call, std::int64_t& count, double* const* bases, int threads) const {
+  while (any(bases[0], running, 1)) {
+    if (count == call.at_most) return false;
+    execute(Section::step, bases, threads);
+    ++count;
+    if (any(bases[0], paused, 1)) return false;
+  }
+  return true;
 }
 
 std::vector<std::string> operation_names() {

@@ -32,10 +32,10 @@ PYBIND11_MODULE(_cpu, module) {
   using py::arg;
   using Tensors = std::vector<std::array<std::int64_t, 3>>;
   py::class_<Machine>(module, "Machine")
-      .def(py::init<int, const std::vector<Integers>&, std::int64_t, std::int64_t, std::int64_t, const Tensors&,
-                    const Tensors&, const Integers&, std::int64_t, std::int64_t>(),
-           arg("width"), arg("code"), arg("entry"), arg("step"), arg("arena"), arg("carries"), arg("inputs"),
-           arg("shared"), arg("running"), arg("paused"))
+      .def(py::init<int, const std::vector<Integers>&, const Sections&, std::int64_t, const Tensors&, const Tensors&,
+                    const Integers&, std::int64_t, std::int64_t>(),
+           arg("width"), arg("code"), arg("sections"), arg("arena"), arg("carries"), arg("inputs"), arg("shared"),
+           arg("running"), arg("paused"))
       .def("run", &Machine::run, arg("carries"), arg("inputs"), arg("shared"), arg("lanes"), arg("at_most"),
-           arg("threads"), py::call_guard<py::gil_scoped_release>());
+           arg("threads"), arg("starts") = false, arg("judges") = false, py::call_guard<py::gil_scoped_release>());
 }

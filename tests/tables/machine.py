@@ -145,6 +145,11 @@ def instruction(name, sizes, *references, rounded=False):
     return [NUMBER[name], int(rounded), len(sizes), *sizes, len(references), *flat]
 
 
+def sections(code, block=0, step=0):
+    """Where the sections of a program without a first state and a judgement begin."""
+    return [block, step, step, step, len(code)]
+
+
 def addresses(*tensors):
     return [x.data_ptr() for x in tensors]
 
@@ -172,7 +177,7 @@ def evaluate(name, sizes, outputs, inputs, width=8, threads=1, rounded=False, al
     carries = [((0, 1, 0), torch.ones(lanes, dtype=F64)), *private[: len(outputs)]]
     given = private[len(outputs) :]
     kinds = [place for place, _ in carries], [place for place, _ in given], [x.numel() for x in shared]
-    machine = cpu.Machine(width, code, 0, 0, offset, *kinds, 0, 1)
+    machine = cpu.Machine(width, code, sections(code), offset, *kinds, 0, 1)
     tensors = (addresses(*(x for _, x in carries)), addresses(*(x for _, x in given)), addresses(*shared))
     assert machine.run(*tensors, lanes, 1, threads) == -(-lanes // width)
     return [x for _, x in carries[1:]]

@@ -1,8 +1,8 @@
 """The compiled loop of a search: when it is recorded, and how it is checked.
 
-A search repeats one step of its method. `implicitdiff._recorded` records the step of one lane as a program, and the
-compiled machine repeats the program for all lanes. The first state and the judgement at the end are recorded as well,
-as programs that run once.
+A search computes a first state, repeats one step of its method, and judges lanes that have stopped.
+`implicitdiff._recorded` records these parts for one lane as one program, which the compiled machine runs for all lanes.
+A first state or a judgement that cannot be recorded stays in Python.
 
 Three checks keep a wrong recording from a wrong result. A recording is compared with its eager twin before its first
 use. A key tells for which calls it is good, see `recordings`. At the end of each search the user's own function
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,15 +28,16 @@ import implicitdiff._torch.control as _control
 import implicitdiff._torch.dispatch as _dispatch
 import implicitdiff._torch.trees as pytree
 from implicitdiff._recorded.record import Recorder, check_recordable
-from implicitdiff._recorded.step import RecordedStep, is_available, record_step
+from implicitdiff._recorded.step import Parts, RecordedStep, is_available, record_step
 from implicitdiff._recorded.tape import NotRecordableError
-from implicitdiff._torch.trees import Leaves, Tree
+from implicitdiff._torch.trees import Leaves, Structure
 from implicitdiff.errors import CompileError
 from implicitdiff.linear_solve._outcome import unreported
 from implicitdiff.solvers._loop.options import Compile
 from implicitdiff.solvers._loop.problem import BatchedProblem, SearchOperands, any_lane, select, select_tree
 from implicitdiff.solvers._loop.recordings import Recording, fingerprint, kept, kind_of, kinds, memories
 from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._loop.termination import Verdict
 
 StepFn = Callable[[BatchedProblem, Tensor, State[Any]], tuple[Tensor, State[Any]]]
 """``step(problem, x, state) -> (x, state)``, one iteration in all lanes."""
@@ -58,141 +60,136 @@ _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
 """Largest difference between a recorded step and its eager twin, relative to the largest entry of a tensor."""
 
 
+class SearchParts(NamedTuple):
+    """The parts of a search, as functions of all lanes.
+
+    Attributes:
+        start: ``start(problem, x)``, the first state.
+        step: an iteration, without a mask.
+        asks: ``asks(state)``, the lanes that Python has to look at before the next iteration.
+        judge: ``judge(problem, first_x, x, state, verdict) -> (state, verdict)``.
+    """
+
+    start: Callable[[BatchedProblem, Tensor], State[Any]]
+    step: StepFn
+    asks: Callable[[State[Any]], Tensor]
+    judge: Callable[[BatchedProblem, Tensor, Tensor, State[Any], Verdict], tuple[State[Any], Verdict]]
+
+
 @dataclass(eq=False)
 class Compiler:
-    """The decision, for one search, between compiled and eager functions.
+    """The decision, for one search, between the compiled and the eager loop.
 
     Attributes:
         name: the name of the solver, for messages.
-        method: all that the recordings depend on apart from the user's functions and operands; see `kind_of`.
+        method: all that the recording depends on apart from the user's functions and operands; see `kind_of`.
+        parts: the parts of the search.
         problem: the problem.
         compile: the option.
-        is_over: True once the search is eager.
-        is_left: True once a step was left to Python; the steps after it are eager.
     """
 
     name: str
     method: tuple[Any, ...]
+    parts: SearchParts
     problem: BatchedProblem
     compile: Compile
-    is_over: bool
-    is_left: bool = False
-    _is_checked: bool = False
 
-    def loop(
-        self, step: StepFn, asks: Callable[[State[Any]], Tensor], x: Tensor, state: State[Any]
-    ) -> CompiledLoop | None:
-        """Return the compiled loop; None if the search is eager.
-
-        Args:
-            step: an iteration, without a mask.
-            asks: ``asks(state)``, the lanes that Python has to look at before the next iteration.
-            x: the unknowns.
-            state: the state.
+    def loop(self, x: Tensor) -> CompiledLoop | None:
+        """Return the compiled loop from an initial guess; None if the search is eager.
 
         Raises:
             CompileError: with ``compile="always"``, if the loop cannot be compiled.
         """
-        if self.is_left or not self._is_usable(x):
-            return None
         try:
-            return self._loop(step, asks, x, state)
+            self._refuse_unusable(x)
+            recording = self._recording(x)
         except NotRecordableError as error:
             self._end(error)
             return None
+        if recording is None:
+            return None
+        _logger.info("%s: compiled loop", self.name)
+        return self._made(recording, x)
 
-    def call(self, part: str, fn: Callable[[BatchedProblem, Leaves], Tree], inputs: Leaves) -> Any:
-        """Return ``fn(problem, inputs)``, a tree of tensors with the lanes in front, by a recording if there is one."""
-        if not self._is_usable(inputs[0]):
-            return fn(self.problem, inputs)
-        key = (self._key, part, kinds(inputs))
-        known = kept.get(key)
-        eager = None if isinstance(known, Recording) else fn(self.problem, inputs)
+    def judged(self, loop: CompiledLoop, x: Tensor, state: State[Any], verdict: Verdict) -> tuple[State[Any], Verdict]:
+        """Judge lanes that have all stopped. The first time, the recorded judgement is compared with its eager twin."""
+        recording = loop.recording
+        if recording.is_checked and recording.step.judges:
+            return loop.judged(x, state, verdict)
+        eager = self.parts.judge(self.problem, loop.first_x, x, state, verdict)
+        if recording.is_checked or not recording.step.judges:
+            return eager
+        found = loop.judged(x, state, verdict)
+        agrees = _agree(*map(pytree.tensors, (found, eager)))
+        loop.recording = recording._replace(step=replace(recording.step, judges=agrees), is_checked=True)
+        kept.put(self._key, loop.recording)
+        # The first search too takes the recorded judgement, so that a later search returns the same bits.
+        return found if agrees else eager
+
+    def _made(self, recording: Recording, x: Tensor) -> CompiledLoop:
+        return CompiledLoop(recording, self.parts.start, self.problem, x, [*self._flat, x, *self._constants])
+
+    def _recording(self, x: Tensor) -> Recording | None:
+        """Return the recording; None if the step is left to Python in all lanes, so that it cannot be checked."""
+        known = kept.get(self._key)
         if known is None:
-            known = self._recorded_call(fn, inputs, eager)
-            kept.put(key, known)
-        # The first call too returns the recorded result, so that a later call returns the same bits.
-        return self._called(known, inputs) if isinstance(known, Recording) else eager
-
-    def _called(self, known: Recording, inputs: Leaves) -> Any:
-        lanes = len(inputs[0])
-        results = [torch.empty((lanes, *shape), dtype=dtype) for shape, dtype in known.kinds]
-        return known.structure.unflatten(known.step.run(results, [*self._flat, *inputs, *self._constants], lanes, 1))
-
-    def _recorded_call(
-        self, fn: Callable[[BatchedProblem, Leaves], Tree], inputs: Leaves, eager: Tree
-    ) -> Recording | str:
-        results, structure = pytree.flatten(eager)
-        theta = len(self._flat)
-
-        def once(recorder: Recorder, carried: Leaves, operands: Leaves) -> tuple[Leaves, Tensor | None]:
-            with _control.recorded_by(recorder), recorder:
-                made = fn(self._operands.alone(operands[:theta]), operands[theta:])
-            if recorder.left:
-                raise NotRecordableError("a linear solver outside of the iteration may fail")
-            return structure.tensors_of(made), None
-
-        try:
-            step = self._record(once, results, inputs, None)
-        except NotRecordableError as error:
-            return str(error)
-        recording = Recording(step, structure, kinds(results))
-        if not _agree(pytree.tensors(self._called(recording, inputs)), results):
-            return "the recording differs from its eager twin"
-        return recording
-
-    def _loop(
-        self, step: StepFn, asks: Callable[[State[Any]], Tensor], x: Tensor, state: State[Any]
-    ) -> CompiledLoop | None:
-        leaves, structure = pytree.flatten(state)
-        key = (self._key, "step", kinds(leaves))
-        known = kept.get(key)
+            try:
+                known = self._recorded(x)
+            except NotRecordableError as error:
+                known = str(error)
+            if known is None:
+                return None
+            kept.put(self._key, known)
         if isinstance(known, str):
             raise NotRecordableError(known)
-        if known is not None:
-            return self._made(known)
+        return known
 
-        can_leave = False
+    def _recorded(self, x: Tensor) -> Recording | None:
+        state = self.parts.start(self.problem, x)
+        leaves, structure = pytree.flatten((state, Verdict.initial(state)))
+        status = next(i for i, t in enumerate(leaves, start=1) if t is state.status)
+        can_leave: list[bool] = []
+        step = self._record(self._parts_of_lane(structure, can_leave), [x, *leaves], x, status)
+        return self._checked(Recording(step, structure, kinds(leaves), any(can_leave)), x, state)
 
-        def once(recorder: Recorder, carried: Leaves, operands: Leaves) -> tuple[Leaves, Tensor | None]:
-            nonlocal can_leave
+    def _parts_of_lane(self, structure: Structure, can_leave: list[bool]) -> Parts:
+        """Return the parts of one lane for a recorder; `can_leave` receives whether a step may be left to Python."""
+        parts, operands = self.parts, self._operands
+
+        def start(recorder: Recorder, carried: Leaves, given: Leaves) -> Leaves:
+            with _recorded_by(recorder, "the first state"):
+                state = parts.start(operands.alone(given[:-1]), carried[0])
+                return [carried[0], *structure.tensors_of((state, Verdict.initial(state)))]
+
+        def step(recorder: Recorder, carried: Leaves, given: Leaves) -> tuple[Leaves, Tensor]:
             x, *own = carried
-            state = structure.unflatten(own)
+            state, verdict = structure.unflatten(own)
             with _control.recorded_by(recorder), recorder:
-                new_x, new = step(self._operands.alone(operands), x, state)
+                new_x, new = parts.step(operands.alone(given[:-1]), x, state)
                 for flag in recorder.left:
-                    new_x, new, can_leave = select(flag, x, new_x), _left_where(flag, state, new), True
-                return [new_x, *structure.tensors_of(new)], asks(new)
+                    new_x, new = select(flag, x, new_x), _left_where(flag, state, new)
+                can_leave.append(bool(recorder.left))
+                return [new_x, *structure.tensors_of((new, verdict))], parts.asks(new)
 
-        try:
-            status = next(i for i, t in enumerate(leaves, start=1) if t is state.status)
-            program = self._record(once, [x, *leaves], [], status)
-            recording = Recording(program, structure, (), can_leave)
-            loop = self._made(recording)
-            if not self._verify(step, loop, x, state):
-                self.is_left = True
-                return None
-        except NotRecordableError as error:
-            kept.put(key, str(error))
-            raise
-        kept.put(key, recording)
-        return loop
+        def judge(recorder: Recorder, carried: Leaves, given: Leaves) -> Leaves:
+            x, *own = carried
+            with _recorded_by(recorder, "the judgement"):
+                judged = parts.judge(operands.alone(given[:-1]), given[-1], x, *structure.unflatten(own))
+                return [x, *structure.tensors_of(judged)]
 
-    def _made(self, recording: Recording) -> CompiledLoop:
-        _logger.info("%s: compiled loop", self.name)
-        return CompiledLoop(recording, [*self._flat, *self._constants])
+        return Parts(step, start, judge)
 
-    def _record(self, once: Any, carried: Leaves, more: Leaves, status: int | None) -> RecordedStep:
+    def _record(self, parts: Parts, carried: Leaves, x: Tensor, status: int) -> RecordedStep:
         operands = self._operands
         try:
             return record_step(
-                once,
+                parts,
                 [t[:1] for t in carried],
-                [*operands.of_first_lane(), *(t[:1] for t in more)],
-                [*operands.is_lane, *(True for _ in more)],
+                [*operands.of_first_lane(), x[:1]],
+                [*operands.is_lane, True],
                 [t for t, _ in operands.lifted.constants],
                 status,
-                self._width(len(carried[0])),
+                self._width(len(x)),
             )
         except NotRecordableError:
             raise
@@ -200,29 +197,41 @@ class Compiler:
             # The step runs eagerly, and so fails under a recorder alone.
             raise NotRecordableError(f"the recording raised {type(error).__name__}: {error}") from error
 
-    def _verify(self, step: StepFn, loop: CompiledLoop, x: Tensor, state: State[Any]) -> bool:
+    def _checked(self, recording: Recording, x: Tensor, state: State[Any]) -> Recording | None:
+        """Return the recording, without a first state that differs from its eager twin; None if the step is left to
+        Python in all lanes.
+
+        Raises:
+            NotRecordableError: the step does not agree with its twin.
+        """
+        loop = self._made(recording, x)
+        # Lanes that have nothing to do make a step all the same, so that there is a step to compare.
+        if not self._verify(loop, x, state._replace(status=torch.zeros_like(state.status))):
+            return None
+        step = recording.step
+        starts = step.starts and _agree(*map(pytree.tensors, (loop.begun()[1], state)))
+        return recording._replace(step=replace(step, starts=starts))
+
+    def _verify(self, loop: CompiledLoop, x: Tensor, state: State[Any]) -> bool:
         """Raise unless the recorded step agrees with its eager twin; return False if the step is left to Python in all
         lanes, so that there is nothing to compare.
 
         Close to a solution residuals are rounding errors, which differ. So a step that differs is compared once more,
         at another point.
         """
-        waves = torch.cos(torch.arange(x.shape[-1], dtype=x.dtype))
-        shift = 1e-2 * x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-2) * waves if x.numel() else x
-        for point in (x, x + shift):
+        for point in (x, x + _shift(x)):
             recorded = loop(point, state, at_most=1)
             active = (state.status == 0) & (recorded[1].status != _LEFT)
             if not any_lane(active):
                 return False
             with unreported():
-                twins = [pytree.tensors(t) for t in (recorded, step(self.problem, point, state))]
+                twins = [pytree.tensors(t) for t in (recorded, self.parts.step(self.problem, point, state))]
             if _agree(*([t[active] for t in twin] for twin in twins)):
                 return True
         raise NotRecordableError("the recorded step differs from the eager step")
 
     def _end(self, error: NotRecordableError) -> None:
-        """Go on eagerly."""
-        self.is_over = True
+        """Report that the loop is eager."""
         if self.compile == "always":
             raise CompileError(
                 f'{self.name}: compile="always", but the loop cannot be compiled: {error}; use compile="auto"'
@@ -230,15 +239,6 @@ class Compiler:
         _logger.info("%s: eager loop, since %s", self.name, error)
 
     # --- operands and keys --------------------------------------------------------------------------------------------
-
-    def _is_usable(self, x: Tensor) -> bool:
-        if not (self.is_over or self._is_checked):
-            try:
-                self._refuse_unusable(x)
-            except NotRecordableError as error:
-                self._end(error)
-            self._is_checked = True
-        return not self.is_over
 
     def _refuse_unusable(self, x: Tensor) -> None:
         operands = self.problem.operands
@@ -301,18 +301,50 @@ class CompiledLoop:
     """The compiled loop of one search.
 
     Attributes:
-        recording: the recorded step.
+        recording: the recorded search.
+        start: computes the first state where it is not recorded.
+        problem: the problem.
+        first_x: the initial guess.
         operands: the operands, with the lanes in front where lanes differ.
     """
 
     recording: Recording
+    start: Callable[[BatchedProblem, Tensor], State[Any]]
+    problem: BatchedProblem
+    first_x: Tensor
     operands: Leaves
+
+    def begun(self) -> tuple[Tensor, State[Any], Verdict]:
+        """Iterate from the initial guess; a block of lanes that have all stopped is judged, and may go on.
+
+        Without a recorded judgement that was compared only the first state is computed.
+        """
+        step, x, lanes = self.recording.step, self.first_x, len(self.first_x)
+        judges = step.judges and self.recording.is_checked
+        if step.starts:
+            own = [torch.empty((lanes, *shape), dtype=dtype) for shape, dtype in self.recording.kinds]
+        else:
+            state = self.start(self.problem, x)
+            own = [_copied(t) for t in pytree.tensors((state, Verdict.initial(state)))]
+        carried = [_copied(x), *own]
+        step.run(carried, self.operands, lanes, _AT_MOST if judges else 0, step.starts, judges)
+        return carried[0], *self.recording.structure.unflatten(carried[1:])
 
     def __call__(self, x: Tensor, state: State[Any], at_most: int = _AT_MOST) -> tuple[Tensor, State[Any]]:
         """Iterate until, block by block, all lanes have stopped or a lane asks to be looked at."""
+        return self._run(x, state, Verdict.initial(state), at_most, judges=False)[:2]
+
+    def judged(self, x: Tensor, state: State[Any], verdict: Verdict) -> tuple[State[Any], Verdict]:
+        """Judge lanes that have all stopped."""
+        return self._run(x, state, verdict, at_most=0, judges=True)[1:]
+
+    def _run(
+        self, x: Tensor, state: State[Any], verdict: Verdict, at_most: int, judges: bool
+    ) -> tuple[Tensor, State[Any], Verdict]:
         structure = self.recording.structure
-        x, *leaves = self.recording.step.run([x, *structure.tensors_of(state)], self.operands, len(x), at_most)
-        return x, structure.unflatten(leaves)
+        carried = [_copied(t) for t in (x, *structure.tensors_of((state, verdict)))]
+        self.recording.step.run(carried, self.operands, len(x), at_most, judges=judges)
+        return carried[0], *structure.unflatten(carried[1:])
 
     def left(self, state: State[Any]) -> Tensor | None:
         """Return the lanes whose next step Python has to make; None if there are none."""
@@ -320,6 +352,29 @@ class CompiledLoop:
             return None
         flags = state.status == _LEFT
         return flags if any_lane(flags) else None
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _shift(x: Tensor) -> Tensor:
+    """Return a small displacement, another for each unknown."""
+    waves = torch.cos(torch.arange(x.shape[-1], dtype=x.dtype))
+    return 1e-2 * x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-2) * waves if x.numel() else torch.zeros_like(x)
+
+
+@contextmanager
+def _recorded_by(recorder: Recorder, part: str) -> Iterator[None]:
+    """Record a part of a search that may also stay in Python; whatever fails, fails as not recordable."""
+    try:
+        with _control.recorded_by(recorder), recorder:
+            yield
+    except Exception as error:
+        raise NotRecordableError(f"{part} raised {type(error).__name__}: {error}") from error
+    if recorder.left:
+        recorder.left.clear()
+        raise NotRecordableError(f"a linear solver of {part} may fail")
 
 
 def _left_where(flag: Tensor, state: State[Any], new: State[Any]) -> State[Any]:

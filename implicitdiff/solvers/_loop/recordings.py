@@ -36,19 +36,21 @@ _KEPT = 256
 
 
 class Recording(NamedTuple):
-    """A recorded step, or a recorded function that runs once.
+    """A recorded search.
 
     Attributes:
         step: the program, ready to run.
-        structure: the structure of the results.
+        structure: the structure of the state and the verdict.
         kinds: their shapes and dtypes, without the lanes.
         can_leave: True if a step may be left to Python.
+        is_checked: True once the judgement was compared with its eager twin.
     """
 
     step: RecordedStep
     structure: Structure
     kinds: Kinds
-    can_leave: bool = False
+    can_leave: bool
+    is_checked: bool = False
 
 
 class _Kept:

@@ -34,7 +34,7 @@ from implicitdiff._torch.trees import Leaves, P, Structure, Tree, X
 from implicitdiff._torch.values import refuse_missing
 from implicitdiff._unroll import unroll
 from implicitdiff.linear_solve.auto import solve_auto
-from implicitdiff.solvers._loop.compiled import CompiledLoop, Compiler, unfinished
+from implicitdiff.solvers._loop.compiled import Compiler, SearchParts, unfinished
 from implicitdiff.solvers._loop.equations import EquationOf
 from implicitdiff.solvers._loop.function import LastByKeyword, SolverFunction
 from implicitdiff.solvers._loop.lifted import LiftedProblem
@@ -346,7 +346,7 @@ class SolverImpl(Remembers):
             judge=judge,
         )
         with contextlib.closing(report):
-            params, state = _until_stopped(params, state, frame)
+            params, state = _until_stopped(params, state, Verdict.initial(state), frame)
         state = pytree.map_tensors(Tensor.detach, state)
         status = _levels.plain_under_vmap(_levels.strip_dead_wrappers(state.status))
         layers = _levels.without_batch_layers([status])[1]
@@ -369,23 +369,27 @@ class SolverImpl(Remembers):
 
     def _loop(self, problem: BatchedProblem, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
         lanes, every = problem.inputs.batch, 1 if report.keeps else self.options.check_every
-        first_x, count, resumed = x, 0, False
-        compiler = self._compiler(problem, report)
-        step, asks = partial(self._step, mask=False), partial(self.termination.asks, self.method)
-        loop: CompiledLoop | None = None
+        first_x, count = x, 0
+        compiler = self._compiler(problem)
+        loop = None if self.options.compile == "off" or report.is_watching else compiler.loop(x)
+        resumed = is_compiled = loop is not None
 
         def see(x: Tensor, state: State[Any]) -> int:
             return report.see(state, lambda: structure.unflatten(problem.inputs.unravel(x)), state.error)
 
+        def taken_over(state: State[Any]) -> State[Any]:
+            nonlocal loop
+            if loop is None or (left := loop.left(state)) is None:
+                return state
+            # A linear solver fails in the next step, which is made eagerly for its report.
+            loop = None
+            return state._replace(status=torch.where(left, int(Status.RUNNING), state.status))
+
         def advance(x: Tensor, state: State[Any], running: int) -> tuple[Tensor, State[Any]]:
-            nonlocal count, loop
-            if (loop := loop or compiler.loop(step, asks, x, state)) is not None:
-                x, state = loop(x, state)
-                if (left := loop.left(state)) is not None:
-                    # A linear solver fails in the next step, which is made eagerly for its report.
-                    loop, compiler.is_left = None, True
-                    return x, state._replace(status=torch.where(left, int(Status.RUNNING), state.status))
-                return x, self._with_rounding_measured(problem, x, state)
+            nonlocal count
+            if loop is not None:
+                x, state = loop(x, self._with_rounding_measured(problem, x, state))
+                return x, taken_over(state)
             mask = every > 1 or running < state.status.numel()
             for _ in range(every):
                 x, state = self._step(problem, x, state, mask=mask)
@@ -399,32 +403,37 @@ class SolverImpl(Remembers):
         def judge(x: Tensor, state: State[Any], verdict: Verdict) -> tuple[State[Any], Verdict]:
             nonlocal resumed
             resumed = True
-            leaves, structure = pytree.flatten((state, verdict))
-
-            def judged(problem: BatchedProblem, inputs: Leaves) -> tuple[State[Any], Verdict]:
-                first_x, x, *own = inputs
-                return self.termination.judge(self.method, problem, first_x, x, *structure.unflatten(own))
-
-            found: tuple[State[Any], Verdict] = compiler.call("judge", judged, [first_x, x, *leaves])
-            return found
+            if loop is not None:
+                return compiler.judged(loop, x, state, verdict)
+            return self.termination.judge(self.method, problem, first_x, x, state, verdict)
 
         frame = _Frame(see, advance, judge)
         with contextlib.closing(report.over(lanes)):
-            state = compiler.call("start", lambda problem, inputs: self._start(problem, *inputs), [x])
-            x, state = _until_stopped(x, state, frame)
-            if not compiler.is_over and (above := self._above_target(problem, x, state)) is not None:
+            if loop is None:
+                state = self._start(problem, x)
+                verdict = Verdict.initial(state)
+            else:
+                x, state, verdict = loop.begun()
+            x, state = _until_stopped(x, taken_over(state), verdict, frame)
+            if is_compiled and (above := self._above_target(problem, x, state)) is not None:
                 # The user's own function has the last word: where it disagrees with the recording, go on without.
-                loop, compiler.is_over = None, True
+                loop = None
                 running = torch.where(above, int(Status.RUNNING), state.status)
-                x, state = _until_stopped(x, state._replace(status=running), frame)
+                x, state = _until_stopped(x, state._replace(status=running), verdict, frame)
         vmaps = () if problem.operands is None else problem.operands.vmaps
         self._report_failures(state if lanes else state._replace(status=state.status[0]), vmaps)
         return x, report.into(state)
 
-    def _compiler(self, problem: BatchedProblem, report: Report) -> Compiler:
+    def _compiler(self, problem: BatchedProblem) -> Compiler:
         method = (self.factory, self.method, self.termination, self.equation_of)
-        is_over = self.options.compile == "off" or report.is_watching
-        return Compiler(self.name, method, problem, self.options.compile, is_over)
+        rule = self.termination
+        parts = SearchParts(
+            start=self._start,
+            step=partial(self._step, mask=False),
+            asks=partial(rule.asks, self.method),
+            judge=partial(rule.judge, self.method),
+        )
+        return Compiler(self.name, method, parts, problem, self.options.compile)
 
     def _above_target(self, problem: BatchedProblem, x: Tensor, state: State[Any]) -> Tensor | None:
         """Return the lanes that converged by the recorded error, and not by the user's own function."""
@@ -449,9 +458,8 @@ class _Frame(NamedTuple):
     judge: Callable[[Any, State[Any], Verdict], tuple[State[Any], Verdict]]
 
 
-def _until_stopped(x: Any, state: State[Any], frame: _Frame) -> tuple[Any, State[Any]]:
+def _until_stopped(x: Any, state: State[Any], verdict: Verdict, frame: _Frame) -> tuple[Any, State[Any]]:
     """Run the loop of every search."""
-    verdict = Verdict.initial(state)
     while running := frame.see(x, state):
         x, state = frame.advance(x, state, running)
         if not any_lane(state.status == Status.RUNNING):
