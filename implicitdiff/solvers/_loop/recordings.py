@@ -124,7 +124,8 @@ def fingerprint(lifted: Lifted) -> Hashable:
         if value is OPAQUE:
             raise NotRecordableError("the function passes an object that cannot be compared to an operation")
         if type(value) is list:
-            _refuse_large_array(value)
+            if value[:1] == ["array"]:
+                _refuse_inexact_checksum(value)
             return ("list", *map(shown, value))
         if type(value) is dict:
             return ("dict", *((k, shown(v)) for k, v in value.items()))
@@ -137,12 +138,13 @@ def fingerprint(lifted: Lifted) -> Hashable:
     return operations, wrappers, tuple(map(shown, program.results)), tuple(program.recorded)
 
 
-def _refuse_large_array(value: list[Any]) -> None:
-    """Raise if a list stands for an array with a checksum that does not tell its numbers, see `checksum`."""
-    if value[:1] == ["array"] and (value[3] is None or not is_exact(value[3], value[4])):
+def _refuse_inexact_checksum(array: list[Any]) -> None:
+    """Raise if the checksum of an array does not tell its numbers, see `checksum`."""
+    if array[3] is None or not is_exact(array[3], array[4]):
         raise NotRecordableError("the function uses a large NumPy array")
 
 
+@functools.cache
 def _torch_function(function: Any) -> Hashable:
     """Return a function of torch; raise for others, such as an autograd.Function, whose rules no operation shows."""
     if isinstance(function, Program):
