@@ -238,6 +238,18 @@ def test_a_step_that_is_long_is_tried() -> None:
     torch.testing.assert_close(x, torch.ones(2, dtype=F64), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("dtype", "away"), [(F32, 500.0), (F64, 900.0)])
+@pytest.mark.parametrize("factory", [solvers.lbfgs, solvers.newton_cg, solvers.nonlinear_cg])
+def test_a_plateau_is_no_minimum(factory: Any, dtype: torch.dtype, away: float) -> None:
+    """Far out on a bell curve the gradient is below its target, and a negative curvature far below the others."""
+
+    def objective(x: Tensor) -> Tensor:
+        return 100 * (x[2] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2 + 1 - torch.exp(-((x[1] / 100) ** 2) / 2)
+
+    x, state = factory(objective).run(torch.tensor([-1.2, away, 1.0], dtype=dtype))
+    assert state.converged and objective(x) < 1e-6
+
+
 class Once(torch.autograd.Function):
     """``x^2 / 2``, differentiable once only."""
 

@@ -33,6 +33,8 @@ class NewtonStep(NamedTuple):
         counts: True if the predicted gain also exceeds rounding of the objective.
         size: ``|H x|``.
         bends_down: True if a curvature is negative beyond rounding, so that no minimum is near.
+        down: the direction of the negative curvature, rounding or not; 0 if none was found.
+        curvature: the curvature ``p'H p`` along this direction.
         memory: the method's memory with this step to be tried next; None if the next iteration cannot try the step.
         units: scale of each unknown for the length of the step; None for the unknowns' own.
     """
@@ -43,6 +45,8 @@ class NewtonStep(NamedTuple):
     counts: Tensor
     size: Tensor
     bends_down: Tensor
+    down: Tensor
+    curvature: Tensor
     memory: Any = None
     units: Tensor | None = None
 
@@ -72,6 +76,7 @@ def objective_newton_step(
     """Return the step of `truncated_cg` for an objective, at the cost of one evaluation and the products."""
     _, grad, product = problem.fn.hessian(x)
     step, gain = truncated_cg(x, grad, product, precondition, products, eps=problem.eps)
+    step = step._replace(bends_down=_bends_down(problem, x, step))
     value = memory.value.detach()
     # A gain below ``sqrt(eps)`` of the value is what the null space of a Hessian gives.
     counts = promises = gain > problem.eps**0.5 * value.abs()
@@ -90,6 +95,23 @@ def objective_newton_step(
 
     counts = if_any(doubtful, beyond_rounding, counts)
     return step._replace(promises=promises, counts=counts)
+
+
+def _bends_down(problem: BatchedProblem, x: Tensor, step: NewtonStep) -> Tensor:
+    """Return the lanes with a negative curvature beyond rounding, if the bound of `truncated_cg` leaves a doubt.
+
+    That bound is relative to the stiffest direction, so hides the curvature of an unknown in much larger units, as on a
+    plateau. Rounding is measured instead: the change of the curvature if the unknowns and the direction move by 4 units
+    in the last place.
+    """
+    doubtful = (step.curvature < 0) & ~step.bends_down
+
+    def beyond_rounding(bends_down: Tensor) -> Tensor:
+        x_moved, way = (t.detach() * (1 + 4 * problem.eps * scattered_signs(t)) for t in (x, step.down))
+        moved = row_dot(way, problem.fn.hessian(x_moved)[2](way))
+        return bends_down | (doubtful & (step.curvature < -16.0 * (moved - step.curvature).abs()))
+
+    return if_any(doubtful, beyond_rounding, step.bends_down)
 
 
 def truncated_cg(
@@ -119,12 +141,14 @@ def truncated_cg(
     """
 
     def advance(cg: _Preconditioned) -> _Preconditioned:
-        d, r, p, rz, gain, stiffest, bends_down, active = cg
+        d, r, p, rz, gain, stiffest, bends_down, down, below, active = cg
         image = product(p)
         curvature = row_dot(p, image)
         stiffest = torch.maximum(stiffest, safe_divide(row_norm(image), row_norm(p)))
         # A curvature of rounding size relative to the stiffest direction is not negative.
         bends_down = bends_down | (active & (curvature < -(eps**0.5) * stiffest * row_dot(p, p)))
+        negative = active & (curvature < 0)
+        down, below = select(negative, p, down), torch.where(negative, curvature, below)
         bends = active & (curvature != 0)
         a = torch.where(bends, safe_divide(rz, curvature.abs()), 0.0)
         d, r = d + a[:, None] * p, r + a[:, None] * image
@@ -135,7 +159,7 @@ def truncated_cg(
         # Stop a lane after a step along negative curvature: conjugate gradients assume a positive definite matrix.
         active = bends & (curvature > 0) & (rz > 0) & torch.isfinite(rz)
         p = safe_divide(rz, before)[:, None] * p - z
-        return _Preconditioned(d, r, p, rz, gain, stiffest, bends_down, active)
+        return _Preconditioned(d, r, p, rz, gain, stiffest, bends_down, down, below, active)
 
     def again(cg: _Preconditioned) -> _Preconditioned:
         # In a lane that has stopped ``p`` may be infinite, and ``0 * inf`` is nan.
@@ -147,7 +171,7 @@ def truncated_cg(
         cg = repeat(again, advance(cg), attrgetter("active"), products - 1)
     # One more product: ``|H x|``, the scale of the residual test, without a difference.
     size = row_norm(product(x))
-    return NewtonStep(x, cg.d, cg.gain > 0, cg.gain > 0, size, cg.bends_down), cg.gain
+    return NewtonStep(x, cg.d, cg.gain > 0, cg.gain > 0, size, cg.bends_down, cg.down, cg.below), cg.gain
 
 
 class _Preconditioned(NamedTuple):
@@ -161,6 +185,8 @@ class _Preconditioned(NamedTuple):
         gain: the gain that the model predicts for ``d``.
         stiffest: the largest ``|H p| / |p|`` so far.
         bends_down: True if a curvature was negative beyond rounding.
+        down: the direction of negative curvature; 0 if none.
+        below: the curvature along this direction.
         active: the lanes that have not stopped.
     """
 
@@ -171,6 +197,8 @@ class _Preconditioned(NamedTuple):
     gain: Tensor
     stiffest: Tensor
     bends_down: Tensor
+    down: Tensor
+    below: Tensor
     active: Tensor
 
 
@@ -179,4 +207,5 @@ def _at_zero(grad: Tensor, z: Tensor) -> _Preconditioned:
     rz = row_dot(grad, z)
     zero, no = torch.zeros_like(rz), torch.zeros_like(rz, dtype=torch.bool)
     active = (rz > 0) & torch.isfinite(rz)
-    return _Preconditioned(torch.zeros_like(grad), grad, -z, rz, gain=zero, stiffest=zero, bends_down=no, active=active)
+    none = torch.zeros_like(grad)
+    return _Preconditioned(none, grad, -z, rz, zero, zero, bends_down=no, down=none, below=zero, active=active)
