@@ -180,6 +180,27 @@ def test_divergence_is_an_error_also_with_a_budget() -> None:
         solvers.fixed_point_iteration(lambda x: x * 1e200, maxiter=100).run(number(1.0))
 
 
+@pytest.mark.parametrize(
+    ("fn", "stepsize", "acceleration"),
+    [
+        (lambda x: torch.log(torch.cosh(x)), 2.5, False),  # between two points
+        (lambda x: torch.log(torch.cosh(x)), 1.5, True),  # stable without acceleration
+        (torch.cos, 3.0, False),  # without a period
+        (torch.square, 1.001, False),  # slow growth
+    ],
+)
+def test_a_step_size_that_is_too_large_is_answered_soon(fn: Any, stepsize: float, acceleration: bool) -> None:
+    solver = solvers.gradient_descent(fn, stepsize=stepsize, acceleration=acceleration, on_failure="ignore")
+    _, state = solver.run(number(1.0))
+    assert state.status == Status.DIVERGED and state.iter_num < 3000
+
+
+def test_a_step_size_that_is_just_small_enough_converges() -> None:
+    fn = lambda x: torch.log(torch.cosh(x))  # noqa: E731
+    _, state = solvers.gradient_descent(fn, stepsize=1.99, acceleration=False).run(number(3.0))
+    assert state.converged and state.iter_num > 2000
+
+
 def test_the_derivative_of_a_spent_budget_is_that_of_the_condition_at_the_point_that_was_reached() -> None:
     solver = solvers.fixed_point_iteration(lambda x, theta: x / 2 + theta, maxiter=3)
     assert grad(lambda theta: solver.run(number(0.0), theta)[0])(number(1.0)) == 2

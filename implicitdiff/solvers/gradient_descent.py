@@ -34,7 +34,8 @@ def gradient_descent(
     Args:
         objective_fn: ``f(x, *args)``, a real number.
         stepsize: positive; None for backtracking, with growth between iterations. A fixed step size must be less than
-            ``2 / L``, ``L`` the largest curvature.
+            ``2 / L``, ``L`` the largest curvature, and with acceleration less than ``4 / (3 L)``. The status is
+            ``DIVERGED`` after 1000 larger steps without progress.
         acceleration: True to accelerate, at the cost of one more gradient per iteration.
         options: see `SolverOptions`.
 

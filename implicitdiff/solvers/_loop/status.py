@@ -22,7 +22,8 @@ class Status(enum.IntEnum):
         RUNNING: not finished.
         CONVERGED: the error has reached its target, and ``x`` the solution as far as the method can tell.
         BUDGET_SPENT: the search has made `maxiter` iterations, or the limit of ``maxiter=None``.
-        DIVERGED: a value is not finite, or the method cannot continue (a singular matrix).
+        DIVERGED: a value is not finite, or the method cannot continue (a singular matrix, a fixed step size that is too
+            large).
         LINE_SEARCH_FAILED: no step along the method's direction is good enough.
         INFEASIBLE: no point satisfies the constraints.
         UNBOUNDED: the objective has no minimum: no lower bound on the feasible set, or an infimum at infinity only.
@@ -45,8 +46,8 @@ _ADVICE = {
         "no convergence; the problem may have no solution, or the method may be unsuitable: inspect the errors "
         "(keep_history=True), try another solver, another initial guess, or a larger rtol or atol"
     ),
-    Status.DIVERGED: "the iterates are not finite, a matrix is singular, or a quadratic program is not convex: try "
-    "another initial guess, a smaller step, or a solver with a line search",
+    Status.DIVERGED: "the iterates are not finite, a fixed step size is too large, a matrix is singular, or a "
+    "quadratic program is not convex: try another initial guess, a smaller step, or a solver with a line search",
     Status.LINE_SEARCH_FAILED: "no step decreases the error; the function may not be smooth at this point, or its "
     "values too imprecise for rtol and atol",
     Status.STALLED: "no further progress in this precision: the tolerances are below rounding, the problem is "
