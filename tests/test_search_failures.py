@@ -195,6 +195,12 @@ def test_a_step_size_that_is_too_large_is_answered_soon(fn: Any, stepsize: float
     assert state.status == Status.DIVERGED and state.iter_num < 3000
 
 
+def test_a_budget_is_spent_with_a_step_size_that_is_too_large() -> None:
+    """As where a search goes on at the level of rounding, whose steps look unstable."""
+    solver = solvers.gradient_descent(torch.cos, stepsize=3.0, acceleration=False, maxiter=2000)
+    assert solver.run(number(1.0))[1].status == Status.BUDGET_SPENT
+
+
 def test_a_step_size_that_is_just_small_enough_converges() -> None:
     fn = lambda x: torch.log(torch.cosh(x))  # noqa: E731
     _, state = solvers.gradient_descent(fn, stepsize=1.99, acceleration=False).run(number(3.0))

@@ -35,7 +35,7 @@ def gradient_descent(
         objective_fn: ``f(x, *args)``, a real number.
         stepsize: positive; None for backtracking, with growth between iterations. A fixed step size must be less than
             ``2 / L``, ``L`` the largest curvature, and with acceleration less than ``4 / (3 L)``. The status is
-            ``DIVERGED`` after 1000 larger steps without progress.
+            ``DIVERGED`` after 1000 larger steps without progress, unless ``maxiter`` is an integer.
         acceleration: True to accelerate, at the cost of one more gradient per iteration.
         options: see `SolverOptions`.
 
@@ -53,7 +53,9 @@ def gradient_descent(
         >>> solver.run(torch.zeros(2), torch.tensor([1.0, 3.0]))[0]
         tensor([-0.3333,  1.6667])
     """
-    method = _proximal_gradient.proximal_gradient_method("gradient_descent", _no_prox, stepsize, acceleration)
+    maxiter = options.get("maxiter")
+    make = _proximal_gradient.proximal_gradient_method
+    method = make("gradient_descent", _no_prox, stepsize, acceleration, maxiter)
     return make_solver("gradient_descent", _equations.stationary_equation, (objective_fn,), method, options)
 
 

@@ -52,7 +52,10 @@ def projected_gradient(
         >>> solver.run(torch.ones(3) / 3, torch.tensor([1.0, 0.5, -2.0]))[0]
         tensor([0.7500, 0.2500, 0.0000])
     """
-    method = _proximal_gradient.proximal_gradient_method("projected_gradient", _project, stepsize, acceleration)
+    maxiter = options.get("maxiter")
+    method = _proximal_gradient.proximal_gradient_method(
+        "projected_gradient", _project, stepsize, acceleration, maxiter
+    )
     return make_solver("projected_gradient", _equations.projected_equation, (objective_fn, projection), method, options)
 
 

@@ -59,7 +59,9 @@ def proximal_gradient(
         >>> torch.func.jacrev(fit)(torch.tensor(1.0))
         tensor([-1.,  0.,  1.])
     """
-    method = _proximal_gradient.proximal_gradient_method("proximal_gradient", _prox, stepsize, acceleration)
+    maxiter = options.get("maxiter")
+    make = _proximal_gradient.proximal_gradient_method
+    method = make("proximal_gradient", _prox, stepsize, acceleration, maxiter)
     return make_solver("proximal_gradient", _equations.proximal_equation, (objective_fn, prox), method, options)
 
 

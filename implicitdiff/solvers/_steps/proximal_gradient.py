@@ -43,9 +43,9 @@ class ProximalGradientMemory(NamedTuple):
         value: ``f(point)``.
         grad: ``grad f(point)``.
         momentum: the sequence ``t`` of Nesterov's acceleration; 1 after a restart.
-        least: the least ``f(x)`` so far, but for decreases that are no progress; ``f`` of the initial guess with a line
-            search.
-        overshoots: the number of unstable steps since the last progress; 0 with a line search.
+        least: the least ``f(x)`` so far, but for decreases that are no progress; as at the initial guess with a line
+            search or a budget.
+        overshoots: the number of unstable steps since the last progress; 0 with a line search or a budget.
     """
 
     residual: Tensor
@@ -73,15 +73,20 @@ def check_stepsize(name: str, stepsize: float | None) -> None:
         )
 
 
-def proximal_gradient_method(name: str, prox: Prox, stepsize: float | None, acceleration: bool) -> IterativeMethod:
+def proximal_gradient_method(
+    name: str, prox: Prox, stepsize: float | None, acceleration: bool, maxiter: int | None
+) -> IterativeMethod:
     """Make a proximal gradient method with a fixed step size or backtracking, optionally with Nesterov's acceleration.
+
+    Steps of a fixed size are watched without a budget `maxiter`; a budget asks for its iterations.
 
     FISTA of Beck and Teboulle, SIAM J. Imaging Sciences 2 (2009). The momentum restarts if the last step goes uphill:
     gradient scheme of O'Donoghue and Candes, Found. Comput. Math. 15 (2015).
     """
     check_stepsize(name, stepsize)
     start = partial(_start, stepsize=stepsize or 1.0)
-    step = partial(_step, prox=prox, search=stepsize is None, acceleration=acceleration)
+    watches = stepsize is not None and maxiter is None
+    step = partial(_step, prox=prox, search=stepsize is None, acceleration=acceleration, watches=watches)
     return IterativeMethod(
         start,
         step,
@@ -124,13 +129,14 @@ def _step(
     prox: Prox,
     search: bool,
     acceleration: bool,
+    watches: bool,
 ) -> tuple[Tensor, State[ProximalGradientMemory]]:
     old = state.memory
     new, size, failed = _descend(problem, prox, state, search)
     new_x, value, grad = new
     residual = _optimality_residual(problem, new_x, grad)
     memory = ProximalGradientMemory(residual, size, new_x, value, grad, old.momentum, old.least, old.overshoots)
-    if not search:
+    if watches:
         memory = _watched(state, new, memory, _STABLE[acceleration])
     if acceleration:
         memory = _accelerate(problem, x, old, memory)
