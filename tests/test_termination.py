@@ -250,6 +250,16 @@ def test_a_plateau_is_no_minimum(factory: Any, dtype: torch.dtype, away: float) 
     assert state.converged and objective(x) < 1e-6
 
 
+@pytest.mark.parametrize("flattest", [-11, -12])
+def test_the_flattest_of_many_directions_is_found(flattest: int) -> None:
+    """The gradient says nothing of it, nor do the first products with the Hessian."""
+    stiff = torch.logspace(0, flattest, 12, dtype=F64)
+    objective = lambda x: (stiff * (x - 1) ** 2).sum() / 2  # noqa: E731
+    x, state = solvers.nonlinear_cg(objective).run(torch.full((12,), 0.5, dtype=F64))
+    assert state.converged
+    torch.testing.assert_close(x, torch.ones(12, dtype=F64), rtol=1e-7, atol=0)
+
+
 class Once(torch.autograd.Function):
     """``x^2 / 2``, differentiable once only."""
 

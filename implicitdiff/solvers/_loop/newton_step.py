@@ -53,6 +53,10 @@ class NewtonStep(NamedTuple):
 
 MAX_PRODUCTS = 60
 """Bound on the Hessian products of a step by a method that computes such steps anyway."""
+_SOLVED = 1e-2
+"""Part of the squared preconditioned residual that a step may leave after its first products."""
+_MORE_PRODUCTS = 24
+"""Bound on the number of products of a step that leaves more."""
 
 
 def if_twice_differentiable(make: Callable[[], ResultT]) -> ResultT | None:
@@ -136,7 +140,7 @@ def truncated_cg(
         grad: the gradient ``g`` at `x`.
         product: ``v -> H v``.
         precondition: an approximation of ``v -> H^-1 v``.
-        products: bound on the number of products.
+        products: the number of products that suffices for most searches; a large residual takes more.
         eps: machine epsilon of the objective's values.
     """
 
@@ -166,9 +170,12 @@ def truncated_cg(
         new = advance(cg)
         return new._replace(d=select(cg.active, new.d, cg.d), gain=select(cg.active, new.gain, cg.gain))
 
-    cg = _at_zero(grad, precondition(grad))
+    cg = first = _at_zero(grad, precondition(grad))
     if products:
         cg = repeat(again, advance(cg), attrgetter("active"), products - 1)
+        # A large residual means that the flattest directions are missing, along which the step may be long.
+        cg = cg._replace(active=cg.active & (cg.rz > _SOLVED * first.rz))
+        cg = repeat(again, cg, attrgetter("active"), min(2 * x.shape[-1], _MORE_PRODUCTS) - products)
     # One more product: ``|H x|``, the scale of the residual test, without a difference.
     size = row_norm(product(x))
     return NewtonStep(x, cg.d, cg.gain > 0, cg.gain > 0, size, cg.bends_down, cg.down, cg.below), cg.gain
