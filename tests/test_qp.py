@@ -118,6 +118,23 @@ def test_an_unbounded_program_is_reported():
     assert caught.value.status == Status.UNBOUNDED
 
 
+def test_weights_that_hide_each_other_stall_soon_at_the_best_point():
+    """Curvatures from 1 to 1e16; the lanes without progress stop at their best review."""
+    generator = torch.Generator().manual_seed(4)
+    weights = 10 ** (16 * torch.rand(8, 6, dtype=F64, generator=generator))
+    c, G, x = (torch.randn(*shape, dtype=F64, generator=generator) for shape in ((8, 6), (8, 8, 6), (8, 6)))
+    h = (G @ x[..., None])[..., 0] + 0.1 * torch.randn(8, 8, dtype=F64, generator=generator).abs()
+
+    def run(weights, c, G, h):
+        return qp(on_failure="ignore").run(None, weights.diag(), c, None, None, G, h, keep_history=True)
+
+    _, state = vmap(run)(weights, c, G, h)
+    stalled = state.status == Status.STALLED
+    assert stalled.any() and (stalled | state.converged).all() and state.iter_num.max() < 5000
+    reviews = [10 * 2**k for k in range(8)]
+    assert (state.error <= 2 * state.history[:, reviews].amin(dim=1))[stalled].all()
+
+
 def test_lanes_fail_alone():
     h = torch.stack([FEASIBLE, INFEASIBLE, FEASIBLE + 0.5])
     solution, state = vmap(lambda h: corner(h, on_failure="ignore"))(h)

@@ -56,6 +56,9 @@ class QPMemory(NamedTuple):
         review: the number of the next iteration followed by a review: guesses of the active constraints, tests for
             certificates, and an update of ``rho``.
         record: the smallest error of an accepted guess.
+        best: the unknowns at the review that halved the error last.
+        least: the error there.
+        halved: the number of the iteration.
     """
 
     image: Tensor
@@ -65,6 +68,9 @@ class QPMemory(NamedTuple):
     factor: Tensor
     review: Tensor
     record: Tensor
+    best: Tensor
+    least: Tensor
+    halved: Tensor
 
 
 @solver_factory
@@ -90,7 +96,8 @@ def qp(**options: Unpack[SolverOptions]) -> Solver[Tree, ..., QPMemory]:
     more than 100 unknowns, at once for an ``init`` with multipliers) the solver guesses the active constraints: by a
     step of a proximal method of multipliers from the present point, then from the end of an interior-point method, then
     by a longer search. Iterative refinement solves the equations of the guessed active set, and the result replaces the
-    present point if its error is smaller. For a correct guess the result is exact up to rounding.
+    present point if its error is smaller. For a correct guess the result is exact up to rounding. From iteration 1280 on
+    the status is ``STALLED``, at the best point, if the error has not halved since an eighth of the iterations.
 
     - Units of rows and of unknowns do not matter: multiplying a row of ``G``, ``l`` and ``h`` (of ``A`` and ``b``) by a
       number, or measuring an unknown in another unit, does not affect the iterations. Rows and columns are
@@ -273,6 +280,10 @@ def _program(problem: BatchedProblem) -> QuadraticProgram:
 
 _GUESSES = 3
 """Number of active sets to try in a review."""
+_MIN_PATIENCE = 1280
+"""Least number of iterations before a search stalls; certificates may take hundreds."""
+_PATIENCE_FACTOR = 8
+"""Factor of the number of iterations in which the error must halve."""
 
 
 def _first_review(problem: BatchedProblem) -> int:
@@ -309,6 +320,9 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start[QPMemory]:
         factor=_admm.admm_factor(prog, rho) if inequalities else _kkt_inverse(prog, problem.eps),
         review=torch.where(warm, 1, _first_review(problem)),
         record=torch.full_like(error, torch.inf),
+        best=x,
+        least=error.detach(),
+        halved=torch.ones_like(status),
     )
     return Start(error, memory, status, reference=torch.where(torch.isinf(first), error, first))
 
@@ -320,8 +334,9 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[QPMemory]) -> tuple[T
     new, after = (_admm_step if inequalities else _newton_on_kkt)(problem, prog, at, state)
     running = after.status == Status.RUNNING
     converged = running & (after.error <= after.target)
+    reviewed = after.memory.review != state.memory.review
     # ADMM alone does not reach rounding, so test for rounding after reviews only.
-    if not inequalities or any_lane(after.memory.review != state.memory.review):
+    if not inequalities or any_lane(reviewed):
         converged = converged | (running & _parts_converged(problem, prog, new, after))
     if inequalities and any_lane(converged):
         # The derivative treats a row with a nonzero multiplier as active: clear multipliers of inactive rows, then of
@@ -329,6 +344,8 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[QPMemory]) -> tuple[T
         new = _select_point(converged, make_point(prog, new.x, of_active_rows(prog, new)), new)
         clear = make_point(prog, new.x, without_noise(prog, new, problem.eps))
         new = _select_point(converged & _parts_converged(problem, prog, clear, after), clear, new)
+    if any_lane(reviewed):
+        new, after = _stop_stalled(prog, new, after, running & reviewed & ~converged)
     status = torch.where(converged, int(Status.CONVERGED), after.status)
     memory = after.memory._replace(image=new.image, slope=new.slope)
     return torch.cat([new.x, new.y], dim=-1), after._replace(status=status, memory=memory)
@@ -382,6 +399,28 @@ def _admm_step(
         new, state = _try_active_sets(problem, prog, new, state._replace(status=status), due)
         state = _adapt_rho(problem, prog, new, state, due & (state.error > state.target))
     return new, state
+
+
+def _stop_stalled(
+    prog: QuadraticProgram, at: PrimalDual, state: State[QPMemory], due: Tensor
+) -> tuple[PrimalDual, State[QPMemory]]:
+    """End the `due` lanes whose error has not halved while the number of iterations grew eightfold, at their best
+    point. Even an error in proportion to the inverse of that number would have shrunk to an eighth."""
+    count, error, memory = state.iter_num + 1, state.error.detach(), state.memory
+    halves = due & (error < 0.5 * memory.least)
+    memory = memory._replace(
+        best=select(halves, torch.cat([at.x, at.y], dim=-1), memory.best),
+        least=torch.where(halves, error, memory.least),
+        halved=torch.where(halves, count, memory.halved),
+    )
+    waits = (count >= _MIN_PATIENCE) & (count >= _PATIENCE_FACTOR * memory.halved)
+    stalls = due & waits & (state.target > 0)
+    status = torch.where(stalls, int(Status.STALLED), state.status)
+    worse = stalls & (error > memory.least)
+    if any_lane(worse):
+        best = make_point(prog, *memory.best.split([at.x.shape[-1], at.y.shape[-1]], dim=-1))
+        at, state = _select_point(worse, best, at), state._replace(error=torch.where(worse, memory.least, state.error))
+    return at, state._replace(status=status, memory=memory)
 
 
 def _with_certificates(
