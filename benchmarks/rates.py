@@ -25,7 +25,8 @@ Other sets
 
 Evaluations
     are calls of the user's function, so a Jacobian or a gradient counts as one, with the value that comes along; of
-    Optimistix and JAXopt, steps, each of which evaluates once or more. Their sum is over the cases at which every
+    Optimistix and JAXopt, steps, each of which evaluates once or more. Ours are counted in a second search with
+    ``compile="off"``, since a compiled loop does not call the function. Their sum is over the cases at which every
     solver of the table arrives.
 
 Dtypes

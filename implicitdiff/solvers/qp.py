@@ -96,8 +96,8 @@ def qp(**options: Unpack[SolverOptions]) -> Solver[Tree, ..., QPMemory]:
     more than 100 unknowns, at once for an ``init`` with multipliers) the solver guesses the active constraints: by a
     step of a proximal method of multipliers from the present point, then from the end of an interior-point method, then
     by a longer search. Iterative refinement solves the equations of the guessed active set, and the result replaces the
-    present point if its error is smaller. For a correct guess the result is exact up to rounding. From iteration 1280 on
-    the status is ``STALLED``, at the best point, if the error has not halved since an eighth of the iterations.
+    present point if its error is smaller. For a correct guess the result is exact up to rounding. From iteration 1280
+    on the status is ``STALLED``, at the best point, if the error has not halved since an eighth of the iterations.
 
     - Units of rows and of unknowns do not matter: multiplying a row of ``G``, ``l`` and ``h`` (of ``A`` and ``b``) by a
       number, or measuring an unknown in another unit, does not affect the iterations. Rows and columns are
