@@ -53,10 +53,10 @@ class NewtonStep(NamedTuple):
 
 MAX_PRODUCTS = 60
 """Bound on the Hessian products of a step by a method that computes such steps anyway."""
-_SOLVED = 1e-2
+_SOLVED = 1e-4
 """Part of the squared preconditioned residual that a step may leave after its first products."""
-_MORE_PRODUCTS = 24
-"""Bound on the number of products of a step that leaves more."""
+_FEW_UNKNOWNS = 12
+"""Bound on the number of unknowns for which a step that leaves more takes products for all directions."""
 
 
 def if_twice_differentiable(make: Callable[[], ResultT]) -> ResultT | None:
@@ -140,7 +140,7 @@ def truncated_cg(
         grad: the gradient ``g`` at `x`.
         product: ``v -> H v``.
         precondition: an approximation of ``v -> H^-1 v``.
-        products: the number of products that suffices for most searches; a large residual takes more.
+        products: the number of products; a large residual in few unknowns takes two for each.
         eps: machine epsilon of the objective's values.
     """
 
@@ -175,7 +175,8 @@ def truncated_cg(
         cg = repeat(again, advance(cg), attrgetter("active"), products - 1)
         # A large residual means that the flattest directions are missing, along which the step may be long.
         cg = cg._replace(active=cg.active & (cg.rz > _SOLVED * first.rz))
-        cg = repeat(again, cg, attrgetter("active"), min(2 * x.shape[-1], _MORE_PRODUCTS) - products)
+        more = 2 * x.shape[-1] - products if x.shape[-1] <= _FEW_UNKNOWNS else 0
+        cg = repeat(again, cg, attrgetter("active"), more)
     # One more product: ``|H x|``, the scale of the residual test, without a difference.
     size = row_norm(product(x))
     return NewtonStep(x, cg.d, cg.gain > 0, cg.gain > 0, size, cg.bends_down, cg.down, cg.below), cg.gain
