@@ -159,7 +159,6 @@ WITHOUT = {
     "one with a memory of type": "the kind of a state that was given",
     " also moves parameters": "a reason in the message about sparse gradients",
     "neg abs sqrt": "names of operations",
-    "the recording differs from its": "kept, and not shown: a part of a search is not recorded",
 }
 
 
