@@ -306,6 +306,26 @@ BY_IMAGE: dict[str, tuple[Function, str]] = {
     "tolist": (lambda x, theta: 0.3 * torch.cos(x) * x.detach().tolist()[0] + theta, "Tensor.tolist reads the value"),
     "numpy": (lambda x, theta: 0.3 * torch.cos(x) * float(x.detach().numpy()[0]) + theta, "Tensor.numpy reads"),
     "asarray": (lambda x, theta: 0.3 * torch.cos(x) * float(np.asarray(x.detach())[0]) + theta, "reads the value"),
+    "a list of tensors": (
+        lambda x, theta: 0.3 * torch.cos(x) * torch.tensor([x[0], 1.0, 1.0], dtype=F64) + theta,
+        "tensor reads",
+    ),
+    "data": (
+        lambda x, theta: 0.3 * torch.cos(x) * torch.tensor(data=[x[0], x[1], 1.0], dtype=F64) + theta,
+        "tensor reads",
+    ),
+    "as_tensor": (lambda x, theta: 0.3 * torch.cos(x) * torch.as_tensor([x[0], 1.0, 1.0]) + theta, "as_tensor reads"),
+    "torch.asarray": (
+        lambda x, theta: 0.3 * torch.cos(x) * torch.asarray([[x[0]], [x[1]]])[1] + theta,
+        "asarray reads",
+    ),
+    "new_tensor": (lambda x, theta: 0.3 * torch.cos(x) * x.new_tensor([x[0], 1.0, 1.0]) + theta, "new_tensor reads"),
+    "new": (lambda x, theta: 0.3 * torch.cos(x) * x.new([x[0], 1.0, 1.0]) + theta, "new reads"),
+    "tensor_split": (
+        lambda x, theta: 0.3 * torch.cos(torch.cat(x.tensor_split((theta[:1] > 0).long() + 1)[::-1])) + theta,
+        "tensor_split reads",
+    ),
+    "str": (lambda x, theta: 0.3 * torch.cos(x) * float(str(x[0])[7:12]) + theta, "Tensor.__repr__ reads"),
     "apply_": (lambda x, theta: 0.3 * torch.cos(x) + x.detach().clone().apply_(abs), "cannot be compared"),
     "a shape": (lambda x, theta: 0.3 * torch.cos(x) + 0.1 * x[x > 0].sum() + theta, "reads the value"),
     "as_strided": (lambda x, theta: 0.3 * torch.cos(x) + theta.as_strided((3,), (1,), 0), "reads the memory"),

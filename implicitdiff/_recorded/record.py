@@ -30,7 +30,7 @@ Emitter = Callable[..., None]
 """``emitter(recorder, result, *args, **kwargs)`` adds the instructions of an operation with this result."""
 
 
-_FACTORIES = (
+FACTORIES = (
     aten.full_like.default,
     aten.zeros_like.default,
     aten.ones_like.default,
@@ -47,11 +47,15 @@ _RECORDED_DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32, torc
 
 _VALUES, _ENTRIES, _HOOKS = "values", "entries", "hooks"
 _UNSEEN = {
-    **dict.fromkeys((Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr), _VALUES),
+    **dict.fromkeys((Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__repr__), _VALUES),
     **dict.fromkeys((Tensor.apply_, Tensor.map_, Tensor.map2_), _ENTRIES),
     Tensor.register_hook: _HOOKS,
 }
 """Functions that no operation of the dispatcher shows."""
+_READERS_OF_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new)
+"""Functions that make a tensor of a list of numbers, also where the numbers are tensors."""
+_SPLITS = (torch.tensor_split, Tensor.tensor_split)
+"""Functions that read the places where they split from a tensor."""
 
 
 def _unseen(name: str, kind: str) -> NotRecordableError:
@@ -63,6 +67,15 @@ def _unseen(name: str, kind: str) -> NotRecordableError:
     return NotRecordableError(f"Tensor.{name} runs Python code in the backward pass{line_of_user()}")
 
 
+def _reads_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a function takes numbers from tensors, without an operation of the dispatcher."""
+    if func in _SPLITS:
+        return bool(pytree.tensors((args[1:], {**kwargs, "input": None})))
+    if func not in _READERS_OF_LISTS:
+        return False
+    return bool(pytree.tensors([v for v in (*args, *kwargs.values()) if isinstance(v, (list, tuple))]))
+
+
 class Guard(TorchFunctionMode):
     """A mode around a recording that refuses what the recorder would not see."""
 
@@ -71,6 +84,8 @@ class Guard(TorchFunctionMode):
     ) -> Any:
         if func in _UNSEEN:
             raise _unseen(func.__name__, _UNSEEN[func])
+        if _reads_numbers(func, args, kwargs or {}):
+            raise NotRecordableError(f"{func.__name__} reads the value of a tensor{line_of_user()}")
         return func(*args, **(kwargs or {}))
 
 
@@ -223,7 +238,7 @@ class Recorder(_dispatch.TorchDispatchMode):
             # The argument is a tensor that `torch.tensor` has just made of numbers.
             self.known(args[0])
         tensors = pytree.tensors((args, kwargs))
-        if func in _FACTORIES or not any([self.view(t).buffer.kind is not Kind.CONSTANT for t in tensors]):
+        if func in FACTORIES or not any([self.view(t).buffer.kind is not Kind.CONSTANT for t in tensors]):
             return self._folded(func, args, kwargs)
         self._refuse_unsafe(func, args)
         if func in self.emitters or _dispatch.returns_views(func):
