@@ -11,9 +11,15 @@ import torch
 from torch._decomp import decomposition_table
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode as ModeOfTorch
+from torch.utils._python_dispatch import _disable_current_modes
+
+import implicitdiff._torch.trees as pytree
 
 outside_dispatch: Callable[[], AbstractContextManager[None]] = torch._C._DisableTorchDispatch
-"""Run the body outside of every TorchDispatchMode."""
+"""Run the body outside of every TorchDispatchMode, those that start in the body too."""
+
+no_dispatch_modes: Callable[[], AbstractContextManager[Any]] = _disable_current_modes
+"""Run the body outside of the running TorchDispatchModes."""
 
 aten = torch.ops.aten
 """torch's operations below autograd."""
@@ -49,6 +55,20 @@ def reads_values(operation: AtenOperation) -> bool:
 def changes_arguments(operation: AtenOperation) -> bool:
     """Return whether an operation writes to one of its arguments."""
     return bool(operation._schema.is_mutable)
+
+
+def written(operation: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the arguments to which an operation writes."""
+    if not changes_arguments(operation):
+        return []
+    named = zip([a.name for a in operation._schema.arguments], args, strict=False)
+    return pytree.tensors([v for name, v in (*named, *kwargs.items()) if name in _names_written(operation)])
+
+
+@cache
+def _names_written(operation: AtenOperation) -> frozenset[str]:
+    arguments = operation._schema.arguments
+    return frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import itertools
+import sys
 import traceback
 from pathlib import Path
 from types import BuiltinMethodType, FrameType, MethodType
@@ -94,6 +95,14 @@ _UNTRANSFORMABLE = {
 
 
 _OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
+def is_torch_asking() -> bool:
+    """Return whether code of torch, and not of the user, has called the function that runs."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN_FOLDERS[1]):
+        frame = frame.f_back
+    return frame.f_code.co_filename.startswith(_OWN_FOLDERS[0])
 
 
 def line_of_user() -> str:

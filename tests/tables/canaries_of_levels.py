@@ -337,6 +337,16 @@ def no_mode_looks_on_where_dispatch_is_disabled(disabled: Any, count: Any) -> No
     assert mode.functions == [torch.ops.aten.sin.default]
 
 
+@canary("torch.utils._python_dispatch._disable_current_modes")
+def the_running_modes_look_away_and_new_ones_look_on(disabled: Any) -> None:
+    x = plain()
+    with Dispatched() as outer:
+        with disabled(), Dispatched() as inner:
+            x.sin()
+        x.cos()
+    assert (inner.functions, outer.functions) == ([torch.ops.aten.sin.default], [torch.ops.aten.cos.default])
+
+
 HOOKS = [f"torch._C._autograd._{verb}_saved_tensors_default_hooks" for verb in ("top", "pop", "push")]
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,13 +34,15 @@ from implicitdiff._torch.trees import Leaves, Structure
 from implicitdiff.errors import CompileError
 from implicitdiff.linear_solve._outcome import unreported
 from implicitdiff.solvers._loop.options import Compile
-from implicitdiff.solvers._loop.problem import BatchedProblem, SearchOperands, any_lane, select, select_tree
+from implicitdiff.solvers._loop.problem import BatchedProblem, Noted, SearchOperands, any_lane, select, select_tree
 from implicitdiff.solvers._loop.recordings import Recording, fingerprint, kept, kind_of, kinds, memories
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.termination import Verdict
 
 StepFn = Callable[[BatchedProblem, Tensor, State[Any]], tuple[Tensor, State[Any]]]
 """``step(problem, x, state) -> (x, state)``, one iteration in all lanes."""
+
+MadeT = TypeVar("MadeT")
 
 _logger = logging.getLogger("implicitdiff.solvers")
 
@@ -116,15 +118,18 @@ class Compiler:
         recording = loop.recording
         if recording.is_checked and recording.step.judges:
             return loop.judged(x, state, verdict)
-        eager = self.parts.judge(self.problem, loop.first_x, x, state, verdict)
+
+        def eager() -> tuple[State[Any], Verdict]:
+            return self.parts.judge(self.problem, loop.first_x, x, state, verdict)
+
         if recording.is_checked or not recording.step.judges:
-            return eager
+            return eager()
         found = loop.judged(x, state, verdict)
-        agrees = _agree(*map(pytree.tensors, (found, eager)))
+        agrees = _agree(*map(pytree.tensors, (found, self._with_noted(eager))))
         loop.recording = recording._replace(step=replace(recording.step, judges=agrees), is_checked=True)
         kept.put(self._key, loop.recording)
         # The first search too takes the recorded judgement, so that a later search returns the same bits.
-        return found if agrees else eager
+        return found if agrees else eager()
 
     def _made(self, recording: Recording, x: Tensor) -> CompiledLoop:
         return CompiledLoop(recording, self.parts.start, self.problem, x, [*self._flat, x, *self._constants])
@@ -134,7 +139,7 @@ class Compiler:
         known = kept.get(self._key)
         if known is None:
             try:
-                known = self._recorded(x)
+                known = self._with_noted(lambda: self._recorded(x))
             except NotRecordableError as error:
                 known = str(error)
             if known is None:
@@ -143,6 +148,19 @@ class Compiler:
         if isinstance(known, str):
             raise NotRecordableError(known)
         return known
+
+    def _with_noted(self, make: Callable[[], MadeT]) -> MadeT:
+        """Return ``make()``, computed with functions that are evaluated once; where that fails, with the functions as
+        they are, so that errors are theirs."""
+        given, self.problem = self.problem, self._noted.problem
+        try:
+            return make()
+        except Exception:
+            if not self._noted.lines.repeats:
+                raise
+        finally:
+            self.problem = given
+        return make()
 
     def _recorded(self, x: Tensor) -> Recording | None:
         state = self.parts.start(self.problem, x)
@@ -269,6 +287,10 @@ class Compiler:
     def _operands(self) -> SearchOperands:
         assert self.problem.operands is not None
         return self.problem.operands
+
+    @cached_property
+    def _noted(self) -> Noted:
+        return self._operands.noted(self._operands.of_first_lane())
 
     @cached_property
     def _flat(self) -> Leaves:

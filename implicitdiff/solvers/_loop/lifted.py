@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,12 +25,13 @@ from implicitdiff._implicit.linear_problem import Solve
 from implicitdiff._implicit.operators import Dims
 from implicitdiff._implicit.root import RootAt, root_at, root_form
 from implicitdiff._implicit.system import Vectors
+from implicitdiff._recorded.straight import StraightLines
 from implicitdiff._torch.lanes import VmapSize, over_levels
 from implicitdiff._torch.modes import uncached
 from implicitdiff._torch.trees import Leaves, Tree
 from implicitdiff._torch.values import refuse_valueless
 from implicitdiff.solvers._loop.equations import Equation
-from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, RowFunction, SearchOperands
+from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, Noted, RowFunction, SearchOperands
 
 Search = Callable[[BatchedProblem, Tensor], tuple[Tensor, Any]]
 """``search(problem, x) -> (x, state)``."""
@@ -42,6 +44,8 @@ class LiftedProblem:
     derivative of the solution uses the residual of the equation. Where the residual applies other operations at the
     solution than at the initial guess, as after a branch on values, it is lifted there once more.
     """
+
+    _lines: StraightLines | None = None
 
     def __init__(self, name: str, equation: Equation, params: Tree, args: tuple[Tree, ...]) -> None:
         self.x0, self.structure = pytree.flatten(params)
@@ -102,18 +106,14 @@ class LiftedProblem:
         levels: list[Dims] = [tuple(None if d is None else 0 for d in layer.dims) for layer in layers]
         lanes = tuple(layer.size for layer in reversed(layers))
         n = len(self.x0)
-        with _modes.without_own_modes(), uncached(), _switches.nothing_running(), _settings.full_precision():
+        # A checkpoint counts saved tensors, and would count others in a search that is recorded.
+        hooks = _switches.without_saved_tensor_hooks()
+        with hooks, _modes.without_own_modes(), uncached(), _switches.nothing_running(), _settings.full_precision():
             operands = _functions.out_of_inference(operands)
             x = [_everywhere(t, [dims[i] for dims in levels], lanes) for i, t in enumerate(operands[:n])]
             own_levels = [dims[n:] for dims in levels]
-            problem = self._problem(x, operands[n:], own_levels, lanes)
-            first = [t[(0,) * len(lanes)] for t in x] if 0 not in lanes else x
-
-            def alone(theta: Leaves) -> BatchedProblem:
-                return self._problem(first, theta, [], ())
-
             vmaps = tuple(VmapSize(layer.level, layer.size) for layer in reversed(layers))
-            problem.operands = SearchOperands(self.lifted, operands[n:], own_levels, lanes, alone, vmaps)
+            problem = self._with_operands(x, operands[n:], own_levels, vmaps)
             with _decisions.frame():
                 found, state = solve(problem, problem.inputs.ravel(x))
                 leaves, nesting = pytree.flatten(state)
@@ -125,6 +125,29 @@ class LiftedProblem:
             solution = [_levels.add_layer(t, 0, layer) for t in solution]
             state = pytree.map_tensors(partial(_levels.add_layer, dim=0, of=layer), state)
         return solution, state
+
+    def _with_operands(
+        self, x: Leaves, theta: Leaves, levels: list[Dims], vmaps: tuple[VmapSize, ...]
+    ) -> BatchedProblem:
+        """Return the problem of all lanes, with the operands that a recording needs."""
+        lanes = tuple(vmap.size for vmap in vmaps)
+        problem = self._problem(x, theta, levels, lanes)
+        first = [t[(0,) * len(lanes)] for t in x] if 0 not in lanes else x
+
+        def alone(theta: Leaves) -> BatchedProblem:
+            return self._problem(first, theta, [], ())
+
+        def noted(own: Leaves) -> Noted:
+            near, at = [*map(_aside, first), *own], [*first, *own]
+            constants = [t for t, _ in self.lifted.constants]
+            # Several functions of an equation may evaluate one function of the user.
+            compares = len(self.equation.functions) == 1
+            twin = copy.copy(self)
+            twin._lines = StraightLines(self.lifted.within_call, near, at, constants, compares=compares)
+            return Noted(twin._with_operands(x, theta, levels, vmaps), twin._lines)
+
+        problem.operands = SearchOperands(self.lifted, theta, levels, lanes, alone, vmaps, noted)
+        return problem
 
     def _problem(self, x: Leaves, theta: Leaves, levels: list[Dims], lanes: tuple[int, ...]) -> BatchedProblem:
         def lane(i: int) -> BatchedProblem:
@@ -164,10 +187,18 @@ class LiftedProblem:
         return lambda x: fn(_decisions.of_leader(x), theta)
 
     def _one_lane(self, name: str) -> Callable[[Leaves, Leaves, Leaves], Leaves]:
+        evaluate = self._lines or self.lifted.within_call
+
         def fn(x: Leaves, theta: Leaves, more: Leaves) -> Leaves:
-            return pytree.tensors(self.lifted.within_call([*x, *theta], name, *more))
+            return pytree.tensors(evaluate([*x, *theta], name, *more))
 
         return fn
+
+
+def _aside(x: Tensor) -> Tensor:
+    """Return another point close by: at a guess of zeros the derivatives of most functions are zero."""
+    waves = torch.cos(torch.arange(x.numel(), dtype=torch.float64, device=x.device)).reshape(x.shape).to(x.dtype)
+    return x + 1e-2 * (x.abs().amax() if x.numel() else 1.0) * waves + 1e-4 * waves
 
 
 def _everywhere(tensor: Tensor, dims: list[int | None], lanes: tuple[int, ...]) -> Tensor:

@@ -22,6 +22,7 @@ from implicitdiff._closures.lift import Lifted
 from implicitdiff._implicit.linearisation import ByAutograd, ByFunctorch, Linearisation, Product
 from implicitdiff._implicit.operators import Dims, with_vectors
 from implicitdiff._implicit.system import Vectors
+from implicitdiff._recorded.straight import StraightLines
 from implicitdiff._torch.lanes import VmapSize
 from implicitdiff._torch.trees import Leaves, Structure, Tree
 
@@ -156,6 +157,8 @@ class SearchOperands(NamedTuple):
         lanes: the sizes of the vmaps, the outermost first.
         alone: ``alone(theta)``, the problem of a single lane.
         vmaps: the vmaps, the outermost first.
+        noted: ``noted(theta)``, the same problem with functions that are evaluated once, in one lane at the operands
+            `theta`, and repeated from then on.
     """
 
     lifted: Lifted
@@ -164,6 +167,7 @@ class SearchOperands(NamedTuple):
     lanes: tuple[int, ...]
     alone: Callable[[Leaves], BatchedProblem]
     vmaps: tuple[VmapSize, ...]
+    noted: Callable[[Leaves], Noted]
 
     @property
     def is_lane(self) -> list[bool]:
@@ -201,6 +205,13 @@ class SearchOperands(NamedTuple):
                 tensor = tensor.unsqueeze(at)
         own = tensor.shape[len(self.lanes) :]
         return tensor.expand((*self.lanes, *own)).reshape(math.prod(self.lanes), *own).contiguous()
+
+
+class Noted(NamedTuple):
+    """A problem whose functions are evaluated once and then repeated, and these functions."""
+
+    problem: BatchedProblem
+    lines: StraightLines
 
 
 class BatchedProblem:
