@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -60,6 +60,8 @@ _LARGEST_INTEGER = 2**53
 """Bound on integers: the machine computes with doubles."""
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
 """Largest difference between a recorded step and its eager twin, relative to the largest entry of a tensor."""
+_OF_SIZES = dict.fromkeys(_AGREEMENT, 0.5)
+"""The same of a judgement, which measures sizes as small differences of residuals."""
 
 
 class SearchParts(NamedTuple):
@@ -125,7 +127,8 @@ class Compiler:
         if recording.is_checked or not recording.step.judges:
             return eager()
         found = loop.judged(x, state, verdict)
-        agrees = _agree(*map(pytree.tensors, (found, self._with_noted(eager))))
+        twin = self._with_noted(eager)
+        agrees = _agree(pytree.tensors(found), pytree.tensors(twin), within=_OF_SIZES)
         loop.recording = recording._replace(step=replace(recording.step, judges=agrees), is_checked=True)
         kept.put(self._key, loop.recording)
         # The first search too takes the recorded judgement, so that a later search returns the same bits.
@@ -223,8 +226,9 @@ class Compiler:
             NotRecordableError: the step does not agree with its twin.
         """
         loop = self._made(recording, x)
-        # Lanes that have nothing to do make a step all the same, so that there is a step to compare.
-        if not self._verify(loop, x, state._replace(status=torch.zeros_like(state.status))):
+        # If no lane has anything to do, all make a step, so that there is a step to compare.
+        runs = state if any_lane(state.status == 0) else state._replace(status=torch.zeros_like(state.status))
+        if not self._verify(loop, x, runs):
             return None
         step = recording.step
         starts = step.starts and _agree(*map(pytree.tensors, (loop.begun()[1], state)))
@@ -405,17 +409,17 @@ def _left_where(flag: Tensor, state: State[Any], new: State[Any]) -> State[Any]:
     return chosen._replace(status=torch.where(flag, _LEFT, new.status))
 
 
-def _agree(recorded: Leaves, eager: Leaves) -> bool:
-    return all(map(_is_near, recorded, eager))
+def _agree(recorded: Leaves, eager: Leaves, *, within: dict[torch.dtype, float] = _AGREEMENT) -> bool:
+    return all(map(partial(_is_near, within=within), recorded, eager))
 
 
-def _is_near(recorded: Tensor, eager: Tensor) -> bool:
+def _is_near(recorded: Tensor, eager: Tensor, within: dict[torch.dtype, float]) -> bool:
     if not eager.is_floating_point():
         return bool((recorded == eager).all())
     if not eager.numel():
         return True
     size = torch.where(torch.isfinite(eager), eager.abs(), 0.0).amax()
-    near = (recorded - eager).abs() <= _AGREEMENT[eager.dtype] * size
+    near = (recorded - eager).abs() <= within[eager.dtype] * size
     return bool((near | (recorded == eager) | (recorded.isnan() & eager.isnan())).all())
 
 
