@@ -146,6 +146,9 @@ class Neighbour:
                 break
         return carry
 
+    def take_linear_solver(self):
+        pass
+
     def leave_to_python(self, flag):
         pass
 

@@ -372,6 +372,9 @@ class Recorder(_dispatch.TorchDispatchMode):
         made: BranchT = structure.unflatten(variables)
         return made
 
+    def take_linear_solver(self) -> None:
+        """Take the loops of a linear solver, see `implicitdiff._torch.control.takes_linear_solver`."""
+
     def leave_to_python(self, flag: Tensor) -> None:
         """Note the lanes whose step Python has to make, see `implicitdiff._torch.control.leave_to_python`."""
         self.left.append(flag)

@@ -32,6 +32,8 @@ class BranchRecorder(Protocol):
         self, body: Callable[[CarryT], CarryT], carry: CarryT, flag: Callable[[CarryT], Tensor], at_most: int
     ) -> CarryT: ...
 
+    def take_linear_solver(self) -> None: ...
+
     def leave_to_python(self, flag: Tensor) -> None: ...
 
 
@@ -55,6 +57,14 @@ def recorded_by(recorder: BranchRecorder | None) -> Iterator[None]:
 def is_recorded() -> bool:
     """Return whether a recorder takes the branches and loops of this thread."""
     return _slot.recorder is not None
+
+
+def takes_linear_solver() -> bool:
+    """Return whether a recorder takes the loops of a linear solver of this thread; a recorder may refuse them."""
+    if _slot.recorder is None:
+        return False
+    _slot.recorder.take_linear_solver()
+    return True
 
 
 def leave_to_python(flag: Tensor) -> None:

@@ -291,7 +291,7 @@ class OfOneRow(Arithmetic):
 
 def arithmetic(system: System) -> Arithmetic:
     """Return the arithmetic for the rows of a system."""
-    if _control.is_recorded():
+    if _control.takes_linear_solver():
         return OfRecordedRows(system)
     return OfOneRow(system) if system.b.device.type == "cpu" and system.b.shape[0] == 1 else OfRows(system)
 

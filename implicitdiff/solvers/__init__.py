@@ -83,9 +83,10 @@ Options
     `SolverOptions` lists the options of every factory, and ``help(solver.run)`` those of ``run``.
 
     With ``compile="auto"`` the loop of ``run`` is recorded at the first call and runs in compiled code, if all
-    operations of a step have instructions. Otherwise, and with a callback, a history, a progress bar or
-    ``implicit_diff=False``, the loop runs in Python. The logger ``implicitdiff.solvers`` tells which, at the level
-    INFO. The two differ in the last digits of a result.
+    operations of a step have instructions. Otherwise torch replays the recorded operations, if Python decides on no
+    value. Otherwise, and with a callback, a history, a progress bar or ``implicit_diff=False``, the loop runs in
+    Python. The logger ``implicitdiff.solvers`` tells which, at the level INFO. Compiled results differ from the others
+    in their last digits.
 
     Every status except ``CONVERGED`` is a failure; with an integer ``maxiter``, ``BUDGET_SPENT`` and ``STALLED`` are
     not. ``on_failure`` also applies to the linear solve of the derivative if ``solve`` is None: with ``"ignore"`` the

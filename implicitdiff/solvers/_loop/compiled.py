@@ -27,7 +27,9 @@ import implicitdiff._torch.context as _context
 import implicitdiff._torch.control as _control
 import implicitdiff._torch.dispatch as _dispatch
 import implicitdiff._torch.trees as pytree
+from implicitdiff._recorded.graph import StepGraph, several
 from implicitdiff._recorded.record import Recorder, check_recordable
+from implicitdiff._recorded.replay import Replay
 from implicitdiff._recorded.step import Parts, RecordedStep, is_available, record_step
 from implicitdiff._recorded.tape import NotRecordableError
 from implicitdiff._torch.trees import Leaves, Structure
@@ -36,11 +38,16 @@ from implicitdiff.linear_solve._outcome import unreported
 from implicitdiff.solvers._loop.options import Compile
 from implicitdiff.solvers._loop.problem import BatchedProblem, Noted, SearchOperands, any_lane, select, select_tree
 from implicitdiff.solvers._loop.recordings import Recording, fingerprint, kept, kind_of, kinds, memories
+from implicitdiff.solvers._loop.replayed import (
+    GraphedLoop,
+    ReplayedStep,
+    StepFn,
+    layouts,
+    of_running_lanes,
+    record_replay,
+)
 from implicitdiff.solvers._loop.state import State
 from implicitdiff.solvers._loop.termination import Verdict
-
-StepFn = Callable[[BatchedProblem, Tensor, State[Any]], tuple[Tensor, State[Any]]]
-"""``step(problem, x, state) -> (x, state)``, one iteration in all lanes."""
 
 MadeT = TypeVar("MadeT")
 
@@ -54,6 +61,8 @@ _AT_MOST = 1000
 """Bound on the iterations of a call of the machine: in between Python handles signals."""
 _MAX_COPIED = 2**26
 """Bound on the elements of copies, one for each lane, of operands that not every vmap batches."""
+_STEPS_OF_GRAPH = 8
+"""The number of steps in a CUDA graph. The host asks once a launch whether a lane still runs."""
 _LEFT = -1
 """The status of a lane whose step is left to Python, see `implicitdiff._torch.control.leave_to_python`."""
 _LARGEST_INTEGER = 2**53
@@ -97,18 +106,25 @@ class Compiler:
     parts: SearchParts
     problem: BatchedProblem
     compile: Compile
+    _refusal: NotRecordableError | None = None
+    _replay: ReplayedStep | GraphedLoop | None = None
 
     def loop(self, x: Tensor) -> CompiledLoop | None:
-        """Return the compiled loop from an initial guess; None if the search is eager.
+        """Return the compiled loop from an initial guess; None if the machine does not apply.
 
         Raises:
             CompileError: with ``compile="always"``, if the loop cannot be compiled.
         """
         try:
+            self._refuse_unrecordable(x)
+        except NotRecordableError as error:
+            self._end(error)
+            return None
+        try:
             self._refuse_unusable(x)
             recording = self._recording(x)
         except NotRecordableError as error:
-            self._end(error)
+            self._refusal = error
             return None
         if recording is None:
             return None
@@ -134,12 +150,36 @@ class Compiler:
         # The first search too takes the recorded judgement, so that a later search returns the same bits.
         return found if agrees else eager()
 
+    def replay(self, x: Tensor, state: State[Any]) -> ReplayedStep | GraphedLoop | None:
+        """Return the replayed step of a search for which there was no `loop`; None if the search is eager.
+
+        Raises:
+            CompileError: with ``compile="always"``, if the step cannot be replayed.
+        """
+        if self._replay is None and self._refusal is not None:
+            try:
+                self._replay = self._replayed(x, state)
+            except NotRecordableError as error:
+                same = str(self._refusal) == str(error)
+                self._end(error if same else NotRecordableError(f"{self._refusal}; nor replayed by torch: {error}"))
+                self._refusal = None
+        return self._replay
+
+    @property
+    def is_replayed(self) -> bool:
+        """True if steps are replayed."""
+        return self._replay is not None
+
+    def end_replay(self) -> None:
+        """Go on eagerly."""
+        self._refusal = self._replay = None
+
     def _made(self, recording: Recording, x: Tensor) -> CompiledLoop:
         return CompiledLoop(recording, self.parts.start, self.problem, x, [*self._flat, x, *self._constants])
 
     def _recording(self, x: Tensor) -> Recording | None:
         """Return the recording; None if the step is left to Python in all lanes, so that it cannot be checked."""
-        known = kept.get(self._key)
+        known: Recording | str | None = kept.get(self._key)
         if known is None:
             try:
                 known = self._with_noted(lambda: self._recorded(x))
@@ -208,7 +248,7 @@ class Compiler:
                 [t[:1] for t in carried],
                 [*operands.of_first_lane(), x[:1]],
                 [*operands.is_lane, True],
-                [t for t, _ in operands.lifted.constants],
+                self._captured,
                 status,
                 self._width(len(x)),
             )
@@ -252,6 +292,57 @@ class Compiler:
                 return True
         raise NotRecordableError("the recorded step differs from the eager step")
 
+    # --- replays ------------------------------------------------------------------------------------------------------
+
+    def _replayed(self, x: Tensor, state: State[Any]) -> GraphedLoop | ReplayedStep:
+        leaves, structure = pytree.flatten(state)
+        operands = [*self._operands.theta, *self._captured]
+        step = of_running_lanes(self.parts.step, self.parts.asks if _on_cuda(x) else None)
+        key = (self._key, "replay", self._operands.lanes, x.device, kinds(leaves), layouts(operands))
+        known = kept.get(key)
+        if known is None:
+            known = self._recorded_replay(step, x, state, operands)
+            kept.put(key, known)
+        if isinstance(known, str):
+            raise NotRecordableError(known)
+        if _on_cuda(x) and (graph := self._graph(key, known, [x, *leaves], operands)) is not None:
+            _logger.info("%s: replayed loop, CUDA graph", self.name)
+            return GraphedLoop(graph, structure, operands)
+        _logger.info("%s: replayed loop", self.name)
+        return ReplayedStep(known, structure, known.prepared(operands), step)
+
+    def _recorded_replay(self, step: StepFn, x: Tensor, state: State[Any], operands: Leaves) -> Replay | str:
+        """Record the step after this one, and compare it with this one."""
+        with unreported():
+            twin = step(self.problem, x, state)
+        try:
+            replay = record_replay(step, self._operands, *twin)
+        except NotRecordableError as error:
+            return str(error)
+        if not _agree(replay(pytree.tensors((x, state)), replay.prepared(operands)), pytree.tensors(twin)):
+            return "the replayed step differs from the eager step"
+        return replay
+
+    def _graph(self, key: Hashable, replay: Replay, carried: Leaves, operands: Leaves) -> StepGraph | None:
+        """Return the CUDA graph of a replay; None where CUDA cannot capture the step."""
+        key = (key, "graph")
+        if (known := kept.get(key)) is None:
+            try:
+                known = self._captured_graph(replay.straight(), carried, operands)
+            except (NotRecordableError, RuntimeError) as error:
+                known = str(error)
+            kept.put(key, known)
+        if isinstance(known, str):
+            _logger.info("%s: no CUDA graph, since %s", self.name, known)
+            return None
+        graph: StepGraph = known
+        return graph
+
+    def _captured_graph(self, step: Replay, carried: Leaves, operands: Leaves) -> StepGraph | str:
+        expected = several(step, _STEPS_OF_GRAPH, carried, step.prepared(operands))
+        graph = StepGraph(step, _STEPS_OF_GRAPH, step.restrided(carried), operands)
+        return graph if _agree(graph(carried, operands), expected) else "the graph differs from the steps one by one"
+
     def _end(self, error: NotRecordableError) -> None:
         """Report that the loop is eager."""
         if self.compile == "always":
@@ -262,30 +353,38 @@ class Compiler:
 
     # --- operands and keys --------------------------------------------------------------------------------------------
 
-    def _refuse_unusable(self, x: Tensor) -> None:
-        operands = self.problem.operands
-        if operands is None or not is_available():
-            raise NotRecordableError("implicitdiff._C was not built (see python -m implicitdiff)")
+    def _refuse_unrecordable(self, x: Tensor) -> None:
+        """Raise where nothing can record the search."""
+        operands = self._operands
         if operands.lifted.refusal is not None:
             raise NotRecordableError(operands.lifted.refusal)
         if _context.in_dispatch_mode() or not _modes.let_addresses_through():
             raise NotRecordableError("another mode of torch records or changes operations")
         if not len(x):
             raise NotRecordableError("there is no lane")
-        if torch.get_default_device().type != "cpu":
+        if torch.get_default_device().type not in ("cpu", x.device.type):
             raise NotRecordableError(f"the default device is {torch.get_default_device()}")
-        if any([t.layout is not torch.strided for t in (*operands.theta, *(t for t, _ in operands.lifted.constants))]):
+        if any([t.layout is not torch.strided for t in (*operands.theta, *self._captured)]):
             raise NotRecordableError("the function uses a sparse tensor")
         for tensor in (x, *operands.theta):
             if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg():
                 raise NotRecordableError(f"an operand is a {type(tensor).__name__}")
+        hash(self._key)
+
+    def _refuse_unusable(self, x: Tensor) -> None:
+        """Raise where the machine does not apply."""
+        operands = self._operands
+        if not is_available():
+            raise NotRecordableError("implicitdiff._C was not built (see python -m implicitdiff)")
+        if torch.get_default_device().type != "cpu":
+            raise NotRecordableError(f"the default device is {torch.get_default_device()}")
+        for tensor in (x, *operands.theta):
             check_recordable(tensor)
-        for tensor in (*operands.theta, *(t for t, _ in operands.lifted.constants)):
+        for tensor in (*operands.theta, *self._captured):
             if tensor.dtype == torch.int64 and tensor.numel() and tensor.abs().max() > _LARGEST_INTEGER:
                 raise NotRecordableError("an operand has integers that no double represents")
         if operands.copied > _MAX_COPIED:
             raise NotRecordableError("some vmaps batch large operands, and others do not")
-        hash(self._key)
 
     @property
     def _operands(self) -> SearchOperands:
@@ -300,15 +399,19 @@ class Compiler:
     def _flat(self) -> Leaves:
         return self._operands.flat()
 
+    @property
+    def _captured(self) -> Leaves:
+        return [t for t, _ in self._operands.lifted.constants]
+
     @cached_property
     def _constants(self) -> Leaves:
-        return [_dispatch.whole_storage(t) for t, _ in self._operands.lifted.constants]
+        return [_dispatch.whole_storage(t) for t in self._captured]
 
     @cached_property
     def _key(self) -> Hashable:
         operands, inputs = self._operands, self.problem.inputs
         lifted = operands.lifted
-        constants = memories([t for t, _ in lifted.constants])
+        constants = memories(self._captured)
         shapes = tuple(zip(operands.shapes_of_lane, [t.dtype for t in operands.theta], *operands.dims, strict=True))
         unknowns = (tuple(map(tuple, inputs.shapes)), tuple(inputs.dtypes), self._width(math.prod(operands.lanes)))
         try:
@@ -407,6 +510,10 @@ def _left_where(flag: Tensor, state: State[Any], new: State[Any]) -> State[Any]:
     """Return the new state; where a flag is set, the old one with the status `_LEFT`."""
     chosen: State[Any] = select_tree(flag, state, new)
     return chosen._replace(status=torch.where(flag, _LEFT, new.status))
+
+
+def _on_cuda(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _agree(recorded: Leaves, eager: Leaves, *, within: dict[torch.dtype, float] = _AGREEMENT) -> bool:

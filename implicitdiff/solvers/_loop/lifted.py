@@ -137,6 +137,9 @@ class LiftedProblem:
         def alone(theta: Leaves) -> BatchedProblem:
             return self._problem(first, theta, [], ())
 
+        def together(theta: Leaves) -> BatchedProblem:
+            return self._problem(x, theta, levels, lanes)
+
         def noted(own: Leaves) -> Noted:
             near, at = [*map(_aside, first), *own], [*first, *own]
             constants = [t for t, _ in self.lifted.constants]
@@ -146,7 +149,7 @@ class LiftedProblem:
             twin._lines = StraightLines(self.lifted.within_call, near, at, constants, compares=compares)
             return Noted(twin._with_operands(x, theta, levels, vmaps), twin._lines)
 
-        problem.operands = SearchOperands(self.lifted, theta, levels, lanes, alone, vmaps, noted)
+        problem.operands = SearchOperands(self.lifted, theta, levels, lanes, alone, together, vmaps, noted)
         return problem
 
     def _problem(self, x: Leaves, theta: Leaves, levels: list[Dims], lanes: tuple[int, ...]) -> BatchedProblem:

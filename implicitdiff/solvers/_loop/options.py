@@ -32,9 +32,9 @@ class SolverOptions(TypedDict, total=False):
         check_every: number of iterations between two tests of the status; more than 1 saves synchronisations on a GPU.
         solve: linear solver of the implicit derivative, see `implicitdiff.custom_root`. None:
             `implicitdiff.linear_solve.solve_auto`.
-        compile: ``"auto"`` to run the loop in compiled code if possible; ``"off"`` to run the loop in Python;
-            ``"always"`` to raise a `implicitdiff.CompileError` if the loop cannot be compiled. Results differ in their
-            last digits.
+        compile: ``"auto"`` to run the loop in compiled code if possible, else as a list of operations; ``"off"`` to run
+            the loop in Python; ``"always"`` to raise a `implicitdiff.CompileError` if the loop cannot be compiled.
+            Results differ in their last digits.
         on_failure: ``"raise"`` a `implicitdiff.ConvergenceError` if a lane fails, ``"warn"``, or ``"ignore"``.
     """
 

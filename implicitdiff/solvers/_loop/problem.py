@@ -156,6 +156,7 @@ class SearchOperands(NamedTuple):
         dims: for each vmap, the innermost first, for each operand 0 or None.
         lanes: the sizes of the vmaps, the outermost first.
         alone: ``alone(theta)``, the problem of a single lane.
+        together: ``together(theta)``, the problem of all lanes.
         vmaps: the vmaps, the outermost first.
         noted: ``noted(theta)``, the same problem with functions that are evaluated once, in one lane at the operands
             `theta`, and repeated from then on.
@@ -166,6 +167,7 @@ class SearchOperands(NamedTuple):
     dims: list[Dims]
     lanes: tuple[int, ...]
     alone: Callable[[Leaves], BatchedProblem]
+    together: Callable[[Leaves], BatchedProblem]
     vmaps: tuple[VmapSize, ...]
     noted: Callable[[Leaves], Noted]
 

@@ -24,6 +24,8 @@ import implicitdiff._torch.dispatch as _dispatch
 from implicitdiff._closures.lift import Lifted
 from implicitdiff._closures.program import OPAQUE, Program, is_exact
 from implicitdiff._implicit.linear_problem import LinearMethod
+from implicitdiff._recorded.graph import StepGraph
+from implicitdiff._recorded.replay import Replay
 from implicitdiff._recorded.step import RecordedStep
 from implicitdiff._recorded.tape import NotRecordableError
 from implicitdiff._torch.trees import Structure
@@ -58,9 +60,9 @@ class _Kept:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._recordings: OrderedDict[Hashable, Recording | str] = OrderedDict()
+        self._recordings: OrderedDict[Hashable, Recording | Replay | StepGraph | str] = OrderedDict()
 
-    def get(self, key: Hashable) -> Recording | str | None:
+    def get(self, key: Hashable) -> Any:
         """Return the recording of a key, or the reason for a failed recording; None before the first attempt."""
         with self._lock:
             found = self._recordings.get(key)
@@ -68,7 +70,7 @@ class _Kept:
                 self._recordings.move_to_end(key)
             return found
 
-    def put(self, key: Hashable, found: Recording | str) -> None:
+    def put(self, key: Hashable, found: Recording | Replay | StepGraph | str) -> None:
         """Keep a recording."""
         with self._lock:
             self._recordings[key] = found

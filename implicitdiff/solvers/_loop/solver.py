@@ -41,6 +41,7 @@ from implicitdiff.solvers._loop.lifted import LiftedProblem
 from implicitdiff.solvers._loop.method import IterativeMethod
 from implicitdiff.solvers._loop.options import Options, check_count, options_of
 from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, any_lane, select, select_tree
+from implicitdiff.solvers._loop.replayed import GraphedLoop
 from implicitdiff.solvers._loop.report import Callback, Report
 from implicitdiff.solvers._loop.state import MemoryT, State
 from implicitdiff.solvers._loop.status import Status, report_failures
@@ -390,9 +391,11 @@ class SolverImpl(Remembers):
             if loop is not None:
                 x, state = loop(x, self._with_rounding_measured(problem, x, state))
                 return x, taken_over(state)
-            mask = every > 1 or running < state.status.numel()
+            if isinstance(replay := compiler.replay(x, state), GraphedLoop):
+                return replay(x, self._with_rounding_measured(problem, x, state))
+            one = replay or partial(self._step, mask=every > 1 or running < state.status.numel())
             for _ in range(every):
-                x, state = self._step(problem, x, state, mask=mask)
+                x, state = one(problem, x, state)
                 count += 1
                 # A lane with a verdict to run on counts its own idle iterations, so every iteration asks. Before any
                 # verdict a question every few iterations saves synchronisations.
@@ -415,9 +418,10 @@ class SolverImpl(Remembers):
             else:
                 x, state, verdict = loop.begun()
             x, state = _until_stopped(x, taken_over(state), verdict, frame)
-            if is_compiled and (above := self._above_target(problem, x, state)) is not None:
+            if (is_compiled or compiler.is_replayed) and (above := self._above_target(problem, x, state)) is not None:
                 # The user's own function has the last word: where it disagrees with the recording, go on without.
                 loop = None
+                compiler.end_replay()
                 running = torch.where(above, int(Status.RUNNING), state.status)
                 x, state = _until_stopped(x, state._replace(status=running), verdict, frame)
         vmaps = () if problem.operands is None else problem.operands.vmaps
