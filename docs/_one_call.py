@@ -59,7 +59,7 @@ PARTS = [
         "below the transforms: plain rows",
         0,
         [
-            Step("loop until every lane stops", "solvers/_loop/solver.py", "_until_stopped"),
+            Step("loop until every lane stops", "solvers/_loop/row_search.py", "until_stopped"),
             Step("one iteration of the method", "solvers/lbfgs.py", "_step"),
             Step("f and grad f, all lanes", "solvers/_loop/problem.py", "RowFunction.pull"),
             Step("judge the stopped lanes", "solvers/_loop/termination.py", "Termination.judge"),

@@ -384,8 +384,8 @@ def test_a_lane_that_has_stopped_reports_nothing(on_failure):
 def test_lanes_that_the_machine_has_solved_are_judged_by_the_function_too(monkeypatch):
     """Also where another lane was left to Python."""
     asked = []
-    above = solvers._loop.solver.unfinished
-    monkeypatch.setattr(solvers._loop.solver, "unfinished", lambda *args: asked.append(args) or above(*args))
+    above = solvers._loop.row_search.unfinished
+    monkeypatch.setattr(solvers._loop.row_search, "unfinished", lambda *args: asked.append(args) or above(*args))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found(search(bending_later, "always", "warn"), torch.zeros(2, dtype=F64), SIGNS)

@@ -80,12 +80,14 @@ class SearchParts(NamedTuple):
         start: ``start(problem, x)``, the first state.
         step: an iteration, without a mask.
         asks: ``asks(state)``, the lanes that Python has to look at before the next iteration.
+        measure: ``measure(problem, x, state)``, the look: the state with the rounding floor of lanes that are idle.
         judge: ``judge(problem, first_x, x, state, verdict) -> (state, verdict)``.
     """
 
     start: Callable[[BatchedProblem, Tensor], State[Any]]
     step: StepFn
     asks: Callable[[State[Any]], Tensor]
+    measure: Callable[[BatchedProblem, Tensor, State[Any]], State[Any]]
     judge: Callable[[BatchedProblem, Tensor, Tensor, State[Any], Verdict], tuple[State[Any], Verdict]]
 
 
@@ -169,10 +171,6 @@ class Compiler:
     def is_replayed(self) -> bool:
         """True if steps are replayed."""
         return self._replay is not None
-
-    def end_replay(self) -> None:
-        """Go on eagerly."""
-        self._refusal = self._replay = None
 
     def _made(self, recording: Recording, x: Tensor) -> CompiledLoop:
         return CompiledLoop(recording, self.parts.start, self.problem, x, [*self._flat, x, *self._constants])
@@ -530,11 +528,11 @@ def _is_near(recorded: Tensor, eager: Tensor, within: dict[torch.dtype, float]) 
     return bool((near | (recorded == eager) | (recorded.isnan() & eager.isnan())).all())
 
 
-def unfinished(problem: BatchedProblem, x: Tensor, error: Tensor, target: Tensor, converged: Tensor) -> Tensor | None:
-    """Return the lanes whose error, by the user's own function, is above the target; None if there are none.
+def unfinished(problem: BatchedProblem, x: Tensor, state: State[Any]) -> Tensor | None:
+    """Return the lanes that converged by the recorded error and not by the user's own function; None if there are none.
 
     A recorded error and an eager one differ by rounding, so twice the target is allowed.
     """
     size = torch.linalg.vector_norm(problem.residual(problem, x).detach(), dim=-1, dtype=torch.float64)
-    above = converged & ~(size <= 2 * torch.maximum(target, error))
+    above = state.converged & ~(size <= 2 * torch.maximum(state.target, state.error))
     return above if any_lane(above) else None

@@ -37,7 +37,7 @@ class ReplayedStep:
         replay: the list.
         structure: the structure of the state.
         prepared: the operands of the user's functions, the captured tensors, and what depends on them alone.
-        step: the eager step, with stopped lanes of_running_lanes.
+        step: the eager step, with stopped lanes masked.
         is_over: True after an error; the steps after it are eager.
     """
 
@@ -102,7 +102,7 @@ def record_replay(step: StepFn, operands: SearchOperands, x: Tensor, state: Stat
     """List the operations of a step.
 
     Args:
-        step: makes the step, with stopped lanes of_running_lanes.
+        step: makes the step, with stopped lanes masked.
         operands: the operands of the user's functions.
         x: the unknowns.
         state: the state; like that of `x`, its strides are those of the later steps.

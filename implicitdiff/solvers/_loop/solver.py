@@ -34,18 +34,18 @@ from implicitdiff._torch.trees import Leaves, P, Structure, Tree, X
 from implicitdiff._torch.values import refuse_missing
 from implicitdiff._unroll import unroll
 from implicitdiff.linear_solve.auto import solve_auto
-from implicitdiff.solvers._loop.compiled import Compiler, SearchParts, unfinished
+from implicitdiff.solvers._loop.compiled import Compiler, SearchParts
 from implicitdiff.solvers._loop.equations import EquationOf
 from implicitdiff.solvers._loop.function import LastByKeyword, SolverFunction
 from implicitdiff.solvers._loop.lifted import LiftedProblem
 from implicitdiff.solvers._loop.method import IterativeMethod
 from implicitdiff.solvers._loop.options import Options, check_count, options_of
-from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, any_lane, select, select_tree
-from implicitdiff.solvers._loop.replayed import GraphedLoop
+from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, select, select_tree
 from implicitdiff.solvers._loop.report import Callback, Report
+from implicitdiff.solvers._loop.row_search import Frame, RowSearch, until_stopped
 from implicitdiff.solvers._loop.state import MemoryT, State
 from implicitdiff.solvers._loop.status import Status, report_failures
-from implicitdiff.solvers._loop.termination import PATIENCE, Termination, Verdict
+from implicitdiff.solvers._loop.termination import Termination, Verdict
 
 X_contra = TypeVar("X_contra", bound=Any, contravariant=True, default=Any)
 
@@ -341,13 +341,13 @@ class SolverImpl(Remembers):
                 )
             return judged
 
-        frame = _Frame(
+        frame = Frame(
             see=lambda params, state: report.see(_plain(state), partial(_plain, params), state.error),
             advance=lambda params, state, _: advance((params, state), *args),
             judge=judge,
         )
         with contextlib.closing(report):
-            params, state = _until_stopped(params, state, Verdict.initial(state), frame)
+            params, state = until_stopped(params, state, Verdict.initial(state), frame)
         state = pytree.map_tensors(Tensor.detach, state)
         status = _levels.plain_under_vmap(_levels.strip_dead_wrappers(state.status))
         layers = _levels.without_batch_layers([status])[1]
@@ -370,105 +370,34 @@ class SolverImpl(Remembers):
 
     def _loop(self, problem: BatchedProblem, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
         lanes, every = problem.inputs.batch, 1 if report.keeps else self.options.check_every
-        first_x, count = x, 0
-        compiler = self._compiler(problem)
-        loop = None if self.options.compile == "off" or report.is_watching else compiler.loop(x)
-        resumed = is_compiled = loop is not None
+        parts = self._parts()
 
         def see(x: Tensor, state: State[Any]) -> int:
             return report.see(state, lambda: structure.unflatten(problem.inputs.unravel(x)), state.error)
 
-        def taken_over(state: State[Any]) -> State[Any]:
-            nonlocal loop
-            if loop is None or (left := loop.left(state)) is None:
-                return state
-            # A linear solver fails in the next step, which is made eagerly for its report.
-            loop = None
-            return state._replace(status=torch.where(left, int(Status.RUNNING), state.status))
-
-        def advance(x: Tensor, state: State[Any], running: int) -> tuple[Tensor, State[Any]]:
-            nonlocal count
-            if loop is not None:
-                x, state = loop(x, self._with_rounding_measured(problem, x, state))
-                return x, taken_over(state)
-            if isinstance(replay := compiler.replay(x, state), GraphedLoop):
-                return replay(x, self._with_rounding_measured(problem, x, state))
-            one = replay or partial(self._step, mask=every > 1 or running < state.status.numel())
-            for _ in range(every):
-                x, state = one(problem, x, state)
-                count += 1
-                # A lane with a verdict to run on counts its own idle iterations, so every iteration asks. Before any
-                # verdict a question every few iterations saves synchronisations.
-                if resumed or count % PATIENCE == 0:
-                    state = self._with_rounding_measured(problem, x, state)
-            return x, state
-
-        def judge(x: Tensor, state: State[Any], verdict: Verdict) -> tuple[State[Any], Verdict]:
-            nonlocal resumed
-            resumed = True
-            if loop is not None:
-                return compiler.judged(loop, x, state, verdict)
-            return self.termination.judge(self.method, problem, first_x, x, state, verdict)
-
-        frame = _Frame(see, advance, judge)
+        compiler = None
+        if self.options.compile != "off" and not report.is_watching:
+            method = (self.factory, self.method, self.termination, self.equation_of)
+            compiler = Compiler(self.name, method, parts, problem, self.options.compile)
         with contextlib.closing(report.over(lanes)):
-            if loop is None:
-                state = self._start(problem, x)
-                verdict = Verdict.initial(state)
-            else:
-                x, state, verdict = loop.begun()
-            x, state = _until_stopped(x, taken_over(state), verdict, frame)
-            if (is_compiled or compiler.is_replayed) and (above := self._above_target(problem, x, state)) is not None:
-                # The user's own function has the last word: where it disagrees with the recording, go on without.
-                loop = None
-                compiler.end_replay()
-                running = torch.where(above, int(Status.RUNNING), state.status)
-                x, state = _until_stopped(x, state._replace(status=running), verdict, frame)
+            x, state = RowSearch(parts, problem, compiler, every, see).run(x)
         vmaps = () if problem.operands is None else problem.operands.vmaps
         self._report_failures(state if lanes else state._replace(status=state.status[0]), vmaps)
         return x, report.into(state)
 
-    def _compiler(self, problem: BatchedProblem) -> Compiler:
-        method = (self.factory, self.method, self.termination, self.equation_of)
+    def _parts(self) -> SearchParts:
         rule = self.termination
-        parts = SearchParts(
+        return SearchParts(
             start=self._start,
             step=partial(self._step, mask=False),
             asks=partial(rule.asks, self.method),
+            measure=self._with_rounding_measured,
             judge=partial(rule.judge, self.method),
         )
-        return Compiler(self.name, method, parts, problem, self.options.compile)
-
-    def _above_target(self, problem: BatchedProblem, x: Tensor, state: State[Any]) -> Tensor | None:
-        """Return the lanes that converged by the recorded error, and not by the user's own function."""
-        return unfinished(problem, x, state.error, state.target, state.status == Status.CONVERGED)
 
     def _report_failures(self, state: Any, vmaps: Sequence[VmapSize]) -> None:
         budget = self.options.maxiter is not None
         report_failures(self.name, state, self.options.on_failure, budget=budget, vmaps=vmaps)
-
-
-class _Frame(NamedTuple):
-    """The operations of the loop in one frame: the caller's, on trees, or below the transforms, on rows.
-
-    Attributes:
-        see: ``see(x, state)`` reports progress and returns the number of running lanes.
-        advance: ``advance(x, state, running) -> (x, state)`` makes some iterations.
-        judge: ``judge(x, state, verdict) -> (state, verdict)``, called when every lane has stopped.
-    """
-
-    see: Callable[[Any, State[Any]], int]
-    advance: Callable[[Any, State[Any], int], tuple[Any, State[Any]]]
-    judge: Callable[[Any, State[Any], Verdict], tuple[State[Any], Verdict]]
-
-
-def _until_stopped(x: Any, state: State[Any], verdict: Verdict, frame: _Frame) -> tuple[Any, State[Any]]:
-    """Run the loop of every search."""
-    while running := frame.see(x, state):
-        x, state = frame.advance(x, state, running)
-        if not any_lane(state.status == Status.RUNNING):
-            state, verdict = frame.judge(x, state, verdict)
-    return x, state
 
 
 def make_solver(
