@@ -293,3 +293,18 @@ def test_an_operation_on_special_numbers(name):
     assert isinstance(made, Recording) and made.step.starts, made
     result, expected = step("always", NUMBERS), step("off", NUMBERS)
     assert torch.allclose(result, expected, rtol=1e-12, atol=0, equal_nan=True), (result, expected)
+
+
+# --- the first state --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lanes", [2, 12])
+def test_a_wrong_bracket_of_one_lane_raises_in_a_recorded_search_too(lanes):
+    solver = solvers.bisection(lambda x, c: x**3 - c, 0.0, 2.0, compile="always")
+    x, c = torch.ones((), dtype=F64), torch.linspace(0.5, 7.5, lanes, dtype=F64)
+    torch.testing.assert_close(vmap(lambda c: solver.run(x, c)[0])(c), c ** (1 / 3))
+    (made,) = kept._recordings.values()
+    assert made.step.starts and made.can_leave == {"start"}
+    c[1] = 8.5
+    with pytest.raises(ValueError, match="must have different signs"):
+        vmap(lambda c: solver.run(x, c)[0])(c)

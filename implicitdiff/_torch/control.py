@@ -68,7 +68,7 @@ def takes_linear_solver() -> bool:
 
 
 def leave_to_python(flag: Tensor) -> None:
-    """Let a recorded step change nothing in lanes with a set flag: Python repeats it, and reports what is wrong.
+    """Let Python repeat a recorded step or first state for lanes with a set flag, and report what is wrong.
 
     Args:
         flag: the flags, shape ``(lanes,)``.

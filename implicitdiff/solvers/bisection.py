@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 import implicitdiff._torch.trees as pytree
 import implicitdiff.solvers._loop.equations as _equations
+from implicitdiff._torch.control import is_recorded, leave_to_python
 from implicitdiff._torch.trees import P, Tree, X
 from implicitdiff.solvers._loop.bounds import Bound
 from implicitdiff.solvers._loop.equations import Equation
@@ -100,11 +101,7 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start[BisectionMemory]:
     lower, upper = problem.function("lower")(x), problem.function("upper")(x)
     low, high = problem.fn(lower), problem.fn(upper)
     # Negated comparisons refuse nan as well.
-    if any_lane(~(lower <= upper)) or any_lane(~(low * high.sign() <= 0)):
-        raise ValueError(
-            "bisection: fn must have different signs at lower and upper, and lower must not exceed upper, in every "
-            "entry of every lane; widen the brackets"
-        )
+    _refuse_brackets(~(lower <= upper) | ~(low * high.sign() <= 0))
     inside = _clip(x, lower, upper)
     residual = problem.fn(inside)
     size = row_norm(residual)
@@ -113,6 +110,16 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start[BisectionMemory]:
     error = torch.where((inside == x).all(dim=-1), size, torch.finfo(x.dtype).max)
     largest = torch.maximum(low.abs(), high.abs())
     return Start(error, BisectionMemory(residual, lower, upper, (high - low).sign(), largest), reference=size)
+
+
+def _refuse_brackets(wrong: Tensor) -> None:
+    if is_recorded():
+        leave_to_python(wrong.any(dim=-1))
+    elif any_lane(wrong):
+        raise ValueError(
+            "bisection: fn must have different signs at lower and upper, and lower must not exceed upper, in every "
+            "entry of every lane; widen the brackets"
+        )
 
 
 def _step(problem: BatchedProblem, x: Tensor, state: State[BisectionMemory]) -> tuple[Tensor, State[BisectionMemory]]:

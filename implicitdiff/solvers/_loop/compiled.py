@@ -207,17 +207,21 @@ class Compiler:
         state = self.parts.start(self.problem, x)
         leaves, structure = pytree.flatten((state, Verdict.initial(state)))
         status = next(i for i, t in enumerate(leaves, start=1) if t is state.status)
-        can_leave: list[bool] = []
+        can_leave: set[str] = set()
         step = self._record(self._parts_of_lane(structure, can_leave), [x, *leaves], x, status)
-        return self._checked(Recording(step, structure, kinds(leaves), any(can_leave)), x, state)
+        return self._checked(Recording(step, structure, kinds(leaves), frozenset(can_leave)), x, state)
 
-    def _parts_of_lane(self, structure: Structure, can_leave: list[bool]) -> Parts:
-        """Return the parts of one lane for a recorder; `can_leave` receives whether a step may be left to Python."""
+    def _parts_of_lane(self, structure: Structure, can_leave: set[str]) -> Parts:
+        """Return the parts of one lane for a recorder; `can_leave` receives those that may be left to Python."""
         parts, operands = self.parts, self._operands
 
         def start(recorder: Recorder, carried: Leaves, given: Leaves) -> Leaves:
             with _recorded_by(recorder, "the first state"):
                 state = parts.start(operands.alone(given[:-1]), carried[0])
+                for flag in recorder.left:
+                    state = state._replace(status=torch.where(flag, _LEFT, state.status))
+                    can_leave.add("start")
+                recorder.left.clear()
                 return [carried[0], *structure.tensors_of((state, Verdict.initial(state)))]
 
         def step(recorder: Recorder, carried: Leaves, given: Leaves) -> tuple[Leaves, Tensor]:
@@ -227,7 +231,7 @@ class Compiler:
                 new_x, new = parts.step(operands.alone(given[:-1]), x, state)
                 for flag in recorder.left:
                     new_x, new = select(flag, x, new_x), _left_where(flag, state, new)
-                can_leave.append(bool(recorder.left))
+                    can_leave.add("step")
                 return [new_x, *structure.tensors_of((new, verdict))], parts.asks(new)
 
         def judge(recorder: Recorder, carried: Leaves, given: Leaves) -> Leaves:
@@ -475,10 +479,14 @@ class CompiledLoop:
 
     def left(self, state: State[Any]) -> Tensor | None:
         """Return the lanes whose next step Python has to make; None if there are none."""
-        if not self.recording.can_leave:
+        if "step" not in self.recording.can_leave:
             return None
         flags = state.status == _LEFT
         return flags if any_lane(flags) else None
+
+    def leaves_start(self, state: State[Any]) -> bool:
+        """Return whether Python has to make the first state of a lane."""
+        return "start" in self.recording.can_leave and any_lane((state.status == _LEFT) & (state.iter_num == 0))
 
 
 def _copied(tensor: Tensor) -> Tensor:

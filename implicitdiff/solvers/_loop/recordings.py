@@ -44,14 +44,14 @@ class Recording(NamedTuple):
         step: the program, ready to run.
         structure: the structure of the state and the verdict.
         kinds: their shapes and dtypes, without the lanes.
-        can_leave: True if a step may be left to Python.
+        can_leave: "start" and "step", those that may be left to Python.
         is_checked: True once the judgement was compared with its eager twin.
     """
 
     step: RecordedStep
     structure: Structure
     kinds: Kinds
-    can_leave: bool
+    can_leave: frozenset[str]
     is_checked: bool = False
 
 

@@ -67,11 +67,7 @@ class RowSearch:
         """Iterate from an initial guess until every lane has stopped."""
         self.loop = None if self.compiler is None else self.compiler.loop(first_x)
         is_recorded = self._is_judged = self.loop is not None
-        if self.loop is None:
-            x, state = first_x, self.parts.start(self.problem, first_x)
-            verdict = Verdict.initial(state)
-        else:
-            x, state, verdict = self.loop.begun()
+        x, state, verdict = self._begun(first_x)
 
         def judge(x: Tensor, state: State[Any], verdict: Verdict) -> tuple[State[Any], Verdict]:
             self._is_judged = True
@@ -88,6 +84,16 @@ class RowSearch:
         self.compiler = self.loop = None
         running = torch.where(above, int(Status.RUNNING), state.status)
         return until_stopped(x, state._replace(status=running), verdict, frame)
+
+    def _begun(self, first_x: Tensor) -> tuple[Tensor, State[Any], Verdict]:
+        if self.loop is not None:
+            x, state, verdict = self.loop.begun()
+            if not self.loop.leaves_start(state):
+                return x, state, verdict
+            # The eager start says what is wrong with the guess.
+            self.loop = None
+        state = self.parts.start(self.problem, first_x)
+        return first_x, state, Verdict.initial(state)
 
     def _advance(self, x: Tensor, state: State[Any], running: int) -> tuple[Tensor, State[Any]]:
         problem, measure = self.problem, self.parts.measure
