@@ -159,13 +159,18 @@ WITHOUT = {
     "one with a memory of type": "the kind of a state that was given",
     " also moves parameters": "a reason in the message about sparse gradients",
     "neg abs sqrt": "names of operations",
+    "runs in forward mode": "not shown: the function is evaluated each time instead",
+    "the value of the function is not finite": "the same",
+    "the replayed step differs": "a cause inside of the message of CompileError",
+    "the graph differs from the steps": "logged: the replay goes on without a graph",
+    "an operand is on another device": "the same",
 }
 
 
 def is_reason(node: ast.AST) -> bool:
-    """True for a call that says why a step is not recorded: a cause inside of the message of CompileError."""
+    """True for a call that says why a step or a function is not recorded: a cause inside of another message."""
     function = node.func if isinstance(node, ast.Call) else None
-    return getattr(function, "id", getattr(function, "attr", "")) in ("NotRecordableError", "_refusal")
+    return getattr(function, "id", getattr(function, "attr", "")) in ("NotRecordableError", "_refusal", "_note_refusal")
 
 
 def literals() -> Iterator[tuple[str, str]]:

@@ -227,22 +227,22 @@ class _Notes(_dispatch.TorchDispatchMode):
 
     def _refuse_unrepeatable(self, func: AtenOperation, given: Any) -> None:
         if _dispatch.is_random(func):
-            self._refuse(f"{func} draws random numbers")
+            self._note_refusal(f"{func} draws random numbers")
         if _dispatch.reads_values(func) and not (func is aten.index.Tensor and self._are_places(given[0][1])):
-            self._refuse(f"{func} reads the value of a tensor")
+            self._note_refusal(f"{func} reads the value of a tensor")
         if func in _BY_STRIDES or (_dispatch.changes_geometry(func) and _as_view(func) is None):
-            self._refuse(f"{func} depends on how a tensor lies in memory")
+            self._note_refusal(f"{func} depends on how a tensor lies in memory")
         if _dispatch.is_custom(func):
-            self._refuse(f"{func} is not of torch")
+            self._note_refusal(f"{func} is not of torch")
         if any([_dispatch.storage_key(t) in self._foreign for t in _dispatch.written(func, *given)]):
-            self._refuse(f"{func} writes to a tensor from outside")
+            self._note_refusal(f"{func} writes to a tensor from outside")
 
     def _are_places(self, indices: Sequence[Tensor | None]) -> bool:
         """Return whether no index is a mask that varies."""
         masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
         return all([_dispatch.storage_key(i) not in self._varying for i in masks])
 
-    def _refuse(self, why: str) -> None:
+    def _note_refusal(self, why: str) -> None:
         self.refusal = self.refusal or why
 
     def _shown(self, value: Any) -> Any:
@@ -257,7 +257,7 @@ class _Notes(_dispatch.TorchDispatchMode):
         if (known := self._slots.get(id(tensor))) is not None:
             return _Variable(known)
         if id(tensor) not in self._constants:
-            self._refuse("uses a tensor of unknown origin")
+            self._note_refusal("uses a tensor of unknown origin")
         slot = self._new(tensor)
         self._tensors[slot] = tensor
         return _Variable(slot)
@@ -265,7 +265,7 @@ class _Notes(_dispatch.TorchDispatchMode):
     def _new(self, tensor: Tensor) -> int:
         """Return a new slot. A write returns its argument, which the new slot then stands for."""
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
-            self._refuse("uses a tensor of another kind")
+            self._note_refusal("uses a tensor of another kind")
         self._slots[id(tensor)] = slot = len(self._tensors)
         self._tensors.append(None)
         self._alive.append(tensor)
