@@ -273,8 +273,21 @@ class Compiler:
         if not self._verify(loop, x, runs):
             return None
         step = recording.step
-        starts = step.starts and _agree(*map(pytree.tensors, (loop.begun()[1], state)))
+        starts = step.starts and self._starts_alike(recording, x, state)
         return recording._replace(step=replace(step, starts=starts))
+
+    def _starts_alike(self, recording: Recording, x: Tensor, state: State[Any]) -> bool:
+        """Return whether the recorded first state agrees with its eager twin, here or, as in `_verify`, at another
+        point."""
+        if _agree(*map(pytree.tensors, (self._made(recording, x).begun()[1], state))):
+            return True
+        point = x + _shift(x)
+        try:
+            with unreported():
+                twin = self.parts.start(self.problem, point)
+        except Exception:
+            return False
+        return _agree(*map(pytree.tensors, (self._made(recording, point).begun()[1], twin)))
 
     def _verify(self, loop: CompiledLoop, x: Tensor, state: State[Any]) -> bool:
         """Raise unless the recorded step agrees with its eager twin; return False if the step is left to Python in all
@@ -456,6 +469,8 @@ class CompiledLoop:
             own = [torch.empty((lanes, *shape), dtype=dtype) for shape, dtype in self.recording.kinds]
         else:
             state = self.start(self.problem, x)
+            if not judges:
+                return x, state, Verdict.initial(state)
             own = [_copied(t) for t in pytree.tensors((state, Verdict.initial(state)))]
         carried = [_copied(x), *own]
         step.run(carried, self.operands, lanes, _AT_MOST if judges else 0, step.starts, judges)
