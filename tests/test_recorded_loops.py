@@ -15,6 +15,7 @@ from torch.func import hessian, jacfwd, jacrev, vmap
 
 import implicitdiff.solvers as solvers
 from implicitdiff.errors import CompileError
+from implicitdiff.solvers._loop.compiled import CompiledLoop
 from implicitdiff.solvers._loop.recordings import Recording, kept
 
 pytestmark = needs_cpu
@@ -308,3 +309,34 @@ def test_a_wrong_bracket_of_one_lane_raises_in_a_recorded_search_too(lanes):
     c[1] = 8.5
     with pytest.raises(ValueError, match="must have different signs"):
         vmap(lambda c: solver.run(x, c)[0])(c)
+
+
+def test_a_judgement_that_differs_from_its_twin_stays_in_python(monkeypatch):
+    judged = CompiledLoop.judged
+
+    def wrong(*args):
+        state, verdict = judged(*args)
+        return state._replace(target=3 * state.target), verdict
+
+    monkeypatch.setattr(CompiledLoop, "judged", wrong)
+    x, (found, expected) = torch.ones(3, dtype=F64), (solvers.lbfgs(valley, compile=c) for c in ("always", "off"))
+    for _ in range(2):
+        torch.testing.assert_close(found.run(x)[1].target, expected.run(x)[1].target, rtol=1e-5, atol=0.0)
+        (made,) = kept._recordings.values()
+        assert made.is_checked and not made.step.judges
+
+
+def test_a_step_is_compared_in_a_search_that_makes_one():
+    """A step from a solution is rounding, and so differs from its twin."""
+    matrix = 0.1 * torch.randn(10, 10, generator=torch.Generator().manual_seed(0), dtype=F64)
+    solver = solvers.newton(lambda x: x - torch.tanh(matrix @ x + 0.5))
+    x, _ = solver.run(torch.ones(10, dtype=F64))
+    kept.clear()
+    for guess, is_stepped in ((x, False), (x, False), (torch.ones_like(x), True), (x, True)):
+        torch.testing.assert_close(solver.run(guess)[0], x)
+        (made,) = kept._recordings.values()
+        assert made.is_stepped == is_stepped
+
+
+def valley(x):
+    return ((x - 0.3) ** 4).sum() + (x**2).sum()

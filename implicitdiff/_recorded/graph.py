@@ -27,7 +27,7 @@ def several(step: Replay, count: int, carried: Leaves, prepared: Leaves) -> Leav
 
 @dataclass(eq=False)
 class StepGraph:
-    """A captured graph with memory of its own for what it reads.
+    """A captured graph. Its operands are copied to fixed memory before each launch.
 
     Args:
         step: the step, see `Replay.straight`.

@@ -287,7 +287,7 @@ class Replay:
         self._step, self.text = function_of(rest, [*range(len(strides) + operands), *first.wanted])
 
     def prepared(self, operands: Leaves) -> Leaves:
-        """Return the operands, and what depends on them alone."""
+        """Return the operands, and the values that depend on operands alone."""
         with _switches.no_modes():
             return [*operands, *self._first(*operands)]
 

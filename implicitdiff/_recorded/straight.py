@@ -281,7 +281,7 @@ def _variables_in(value: Any) -> Iterator[int]:
 
 
 def _as_view(operation: AtenOperation) -> AtenOperation | None:
-    """Return the view that an operation such as ``squeeze_`` makes of its argument; None if it makes another tensor."""
+    """Return the view that an operation such as ``squeeze_`` makes of its argument; None for other operations."""
     view = _dispatch.out_of_place(operation)
     return view if view is not None and _dispatch.returns_views(view) and view not in _BY_STRIDES else None
 

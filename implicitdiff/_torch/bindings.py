@@ -1,5 +1,5 @@
-"""torch's own functions in Python for the operations of ATen: a call takes half the time of a call by the dispatcher's
-name."""
+"""torch's Python functions for the operations of ATen. A call of such a function is faster than a call
+of the operation by its name."""
 
 from __future__ import annotations
 

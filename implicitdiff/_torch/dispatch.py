@@ -31,7 +31,8 @@ AtenOperation = OpOverload
 class TorchDispatchMode(ModeOfTorch):
     """torch's mode, for subclasses that are not used inside of what torch.compile traces.
 
-    At the first operation that any other subclass sees, torch imports its compiler: one second in each process.
+    At the first operation that any other subclass sees, torch imports its compiler. The import takes longer than a
+    recording.
     """
 
     @classmethod

@@ -176,7 +176,8 @@ class Compiler:
         return CompiledLoop(recording, self.parts.start, self.problem, x, [*self._flat, x, *self._constants])
 
     def _recording(self, x: Tensor) -> Recording | None:
-        """Return the recording; None if the step is left to Python in all lanes, so that it cannot be checked."""
+        """Return the recording; None if all lanes leave the step to Python, or if this search makes the recording but
+        makes no step."""
         known: Recording | str | None = kept.get(self._key)
         if known is None:
             try:
@@ -186,13 +187,33 @@ class Compiler:
             if known is None:
                 return None
             kept.put(self._key, known)
+            if isinstance(known, Recording) and not known.is_stepped:
+                return None
+        elif isinstance(known, Recording) and not known.is_stepped:
+            known = self._stepped(known, x)
         if isinstance(known, str):
             raise NotRecordableError(known)
         return known
 
+    def _stepped(self, recording: Recording, x: Tensor) -> Recording | str | None:
+        """Compare the step of a recording that was made where no lane ran. If no lane runs here either, only the first
+        state is used."""
+        loop = self._made(recording, x)
+        state = loop.begun()[1]
+        if not any_lane(state.status == 0):
+            return recording
+        found: Recording | str = recording._replace(is_stepped=True)
+        try:
+            if not self._with_noted(lambda: self._verify(loop, x, state)):
+                return None
+        except NotRecordableError as error:
+            found = str(error)
+        kept.put(self._key, found)
+        return found
+
     def _with_noted(self, make: Callable[[], MadeT]) -> MadeT:
-        """Return ``make()``, computed with functions that are evaluated once; where that fails, with the functions as
-        they are, so that errors are theirs."""
+        """Return ``make()``, computed with the noted operations of the user's functions. If an error occurs, call the
+        functions themselves, so that the error message names the user's line."""
         given, self.problem = self.problem, self._noted.problem
         try:
             return make()
@@ -268,13 +289,12 @@ class Compiler:
             NotRecordableError: the step does not agree with its twin.
         """
         loop = self._made(recording, x)
-        # If no lane has anything to do, all make a step, so that there is a step to compare.
-        runs = state if any_lane(state.status == 0) else state._replace(status=torch.zeros_like(state.status))
-        if not self._verify(loop, x, runs):
+        runs = any_lane(state.status == 0)
+        if runs and not self._verify(loop, x, state):
             return None
         step = recording.step
         starts = step.starts and self._starts_alike(recording, x, state)
-        return recording._replace(step=replace(step, starts=starts))
+        return recording._replace(step=replace(step, starts=starts), is_stepped=runs)
 
     def _starts_alike(self, recording: Recording, x: Tensor, state: State[Any]) -> bool:
         """Return whether the recorded first state agrees with its eager twin, here or, as in `_verify`, at another
@@ -327,7 +347,7 @@ class Compiler:
         return ReplayedStep(known, structure, known.prepared(operands), step)
 
     def _recorded_replay(self, step: StepFn, x: Tensor, state: State[Any], operands: Leaves) -> Replay | str:
-        """Record the step after this one, and compare it with this one."""
+        """Make an eager step, record the next step, and compare the recording with the eager step."""
         with unreported():
             twin = step(self.problem, x, state)
         try:

@@ -45,6 +45,7 @@ class Recording(NamedTuple):
         structure: the structure of the state and the verdict.
         kinds: their shapes and dtypes, without the lanes.
         can_leave: "start" and "step", those that may be left to Python.
+        is_stepped: True once a step was compared with its eager twin; without a running lane there is none.
         is_checked: True once the judgement was compared with its eager twin.
     """
 
@@ -52,6 +53,7 @@ class Recording(NamedTuple):
     structure: Structure
     kinds: Kinds
     can_leave: frozenset[str]
+    is_stepped: bool = False
     is_checked: bool = False
 
 

@@ -52,7 +52,7 @@ class ReplayedStep:
         """Make one iteration; stopped lanes do not change."""
         if not self.is_over:
             try:
-                # The state of the last step is most often that of this one.
+                # Most often `state` is the result of the last step, whose leaves are known.
                 known, leaves = self._last
                 leaves = leaves if state is known else self.structure.tensors_of(state)
                 new_x, *leaves = self.replay([x, *leaves], self.prepared)
@@ -86,7 +86,7 @@ class GraphedLoop:
 
 
 def of_running_lanes(step: StepFn, pauses: Callable[[State[Any]], Tensor] | None = None) -> StepFn:
-    """Return a step that changes running lanes alone; without those that `pauses` flags."""
+    """Return a step that changes only running lanes that `pauses` does not flag."""
 
     def masked_step(problem: BatchedProblem, x: Tensor, state: State[Any]) -> tuple[Tensor, State[Any]]:
         new_x, new = step(problem, x, state)
