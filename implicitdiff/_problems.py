@@ -235,6 +235,7 @@ def _run(
     args: tuple[Tree, ...],
     options: dict[str, Any],
 ) -> tuple[Tree, State[Any]]:
+    # Options of `run` go to `run`, all others to the factory.
     of_run = {name: options.pop(name) for name in RunOptions.__annotations__ if name in options}
     made = factory(fn, **options) if callable(factory) else None
     if not isinstance(made, Solver):

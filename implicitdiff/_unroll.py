@@ -102,6 +102,7 @@ def _recomputed(fn: UserFunction, *args: Any) -> Tree:
     smooth = [i for i, t in enumerate(values) if t.is_floating_point() or t.is_complex()]
 
     def evaluate(theta: Leaves) -> Leaves:
+        # `lifted` compares the operations with those at the call, so a changed step raises.
         again = structure.tensors_of(lifted(theta))
         return [again[i] for i in smooth]
 
@@ -136,6 +137,7 @@ class _Segment(Problem):
         # torch.func.grad records the backward pass too, for a second derivative. As a segment, the backward pass keeps
         # its operands only.
         def pull(operands: Leaves) -> Leaves:
+            # n is at least 1, so the slices by -n are the ones meant.
             x, theta, u = operands[:n], operands[n:-n], operands[-n:]
             return list(self.pullback(x, theta, u, wanted).values())
 

@@ -141,6 +141,7 @@ class ConvergenceError(RuntimeError):
         """Return one error for those of parts of the same lanes: that of the worst lane, with the lanes of all."""
         worst = max(errors, key=lambda e: math.inf if math.isnan(e.error) else e.error / e.target)
         lanes = tuple(sorted({lane for e in errors for lane in e.lanes}))
+        # The message of the worst rank names that rank's lanes.
         before, now = (lanes_in_words(some, worst.total) for some in (worst.lanes, lanes))
         return _restored(ConvergenceError, (str(worst).replace(before, now),), {**vars(worst), "lanes": lanes})
 

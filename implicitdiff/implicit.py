@@ -286,7 +286,9 @@ def _check_argnums(name: str, chosen: frozenset[int] | None, positions: int | No
 
 
 def _check_residual(name: str, check: float, residual: Leaves) -> None:
+    # Squares of a float32 residual may overflow, but not in float64.
     norm = torch.stack([r.abs().to(torch.float64).square().sum() for r in residual]).sum().sqrt()
+    # Under vmap the norm is a wrapper; the plain tensor inside has the norms of all lanes.
     lanes = _levels.base(norm).reshape(-1)
     # Not `lanes > check`: a residual of NaN has to fail.
     failed = ~(lanes <= check)

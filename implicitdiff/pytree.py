@@ -135,6 +135,7 @@ def tree_l2_norm(x: Tree) -> torch.Tensor:
     leaves = _pytree.tensors(x)
     if not leaves:
         raise ValueError(f"tree_l2_norm: x must be a tree with tensors, got {_pytree.describe(x)}")
+    # `vector_norm` has the derivative 0 at 0; the square root of a sum of squares would have nan.
     norm: torch.Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in leaves]))
     return norm
 

@@ -189,6 +189,7 @@ def _warmed(schedule: Schedule, warmup_steps: int, init_value: Number, count: Co
     count = _count_tensor(count)
     share = _elapsed_share(count, 0, warmup_steps)
     rising = init_value + (schedule(torch.zeros_like(count)) - init_value) * share
+    # Counts of the warm-up are clamped, since a schedule need not be defined for negative counts.
     return torch.where(count < warmup_steps, rising, schedule((count - warmup_steps).clamp(min=0)))
 
 

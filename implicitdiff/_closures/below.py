@@ -40,6 +40,7 @@ def below_autodiff(outside: bool = False) -> Iterator[Derived]:
     """
     depth = _context.depth()
     levels = _switches.no_transforms() if outside else _switches.inert_gradient_levels()
+    # Entered first, `KeepGradients` is the outer mode: operations arrive with the layers dropped already.
     with KeepGradients() as gradients, uncached(), levels, torch.no_grad():
         try:
             # Without running transforms and modes, no tensor has a layer to drop.
@@ -61,12 +62,14 @@ class KeepGradients(TorchFunctionMode):
         bare: differentiated tensors without the layers of the transforms that differentiate them.
     """
 
+    # This mode changes no argument, so kernels may bypass the mode.
     lets_addresses_through = True
 
     def __init__(self) -> None:
         super().__init__()
         self.derived: Derived = {}
         self.bare: Derived = {}
+        # Tensors hash by identity, so a dictionary of tensors compares no entries.
         self.before: dict[torch.Tensor, torch.Tensor | None] = {}
 
     def __torch_function__(
@@ -83,6 +86,8 @@ class KeepGradients(TorchFunctionMode):
                     self.before[leaf] = None if leaf.grad is None else leaf.grad.clone()
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
+            # Gradients are off in the body, so `requires_grad` of a result tells nothing. Ids of results are noted
+            # instead.
             if self._is_derived(args) or (kwargs and self._is_derived(tuple(kwargs.values()))):
                 self.derived[id(result)] = weakref.ref(result)
             else:
@@ -104,6 +109,7 @@ class KeepGradients(TorchFunctionMode):
         """Restore the saved gradients."""
         # `backward` accumulates in place, so the current `grad` is the caller's own tensor: copy into this tensor.
         with _switches.no_modes():
+            # A mode would rewrite or record these writes.
             for leaf, grad in self.before.items():
                 if grad is None or leaf.grad is None:
                     leaf.grad = grad
@@ -118,15 +124,18 @@ class DropGradientLayers(Rewriting):
     an outer `Substitute` replaces by operands.
     """
 
+    # The body is evaluated once, so no later evaluation needs the operands of its autograd.Functions.
     is_traced = False
 
     def __init__(self, outer: int, bare: Derived) -> None:
         super().__init__()
         self.outer, self.bare = outer, bare
+        # The modes around the body, outside of any that the body starts.
         self.around = substitutes()
 
     @property
     def lets_addresses_through(self) -> bool:
+        # Without a `Substitute` around, the mode changes wrappers alone, and never a plain tensor.
         return not self.around
 
     def __torch_function__(
@@ -159,6 +168,7 @@ class DropGradientLayers(Rewriting):
 
     def _is_outer(self, tensor: torch.Tensor) -> bool:
         """True if a wrapper belongs to a transform that runs around the function."""
+        # Inert levels keep the count, so transforms that start in the body have higher levels.
         return 0 < _levels.level(tensor) <= self.outer
 
 
@@ -174,4 +184,5 @@ class DropOutside(DropGradientLayers):
         level = _levels.level(tensor)
         if not 0 < level <= self.outer or _levels.is_batched(tensor):
             return False
+        # A gradient wrapper of the body has a level that runs here as a gradient transform.
         return level > _context.depth() or _levels.is_vmap(level)

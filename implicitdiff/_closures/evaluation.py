@@ -19,6 +19,7 @@ from implicitdiff._torch.sparse import SparseProducts
 from implicitdiff._torch.trees import Leaves, Tree, UserFunction
 from implicitdiff.errors import TransformError
 
+# State of the thread, like grad mode.
 _evaluation = threading.local()
 
 
@@ -30,6 +31,7 @@ class named_in_errors(AbstractContextManager["named_in_errors"]):
         self.name = name
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Without a level torch.func cannot have refused anything: the error is the function's own.
         if _context.depth() == 0:
             return
         if (refusal := transform_error(self.name, error)) not in (None, error):
@@ -64,6 +66,7 @@ class by_autograd_alone:
 
 def is_by_autograd_alone() -> bool:
     """True if autograd alone differentiates the running function."""
+    # A transform that the function starts itself differentiates as usual.
     return getattr(_evaluation, "is_alone", False) and _context.depth() == 0
 
 
@@ -89,6 +92,7 @@ def pullback(fn: UserFunction, x: Tree, *args: Any) -> tuple[Leaves, Callable[[L
     # A view is a tensor of its own, so the gradient leaves out other uses of the same tensor, such as a capture. The
     # view stays in the caller's graph, so that the gradient can be differentiated again.
     with torch.enable_grad():
+        # A leaf of its own: `requires_grad_` on the caller's tensor would be visible outside.
         leaves = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in leaves]
         values = of_leaves(leaves)
 
@@ -98,6 +102,7 @@ def pullback(fn: UserFunction, x: Tree, *args: Any) -> tuple[Leaves, Callable[[L
         if not pairs:
             return structure.unflatten([torch.zeros_like(t) for t in leaves])
         ys, us = zip(*pairs, strict=True)
+        # Always with a graph, since the gradient may be a residual that is differentiated again.
         return structure.unflatten(torch.autograd.grad(ys, leaves, us, create_graph=True, materialize_grads=True))
 
     return values, pull
@@ -128,5 +133,6 @@ def with_replacements(needed: bool, is_sparse: bool) -> AbstractContextManager[o
 
 @contextmanager
 def _with_sparse_replacements(needed: bool) -> Iterator[None]:
+    # An operation reaches `Exchange` first, and the products of a replacement reach `SparseProducts`.
     with SparseProducts(), Exchange() if needed else nullcontext():
         yield

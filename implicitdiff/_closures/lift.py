@@ -92,6 +92,7 @@ class Lifted:
         # level, a mode does not see the operands of a custom autograd.Function.
         self.levels = 0 if refusal else max(1, max(map(_levels.level, self.captured), default=0))
         self.settings = settings()
+        # `constants` keeps these tensors alive, so no other tensor gets one of these ids.
         self._known_constants = {id(t) for t, _ in self.constants}
         self._is_within_call = False
         self._difference: str | None = None
@@ -111,6 +112,7 @@ class Lifted:
         if compared is not None and compared[id(self)] == _COMPARISONS:
             with with_settings(self.settings), self.snapshot.put_back(), isolated_from_caller():
                 return self.within_call(operands, *more)
+        # Programs hold no values of tensors, so a constant that was written to would pass the comparison.
         self.refuse_overwritten()
         with with_settings(self.settings), self.snapshot.put_back():
             result, watch = self._run_again_watched(operands)
@@ -229,8 +231,8 @@ def _detached_if_tracked(tensor: torch.Tensor) -> torch.Tensor:
 
 
 _comparing = threading.local()
-# How many evaluations of a function are compared with the call, in one derivative. A function that changes from one
-# evaluation to the next differs at the second.
+# The number of evaluations of a function that are compared with the call, in one derivative. A function that changes
+# from one evaluation to the next differs at the second.
 _COMPARISONS = 2
 
 
@@ -283,6 +285,7 @@ def _lift_once(
     differentiated: Sequence[bool] = (),
 ) -> Lifted:
     """Run `fn` once, or twice if the first run stores tensors, and return the lifted function."""
+    # Before the first run, which may assign to the variables.
     snapshot = Snapshot(fn, arguments.others)
     value, watch = _run_watched(name, fn, given, arguments, refusal, differentiated)
     used = watch.program.outside.keys()
@@ -315,6 +318,7 @@ def _stored_results(program: Program) -> list[weakref.ref[torch.Tensor]]:
     Garbage in a cycle of references is alive too, until Python happens to collect it. How often a function runs must
     not depend on that: where it communicates, the other processes would wait for a run that is not repeated there.
     """
+    # A collection of generation 2 visits all objects of the process, so only communication pays for one.
     generations = (1, 2) if program.communicates else (1,)
     for generation in generations:
         if program.surviving_results():

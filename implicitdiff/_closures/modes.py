@@ -104,6 +104,8 @@ class Watch(OwnMode):
             program.has_dispatch_mode = program.has_dispatch_mode or _context.in_dispatch_mode()
         is_exchanged = func in EXCHANGED
         self.exchanges = self.exchanges or is_exchanged
+        # While a handler runs, torch keeps the mode itself off the stack. So the record has the user's operation, and
+        # no part of a replacement.
         if is_sparse:
             self.is_sparse = True
             with Exchange() if self.exchanges_here else nullcontext():
@@ -144,6 +146,7 @@ def one_operation(fn: Fn) -> Fn:
         programs = [mode.program for mode in watches()]
         if not programs:
             return fn(*args, **kwargs)
+        # A counter, since library calls nest.
         for program in programs:
             program.silent += 1
         try:
@@ -152,6 +155,7 @@ def one_operation(fn: Fn) -> Fn:
             for program in programs:
                 program.silent -= 1
         for program in programs:
+            # The decorated function stands for the operation, and gives its name in messages.
             program.add(run, ([], {}), tuple(pytree.tensors(result)))
         return result
 
@@ -211,6 +215,7 @@ class Substitute(Rewriting):
     def __init__(self, captured: Sequence[torch.Tensor], values: Sequence[torch.Tensor], inert: int) -> None:
         super().__init__()
         self.inert = inert
+        # The keys stay unique: the `Lifted` keeps the captured tensors alive.
         self.values = {id(old): new for old, new in zip(captured, values, strict=True)}
 
     def __torch_function__(

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
 
-# These packages and the standard library: a walk does not enter their modules and classes.
+# A walk does not enter modules and classes of these packages and of the standard library.
 _TRUSTED = {"torch", "implicitdiff", "numpy", "scipy"} | sys.stdlib_module_names - {"__main__"}
 _SITES = {"site-packages", "dist-packages"}
 
@@ -68,6 +68,7 @@ def home_packages(values: Iterable[object]) -> frozenset[str]:
     library."""
     found: set[str] = set()
     seen: set[int] = set()
+    # All values live in functions and objects that stay alive during the search, so no id is used twice.
     todo = [*values]
     while todo:
         value = todo.pop()

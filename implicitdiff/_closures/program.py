@@ -62,6 +62,7 @@ class Program:
     """
 
     def __init__(self, operands: Sequence[torch.Tensor]) -> None:
+        # The number of transforms around the function. A wrapper of a higher level was made inside.
         self.depth = _context.depth()
         self.outside: dict[int, tuple[torch.Tensor, int]] = {}
         self.operations: list[RecordedOperation] = []
@@ -132,6 +133,7 @@ class Program:
 
     def finish(self) -> None:
         """Drop the references to tensors that the function computed."""
+        # Weak references from here on: a result that stays alive was stored by the function.
         self._made = [weakref.ref(t) for t in self._alive if self._origins.get(id(t), _HIDDEN)[0] == "result"]
         self._alive.clear()
         self._origins.clear()
@@ -150,6 +152,7 @@ class Program:
         # A transform inside the function wraps its arguments without a call of a torch function. Look for the origin of
         # the wrapped tensor.
         dims = []
+        # Levels up to `depth` belong to transforms around the function: their wrappers are captured tensors themselves.
         while not self._knows(tensor) and _levels.level(tensor) > self.depth:
             dims.append(_levels.batch_dim(tensor))
             tensor = _levels.unwrap(tensor)
@@ -187,6 +190,7 @@ class Program:
         while _levels.level(tensor) > self.depth:
             tensor = _levels.unwrap(tensor)
             if id(tensor) not in self.outside:
+                # An inner tensor with an origin keeps this origin: a wrapper may hold an operand.
                 self._origins.setdefault(id(tensor), origin)
                 self._alive.append(tensor)
 
@@ -195,6 +199,7 @@ class Program:
         key = id(tensor)
         if key not in self._origins:
             self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
+            # The callback removes the entry before another tensor can get the id.
             self._hidden[key] = weakref.ref(tensor, lambda _: self._hidden.pop(key, None))
 
     def _as_compared(self, value: object) -> object:
@@ -214,6 +219,7 @@ class Program:
         if isinstance(value, slice):
             return ["slice", *map(self._as_compared, (value.start, value.stop, value.step))]
         if isinstance(value, np.ndarray):
+            # NumPy counts no versions, so a checksum stands for the numbers of an array.
             return ["array", value.shape.__repr__(), str(value.dtype), self._borrow(value), value.nbytes]
         if isinstance(value, torch.Generator):
             with _switches.no_levels(), _switches.no_modes():
@@ -251,6 +257,7 @@ class Program:
         same = _Comparison({**then.aliases, **self.aliases}, constants)
         # The lengths are compared last: the first different operation says more.
         for i, (a, b) in enumerate(zip(self.operations, then.operations, strict=False)):
+            # Tensors are stored as origins, so `==` compares plain Python values.
             if a == b:
                 continue
             if isinstance(a[0], Program) and isinstance(b[0], Program):
@@ -280,6 +287,7 @@ class _Comparison:
         self.aliases, self.constants = aliases, constants
 
     def __call__(self, now: object, then: object) -> bool:
+        # Only an origin is a tuple.
         if isinstance(then, tuple):
             return isinstance(now, tuple) and self._origins(self._first(now), self._first(then))
         if isinstance(then, (float, complex)) and isinstance(now, (float, complex)):
@@ -305,6 +313,7 @@ class _Comparison:
         return bool(now == then)
 
 
+# The origin of results of library calls, which have no operation of their own in the record.
 _HIDDEN: Origin = ("result", -1, 0)
 OPAQUE = Opaque.OPAQUE
 _PLAIN_TYPES = {int, float, bool, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout}
@@ -375,6 +384,7 @@ def version(tensor: torch.Tensor) -> int:
 def is_borrowed(tensor: torch.Tensor) -> bool:
     """True if other code, such as NumPy, owns the memory of a tensor, and may write without a change of `version`."""
     try:
+        # A storage over foreign memory, as of `torch.from_numpy`, cannot be resized.
         return not tensor.untyped_storage().resizable()
     except NotImplementedError:  # subclasses and wrappers without memory
         return False
@@ -407,5 +417,6 @@ def checksum(array: npt.NDArray[Any]) -> list[object]:
     rest = data[words.size * 8 :].tobytes()
     if not words.size:
         return [rest]
+    # `reduceat` sums the words from each start to the next.
     starts = np.arange(0, words.size, max(1, words.size // 64))
     return [np.add.reduceat(words, starts).tobytes(), rest]

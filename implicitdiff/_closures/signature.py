@@ -73,6 +73,7 @@ class Matcher:
             bound = self.solver.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{error}, in a call of the {self.names}") from None
+        # Read before `apply_defaults`, which fills in the parameters that the caller left out.
         given = set(bound.arguments)
         bound.apply_defaults()
         positions, keywords = bound.args, bound.kwargs
@@ -139,6 +140,7 @@ class Matcher:
         filled = list(itertools.takewhile(source.__contains__, slots))
         if more and len(filled) < len(slots):
             self._refuse(f"argument {more[0] + 1}")
+        # Names that are left in `source` go by keyword.
         positional = [*(source.pop(name) for name in filled), *more]
 
         def route(args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> Arguments:

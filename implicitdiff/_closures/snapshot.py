@@ -55,16 +55,19 @@ class Snapshot:
         self.locations = [
             location
             for location in self.locations
+            # Of a location that has changed in part, the unchanged names stay.
             if (location.is_unchanged() or location.keep_unwritten()) and location.keep_used(is_used)
         ]
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
         """Run the body with the recorded values in all locations. Unchanged locations are not written to."""
+        # Without the lock, since most derivatives find every location unchanged.
         if all([location.is_unchanged() for location in self.locations]):
             yield
             return
         with _LOCK:
+            # All current values are read before the first write: two locations may share an object.
             changed = [(location, location.read()) for location in self.locations if not location.is_unchanged()]
             try:
                 for location, _ in changed:

@@ -12,6 +12,7 @@ class Absent:
     """Type of the mark for a location without a value."""
 
 
+# A mark of its own, since None is a value.
 ABSENT: Final = Absent()
 
 
@@ -40,6 +41,7 @@ class Location:
 
     def is_unchanged(self) -> bool:
         """True if the location holds the recorded value."""
+        # By identity: `==` of tensors or arrays gives no single truth value.
         return self.read() is self.value
 
     def restore(self) -> None:
@@ -96,6 +98,7 @@ class Variables(Location):
         return list(fresh.values())
 
     def read(self) -> Any:
+        # The changed names alone: `write` of this result undoes `restore`.
         return {name: now for name, v in self.value.items() if (now := self.owner.get(name, ABSENT)) is not v}
 
     def write(self, value: Any) -> None:
@@ -144,6 +147,7 @@ class Attribute(Location):
             return ABSENT
 
     def write(self, value: Any) -> None:
+        # Past any `__setattr__` of the class, such as that of a frozen dataclass.
         setter = type.__setattr__ if isinstance(self.owner, type) else object.__setattr__
         if value is not ABSENT:
             setter(self.owner, self.key, value)
@@ -163,6 +167,7 @@ class Contents(Location):
         return dict(self.owner) if isinstance(self.owner, dict) else list(self.owner)
 
     def write(self, value: Any) -> None:
+        # In place, since other references to the container must see the values.
         self.owner.clear()
         self.owner.extend(value) if hasattr(self.owner, "extend") else self.owner.update(value)
 
@@ -195,6 +200,7 @@ class Contents(Location):
         then, now = self.value, self.read()
         if isinstance(now, dict):
             then, now = then.values(), now.values()
+        # By id, since items may be tensors.
         there = set(map(id, now))
         return [v for v in then if id(v) not in there]
 

@@ -108,13 +108,16 @@ class Walk:
         self.count = 0
         self.tensors: list[torch.Tensor] = []
         self.may_miss_tensors = False
+        # Breadth first: a limit cuts off the values that are farthest from the function.
         self.todo: deque[object] = deque([fn, *args])
         # By id. The objects are kept alive, so that Python does not reuse an id.
         self.seen: dict[int, object] = {}
         self.variables: dict[int, Variables] = {}
         self.attributes: set[tuple[int, str]] = set()
+        # Objects with their dictionaries, examined again whenever a name is new.
         self.objects: list[tuple[object, dict[str, Any], _ClassInfo | None]] = []
         self.classes: dict[type, _ClassInfo] = {}
+        # A name opens an attribute of every reached object, in whatever object the code meant.
         self.names: set[str] = {*_OPERATORS, "forward"}
         # Names of attributes that a reached function sets. An object may not have such an attribute yet.
         self.stored: set[str] = set()
@@ -129,9 +132,11 @@ class Walk:
                 of: type = type(value)
                 if (visit := _visitor_of(of)) is not _ignore and id(value) not in self.seen:
                     self._visit(value, visit)
+            # The lists are incomplete from here on, and `tensors_within` says so.
             if self.count >= _MAX_VALUES:
                 return
             looked_at = self._progress()
+            # Members first: a method may mention new names of attributes.
             for info in [*self.classes.values()]:
                 self._members(info)
             for waiting in self.objects:
@@ -176,6 +181,7 @@ class Walk:
         if visit is Walk._object and isinstance(value, _VISITED_TYPES):  # a proxy, whose `__class__` is another class
             of: type = value.__class__
             visit = _visitor_of(of)
+        # A tensor leads to no other value, so another visit costs nothing.
         if visit is not _note_tensor:
             self.seen[id(value)] = value
         visit(self, value)
@@ -198,6 +204,7 @@ class Walk:
             variables, attributes, stored = _names_used(fn.__code__)
             self.names |= attributes
             self.stored |= stored
+            # Builtins are not among the globals, and do not change.
             if found := variables & fn.__globals__.keys():
                 self._note_variables(fn.__globals__, found)
 
@@ -278,6 +285,7 @@ class Walk:
             for name in info.slots:
                 self._note_attribute(value, name)
         if isinstance(value, Module):
+            # Recorded in `_object`; the other attributes of every module belong to torch.
             wanted -= _OF_MODULES
         if wanted:
             self._note_variables(attributes, wanted)
@@ -311,6 +319,7 @@ class Walk:
         """Record the attribute names in a method of an installed package, for instances of its class only."""
         if not isinstance(fn, FunctionType):
             return
+        # Behind a decorator the wrapped function reads the attributes.
         self._code(info, fn.__dict__.get("__wrapped__"))
         module = fn.__globals__.get("__name__")
         if not is_trusted(module) and not self._is_followed(module):
@@ -340,6 +349,7 @@ def _note_tensor(walk: Walk, value: torch.Tensor) -> None:
 _SIMPLE = (*_ATOMIC_TYPES, torch.Tensor, *_CONTAINERS, FunctionType, tuple)
 
 
+# The attributes that `nn.Module.__init__` sets. Of these, `training` alone is followed by name.
 _OF_MODULES = frozenset(vars(Module())) - {"training"}
 
 
@@ -365,6 +375,7 @@ _OPAQUE += (type(functools.lru_cache(int)),)
 def _may_hide_tensors(cls: type) -> bool:
     """True if instances of a class may hide tensors from the search."""
     if issubclass(cls, (Iterator, Mapping)):
+        # A user's iterator or mapping keeps its items in attributes; one of the standard library keeps the items in C.
         return is_trusted(cls.__module__)
     return issubclass(cls, _OPAQUE)
 
@@ -411,6 +422,7 @@ def _names_used(code: CodeType) -> tuple[frozenset[str], frozenset[str], frozens
     variables: set[str] = set()
     stored: set[str] = set()
     attributes = {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
+    # Python 3.12 has no `LOAD_METHOD` any more, and has `LOAD_SUPER_ATTR`.
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             variables.add(instruction.argval)

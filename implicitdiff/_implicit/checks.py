@@ -58,6 +58,7 @@ def max_abs_or_one(tensor: Tensor) -> Tensor:
     """Return the largest absolute entry, or 1 for a zero or empty tensor; all dimensions are kept with size 1."""
     everything = tuple(range(tensor.dim()))
     entries = tensor.abs()
+    # `amax` of an empty tensor raises, and the sum has the same shape.
     largest = entries.amax(everything, keepdim=True) if tensor.numel() else entries.sum(everything, keepdim=True)
     return torch.where(largest > 0, largest, 1.0)
 
@@ -68,5 +69,6 @@ def probe_vector(like: Leaves) -> Leaves:
 
 
 def _probe_entries(count: int, like: Tensor) -> Tensor:
+    # Squares make the angles irregular, so no symmetry of a function cancels the probe.
     angles = 7.0 * torch.arange(1, count + 1, dtype=torch.float32, device=like.device) ** 2
     return (torch.polar(torch.ones_like(angles), angles) if like.is_complex() else angles.cos()).to(like.dtype)

@@ -78,6 +78,7 @@ def _ones(n: int, b: Tensor) -> Tensor:
 def _accepts(matvec: Callable[[Tree], Tree], v: Tensor, b: Tensor) -> bool:
     """True if `matvec` maps `v` to a tensor like `b`."""
     try:
+        # A matvec may call `torch.autograd.grad`, also where the caller has gradients off.
         with torch.enable_grad():
             result = matvec(v)
     except SHAPE_ERRORS as error:

@@ -46,6 +46,7 @@ class LinearSolver(Remembers, LinearMethod):
         check_unknowns(f"{self.name}: the right-hand side b", leaves, structure)
         refuse_valueless(self.name, leaves)
         if isinstance(matvec, BoundMatvec):
+            # A library solver inside of a user's `solve(matvec, b)`: the operator is lifted already.
             problem = LinearProblem(matvec.operator, self, structure, len(matvec.operands))
             return structure.unflatten(solve_linear(problem, leaves, matvec.operands))
         if not callable(matvec):
@@ -59,6 +60,7 @@ class LinearSolver(Remembers, LinearMethod):
         with lifted.during_call():
             if x is not None:
                 return _solve_embedded(self, lifted, x, leaves, structure)
+            # Of a square operator the captured tensors are the only operands.
             problem = LinearProblem(lifted_operator(lifted, structure), self, structure, len(lifted.captured))
             return structure.unflatten(solve_linear(problem, leaves, lifted.captured))
 
@@ -162,6 +164,7 @@ def _check_linear(name: str, lifted: Lifted, leaves: Leaves, structure: Structur
 
     b = [t.detach() for t in leaves]
     values = [_levels.base(t) for t in product([torch.zeros_like(t) for t in b])]
+    # Entries that are not finite are left to the solver, whose report says more.
     if any(bool(((v != 0) & torch.isfinite(v)).any()) for v in values):
         raise ValueError(f"{name}: matvec is not linear: it does not map zero to zero; remove the constant term")
     p = [max_abs_or_one(t) * w for t, w in zip(b, probe_vector(b), strict=True)]
@@ -184,6 +187,7 @@ def _largest_gap(images: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
     wide = [[t.to(torch.promote_types(t.dtype, torch.float32)) for t in leaf] for leaf in images]
     gaps = [(c - (a - 3 * b)).abs().amax() for a, b, c in wide]
     sizes = [torch.stack([a.abs().amax(), 3 * b.abs().amax(), c.abs().amax()]).amax(dim=0) for a, b, c in wide]
+    # Under autocast a product is as exact as the dtype of autocast.
     dtypes = [leaf[0].dtype for leaf in images] + [dtype for _, enabled, dtype in _settings.autocast_state() if enabled]
     eps = max(torch.finfo(d).eps for d in dtypes)
     # Numbers below this have an absolute rounding error, because intermediate results are subnormal.

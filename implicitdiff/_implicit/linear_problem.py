@@ -64,11 +64,13 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leav
         aids: the operands of the preconditioner, if `problem` already has a preconditioner.
     """
     refuse_valueless(_name_of(problem.solver), [*b, *operands])
+    # A solver of the library runs inside of the primitive, on plain tensors.
     if isinstance(solver := problem.solver, LinearMethod):
         problem = _with_problem_type(problem, solver)
         if aids is None:
             return solve_problem(*_with_aids(problem, solver, b, operands))
         return solve_problem(problem, [*b, *operands, *aids])
+    # The derivatives follow from the equation, so the user's solver sees no gradient layer.
     values = [_levels.plain_under_vmap(t) for t in [*b, *operands]]
     sides, operands_below = values[: len(b)], values[len(b) :]
     with below_autodiff():
@@ -77,6 +79,7 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leav
             x = problem.solve_by_user(sides, operands_below)
         else:
             x = [torch.zeros_like(t) for t in sides]
+    # The solver may have recorded a graph under an `enable_grad` of its own.
     x = [t.detach() for t in x]
     if broken := sum(not bool(torch.isfinite(_levels.base(t)).all()) for t in x):
         raise LinearSolveError(
@@ -116,10 +119,12 @@ def _with_aids(
         return problem, [*b, *operands]
     aids: Leaves = []
     precondition: Operator
+    # Preconditioner and guess are given for one right-hand side in one lane.
     one = problem.one(b)
     if solver.preconditioner is not None:
         lifted = lift_linear(f"{solver.name}: preconditioner", solver.preconditioner, one, problem.structure)
         precondition, aids = lifted_operator(lifted, problem.structure), lifted.captured
+        # For M close to A, the adjoint of M is close to the adjoint of A.
         if isinstance(problem.operator, Adjoint):
             precondition = precondition.adjoint
         # The lanes so far share the preconditioner. A later vmap may batch its operands.
@@ -135,6 +140,7 @@ def _with_aids(
             "the right-hand side",
         )
         problem = replace(problem, has_start=True)
+        # A view of zero strides: all lanes and columns share the guess.
         aids = aids + [t.expand_as(like) for t, like in zip(problem.structure.tensors_of(solver.init), b, strict=True)]
     return problem, [*b, *operands, *(t.detach() for t in aids)]
 
@@ -193,6 +199,7 @@ class LinearProblem(Problem):
         b, operands, aids, start = self._split(theta)
         operator = self._over_lanes(self.operator, 0)
         blocks = operator.blocks
+        # The algorithms need entries on both sides; without entries the solution is empty or zero.
         if not (any(t.numel() for t in b[blocks.domain]) and any(t.numel() for t in b[blocks.range])):
             return [torch.zeros_like(t) for t in b]
         # The preconditioner acts on the smaller side of a rectangular operator.
@@ -209,7 +216,9 @@ class LinearProblem(Problem):
         )
         if isinstance(self.operator, Adjoint):
             system = replace(system, is_adjoint=True)
+        # A solver reads norms on the host, so the leader decides in the solve as well.
         with _decisions.frame():
+            # The rows of b were divided by `scale`, and a solution is linear in b.
             (rows,) = _decisions.of_leader([self.solver.algorithm(system) * system.scale])
         x = vectors.unravel(rows)
         if system.is_square:
@@ -244,6 +253,7 @@ class LinearProblem(Problem):
             check_like(f"the result of solve={self.solver!r}", x, tree, b, self.structure, "its right-hand side")
             return self.structure.tensors_of(x)
 
+        # Innermost first: columns lie behind the lanes, and no operand of the operator has columns.
         levels = [(0, None) for _ in self.columns] + [(0, list(dims)) for dims in self.levels]
         return over_levels(one_lane, levels)(b, operands)  # type: ignore[no-any-return]
 
@@ -253,6 +263,7 @@ class LinearProblem(Problem):
         free = (-1,) * len(b), (-1,) * len(start)
         if all(d is None for d in (*operands, *aids)):
             wanted = (*free[0], *(None for _ in (*operands, *aids)), *free[1])
+            # Vmaps come from the inside out, so the newest size is the outermost, in front.
             return replace(self, columns=(size, *self.columns)), wanted, len(self.lanes)
         point = self.operator.point
         # The point of a linearisation is always batched: with one point for all lanes, a derivative with respect to the
@@ -312,6 +323,7 @@ class BoundMatvec:
             product = self.operator.products(_modes.alias(self.operands), leaves).matvec()
             return self.structure.unflatten(product(leaves))
         if self.product is None:
+            # The operands do not change during the user's solve, so one linearisation serves all products.
             by: type[Linearisation] = OfOperands if _context.depth() == 0 else ByFunctorch
             self.product = self.operator.products(self.operands, leaves, by).matvec()
         return self.structure.unflatten(self.product(leaves))

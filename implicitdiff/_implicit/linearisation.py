@@ -107,7 +107,7 @@ class ByAutograd(Linearisation):
 
     def push(self) -> Product:
         x, y = self._graph
-        # The same trick: record J^T u as a function of u, at zero, and pull back through the record.
+        # As in `ByFunctorch`, record J^T u as a function of u, at zero, and pull back through the record.
         with _switches.recording():
             u = [torch.zeros_like(t).requires_grad_() for t in y]
             pulled = vector_jacobian_product(y, x, u, create_graph=True)
@@ -117,6 +117,7 @@ class ByAutograd(Linearisation):
         x, y = self._graph
         with _switches.recording():
             gradient = vector_jacobian_product(y, x, [torch.ones_like(t) for t in y], create_graph=True)
+        # Without `__init__`: the graph is given, and the function is not called again.
         at = object.__new__(ByAutograd)
         at.__dict__["_graph"] = x, gradient
         return at
@@ -128,6 +129,7 @@ class ByAutograd(Linearisation):
     def _record(self) -> tuple[Leaves, Leaves]:
         """Return the leaves ``x`` of a new graph, and its results."""
         with _switches.recording():
+            # `recordable` inside of `recording`: a copy made in inference mode would be an inference tensor again.
             x = [t.requires_grad_() for t in _functions.recordable(self.x)]
             return x, self.fn(x, _functions.recordable(self.theta))
 
@@ -164,6 +166,7 @@ class JointLinearisation(OfOperands):
     def _record(self) -> tuple[Leaves, Leaves]:
         with _switches.recording():
             x = [t.requires_grad_() for t in _functions.recordable(self.x)]
+            # `recordable` has detached these tensors, so no flag of a caller's tensor is set.
             for t in self.wanted:
                 t.requires_grad_()
             y = self.fn(x, self.theta)
@@ -192,6 +195,7 @@ class RetainedGraph(JointLinearisation):
         super().__init__(fn, x, theta, positions)
         self.adopts = adopts
         self.adopted: Leaves = []
+        # The property records the graph here.
         self._begin, self.end = self._graph
         self.wanted = [*self.wanted, *self.adopted]
         self.positions = [*positions, *range(len(theta), len(theta) + len(self.adopted))]
@@ -221,6 +225,7 @@ class RetainedGraph(JointLinearisation):
 
 def vector_jacobian_product(y: Leaves, x: Leaves, u: Leaves, *, create_graph: bool = False) -> Leaves:
     """Return ``(dy/dx)^T u`` from the graph of `y`, and keep the graph; zero if `y` does not depend on `x`."""
+    # The engine raises for an output without a graph; the derivative of such an output is zero.
     pairs = [(a, b) for a, b in zip(y, u, strict=True) if a.requires_grad]
     if not pairs:
         return [torch.zeros_like(t) for t in x]
@@ -228,6 +233,7 @@ def vector_jacobian_product(y: Leaves, x: Leaves, u: Leaves, *, create_graph: bo
     # Without a graph, torch takes formulas of which some are wrong under vmap: that of `torch.linalg.eigvals`.
     is_batched = not create_graph and _context.depth() > 0
     grads = _functions.gradients(ys, x, us, create_graph=create_graph or is_batched)
+    # The engine returns None for an input that no output uses.
     pulled = [torch.zeros_like(t) if g is None else g for t, g in zip(x, grads, strict=True)]
     return [t.detach() for t in pulled] if is_batched else pulled
 
@@ -241,6 +247,7 @@ def refuse_unknown_leaves(x: Leaves, y: Leaves) -> None:
 
     The derivative with respect to the leaf would silently be zero.
     """
+    # Plain operands give plain results. A wrapper among the results comes from a captured tensor.
     if not all(map(_levels.is_plain, y)) or any(_functions.leaves_beside(t, x) for t in y):
         raise UnknownLeafError(
             "the function to be differentiated depends on a tensor on which it did not depend at the call of the "

@@ -136,6 +136,7 @@ class Matvec(Operator):
         return Products(lambda: lambda v: self.fn(v, operands), at.pull)
 
     def batched(self, dims: Dims) -> Matvec:
+        # An operand with None stays shared by the lanes, without a copy.
         return Matvec(vmap(self.fn, (0, list(dims))), self.one_by_one)
 
 
@@ -196,6 +197,7 @@ class Jacobian(Operator):
 
     @property
     def rows_first(self) -> bool:
+        # A row takes one backward pass; a column takes the derivative of a pullback, a longer graph.
         return True
 
     def products(self, operands: Leaves, like: Leaves, by: type[Linearisation] = ByFunctorch) -> Products:

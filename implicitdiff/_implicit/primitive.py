@@ -94,6 +94,7 @@ class Problem(ABC):
 
     def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:
         """Return ``(d residual / d theta)^H u`` for the operands at the positions `wanted`."""
+        # If nothing differentiates the result, a graph of autograd does and costs less.
         by: type[Linearisation] = OfOperands if _tracking.is_quiet([*x, *theta], u) else ByFunctorch
         pull = by(self._residual_at(x, theta, wanted), [theta[i] for i in wanted], []).pull()
         return dict(zip(wanted, pull(u), strict=True))
@@ -118,7 +119,9 @@ class Problem(ABC):
 
 def solve_problem(problem: Problem, theta: Leaves) -> Leaves:
     """Return the problem's solution as a differentiable function of `theta`."""
+    # A mode sees the operands as arguments of `view_as`. Dead wrappers come off afterwards.
     theta = [_levels.strip_dead_wrappers(t) for t in _modes.alias(theta)]
+    # Nothing differentiates the solution: no Function, and no tensor is saved.
     if _tracking.is_quiet([], theta) and not _modes.is_inside():
         return solve_unrecorded(problem, theta)
     return list(_functions.apply(_ImplicitSolution, problem, 0, *theta))
@@ -126,6 +129,7 @@ def solve_problem(problem: Problem, theta: Leaves) -> Leaves:
 
 def solve_unrecorded(problem: Problem, theta: Leaves) -> Leaves:
     """`solve_problem` for operands that nothing differentiates: remove the vmaps without an autograd.Function."""
+    # Each call takes the layer of the innermost vmap off; the last solves all lanes at once.
     layer = _levels.outermost_layer(theta)
     if layer is None:
         with _switches.nothing_running(), _settings.full_precision():
@@ -174,13 +178,16 @@ class _ImplicitSolution(torch.autograd.Function):
         ctx.problem, ctx.known, *operands = inputs
         ctx.unknowns, ctx.operands = len(output), len(operands) - ctx.known
         # autograd frees saved tensors after the backward pass, unlike attributes of ctx, and detects in-place changes.
+        # The order is that of `_split`: solution, theta, then the released graph.
         ctx.save_for_backward(*output, *operands[ctx.known :], *ctx.problem.release())
         ctx.save_for_forward(*output, *operands[ctx.known :])
+        # An absent cotangent stays None, and a derivative that is zero costs no solve.
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @_compile.outside_compile
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        # A pullback may run after the end of its transform: wrappers of this level are dead by then.
         x, theta = _split([_levels.strip_dead_wrappers(t) for t in ctx.saved_tensors], ctx.unknowns)
         theta, released = _split(theta, ctx.operands)
         # The problem, the number `known` and the known solution get no gradient.
@@ -189,6 +196,7 @@ class _ImplicitSolution(torch.autograd.Function):
         wanted = [i for i in range(len(theta)) if ctx.needs_input_grad[first + i]]
         if wanted and any(c is not None for c in cotangents):
             x_bar = [torch.zeros_like(t) if c is None else c for c, t in zip(cotangents, x, strict=True)]
+            # The solve may evaluate the user's function once for each product, but compares only the first two.
             with one_derivative():
                 pulled = _pulled_back(ctx.problem, x, theta, x_bar, wanted, released)
             for i, grad in pulled.items():
@@ -239,6 +247,7 @@ class _UnrecordedVjp(torch.autograd.Function):
     @staticmethod
     @_compile.outside_compile
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        # No `jvp`: `_pulled_back` chooses this Function only if forward mode is off.
         ctx.problem, ctx.wanted, ctx.unknowns, *operands = inputs
         ctx.save_for_backward(*operands)
 
@@ -304,6 +313,7 @@ def _pulled_back(
         operands = _modes.alias([*x, *x_bar, *theta])
         pulled = _functions.apply(_UnrecordedVjp, problem, tuple(wanted), len(x), *operands)
         return dict(zip(wanted, pulled, strict=True))
+    # The general rule, composed of differentiable operations.
     return problem.vjp(x, theta, x_bar, wanted)
 
 
@@ -332,6 +342,7 @@ def _move_batch_dim(tensor: torch.Tensor, dim: int | None, wanted: int | None, s
         return tensor
     target = at if wanted < 0 else wanted
     if dim is None:
+        # A view of zero strides, without a copy.
         return tensor.unsqueeze(target).expand(*tensor.shape[:target], size, *tensor.shape[target:])
     return tensor.movedim(dim, target)
 

@@ -105,14 +105,17 @@ class RootProblem(Problem):
         if not isinstance(solver := self.solver, LinearSolver):
             return super().vjp(x, theta, x_bar, wanted)
         if released and self.kept is not None:
+            # Nothing is evaluated again, so constants alone may be stale. Saved tensors are checked by autograd.
             self.kept.of.refuse_overwritten()
             at, positions = self.kept.graph.resume(released), self.kept.graph.positions
         else:
             at, positions = JointLinearisation(self.residual, x, theta, wanted), list(wanted)
+        # The matrix is formed from the operator of one lane, and products use the shared graph.
         lane = Lane(Jacobian(self.residual_fn, len(x)), [*x, *theta], self._levels(len(x)))
         operator = Linearised(Products(at.push, at.pull), one_by_one=self.refusal is not None, lane=lane).adjoint
         problem = LinearProblem(operator, solver, self.structure, count=0, lanes=self.lanes)
         # A^H u = x_bar, then theta_bar = -(dr/dtheta)^H u.
+        # Unrecorded: all lanes are solved here on plain tensors, whatever transforms run around.
         u = solve_linear_unrecorded(problem, solver, x_bar)
         pulled = dict(zip(positions, at.pull_theta([-t for t in u]), strict=True))
         return {i: pulled[i] for i in wanted}
@@ -169,6 +172,7 @@ class RootAt:
         """
         for constant, _ in self.lifted.constants:
             is_smooth = constant.is_floating_point() or constant.is_complex()
+            # The id alone may belong to a later tensor, so the weak reference decides.
             if is_smooth and id(constant) in derived and derived[id(constant)]() is constant:
                 raise ValueError(
                     f"{self.lifted.name} uses a tensor of shape {list(constant.shape)} that the solver has computed "
@@ -275,6 +279,7 @@ class RootAt:
         u = probe_vector(ahead)
         # Compute u' J d in two ways, for the Jacobian J of the residual r and the direction d: (J' u)' d by autograd,
         # and u' (r(at + h d) - r(at - h d)) / 2h by differences. `scale` bounds the terms that cancel in (J' u)' d.
+        # A copy of the list: `release` still has to hand the results to autograd.
         shared = graph.resume([*graph.end])
         pulled_theta = dict(zip(graph.positions, shared.pull_theta(u), strict=True))
         pulled = [*shared.pull()(u), *(pulled_theta[i] for i in moved)]

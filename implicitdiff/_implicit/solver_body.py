@@ -35,6 +35,7 @@ def run_solver(solver: UserSolver, call: Call, has_aux: bool) -> tuple[Tree, Tre
     # The tensors of the initial guess come first.
     own = len(pytree.tensors(call.init))
     values = [_levels.plain_under_vmap(t) for t in tensors]
+    # A tensor inside of a batch wrapper cannot be a leaf for the solver, so only plain values get flags.
     flags = [_levels.is_plain(v) and _levels.base(t).requires_grad for v, t in zip(values, tensors, strict=True)]
 
     def run(outside: bool) -> tuple[Tree, Derived]:
@@ -42,6 +43,7 @@ def run_solver(solver: UserSolver, call: Call, has_aux: bool) -> tuple[Tree, Tre
             # The solver may write to its guess, and may differentiate with respect to its arguments by torch.autograd.
             # So clone the guess, and set the `requires_grad` flags again.
             entering = [v.clone() for v in values[:own]] + values[own:]
+            # `detach` shares the version counter with the caller's tensor, so the counter shows a write of the solver.
             before = [_modes.version(v) for v in entering]
             entered = [v.requires_grad_() if flag else v for v, flag in zip(entering, flags, strict=True)]
             init, args, kwargs = structure.unflatten(entered)

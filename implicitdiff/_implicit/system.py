@@ -34,6 +34,7 @@ class Vectors:
         self.batch = tuple(batch)
         self.shapes = [t.shape[len(self.batch) :] for t in like]
         self.dtypes = [t.dtype for t in like]
+        # Rows are real, so a complex number counts twice.
         self.sizes = [math.prod(s) * (2 if d.is_complex else 1) for s, d in zip(self.shapes, self.dtypes, strict=True)]
         self.dimension = sum(self.sizes)
         self.device = like[0].device
@@ -143,6 +144,7 @@ def make_system(
     None if unknown.
     """
     blocks, batch = operator.blocks, (*lanes, *columns)
+    # Conversions of all leaves, then of each side of a rectangular block; a square system needs the first only.
     whole = Vectors(b, batch)
     one_column = first_column(b, len(lanes), len(columns))
     is_square = blocks.domain == blocks.range
@@ -150,6 +152,7 @@ def make_system(
     range_ = whole if is_square else Vectors(b[blocks.range], batch, whole.dtype)
     of_range = not is_square and blocks.smaller == blocks.range
     smaller = range_ if of_range else domain
+    # All columns share the matrix, so the matrix is formed without columns.
     one = [domain, range_]
     if columns:
         one = [Vectors(one_column[block], lanes, whole.dtype) for block in blocks[:2]]
@@ -163,6 +166,7 @@ def make_system(
     # Each right-hand side is scaled to largest entry 1, so that squares and products neither overflow nor underflow.
     right = range_.ravel(b[blocks.range])
     scale = right.abs().amax(dim=-1, keepdim=True)
+    # A row of zeros keeps the scale 1, since 0 / 0 is nan.
     scale = torch.where(scale > 0, scale, 1.0)
     system = System(
         b=right / scale,
@@ -203,6 +207,7 @@ def _materialise(operator: Operator, products: Products, domain: Vectors, range_
     product = products.rmatvec() if rows_first else products.matvec()
     source, to = (range_, domain) if rows_first else (domain, range_)
     lanes, n = math.prod(source.batch), source.dimension
+    # The lanes share each unit vector, as a view of zero strides.
     basis = torch.eye(n, dtype=source.dtype, device=source.device)[:, None, :].expand(n, lanes, n)
     if n == 1:
         images = to.ravel(product(source.unravel(basis[0])))[None]

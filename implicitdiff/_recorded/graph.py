@@ -44,6 +44,7 @@ class StepGraph:
             # A capture reads numbers on the host once, and keeps them.
             raise RuntimeError("an operand is on another device")
         self._lock = threading.Lock()
+        # A graph reads and writes fixed addresses: this memory belongs to the graph.
         self._carried, self._operands = ([separate(t) for t in ts] for ts in (carried, operands))
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(carried[0].device):
@@ -54,12 +55,14 @@ class StepGraph:
                 for _ in range(_WARM_UP):
                     self._steps(step, 1)
             torch.cuda.current_stream().wait_stream(stream)
+            # By default an unsafe call of CUDA in another thread would break the capture.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 # All results are there before the first is stored.
                 for target, source in zip(self._carried, self._steps(step, count), strict=True):
                     target.copy_(source)
 
     def _steps(self, step: Replay, count: int) -> Leaves:
+        # A step may return a carried tensor itself, whose memory the copies overwrite.
         return [t.clone() for t in several(step, count, self._carried, step.prepared(self._operands))]
 
     def __call__(self, carried: Leaves, operands: Leaves) -> Leaves:
@@ -72,4 +75,5 @@ class StepGraph:
                 # Several entries of an expanded tensor are one number in memory.
                 window(target).copy_(window(source))
             self._graph.replay()
+            # The next launch overwrites the memory of the graph.
             return [t.clone() for t in self._carried]

@@ -80,6 +80,7 @@ def _record_cholesky(
 def _record_cholesky_solve(recorder: Recorder, out: Tensor, b: Tensor, factor: Tensor, upper: bool = False) -> None:
     matrix = recorder.view(factor)
     lower = transposed(matrix) if upper else matrix
+    # L y = b, then L' x = y.
     middle = recorder.temporary(out.shape, out.dtype)
     _solve_triangular(recorder, middle, lower, recorder.view(b), upper=False)
     _solve_triangular(recorder, recorder.result(out), transposed(lower), middle, upper=True)
@@ -92,6 +93,7 @@ def _everywhere_in_matrix(view: View) -> View:
 
 def _factorise(recorder: Recorder, factors: View, pivots: View, info: View, a: View) -> View:
     """Emit an LU factorisation; return the pivots counted from 0."""
+    # LAPACK counts pivots from 1, and the machine from 0.
     from_zero = recorder.temporary(pivots.shape, torch.int32)
     _matrices(recorder, "LU", a.shape[-2:], [factors, column(from_zero), _everywhere_in_matrix(info)], [a])
     recorder.tape.emit("ADD", [pivots], [from_zero, recorder.constant(1, torch.int32)], pivots.shape)
@@ -135,6 +137,7 @@ def _solve(
 ) -> None:
     result, factors, pivots, info = map(recorder.result, out)
     rhs = recorder.view(b)
+    # Also of a batch of vectors, torch's rule that precedes matrices.
     if b.dim() == a.dim() - 1 and b.shape == a.shape[:-1]:
         result, rhs = column(result), column(rhs)
     if not left:
@@ -163,6 +166,7 @@ def _apply_reflectors(
     recorder: Recorder, out: View, factors: View, tau: View, b: View, transpose: bool = False
 ) -> None:
     """Emit ``Q b``, or ``Q' b``, of the orthogonal ``Q`` of a QR factorization."""
+    # The dimensions are row, column and reflector. A stride of 0 marks a dimension on which an operand does not depend.
     n, m, k = sizes = (*out.shape[-2:], tau.shape[-1])
     out, b = (v._replace(shape=(*v.shape, k), strides=(*v.strides, 0)) for v in (out, b))
     *batch, row, step = factors.strides
@@ -207,6 +211,7 @@ def _linalg_qr(recorder: Recorder, out: Any, a: Tensor, mode: str = "reduced") -
     _record_qr(recorder, factors, tau, recorder.view(a))
     with recorder.paused():
         upper = torch.ones(r.shape[-2:], dtype=torch.bool).triu()
+    # The factor R is the upper triangle in the first rows of `factors`.
     inputs = [recorder.known(upper), factors._replace(shape=r.shape), recorder.constant(0, a.dtype)]
     recorder.tape.emit("WHERE", [r], inputs, r.shape)
     if mode != "r":

@@ -76,7 +76,9 @@ class Lister(_dispatch.TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._memories: dict[int, _Memory] = {}
         self._scopes = [_Scope()]
+        # The number of a slot is an index into `_keys`, its storage.
         self._keys: list[int] = []
+        # Storages to which an operation writes. A replay keeps all operations on these in order.
         self._written: set[int] = set()
         self._strides, self._operands = [t.stride() for t in carried], len(operands)
         for tensor in (*carried, *operands):
@@ -101,6 +103,7 @@ class Lister(_dispatch.TorchDispatchMode):
         """Number a tensor that no open list has."""
         slot, key = Slot(len(self._keys)), _dispatch.storage_key(tensor)
         self._keys.append(key)
+        # Two tensors of one place share the first slot; the second number stays unused in the list.
         self._scopes[-1].slots.setdefault(_spot(tensor), slot)
         if key not in self._memories:
             storage = StorageWeakRef(tensor.untyped_storage())
@@ -126,10 +129,12 @@ class Lister(_dispatch.TorchDispatchMode):
         given = self._given(args, kwargs)
         self._refuse_unsafe(func, args, kwargs)
         tensors = pytree.tensors((args, kwargs))
+        # A factory reads shape and dtype alone, so its result is known also for a varying argument.
         is_known = func in FACTORIES or self._is_known(tensors)
         written = [*_dispatch.written(func, args, kwargs)]
         for target in written:
             self._refuse_write(func, target)
+            # Memory stays known only as long as all writes are known.
             self._memory(target).is_known &= is_known
             self._written.add(_dispatch.storage_key(target))
         result = func(*args, **kwargs)
@@ -227,13 +232,17 @@ class Lister(_dispatch.TorchDispatchMode):
     def if_any(self, flag: Tensor, then: Callable[[BranchT], BranchT], carry: BranchT) -> BranchT:
         """List `then` as a branch, see `implicitdiff._torch.control.if_any`."""
         leaves, structure = pytree.flatten(carry)
+        # The flag is computed before the branch, in the outer list.
         asked = self._slot(flag)
         with self._opened() as scope:
             values = structure.tensors_of(then(structure.unflatten(leaves)))
+            # `_like` may add a copy, part of the branch, so the scope is still open.
             values = [_like(a, b) for a, b in zip(values, leaves, strict=True)]
             taken = [self._slot(t) for t in values]
+        # The copies for the way around the branch run before the branch, in the outer list.
         passed = [self._slot(_like(b, a)) for a, b in zip(values, leaves, strict=True)]
         results = [
+            # A leaf that the branch returns as it was needs no new slot.
             old if self._slot(old) == new else self._stand_in(value)
             for old, new, value in zip(leaves, taken, values, strict=True)
         ]
@@ -282,6 +291,7 @@ class Lister(_dispatch.TorchDispatchMode):
         """Return a new tensor for a result of a branch or a loop."""
         with self._paused():
             new = separate(tensor)
+        # No operation may write here: the branch or the loop assigns the value.
         self._new_slot(new, is_own=False, is_known=False)
         return new
 

@@ -83,6 +83,9 @@ def lower(
     return _Lowering(tapes, operands, carried, flags, first, names).code()
 
 
+# The passes run in this order. `simplified` counts on `Buffer.writes`, and leaves results that nothing reads to
+# `_needed`. `_sections` needs the items in order. `placed` needs the final items, since lives are positions on the
+# tape. `_Spelling` needs all places.
 @dataclass(eq=False)
 class _Lowering:
     tapes: Tapes
@@ -91,16 +94,22 @@ class _Lowering:
     flags: Sequence[Buffer]
     first: Sequence[Instruction]
     names: Sequence[str]
+    # Instructions of the first section: values that all lanes share, once for each thread.
     once: list[Instruction] = field(default_factory=list)
+    # Instructions of the second section: values that no iteration changes, once for each block.
     entry: list[Instruction] = field(default_factory=list)
+    # The offset of each constant in the first shared array, and in `pooled` the next free offset.
     constants: dict[Buffer, int] = field(default_factory=dict)
+    # Copies of shared values in the memory of a block, by number or by buffer.
     spread: dict[Hashable, Buffer] = field(default_factory=dict)
     pooled: int = 0
 
     def code(self) -> Code:
+        # First of all, since the division into sections fills `once` and `entry`.
         parts = [self._varying(tape) for tape in self.tapes]
         once_a_block = [self._with_local_inputs(item) for item in self.entry]
         head = [self._with_local_inputs(item) for item in self.first]
+        # Buffers of several sections get fixed places at the beginning of the arena, and no other buffer shares these.
         fixed = chain(self.carried, self.operands, self.flags, _outputs(self.once), _outputs(self.entry))
         offsets, top = {}, 0
         for buffer in dict.fromkeys(fixed):
@@ -111,12 +120,14 @@ class _Lowering:
         arena = max(end for _, end in placements)
         if arena > _MAX_ARENA:
             raise NotRecordableError(f"a step needs {8 * arena} bytes for each problem")
+        # The order of insertion is the order of the offsets, see `_pooled`.
         values = [b.value.to(torch.float64) for b in self.constants if b.value is not None]
         shared = torch.cat(values or [torch.zeros(1, dtype=torch.float64)])
         start, step, judge = (items for items, _ in placements)
         spelt = _Spelling(self.names, offsets, self.constants)
         instructions: list[list[int]] = []
         begins = []
+        # In the order of `Code.sections`. A section falls through to its end, and jumps stay inside.
         for section in (self.once, once_a_block, start, head, step, judge):
             begins.append(len(instructions))
             instructions += spelt.section(section, len(instructions))
@@ -124,21 +135,26 @@ class _Lowering:
 
     def _varying(self, tape: Tape) -> list[TapeItem]:
         """Return the items of a part that depend on carried values; the others run once."""
+        # Simplify first: merged instructions leave results that nothing reads.
         items = _needed(simplified(tape.items), self.flags)
         _refuse_large_matrices(items)
         return [self._with_local_inputs(i) if isinstance(i, Instruction) else i for i in self._sections(items)]
 
     def _sections(self, items: Sequence[TapeItem]) -> list[TapeItem]:
         """Move instructions that do not depend on carried values out of the iteration; return the others."""
+        # Buffers with the same numbers in all lanes, and buffers with the same numbers in all iterations. A tape is in
+        # order, so one pass finds all.
         uniform: set[Buffer] = set()
         fixed: set[Buffer] = set(self.operands)
         left: list[TapeItem] = []
         for item in items:
+            # An instruction in a branch may not run, and a buffer with several writers has no single value.
             if not isinstance(item, Instruction) or item.scope or any(r.buffer.writes > 1 for r in item.outputs):
                 left.append(item)
                 continue
             read = {r.buffer for r in item.inputs if r.buffer.kind not in (Kind.SHARED, Kind.CONSTANT)}
             made = {r.buffer for r in item.outputs}
+            # Flags are read at their places by the machine, and a COMMIT changes carried buffers.
             if made & set(self.flags) or item.name == "COMMIT":
                 left.append(item)
             elif read <= uniform:
@@ -237,6 +253,7 @@ class _Spelling:
     def section(self, items: Sequence[TapeItem], begin: int) -> list[list[int]]:
         """Return the instructions of a section, the first of which has the index `begin`."""
         places, words = {}, [i for i in items if not isinstance(i, Label)]
+        # A label takes no instruction: its place is that of the next.
         for item in items:
             if isinstance(item, Label):
                 places[item] = begin
@@ -253,6 +270,8 @@ class _Spelling:
             sizes, strides = _coalesced(*_sorted(sizes, strides), keep=0)
         if len(sizes) > 6:
             raise NotRecordableError(f"an operation has {len(sizes)} dimensions")
+        # The words are opcode, rounding, number of dimensions, sizes, number of operands, and for each operand space,
+        # offset and strides. `Reader` in `program.cpp` takes them in this order.
         words = [self.codes[item.name], int(item.rounds), len(sizes), *sizes, len(references)]
         for reference, steps in zip(references, strides, strict=True):
             words += [*self._place(reference), *steps]
@@ -263,10 +282,12 @@ class _Spelling:
             return [self.codes["JUMP"], places[item.target]]
         reference, count = item.flag
         _, offset = self._place(reference)
+        # The words are opcode, index of the target instruction, place and number of the flags.
         return [self.codes["JUMP_UNLESS_ANY"], places[item.target], offset, count]
 
     def _place(self, reference: Reference) -> tuple[int, int]:
         buffer = reference.buffer
+        # The spaces are 0, the arena of the block; 1, the constants; from 2 on, the shared operands.
         if buffer.kind is Kind.CONSTANT:
             return 1, self.constants[buffer] + reference.offset
         if buffer.kind is Kind.SHARED:

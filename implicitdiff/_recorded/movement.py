@@ -41,6 +41,7 @@ def _pad(recorder: Recorder, out: Tensor, x: Tensor, pad: Sequence[int], value: 
     for k in range(len(pad) // 2):
         before, after = pad[2 * k : 2 * k + 2]
         dim = x.dim() - 1 - k
+        # A negative pad crops, and the place in the result has no border there.
         place = place.narrow(dim, max(before, 0), x.shape[dim] + min(before, 0) + min(after, 0))
         view = _narrowed(view, dim, max(-before, 0), place.shape[dim])
     recorder.convert(target.like(place), view)
@@ -76,6 +77,7 @@ def _record_move(
     view = recorder.view(x)
     with recorder.paused():
         end = view.offset + 1 + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
+        # Position k stands for element k of the buffer.
         positions = torch.arange(view.offset, max(end, view.offset))
         positions = positions.as_strided(view.shape, view.strides) if x.numel() else positions.new_zeros(view.shape)
         origins = operation(positions, *args, **kwargs).reshape(-1).tolist()
@@ -94,6 +96,7 @@ def _segments(origins: Sequence[int]) -> list[tuple[int, int, int, int]]:
     """Return evenly spaced stretches of origins: ``(position in the result, first origin, step, number)``."""
     found, i = [], 0
     while i < len(origins):
+        # A stretch ends where the step changes.
         step, j = (origins[i + 1] - origins[i] if i + 1 < len(origins) else 0), i + 1
         while j < len(origins) and origins[j] - origins[j - 1] == step:
             j += 1
@@ -120,6 +123,7 @@ def _place(recorder: Recorder, name: str, out: View, dim: int, index: View, valu
 
 def _emit_along(recorder: Recorder, name: str, n: int, shape: Sequence[int], *operands: View) -> None:
     sizes = (*shape, n)
+    # The last dimension of the instruction runs over the n entries among which an index chooses.
     out, *inputs = (v._replace(shape=sizes) for v in operands)
     recorder.tape.emit(name, [out], inputs, sizes)
 
@@ -211,6 +215,7 @@ def _selection(recorder: Recorder, x: Tensor, indices: Sequence[Tensor | None]) 
         raise NotRecordableError("a mask that is computed selects entries")
     shape = torch.broadcast_shapes(*(i.shape for i in given))
     rest = [d for d in range(x.dim()) if d not in dims]
+    # torch puts the dimensions of separated indices in front of the result.
     is_adjacent = dims == [*range(dims[0], dims[-1] + 1)]
     index: View | None = None
     for dim, each in zip(dims, given, strict=True):
@@ -254,6 +259,7 @@ def _index_put(
     accumulate: bool = False,
 ) -> None:
     chosen = _selection(recorder, x, indices)
+    # The indexed dimensions go last and become one, so the instruction scatters along one dimension.
     kept, order = len(chosen.rest), [*chosen.rest, *chosen.dims]
     whole = recorder.copy(recorder.view(x).moved(order))
     own, others = chosen.places.shape, tuple(x.shape[d] for d in chosen.rest)
@@ -336,6 +342,7 @@ def _stable_sort(
 def _topk(
     recorder: Recorder, out: Any, x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
 ) -> None:
+    # The wanted entries are the front of a full sort.
     whole = recorder.temporary(x.shape, x.dtype), recorder.temporary(x.shape, torch.int64)
     _sort_along(recorder, *whole, recorder.view(x), dim, descending=largest)
     for each, result in zip(whole, map(recorder.result, out), strict=True):

@@ -33,6 +33,7 @@ def _predicate(name: str, recorder: Recorder, out: Tensor, x: Tensor) -> None:
 
 
 def _binary(name: str, recorder: Recorder, out: Tensor, a: Operand, b: Operand, **kwargs: Any) -> None:
+    # The machine holds all numbers as doubles, so integers are exact up to 2^53 only.
     if not out.dtype.is_floating_point and out.dtype != torch.bool:
         _refuse_inexact(name, b)
     recorder.tape.emit(name, [recorder.result(out)], [recorder.as_dtype(v, out.dtype) for v in (a, b)], out.shape)
@@ -46,6 +47,7 @@ def _refuse_inexact(name: str, b: Operand) -> None:
 
 
 def _comparison(name: str, recorder: Recorder, out: Tensor, a: Operand, b: Operand) -> None:
+    # In the promoted dtype: 0.1 in float32 is another number than 0.1 in float64.
     dtype = torch.result_type(a, b)
     recorder.tape.emit(name, [recorder.result(out)], [recorder.as_dtype(v, dtype) for v in (a, b)], out.shape)
 
@@ -159,6 +161,7 @@ def _div(recorder: Recorder, out: Tensor, a: Operand, b: Operand, rounding_mode:
 
 @registers(ARITHMETIC, *overloads("pow"))
 def _pow(recorder: Recorder, out: Tensor, base: Operand, exponent: Operand) -> None:
+    # torch's kernel computes the exponents 2, 3, 0.5 and -0.5 without `pow`, by these operations.
     if isinstance(exponent, Tensor):
         _binary("POW", recorder, out, base, exponent)
     elif exponent == 2:
@@ -189,6 +192,7 @@ def _where(recorder: Recorder, out: Tensor, condition: Tensor, a: Operand, b: Op
 
 @registers(ARITHMETIC, *overloads("clamp"), *overloads("clamp_min"))
 def _clamp(recorder: Recorder, out: Tensor, x: Tensor, min: Operand | None = None, max: Operand | None = None) -> None:
+    # The lower bound first: for min > max torch returns max.
     bounds = [(name, v) for name, v in (("MAXIMUM", min), ("MINIMUM", max)) if v is not None]
     view = recorder.as_dtype(x, out.dtype)
     for name, bound in bounds[:-1]:
@@ -216,6 +220,7 @@ def reduce(recorder: Recorder, name: str, out: View, view: View, dims: Sequence[
     """Reduce some dimensions; `out` has the shape of the others."""
     dims = sorted({d % max(len(view.shape), 1) for d in dims}) if view.shape else []
     kept = [d for d in range(len(view.shape)) if d not in dims]
+    # Reduced dimensions lie last, merged into one, as `REDUCTIONS` need.
     view = view.moved([*kept, *dims])
     count = math.prod(view.shape[len(kept) :])
     strides = merged(view.shape[len(kept) :], view.strides[len(kept) :])
@@ -330,6 +335,7 @@ def multiply(recorder: Recorder, out: View, a: View, b: View) -> None:
     shape = (*batch, rows, columns, inner)
     a = a.broadcast((*batch, rows, inner))
     b = b.broadcast((*batch, inner, columns))
+    # The dimensions are batch, row, column and inner. A stride of 0 marks a dimension that an operand lacks.
     views = (
         (out, (*out.strides, 0)),
         (a, (*a.strides[:-1], 0, a.strides[-1])),

@@ -33,6 +33,7 @@ def placed(
         The items without copies from a place to itself, and the end of the memory.
     """
     lives = _Lives(items, loops)
+    # Copies first: buffers that are joined get one place.
     kept = _without_copies(items, lives, offsets)
     return kept, _placed_from(len(items), lives, offsets, top)
 
@@ -77,6 +78,7 @@ def _without_copies(items: Sequence[TapeItem], lives: _Lives, fixed: Container[B
             straight = at + 1
         elif _is_mere_copy(item):
             target, source = (lives.of(r.buffer) for r in (*item.outputs, *item.inputs))
+            # Buffers with a fixed place, and operands, keep their memory.
             is_free = not any([b in fixed or b.kind is not Kind.RESULT for b in (target, source)])
             if is_free and _may_share(items, lives, target, source, at, straight):
                 lives.join(target, source)
@@ -93,6 +95,7 @@ def _may_share(
     of_source, of_target = lives.uses[source], lives.uses[target]
     if target is source or of_source[-1] != at:
         return False
+    # The target begins with this copy, so nothing is overwritten.
     if of_target[0] == at:
         return True
     # The source may be computed where the copy is to lie, unless the old value is used in between.
@@ -132,11 +135,13 @@ def _placed_from(length: int, lives: _Lives, offsets: dict[Buffer, int], top: in
     births: dict[int, list[Buffer]] = {}
     deaths: dict[int, list[Buffer]] = {}
     for buffer, uses in lives.uses.items():
+        # A group has one place, that of the buffer that stands for the group.
         if buffer not in offsets and buffer.kind is Kind.RESULT and lives.of(buffer) is buffer:
             births.setdefault(uses[0], []).append(buffer)
             deaths.setdefault(uses[-1], []).append(buffer)
     free = _FreeMemory(top)
     for at in range(length):
+        # Births before deaths: a result must not lie on an operand that the same instruction reads.
         for buffer in births.get(at, []):
             offsets[buffer] = free.take(buffer.size)
         for buffer in deaths.get(at, []):
@@ -157,6 +162,7 @@ class _FreeMemory:
         if not fitting:
             at, self.top = self.top, self.top + size
             return at
+        # The smallest piece that fits leaves larger pieces whole.
         n, at = min(fitting)
         self.pieces.remove((at, n))
         if n > size:
@@ -164,6 +170,7 @@ class _FreeMemory:
         return at
 
     def give(self, at: int, size: int) -> None:
+        # Free pieces never touch, since touching pieces are merged here, so a new piece has two neighbours at most.
         for piece in list(self.pieces):
             if piece[0] + piece[1] == at or at + size == piece[0]:
                 self.pieces.remove(piece)

@@ -114,6 +114,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         keys = [_dispatch.storage_key(t) for t in constants]
         # Counted from the end of the operands; tensors of one memory have the number of the first.
         self._constants = {key: i - len(keys) for i, key in reversed([*enumerate(keys)])}
+        # Buffers by key of the storage, views by id of the tensor, numbers by text and dtype.
         self._buffers: dict[int, Buffer] = {}
         self._views: dict[int, View] = {}
         self._numbers: dict[tuple[str, torch.dtype], View] = {}
@@ -146,6 +147,7 @@ class Recorder(_dispatch.TorchDispatchMode):
     def result(self, tensor: Tensor) -> View:
         """Return the view of a new tensor."""
         check_recordable(tensor)
+        # The size of the storage and not of the tensor: a result may have gaps between its rows.
         self._keep(tensor, Buffer(Kind.RESULT, _dispatch.storage_size(tensor), self.tape.scope))
         return self.view(tensor)
 
@@ -170,6 +172,7 @@ class Recorder(_dispatch.TorchDispatchMode):
             return self.constant(value, dtype)
         view = self.view(value) if isinstance(value, Tensor) else value
         if view.dtype == dtype or not _is_narrower(dtype, view.dtype):
+            # A double holds every value of a narrower dtype, so a widening costs no instruction.
             return view._replace(dtype=dtype)
         return self.copy(view, dtype)
 
@@ -186,6 +189,7 @@ class Recorder(_dispatch.TorchDispatchMode):
             name = "TO_BOOL"
         elif not out.dtype.is_floating_point and view.dtype.is_floating_point:
             name = "TRUNC"
+        # Source and target may overlap: the copy acts as if all entries moved at once.
         if view.buffer is out.buffer and (view.offset, view.strides) != (out.offset, out.strides):
             view = self.copy(view)
         self.tape.emit(name, [out], [view], out.shape)
@@ -228,6 +232,8 @@ class Recorder(_dispatch.TorchDispatchMode):
         self, func: AtenOperation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # The order counts. Random operations and writes come before folding, since their arguments may all be
+        # constants.
         if _dispatch.is_random(func):
             raise self._refusal(func, "draws random numbers")
         if _dispatch.changes_geometry(func):
@@ -256,6 +262,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         """Run an operation, and emit its instructions; a view of an argument needs none."""
         result = func(*args, **kwargs)
         made = pytree.tensors(result)
+        # Known memory means a view, for which the geometry of the tensor is enough.
         if all([_dispatch.storage_key(t) in self._buffers for t in made]):
             dtype = pytree.tensors((args, kwargs))[0].dtype
             if any([t.is_neg() or t.dtype != dtype for t in made]):
@@ -266,6 +273,7 @@ class Recorder(_dispatch.TorchDispatchMode):
             return self._decomposed(func, args, kwargs)
         try:
             emitter(self, result, *args, **kwargs)
+        # Emitters expect the usual arguments; whatever fails in an emitter is left to Python.
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise self._refusal(func, f"has unusual arguments ({error})") from error
         return result
@@ -286,6 +294,7 @@ class Recorder(_dispatch.TorchDispatchMode):
 
     def _decomposed(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         parts = _dispatch.decomposition(func)
+        # torch keeps a mode off the stack while its handler runs. Entered again, the mode sees the parts.
         with self:
             # In inference mode torch hands over operations that it otherwise decomposes itself.
             result = func.decompose(*args, **kwargs) if parts is None else parts(*args, **kwargs)
@@ -300,6 +309,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         result = func(*args, **kwargs)
         if _dispatch.storage_size(args[0]) != size:
             raise self._refusal(func, "changes the memory of a tensor")
+        # The noted view has the former shape.
         del self._views[id(args[0])]
         return result
 
@@ -314,6 +324,7 @@ class Recorder(_dispatch.TorchDispatchMode):
             raise self._refusal(func, "writes to a tensor")
         out, value = self._writable(target), self.view(new).broadcast(target.shape)
         self.convert(out, value)
+        # Later operations of the recording run on the new numbers.
         func(*args, **kwargs)
         return target
 
@@ -323,8 +334,10 @@ class Recorder(_dispatch.TorchDispatchMode):
         if view.buffer.kind is not Kind.CONSTANT:
             return view
         old, whole = view.buffer, _dispatch.whole_storage(tensor)
+        # A constant belongs to all lanes and iterations, and keeps its numbers from before the write.
         old.value = whole.clone()
         new = self._keep(tensor, Buffer(Kind.RESULT, whole.numel(), self.tape.scope))
+        # Views of this memory refer to the old buffer.
         self._views.clear()
         shape = (whole.numel(),)
         target, source = (View(b, 0, shape, (1,), tensor.dtype) for b in (new, old))
@@ -341,6 +354,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         tape = self.tape
         leaves, structure = pytree.flatten(carry)
         end, variables = tape.label(), self._variables(leaves)
+        # The variables hold the old values before the jump, so both ways end with the same buffers.
         tape.jump(end, self.view(flag))
         with self._scope():
             self._assign(variables, structure.tensors_of(then(structure.unflatten(variables))))
@@ -400,6 +414,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         targets, sources = [[self.view(t) for t in ts] for ts in (variables, values)]
         own = {id(v.buffer) for v in targets}
         pairs = [(a, b) for a, b in zip(targets, sources, strict=True) if a != b]
+        # Equal views: the branch returns the variable itself.
         for target, source in pairs:
             if target.shape != source.shape or target.dtype != source.dtype:
                 raise NotRecordableError(
@@ -409,6 +424,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         pairs = [(a, self.copy(b) if id(b.buffer) in own else b) for a, b in pairs]
         for target, source in pairs:
             self.convert(target, source)
+        # The tensors of the recording take the new numbers too.
         with self.paused():
             for variable, value in zip(variables, [v.detach().clone() for v in values], strict=True):
                 variable.copy_(value)

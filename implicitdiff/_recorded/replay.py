@@ -183,6 +183,7 @@ class Block:
         for item in self.items:
             reads, makes = item.reads(), item.makes()
             is_fixed = known.issuperset(reads) and changing.isdisjoint([*reads, *makes])
+            # Branches and loops ask the host in each step, and stay.
             if isinstance(item, ListedCall) and makes and is_fixed:
                 known.update(makes)
                 before.append(item)
@@ -204,6 +205,7 @@ class Block:
             if isinstance(item, Loop):
                 raise NotRecordableError("the step has a loop whose length depends on values")
             if isinstance(item, Branch):
+                # The results of the branch get the numbers that later items read.
                 same = [ListedCall(_itself, [Slot(s)], {}, r) for s, r in zip(item.taken, item.results, strict=True)]
                 items += [*item.block.straight().items, *same]
             else:
@@ -213,6 +215,7 @@ class Block:
     def lines(self, names: Names) -> Iterator[str]:
         """Yield the lines of the list; a value is deleted after its last use."""
         read, own, ends = set(self.wanted), self.makes(), list[list[int]]()
+        # From the end: a value that no later item reads ends after this item.
         for item in reversed(self.items):
             used = {*item.reads(), *item.makes()}
             ends.append(sorted(s for s in used if s in own and s not in read))
@@ -236,6 +239,7 @@ class Names:
 
     def of(self, value: Any) -> str:
         """Return the name of an object."""
+        # `space` keeps the object alive, so the id stays unique.
         name = self._known.setdefault(id(value), f"k{len(self._known)}")
         self.space[name] = value
         return name
@@ -246,6 +250,7 @@ class Names:
             return f"v{int(argument)}"
         if type(argument) in (list, tuple):
             return f"[{', '.join(map(self.shown, argument))}]"
+        # Infinity and nan have no literal, and become names.
         if argument is None or type(argument) in (int, bool) or (type(argument) is float and math.isfinite(argument)):
             return repr(argument)
         return self.of(argument)
@@ -281,6 +286,7 @@ class Replay:
     def __init__(self, block: Block, strides: list[tuple[int, ...]], operands: int, changing: set[int]) -> None:
         self._strides, self._count, self._changing = strides, operands, changing
         self._block = block.needed()
+        # Slots count the carried tensors first, then the operands, as `Lister` numbers both.
         given = range(len(strides), len(strides) + operands)
         first, rest = self._block.split(given, changing)
         self._first, _ = function_of(first, given)
@@ -323,6 +329,7 @@ def _renamed(sources: Sequence[int], targets: Sequence[int], block: Block | None
     if sources:
         left, right = (", ".join(f"v{s}" for s in slots) for slots in (targets, sources))
         yield f"{left} = {right}"
+    # Without these names the tensors of a pass would live on into the next.
     if block is not None and (own := sorted(block.makes() & set(sources))):
         yield f"del {', '.join(f'v{s}' for s in own)}"
 

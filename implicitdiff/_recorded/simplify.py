@@ -53,6 +53,7 @@ class _Simplifier:
         return reference if buffer is None or buffer.kind not in kinds else reference._replace(buffer=buffer)
 
     def _shortened(self, item: Instruction) -> Instruction:
+        # Each rule once, in order: the result of a rule may fit a later rule.
         for rule in _RULES:
             item = rule(item, self.made_by) or item
         return item
@@ -65,8 +66,10 @@ class _Simplifier:
         if item.name == "COPY" and _lies_like(out, item.inputs[0], item) and not item.rounds:
             self.same[out.buffer] = item.inputs[0].buffer
             return
+        # The layout of the result is part of the key: readers keep offsets and strides.
         key = (item.name, item.sizes, item.rounds, out.offset, out.strides, out.buffer.size, *map(_key, item.inputs))
         earlier = self.results.get(key)
+        # The earlier result must exist wherever this result is read: made in the same scope or around.
         if earlier is not None and earlier.scope == item.scope[: len(earlier.scope)]:
             self.same[out.buffer] = earlier.outputs[0].buffer
             return

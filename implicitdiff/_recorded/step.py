@@ -26,6 +26,7 @@ and a flag, shape ``(1,)``, set where Python has to look at the state before the
 OneChange = Callable[[Recorder, Leaves, Leaves], Leaves]
 """``change(recorder, carried, operands)`` returns new carried tensors of one lane, computed under the recorder."""
 
+# The numbers of dtypes in `with_type` of `src/cpu/machine.cpp`.
 _CODES = {torch.float64: 0, torch.float32: 1, torch.int64: 2, torch.bool: 3, torch.int32: 4}
 
 
@@ -63,6 +64,7 @@ class RecordedStep:
             starts: True to compute the first state before; of `carried` only the unknowns are read then.
             judges: True to judge a block whose lanes have all stopped, which may let lanes go on.
         """
+        # The lists keep the tensors alive as long as the machine reads at their addresses.
         own = [operands[i].contiguous() for i in self.lane_operands]
         shared = [_as_doubles(operands[i]) for i in self.shared]
         addresses = [[t.data_ptr() for t in ts] for ts in (carried, own, (self.constants, *shared))]
@@ -111,6 +113,7 @@ def record_step(
         NotRecordableError: the machine has no instruction for an operation, or Python decides on values.
     """
     recorder = Recorder(EMITTERS, constants)
+    # Copies, since a buffer is known by its storage, and two operands may share one.
     carried = [t.detach().clone(memory_format=torch.contiguous_format) for t in carried]
     operands = [t.detach().clone(memory_format=torch.contiguous_format) for t in operands]
     buffers = [recorder.operand(t, Kind.CARRY) for t in carried]
@@ -121,11 +124,13 @@ def record_step(
         else:
             recorder.share(tensor, i)
     with _without_collection(), Guard():
+        # The step comes last, so the recorder's tape is that of the step.
         start, judge = (_recorded_change(recorder, part, carried, operands) for part in (parts.start, parts.judge))
         recorder.begin_part()
         new, asks = parts.step(recorder, carried, operands)
     running, paused, first = _commit(recorder, carried, new, asks, status)
     flags = [running.buffer, paused.buffer]
+    # The numbers in `recorder.shared` are places in this list, negative ones from its end.
     of_all = [*operands, *map(_dispatch.whole_storage, constants)]
     tapes = Tapes(start or Tape(), recorder.tape, judge or Tape())
     code = lower(tapes, [b for _, b in own], buffers, flags, first, _C.cpu.operations())
@@ -155,6 +160,7 @@ def _machine(
     flags: Sequence[int],
 ) -> Any:
     sizes = [code.constants.numel(), *shared]
+    # The constructor checks the reach of every instruction, and raises ValueError before anything runs.
     return _C.cpu.Machine(width, code.instructions, code.sections, code.arena, carries, inputs, sizes, *flags)
 
 
@@ -177,9 +183,11 @@ def _commit(
     instructions that compute `running` before the first step."""
     tape = recorder.tape
     running, paused = (recorder.temporary((1,), torch.bool) for _ in range(2))
+    # Before the assignments: `running` still holds the lanes that made this step.
     tape.emit("AND", [paused], [recorder.view(asks), running], (1,))
     _assign(recorder, carried, new, running)
     zero = recorder.constant(0, torch.int64)
+    # For the next step; before the first step the same instruction runs by itself.
     tape.emit("EQ", [running], [recorder.view(carried[status]), zero], (1,))
     last = tape.items[-1]
     assert isinstance(last, Instruction)
@@ -200,6 +208,7 @@ def _assign(recorder: Recorder, carried: Leaves, new: Leaves, mask: View) -> Non
     for target, source in _in_order(recorder, changed):
         value = Reference(source.buffer, source.offset, source.strides)
         out = Reference(target.buffer, target.offset, target.strides)
+        # A stride of 0: one flag of a lane masks all elements.
         inputs = (value, where._replace(strides=(0,) * len(target.shape)))
         recorder.tape.items.append(Instruction("COMMIT", target.shape, (out,), inputs))
 
@@ -210,6 +219,7 @@ def _in_order(recorder: Recorder, changed: Sequence[tuple[View, View]]) -> list[
     left = list(changed)
     while left:
         read = {source.buffer for _, source in left}
+        # A target that no remaining source reads can be written now.
         free = [pair for pair in left if pair[0].buffer not in read]
         if not free:
             free = [(target, recorder.copy(source)) for target, source in left]

@@ -146,13 +146,16 @@ class _Notes(_dispatch.TorchDispatchMode):
         self.refusal: str | None = None
         self._is_detaching = False
         self._operations: list[_Operation] = []
+        # A slot is an index into this list; the operands have the first slots.
         self._tensors: list[Tensor | None] = []
+        # By id of the tensor. Memory is known by the key of its storage.
         self._slots: dict[int, int] = {}
         # The ids of tensors and of memories are unique as long as the tensors live.
         self._alive: list[Tensor] = []
         self._constants = {id(t) for t in constants}
         for operand in operands:
             self._new(operand)
+        # Memory that depends on an operand, and memory that the function must not write to.
         self._varying = {_dispatch.storage_key(t) for t in operands}
         self._foreign = {_dispatch.storage_key(t) for t in (*operands, *constants)}
 
@@ -199,6 +202,7 @@ class _Notes(_dispatch.TorchDispatchMode):
             # The argument is a tensor that `torch.tensor` has just made of numbers, once for all evaluations.
             self._constants.add(id(args[0]))
             self._foreign.add(_dispatch.storage_key(args[0]))
+        # Before the operation runs: a write returns its argument, under a new slot.
         shown_args, shown_kwargs = self._shown(args), self._shown(kwargs)
         result = func(*args, **kwargs)
         self._note(func, (args, kwargs), (shown_args, shown_kwargs), result)
@@ -214,6 +218,7 @@ class _Notes(_dispatch.TorchDispatchMode):
         fault = self._fault(func) if varies else None
         writes = _dispatch.changes_arguments(func)
         if varies:
+            # By memory, so a view of varying memory varies as well.
             self._varying.update(map(_dispatch.storage_key, [*made, *_dispatch.written(func, *given)]))
         self._operations.append(_Operation(func, *shown, tuple(map(self._new, made)), writes, fault))
 
@@ -358,6 +363,7 @@ def _agree_in_derivatives(made: Leaves, again: Leaves, leaves: Leaves) -> bool:
 
 def _slopes(values: Leaves, leaves: Leaves) -> Leaves:
     """Return the derivatives of a sum of all entries with irregular weights; 0 where there are none."""
+    # Irregular weights, so no symmetry of the function cancels the sum.
     weights = [torch.cos(torch.arange(t.numel(), device=t.device)).reshape(t.shape).to(t.dtype) for t in values]
     found = _functions.gradients(values, leaves, weights, create_graph=True)
     return [torch.zeros_like(t) if slope is None else slope for t, slope in zip(leaves, found, strict=True)]
@@ -399,6 +405,7 @@ class StraightLines:
         """Return the result of a function, a list of tensors if the function is repeated."""
         key = (name, *((t.shape, t.dtype) for t in more))
         if key not in self._lines:
+            # Numbers for each lane, such as step sizes, are noted at 1.
             ones = [torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in more]
             self._lines[key] = self._noted(lambda operands, *more: self.function(operands, name, *more), ones)
         if (line := self._lines[key]) is None:

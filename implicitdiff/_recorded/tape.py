@@ -169,11 +169,13 @@ class Tape:
     items: list[TapeItem] = field(default_factory=list)
     scope: tuple[int, ...] = ()
     loops: list[tuple[Label, Label]] = field(default_factory=list)
+    # The number of scopes that were ever opened.
     _scopes: int = 0
 
     def emit(self, name: str, outputs: Sequence[View], inputs: Sequence[View], shape: Sequence[int]) -> None:
         """Add an instruction over `shape`; every view is broadcast to this shape."""
         written, read = ([_reference(v.broadcast(shape)) for v in views] for views in (outputs, inputs))
+        # Numbers in the machine are doubles; a result of float32 is rounded after each instruction.
         self.add(name, shape, written, read, rounds=outputs[0].dtype == torch.float32)
 
     def add(
@@ -186,6 +188,7 @@ class Tape:
     ) -> None:
         """Add an instruction with references as given."""
         for reference in outputs:
+            # Counted for later passes: a buffer with one write keeps its value.
             reference.buffer.writes += 1
             if reference.buffer.kind is not Kind.RESULT:
                 raise NotRecordableError("an operand is changed in place")
@@ -206,6 +209,7 @@ class Tape:
 
     def open(self) -> None:
         """Open a branch or a loop."""
+        # A new number for each scope, since two branches after one another are different scopes.
         self._scopes += 1
         self.scope = (*self.scope, self._scopes)
 
@@ -215,6 +219,7 @@ class Tape:
 
     def _is_open(self, buffer: Buffer) -> bool:
         """Return whether the branch or the loop that made a buffer is still open."""
+        # Open scopes form a stack, so a prefix is the same scope or one around.
         return buffer.scope == self.scope[: len(buffer.scope)]
 
 
@@ -231,5 +236,6 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     strides, step = [], 1
     for n in reversed(shape):
         strides.append(step)
+        # Of a dimension of size 0 torch counts size 1.
         step *= max(n, 1)
     return tuple(reversed(strides))

@@ -12,6 +12,7 @@ import torch
 from implicitdiff._torch.dispatch import AtenOperation, TorchDispatchMode
 from implicitdiff._torch.switches import no_modes
 
+# The order is the order of preference: a method of `Tensor` serves only without a function of `torch`.
 _HOMES: tuple[Any, ...] = (torch, torch.Tensor, torch.nn.functional)
 
 
@@ -27,10 +28,13 @@ def binding_of(
     for function in _candidates(operation):
         mode = _Expecting(operation, args, kwargs, result)
         try:
+            # A `Guard` around the recording must not see the trial calls.
             with no_modes(), mode:
                 function(*args, **kwargs)
         except Exception:
+            # Another signature raises TypeError, another operation the AssertionError of the mode.
             continue
+        # A function may return its argument without any operation, as `contiguous` does for a contiguous tensor.
         if mode.is_met:
             return function
     return operation
@@ -63,6 +67,7 @@ class _Expecting(TorchDispatchMode):
     ) -> Any:
         operation, *expected = self._expected
         if self.is_met or func is not operation or not _is_equal_argument((args, kwargs or {}), tuple(expected)):
+            # A second operation means a function that is composed of several.
             raise AssertionError("another operation")
         self.is_met = True
         return self._result
@@ -76,4 +81,5 @@ def _is_equal_argument(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_is_equal_argument, a, b))
     if type(a) is dict and type(b) is dict:
         return a.keys() == b.keys() and all([_is_equal_argument(a[k], b[k]) for k in a])
+    # `repr` separates 0.0 from -0.0 and True from 1, and makes nan equal to itself, unlike `==`.
     return type(a) is type(b) and repr(a) == repr(b)

@@ -22,6 +22,7 @@ def outside_compile(fn: Fn) -> Fn:
     `torch.compiler.disable`, this decorator does not import the compiler before it is needed, and costs two questions
     where nothing is compiled.
     """
+    # The wrapper imports the compiler at the first call, and not here.
     disabled = _disable_dynamo(fn)
 
     @functools.wraps(fn)

@@ -50,11 +50,14 @@ class Context(NamedTuple):
         return self.transforms[-1:] == (kind,) and all([k == TransformType.Vmap for k in self.transforms[:-1]])
 
 
+# Most calls run outside of torch.func: the contexts of an empty stack are made once.
 _OUTSIDE = {(records, forward): Context((), records, forward) for records in (False, True) for forward in (False, True)}
 
 
 def now() -> Context:
     """Return the context of this moment."""
+    # `torch.func.jvp` opens a level of `forward_ad` as well. Inside of an autograd.Function the level stays open, but
+    # forward mode is disabled: no operation propagates a tangent then.
     forward = bool(forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled())
     stack = functorch.get_interpreter_stack()
     if not stack:
@@ -81,4 +84,5 @@ def in_dispatch_mode() -> bool:
 
 def in_saved_tensor_hooks() -> bool:
     """Return whether hooks on saved tensors are active, as inside of `torch.utils.checkpoint`."""
+    # True: hooks count also while a tracer runs, for whose operations torch ignores the hooks.
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

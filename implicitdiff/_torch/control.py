@@ -38,6 +38,7 @@ class BranchRecorder(Protocol):
 
 
 class _Slot(threading.local):
+    # State of the thread: another thread may execute a step while this thread records one.
     recorder: BranchRecorder | None = None
 
 
@@ -88,6 +89,7 @@ def if_any(flag: Tensor, then: Callable[[CarryT], CarryT], carry: CarryT) -> Car
     """
     if _slot.recorder is not None:
         return _slot.recorder.if_any(flag, then, carry)
+    # The host waits here for the value of the flag.
     return then(carry) if _levels.is_any(flag) else carry
 
 

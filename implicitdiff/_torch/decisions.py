@@ -30,6 +30,7 @@ class _OpenFrames(threading.local):
 
 
 _open = _OpenFrames()
+# Leaders of all collectives that this process has made.
 _leaders: set[Leader] = set()
 
 
@@ -44,6 +45,8 @@ def add_leader(leader: Leader) -> None:
 
 def frame() -> AbstractContextManager[object]:
     """Run a search or a linear solve, in which a leader decides if a collective names one."""
+    # Every function is lifted before its first frame opens, so its collectives have named their leaders by now. A
+    # process without leaders pays for no mode.
     return LedFrame() if _leaders else UNCHANGED
 
 
@@ -86,7 +89,9 @@ class LedFrame(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Of nested frames the innermost asks.
+        # `item`, `bool`, `int`, `float` and `if` read a number by this operation.
         if func is aten._local_scalar_dense.default and _open.frames[-1] is self:
+            # The messages of a leader are no operations of the search, so neither modes nor transforms may see them.
             with unobserved():
                 args = (of_leader([args[0]])[0],)
         return func(*args, **(kwargs or {}))

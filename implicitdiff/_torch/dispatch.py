@@ -49,6 +49,7 @@ def is_random(operation: AtenOperation) -> bool:
 @cache
 def reads_values(operation: AtenOperation) -> bool:
     """Return whether an operation hands values of tensors to Python, or has a result whose shape depends on values."""
+    # The first tag marks `item` and `equal`, the second `nonzero` and masks.
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags))
 
 
@@ -62,6 +63,7 @@ def written(operation: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, A
     """Return the arguments to which an operation writes."""
     if not changes_arguments(operation):
         return []
+    # A call may leave out trailing arguments that have defaults, hence no `strict`.
     named = zip([a.name for a in operation._schema.arguments], args, strict=False)
     return pytree.tensors([v for name, v in (*named, *kwargs.items()) if name in _names_written(operation)])
 
@@ -69,6 +71,7 @@ def written(operation: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, A
 @cache
 def _names_written(operation: AtenOperation) -> frozenset[str]:
     arguments = operation._schema.arguments
+    # A schema marks a written argument by an exclamation mark, `Tensor(a!)`.
     return frozenset(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
@@ -81,6 +84,7 @@ def changes_geometry(operation: AtenOperation) -> bool:
 @cache
 def out_of_place(operation: AtenOperation) -> AtenOperation | None:
     """Return the operation without the write to its first argument, as ``add`` for ``add_``; None if there is none."""
+    # In ATen the name of an operation in place is that of the operation out of place with an underscore.
     name = operation._schema.name.split("::")[-1]
     packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
     # The names of overloads differ: ``pow_.Scalar`` is ``pow.Tensor_Scalar``.
@@ -96,6 +100,7 @@ def _argument_types(operation: AtenOperation) -> list[str]:
 def returns_views(operation: AtenOperation) -> bool:
     """Return whether all results of an operation share the memory of its arguments."""
     returns = operation._schema.returns
+    # A result `Tensor(a)` is a view of the argument with this mark; `Tensor(a!)` is the written argument itself.
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
@@ -116,6 +121,7 @@ def storage_size(tensor: torch.Tensor) -> int:
 
 def whole_storage(tensor: torch.Tensor) -> torch.Tensor:
     """Return all elements of the memory of a tensor, as one vector without a copy."""
+    # A recorder refuses `as_strided` of an operand, and must not see this call.
     with outside_dispatch():
         return torch.as_strided(tensor.detach(), (storage_size(tensor),), (1,), 0)
 

@@ -25,6 +25,7 @@ from implicitdiff._torch.context import depth
 
 def leaves_beside(tensor: torch.Tensor, known: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the leaves of a tensor's graph that are neither `known` nor reached only through `known`."""
+    # A known tensor need not be a leaf: the search ends at the node that computed a known tensor.
     own = {id(t) for t in known}
     return [t for t in graph_leaves(tensor, [t.grad_fn for t in known]) if id(t) not in own]
 
@@ -38,6 +39,7 @@ def graph_leaves(tensor: torch.Tensor, below: Iterable[Any] = ()) -> list[torch.
         node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
+            # A node of the kind `AccumulateGrad` holds its leaf as `variable`.
             leaves += [node.variable] if hasattr(node, "variable") else []
             nodes += [below for below, _ in node.next_functions]
     return leaves
@@ -52,6 +54,7 @@ def below_the_top(fn: Callable[..., list[torch.Tensor]], *tensors: list[torch.Te
     """Run a function of lists of tensors one level further down. The innermost transform must not be a vmap."""
     interpreter = retrieve_current_functorch_interpreter()
     level = interpreter.level()
+    # `_unwrap_for_grad` returns tensors of other levels as they are, so constants need no test.
     below = [[functorch._unwrap_for_grad(t, level) for t in some] for some in tensors]
     with interpreter.lower():
         values = fn(*below)
@@ -64,6 +67,7 @@ def call_inert(func: Any, args: Sequence[Any], kwargs: dict[str, Any], depth: in
     A mode sees the operands of a custom autograd.Function only while some level runs. But then torch asks the Function
     for a vmap rule, though nothing is batched. So the Function itself runs with no level.
     """
+    # With more levels than `depth`, a transform of the function itself runs, and the rules have to apply.
     if func is not custom_function_call or len(retrieve_all_functorch_interpreters()) != depth:
         return func(*args, **kwargs)
     with temporarily_clear_interpreter_stack():
@@ -78,10 +82,13 @@ def over_first(fn: Callable[[Any], Any], stacked: Any) -> Any:
     """
     is_one = isinstance(stacked, torch.Tensor)
     size = len(stacked if is_one else stacked[0])
+    # As `torch.func.vmap` does: torch registers some batching rules at the first vmap.
     lazy_load_decompositions()
     level = functorch._vmap_increment_nesting(size, "error")
     try:
         if is_one:
+            # An image that does not depend on the vectors has no batch layer; `_remove_batch_dim` then expands the
+            # image.
             return functorch._remove_batch_dim(fn(functorch._add_batch_dim(stacked, 0, level)), level, size, 0)
         images = fn([functorch._add_batch_dim(t, 0, level) for t in stacked])
         return [functorch._remove_batch_dim(t, level, size, 0) for t in images]
@@ -97,6 +104,7 @@ def gradients(
     The engine is called directly: the checks of `torch.autograd.grad` take as long as a small graph.
     """
     run = torch.autograd.Variable._execution_engine.run_backward
+    # By position: outputs, cotangents, whether the graph is kept, whether a graph is made, inputs.
     return run(tuple(y), tuple(u), True, create_graph, tuple(x), allow_unreachable=True, accumulate_grad=False)
 
 
@@ -122,8 +130,12 @@ def apply(function: type[torch.autograd.Function], *operands: Any) -> tuple[torc
     """
     if depth() == 0:
         # `Function.apply` without its first step, which binds the operands to the signature.
+        # Dead wrappers come off as in `Function.apply`, before torch saves the operands.
         return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(operands))  # type: ignore[misc, no-any-return]
+    # Under torch.func a mode sees a Function as `custom_function_call` with all operands, and only `Function.apply`
+    # makes this call.
     seen = torch._C._len_torch_function_stack() > 0
+    # At a level of vmap torch calls the rule `vmap` in the place of `forward`.
     if seen or isinstance(retrieve_current_functorch_interpreter(), VmapInterpreter):
         return function.apply(*operands)  # type: ignore[no-any-return]
     with enable_single_level_autograd_function():
@@ -143,6 +155,7 @@ def _at_one_level(function: type[torch.autograd.Function]) -> Any:
             values = apply(function, *below)
         return tuple([functorch._wrap_for_grad(t, level) for t in values])
 
+    # The rules receive wrappers of this level, so an outer transform sees and differentiates the operations of a rule.
     rules = {name: staticmethod(getattr(function, name)) for name in ("setup_context", "backward", "jvp")}
     return type(function.__name__, (_SingleLevelFunction,), {"forward": staticmethod(forward), **rules})
 
@@ -161,6 +174,7 @@ def nested_forward_mode(jvp: Rule) -> Rule:
     @functools.wraps(jvp)
     def rule(ctx: Any, *tangents: Any) -> tuple[torch.Tensor | None, ...]:
         with forward_ad._set_fwd_grad_enabled(True):
+            # In a rule `jvp`, `saved_tensors` are the tensors of `save_for_forward`.
             saved = [primal(t) for t in ctx.saved_tensors]
             return jvp(ctx, saved, *(None if t is None else primal(t) for t in tangents))
 
@@ -169,7 +183,9 @@ def nested_forward_mode(jvp: Rule) -> Rule:
 
 def primal(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor without the tangent of the innermost level of forward mode."""
+    # Inside of a dual level `unpack_dual` raises for a sparse tensor.
     if tensor.layout is not torch.strided:
         return tensor
+    # torch has a single level of `forward_ad`, number 0; nested jvps are told apart by the levels of torch.func.
     inner: torch.Tensor = forward_ad.unpack_dual(tensor, level=0).primal
     return inner

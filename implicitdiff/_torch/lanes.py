@@ -33,6 +33,7 @@ def vmap(fn: UserFunction, in_dims: Any, out_dims: int = 0) -> UserFunction:
         pairs = [(t, d if isinstance(t, Tensor) else None) for t, d in zip(leaves, dims, strict=True)]
         if all(d is None or leaf.shape[d] for leaf, d in pairs):
             return mapped(*args)
+        # `cat` hands the wrappers and the graph of the empty tensor on to the made-up lane.
         one_lane = [leaf if d is None else torch.cat([leaf, _made_up_lane(leaf, d)], dim=d) for leaf, d in pairs]
         return pytree.map_tensors(lambda t: t.narrow(out_dims, 0, 0), mapped(*pytree.unflatten(one_lane, spec)))
 
@@ -64,6 +65,7 @@ class _Part(NamedTuple):
 
 
 class _Parts(threading.local):
+    # By level, since a vmap inside of the body may have the same size.
     of_level: dict[int, _Part] = {}  # noqa: RUF012 - replaced, never changed
 
 
@@ -73,6 +75,7 @@ _parts = _Parts()
 @contextmanager
 def numbered(first: int, count: int, total: int) -> Iterator[None]:
     """Say that a vmap in the body, as the outermost transform there, runs `count` of `total` lanes from `first` on."""
+    # The next transform that starts in the body has the level `depth() + 1`.
     before, _parts.of_level = _parts.of_level, {**_parts.of_level, depth() + 1: _Part(first, count, total)}
     try:
         yield
@@ -94,10 +97,12 @@ def global_numbers(lanes: Sequence[int], vmaps: Sequence[VmapSize]) -> tuple[lis
         lanes: numbers of lanes among those that run here, counted over all vmaps.
         vmaps: the vmaps, the outermost first.
     """
+    # A vmap without a part, or of another size, has all of its lanes in this process.
     parts = [p if (p := _parts.of_level.get(k)) and p.size == n else _Part(0, n, n) for k, n in vmaps]
     numbers = []
     for lane in lanes:
         number, stride = 0, 1
+        # A number with one digit for each vmap, the innermost last; the bases are the sizes.
         for part in reversed(parts):
             lane, at = divmod(lane, part.size)
             number, stride = number + (part.first + at) * stride, stride * part.total

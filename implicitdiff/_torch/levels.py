@@ -20,6 +20,7 @@ from torch._functorch.pyfunctorch import (
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.switches import inert_gradient_levels, no_modes
 
+# `maybe_get_level` returns -1 for a plain tensor, and -2 for a dead wrapper.
 _PLAIN_LEVEL = -1
 
 
@@ -28,6 +29,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return level(tensor) == _PLAIN_LEVEL
 
 
+# Only a gradient wrapper (`TensorWrapper`) can die. A batch wrapper keeps its level after the end of its vmap.
 level: Callable[[torch.Tensor], int] = functorch.maybe_get_level
 """Return the level of the transform to which a wrapper belongs; a negative number for plain tensors and for wrappers of
 a finished transform (dead wrappers).
@@ -60,11 +62,13 @@ def replace_inside(tensor: torch.Tensor, replace: Callable[[torch.Tensor], torch
     replaced = replace(inner)
     if replaced is inner:
         return tensor
+    # No level runs any more for which `_wrap_for_grad` could make a new wrapper.
     return replaced if level(tensor) < 0 else rewrap(replaced, tensor)
 
 
 def base(tensor: torch.Tensor) -> torch.Tensor:
     """Return the plain tensor inside all wrappers."""
+    # Dead wrappers come off as well, since -2 is not the level of plain tensors.
     while not is_plain(tensor):
         tensor = unwrap(tensor)
     return tensor
@@ -73,6 +77,8 @@ def base(tensor: torch.Tensor) -> torch.Tensor:
 def is_any(condition: torch.Tensor) -> bool:
     """Return whether a condition is true for any entry in any lane. Reads the value outside of every mode."""
     with no_modes():
+        # `bool` of a batched tensor raises, and `any` under vmap gives a flag for each lane. The plain tensor holds all
+        # lanes.
         return bool(base(condition).any())
 
 
@@ -85,6 +91,7 @@ def is_all(condition: torch.Tensor) -> bool:
 def is_vmap(level: int) -> bool:
     """Return whether the transform of a level is a vmap."""
     running = retrieve_all_functorch_interpreters()
+    # Levels count from 1, and the stack begins with the outermost.
     return level <= len(running) and isinstance(running[level - 1], VmapInterpreter)
 
 
@@ -106,9 +113,11 @@ class Layer(NamedTuple):
 
 def outermost_layer(tensors: Sequence[torch.Tensor]) -> Layer | None:
     """Take the outermost batch layer off; return None if all tensors are plain."""
+    # Levels fall from the outermost layer inwards. So the outermost layer belongs to the innermost transform.
     top = max(map(level, tensors), default=_PLAIN_LEVEL)
     if top < 0:
         return None
+    # A tensor of a lower level lacks the layer: the vmap does not batch this tensor.
     has = [level(t) == top for t in tensors]
     dims = tuple(functorch.maybe_get_bdim(t) if h else None for t, h in zip(tensors, has, strict=True))
     below = [unwrap(t) if h else t for t, h in zip(tensors, has, strict=True)]
@@ -132,6 +141,7 @@ def without_batch_layers(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Te
     # `movedim` of a tensor that still has inner layers needs the levels of the inner layers to run.
     with inert_gradient_levels(), torch.no_grad():
         while (layer := outermost_layer(plain)) is not None:
+            # The innermost vmap comes off first, and each later dimension is moved in front of the earlier.
             plain = [t if d is None else t.movedim(d, 0) for t, d in zip(layer.below, layer.dims, strict=True)]
             layers.append(layer)
     return plain, layers
@@ -155,6 +165,8 @@ def without_gradient_layers(tensor: torch.Tensor) -> torch.Tensor:
 
 def plain_under_vmap(tensor: torch.Tensor) -> torch.Tensor:
     """Return the value of a tensor: detached, with batch layers alone."""
+    # The order counts: `detach` of a wrapper detaches at all layers, but unwrapping first would leave the graph of a
+    # plain tensor.
     return without_gradient_layers(tensor.detach())
 
 
@@ -196,7 +208,9 @@ def is_same_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     if tensor is other:
         return True
     with no_modes():
+        # A mode would handle each question, and `Watch` would note `data_ptr` as a read of values.
         return (
+            # A subclass may compute its values from other memory than that at `data_ptr`.
             {type(tensor), type(other)} <= {torch.Tensor, torch.nn.Parameter}
             and is_plain(other)
             and is_plain(tensor)
@@ -206,6 +220,7 @@ def is_same_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
             and tensor.stride() == other.stride()
             and tensor.device == other.device
             and tensor.data_ptr() == other.data_ptr()
+            # Lazy conjugation and negation change the values and not the memory.
             and tensor.is_conj() == other.is_conj()
             and tensor.is_neg() == other.is_neg()
         )

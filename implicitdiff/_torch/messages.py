@@ -55,6 +55,7 @@ def _owner_of_apply(frame: FrameType, end: int) -> str:
     """Return the name of the class whose ``apply`` the code of a frame names last before an instruction."""
     visible = frame.f_globals | frame.f_locals
     read = [i.argval for i in dis.get_instructions(frame.f_code) if i.offset < end and isinstance(i.argval, str)]
+    # The code names the class and then `apply`, or names a variable that holds the bound method `apply`.
     for before, name in reversed([*itertools.pairwise(["", *read])]):
         value = visible.get(name)
         if name == "apply":
@@ -73,6 +74,7 @@ def unbatchable(error: RuntimeError) -> str | None:
     return None
 
 
+# torch raises plain RuntimeErrors here, so only the text tells the cause. The keys are beginnings of messages.
 _UNBATCHABLE = {
     "vmap: It looks like you're attempting to use a Tensor in some data-dependent control flow": "control flow",
     "vmap: It looks like you're calling .item()": "item() or float()",
@@ -100,6 +102,7 @@ _OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 def is_torch_asking() -> bool:
     """Return whether code of torch, and not of the user, has called the function that runs."""
     frame = sys._getframe(1)
+    # Frames of this library, such as handlers of modes, stand between the question and the code that asked.
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN_FOLDERS[1]):
         frame = frame.f_back
     return frame.f_code.co_filename.startswith(_OWN_FOLDERS[0])

@@ -33,6 +33,7 @@ def in_place_of(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
 
 
 def _exchange(old: Sequence[TorchFunctionMode], new: Sequence[TorchFunctionMode]) -> None:
+    # Modes are popped by number: the body must leave the stack as deep as it was at the start.
     for _ in old:
         torch.overrides._pop_mode()
     for mode in new:
@@ -49,6 +50,7 @@ def uncached() -> AbstractContextManager[None]:
 
 @contextmanager
 def _uncached() -> Iterator[None]:
+    # `parametrize.cached` counts its nesting in this variable, and 0 switches the cache off.
     before, parametrize._cache_enabled = parametrize._cache_enabled, 0
     try:
         yield

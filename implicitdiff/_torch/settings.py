@@ -59,6 +59,7 @@ def outside_autocast(fn: _Decorated) -> _Decorated:
             try:
                 return fn(*args, **kwargs)
             except RuntimeError as error:
+                # torch has no class for this error, so the text decides: a product of half and single precision.
                 if "same dtype" not in str(error) or not any(half in str(error) for half in ("BFloat16", "Half")):
                     raise
                 raise RuntimeError(
@@ -101,10 +102,12 @@ def _with_settings(state: Settings, now: Settings) -> Iterator[None]:
     ]
     with ExitStack() as stack:
         for write, then, current in changed:
+            # Each flag is restored by a callback of its own, also where a later setter raises.
             write(then)
             stack.callback(write, current)
         stack.enter_context(autocast(state[0]))
         if state[1] != now[1]:
+            # As a context, a `torch.device` pushes a function mode, `DeviceContext`.
             stack.enter_context(state[1])
         yield
 

@@ -41,6 +41,7 @@ def listed_parameters_of(module: nn.Module) -> dict[str, ParameterSlot]:
 
     An `implicitdiff.nn.MetaGradientModule` lists its inner parameters and no meta-parameters.
     """
+    # By identity, since `==` compares entries.
     listed = set(map(id, module.parameters()))
     return {name: slot for name, slot in parameters_of(module).items() if id(slot.tensor) in listed}
 
@@ -52,6 +53,7 @@ def buffers_of(module: nn.Module) -> dict[str, ParameterSlot]:
 
 def _slots_in(module: nn.Module, held_by: Callable[[nn.Module], dict[str, Any]]) -> dict[str, ParameterSlot]:
     found: dict[int, tuple[str, ParameterSlot]] = {}
+    # `named_modules` yields a shared submodule once, under its first path.
     for path, part in module.named_modules():
         held = held_by(part)
         for key, tensor in held.items():

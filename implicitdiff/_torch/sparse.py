@@ -21,6 +21,7 @@ import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.tracking as _tracking
 import implicitdiff._torch.trees as pytree
 
+# A mode receives each spelling of the product as another function; the operator ``@`` arrives as `matmul`.
 _PRODUCTS = {torch.matmul, torch.mm, torch.mv, torch.sparse.mm}
 _PRODUCTS |= {Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.__matmul__}
 _REVERSED = {Tensor.__rmatmul__}
@@ -143,5 +144,6 @@ def _summed(values: Tensor, rows: Tensor, columns: Tensor, size: int, v: Tensor)
     # S_ij v_j for each entry, added up by rows.
     terms = values[:, None] * v.index_select(-2, columns)
     shape = (*v.shape[:-2], size, v.shape[-1])
+    # Out of place: `index_add_` of batched terms into unbatched zeros raises under vmap.
     sums: Tensor = torch.zeros(shape, dtype=terms.dtype, device=v.device).index_add(-2, rows, terms)
     return sums

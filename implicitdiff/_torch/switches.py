@@ -21,6 +21,7 @@ from implicitdiff._torch.context import depth, in_dispatch_mode, in_saved_tensor
 UNCHANGED: AbstractContextManager[None] = nullcontext()
 
 
+# Not `DisableTorchFunctionSubclass`, under which function modes still run.
 no_modes: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
 """Run the body outside of every TorchFunctionMode."""
 
@@ -33,6 +34,7 @@ def no_levels() -> AbstractContextManager[object]:
 @contextmanager
 def no_transforms() -> Iterator[None]:
     """Run the body with an empty stack of transforms and forward mode off. Transforms may start in the body."""
+    # Forward mode is a state of the thread, and stays on when the stack is empty.
     forward_mode = forward_ad._set_fwd_grad_enabled(False) if now().forward else nullcontext()
     with temporarily_clear_interpreter_stack(), forward_mode:
         yield
@@ -40,6 +42,7 @@ def no_transforms() -> Iterator[None]:
 
 def nothing_running() -> AbstractContextManager[None]:
     """Run the body with an empty stack of transforms and nothing recorded, as inside of an autograd.Function."""
+    # Forward mode is enabled by default, also without a dual level, and the body might open one.
     return UNCHANGED if now().is_silent and not torch._C._is_fwd_grad_enabled() else _nothing_running()
 
 
@@ -59,6 +62,7 @@ def unobserved() -> Iterator[None]:
 @contextmanager
 def recording() -> Iterator[None]:
     """Let autograd record on plain tensors, also in inference mode, `no_grad`, or under hooks on saved tensors."""
+    # `enable_grad` alone records nothing in inference mode: new tensors are inference tensors there.
     with torch.inference_mode(False), torch.enable_grad(), requires_grad_allowed(), without_saved_tensor_hooks():
         yield
 
@@ -77,6 +81,7 @@ def _hooks_put_aside() -> Iterator[None]:
             hooks.append(top)
         yield
     finally:
+        # The innermost hooks were popped first, and are pushed last.
         for pack, unpack in reversed(hooks):
             torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
@@ -92,6 +97,7 @@ def inert_gradient_levels() -> Iterator[int]:
     if not outer:
         yield 0
         return
+    # The kind of a running level cannot change, so the stack is built again from the outermost level inwards.
     with temporarily_clear_interpreter_stack():
         opened = 0
         try:
@@ -99,6 +105,8 @@ def inert_gradient_levels() -> Iterator[int]:
                 if isinstance(interpreter, VmapInterpreter):
                     functorch._vmap_increment_nesting(interpreter.batch_size(), interpreter.randomness())
                 else:
+                    # With "same", random numbers are drawn once and carry no batch dimension; "error" would refuse
+                    # random numbers.
                     functorch._vmap_increment_nesting(1, "same")
                 opened += 1
             with requires_grad_allowed():
@@ -123,6 +131,7 @@ class levels_up_to:
         self.missing = max(0, self.count - running)
         for _ in range(self.missing):
             functorch._vmap_increment_nesting(1, "same")
+        # With a level of the caller running, the rules of an autograd.Function must apply, see `call_inert`.
         return -1 if running else self.missing
 
     def __exit__(self, *error: object) -> None:
@@ -145,5 +154,6 @@ def random_state() -> bytes:
     if depth() == 0 and not in_dispatch_mode():
         with no_modes():
             return torch.default_generator.get_state().numpy().tobytes()
+    # Under a grad level the state is a wrapper, whose memory `numpy` cannot read.
     with no_levels(), torch._C._DisableTorchDispatch(), no_modes():
         return torch.default_generator.get_state().numpy().tobytes()

@@ -23,6 +23,8 @@ def may_be_differentiated(tensor: torch.Tensor) -> bool:
 
 def is_tracked(tensor: torch.Tensor) -> bool:
     """Return whether autograd or forward mode records operations on a tensor, at any layer."""
+    # A layer answers for itself alone: a batch wrapper has `requires_grad` False also where the plain tensor inside has
+    # a graph.
     while not is_plain(tensor):
         if tensor.requires_grad:
             return True
@@ -41,6 +43,7 @@ def _tangent(tensor: torch.Tensor) -> torch.Tensor | None:
     # `unpack_dual` raises for sparse tensors and for tensors of inference mode, which have no tangent.
     if tensor.layout is not torch.strided or tensor.is_inference():
         return None
+    # Without an open level of forward mode the tangent is None.
     tangent: torch.Tensor | None = forward_ad.unpack_dual(tensor).tangent
     return tangent
 
@@ -55,6 +58,7 @@ def is_quiet(tensors: Sequence[torch.Tensor], batched: Sequence[torch.Tensor] = 
     return (
         now().only_vmaps
         and not any(map(may_be_differentiated, tensors))
+        # `without_gradient_layers` returns the same object if there is no gradient layer.
         and not any(may_be_differentiated(base(t)) or without_gradient_layers(t) is not t for t in batched)
     )
 
@@ -76,6 +80,7 @@ def are_constant(tensors: Sequence[torch.Tensor], *, plain: bool = False) -> boo
 
 def have_legacy_batch(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether `torch.autograd.grad(..., is_grads_batched=True)` batches a tensor: its vmap has no level."""
+    # `now` does not see this vmap: `torch._vmap_internals` keeps no interpreter.
     return any(map(functorch.is_legacy_batchedtensor, tensors))
 
 
@@ -83,6 +88,7 @@ def is_grad_alone(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether a grad or vjp runs with nothing but vmaps round it, and nothing else differentiates these
     tensors."""
     here = now()
+    # Under jvp forward mode is on as well, so the kind of the innermost transform alone would not do.
     return not here.forward and here.has_one(TransformType.Grad) and _are_plain_inside(tensors)
 
 

@@ -92,8 +92,10 @@ def _builder(spec: TreeSpec) -> Builder:
     """Return `torch.utils._pytree.tree_unflatten` for one nesting; the nesting is analysed once, not at each call."""
     if spec.is_leaf():
         return next
+    # All builders of a tree take from one iterator, so the order of leaves is depth first.
     parts = [_builder(child) for child in spec.children()]
     if spec.type is dict:
+        # The context of a dictionary is the list of its keys in the order of insertion.
         return lambda leaves: dict(zip(spec.context, [part(leaves) for part in parts], strict=True))
     if spec.type in (tuple, list):
         return lambda leaves: spec.type([part(leaves) for part in parts])
@@ -148,6 +150,7 @@ def map_tensors(fn: Callable[[torch.Tensor], Any], tree: Tree) -> Tree:
 NestingKey = Any
 """Key of a nesting: 0 for a leaf; for a node its type, its context such as dictionary keys, and its children's keys."""
 # Making a `TreeSpec` takes most of the time of `flatten`, and trees of the same nesting come again in each call.
+# Keys hold types, names and contexts, and no tensor, so the table keeps no memory of users alive.
 _NESTINGS: dict[NestingKey, Structure] = {}
 _MAX_NESTINGS = 1000
 
@@ -161,6 +164,7 @@ def _walk(tree: Tree, leaves: list[Any]) -> NestingKey:
     if kind is tuple or kind is list:
         return (kind, *[_walk(child, leaves) for child in tree])
     if kind is dict:
+        # The list makes the key unhashable on purpose, so `_nesting` does not keep this tree.
         names = tuple(tree) if set(map(type, tree)) <= _NAMES else [*tree]
         return (dict, names, *[_walk(child, leaves) for child in tree.values()])
     if _is_named(kind):
@@ -185,6 +189,7 @@ def _nesting(key: NestingKey, tree: Tree) -> Structure:
         return _all_tensors(tree)
     if known is None:
         if len(_NESTINGS) >= _MAX_NESTINGS:
+            # Trees that are nested otherwise in each call would let the table grow without end.
             _NESTINGS.clear()
         known = _NESTINGS[key] = _all_tensors(tree)
     return known
@@ -237,6 +242,7 @@ def match(spec: TreeSpec, tree: Tree) -> list[Any]:
     if _is_flat(spec, tree):
         return [tree[key] for key in spec.context] if spec.type is dict else list(tree)
     leaves, nesting = leaves_of(tree)
+    # Equal nestings share one cached `spec`, most often.
     return leaves if nesting is spec else spec.flatten_up_to(tree)
 
 
@@ -244,6 +250,7 @@ def unflatten(leaves: list[Any], spec: TreeSpec) -> Tree:
     """Return the tree of these leaves."""
     if spec.is_leaf():
         return leaves[0]
+    # One node more than leaves: all children are leaves.
     if spec.num_leaves + 1 == spec.num_nodes and spec.type is list:
         return list(leaves)
     if spec.num_leaves + 1 == spec.num_nodes and spec.type is dict:
@@ -262,6 +269,7 @@ def _flat_spec(keys: int | tuple[Any, ...]) -> TreeSpec:
 def _is_flat(spec: TreeSpec, tree: Any) -> bool:
     if type(tree) is not spec.type or spec.num_leaves + 1 != spec.num_nodes or len(tree) != spec.num_leaves:
         return False
+    # Keys are compared without order, and `match` then reads by key.
     return spec.type is list or (spec.type is dict and tree.keys() == set(spec.context))
 
 

@@ -47,6 +47,7 @@ def is_recorded_for_later() -> bool:
 
 
 def _reason_missing(tensors: Sequence[Tensor]) -> str | None:
+    # Only of plain tensors and parameters: a FakeTensor has a message of its own below.
     if any(t.is_meta and type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
         return "a tensor on the meta device has no values; move the tensors to a real device, for example by to_empty"
     if is_recorded_for_later():

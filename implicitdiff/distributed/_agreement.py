@@ -48,6 +48,7 @@ def together(axis: Axis = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # An error that all ranks share already must not be sent again: no other rank would answer.
         if group.group_name not in getattr(error, "agreed_on", ()):
             exchange(group, "an error", error)
         raise
@@ -83,6 +84,7 @@ def exchange(group: ProcessGroup, what: str, error: Exception | None) -> None:
     with _switches.unobserved():
         control = host_group(group)
         code = zlib.crc32(what.encode())
+        # One maximum gives both ends: `most` is the largest code, and `least` is minus the smallest.
         header = torch.tensor([error is not None, code, -code])
         with broken_by(group, what, error):
             c10d.all_reduce(header, op=c10d.ReduceOp.MAX, group=control)
@@ -107,6 +109,7 @@ def _of_all(said: list[tuple[bytes | None, str]], rank: int, own: Exception | No
     failed = {r: parcel for r, (parcel, _) in enumerate(said) if parcel is not None}
     if not failed:
         return RankError(_differences([what for _, what in said]))
+    # The pickles come from processes of the same program.
     errors: dict[int, Exception] = {r: pickle.loads(parcel) for r, parcel in failed.items()}
     # An error that cannot be pickled must be of the same type on its own rank as on the others.
     if own is not None and type(errors[rank]) is type(own):

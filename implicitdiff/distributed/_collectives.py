@@ -38,6 +38,7 @@ from implicitdiff.distributed._groups import Axis, group_of
 from implicitdiff.distributed._local import is_local, refuse_inside
 from implicitdiff.errors import RankError
 
+# `of_first` is the identity on replicated values, so its own transpose.
 _TRANSPOSED = {"psum": "pvary", "pvary": "psum", "all_gather": "shard", "shard": "all_gather", "of_first": "of_first"}
 _UNSUMMABLE = (torch.bool, torch.int16)
 
@@ -77,11 +78,13 @@ class Collective:
     def on_plain(self, x: Tensor) -> Tensor:
         """Return the map of a plain tensor, a new tensor, with nothing recorded."""
         if self.name == "pvary":
+            # An autograd.Function has to return a new tensor.
             return x.clone()
         if self.name == "shard":
             return x.select(self.lanes, c10d.get_rank(self.group)).clone()
         self._refuse_unsendable(x)
         agree(self.group, f"{self.name} of {tuple(x.shape)} {x.dtype}")
+        # A backend sends memory as is, without lazy conjugation or negation.
         plain = x.resolve_conj().resolve_neg()
         numbers = torch.view_as_real(plain) if x.is_complex() else plain
         follow_first(self.group)
@@ -144,12 +147,14 @@ class _LinearMap(torch.autograd.Function):
     @staticmethod
     @_compile.outside_compile
     def forward(collective: Collective, x: Tensor) -> tuple[Tensor]:
+        # The operations of a backend are no operations of the user's function.
         with _switches.no_modes():
             return (collective.on_plain(x),)
 
     @staticmethod
     @_compile.outside_compile
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> None:
+        # No tensor is saved: a rule of a linear map needs the tangent or the cotangent alone.
         ctx.collective = inputs[0]
         ctx.set_materialize_grads(False)
 
@@ -182,6 +187,7 @@ def applied(collective: Collective, x: Tensor) -> Tensor:
 
 def _seen(name: str, reference: weakref.ref[ProcessGroup], lanes: int, x: Tensor) -> Tensor:
     if has_torch_function_unary(x):
+        # The handler of the mode calls this function again, without the mode.
         result: Tensor = handle_torch_function(_seen, (x,), name, reference, lanes, x)
         _modes.note_communication()
         return result
@@ -313,6 +319,7 @@ def _on_tree(name: str, tree: Tree, axis: Axis) -> Tree:
 def on_leaves(collective: Collective, leaves: Leaves) -> Leaves:
     """Apply a map to tensors, those of one dtype and device at once. `shard` takes its entry of their first dimension,
     which `all_gather` adds."""
+    # A dictionary keeps the order of the leaves, so all ranks send in one order.
     together: defaultdict[Any, list[int]] = defaultdict(list)
     for i, leaf in enumerate(leaves):
         together[leaf.dtype, leaf.device].append(i)
@@ -327,6 +334,7 @@ def on_leaves(collective: Collective, leaves: Leaves) -> Leaves:
 def _packed(collective: Collective, leaves: Leaves) -> Leaves:
     if len(leaves) == 1:
         return [applied(collective, leaves[0])]
+    # Sent tensors of `shard` have the dimension of the ranks in front, and only the rest is packed.
     lead, size = int(collective.name == "shard"), c10d.get_world_size(collective.group)
     shapes = [t.shape[lead:] for t in leaves]
     rows = torch.cat([t.reshape(*t.shape[:lead], -1) for t in leaves], dim=-1)

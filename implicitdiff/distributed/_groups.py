@@ -31,6 +31,7 @@ def group_of(axis: Axis) -> ProcessGroup:
             "processes that torchrun started"
         )
     group = _named_by(axis)
+    # torch returns -1 for a process outside of the group.
     if not isinstance(group, ProcessGroup) or c10d.get_rank(group) < 0:
         raise ValueError(f"axis: this process is not a rank of the group {axis!r}; call the function on its ranks only")
     return group
@@ -61,6 +62,7 @@ def host_group(group: ProcessGroup) -> ProcessGroup:
         return group
     if group not in _HOST_GROUPS:
         ranks = c10d.get_process_group_ranks(group)
+        # Without local synchronisation all processes would have to call, and not the ranks of the group alone.
         _HOST_GROUPS[group] = c10d.new_group(ranks, backend="gloo", use_local_synchronization=True)
     return _HOST_GROUPS[group]
 
@@ -70,6 +72,7 @@ def rounding_of_machine() -> tuple[str, ...]:
     same, have the same bits."""
     capability = torch.backends.cpu.get_cpu_capability()
     devices = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    # Both change the order in which MKL and threads add.
     kernels = [os.environ.get("MKL_CBWR", ""), str(torch.get_num_threads())]
     return (torch.__version__, _processor(), capability, *kernels, *(f"cuda {name}" for name in devices))
 

@@ -28,6 +28,7 @@ from implicitdiff.distributed._varying import LocalCall, refuse_unlike
 
 # --- a sum over ranks -------------------------------------------------------------------------------------------------
 
+# Weak keys: the entry ends with the code of the function.
 _compared: weakref.WeakKeyDictionary[object, set[tuple[object, ...]]] = weakref.WeakKeyDictionary()
 
 
@@ -84,6 +85,7 @@ def _code_of(fn: Any) -> object:
     """Return what two calls of a function have in common: its code, or the function if it is built in."""
     while isinstance(fn, functools.partial):
         fn = fn.func
+    # The code, since a closure is a new function at each definition.
     return getattr(fn, "__code__", None) or getattr(type(fn).__call__, "__code__", fn)
 
 
@@ -118,6 +120,7 @@ class _Lanes(NamedTuple):
     @property
     def first(self) -> int:
         """The number of the first lane that this rank runs."""
+        # A rank without lanes runs the last lane again, and its results are left out by `places`.
         return min(sum(self.counts[: self.rank]), self.total - 1)
 
     @property
@@ -168,6 +171,7 @@ def vmap(
         group = group_of(axis)
         with together(group):
             refuse_inside(f"vmap({name_of(fn)})", group)
+            # Stage 1: the lanes of each rank, and the arguments for those of this rank.
             leaves, spec = pytree.leaves_of(args)
             dims = _dims_of(leaves, spec, in_dims)
             lanes = _lanes_of_ranks(leaves, dims, group)
@@ -176,12 +180,14 @@ def vmap(
             is_own = [d is not None for t, d in zip(leaves, own_dims, strict=True) if isinstance(t, Tensor)]
             over_lanes = torch.func.vmap(fn, in_dims=tuple(pytree.unflatten(own_dims, spec)), chunk_size=chunk_size)
             call = LocalCall.of(name, over_lanes, group, pytree.unflatten(own, spec), is_own)
+            # Stage 2: arguments that all ranks pass, and differentiated tensors, must be the same everywhere.
             shared = {
                 f"of {lanes.total} lanes, leaf {i} of the arguments": t
                 for i, (t, d) in enumerate(zip(leaves, dims, strict=True))
                 if isinstance(t, Tensor) and not is_shard(d)
             }
             refuse_unlike(name, shared | call.differentiated(), group)
+            # Stage 3: the lanes of this rank, then the results of all ranks, with equal shapes.
             with numbered(lanes.first, lanes.run, lanes.total):
                 result = call.run(group)
             return _on_all_ranks(with_equal_histories(result, group), out_dims, lanes, group)
@@ -247,7 +253,9 @@ def _own_lanes(
             own[i], own_dims[i] = _by_ranks(leaf.movedim(dim, 0), lanes), 0
         else:
             own[i] = leaf.narrow(dim, lanes.first, lanes.run)
+    # The transpose of `shard` is `all_gather`, so the gradient reaches all ranks.
     for i, part in zip(sent, on_leaves(Collective("shard", weakref.ref(group)), [own[i] for i in sent]), strict=True):
+        # The last rows are padding where the ranks have unequal numbers of lanes.
         own[i] = part[: lanes.run]
     return own, own_dims
 

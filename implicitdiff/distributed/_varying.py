@@ -62,14 +62,17 @@ class LocalCall(NamedTuple):
     def run(self, group: ProcessGroup) -> Tree:
         """Return the result, a varying value, as a function of replicated arguments and captured tensors."""
         leaves, structure = pytree.flatten(self.args)
+        # Integers and flags have no derivative, and need no `pvary`.
         given = [i for i, t in enumerate(leaves) if not self.own[i] and _is_continuous(t)]
         varying = varied(group, [*[leaves[i] for i in given], *self.captured])
+        # `varying` goes on with the captured tensors, hence no `strict`.
         for i, t in zip(given, varying, strict=False):
             leaves[i] = t
         args = structure.unflatten(leaves)
         with each_alone(), apart(self.name, group):
             if not self.captured:
                 return self.fn(*args)
+            # -1: levels of the caller may run, and none of those is inert.
             with Substitute(self.captured, varying[len(given) :], -1) as substitute:
                 return pytree.map_tensors(substitute.resolve, self.fn(*args))
 

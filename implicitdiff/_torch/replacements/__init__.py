@@ -27,6 +27,7 @@ from implicitdiff._torch.replacements import (
 from implicitdiff._torch.replacements._spelling import Operation
 from implicitdiff._torch.settings import in_single
 
+# Keys are functions as a mode receives them: each spelling of an operation needs an entry.
 EXCHANGED: dict[Operation, Operation] = {
     **_normalisation.REPLACEMENTS,
     **_losses.REPLACEMENTS,

@@ -12,6 +12,7 @@ from implicitdiff._torch.replacements._spelling import Operation, of_aten
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    # In place the caller expects a write to `input`, and integers raise in torch.
     if inplace or not input.is_floating_point():
         return functional.hardsigmoid(input, inplace)
     # hardsigmoid(x) = min(max(x + 3, 0), 6) / 6.

@@ -21,6 +21,7 @@ def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     at = index % input.shape[dim]
     # src replaces the slice at the index: concatenation of the parts before and after.
     before, after = input.narrow(dim, 0, at), input.narrow(dim, at + 1, input.shape[dim] - at - 1)
+    # As torch does, convert the source to the dtype of the input.
     return torch.cat([before, src.unsqueeze(dim).to(input.dtype), after], dim)
 
 

@@ -36,6 +36,7 @@ def _attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     # softmax(Q K' / sqrt(d)) V.
     logits = (query.to(wide) * scale) @ key.to(wide).mT
+    # Query i sees the keys up to i.
     if is_causal:
         attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
     out = (_attention_weights(logits, attn_mask) @ value.to(wide)).to(query.dtype)
@@ -65,12 +66,14 @@ def _attention_weights(logits: Tensor, mask: Tensor | None) -> Tensor:
     logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask.to(logits.dtype)
     # A query whose keys are all masked has softmax 0 / 0. torch defines its weights as 0, with derivative 0.
     nothing = (logits == -math.inf).all(-1, keepdim=True)
+    # The first fill keeps the softmax of such a row finite. Without the first fill, the derivative would be 0 * nan.
     return logits.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
 
 
 def _multi_head_attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     # With need_weights=True torch computes attention by elementary operations.
     out, weights = functional.multi_head_attention_forward(*args, **{**kwargs, "need_weights": True})
+    # A read on the host, once for each call.
     if weights is not None and _levels.is_any(weights.isnan()):
         # Weights of a fully masked query, for which torch returns 0 or nan depending on the kernel: leave the choice.
         return functional.multi_head_attention_forward(*args, **kwargs)

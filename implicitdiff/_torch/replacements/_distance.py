@@ -22,6 +22,7 @@ def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "use_mm_f
     # torch defines the derivative at coinciding points as 0. Here the distance is constant 0 there, so derivatives of
     # every order are 0.
     zero = square == 0
+    # The inner `where` keeps the derivative of the square root finite at 0, where the branch is not taken.
     return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 
 

@@ -36,12 +36,14 @@ class _LinearSolve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        # `backward` reads the tensors of the first call, `jvp` those of the second.
         ctx.save_for_backward(inputs[0], output)
         ctx.save_for_forward(inputs[0], output)
 
     @staticmethod
     def backward(ctx: Any, x_bar: Tensor) -> tuple[Tensor, Tensor, None]:
         a, x = ctx.saved_tensors
+        # By the Function again, so that derivatives of all orders have these rules.
         b_bar = _apply_solve(a.mH, x_bar)
         return -b_bar @ x.mH, b_bar, None
 
@@ -60,6 +62,8 @@ class _LinearSolve(torch.autograd.Function):
             columns = b.movedim(at_b, -1)
             x = _apply_solve(a, columns.flatten(-2), check_errors).unflatten(-1, columns.shape[-2:])
             return x, x.dim() - 1
+        # The matrix has the lanes here, and B gets the lanes as an expanded view: batch shapes are equal, see the
+        # class.
         a = a if at_a is None else a.movedim(at_a, 0)
         b = b.expand(info.batch_size, *b.shape) if at_b is None else b.movedim(at_b, 0)
         return _apply_solve(a, b, check_errors), 0
@@ -88,6 +92,7 @@ def _linalg_solve(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool
 
 
 def _solve_ex(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = False) -> Any:
+    # `info` is a tensor of integers without a derivative, so torch's own operation may compute `info`.
     with torch.no_grad():
         info = torch.linalg.solve_ex(A.detach(), B.detach(), left=left, check_errors=check_errors)[1]
     return torch.return_types.linalg_solve_ex(  # type: ignore[attr-defined]
@@ -128,6 +133,7 @@ def _old_lu_solve(b: Tensor, LU_data: Tensor, LU_pivots: Tensor) -> Tensor:
 def _lu_diagonal_and_sign(A: Tensor) -> tuple[Tensor, Tensor]:
     """Return the diagonal of U in ``A = P L U``, and the determinant of the permutation P."""
     lu, pivots, _ = torch.linalg.lu_factor_ex(A)
+    # Entry i of `pivots`, counted from 1, is the row exchanged with row i. Each true exchange changes the sign.
     swaps = (pivots != torch.arange(1, A.shape[-1] + 1, device=A.device)).sum(-1)
     return lu.diagonal(dim1=-2, dim2=-1), 1.0 - 2.0 * (swaps % 2).to(A.dtype)
 
@@ -140,6 +146,7 @@ def _det(A: Tensor) -> Tensor:
     if not _levels.is_any(singular):
         return _det_by_lu(A)
     # LU of a singular matrix has no derivative, but the determinant is a polynomial and has one.
+    # `where` differentiates both branches, so the identity stands in for a singular matrix in the branch not taken.
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     return torch.where(singular, _det_by_expansion(A), _det_by_lu(torch.where(singular[..., None, None], eye, A)))
 
@@ -218,6 +225,7 @@ def _triangular_solve(
 ) -> Any:
     own, is_upper = (A.mT, not upper) if transpose else (A, upper)
     x = torch.linalg.solve_triangular(own, b, upper=is_upper, unitriangular=unitriangular)
+    # The second result of torch is a copy of A, expanded to the batch of the solution.
     return torch.return_types.triangular_solve((x, A.expand(*x.shape[:-2], *A.shape[-2:]).clone()))
 
 

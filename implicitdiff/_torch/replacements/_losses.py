@@ -54,6 +54,7 @@ def _huber_loss(
     # a^2 / 2 for |a| <= delta, else delta (|a| - delta / 2).
     away = input - target
     size = away.abs()
+    # Both branches have finite derivatives everywhere, so the branch not taken adds no nan.
     return _reduced(torch.where(size <= delta, 0.5 * away.square(), delta * (size - 0.5 * delta)), reduction)
 
 
@@ -66,6 +67,7 @@ def _soft_margin_loss(
 ) -> Tensor:
     if not (size_average is None and reduce is None and _is_plain(input, target, reduction)):
         return functional.soft_margin_loss(input, target, size_average, reduce, reduction)
+    # -logsigmoid(z) = log(1 + exp(-z)), without overflow.
     return _reduced(-functional.logsigmoid(target * input), reduction)
 
 
@@ -86,6 +88,7 @@ def _multi_margin_loss(
     # Mean over classes j other than the target y of max(0, margin - x_y + x_j)^p.
     at = target.unsqueeze(-1)
     short = (margin - input.gather(-1, at) + input).relu() ** p
+    # The entry of the target class is set to 0 and leaves the sum.
     each = short.scatter(-1, at, 0.0).sum(-1) / input.shape[-1]
     return _reduced(each if weight is None else each * weight[target], reduction)
 

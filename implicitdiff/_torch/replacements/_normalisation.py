@@ -37,6 +37,7 @@ def _normalise(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bi
     # (x - mean) / sqrt(var + eps) * weight + bias.
     y = centred * inverse
     y = y if weight is None else y * weight
+    # torch's kernels return contiguous tensors, also for a transposed input, and users call `view`.
     return (y if bias is None else y + bias).to(x.dtype).contiguous()
 
 
@@ -133,6 +134,7 @@ def _instance_norm(
         return functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if running_mean is not None:
         with torch.no_grad():
+            # As in `_normalised_batch`, only the update in place is wanted.
             functional.instance_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
     return _normalise(input, [*range(2, input.dim())], eps, *_along_channels(input, weight, bias))
 

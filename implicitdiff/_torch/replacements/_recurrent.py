@@ -49,8 +49,10 @@ def _over_time(
     # Parameters in torch's order: w_ih, w_hh, biases if any, and the projection of an LSTM with proj_size.
     w_ih, w_hh = params[:2]
     b_ih, b_hh = params[2:4] if biased else (None, None)
+    # The projection is the last parameter, and the only source of an odd number.
     projection = params[-1] if len(params) % 2 else None
     outputs = []
+    # One product serves the inputs of all times; only the recurrent product waits for the state.
     for a in functional.linear(x, w_ih, b_ih).unbind(0):
         h, *rest = cell(a, functional.linear(state[0], w_hh, b_hh), state)
         state = (h if projection is None else functional.linear(h, projection), *rest)
@@ -83,6 +85,7 @@ def _layers(
             outputs.append(y.flip(0) if direction else y)
             ends.append(end)
         x = torch.cat(outputs, -1)
+    # torch stacks the last states of all layers and directions.
     return (x.movedim(0, 1) if batch_first else x, *(torch.stack(parts) for parts in zip(*ends, strict=True)))
 
 
@@ -97,6 +100,7 @@ def _replace_layer(op: Operation, cell: Cell, packed_at: int) -> Operation:
         if kwargs or isinstance(args[packed_at], Tensor):
             return op(*args, **kwargs)  # type: ignore[no-any-return]
         input, states, params, has_biases, num_layers, dropout, train, bidirectional, batch_first = args
+        # torch raises for a sequence of length 0.
         if (train and dropout > 0) or input.shape[1 if batch_first else 0] == 0:
             return op(*args)  # type: ignore[no-any-return]
         states = (states,) if isinstance(states, Tensor) else tuple(states)

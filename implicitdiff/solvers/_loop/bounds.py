@@ -73,5 +73,6 @@ def _limits(problem: BatchedProblem) -> Limits:
     """Return the bounds as projections of infinite points: the user's bounds reach an iteration only through the
     function "box"."""
     inputs, clip = problem.inputs, problem.function("box")
+    # Infinite points project onto the bounds themselves.
     far = torch.full((math.prod(inputs.batch), inputs.dimension), math.inf, dtype=inputs.dtype, device=inputs.device)
     return Limits(clip(-far), clip(far))

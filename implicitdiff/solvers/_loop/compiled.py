@@ -108,6 +108,7 @@ class Compiler:
     parts: SearchParts
     problem: BatchedProblem
     compile: Compile
+    # Why the machine does not apply. A replay is tried next, at the state after the start.
     _refusal: NotRecordableError | None = None
     _replay: ReplayedStep | GraphedLoop | None = None
 
@@ -117,6 +118,7 @@ class Compiler:
         Raises:
             CompileError: with ``compile="always"``, if the loop cannot be compiled.
         """
+        # First the reasons against any recording, then those against the machine alone: a replay may still serve.
         try:
             self._refuse_unrecordable(x)
         except NotRecordableError as error:
@@ -225,8 +227,10 @@ class Compiler:
         return make()
 
     def _recorded(self, x: Tensor) -> Recording | None:
+        # The eager start gives the shapes of the carried tensors, and a twin for the recorded start.
         state = self.parts.start(self.problem, x)
         leaves, structure = pytree.flatten((state, Verdict.initial(state)))
+        # `carried` begins with x, so its leaves count from 1.
         status = next(i for i, t in enumerate(leaves, start=1) if t is state.status)
         can_leave: set[str] = set()
         step = self._record(self._parts_of_lane(structure, can_leave), [x, *leaves], x, status)
@@ -238,6 +242,7 @@ class Compiler:
 
         def start(recorder: Recorder, carried: Leaves, given: Leaves) -> Leaves:
             with _recorded_by(recorder, "the first state"):
+                # The last operand is the initial guess, for the judgement alone.
                 state = parts.start(operands.alone(given[:-1]), carried[0])
                 for flag in recorder.left:
                     state = state._replace(status=torch.where(flag, _LEFT, state.status))
@@ -268,6 +273,7 @@ class Compiler:
         try:
             return record_step(
                 parts,
+                # One lane stands for all: shapes and dtypes matter, numbers do not.
                 [t[:1] for t in carried],
                 [*operands.of_first_lane(), x[:1]],
                 [*operands.is_lane, True],
@@ -316,6 +322,7 @@ class Compiler:
         Close to a solution residuals are rounding errors, which differ. So a step that differs is compared once more,
         at another point.
         """
+        # At the second point the state does not belong to x any more, but the twins still receive the same numbers.
         for point in (x, x + _shift(x)):
             recorded = loop(point, state, at_most=1)
             active = (state.status == 0) & (recorded[1].status != _LEFT)
@@ -333,6 +340,7 @@ class Compiler:
         leaves, structure = pytree.flatten(state)
         operands = [*self._operands.theta, *self._captured]
         step = of_running_lanes(self.parts.step, self.parts.asks if _on_cuda(x) else None)
+        # Lanes and strides as well, since torch chooses operations by both.
         key = (self._key, "replay", self._operands.lanes, x.device, kinds(leaves), layouts(operands))
         known = kept.get(key)
         if known is None:
@@ -350,6 +358,7 @@ class Compiler:
         """Make an eager step, record the next step, and compare the recording with the eager step."""
         with unreported():
             twin = step(self.problem, x, state)
+        # Recorded at the state after a step, with the strides of all later states.
         try:
             replay = record_replay(step, self._operands, *twin)
         except NotRecordableError as error:
@@ -404,6 +413,7 @@ class Compiler:
         for tensor in (x, *operands.theta):
             if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg():
                 raise NotRecordableError(f"an operand is a {type(tensor).__name__}")
+        # A key is made now, so that an option without a key refuses in time.
         hash(self._key)
 
     def _refuse_unusable(self, x: Tensor) -> None:
@@ -440,6 +450,7 @@ class Compiler:
 
     @cached_property
     def _constants(self) -> Leaves:
+        # The machine reads memory from the beginning of a storage, and views of constants keep their offsets.
         return [_dispatch.whole_storage(t) for t in self._captured]
 
     @cached_property
@@ -486,6 +497,7 @@ class CompiledLoop:
         step, x, lanes = self.recording.step, self.first_x, len(self.first_x)
         judges = step.judges and self.recording.is_checked
         if step.starts:
+            # Not initialised: the machine writes each value before the first read.
             own = [torch.empty((lanes, *shape), dtype=dtype) for shape, dtype in self.recording.kinds]
         else:
             state = self.start(self.problem, x)
@@ -566,6 +578,7 @@ def _is_near(recorded: Tensor, eager: Tensor, within: dict[torch.dtype, float]) 
         return bool((recorded == eager).all())
     if not eager.numel():
         return True
+    # Relative to the largest entry, since small entries are often differences of large ones.
     size = torch.where(torch.isfinite(eager), eager.abs(), 0.0).amax()
     near = (recorded - eager).abs() <= within[eager.dtype] * size
     return bool((near | (recorded == eager) | (recorded.isnan() & eager.isnan())).all())

@@ -54,6 +54,7 @@ class _Square(Problem):
         return solve_problem(self, [a.mT if adjoint else a, b[0]])
 
     def batched(self, dims: Dims, size: int) -> tuple[Problem, Dims, int]:
+        # A vmap is one more dimension in front, and torch.linalg takes any number of these.
         return self, (-1,) * len(dims), 0
 
     def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, Tensor]:

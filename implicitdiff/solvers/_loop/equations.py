@@ -222,6 +222,7 @@ def returning_like_x(fn: Callable[..., Tree]) -> Callable[..., Tree]:
 
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:
+    # Outside of modes, since the handler of a mode takes longer than the question.
     with _switches.no_modes():
         return a.shape == b.shape and a.dtype == b.dtype
 

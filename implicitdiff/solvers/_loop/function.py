@@ -37,6 +37,7 @@ class SolverFunction:
     @_compile.outside_compile
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         maker, own = self.maker, self._own
+        # Options of `run` come first, and hide parameters of the user's function of the same names.
         options = {name: kwargs.pop(name) for name in own.options if name in kwargs}
         for name in own.first[len(args) :]:
             if name not in kwargs:
@@ -50,10 +51,12 @@ class SolverFunction:
         if maker.guess is not None:
             params = maker.guess(params, *args, **kwargs)
         if kwargs:
+            # The values of keywords become the last positional arguments: the implementation handles tuples alone.
             args, maker = (*args, *kwargs.values()), maker.with_last_by_keyword(tuple(kwargs))
         try:
             return getattr(maker, self.field)(params, *state, args, **options)
         except TypeError:
+            # A signature takes long to read, so only a failed call is explained.
             if not kwargs:
                 self._bound(args, {})  # raises an error of its own if the arguments are not those of the function
             raise

@@ -58,6 +58,7 @@ class LiftedProblem:
                 return equation.functions[name](params, args, *more)
             if needs_derivatives:
                 return equation.on_trees(equation.functions, params, args)
+            # Without derivatives the values of the functions show all captured tensors, and the gradient is spared.
             return [function(params, args) for function in equation.functions.values()]
 
         self.name, self.equation, self.args = name, equation, args
@@ -93,6 +94,7 @@ class LiftedProblem:
             # not.
             if (refusal := transform_error(self.name, error)) is None:
                 raise
+            # Autograd alone serves outside of transforms only.
             if self.lifted.refusal or not _context.now().is_outside:
                 raise refusal from (None if refusal is error else error)
             why = str(refusal)
@@ -101,6 +103,7 @@ class LiftedProblem:
 
     def _search(self, solve: Search) -> tuple[Leaves, Any]:
         theta = self.lifted.operands[len(self.x0) :]
+        # In this order: aliases for the modes, then dead wrappers, gradient layers, batch layers.
         operands = [_levels.plain_under_vmap(_levels.strip_dead_wrappers(t)) for t in _modes.alias([*self.x0, *theta])]
         operands, layers = _levels.without_batch_layers(operands)
         levels: list[Dims] = [tuple(None if d is None else 0 for d in layer.dims) for layer in layers]
@@ -110,6 +113,7 @@ class LiftedProblem:
         hooks = _switches.without_saved_tensor_hooks()
         with hooks, _modes.without_own_modes(), uncached(), _switches.nothing_running(), _settings.full_precision():
             operands = _functions.out_of_inference(operands)
+            # A search has unknowns in every lane, also from a guess that the lanes share.
             x = [_everywhere(t, [dims[i] for dims in levels], lanes) for i, t in enumerate(operands[:n])]
             own_levels = [dims[n:] for dims in levels]
             vmaps = tuple(VmapSize(layer.level, layer.size) for layer in reversed(layers))
@@ -117,6 +121,7 @@ class LiftedProblem:
             with _decisions.frame():
                 found, state = solve(problem, problem.inputs.ravel(x))
                 leaves, nesting = pytree.flatten(state)
+                # The results are the leader's too, so all processes return the same bits.
                 found, *leaves = _decisions.of_leader([found, *leaves])
             solution = problem.inputs.unravel(found)
             state = nesting.unflatten([t.reshape((*lanes, *t.shape[1:])) for t in leaves])
@@ -145,6 +150,7 @@ class LiftedProblem:
             constants = [t for t, _ in self.lifted.constants]
             # Several functions of an equation may evaluate one function of the user.
             compares = len(self.equation.functions) == 1
+            # A shallow copy with lines of its own: this object still evaluates the functions themselves.
             twin = copy.copy(self)
             twin._lines = StraightLines(self.lifted.within_call, near, at, constants, compares=compares)
             return Noted(twin._with_operands(x, theta, levels, vmaps), twin._lines)

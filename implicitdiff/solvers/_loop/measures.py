@@ -31,6 +31,7 @@ def change_with_x(
     x = x.detach()
 
     def slope(step: float) -> Tensor:
+        # The move is along x itself, so the quotient is J x.
         return (residual(problem, x + step * x) - here).detach() / step
 
     # Lengths of the differences: ``eps^(1/2)`` balances truncation and rounding.

@@ -64,6 +64,7 @@ def if_twice_differentiable(make: Callable[[], ResultT]) -> ResultT | None:
     may."""
     try:
         return make()
+    # For a missing second derivative torch raises one or the other.
     except (RuntimeError, NotImplementedError):
         return None
 

@@ -137,5 +137,6 @@ def solver_factory(factory: FactoryT) -> FactoryT:
     decorated = shows_call(made)
     if factory.__doc__ and SolverOptions.__doc__:  # None under ``python -OO``
         listed = SolverOptions.__doc__.partition("Attributes:\n")[2].rstrip()
+        # The list goes behind the entry `options:`, up to a blank line or the next entry.
         decorated.__doc__ = re.sub(r"(?m)(^ +options: (?:.|\n(?! *\n| *\w+:))*)", rf"\1\n{listed}", factory.__doc__)
     return cast(FactoryT, decorated)

@@ -61,6 +61,7 @@ class RowFunction:
     def __call__(self, x: Tensor, *more: Tensor) -> Tensor:
         """Return the values; `more` holds one number for each lane, shape ``(lanes,)``."""
         leaves = self.leaves(x, *more)
+        # A function returns the same shapes in each call, so the conversion is made once.
         if self._outputs is None:
             self._outputs = Vectors(leaves, self.inputs.batch)
         return self._outputs.ravel(leaves).to(x.dtype)
@@ -82,6 +83,7 @@ class RowFunction:
     def linearise(self, x: Tensor) -> tuple[Tensor, VectorMap, VectorMap]:
         """Return the value, the product ``v -> J v`` and the pullback ``u -> J' u``."""
         at = self._at(x)
+        # The product takes a second graph, made only if a caller asks.
         push = cache(at.push)
         return at.values[0], lambda v: _on_one(push())(v), _on_one(at.pull())
 
@@ -119,7 +121,9 @@ class RowFunction:
         if not y.numel() * n:
             return y, y[..., None] * x[:, None]  # an empty matrix that keeps the autograd history
         if y.shape[-1] <= n:
+            # Image i is J' e_i, row i of J.
             return y, self._images(pull, y).permute(1, 0, 2)
+        # Image i is J e_i, column i of J.
         return y, self._images(push, x).permute(1, 2, 0)
 
     def _images(self, product: VectorMap, like: Tensor) -> Tensor:
@@ -202,6 +206,7 @@ class SearchOperands(NamedTuple):
 
     def _flat(self, i: int) -> Tensor:
         tensor = self.theta[i]
+        # From the outermost vmap inwards, the order of the dimensions.
         for at, dims in enumerate(reversed(self.dims)):
             if dims[i] is None:
                 tensor = tensor.unsqueeze(at)

@@ -117,6 +117,7 @@ def fingerprint(lifted: Lifted) -> Hashable:
 
     def shown(value: Any) -> Hashable:
         if type(value) is tuple:
+            # An alias may stand for another alias; the last origin of the chain counts.
             while value in program.aliases:
                 value = program.aliases[value]
             kind, *place = value
@@ -187,6 +188,7 @@ def kind_of(value: Any) -> Hashable:
     if isinstance(value, (int, float, complex, operator.attrgetter)):
         return _number(value)
     if isinstance(value, types.FunctionType):
+        # Of a user's function nothing is known: a new object equals no later key, so the search is recorded again.
         return (
             (value, *(kind_of(cell.cell_contents) for cell in value.__closure__ or ())) if _is_ours(value) else object()
         )

@@ -111,6 +111,7 @@ def record_replay(step: StepFn, operands: SearchOperands, x: Tensor, state: Stat
         NotRecordableError: Python decides on values, or an operation cannot be repeated.
     """
     leaves, structure = pytree.flatten(state)
+    # Each with memory of its own: parts of a state may share memory here and not in a later step.
     carried = [separate(t) for t in (x, *leaves)]
     theta, constants = operands.theta, [t for t, _ in operands.lifted.constants]
     lister = Lister(carried, [*(given := _apart(theta, constants)), *constants])

@@ -59,6 +59,7 @@ class Report:
             params: makes the unknowns for the callback.
             error: the state's error in the caller's frame, with autograd history, for the history of errors.
         """
+        # The host waits here: the loop needs the number.
         running = int((state.status == Status.RUNNING).sum())
         if self.keeps:
             self.errors.append(error)

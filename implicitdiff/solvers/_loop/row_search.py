@@ -60,6 +60,7 @@ class RowSearch:
     every: int
     see: Callable[[Tensor, State[Any]], int]
     loop: CompiledLoop | None = None
+    # Eager iterations so far, and whether a verdict may have let lanes run on.
     _count: int = 0
     _is_judged: bool = False
 
@@ -103,6 +104,7 @@ class RowSearch:
         replay = None if self.compiler is None else self.compiler.replay(x, state)
         if isinstance(replay, GraphedLoop):
             return replay(x, measure(problem, x, state))
+        # If all lanes run and the status is read after each iteration, no old value has to be kept.
         mask = self.every > 1 or running < state.status.numel()
         step = replay or (of_running_lanes(self.parts.step) if mask else self.parts.step)
         for _ in range(self.every):

@@ -377,6 +377,7 @@ class SolverImpl(Remembers):
 
         compiler = None
         if self.options.compile != "off" and not report.is_watching:
+            # A report has to see every iteration, and a recorded loop shows only some.
             method = (self.factory, self.method, self.termination, self.equation_of)
             compiler = Compiler(self.name, method, parts, problem, self.options.compile)
         with contextlib.closing(report.over(lanes)):

@@ -164,6 +164,7 @@ class Termination:
         return self.idle(state) & self._may_stall(state)
 
     def _advanced(self, state: State[MemoryT], reached: Tensor) -> State[MemoryT]:
+        # Later lines win: not finite over converged, converged over the budget.
         status = torch.where(state.iter_num >= self.limit, int(Status.BUDGET_SPENT), int(Status.RUNNING))
         status = torch.where(reached, int(Status.CONVERGED), status)
         status = torch.where(torch.isfinite(state.error), status, int(Status.DIVERGED))
