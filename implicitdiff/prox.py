@@ -75,6 +75,7 @@ def ridge(v: X, stepsize: Tree = 1.0, *, strength: Tree = 1.0) -> X:
         >>> prox.ridge(torch.tensor([-2.0, 1.0]), 0.5, strength=2.0)
         tensor([-1.0000,  0.5000])
     """
+    # ``s c x + x - v = 0``.
     return _leaf_by_leaf("ridge", lambda v, s, c: v / (1 + s * c), v, stepsize=stepsize, strength=strength)
 
 
@@ -98,6 +99,7 @@ def non_negative_lasso(v: X, threshold: Tree = 1.0, *, strength: Tree = 1.0) -> 
     """
 
     def shrink(v: Tensor, threshold: Tensor, strength: Tensor) -> Tensor:
+        # Stationarity on ``x >= 0``: ``x - v + t >= 0``, with equality for ``x > 0``.
         threshold = threshold * strength
         return torch.where(v < threshold, 0.0, v - threshold)
 
@@ -124,6 +126,7 @@ def non_negative_ridge(v: X, stepsize: Tree = 1.0, *, strength: Tree = 1.0) -> X
     """
 
     def shrink(v: Tensor, stepsize: Tensor, strength: Tensor) -> Tensor:
+        # Stationarity on ``x >= 0``: ``(1 + s c) x - v >= 0``, with equality for ``x > 0``.
         return torch.where(v < 0, 0.0, v) / (1 + stepsize * strength)
 
     return _leaf_by_leaf("non_negative_ridge", shrink, v, stepsize=stepsize, strength=strength)
@@ -153,6 +156,7 @@ def elastic_net(v: X, stepsize: Tree = 1.0, *, l1: Tree = 1.0, l2: Tree = 1.0) -
     """
 
     def shrink(v: Tensor, stepsize: Tensor, l1: Tensor, l2: Tensor) -> Tensor:
+        # ``s l1 sign(x) + (1 + s l2) x = v``: the threshold first, then the division.
         return _shrink(v, stepsize, l1) / (1 + stepsize * l2)
 
     return _leaf_by_leaf("elastic_net", shrink, v, stepsize=stepsize, l1=l1, l2=l2)
@@ -182,14 +186,17 @@ def group_lasso(v: X, threshold: Tree = 1.0, *, strength: Tree = 1.0) -> X:
     """
 
     def shrink(v: Tensor, threshold: Tensor, strength: Tensor) -> Tensor:
-        # Moreau's decomposition: v - prox(v) projects onto the ball of the dual norm, here the 2-norm too.
+        # Moreau's decomposition: v - prox(v) projects onto the ball of the dual norm, here the 2-norm too. The dual
+        # norm's ball has the radius ``threshold * strength``.
         return v - l2_ball(v, (threshold * strength).reshape(()))
 
     return _leaf_by_leaf("group_lasso", shrink, v, scalar=True, threshold=threshold, strength=strength)
 
 
 def _shrink(v: Tensor, threshold: Tensor, strength: Tensor) -> Tensor:
-    # At |v| = threshold the branch with derivative 1 is taken, the side on which x is not zero.
+    # At |v| = threshold the branch with derivative 1 is taken, the side on which x is not zero. 0 lies in the
+    # subdifferential ``x - v + t sign(x)``, in which ``sign(0)`` is ``[-1, 1]``: ``x = v - t sign(v)`` for ``|v| > t``,
+    # else 0.
     threshold = threshold * strength
     return torch.where(v.abs() < threshold, 0.0, v - threshold * v.sign())
 

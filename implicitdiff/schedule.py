@@ -132,6 +132,7 @@ def _exponential(
     count: Count,
 ) -> torch.Tensor:
     exponent = (_float(count) - begin).clamp(min=0) / transition_steps
+    # The exponent is clamped, so the value is constant before `begin`.
     value = init_value * decay_rate ** (exponent.floor() if staircase else exponent)
     if end_value is None:
         return value
@@ -161,6 +162,7 @@ def cosine(init_value: Number, decay_steps: int, *, alpha: Number = 0.0, begin: 
 
 
 def _cosine(init_value: Number, decay_steps: int, alpha: Number, begin: int, count: Count) -> torch.Tensor:
+    # From 1 to 0 over the decay.
     fall = (1 + torch.cos(math.pi * _elapsed_share(count, begin, decay_steps))) / 2
     return init_value * ((1 - alpha) * fall + alpha)
 
@@ -189,7 +191,7 @@ def _warmed(schedule: Schedule, warmup_steps: int, init_value: Number, count: Co
     count = _count_tensor(count)
     share = _elapsed_share(count, 0, warmup_steps)
     rising = init_value + (schedule(torch.zeros_like(count)) - init_value) * share
-    # Counts of the warm-up are clamped, since a schedule need not be defined for negative counts.
+    # `torch.where` evaluates both branches: the clamp keeps negative counts from the schedule.
     return torch.where(count < warmup_steps, rising, schedule((count - warmup_steps).clamp(min=0)))
 
 
@@ -228,6 +230,7 @@ def _joined(pieces: Sequence[Schedule], boundaries: Sequence[int], count: Count)
 
 
 def _widened(schedule: Callable[[Count], Number], count: Count) -> torch.Tensor:
+    # A number becomes a float64 tensor of the shape of `count`.
     return schedule(count) + 0 * _float(count)
 
 

@@ -130,6 +130,7 @@ class Arithmetic(ABC):
             The last carry, and the number of iterations.
         """
         used = 0
+        # A single wait for the device in each iteration: the flags of all rows are read at once.
         while used < limit and self.any(active := flag(carry)):
             carry, iterations = body(carry, active, limit - used)
             used += iterations
@@ -171,6 +172,8 @@ class OfRows(Arithmetic):
         return a / torch.where(s == 0, 1.0, s)
 
     def ratio(self, where: RowScalar, a: RowScalar, b: RowScalar) -> RowScalar:
+        # No safe divisor is needed: a linear solve is differentiated as a whole, so no derivative meets the masked
+        # quotient.
         return torch.where(where, a / b, 0.0)
 
     def select(self, where: RowScalar, a: RowScalar, b: RowScalar) -> RowScalar:

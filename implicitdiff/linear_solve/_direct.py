@@ -97,10 +97,12 @@ def probed(factor: Factor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     solve, solve_transposed, broken = factor(a)
     size = torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True)
     # Singular to working precision: |A| |A^-1| above 0.1 / eps, where a solution may have no correct digit.
+    # ``|A| |A^-1|`` bounds the relative error of ``x`` per relative error of ``A`` (Golub and Van Loan, section 2.6).
     limit = 0.1 / torch.finfo(a.dtype).eps
     if a.numel() <= _SMALL:
         unit = torch.eye(n, dtype=a.dtype, device=a.device).expand(lanes, n, n)
         x = solve(torch.cat([b, unit], dim=-1))
+        # The further columns of the solution are ``A^-1``, so the norm is exact.
         growth = torch.linalg.vector_norm(x[..., k:], dim=(-2, -1), keepdim=True)
         return x[..., :k], broken | ~(growth * size < limit)[:, 0, 0]
     # Entries without a pattern, but equal in every run.
@@ -111,6 +113,7 @@ def probed(factor: Factor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     growth = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
     # An estimate from one vector may be small by a factor of n^(1/2) and more: five digits of margin.
     if not bool((growth * size < 1e-5 * limit).all()):
+        # ``|A^-T v|``, then ``|A^-1 A^-T v|`` for the normalised vector: further lower bounds of ``|A^-1|``.
         for step in (solve_transposed, solve):
             v = step(v / torch.linalg.vector_norm(v, dim=-2, keepdim=True))
             # The maximum keeps an infinite or nan estimate.
@@ -119,4 +122,5 @@ def probed(factor: Factor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverse_or_one(size: Tensor) -> Tensor:
+    # A zero row or column keeps the factor 1, and the factorisation reports the singular matrix.
     return torch.where(size > 0, 1.0 / size, 1.0)

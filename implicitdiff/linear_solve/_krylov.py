@@ -118,6 +118,7 @@ def _start_point(
     start = ops.vector(system.start)
     guessed = b - ops.matvec(start)
     error = size(ops, guessed)
+    # A comparison with nan is false, so a guess that is not finite is dropped.
     better = error < residual
     return ops.select(better, start, x), ops.select(better, guessed, b), ops.select(better, error, residual)
 
@@ -147,6 +148,7 @@ def iterate(
     """
     ops = arithmetic(system)
     b = ops.vector(system.b)
+    # ``eps^(2/3)`` is above the rounding of the residual for condition numbers up to ``eps^(-1/3)``.
     rtol = system.eps ** (2 / 3) if rtol is None else rtol
     limit = max(100, 10 * system.unknowns) if maxiter is None else maxiter
     residual = size(ops, b)

@@ -66,6 +66,7 @@ def report_failed_solves(name: str, outcome: Outcome, system: System, on_failure
         return outcome.x
     if not (bool(outcome.failed.any()) if outcome.has_failed is None else outcome.has_failed):
         return outcome.x
+    # Residuals are those of scaled rows: multiply by `scale` for the user's units.
     scale, (residual, target) = system.scale[:, 0], outcome.figures()
     # The worst system by residual / target; nan counts as infinite.
     excess = torch.where(outcome.failed, residual / target, -torch.inf).nan_to_num(nan=torch.inf)

@@ -74,6 +74,7 @@ class PseudoinverseProblem(LinearProblem):
             self._check_rank(x, theta, {moved[0]: torch.ones_like(theta[moved[0]])}, x_bar)
         u, y = self._solve_each((x_bar, x), x, theta, adjoint=True)
         w = self.solve(x, theta, u, adjoint=False)
+        # ``p = (I - A^+ A) x_bar``, because ``A^H A^{+H} = A^+ A``: the part of the cotangent in the null space.
         p = _difference(x_bar, self._adjoint.product(u, self._operands(theta)))
         # The three products of theta_bar as one pullback, with x, w and p as columns.
         many, at = self._columns((x, w, p))
@@ -122,6 +123,7 @@ class PseudoinverseProblem(LinearProblem):
         inside, inverse = one._solve_each((image, probe), like, theta, adjoint=False)
         null = _difference(probe, inside)
         many, both = one._columns((null, probe))
+        # ``A' w`` for the null vector, and ``A' probe`` for the size of ``A'``.
         of_null, of_probe = many._apart(many.pushforward(both, [*both, *rest], tangents))
         outside = _difference(of_null, one.product(one.solve(like, theta, of_null, adjoint=False), operands))
         condition = norm(image) * norm(inverse) / norm(probe) ** 2

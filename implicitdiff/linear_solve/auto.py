@@ -63,6 +63,7 @@ def _solve_by_size(
         return report_failed_solves(
             "solve_auto (LU)", materialised(system, factorised(lu), SINGULAR), system, on_failure
         )
+    # Symmetry does not show definiteness, so a failure of CG is no failure of the solve: GMRES follows.
     if _looks_symmetric(system):
         outcome = iterate(system, conjugate_gradients, INDEFINITE, rtol, atol, None)
         if not bool(outcome.failed.any()):
@@ -77,6 +78,7 @@ def _looks_symmetric(system: System) -> bool:
     generator = torch.Generator(device=system.b.device).manual_seed(0)
     u, v = torch.randn(2, *system.b.shape, dtype=system.b.dtype, device=system.b.device, generator=generator)
     Au, Av = system.matvec(u), system.matvec(v)
+    # Both products round by about ``eps |u| |A v|``; ``eps^(3/4)`` leaves a margin.
     size = torch.linalg.vector_norm(u, dim=-1) * torch.linalg.vector_norm(Av, dim=-1)
     difference = (dot(u, Av) - dot(Au, v))[:, 0].abs()
     return bool((difference <= torch.finfo(u.dtype).eps ** 0.75 * size).all())

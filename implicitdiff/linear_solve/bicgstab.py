@@ -70,6 +70,7 @@ def solve_bicgstab(
 
 def bicgstab(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Iterations) -> Cycle:
     """A `Method` for any operator, with short recurrences. Notation of Saad, algorithm 7.7, right preconditioned."""
+    # The usual choice; any vector with ``(r*, r) != 0`` would do.
     shadow = r
 
     def is_unfinished(carry: _BicgstabIterate) -> RowScalar:
@@ -83,13 +84,16 @@ def bicgstab(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Iterations) -
         v = ops.matvec(p_hat)
         slope = ops.dot(shadow, v)
         alpha = ops.ratio(active & (slope != 0), rho, slope)
+        # ``alpha`` makes ``s = r - alpha A p`` orthogonal to the shadow residual.
         s = ops.add(r, -alpha, v)
         s_hat = ops.precondition(s)
         t = ops.matvec(s_hat)
         length = ops.norm(t)
         moves = active & (length != 0)
-        # omega = t.s / t.t, divided by |t| twice: the square of |t| may overflow or underflow.
+        # omega = t.s / t.t, divided by |t| twice: the square of |t| may overflow or underflow. ``omega`` minimises
+        # ``|s - omega t|``.
         omega = ops.ratio(moves, ops.ratio(moves, ops.dot(t, s), length), length)
+        # Right preconditioning: ``x`` moves along ``M^-1 p`` and ``M^-1 s``, and ``r`` remains the residual of ``x``.
         x, r = ops.add(ops.add(x, alpha, p_hat), omega, s_hat), ops.add(s, -omega, t)
         size = ops.norm(r)
         # beta = (rho_new / rho) (alpha / omega), and p = r + beta (p - omega A p).

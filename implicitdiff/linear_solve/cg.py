@@ -85,6 +85,8 @@ def conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, limit: It
         return ops.negate((rr <= reach) | broken)
 
     def advance(carry: _CgIterate, active: RowScalar, left: Iterations) -> tuple[_CgIterate, Iterations]:
+        # Invariant: ``r`` is the residual of ``x``, up to rounding, and orthogonal to ``M^-1`` times the earlier
+        # residuals.
         x, r, p, rz, _, broken = carry
         # alpha = (r, z) / (p, A p) is the minimiser of the quadratic along p.
         Ap = ops.matvec(p)

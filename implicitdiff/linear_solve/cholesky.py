@@ -61,6 +61,7 @@ def cholesky(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _triangular(a: Tensor) -> Factors:
+    # The variant `_ex` reports a failure in `info`; `cholesky` raises for the whole batch.
     factor, info = torch.linalg.cholesky_ex(a)
 
     def solve(b: Tensor) -> Tensor:

@@ -88,11 +88,13 @@ def gmres(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Iterations, *, r
     limit = ops.least(limit, m)
 
     def advance(space: AnySpace, active: RowScalar, left: Iterations) -> tuple[AnySpace, Iterations]:
+        # Invariant: ``A M^-1 V = V_+ H`` with orthonormal ``V``, and ``residual`` is the least ``|r - A M^-1 V y|``.
         v = space.direction(active)
         return space.extended(v, ops.matvec(ops.precondition(v))), 1
 
     # A comparison with nan is False, so a row with a nan residual stops.
     space, used = ops.repeat(advance, _first_space(ops, r, limit, m), lambda space: space.residual > target, limit)
+    # Right preconditioning: ``A M^-1 y = r``, and ``d = M^-1 y``.
     return Cycle(ops.precondition(space.minimiser()), used, ops.none, space.residual <= target)
 
 
@@ -125,6 +127,7 @@ class Space(ABC):
         self.next = r
         self.length = self.residual = ops.norm(r)
         self.dimension = 0
+        # Basis vectors are rows of the last two dimensions, ``(m, n)``; the rows after `dimension` are not initialised.
         self.basis = r.new_empty(*r.shape[:-1], m, r.shape[-1])
         self.rounding = _rounding(r)
 
@@ -163,6 +166,7 @@ class SpaceOfOneRow(Space):
     def extend(self, w: Tensor) -> None:
         column = self._orthogonalise(w)
         for i, (c, s) in enumerate(self.rotations):
+            # Rotation ``i`` acts on the entries ``i`` and ``i + 1``.
             column[i], column[i + 1] = c * column[i] + s * column[i + 1], c * column[i + 1] - s * column[i]
         # A rotation (c, s) that maps (a, b) to (size, 0), applied to the right-hand side as well.
         b, a = column.pop(), column.pop()
@@ -212,10 +216,12 @@ class SpaceOfRows(Space):
     def __init__(self, ops: Arithmetic, r: Tensor, m: int) -> None:
         super().__init__(ops, r, m)
         self.size = self.residual
+        # ``Q H = R``: `product` is ``Q``, ``(rows, m + 1, m + 1)``, and `triangle` is ``R``, ``(rows, m, m)``.
         self.product = torch.eye(m + 1, dtype=r.dtype, device=r.device).repeat(len(r), 1, 1)
         self.triangle = r.new_zeros(len(r), m, m)
 
     def direction(self, active: RowScalar) -> Tensor:
+        # A division by infinity gives zero rows without a mask, and without 0 / 0.
         v = self.next / torch.where(active, self.length, math.inf)
         self.basis[:, self.dimension] = v
         self.dimension += 1
@@ -225,11 +231,13 @@ class SpaceOfRows(Space):
         k = self.dimension
         # All earlier rotations at once: their product acts on the new column of H.
         column = torch.bmm(self._orthogonalise(w[:, None]), self.product[:, : k + 1, : k + 1].mT)
+        # The last row of the product is still a unit vector, so ``b`` is the length of the remainder.
         a, b = column[..., -2:-1], column[..., -1:]
         size = torch.hypot(a, b)
         c, s = torch.where(size == 0, 1.0, a / size), torch.where(size == 0, 0.0, b / size)
         self.triangle[:, : k - 1, k - 1] = column[:, 0, :-2]
         self.triangle[:, k - 1, k - 1] = size[:, 0, 0]
+        # ``[[c, s], [-s, c]]`` maps ``(a, b)`` to ``(size, 0)``, and acts on the last two rows of ``Q``.
         rotation = torch.cat([c, s, -s, c], dim=-1).reshape(-1, 2, 2)
         self.product[:, k - 1 : k + 1] = torch.bmm(rotation, self.product[:, k - 1 : k + 1])
         # The rotated right-hand side |r| Q e_1 is |r| times the first column of the product Q.
@@ -300,6 +308,7 @@ class RecordedSpace(NamedTuple):
         c, s = torch.where(size == 0, 1.0, a / size), torch.where(size == 0, 0.0, length / size)
         column = torch.where(here, size, torch.where(places < self.dimension, column, 0.0))
         triangle = torch.where(here[:, None, :-1], column[:, :-1, None], self.triangle)
+        # Row `here` of the product, and row `below`, a unit vector until now; the rotation mixes the two.
         upper, lower = torch.bmm(first[:, None], self.product)[:, 0], below.to(v.dtype)
         upper, lower = c * upper + s * lower, c * lower - s * upper
         product = torch.where(below[..., None], lower[:, None], self.product)
@@ -336,5 +345,7 @@ def _orthogonalised(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rest = torch.bmm(w, basis.mT)
     w = torch.baddbmm(w, rest, basis, alpha=-1)
     length = norm(w)
+    # A remainder of rounding size has no direction: the space is invariant, and its minimiser solves the system (happy
+    # breakdown; Saad, section 6.5.4).
     length = torch.where(length <= _rounding(w) * size, 0.0, length)
     return (overlap + rest)[:, 0], w[:, 0], length[:, 0]

@@ -93,6 +93,7 @@ def solve_inv(
 def inverse(a: Tensor) -> Factors:
     """Factors from an explicit inverse."""
     inv, info = torch.linalg.inv_ex(a)
+    # Rows are real, so the transpose is the adjoint.
     return lambda b: inv @ b, lambda b: inv.mT @ b, info != 0
 
 
@@ -101,11 +102,13 @@ def neumann(ops: Arithmetic, r: Tensor, target: RowScalar, limit: int, *, alpha:
     first = size = ops.norm(r)
     x = torch.zeros_like(r)
     used = 0
-    # Term k is alpha r_k: the residual of the partial sum satisfies r_{k+1} = (I - alpha A) r_k.
+    # Term k is alpha r_k: the residual of the partial sum satisfies r_{k+1} = (I - alpha A) r_k. The limit of
+    # ``alpha sum_k (I - alpha A)^k r`` is ``A^-1 r`` for a spectral radius below 1.
     while used < limit and ops.any(active := ops.negate(size <= target) & ops.finite(size)):
         # A select instead of a zero step: the r of a diverged row may be infinite, and 0 * inf is nan.
         x = ops.select(active, x + alpha * r, x)
         r = ops.select(active, r - alpha * ops.matvec(r), r)
         size = ops.norm(r)
         used += 1
+    # A sum that has enlarged the residual diverges; negated, so that nan counts too.
     return Cycle(x, used, ops.negate(size <= first))

@@ -47,11 +47,13 @@ def jacobi_preconditioner(matvec: Callable[[Tree], Tree], like: Tree) -> Callabl
         n = leaves[i].numel()
         if n == 0:
             return leaves[i]
+        # All products of a leaf in one batch: `matvec` runs once.
         return torch.func.vmap(entry)(torch.eye(n, dtype=leaves[i].dtype, device=leaves[i].device)).reshape(
             leaves[i].shape
         )
 
     diagonal = [entries(i).detach() for i in range(len(leaves))]
+    # The diagonal is detached, so the masked ``1 / 0`` meets no derivative.
     inverse = [torch.where(d == 0, 1.0, 1.0 / d) for d in diagonal]
     return partial(_times_diagonal, structure.unflatten(inverse))
 

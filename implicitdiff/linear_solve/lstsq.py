@@ -88,5 +88,7 @@ def least_squares_rows(a: Tensor, b: Tensor, eps: float, *, rtol: float | None) 
     u, s, vh = torch.linalg.svd(torch.where(finite[:, None, None], a, 0.0), full_matrices=False)
     # The default of numpy.linalg.matrix_rank, relative to the largest singular value.
     cut = (max(a.shape[-2:]) * eps if rtol is None else rtol) * s[:, :1]
+    # The masked ``1 / 0`` meets no derivative: `PseudoinverseProblem` differentiates the solve as a whole.
     inverse = torch.where(s > cut, 1.0 / s, 0.0)[..., None]
+    # ``A^+ = V S^+ U'`` for ``A = U S V'``.
     return vh.mT @ (inverse * (u.mT @ b)), ~finite

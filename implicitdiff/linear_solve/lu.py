@@ -47,6 +47,7 @@ def solve_lu(*, ridge: float = 0.0, on_failure: OnFailure = "raise") -> LinearSo
 
 def lu(a: Tensor) -> Factors:
     """Factors ``A = P L U``."""
+    # The variant `_ex` reports a zero pivot in `info`; `lu_factor` raises for the whole batch.
     factors, pivots, info = torch.linalg.lu_factor_ex(a)
     return (
         lambda b: torch.linalg.lu_solve(factors, pivots, b),

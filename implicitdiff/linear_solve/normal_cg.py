@@ -180,8 +180,10 @@ def normal_conjugate_gradients(ops: Arithmetic, r: Tensor, target: RowScalar, li
         length = ops.norm(Ap)
         go = active & (length > 0) & (sz > 0)
         broken = broken | (active ^ go)
+        # The direction of the unscaled method is ``unit p``, so ``x`` moves by ``((s, z) / |A p|^2) unit p``.
         alpha = ops.ratio(go, sz, length) * ops.ratio(go, unit, length)
         x, r = ops.add(x, alpha, p), ops.add(r, -alpha, Ap)
+        # From ``r``, not by a recurrence of its own: ``s`` then stays the gradient of ``x`` up to rounding.
         s = ops.divide(ops.rmatvec(r), unit)
         z = ops.precondition(s)
         sz, before = ops.dot(s, z), sz
@@ -220,6 +222,8 @@ def craig(ops: Arithmetic, r: Tensor, target: RowScalar, limit: Iterations) -> C
         pp = ops.dot(p, p)
         go = active & (pp > 0) & (rz > 0) & (unit > 0)
         broken = broken | (active ^ go)
+        # The direction ``A^T q`` of the unscaled method is ``unit p``, so ``x`` moves by
+        # ``((r, z) / (unit^2 pp)) unit p``.
         alpha = ops.ratio(go, ops.ratio(go, rz, pp), unit)
         x, r = ops.add(x, alpha, p), ops.add(r, -alpha, ops.matvec(p))
         z = ops.precondition(r)

@@ -35,6 +35,7 @@ def find_given(constructor: Callable[..., None], args: tuple[Any, ...], kwargs: 
     seen: dict[int, object] = {}
     for name, value in named.items():
         for path, item in _find_in(name, value, seen):
+            # An object with several paths is known by the first.
             found.setdefault(id(item), (path, item))
     return dict(found.values())
 

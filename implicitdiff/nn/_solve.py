@@ -151,6 +151,7 @@ class _ModuleProblem:
         run.__signature__ = _without_self(self.method)  # type: ignore[attr-defined]
         run.__qualname__ = f"{self.name}.solve"
         call = Matcher(run, self.condition).bind((self.values, *args), kwargs)
+        # The user's ``solve`` may call ``backward``, which adds to the gradients of the meta-parameters.
         with _gradients_restored(self.module.meta_parameters()):
             solution, _, derived = run_solver(run, call, has_aux=False)
         routed = call.to_condition(call.args, call.kwargs)
@@ -163,6 +164,7 @@ class _ModuleProblem:
         attached = root.attached()
         # Tensors of the output that are inner parameters are returned with derivatives, others detached.
         known = {id(slot.tensor): slot.tensor for slot in slots.values()}
+        # Without a tracked operand the solution has no derivative, and the parameters remain leaves.
         if any(tensor.requires_grad or not _levels.is_plain(tensor) for tensor in attached.values()):
             for name, slot in slots.items():
                 if _levels.is_plain(slot.tensor) and not _modes.is_traced():
@@ -243,6 +245,7 @@ def _fill_twin(twin: nn.Module, module: nn.Module, twins: dict[int, nn.Module]) 
     """
     twins[id(module)] = twin
     twin.__dict__.update(module.__dict__)
+    # `functional_call` exchanges entries of these dictionaries, so the twin has dictionaries of its own.
     twin.__dict__.update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
     twin._modules = {}
     for name, part in module._modules.items():
@@ -266,6 +269,7 @@ def _drop_unused(twin: nn.Module, used: list[torch.Tensor]) -> None:
 
 def _refuse_captured(name: str, slots: dict[str, ParameterSlot], theta: list[torch.Tensor]) -> None:
     """Raise if the residuals captured an inner parameter as a constant."""
+    # An inner parameter among the operands was captured by identity, so the residuals do not see its replacement.
     captured = set(map(id, theta))
     for key, slot in slots.items():
         if id(slot.tensor) in captured:

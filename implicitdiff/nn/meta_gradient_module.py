@@ -67,6 +67,7 @@ class MetaGradientModule(nn.Module, metaclass=_ArgumentTracking):
     def __setattr__(self, name: str, value: Any) -> None:
         if not isinstance(value, torch.Tensor):
             super().__setattr__(name, value)
+        # Before ``Module.__init__`` nothing can be registered.
         elif "_parameters" not in self.__dict__:
             if value.requires_grad:
                 raise AttributeError(f"cannot assign the parameter {name!r} before Module.__init__() call")
@@ -165,6 +166,7 @@ class MetaGradientModule(nn.Module, metaclass=_ArgumentTracking):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of inner and meta-parameters."""
+        # `nn.Module.zero_grad` visits ``parameters()``, the inner parameters alone.
         for slot in parameters_of(self).values():
             if slot.tensor.is_leaf and slot.tensor.grad is not None:
                 slot.tensor.grad = None if set_to_none else torch.zeros_like(slot.tensor.grad)

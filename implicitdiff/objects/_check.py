@@ -58,6 +58,7 @@ def check_state(name: str, mine: Tree, given: Tree) -> Tree:
 def object_signature(first: str, factory: Callable[..., Any]) -> inspect.Signature:
     """Return the signature of a class whose constructor takes `first`, then the arguments of a factory."""
     given = inspect.signature(factory)
+    # `first` is positional or a keyword, as in torch.optim.
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return given.replace(
         parameters=[inspect.Parameter(first, kind), *given.parameters.values()],

@@ -37,6 +37,7 @@ def _inherited(tensor: torch.Tensor) -> _Inherited:
 
 def inherit(new: torch.Tensor, old: torch.Tensor) -> None:
     """Pass the hooks of a parameter on to its replacement."""
+    # Autograd keeps hooks by tensor, and a step replaces the tensor.
     own = _functions.hooks_of(old)
     tables = (*_inherited(old).tables, *([own] if own else []))
     if tables and new is not old:

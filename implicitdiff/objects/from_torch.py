@@ -52,6 +52,7 @@ def from_torch(optimizer: torch.optim.Optimizer) -> Optimizer:
         )
     # torch.optim.Adam with the flag decoupled_weight_decay is AdamW; here the two are classes.
     decoupled = any(group.get("decoupled_weight_decay") for group in optimizer.param_groups)
+    # Copies of the groups, because `add_param_group` writes into its argument.
     made = (AdamW if counterpart is Adam and decoupled else counterpart)(
         [dict(group) for group in optimizer.param_groups]
     )

@@ -65,6 +65,7 @@ class FuncOptimizer:
         if state is None or options != self._options:
             fresh = self.transformation.init(params)
             state = fresh if state is None else _check.convert_state(state, fresh)
+        # A step in place has no derivative, and may overwrite leaves that require a gradient.
         with torch.set_grad_enabled(not inplace):
             stepped, self.state = self.transformation.step(grads, state, params, inplace=inplace)
         self._options = options

@@ -133,6 +133,7 @@ class MetaOptimizer:
         with torch.enable_grad():
             stepped, self._state = self.transformation.step(grads, self._state, params)
         for key, slot in slots.items():
+            # A parameter without a gradient keeps its tensor with the hooks.
             if grads[key] is not None:
                 _hooks.inherit(stepped[key], slot.tensor)
                 slot.put(_as_parameter(stepped[key]))

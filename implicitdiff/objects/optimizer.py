@@ -129,6 +129,7 @@ class Optimizer(torch.optim.Optimizer):
                 hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
+        # The cache of structures is made again at the next step.
         return {**super().__getstate__(), "_transformation": self._transformation, "_structures": {}}
 
     def _step(self, transformation: GradientTransformation, params: Leaves, state: Tree, index: int) -> None:

@@ -163,6 +163,7 @@ class _NamedOptimizer(Optimizer):
         # step in any case.
         if made is None or made.size != len(params) or any(value is not made.values[k] for k, value in values.items()):
             transformation = self.factory(**values)
+            # The nesting of a state without its tensors: the tensors are kept by parameter.
             empty = transformation.init([None] * len(params))
             names = {
                 field: name
@@ -235,6 +236,7 @@ class _NamedOptimizer(Optimizer):
             )
         params = self.param_groups[index]["params"]
         fresh = self._param_states(self._transformation_for(index, params), params, [{} for _ in params])
+        # A checkpoint refers to parameters by number, in the order of the groups.
         for key, p, entry in zip(saved["params"], params, fresh, strict=True):
             kept = {k: v for k, v in states.get(key, {}).items() if v is not None}
             if kept:

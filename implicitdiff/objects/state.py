@@ -101,6 +101,7 @@ def recover_state_dict(target: Tree, state: Tree) -> None:
     elif isinstance(target, nn.Module):
         _recover_module(target, state)
     else:
+        # The whole tree is compared before the first write.
         leaves, structure = pytree.flatten(_tensor_tree("recover_state_dict", target))
         try:
             shapes = [t.shape for t in structure.tensors_of(state)]
@@ -225,6 +226,7 @@ def _replicator(name: str, by: By, device: torch.device | str | None) -> Replica
 
 
 def _deep_copy(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+    # `copy.deepcopy` refuses a tensor with history.
     value = tensor.detach().clone().to(device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(value, tensor.requires_grad)

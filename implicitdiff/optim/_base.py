@@ -168,6 +168,7 @@ class _Chain(Remembers):
             )
         states = []
         for (_, apply), inner in zip(self.links, state, strict=True):
+            # In place each transformation overwrites the updates of the last.
             updates, inner = apply(updates, inner, params=params, inplace=inplace)
             states.append(inner)
         return updates, tuple(states)

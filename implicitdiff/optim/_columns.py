@@ -133,6 +133,7 @@ class Columns:
 
     def pick(self, leaves: list[Entry]) -> list[Entry]:
         """Return the entries of the rows from a list over all leaves."""
+        # Usually every leaf has a gradient.
         return leaves if len(self.rows) == len(leaves) else [leaves[i] for i in self.rows]
 
     def present(self, name: str, leaves: list[Any]) -> Leaves:
@@ -187,6 +188,7 @@ class Columns:
     def tree_of(self, leaves: list[Any], rows: list[Any]) -> Tree:
         """Return the tree of `leaves`, with the rows replaced by `rows`."""
         if len(rows) < len(leaves):
+            # Leaves that are no rows keep their place in the tree.
             replaced = dict(zip(self.rows, rows, strict=True))
             rows = [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
         return pytree.unflatten(rows, self.spec)

@@ -155,6 +155,7 @@ def fill(buffers: Sequence[Sequence[torch.Tensor | None]], values: list[Leaves])
         else [v if b is None or not can_hold(b, v) else b for b, v in zip(*columns, strict=True)]
         for columns in zip(buffers, values, strict=True)
     ]
+    # Buffers may be leaves of a graph, such as parameters.
     with torch.no_grad():
         for holders, column in zip(held, values, strict=True):
             for holder, value in zip(holders, column, strict=True):

@@ -131,6 +131,7 @@ def locate(
         overwritten: indices of the columns to be overwritten, first that of the parameters or the gradients.
         count: number of the step for every leaf, if a kernel reads it.
     """
+    # Under a transform, a mode or a tracer a tensor need not have the memory of its values.
     if _C.cpu is None or torch.compiler.is_compiling() or _context.depth() or _context.in_dispatch_mode():
         return None
     if is_any_running():
@@ -169,6 +170,7 @@ def serves(step: Step, name: str, *, insists: bool) -> bool:
     if not {type(t) for t in operands} <= {torch.Tensor, torch.nn.Parameter}:
         return False
     if not _is_recorded(step):
+        # A kernel reads a single number from `count` for each leaf, so the lanes must share the count.
         return not _levels.have_batch_layer([step.count])
     worth = insists or _context.depth() == 0 or sum(step.sizes) + _LEAF * len(step.rows) >= _FUNCTION
     return worth and _context.now().only_reverse_mode and not _levels.have_batch_layer([*operands, step.count])
@@ -190,6 +192,7 @@ def run_kernel(name: str, step: Step, buffers: Buffers | None) -> list[Leaves]:
     if not _is_recorded(step):
         with _nothing_else():
             return _forward(step)
+    # An `autograd.Function` tracks only tensors among its direct arguments, so the tensors follow the emptied step.
     results = _Step.apply(step.emptied(), *step.operands)  # type: ignore[no-untyped-call]
     return split(results, 1 + len(step.moments))
 
@@ -211,6 +214,7 @@ def at_once(
     addresses, grads = memory.addresses, columns[0]
     if not overwritten:
         results = [list(map(torch.empty_like, like)) for like in (grads, *columns[_MOMENTS:])]  # type: ignore[arg-type]
+        # A new list, because the old list belongs to `memory`.
         addresses = addresses + _addresses(results)
     _launch("step", grads[0], kernel, numbers, memory.sizes, rows, count, addresses)  # type: ignore[arg-type]
     if overwritten:
@@ -233,8 +237,10 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         step, *operands = inputs
+        # The derivative in a base is the identity, so the backward does not keep the bases.
         ctx.step, ctx.bases = step.baseless(), step.places_of_bases
         ctx.save_for_backward(*(t for k, t in enumerate(operands) if k not in ctx.bases))
+        # Zero cotangents stay None, so a kernel does not read zeros.
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -297,6 +303,7 @@ def _forward(step: Step) -> list[Leaves]:
 
 def _in_place(name: str, step: Step, buffers: Buffers) -> list[Leaves]:
     buffers = _donation.unshared_buffers(name, step, buffers)
+    # A buffer without a readable address gets a fresh tensor, from which `fill` copies the result.
     outputs = [
         [b if b is not None and _is_addressable(b) else _fresh(t) for b, t in zip(*pair, strict=True)]
         for pair in zip(buffers, (step.grads, *step.moments), strict=True)
@@ -349,6 +356,8 @@ def _launch(
         on_cpu(*arguments, torch.get_num_threads())
     else:
         on_cuda = _C.cuda.step if function == "step" else _C.cuda.pull
+        # The kernel is launched on torch's current stream, hence ordered with torch's operations, without a
+        # synchronisation.
         with torch.cuda.device(first.device):
             on_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
 

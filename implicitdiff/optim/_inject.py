@@ -84,6 +84,7 @@ class _Injected(Remembers):
     schedules: dict[str, Tree]
 
     def init(self, params: Tree) -> InjectState:
+        # On the CPU, so that the value of a schedule is read without a wait for the device.
         count = torch.zeros((), dtype=torch.int64, device="cpu")
         values = self._hyperparams(count, {k: pytree.map_leaves(_as_own_tensor, v) for k, v in self.numbers.items()})
         return InjectState(count, values, self._of(values).init(params))
@@ -91,6 +92,7 @@ class _Injected(Remembers):
     def __call__(
         self, grads: Tree, state: InjectState, params: Tree = None, *, inplace: bool = False
     ) -> tuple[Tree, InjectState]:
+        # The pair is made again in each update, because its factory takes values, and schedules change them.
         values = self._hyperparams(state.count, state.hyperparams)
         updates, inner = self._of(values).update(grads, state.inner, params=params, inplace=inplace)
         return updates, InjectState(state.count + 1, values, inner)

@@ -102,6 +102,7 @@ class UpdateRule(ABC):
         # L2 penalty: the gradient of weight_decay |p|^2 / 2 enters the moments. Decoupled decay bypasses them.
         if p is not None and not self.decoupled:
             g = g + c.weight_decay * p
+        # The sign and the L2 penalty belong to the gradient, so moments see both.
         u, moments = self.direction(g, moments, c)
         if p is not None and self.decoupled:
             u = u - c.lr * c.weight_decay * p

@@ -42,6 +42,7 @@ def transformation(
     if use_accelerated_op:
         _fused.require(name)
     others = {k: v for k, v in vars(rule).items() if not isinstance(v, (int, float))}
+    # A schedule may be a leaf in a tree of hyper-parameters.
     schedules = {k: v for k, v in others.items() if any(map(callable, pytree.leaves_of(v)[0]))}
     if schedules:
         # `inject_hyperparams` evaluates the schedules in each update and makes the pair again with their values.
@@ -76,6 +77,7 @@ def _initial(name: str, leaf: torch.Tensor | None, value: Number | complex | Non
         value = value * (1 + 1j)
     if not isinstance(value, torch.Tensor):
         return torch.full_like(leaf, value, dtype=dtype, requires_grad=False)
+    # A sum, because a copy into new memory would lose the derivative and the lanes of a learned initial value.
     return torch.zeros_like(leaf, dtype=dtype, requires_grad=False) + value.to(leaf.device, dtype)
 
 
@@ -171,9 +173,11 @@ class _RuleUpdate(Remembers):
         increment = _increment(self.name, columns, state.count)
         numbers = self._numbers_for(columns, memory, inplace)
         if memory is not None and numbers is not None:
+            # In place the count increases before the kernel reads it.
             count = _increment_in_place(self.name, state.count, increment) if inplace else state.count + increment
             results = _fused.at_once(self.rule.kernel, numbers, columns.rows, count, table, donated, memory)
         else:
+            # The general path: groups of leaves by kernel or in plain torch, under any transform.
             step = Step(self.rule, state.count + increment, columns.rows, columns.first, decayed, added, moments)
             results, count = self._leaf_by_leaf(step, self._rules(columns), state.count if inplace else None)
         news = zip(self.moments.values(), leaves, results[1:], strict=True)
@@ -354,6 +358,7 @@ def _increment(name: str, columns: Columns, count: torch.Tensor) -> int | torch.
         )
     if len(columns.rows) == total:
         return 1
+    # A leaf without a gradient keeps its step number, so a bias correction counts gradients and not steps.
     rows = set(columns.rows)
     return torch.tensor([int(i in rows) for i in range(total)], device=count.device)
 

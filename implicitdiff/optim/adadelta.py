@@ -47,7 +47,8 @@ class AdadeltaRule(UpdateRule):
     def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Constants) -> tuple[torch.Tensor, Leaves]:
         nu, delta = moments
         nu = c.keep * nu + c.take * g * g
-        # RMS(d) of the steps before over RMS(g): d has the units of a parameter.
+        # RMS(d) of the steps before over RMS(g): d has the units of a parameter. The first `delta` is 0, so `eps` in
+        # the numerator starts the motion.
         d = safe_sqrt(delta + c.eps) / safe_sqrt(nu + c.eps) * g
         return -c.lr * d, [nu, c.keep * delta + c.take * d * d]
 

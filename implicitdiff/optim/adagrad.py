@@ -50,6 +50,7 @@ class AdagradRule(UpdateRule):
         return {"step_size": self.lr / (1 + (t - 1) * self.lr_decay), "eps": self.eps, "eps_root": self.eps_root}
 
     def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Constants) -> tuple[torch.Tensor, Leaves]:
+        # The sum has no decay: for gradients of constant size steps shrink like ``1 / sqrt(t)``.
         total = moments[0] + g * g
         return -c.step_size * g / (safe_sqrt(total, c.eps_root) + c.eps), [total]
 

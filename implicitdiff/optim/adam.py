@@ -56,6 +56,8 @@ class AdamRule(UpdateRule):
     def constants(self, t: torch.Tensor) -> dict[str, Number]:
         # A mean that starts at 0 has weights of sum 1 - b^t after t steps; both corrections divide by this sum.
         return {
+            # For a constant gradient ``g``: ``mu = (1 - b1^t) g`` and ``nu = (1 - b2^t) g^2`` (Kingma and Ba, section
+            # 3).
             "step": -self.lr / (1 - self.b1**t),
             "unbias": 1 / (1 - self.b2**t),
             "take1": 1 - self.b1,

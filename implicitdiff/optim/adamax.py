@@ -49,7 +49,8 @@ class AdamaxRule(UpdateRule):
     def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Constants) -> tuple[torch.Tensor, Leaves]:
         mu, nu = moments
         mu = mu + c.take * (g - mu)
-        # eps inside of the maximum, as in torch.optim: nu is positive, and needs no eps in the quotient.
+        # eps inside of the maximum, as in torch.optim: nu is positive, and needs no eps in the quotient. The limit for
+        # ``p`` to infinity of ``(b2^p nu^p + (1 - b2^p) |g|^p)^(1/p)`` (Kingma and Ba, section 7.1).
         nu = torch.maximum(c.keep * nu, g.abs() + c.eps)
         return -c.step_size * mu / nu, [mu, nu]
 

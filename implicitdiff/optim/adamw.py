@@ -51,5 +51,6 @@ def adamw(
         {'weight': tensor([-0.0500]), 'bias': tensor([-0.])}
     """
     _check.require_non_negative("adamw", lr=lr)
+    # The decay is multiplied by `lr`, as in torch.optim.AdamW.
     rule = adam_rule("adamw", lr, betas, eps, weight_decay, amsgrad, maximize, eps_root, decoupled=True)
     return transformation("adamw", rule, AdamState, mask=mask, use_accelerated_op=use_accelerated_op)

@@ -86,7 +86,8 @@ def clip_grad_norm(max_norm: Number, norm_type: float = 2.0, *, eps: float = 1e-
 def _clipped_to_norm(max_norm: Number, norm_type: float, eps: float, columns: Columns, params: Tree) -> Leaves:
     if not any(g.numel() for g in columns.first):
         return columns.first
-    # Clamped at 1, where gradients are not scaled and the factor has derivative 0.
+    # Clamped at 1, where gradients are not scaled and the factor has derivative 0. `eps` in the divisor as in
+    # `torch.nn.utils.clip_grad_norm_`.
     factor = (max_norm / (_global_norm(columns.first, norm_type) + eps)).clamp(max=1.0)
     return [(g * factor.to(g.device, accumulator(g.dtype.to_real()))).to(g.dtype) for g in columns.first]
 
@@ -103,6 +104,7 @@ def _global_norm(tensors: Leaves, p: float) -> torch.Tensor:
         return largest
     # |g| = unit |g / unit| for any constant unit; the largest entry keeps the powers in range.
     unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0).detach()
+    # The global norm: the p-norm of all entries of all leaves.
     total = torch.stack([((t / unit) ** p).sum() for t in wide]).sum()
     # At zero gradients the update is g times a constant, so the norm may have derivative 0 there (see `safe_sqrt`).
     zero = total == 0

@@ -49,6 +49,7 @@ def _all_decayed(weight_decay: Number | Tree, mask: Tree, columns: Columns, para
 
 
 def _decayed(g: torch.Tensor, p: torch.Tensor, weight_decay: Number) -> torch.Tensor:
+    # Inside of the lambda `g` has the accumulator's dtype, so the sum is rounded once.
     return in_accumulator_dtype(g, lambda g: g + convert_factor(weight_decay, g) * p.to(g.dtype))
 
 

@@ -53,7 +53,10 @@ class RAdamRule(UpdateRule):
         adapts = length > 5
         # The variance of the adaptive rate exists for more than 4 gradients; torch.optim asks for more than 5. Below,
         # the quotient may be infinite with derivative nan, so 6 stands in and `adapts` selects the other branch.
+        # ``+ 0 * t`` gives the number `limit` the shape, dtype and device of ``t``.
         limit, length = torch.where(adapts, limit + 0 * t, 6.0), torch.where(adapts, length, 6.0)
+        # The variance of the adaptive rate is about ``rho / (2 (rho - 2) (rho - 4))`` times a constant for an average
+        # of length ``rho``. `variance` is the quotient of its values at `limit` and at `length`.
         variance = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
         return {
             "step_size": self.lr / (1 - self.b1**t),
@@ -63,6 +66,7 @@ class RAdamRule(UpdateRule):
             "eps": self.eps,
             "eps_root": self.eps_root,
             "adapts": adapts,
+            # ``sqrt(variance) / sqrt(nu / unbias)``: the bias correction of ``nu``, moved into the numerator.
             "rectified": (variance * unbias).sqrt(),
         }
 

@@ -78,6 +78,8 @@ class RMSPropRule(UpdateRule):
             news.append(mean)
         d = g / (safe_sqrt(variance, c.eps_root) + c.eps)
         if self.has_momentum:
+            # The momentum sums directions without the learning rate, as in torch.optim: a new rate scales the whole
+            # sum.
             d = c.momentum * rest.pop(0) + d
             news.append(d)
         return -c.lr * d, news

@@ -66,6 +66,7 @@ class SGDRule(UpdateRule):
     def direction(self, g: torch.Tensor, moments: Sequence[torch.Tensor], c: Constants) -> tuple[torch.Tensor, Leaves]:
         if not moments:
             return -c.lr * g, []
+        # The learning rate is outside of the sum, so a new rate scales earlier gradients too.
         trace = c.keep * moments[0] + c.take * g
         # Nesterov's method at the look-ahead point, as in torch.optim.SGD: the iterate is the point of section 2.1 of
         # Sutskever et al. plus momentum times trace.

@@ -111,6 +111,7 @@ def _onto_l1_ball(v: Tensor, radius: Tensor) -> Tensor:
 
 def _onto_l2_ball(v: Tensor, radius: Tensor) -> Tensor:
     size = scale_of(v)
+    # ``radius / |v| = (radius / size) / |v / size|``, without overflow or underflow of the squares.
     square, radius = sum_of((v / size).square()), radius / size
     inside = square.detach().sqrt() < radius
     # Inside, the result is v * 1 / 1: `torch.where` around v / |v| would multiply an infinite derivative by 0.
@@ -119,6 +120,7 @@ def _onto_l2_ball(v: Tensor, radius: Tensor) -> Tensor:
 
 
 def _onto_l1_sphere(v: Tensor, radius: Tensor) -> Tensor:
+    # By symmetry the nearest point lies in the orthant of ``v``, and the sphere is a simplex in each orthant.
     sign = torch.where(v.detach() < 0, -1.0, 1.0)
     return sign * onto_simplex(sign * v, radius)
 

@@ -108,6 +108,7 @@ def box_section(v: X, lower: Tree, upper: Tree, w: Tree, c: Number) -> X:
     size = scale_of(normal)
 
     def project(v: Tensor, c: Tensor) -> Tensor:
+        # The plane ``w.x = c`` does not change if both sides are divided by the largest ``|w_i|``.
         section = _Section(low.to(v.dtype), high.to(v.dtype), (normal / size).to(v.dtype), c / size.to(v.dtype))
         if not holds(section.is_met()):
             raise ValueError(
@@ -129,6 +130,7 @@ def _bounds(point: Point, lower: Tree, upper: Tree) -> tuple[list[Any], list[Any
 
 
 def _onto_linf_ball(v: Tensor, radius: Tensor) -> Tensor:
+    # At a bound the derivative is that of the bound, as in `clamp`.
     return torch.where(v.abs() >= radius, v.detach().sign() * radius, v)
 
 
@@ -161,16 +163,19 @@ class _Section(NamedTuple):
         return (sum_of(near) - slack[0] <= self.c) & (self.c <= sum_of(far) + slack[1])
 
     def project(self, v: Tensor) -> Tensor:
+        # Stationarity of ``|x - v|^2 / 2 - tau (w.x - c)`` within the bounds gives ``x = clip(v + tau w)``.
         at = _Section(*(t.detach() for t in self))
         # Start near the solution: for a large tau, kinks of bounds close together would round to one number, and sums
         # of large terms would lose digits of c.
         v = v + self.w * at.nearby(v.detach())
         free, is_near, is_corner = at.active(v.detach())
         outside = torch.where(self.w == 0, clamp(v, self.lower, self.upper), torch.where(is_near, self.near, self.far))
+        # At a corner the free entries keep their derivative in ``c`` only.
         v, w = (torch.where(free, t, 0.0) for t in (torch.where(is_corner, v.detach(), v), self.w))
         # tau from the equation of the plane, linear in the free entries. The fixed entries move with their bounds.
         fixed = torch.where(free, 0.0, outside)
         square = sum_of(w * w)
+        # With ``x = v + tau w`` in the free entries: ``c = w.fixed + w.v + tau w.w``.
         tau = (self.c - sum_of(self.w * fixed) - sum_of(w * v)) / torch.where(square == 0, 1.0, square)
         x = torch.where(free, v + w * tau, fixed)
         # Clamp rounding errors of free entries into the box, and keep their derivative.
@@ -191,12 +196,15 @@ class _Section(NamedTuple):
         # An entry with equal bounds is never free. A negated comparison is true for nan, which has to reach the result.
         moves = (self.w != 0) & ~(enter >= leave)
         _, high, is_first, is_end = self._interval(v, enter, leave, moves)
-        # Entries whose own interval [enter, leave] contains the interval of the solution.
+        # Entries whose own interval [enter, leave] contains the interval of the solution. `between` is free on the open
+        # interval below ``high``, `inside` also at ``high``.
         between = moves & ~(enter >= high) & ~(leave < high)
         inside = between & ~(leave <= high)
         is_corner = is_end & ~inside.any(0, keepdim=True)
+        # At a corner the free entries are those of one side of the kink: below ``high``, or above at the first kink.
         free = torch.where(is_corner, torch.where(is_first, moves & (enter == high), between), between)
         free = torch.where(is_end & ~is_corner, inside, free)
+        # An entry with ``w = 0`` takes no part in the plane, and is free by its own bounds.
         still = (self.w == 0) & ~(v <= self.lower) & ~(v >= self.upper)
         return free | still, enter >= high, is_corner
 
@@ -215,6 +223,7 @@ class _Section(NamedTuple):
         """
         # Kinks of entries that do not move are replaced by the last kink, which leaves the order of the others.
         last = torch.where(moves, leave, -math.inf).amax(0, keepdim=True)
+        # All kinks in order, two for each entry.
         marks = torch.cat([torch.where(moves, t, last) for t in (enter, leave)]).sort().values
 
         def excess(tau: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ def _pooled(left: Tensor, right: Tensor) -> Tensor:
     """
     # Relative to an entry: sums of entries with a large common offset would lose digits.
     offset = right[:, :1]
+    # ``(rows, 2 width)``: the entries of both halves in order.
     y, order = (torch.cat([left, right], dim=1) - offset).sort(dim=1, stable=True)
     is_left = order < left.shape[1]
     lefts, rights = (torch.where(mask, y, 0.0).cumsum(1) for mask in (is_left, ~is_left))
@@ -79,6 +80,7 @@ def _pooled(left: Tensor, right: Tensor) -> Tensor:
     # At level y_k the difference of the sums is total - count y_k, nonincreasing in k: take the last k with a
     # value of at least 0.
     at = ((total - count * y >= 0).sum(1, keepdim=True) - 1).clamp(min=0)
+    # Between ``y_k`` and the next entry the difference of the sums is ``total - count level``: the root is the mean.
     level = offset + total.gather(1, at) / count.gather(1, at).clamp(min=1.0)
     # Halves in order are kept exactly. A negated comparison is true for nan.
     is_out_of_order = ~(left[:, -1:] <= right[:, :1])

@@ -75,6 +75,7 @@ def affine_set(v: X, A: Tensor, b: Number) -> X:
         tensor([0., 1., 1.])
     """
     point = Point.of("affine_set", v)
+    # More rows than columns are linearly dependent.
     if not isinstance(A, Tensor) or A.ndim != 2 or A.shape[0] > A.shape[1] or A.shape[1] != point.size:
         raise ValueError(
             f"affine_set: A must be a matrix with {point.size} columns, as v has entries, and no more rows, "
@@ -95,6 +96,8 @@ def _along(function: str, v: Tree, a: Tree, b: Number, step: Callable[[Tensor], 
     normal = normal / size
 
     def project(v: Tensor, b: Tensor) -> Tensor:
+        # A stationary point of ``|x - v|^2 / 2 + t (a.x - b)`` is ``v - t a``, and ``a.x = b`` gives
+        # ``t = (a.v - b) / a.a``. A half space needs ``t >= 0``.
         return v - normal * (step(sum_of(normal * v) - b / size) / sum_of(normal * normal))
 
     return point.map_flat(project, offset)
@@ -106,6 +109,7 @@ def _onto_affine_set(v: Tensor, A: Tensor, b: Tensor) -> Tensor:
     rows = torch.linalg.vector_norm(R.detach(), dim=0)
     if not holds(R.detach().diagonal().abs() > rows * (v.numel() * torch.finfo(v.dtype).eps)):
         raise ValueError("affine_set: the rows of A must be finite and linearly independent, got rows that are not")
-    # A' (A A')^-1 = Q R (R' R)^-1 = Q R'^-1.
+    # A' (A A')^-1 = Q R (R' R)^-1 = Q R'^-1. Stationarity gives ``x = v - A'y``, and ``A x = b`` gives
+    # ``A A'y = A v - b``.
     step: Tensor = Q @ torch.linalg.solve_triangular(R.mT, (A @ v - b).unsqueeze(-1), upper=False)
     return v - step.squeeze(-1)

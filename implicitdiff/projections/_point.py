@@ -73,7 +73,8 @@ class Point(NamedTuple):
         if not self.size:
             return pytree.unflatten(self.leaves, self.spec)
         v = self.flat(self.leaves)
-        # Leaves of several dtypes concatenate to the widest; `map` converts each part back.
+        # Leaves of several dtypes concatenate to the widest; `map` converts each part back. `map` visits the leaves in
+        # the order of `flat`, so the iterator hands each leaf its part.
         parts = iter(
             fn(v, *(_tensor_like(x, v) for x in operands)).split([t.numel() for t in self.leaves if t is not None])
         )

@@ -61,6 +61,7 @@ def polyhedron(
         # |x - v|^2 / 2 = x' I x / 2 - v.x + constant.
         eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
         solver = qp() if solve is None else qp(solve=solve)
+        # The solution of the program carries the derivatives in all operands, by the KKT conditions.
         x: Tensor = solver.run(None, eye, -v, matrix, right, below, limit)[0].primal
         return x
 

@@ -74,6 +74,7 @@ def sparse_simplex(v: X, k: int, total: Number = 1.0) -> X:
     def project(v: Tensor, total: Tensor) -> Tensor:
         # argsort of a permutation is its inverse, here the rank of each entry.
         order = v.detach().sort(descending=True, stable=True).indices
+        # An entry ``-inf`` is never in the support.
         return onto_simplex(torch.where(order.argsort() < k, v, -math.inf), total)
 
     return point.map_flat(project, point.scalar("total", total, least=0.0))
@@ -91,6 +92,8 @@ def onto_simplex(v: Tensor, total: Tensor) -> Tensor:
     """Project a vector onto the simplex."""
     # x does not depend on a common shift of v; this one saves digits. Shift and support have no derivative.
     v = v - v.detach().amax(0, keepdim=True)
+    # The KKT conditions ``x = v - tau + mu``, ``mu >= 0``, ``mu x = 0`` give ``x = max(v - tau, 0)``;
+    # ``sum(x) = total`` determines ``tau``.
     values = v.detach()
     ranks = torch.arange(1, v.numel() + 1, dtype=v.dtype, device=v.device)
     # (sum of the k largest - total) / k rises in k as long as entry k exceeds the value for k - 1, which is as long as
@@ -100,6 +103,7 @@ def onto_simplex(v: Tensor, total: Tensor) -> Tensor:
     # A negated comparison is true for nan, which has to reach the result.
     support = ~((values <= tau) & (values < 0))
     moving = torch.where(support & (total != 0), v, 0.0)
+    # ``tau`` once more, as a mean over the support with a derivative: the Jacobian is ``diag(s) - s s' / |s|``.
     x = torch.where(support, moving - (sum_of(moving) - total) / sum_of(support), 0.0)
     # Rounding may put the least entry of the support below zero: set it to 0, and keep its derivative.
     return torch.where(x < 0, x - x.detach(), x)

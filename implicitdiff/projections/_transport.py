@@ -113,6 +113,7 @@ def _onto_transport(function: str, v: Tensor, row_sums: Number, column_sums: Num
     # equations for the support: dX = dv + df + dg on s, with row and column sums d(sums).
     moves = torch.where(support, v - v.detach(), 0.0)
     short = torch.cat([rows - rows.detach() - moves.sum(1), columns - columns.detach() - moves.sum(0)])
+    # ``sum over s of (dv + df + dg) = d(sums)``: the pseudoinverse of the matrix gives ``df`` and ``dg`` of least norm.
     f, g = (inverse.to(v.dtype) @ short).split(list(v.shape))
     return x.to(v.dtype) + moves + torch.where(support, f[:, None] + g, 0.0)
 
@@ -191,7 +192,8 @@ class _Transport(NamedTuple):
 
     @classmethod
     def of(cls, v: Tensor, a: Tensor, b: Tensor) -> _Transport:
-        # Totals may differ by rounding; scale both to their mean, so that the equations have a solution.
+        # Totals may differ by rounding; scale both to their mean, so that the equations have a solution. Both totals
+        # are the sum of all entries of the solution.
         totals = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
         mean = (totals[0] + totals[1]) / 2
         a, b = (t * torch.where(total == 0, 1.0, mean / total) for t, total in zip((a, b), totals, strict=True))
@@ -212,6 +214,7 @@ class _Transport(NamedTuple):
             iter_num = iter_num + active
             d = self._direction(y, short)
             y = torch.where(active[:, None], y + self._length(y, d, short) * d, y)
+        # Lanes still active have used up the limit.
         status = torch.where(active, int(Status.BUDGET_SPENT), int(Status.CONVERGED))
         status = torch.where(error.isfinite(), status, int(Status.DIVERGED))
         status = torch.where(infeasible, int(Status.INFEASIBLE), status)
@@ -224,12 +227,14 @@ class _Transport(NamedTuple):
         the total times the largest ``f_i + g_j`` over entries other than ``-inf``. A larger value is a certificate.
         """
         f, g = self._split(y)
+        # Only entries that may be positive bound the right-hand side.
         largest = torch.where(self.zero | (self.v == -math.inf), -math.inf, f + g).amax((-2, -1)).clamp(min=0.0)
         total, rounding = self.sums.sum(-1) / 2, 4 * y.shape[-1] * _EPS * y.abs().amax(-1)
         return (self.sums * y).sum(-1) > total * (largest + rounding)
 
     def finish(self, y: Tensor, joined: bool) -> Leaves:
         """Return solution, support and pseudoinverse at potentials, with one step of refinement."""
+        # A value within the rounding of the sums counts as 0.
         support = self.values(y) > self._target(y)[:, None, None]
         inverse = torch.linalg.pinv(self._matrix(support), hermitian=True)
         x = torch.where(support, self.values(y), 0.0)
@@ -296,6 +301,7 @@ class _Transport(NamedTuple):
     def values(self, y: Tensor) -> Tensor:
         """Return ``v + f + g``, the solution before the cut at 0, with -inf in rows and columns of sum 0."""
         f, g = self._split(y)
+        # Stationarity of ``|X - v|^2 / 2 - f.(X 1 - row_sums) - g.(X'1 - column_sums)`` on ``X >= 0``.
         return self.v.masked_fill(self.zero, -math.inf) + f + g
 
     def short(self, y: Tensor) -> Tensor:
@@ -324,6 +330,8 @@ class _Transport(NamedTuple):
 
     def _matrix(self, support: Tensor) -> Tensor:
         """Return the Hessian of the dual for a support s: ``[[diag(s 1), s], [s', diag(s' 1)]]``."""
+        # The sum of row ``i`` is ``sum_j max(v_ij + f_i + g_j, 0)``: its derivative in ``f_i`` counts the row's
+        # support, and its derivative in ``g_j`` is ``s_ij``.
         s = support.to(self.v.dtype)
         upper = torch.cat([torch.diag_embed(s.sum(-1)), s], dim=-1)
         lower = torch.cat([s.mT, torch.diag_embed(s.sum(-2))], dim=-1)
@@ -344,6 +352,8 @@ class _Transport(NamedTuple):
         If the deficit at t = 1 is above half, t is 1. Otherwise t is bracketed and bisected: `is_short` means a deficit
         above half, `is_long` a change of sign.
         """
+        # The derivative of the dual along ``d`` is ``-short'd``; a full step on the right support reduces ``short`` to
+        # 0.
         slope = (short * d).sum(-1, keepdim=True)
         low, high = torch.zeros_like(slope), torch.full_like(slope, math.inf)
         # The full step is exact once the support is right, since the dual is quadratic there.

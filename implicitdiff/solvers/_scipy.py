@@ -97,6 +97,7 @@ class LaneFunctions:
 
     def hessian(self, x: Array) -> Array:
         """Return the Hessian as a matrix."""
+        # ``basis[:, None]`` is ``(n, 1, n)``, ``n`` unit vectors of a single lane; `_to_array` takes ``(1, n, n)``.
         products = with_vectors(self._hessian_at(x), self.fn.one_by_one)
         basis = torch.eye(len(x), dtype=self.like.dtype, device=self.like.device)
         return _to_array(products(basis[:, None])[None, :, 0])
@@ -131,7 +132,9 @@ class LaneFunctions:
 
 def _to_array(row: Tensor) -> Array:
     """Return a tensor's single row as a float64 array."""
+    # Processes of a distributed run take the leader's numbers, so that SciPy decides alike in all of them.
     (row,) = _decisions.of_leader([row[0].detach()])
+    # A copy, because `numpy` shares memory, and SciPy may overwrite its arrays.
     return row.to("cpu", torch.float64).numpy().copy()
 
 
@@ -238,7 +241,8 @@ def _step(
     atol: float | None,
     budget: int | None,
 ) -> tuple[Tensor, State[ScipyMemory]]:
-    # Lane by lane: SciPy's solvers take a single problem.
+    # Lane by lane: SciPy's solvers take a single problem. The rows are plain tensors below all transforms, so writes in
+    # place are safe.
     new_x, spent, status = x.clone(), torch.ones_like(state.status), state.status.clone()
     nfev, code, message = (t.clone() for t in state.memory)
     limit = budget or max(1000, 200 * x.shape[1])
@@ -248,6 +252,7 @@ def _step(
         new_x[i] = torch.from_numpy(end.x)
         spent[i], nfev[i], status[i], code[i] = end.spent, lane.nfev, end.why, end.code
         message[i] = _as_bytes(end.message)
+    # SciPy's flag of success is ignored: the optimality condition at the last point decides.
     error = row_norm(problem.residual(problem, new_x))
     # The loop itself sets the status of lanes that have converged or are not finite.
     accepted = _accepted(state, rtol, atol, problem.eps, engine.digits)

@@ -117,14 +117,19 @@ def _step(
     safeguard: float | None,
 ) -> tuple[Tensor, State[AndersonMemory]]:
     r, steps, changes = state.memory
-    # The memory holds ``x - f(x)``, so ``r`` and `changes` have the opposite signs of the docstring's.
+    # The memory holds ``x - f(x)``, so ``r`` and `changes` have the opposite signs of the docstring's. The ridge is at
+    # least eps, because a smaller number vanishes in the rounding of a unit diagonal.
     c = _coefficients(changes, r, max(ridge, torch.finfo(x.dtype).eps))
+    # If ``f`` is affine, ``x - S c`` has the residual ``r - Y c``, and ``c`` minimises its norm. The step goes to
+    # ``x - S c``, then by ``mixing`` along the residual at this point (Walker and Ni, section 2).
     new_x = x - mixing * r - vecmat(c, steps - mixing * changes)
     new_r = new_x - problem.fn(new_x)
     if safeguard is not None:
+        # Negated, so that a residual of nan is refused too.
         refused = ~(row_norm(new_r) <= safeguard * state.error)
         plainly = partial(_plain_step, problem, x, r, mixing, refused)
         new_x, new_r, steps, changes = if_any(refused, plainly, (new_x, new_r, steps, changes))
+    # The oldest pair leaves. The pair of a plain step is the first of an empty history.
     steps = torch.cat([steps[:, 1:], (new_x - x)[:, None]], dim=1)
     changes = torch.cat([changes[:, 1:], (new_r - r)[:, None]], dim=1)
     return new_x, state._replace(error=row_norm(new_r), memory=AndersonMemory(new_r, steps, changes))
@@ -150,10 +155,14 @@ def _coefficients(changes: Tensor, residual: Tensor, ridge: float) -> Tensor:
     coefficient 0."""
     # Scale the columns, so that the ridge is relative and the normal equations better conditioned.
     size = row_norm(changes)[..., None]
+    # `row_norm` is detached: up to the ridge, ``c`` does not depend on the scale.
     scale = torch.where(size > 0, 1.0 / torch.where(size > 0, size, 1.0), 0.0)
     unit = scale * changes
+    # The rows of `changes` are the columns of ``Y``: with ``U = Y diag(scale)`` `gram` is ``U'U``,
+    # ``(lanes, kept, kept)``.
     gram = unit @ unit.mT
     # An identity row for a zero column keeps the matrix regular.
     shift = ridge + (size[..., 0] == 0).to(gram.dtype)
     rhs = vecmat(residual, unit.mT)
+    # ``(U'U + ridge) e = U'r``, and ``c = diag(scale) e``.
     return _dense.solve_dense(gram + torch.diag_embed(shift), rhs) * scale[..., 0]

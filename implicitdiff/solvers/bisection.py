@@ -86,6 +86,7 @@ def bisection(
 
 def _bracketed_equation(fn: Callable[..., Tree], *, lower: Bound, upper: Bound) -> Equation:
     root = _equations.root_equation(fn)
+    # The bounds enter as functions, so that they are differentiated and batched like the captures of `fn`.
     ends = {
         "lower": lambda x, args: _expand_bound("lower", lower, x),
         "upper": lambda x, args: _expand_bound("upper", upper, x),
@@ -94,13 +95,15 @@ def _bracketed_equation(fn: Callable[..., Tree], *, lower: Bound, upper: Bound) 
 
 
 def _guess_or_middle(lower: Bound, upper: Bound, params: Tree, /, *args: Tree, **kwargs: Tree) -> Tree:
+    # The middle has the structure of the bounds, and stands in for a missing tree of unknowns.
     return _middle(lower, upper) if params is None else params
 
 
 def _start(problem: BatchedProblem, x: Tensor) -> Start[BisectionMemory]:
     lower, upper = problem.function("lower")(x), problem.function("upper")(x)
     low, high = problem.fn(lower), problem.fn(upper)
-    # Negated comparisons refuse nan as well.
+    # Negated comparisons refuse nan as well. The sign replaces the factor `high`: a product of two tiny values
+    # underflows to 0, and would hide equal signs.
     _refuse_brackets(~(lower <= upper) | ~(low * high.sign() <= 0))
     inside = _clip(x, lower, upper)
     residual = problem.fn(inside)
@@ -109,6 +112,7 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start[BisectionMemory]:
     # largest finite number, because infinity would count as divergence.
     error = torch.where((inside == x).all(dim=-1), size, torch.finfo(x.dtype).max)
     largest = torch.maximum(low.abs(), high.abs())
+    # The ends of the first bracket fix the orientation of the search.
     return Start(error, BisectionMemory(residual, lower, upper, (high - low).sign(), largest), reference=size)
 
 
@@ -126,13 +130,16 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[BisectionMemory]) -> 
     residual, lower, upper, rising, largest = state.memory
     # ``side <= 0``: the root lies at or above ``x``. Both ends move if ``x`` is a root.
     side = rising * residual
+    # Only an initial guess lies outside; its residual was evaluated at the clipped point.
     x = _clip(x, lower, upper)
+    # Invariant: ``rising F(lower) <= 0 <= rising F(upper)`` in every entry.
     lower, upper = torch.where(side <= 0, x, lower), torch.where(side >= 0, x, upper)
     # ``(lower + upper) / 2`` may overflow.
     x = lower + (upper - lower) / 2
     residual = problem.fn(x)
     # The middle of neighbouring numbers rounds to an end.
     collapsed = ((x <= lower) | (x >= upper)).all(dim=-1)
+    # A change of sign is a root or a pole. Near a pole ``|F|`` exceeds the values at the first ends.
     sound = (residual.abs() <= largest).all(dim=-1)
     ended = torch.where(sound, int(Status.CONVERGED), int(Status.DIVERGED))
     status = torch.where(collapsed, ended, state.status)
@@ -149,6 +156,7 @@ def _expand_bound(name: str, value: Bound, x: Tree) -> Tree:
     leaves, structure = pytree.flatten(x)
     try:
         ends = pytree.broadcast(structure.spec, value)
+        # The unknowns are the leaves with tensors; `broadcast` gives an end for every leaf.
         values = [ends[slot] for slot in structure.slots]
         return structure.unflatten(
             [

@@ -88,6 +88,7 @@ def _size(problem: BatchedProblem, x: Tensor, memory: BroydenMemory) -> Tensor:
 
 def _step(problem: BatchedProblem, x: Tensor, state: State[BroydenMemory]) -> tuple[Tensor, State[BroydenMemory]]:
     r, u, v, rank = state.memory
+    # A quasi-Newton step for ``x - f(x) = 0``: ``H`` approximates ``(I - f'(x))^-1``.
     new_x = x - _low_rank.apply_inverse(_initial_inverse, u, v, r)
     new_r = new_x - problem.fn(new_x)
     # ``H0 = I``, exact for a constant map ``f``.

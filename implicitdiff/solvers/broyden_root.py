@@ -89,6 +89,7 @@ def broyden_root(
 def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start[BroydenRootMemory]:
     residual = problem.fn(x)
     zeros = torch.zeros_like(x)[:, None].repeat(1, history, 1)
+    # An explicit inverse, because the update needs products with ``H0`` and with ``H0'`` in every step.
     inverse = _dense.invert_dense(problem.fn.jacobian(x)[1])
     error = row_norm(residual)
     zero = torch.zeros_like(error, dtype=torch.int64)
@@ -99,8 +100,10 @@ def _step(
     problem: BatchedProblem, x: Tensor, state: State[BroydenRootMemory], *, backtracking: bool
 ) -> tuple[Tensor, State[BroydenRootMemory]]:
     old, running = state.memory, state.status == Status.RUNNING
+    # Renew before the step: `broyden_update` would restart a full history from the outdated inverse.
     state = _renew_jacobian(problem, x, state, running & ((old.rank >= old.u.shape[1]) | (old.slow >= _SLOW_STEPS)))
     direction = _broyden_direction(state.memory)
+    # The corrected inverse may give an ascent direction of ``|F|``, so a failed line search renews the Jacobian too.
     if backtracking:
         new_x, new_r, state = _shorten_or_renew(problem, x, direction, state)
     else:
@@ -128,7 +131,8 @@ def _shorten_or_renew(
     ) -> tuple[Tensor, Tensor, State[BroydenRootMemory]]:
         new_x, new_r, state = carry
         state = _renew_jacobian(problem, x, state, refused)
-        # Search again in the refused lanes only; the others keep their points.
+        # Search again in the refused lanes only; the others keep their points. A Newton step of the new Jacobian
+        # descends, so the second search has the full number of halvings.
         again_x, again_r, still = shorten_step(problem, x, state, _broyden_direction(state.memory), refused)
         status = torch.where(refused & still, int(Status.LINE_SEARCH_FAILED), state.status)
         new_x, new_r = select(refused, again_x, new_x), select(refused, again_r, new_r)
@@ -147,6 +151,7 @@ def _renew_jacobian(
 
     def renewed(old: BroydenRootMemory) -> BroydenRootMemory:
         return old._replace(
+            # Computed for all lanes if a single lane asks; the others keep their inverse.
             inverse=select(where, _dense.invert_dense(problem.fn.jacobian(x)[1]), old.inverse),
             u=select(where, torch.zeros_like(old.u), old.u),
             v=select(where, torch.zeros_like(old.v), old.v),

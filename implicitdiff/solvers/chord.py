@@ -96,6 +96,7 @@ def _step(
         # ``J0^-1 r`` as ``r'J0^-T``, row by row.
         direction = -vecmat(memory.residual, memory.inverse.mT)
     else:
+        # The Jacobian at the first point, and the residual at the present point.
         direction = -_newton.newton_direction(problem, memory.point, memory.residual, linear_solve)
     x, residual, status = _newton.take_step(problem, x, state, direction, backtracking)
     return x, state._replace(error=row_norm(residual), status=status, memory=memory._replace(residual=residual))

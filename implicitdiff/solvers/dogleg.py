@@ -93,6 +93,7 @@ def _start(problem: BatchedProblem, x: Tensor, *, radius: float) -> Start[Dogleg
 
 def _step(problem: BatchedProblem, x: Tensor, state: State[DoglegMemory]) -> tuple[Tensor, State[DoglegMemory]]:
     old = state.memory
+    # The least-squares step has a tiny ridge, because the columns of ``J`` may be dependent.
     trial, radius = _dogleg.try_dogleg(problem, x, state, partial(_dogleg.regularised_step, eps=problem.eps))
     asked = trial.good | trial.by_gradient
 
@@ -119,4 +120,5 @@ def _newton_step(problem: BatchedProblem, x: Tensor, memory: DoglegMemory) -> Ne
 
 def _steepness(r: Tensor, J: Tensor, scale: Tensor) -> Tensor:
     """Return ``|D^-1 J' r|``."""
+    # The gradient in the variable ``D x`` of the trust region, independent of the units of the unknowns.
     return row_norm(normal_gradient(J, r) / scaling_of(scale))

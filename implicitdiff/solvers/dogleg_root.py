@@ -102,7 +102,10 @@ _MAX_SLOW_STEPS = 20
 
 def _newton_or_least_squares(A: Tensor, r: Tensor, *, eps: float) -> Tensor:
     """Return ``-A^-1 r`` in lanes with a solution of the system, else the least-squares step."""
+    # Newton's step ``r + A s = 0`` minimises ``|r + A s|``; a singular system takes the least-squares step.
     s = -_dense.solve_dense(A, r)
+    # LU of a nearly singular matrix may return large, wrong numbers without a zero pivot, so test the residual.
+    # Negated, so that nan counts as singular.
     singular = ~(row_norm(vecmat(s, A.mT) + r) <= _MAX_LINEAR_RESIDUAL * row_norm(r))
 
     def again(_: Tensor) -> Tensor:

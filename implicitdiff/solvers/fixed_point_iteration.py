@@ -80,6 +80,7 @@ def _step(
     problem: BatchedProblem, x: Tensor, state: State[FixedPointMemory], *, damping: float
 ) -> tuple[Tensor, State[FixedPointMemory]]:
     image = state.memory.image
+    # The damped map has the fixed points of ``f``, and the error is that of ``f`` itself.
     x = damping * x + (1.0 - damping) * image if damping else image
     image = problem.fn(x)
     return x, state._replace(error=row_norm(x - image), memory=FixedPointMemory(image))

@@ -75,6 +75,7 @@ def from_optimizer(
 
 def _start(problem: BatchedProblem, x: Tensor, *, transformation: GradientTransformation) -> Start[FromOptimizerMemory]:
     _, grad = problem.fn.value_and_grad(x)
+    # The state of the optimizer has the lanes in front, like every tensor of a memory.
     inner = _over_lanes(transformation.init, _rows_to_tree(problem, x))
     return Start(row_norm(grad), FromOptimizerMemory(grad=grad, inner=inner))
 
@@ -82,6 +83,7 @@ def _start(problem: BatchedProblem, x: Tensor, *, transformation: GradientTransf
 def _step(
     problem: BatchedProblem, x: Tensor, state: State[FromOptimizerMemory], *, transformation: GradientTransformation
 ) -> tuple[Tensor, State[FromOptimizerMemory]]:
+    # The memory has the gradient at ``x``, so an iteration costs a single evaluation.
     old = state.memory
     params, inner = _over_lanes(
         transformation.step, _rows_to_tree(problem, old.grad), old.inner, _rows_to_tree(problem, x)
@@ -96,12 +98,14 @@ def _rows_to_tree(problem: BatchedProblem, x: Tensor) -> Tree:
     tensors: optimizers take no other leaves."""
     leaves = problem.inputs.unravel(x)
     batch = len(problem.inputs.batch)
+    # ``(*batch, ...)`` becomes ``(lanes, ...)``, so that `_over_lanes` needs a single vmap.
     return problem.structure.fill({i: t.reshape(x.shape[0], *t.shape[batch:]) for i, t in enumerate(leaves)})
 
 
 def _tree_to_rows(problem: BatchedProblem, tree: Tree) -> Tensor:
     """Return the rows of a tree like `_rows_to_tree`'s."""
     leaves = problem.structure.tensors_of(tree)
+    # The inverse: ``(lanes, ...)`` becomes ``(*batch, ...)``, then rows.
     return problem.inputs.ravel([t.reshape((*problem.inputs.batch, *t.shape[1:])) for t in leaves])
 
 

@@ -87,10 +87,13 @@ def _step(
     problem: BatchedProblem, x: Tensor, state: State[GaussNewtonMemory]
 ) -> tuple[Tensor, State[GaussNewtonMemory]]:
     r, J, _ = state.memory
+    # QR of ``J``, because the matrix of the normal equations ``J'J d = -J'r`` has the squared condition number.
     d = -_dense.lstsq_dense(J, r)
-    # The exact minimum is at most ``|r|``, the value at ``d = 0``.
+    # The exact minimum is at most ``|r|``, the value at ``d = 0``. The factor 2 leaves room for rounding.
     solved = row_norm(r + vecmat(d, J.mT)) <= 2.0 * row_norm(r)
+    # Lanes without a solution stay, so that the user's function sees no meaningless point.
     new_x = select(solved, x + d, x)
+    # The Jacobian of the next step comes with the residual of this point, and gives the error ``|J'r|``.
     new_r, J = problem.fn.jacobian(new_x)
     growth, status = _newton.watch_growth(state, x, new_x, r, new_r, problem.eps)
     # A QR solution worse than ``d = 0`` shows a rank-deficient ``J``.

@@ -107,7 +107,9 @@ def _optimality(
         return value
 
     leaves, structure = pytree.flatten(g)
-    # ``lambda_i g_i(x) = 0`` for each constraint.
+    # ``lambda_i g_i(x) = 0`` for each constraint. A row has the derivative ``g_i dlambda_i + lambda_i dg_i = 0``. An
+    # inactive constraint gives ``dlambda_i = 0``, a multiplier ``lambda_i > 0`` gives ``dg_i = 0``, and
+    # ``g_i = lambda_i = 0`` makes the system singular.
     complementarity = [d * v for d, v in zip(structure.tensors_of(dual_ineq), leaves, strict=True)]
     return KKTSolution(gradient(lagrangian, primal), h, structure.unflatten(complementarity))
 
@@ -124,6 +126,7 @@ def _constraint(fn: Callable[..., Tree] | None, x: Tree, params: Tree, dual: Tre
     if fn is None or dual is None:
         what = "must be None without a function of constraints" if fn is None else "must not be None"
         raise ValueError(f"make_kkt_optimality_fn: {name} {what}, got {pytree.describe(dual)}")
+    # Compare with the multipliers: another structure would pair wrong entries.
     values = _call_with_params(fn, x, params)
     leaves, structure = pytree.flatten(dual)
     check_like(f"make_kkt_optimality_fn: {name_of(fn)}'s result", values, dual, leaves, structure, name)

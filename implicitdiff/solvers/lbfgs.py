@@ -105,6 +105,7 @@ def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start[LbfgsMe
     error, fields = initial_fields(problem, x)
     zeros = torch.zeros_like(x)[:, None].repeat(1, history, 1)
     eye = torch.eye(history, dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
+    # Infinite marks: the first restart counts as progress.
     mark = torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2)
     scale = unit_step(fields["grad"])
     return Start(
@@ -120,6 +121,7 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[LbfgsMemory]) -> tupl
     replaced = (old.ahead != 0).any(dim=-1)
     # A Newton-type step of the stopping rule replaces the direction once.
     direction = if_any(replaced, lambda d: select(replaced, old.ahead, d), _lbfgs_direction(old, old.grad))
+    # The length 1 of a quasi-Newton step is right near a minimum, so the first trial is 1.
     point, failed, status = search(problem, x, state, direction, torch.ones_like(old.value))
     new = _append_pair(old, point.x - x, point.grad - old.grad, problem.eps)
     new = new._replace(**fields_at(old, point), ahead=torch.zeros_like(old.ahead))
@@ -137,12 +139,15 @@ def _newton_step(problem: BatchedProblem, x: Tensor, memory: LbfgsMemory) -> New
 def _lbfgs_direction(memory: LbfgsMemory, grad: Tensor) -> Tensor:
     """Return ``-H g`` (algorithm 7.4); both loops of the two-loop recursion are substitutions with the triangle of the
     products ``s_i'y_j``."""
+    # An absent pair has zero rows, and 1 on the diagonal of the triangle, so its coefficients are 0.
     s, y, triangle, grad = memory.steps, memory.changes, memory.products, grad[:, None]
-    # First loop, ``a_i = (s_i'q) / (s_i'y_i)``, ``q = g - sum_(j > i) a_j y_j``: back substitution.
+    # First loop, ``a_i = (s_i'q) / (s_i'y_i)``, ``q = g - sum_(j > i) a_j y_j``: back substitution. Times ``s_i'y_i``:
+    # ``sum_(j >= i) (s_i'y_j) a_j = s_i'g``, an upper triangle. ``a`` has the shape ``(lanes, history, 1)``.
     a = torch.linalg.solve_triangular(triangle.mT, s @ grad.mT, upper=True)
     middle = memory.scale[:, None, None] * (a.mT @ y - grad)
     # Second loop, ``r <- r + s_i (a_i - y_i'r / s_i'y_i)``: forward substitution with the same triangle. Signs are
-    # those of ``-H g``.
+    # those of ``-H g``. With ``e_i = a_i - y_i'r / s_i'y_i`` and the first ``r``, ``r_0``:
+    # ``sum_(j <= i) (s_j'y_i) e_j = (s_i'y_i) a_i - y_i'r_0``.
     b = triangle.diagonal(dim1=-2, dim2=-1)[..., None] * a + y @ middle.mT
     b = torch.linalg.solve_triangular(triangle, b, upper=False)
     direction: Tensor = middle - b.mT @ s
@@ -154,11 +159,13 @@ def _append_pair(memory: LbfgsMemory, s: Tensor, y: Tensor, eps: float) -> Lbfgs
     sy, yy = row_dot(s, y), row_dot(y, y)
     # Rounding of ``s'y`` is about ``eps |s| |y|``: a smaller curvature is not resolved.
     good = (sy > eps * row_norm(s) * row_norm(y)) & (yy > 0)
+    # All lanes shift together, so a skipped pair takes a place too.
     s, y = (torch.where(good[:, None], t, 0.0)[:, None] for t in (s, y))
     steps = torch.cat([memory.steps[:, 1:], s], dim=1)
     # Shift the triangle up and left, and append the row ``s_i'y`` of the new pair.
     last = torch.cat([y @ steps[:, :-1].mT, torch.where(good, sy, 1.0)[:, None, None]], dim=2)
     return memory._replace(
+        # (7.20) of Nocedal and Wright: the inverse curvature along the last step.
         scale=torch.where(good, safe_divide(sy, yy), memory.scale),
         steps=steps,
         changes=torch.cat([memory.changes[:, 1:], y], dim=1),

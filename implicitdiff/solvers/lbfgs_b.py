@@ -141,6 +141,7 @@ def _start(problem: BatchedProblem, x: Tensor, *, history: int) -> Start[LbfgsBM
         curvature=_first_curvature(limits, limits.clip(x), grad, problem.eps),
         steps=zeros,
         changes=zeros,
+        # Infinite marks: the first restart counts as progress.
         mark=torch.full_like(x[:, :1].detach(), torch.inf).repeat(1, 2),
     )
     # The gradient of an infinite value may be finite: report such a guess as not finite.
@@ -155,6 +156,7 @@ def _first_curvature(limits: Limits, x: Tensor, grad: Tensor, eps: float) -> Ten
     """Return 1 in a box, else ``max(1, |g|)``, so that the first step is no longer than 1, as in the code of the
     paper's authors. A step that would vanish in the rounding of ``x`` is lengthened."""
     is_box = (torch.isfinite(limits.lower) & torch.isfinite(limits.upper)).all(dim=-1)
+    # Unknowns held at a bound do not move in the first step.
     pull = limits.free_gradient(x, grad)
     usual = torch.where(is_box, 1.0, 1 / unit_step(pull))
     # The first step is ``pull / curvature``: enlarge to ``sqrt(eps) |x|``, measured by largest entries.
@@ -165,6 +167,7 @@ def _first_curvature(limits: Limits, x: Tensor, grad: Tensor, eps: float) -> Ten
 def _step(problem: BatchedProblem, x: Tensor, state: State[LbfgsBMemory]) -> tuple[Tensor, State[LbfgsBMemory]]:
     old, limits = state.memory, limits_on(problem)
     x = limits.clip(x)
+    # Minimise the model over the box, and search along the way to its minimum.
     direction = _model_minimum(old, limits, x, problem.eps) - x
     one = torch.ones_like(old.value)
     point, failed, status = search(problem, x, state, direction, one, segment=_segment(limits, x, direction))
@@ -179,6 +182,7 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[LbfgsBMemory]) -> tup
 def _segment(limits: Limits, x: Tensor, direction: Tensor) -> Segment:
     """Return the part of the line inside of the box; the line ends exactly at the first bound."""
     bound, known = limits.ahead(direction)
+    # The step at which each unknown reaches its bound; the inner selections keep ``0 / 0`` out of the derivative.
     reach = torch.where(known, torch.where(known, bound - x, 1.0) / torch.where(known, direction, 1.0), torch.inf)
 
     def at(step: Tensor) -> Tensor:
@@ -215,8 +219,10 @@ class _Model(NamedTuple):
 def _model(memory: LbfgsBMemory) -> _Model:
     """Return the model of a memory."""
     s, y, curvature = memory.steps, memory.changes, memory.curvature[:, None, None]
+    # ``products[i, j]`` is ``s_i'y_j``, ``(lanes, history, history)``.
     products = s @ y.mT
     D = products.diagonal(dim1=-2, dim2=-1)
+    # A pair of the history has ``s'y > 0``.
     absent = D == 0
     # ``B`` does not depend on the scales of the columns, so the scales need no derivative.
     a, b = torch.where(absent, 1.0, D.detach()).sqrt(), curvature.detach().sqrt()
@@ -226,6 +232,7 @@ def _model(memory: LbfgsBMemory) -> _Model:
     above = torch.cat([torch.diag_embed(torch.where(absent, -1.0, -D / a**2)), lower.mT], dim=-1)
     squares = curvature / b**2 * (s @ s.mT) + torch.diag_embed(absent.to(s.dtype))
     inverse = torch.cat([above, torch.cat([lower, squares], dim=-1)], dim=-2)
+    # A diagonal ``T`` that scales ``W`` to ``W T`` and ``M^-1`` to ``T M^-1 T`` leaves ``W M W'``.
     W = torch.cat([y / a[..., None], curvature / b * s], dim=1).mT
     return _Model(memory.curvature[:, None], W, inverse, _dense.invert_dense(inverse))
 
@@ -233,6 +240,7 @@ def _model(memory: LbfgsBMemory) -> _Model:
 def _model_minimum(memory: LbfgsBMemory, limits: Limits, x: Tensor, eps: float) -> Tensor:
     """Return the minimum of the model over the unknowns that are free at the Cauchy point, clipped to the box."""
     model, grad = _model(memory), memory.grad
+    # First the Cauchy point, which decides the active bounds, then Newton's step of the model in the free unknowns.
     cauchy, free = _cauchy_point(model, limits, x, grad, eps)
     step = _subspace_step(model, cauchy - x, grad, free)
     # A matrix that is singular to rounding gives no step: stay at the Cauchy point.
@@ -262,20 +270,27 @@ def _cauchy_point(model: _Model, limits: Limits, x: Tensor, grad: Tensor, eps: f
     """
     bound, known = limits.ahead(-grad)
     time = torch.where(known, (x - torch.where(known, bound, x)) / torch.where(known, grad, 1.0), torch.inf)
+    # An unknown at the bound against which its gradient presses has the time 0, and never moves.
     d = torch.where(time > 0, -grad, 0.0)
 
     # Sort the unknowns by the times at which they reach their bounds: piece ``j`` moves the unknowns from ``j`` on.
     order = time.argsort(dim=-1)
     sorted_time, sorted_d = time.gather(-1, order), d.gather(-1, order)
+    # ``images[:, i]`` is ``d_i W_i``, ``(lanes, n, 2 history)``. ``p_j`` sums the images of the unknowns that still
+    # move.
     images = sorted_d[..., None] * model.W.gather(1, order[..., None].expand_as(model.W))
     begin = _with_zero_in_front(sorted_time)
     end = torch.cat([sorted_time, torch.full_like(sorted_time[:, :1], torch.inf)], dim=-1)
+    # A piece beginning at infinity is never reached; the 0 keeps ``inf * 0`` out of the sums.
     finite = torch.where(torch.isfinite(sorted_time), sorted_time, 0.0)
     p, square = _sums_from_here(images), _sums_from_here(sorted_d.square()[..., None])[..., 0]
+    # ``c_j = W'z_j``: a stopped unknown contributes ``t_i d_i W_i``, a moving unknown ``t_j d_i W_i``.
     c = _with_zero_in_front((finite[..., None] * images).cumsum(dim=1)) + _with_zero_in_front(finite)[..., None] * p
     Mp = p @ model.M
     # Slope and second derivative of the model at the begin of each piece, as in the docstring.
     bent = model.curvature * square
+    # ``m' = g'd + d'B z`` with ``g'd = -d'd`` and ``z'd = t d'd``, because ``d`` is ``-g`` or 0, and a moving unknown
+    # has gone ``t d_i``.
     slope = _with_zero_in_front(finite) * bent - square - (Mp * c).sum(dim=-1)
     second = bent - (Mp * p).sum(dim=-1)
     # The model is convex: a second derivative of rounding size counts as rounding of 0.
@@ -283,7 +298,9 @@ def _cauchy_point(model: _Model, limits: Limits, x: Tensor, grad: Tensor, eps: f
     ahead = torch.where(slope < 0, safe_divide(-slope, second), 0.0)
     # The minimum lies in the first piece that does not decrease to its end.
     passed = ~((slope >= 0) | (begin + ahead <= end))
+    # The number of leading pieces that decrease to their ends.
     piece = passed.to(torch.int64).cumprod(dim=-1).sum(dim=-1, keepdim=True)
+    # The last piece ends at infinity, so only nan passes the last piece.
     piece = piece.clamp(max=x.shape[-1])
     stop = (begin + ahead).gather(-1, piece)
 
@@ -307,7 +324,9 @@ def _subspace_step(model: _Model, z: Tensor, grad: Tensor, free: Tensor) -> Tens
     """Return the step from the Cauchy point ``x + z`` to the minimum of the model over the free unknowns:
     ``- B_FF^-1 r`` for the gradient ``r`` of the model there, by the formula of Sherman, Morrison and Woodbury (section
     5.1 of the paper)."""
+    # With zero rows for the fixed unknowns ``W'W`` is ``W_F'W_F``, and all lanes keep the shape ``(n, 2 history)``.
     W = torch.where(free[..., None], model.W, 0.0)
+    # The gradient ``g + B z`` of the model at the Cauchy point.
     r = grad + model.curvature * z - vecmat(vecmat(vecmat(z, model.W), model.M), model.W.mT)
     r = torch.where(free, r, 0.0)
     # ``B_FF^-1 = (I + W_F N^-1 W_F' / curvature) / curvature`` with ``N = M^-1 - W_F'W_F / curvature``.
@@ -325,9 +344,11 @@ def _append_scaled_pair(memory: LbfgsBMemory, s: Tensor, y: Tensor, eps: float) 
     s, y = (safe_divide(t, length[:, None].expand_as(t)) for t in (s, y))
     sy, yy = row_dot(s, y), row_dot(y, y)
     good = (sy > eps * row_norm(y)) & (yy > 0) & torch.isfinite(yy)
+    # ``y'y / s'y`` does not change if both vectors are divided by ``|s|``.
     curvature = torch.where(good, yy, 1.0) / torch.where(good, sy, 1.0)
     return memory._replace(
         curvature=torch.where(good, curvature, memory.curvature),
+        # Lane by lane: a skipped pair takes no place.
         steps=select(good, torch.cat([memory.steps[:, 1:], s[:, None]], dim=1), memory.steps),
         changes=select(good, torch.cat([memory.changes[:, 1:], y[:, None]], dim=1), memory.changes),
     )
@@ -340,6 +361,7 @@ def _restart_in_box(
     decreased and error has not halved since the last restart."""
     memory = state.memory
     fresh = (memory.steps == 0).all(dim=2).all(dim=1)
+    # Progress since the last restart: a value lower by more than rounding, or half of the error.
     here = torch.stack([memory.value.detach(), row_norm(memory.residual)], dim=-1)
     noise = 10 * eps * memory.magnitude
     nowhere = (here[:, 0] >= memory.mark[:, 0] - noise) & (2 * here[:, 1] >= memory.mark[:, 1])

@@ -180,6 +180,7 @@ def _robust(
 def _start(
     problem: BatchedProblem, x: Tensor, *, radius: float, robust: bool, bounded: bool
 ) -> Start[LevenbergMarquardtMemory]:
+    # The function is evaluated in the box only.
     inside = limits_on(problem).clip(x) if bounded else x
     raw, raw_jacobian = problem.fn.jacobian(inside)
     measured = problem.function("loss")(inside) if robust else raw
@@ -220,6 +221,7 @@ def _step(
     base = _Base(x, normal_residual(old), scaling_of(old.scale), noise)
     trial = _next_trial(problem, x, old, noise, robust, bounded)
     found = _evaluate(problem, base, old, trial, robust, bounded)
+    # A step below the rounding of ``x`` is no step.
     moves = (trial.x != x).any(dim=-1)
     accepted = found.accepted & moves
     refusals = torch.where(accepted, 0, old.refusals + found.unresolved)
@@ -315,6 +317,7 @@ def _radius_after(
 ) -> Tensor:
     """Return the radius after a step: by the gain, or by the gradient if rounding hides the gain."""
     d, radius = trial.x - base.x, state.memory.radius
+    # In the norm ``|D d|`` of the region.
     step_length, slope = length(base.D * d), row_dot(d, base.gradient)
     # MINPACK: after the first step the radius is at most the length of the step.
     radius = torch.where(state.iter_num == 0, torch.minimum(radius, step_length), radius)
@@ -381,10 +384,12 @@ def _gauss_newton_trial(problem: BatchedProblem, x: Tensor, memory: LevenbergMar
     d, weights, whole = step_in_region(free, r, D, radius, problem.eps)
     by_hessian = torch.zeros_like(radius, dtype=torch.bool)
     if not bounded:
-        # ``(|r|^2 - |r + J d|^2) / 2`` without cancellation, by ``(J'J + lambda D^2) d = -g``.
+        # ``(|r|^2 - |r + J d|^2) / 2`` without cancellation, by ``(J'J + lambda D^2) d = -g``. Both terms are
+        # nonnegative: ``-g'd = |J d|^2 + lambda |D d|^2`` (More, section 4).
         return _Trial(x + d, 0.5 * (row_dot(d, weights * d) - row_dot(d, g)), whole, by_hessian)
     trial = end_in_box(limits_on(problem), x, r, J, g, weights)
     d = trial - x
+    # A step cut by the box satisfies no multiplier equation: expand ``(|r|^2 - |r + J d|^2) / 2``.
     return _Trial(trial, -row_dot(d, g) - 0.5 * vecmat(d, J.mT).square().sum(dim=-1), whole, by_hessian)
 
 
@@ -402,6 +407,7 @@ def _newton_trial(
     the other trial."""
     convex, D, radius = at.convex, scaling_of(memory.scale), memory.radius
     step = at.step(convex)
+    # ``H p = -g`` gives the gain ``-g'p - p'H p / 2 = -g'p / 2`` of a whole Newton step.
     size, promised = length(D * step), -0.5 * row_dot(step, at.gradient)
     # If rounding hides the gain, the radius carries no information, so do not cut the step.
     limited = (size > radius) & (promised > noise)

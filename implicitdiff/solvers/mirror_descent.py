@@ -42,11 +42,13 @@ class MirrorDescentMemory(NamedTuple):
     grad: Tensor
 
 
+# The gradient of ``sum x log x`` is ``1 + log x``; `softmax` does not depend on the constant.
 def entropy(x: Tree) -> Tree:
     """The mirror map ``log(x)``, leaf by leaf, with entries clamped to the smallest positive number."""
     return pytree.map_tensors(lambda t: torch.log(t.clamp(min=torch.finfo(t.dtype).tiny)), x)
 
 
+# The point of the simplex nearest to ``exp(y)`` in the Kullback-Leibler divergence is ``exp(y) / sum exp(y)``.
 def softmax(y: Tree) -> Tree:
     """The map from the dual space to the probability simplex, with each leaf as one vector."""
     return pytree.map_tensors(lambda t: torch.softmax(t.flatten(), dim=0).reshape(t.shape), y)
@@ -131,6 +133,7 @@ def _step(
     problem: BatchedProblem, x: Tensor, state: State[MirrorDescentMemory], *, search: bool
 ) -> tuple[Tensor, State[MirrorDescentMemory]]:
     mapping, projection = problem.function("mapping"), problem.function("projection")
+    # All trials of a search start from the same dual point.
     dual, memory = mapping(x), state.memory
 
     def at(size: Tensor) -> TrialPoint:
@@ -140,6 +143,7 @@ def _step(
 
     def enough(new: TrialPoint, size: Tensor) -> Tensor:
         # The symmetrised Bregman divergence over ``2 size``, in the place of ``|d|^2 / (2 size)``.
+        # ``D(a, b) + D(b, a) = (mapping(a) - mapping(b))'(a - b)``, equal to ``|d|^2`` for the identity as the map.
         bound = row_dot(mapping(new[0]) - dual, new[0] - x) / (2.0 * size)
         return lies_below(problem, (x, memory.value, memory.grad), new, bound)
 

@@ -124,6 +124,7 @@ def _step(
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: NewtonCgMemory) -> NewtonStep:
     """Return the step without the forcing term; if the step is long, the forcing term is zero from then on."""
     step = objective_newton_step(problem, x, memory, lambda v: v, min(2 * x.shape[-1], MAX_PRODUCTS))
+    # The forcing term ``sqrt(|g| / inf)`` is 0.
     return step._replace(memory=memory._replace(first_error=torch.full_like(memory.first_error, torch.inf)))
 
 
@@ -134,6 +135,7 @@ def _truncated_newton_direction(
     step then uses the absolute value of the curvature, so that iterates leave a saddle."""
 
     def advance(cg: _Cg, *, is_first: bool = False) -> _Cg:
+        # Invariant: ``r = H d + g``, and ``p`` is conjugate to the earlier directions.
         d, r, p, rr, stiffest, active = cg
         image = product(p)
         curvature = row_dot(p, image)
@@ -145,7 +147,9 @@ def _truncated_newton_direction(
             # A first direction without positive curvature: steepest descent.
             d = torch.where(positive[:, None], d, _downhill(p, rr, curvature))
         bends = positive if is_first else active & (curvature.abs() > rounding)
+        # The minimum of the model along ``p`` is at ``-p'r / p'H p``, and conjugacy gives ``p'r = -r'r``.
         a = torch.where(bends, safe_divide(rr, curvature.abs()), 0.0)[:, None]
+        # A selection in addition to ``a = 0``: ``p`` of a stopped lane may be infinite, and ``0 * inf`` is nan.
         d, r = select(bends, d + a * p, d), r + a * image
         new_rr = row_dot(r, r)
         # Fletcher and Reeves' coefficient for the next conjugate direction.
@@ -154,6 +158,7 @@ def _truncated_newton_direction(
         return _Cg(d, r, p, new_rr, stiffest, positive & (row_norm(r) > target))
 
     rr = row_dot(grad, grad)
+    # Only the first product may lead to steepest descent, so the first step is outside of the loop.
     cg = _Cg(torch.zeros_like(grad), grad, -grad, rr, torch.zeros_like(rr), active)
     return repeat(advance, advance(cg, is_first=True), attrgetter("active"), limit - 1).d if limit else cg.d
 
@@ -180,5 +185,6 @@ class _Cg(NamedTuple):
 
 def _downhill(p: Tensor, rr: Tensor, curvature: Tensor) -> Tensor:
     """Return a step along the negative gradient, with the absolute value of the curvature."""
+    # Without curvature the step has at most the length 1.
     step = torch.where(curvature == 0, unit_step(p), safe_divide(rr, curvature.abs()))
     return step[:, None] * p

@@ -49,6 +49,8 @@ class NonlinearCgMemory(NamedTuple):
     first_step: Tensor
 
 
+# The three formulas, (5.45), (5.41a) and (5.46) of Nocedal and Wright, agree for a quadratic and exact line searches:
+# then ``g'g_old = 0`` and ``d_old'(g - g_old) = g_old'g_old``.
 def polak_ribiere(grad: Tensor, old_grad: Tensor, old_direction: Tensor) -> Tensor:
     """``max(0, g'(g - g_old) / g_old'g_old)``, PR+; close to 0 (a restart) after a step with little change of ``g``."""
     return safe_divide(row_dot(grad, grad - old_grad), row_dot(old_grad, old_grad)).clamp(min=0.0)
@@ -129,6 +131,7 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start[NonlinearCgMemory]:
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: NonlinearCgMemory) -> NewtonStep:
     """Return a Newton-type step; the next iteration tries the step."""
     step = objective_newton_step(problem, x, memory, lambda v: v, few_products(problem, x))
+    # A Newton-type step has its length, so the first trial is 1.
     return step._replace(memory=memory._replace(direction=step.d, first_step=torch.ones_like(memory.first_step)))
 
 
@@ -140,7 +143,8 @@ def _step(
     # A tight curvature condition, ``c2 = 0.1``: conjugacy needs an almost exact line search.
     point, failed, status = search(problem, x, state, d, memory.first_step, c2=0.1)
     new_direction = formula(point.grad, g, d)[:, None] * d - point.grad
-    # Restart unless consecutive gradients are nearly orthogonal and the new direction descends.
+    # Restart unless consecutive gradients are nearly orthogonal and the new direction descends. Conjugate gradients of
+    # a quadratic are orthogonal.
     conjugate = row_dot(point.grad, g).abs() < _CONJUGATE * row_dot(point.grad, point.grad)
     new_direction = select(conjugate & (row_dot(new_direction, point.grad) < 0) & ~failed, new_direction, -point.grad)
 

@@ -180,6 +180,7 @@ def data(
     no_rows, nothing = c.new_zeros((0, *c.shape)), c.new_zeros((0,))
     A, G = (no_rows if t is None else t for t in (A, G))
     b, h, lower = (nothing if t is None else t for t in (b, h, l))
+    # ``x'Q x`` depends on the symmetric part of ``Q`` alone.
     return 0.5 * (Q + Q.mT), c, A, b, G, h, lower
 
 
@@ -196,6 +197,7 @@ def _filled_guess(
 ) -> KKTSolution:
     """Return the initial guess with all parts, of zeros if absent."""
     _check_data({"Q": Q, "c": c, "A": A, "b": b, "G": G, "h": h, "l": l})
+    # Empty tensors for absent multipliers: unlike None they can enter and leave a vmap.
     like = KKTSolution(*(c.new_zeros((0,)) if t is None else torch.zeros_like(t) for t in (c, b, h)))
     given = init if isinstance(init, KKTSolution) else KKTSolution(init)
     filled = KKTSolution(*(zero if t is None else t for t, zero in zip(given, like, strict=True)))
@@ -220,6 +222,7 @@ def _check_data(named: dict[str, Tensor | None]) -> None:
                 f"qp: {matrix} and {vector} go together: give both, or None for both; the first argument of run is the "
                 "initial guess, as in run(None, Q, c, A, b, G, h, l)"
             )
+    # A tensor without dimensions counts as length 0, and fails the comparison of shapes.
     n, p, m = (t.shape[0] if isinstance(t, Tensor) and t.dim() else 0 for t in (named[name] for name in "cbh"))
     expected = {"Q": (n, n), "c": (n,), "A": (p, n), "b": (p,), "G": (m, n), "h": (m,), "l": (m,)}
     given = {name: t for name, t in named.items() if t is not None}
@@ -241,6 +244,7 @@ def _kkt(fn: Callable[..., _Data]) -> Equation:
             _complementarity(x.primal, x.dual_ineq, G, h, lower),
         )
 
+    # The search measures the scaled violation; the derivative refers to `on_trees`, in the user's units.
     def on_rows(problem: BatchedProblem, x: Tensor) -> Tensor:
         prog, n = problem.once(_program), problem.inputs.sizes[0]
         return torch.cat(kkt_violation(prog, make_point(prog, x[:, :n], x[:, n:])), dim=-1)
@@ -257,6 +261,7 @@ def _complementarity(x: Tensor, y: Tensor, G: Tensor, h: Tensor, l: Tensor) -> T
     up = h - G @ x
     at_upper = y > 0
     if not l.numel():
+        # The derivative of an active row is ``dh - G dx - dG x``, of an inactive row ``dy``.
         return torch.where(at_upper, up, y + up.detach().clamp(max=0))
     down = l - G @ x
     kkt_violation = up.clamp(max=0) + down.clamp(min=0)
@@ -294,6 +299,7 @@ def _first_review(problem: BatchedProblem) -> int:
 def _start(problem: BatchedProblem, x: Tensor) -> Start[QPMemory]:
     prog = problem.once(_program)
     n, _, inequalities = problem.inputs.sizes
+    # A row of unknowns is ``x``, then the multipliers of ``A``, then those of ``G``, as in `KKTSolution`.
     at = make_point(prog, x[:, :n], x[:, n:])
     error, zero = kkt_error(prog, at), torch.zeros_like
     # Take the smaller nonzero part of the first error, at zero: a target in the units of the larger part would hide the
@@ -304,6 +310,7 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start[QPMemory]:
     # ``Q + w A'A`` is positive definite for large ``w`` exactly if ``Q`` is positive definite on the null space of
     # ``A`` (Debreu, Finsler).
     _, curved = factor(prog, torch.where(prog.equal, prog.rows / delta, 0.0), shift, problem.plain)
+    # Without inequalities a direction of negative curvature is unbounded; inequalities may bound the direction.
     why = int(Status.DIVERGED if inequalities else Status.UNBOUNDED)
     status = torch.where(curved & torch.isfinite(error), why, int(Status.RUNNING))
     # Bounds that exclude every value.
@@ -330,9 +337,11 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start[QPMemory]:
 def _step(problem: BatchedProblem, x: Tensor, state: State[QPMemory]) -> tuple[Tensor, State[QPMemory]]:
     prog = problem.once(_program)
     n, _, inequalities = problem.inputs.sizes
+    # The memory holds the products ``C x`` and ``Q x + c + C'y``, so no product is computed twice.
     at = PrimalDual(x[:, :n], x[:, n:], state.memory.image, state.memory.slope)
     new, after = (_admm_step if inequalities else _newton_on_kkt)(problem, prog, at, state)
     running = after.status == Status.RUNNING
+    # Three stages: test for convergence, clean the multipliers of converged lanes, look for stalled lanes.
     converged = running & (after.error <= after.target)
     reviewed = after.memory.review != state.memory.review
     # ADMM alone does not reach rounding, so test for rounding after reviews only.
@@ -365,7 +374,9 @@ def _parts_converged(problem: BatchedProblem, prog: QuadraticProgram, at: Primal
 def _kkt_inverse(prog: QuadraticProgram, eps: float) -> Tensor:
     """Return the inverse of ``[[Q, C'], [C, 0]]`` with a shift small enough for the iteration to correct."""
     delta = eps**0.75
-    # The shift makes the matrix regular also for dependent rows, and in the units of rows and columns.
+    # The shift makes the matrix regular also for dependent rows, and in the units of rows and columns. A matrix with a
+    # positive definite first block and a negative definite second block, quasi-definite, is regular (Vanderbei, SIAM J.
+    # Optim. 5, 1995).
     shift = torch.cat([delta * prog.columns, -delta / prog.rows], dim=-1)
     upper = torch.cat([prog.Q, prog.C.mT], dim=-1)
     lower = torch.cat([prog.C, torch.zeros_like(prog.C @ prog.C.mT)], dim=-1)
@@ -376,6 +387,8 @@ def _newton_on_kkt(
     problem: BatchedProblem, prog: QuadraticProgram, at: PrimalDual, state: State[QPMemory]
 ) -> tuple[PrimalDual, State[QPMemory]]:
     """Make a Newton step on the linear KKT conditions; a single step suffices up to rounding."""
+    # ``[[Q, C'], [C, 0]] (dx, dy) = -(slope, C x - u)``, because all rows are equalities here. The residual is exact,
+    # so further steps refine the result of the shifted inverse.
     d = -vecmat(torch.cat([at.slope, at.image - prog.u], dim=-1), state.memory.factor.mT)
     dx, dy = d.split([at.x.shape[-1], at.y.shape[-1]], dim=-1)
     new = make_point(prog, at.x + dx, at.y + dy)
@@ -395,8 +408,11 @@ def _admm_step(
     state = state._replace(error=kkt_error(prog, new), memory=state.memory._replace(values=values))
     due = (state.status == Status.RUNNING) & (state.iter_num + 1 >= state.memory.review) & (state.error > state.target)
     if any_lane(due):
+        # The steps of ADMM converge to a certificate if the program has no solution; test before the guesses replace
+        # the point.
         status = _with_certificates(prog, new.x - at.x, new.y - at.y, problem.eps, due, state.status)
         new, state = _try_active_sets(problem, prog, new, state._replace(status=status), due)
+        # ``rho`` changes in lanes that continue only, because a change costs a factorisation.
         state = _adapt_rho(problem, prog, new, state, due & (state.error > state.target))
     return new, state
 
@@ -407,6 +423,7 @@ def _stop_stalled(
     """End the `due` lanes whose error has not halved while the number of iterations grew eightfold, at their best
     point. Even an error in proportion to the inverse of that number would have shrunk to an eighth."""
     count, error, memory = state.iter_num + 1, state.error.detach(), state.memory
+    # Reviews come at doubled numbers of iterations, so ``halved`` is known up to a factor of 2.
     halves = due & (error < 0.5 * memory.least)
     memory = memory._replace(
         best=select(halves, torch.cat([at.x, at.y], dim=-1), memory.best),
@@ -445,6 +462,7 @@ def _try_active_sets(
         if not any_lane(asked):
             break
         lanes = picked(asked, problem.plain)
+        # Below the transforms the other lanes are left out, because a guess costs several factorisations.
         part, near = prog.pick(lanes), (x[lanes], y[lanes])
         # Guess 0 starts from ADMM's point, guess 1 from the interior point (at the first review only), guess 2 searches
         # longer.
@@ -482,6 +500,7 @@ def _take_polished(
     # Each accepted guess, except the last, must reduce the error tenfold relative to the last accepted guess; otherwise
     # guesses could alternate.
     better = ~broken & (error < before) & ((error <= target) | (error < 0.1 * record))
+    # ADMM continues from the new point, with active rows exactly at their bounds.
     values = clamp_to_bounds(part, torch.where(side > 0, part.u, torch.where(side < 0, part.l, found.image)))
     status = _with_certificates(part, dx, dy, problem.eps, ~broken & (error > target), state.status[lanes])
 

@@ -33,6 +33,8 @@ def _of_trust_region(aim: float, eps: float, bounded: bool) -> dict[str, object]
 
 
 def _of_minpack(aim: float, eps: float, bounded: bool) -> dict[str, object]:
+    # MINPACK's `gtol` bounds the cosines between ``r`` and the columns of ``J``, not ``J' r``, so ask for full
+    # precision.
     return {"ftol": eps, "xtol": eps, "gtol": _FLOAT64_EPS}
 
 
@@ -128,5 +130,6 @@ def _run_least_squares(
         bounds=(lower, upper),
         method=method,
         max_nfev=limit,
+        # `gtol` bounds the largest entry, and ``|g|_inf <= aim / n^(1/2)`` implies ``|g| <= aim``.
         **{**_LEAST_SQUARES_METHODS[method](aim / lane.x0.size**0.5, lane.eps, bounded), **own},
     )

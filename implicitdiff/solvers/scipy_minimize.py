@@ -75,6 +75,8 @@ _MINIMIZE_METHODS = {
     "cg": _MinimizeMethod(_by_euclidean_gradient),
     "bfgs": _MinimizeMethod(_by_euclidean_gradient),
     "newton-cg": _MinimizeMethod(lambda aim, eps, bounded: {"xtol": eps}, hessp=True),
+    # A small change of ``f`` does not bound the gradient, so `ftol` is off; `maxiter` is the budget, so `maxfun` is
+    # off.
     "l-bfgs-b": _MinimizeMethod(lambda aim, eps, bounded: {"gtol": aim, "ftol": 0.0, "maxfun": 10**9}, bounds=True),
     "tnc": _MinimizeMethod(
         lambda aim, eps, bounded: {"gtol": aim, "ftol": 0.0, "xtol": 0.0}, bounds=True, budget="maxfun", counts="nfev"
@@ -176,5 +178,6 @@ def _run_minimize(
         hessp=lane.hessian_product if row.hessp else None,
         hess=lane.hessian if row.hess else None,
         bounds=None if limits is None else Bounds(*limits),
+        # Most methods bound the largest entry, and ``|g|_inf <= aim / n^(1/2)`` implies ``|g| <= aim``.
         options={**row.tolerances(aim / lane.x0.size**0.5, lane.eps, bounded), row.budget: limit, **own},
     )

@@ -42,6 +42,7 @@ class _RootMethod(NamedTuple):
 
 
 def _by_residual(aim: float, eps: float) -> dict[str, object]:
+    # SciPy's default is the largest entry; `aim` is a Euclidean norm.
     return {"fatol": aim, "tol_norm": np.linalg.norm}
 
 
@@ -52,6 +53,7 @@ def _krylov(aim: float, eps: float) -> dict[str, object]:
 
 _QUASI_NEWTON = _RootMethod(False, "maxiter", "nit", _by_residual)
 _ROOT_METHODS = {
+    # MINPACK's hybrd and hybrj test the length of the step, not ``|F|``, so ask for full precision.
     "hybr": _RootMethod(True, "maxfev", "nfev", lambda aim, eps: {"xtol": eps}),
     "lm": _RootMethod(True, "maxiter", "nfev", lambda aim, eps: {"xtol": eps, "ftol": eps, "gtol": eps}),
     "broyden1": _QUASI_NEWTON,

@@ -52,6 +52,7 @@ def interior_point(prog: QuadraticProgram, eps: float) -> tuple[Tensor, Tensor]:
     "PIQP: a proximal interior-point quadratic programming solver", CDC 2023.
     """
     prog = prog.detach()
+    # The method runs in the scaled program, whose entries are comparable.
     within, per_column, per_row = scaled(prog)
     bounds = torch.stack([prog.above & ~prog.equal, prog.below & ~prog.equal]).to(prog.c.dtype)
     # ``eps^(5/8)``, 1.6e-10 in float64, for both the proximal terms and the accuracy.
@@ -72,6 +73,7 @@ def interior_point(prog: QuadraticProgram, eps: float) -> tuple[Tensor, Tensor]:
         at = _Iterate(*(_select(running, t, old) for t, old in zip(new, at, strict=True)))
     # Strict complementarity: of a slack and its multiplier the larger is taken as nonzero.
     pressed = torch.where(best.z > best.s, best.z, 0.0)
+    # A row has the multiplier of its upper bound minus the multiplier of its lower bound.
     return per_column * best.x, per_row * (best.y + pressed[0] - pressed[1])
 
 
@@ -84,6 +86,7 @@ def _first_iterate(problem: _InteriorProblem) -> _Iterate:
     equalities, with slacks and multipliers shifted to positive values."""
     prog, bounds = problem.prog, problem.bounds
     bounded = (prog.above | prog.below).to(prog.c.dtype)
+    # Minimise ``x'Q x / 2 + c'x + |C x - nearest|^2 / 2``; ``C x - nearest`` estimates the multipliers.
     lower, _ = factor(prog, bounded, 1e-6, plain=False)
     nearest = clamp_to_bounds(prog, torch.zeros_like(prog.u))
     x = cholesky_solve(lower, vecmat(bounded * nearest, prog.C) - prog.c)
@@ -95,11 +98,13 @@ def _first_iterate(problem: _InteriorProblem) -> _Iterate:
     # Mehrotra's second shift: half of the complementarity products, relative to the other factor.
     more_s, more_z = (0.5 * product / (bounds * t).sum(dim=(0, -1)).clamp(min=1e-30) for t in (z, s))
     s, z = s + (more_s + 1e-8)[:, None], z + (more_z + 1e-8)[:, None]
+    # Absent bounds have ``s = 1`` and ``z = 0``. Their steps are 0, so they add nothing to any sum.
     return _Iterate(x, torch.where(prog.equal, y, 0.0), torch.where(bounds > 0, s, 1.0), bounds * z)
 
 
 def _shifted(t: Tensor, bounds: Tensor) -> Tensor:
     """Shift the entries of each bound by a common amount until all are positive."""
+    # Mehrotra's first shift ``max(-1.5 min t, 0)`` (Nocedal and Wright, section 14.2).
     least = torch.where(bounds > 0, t, torch.inf).amin(dim=(0, -1))
     return t + torch.where(torch.isinf(least), 0.0, (-1.5 * least).clamp(min=0))[:, None]
 
@@ -112,8 +117,9 @@ def _relative_error(problem: _InteriorProblem, at: _Iterate) -> tuple[Tensor, tu
     pull = vecmat(at.y + at.z[0] - at.z[1], prog.C)
     slope = bend + prog.c + pull
     equality = torch.where(prog.equal, image - prog.u, 0.0)
+    # The residuals of ``C x + s_0 = u`` and of ``s_1 - C x = -l``.
     slack = bounds * torch.stack([image + at.s[0] - prog.u, at.s[1] - image + prog.l])
-    # The duality gap, relative to the objective.
+    # The duality gap, relative to the objective. At a feasible point the sum of the products is the duality gap.
     gap = (at.s * at.z).sum(dim=(0, -1))
     dual = largest_entry(slope) / _sizes(bend, prog.c, pull)
     primal = largest_entry(torch.cat([equality, slack[0], slack[1]], dim=-1)) / _sizes(image)
@@ -131,7 +137,8 @@ def _predictor_corrector(problem: _InteriorProblem, at: _Iterate, residuals: tup
     prog, bounds, total, delta = problem
     slope, equality, slack = residuals
     # Eliminate ``s`` and ``z`` from the Newton system: with ``s dz + z ds = -products`` and the proximal term, each
-    # bound adds ``z / (s + delta z)`` to the weight of its row.
+    # bound adds ``z / (s + delta z)`` to the weight of its row. The proximal term ``delta`` of the multipliers keeps
+    # ``reach`` positive, and the weights bounded, for ``s`` near 0.
     reach = at.s + delta * at.z
     ratio = at.z / reach
     weights = ratio.sum(dim=0) + torch.where(prog.equal, 1.0 / delta, 0.0)
@@ -140,10 +147,14 @@ def _predictor_corrector(problem: _InteriorProblem, at: _Iterate, residuals: tup
 
     def direction(products: Tensor) -> _Iterate:
         """Return the step that reduces the products of slacks and multipliers by `products`, to first order."""
+        # ``ds = delta dz - (slack +- C d)`` in ``z ds + s dz = -products`` gives
+        # ``dz = ratio (slack +- C d) - products / reach``.
         push = ratio * slack - bounds * products / reach
         d = -cholesky_solve(lower, slope + vecmat(push[0] - push[1] + equality / delta, prog.C))
         move = vecmat(d, prog.C.mT)
+        # The changes of ``C x`` as the upper and the lower slacks see them, ``(2, lanes, rows)``.
         both = torch.stack([move, -move])
+        # ``C d - delta dy = -equality``: the proximal term fills the zero block of the KKT matrix.
         dy = torch.where(prog.equal, (equality + move) / delta, 0.0)
         dz = push + ratio * both
         return _Iterate(d, dy, delta * dz - bounds * (slack + both), dz)
@@ -153,6 +164,7 @@ def _predictor_corrector(problem: _InteriorProblem, at: _Iterate, residuals: tup
     # Predictor: the step towards products of zero (affine scaling).
     ahead = direction(products)
     length = _length(at, ahead)
+    # The products after the predictor, whose mean is Mehrotra's ``mu_aff``.
     reached = (at.s + length[:, None] * ahead.s) * (at.z + length[:, None] * ahead.z)
     # Corrector: centre by Mehrotra's ``sigma = (mu_aff / mu)^3``, with the second-order term ``ds dz`` of the
     # predictor.
@@ -165,6 +177,7 @@ def _predictor_corrector(problem: _InteriorProblem, at: _Iterate, residuals: tup
 
 def _length(at: _Iterate, step: _Iterate) -> Tensor:
     """Return the largest step of at most 1 that keeps slacks and multipliers nonnegative."""
+    # The ratio test: the first decreasing entry that reaches 0 bounds the step.
     parts = [
         torch.where(d < 0, -t / d, 1.0).clamp(max=1.0).amin(dim=(0, -1)) for t, d in ((at.s, step.s), (at.z, step.z))
     ]

@@ -58,6 +58,7 @@ class KKTProblem(LinearProblem):
 def _solve_kkt_system(system: System, *, unknowns: int, on_failure: OnFailure) -> Tensor:
     """Solve by LU or least norm; by GMRES beyond the size for dense matrices."""
     n = system.b.shape[-1]
+    # ``2^27`` numbers are 1 GiB in float64.
     if n > _MAX_DENSE or system.lanes * n * n > 2**27:
         return solve_auto(dense_up_to=0, on_failure=on_failure).algorithm(system)
     outcome = materialised(system, partial(_lu_or_least_norm, unknowns), _NO_DERIVATIVE)
@@ -70,9 +71,11 @@ def _solve_kkt_system(system: System, *, unknowns: int, on_failure: OnFailure) -
 def _lu_or_least_norm(unknowns: int, a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Solve by LU, and lanes with a singular matrix by least norm."""
     x, broken = factorised(lu)(a, b, eps)
+    # The decomposition raises for a matrix that is not finite.
     lanes = (broken & torch.isfinite(a).all(dim=(-2, -1))).nonzero()[:, 0]
     if not lanes.numel():
         return x, broken
+    # Only the broken lanes: a singular value decomposition costs many times an LU factorisation.
     least, undetermined = _least_norm(unknowns, a[lanes], b[lanes], eps)
     return x.index_copy(0, lanes, least), broken.index_copy(0, lanes, undetermined)
 
@@ -83,14 +86,17 @@ def _least_norm(unknowns: int, a: Tensor, b: Tensor, eps: float) -> tuple[Tensor
     The first `unknowns` entries are the primal. Rows and columns are scaled to largest entry 1, so that the rank does
     not depend on units.
     """
+    # ``a`` is ``(lanes, n, n)`` and ``b`` is ``(lanes, n, columns)``.
     row = inverse_or_one(a.abs().amax(dim=-1, keepdim=True))
     column = inverse_or_one((row * a).abs().amax(dim=-2, keepdim=True))
     left, s, right = torch.linalg.svd(row * a * column)
     null = s <= eps**0.75 * s[:, :1]
+    # With diagonal ``R`` and ``K``: ``R A K = U S V'``, so ``x = K V S^+ U'R b``.
     inside = left.mT @ (row * b)
     x = right.mT @ (torch.where(null, 0.0, 1.0 / torch.where(null, 1.0, s))[..., None] * inside)
     outside = torch.where(null[..., None], inside, 0.0)
     sizes = torch.linalg.vector_norm(torch.stack([outside, inside]), dim=-2)
+    # The rows of `right` with a singular value 0 span the null space; their first entries are the primal part.
     free = torch.where(null[..., None], right, 0.0)[..., :unknowns].abs().amax(dim=(-2, -1))
     # No solution: ``b`` has a part outside of the range. Undetermined: the null space has a primal part.
     undetermined = (sizes[0] > eps**0.5 * sizes[1]).any(dim=-1) | (free > eps**0.5)

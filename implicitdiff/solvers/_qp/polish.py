@@ -46,9 +46,12 @@ def polish(
     active = side != 0
     weights = torch.where(active, prog.rows / delta, 0.0)
     lower, broken = factor(prog, weights, shift, plain)
+    # An inactive row has the multiplier 0 from the start, and its weight of 0 keeps the multiplier at 0.
     x, y, image, slope = make_point(prog, x, torch.where(active, y, 0.0))
     excess, dx, dy = image - torch.where(side < 0, prog.l, prog.u), x, y
     for _ in range(_REFINEMENTS):
+        # The minimum over ``dx`` of ``slope'dx + dx'Q dx / 2 + |excess + C dx|_W^2 / 2 + shift |dx|^2 / 2``, the
+        # augmented Lagrangian with a proximal term; then ``dy = W (excess + C dx)``.
         dx = -cholesky_solve(lower, slope + vecmat(weights * excess, prog.C))
         # Update by increments: the weights are large, and would amplify the rounding of a new sum ``C x - u``.
         excess = excess + vecmat(dx, prog.C.mT)
@@ -76,6 +79,7 @@ def active_set(
     Math. Prog. Comp. 14 (2022).
     """
     prog, x, y = prog.detach(), x.detach(), y.detach()
+    # The first guess: a row is active if its multiplier presses on a bound.
     side = _side(prog, y, y)
     rows = gram(prog.C, prog.rows * side.abs(), plain)
     last, shift = regularisation(eps)
@@ -90,6 +94,7 @@ def active_set(
 def _side(prog: QuadraticProgram, above: Tensor, below: Tensor) -> Tensor:
     """Return the sides of the rows that exceed a bound; `above` and `below` are the excesses over the upper and lower
     bound."""
+    # An equality is always active; the side is the upper by convention.
     up = prog.equal | (prog.above & (above > 0))
     return up.to(above.dtype) - (prog.below & ~up & (below < 0)).to(above.dtype)
 
@@ -112,9 +117,11 @@ def _proximal_step(
     these constraints.
     """
     weights = prog.rows / delta
+    # With ``v = C x + y0 / w`` the product ``w (v - clamp(v, l, u))`` contains the old multiplier.
     ahead = y0 / weights
     x, v = x0, vecmat(x0, prog.C.mT) + ahead
     open_lanes = torch.ones_like(x[:, 0], dtype=torch.bool)
+    # The problem is piecewise quadratic: a step is exact as soon as no row changes its side.
     for link in range(_MAX_SETS // 2 if jump else _MAX_SETS):
         if not any_lane(open_lanes):
             break
@@ -169,17 +176,22 @@ def _exact_line_search(
         equal = torch.cat([equal, torch.zeros_like(equal)], dim=-1)
         bounds.append((prog.l - v, -push, torch.where(prog.below & ~prog.equal, w, 0.0)))
     v, push, w = (torch.cat(both, dim=-1) for both in zip(*bounds, strict=True))
+    # A row changes its activity at ``t = -v / push``.
     at = -safe_divide(v, push)
     turns = ~equal & (push != 0) & (at > 0)
+    # The activity just after ``t = 0``: a row exactly at its bound follows the sign of the motion.
     on = equal | (v > 0) | ((v == 0) & (push > 0))
     # Contributions of each constraint to the slope and the bend: now, and the change at its turning point.
+    # ``(2, lanes, bounds)``.
     both = torch.stack([w * push * v, w * push * push])
     now = torch.stack([slope, bend]) + torch.where(on, both, 0.0).sum(dim=-1)
     at, order = torch.where(turns, at, torch.inf).sort(dim=-1)
     change = torch.where(turns, torch.where(on, -both, both), 0.0).gather(-1, order.expand_as(both))
+    # The derivative on piece ``k`` is ``slopes_k + bends_k t``; piece 0 begins at ``t = 0``.
     slopes, bends = torch.cat([now[..., None], now[..., None] + change.cumsum(dim=-1)], dim=-1)
     end = torch.cat([at, torch.full_like(at[:, :1], torch.inf)], dim=-1)
     # The zero lies in the first piece with a nonnegative value at the end.
     reached = torch.isinf(end) | (slopes + bends * torch.where(torch.isinf(end), 0.0, end) >= 0)
+    # `argmax` returns the first of equal maxima, and takes no bool.
     piece = reached.to(torch.uint8).argmax(dim=-1, keepdim=True)
     return -safe_divide(slopes.gather(-1, piece), bends.gather(-1, piece))[:, 0]

@@ -86,10 +86,12 @@ def make_program(
     C = torch.where((above | below)[..., None], C, 0.0)
     u, lower = torch.where(above, u, 1.0), torch.where(below, lower, 0.0)
     equal = above & below & (u == lower)
+    # The first rows are those of ``A``, equalities for any ``b``, also nan or infinite.
     equal = equal | (torch.arange(C.shape[-2], device=C.device) < A.shape[-2])
     sizes = torch.maximum(torch.where(above, u.abs(), 0.0), lower.abs())
     columns, rows, scale = _equilibrate(Q.abs(), c.abs(), C.abs(), sizes)
     size = scale.detach()[:, None]
+    # ``columns = scale / D^2``, so ``D / scale = (columns scale)^(-1/2)``; ``rows = scale E^2``.
     units = (columns.detach() * size).rsqrt(), (rows.detach() / size).sqrt()
     return QuadraticProgram(Q, c, C, lower, u, below, above, equal, columns, rows, scale, *units, two_sided)
 
@@ -103,6 +105,7 @@ def _equilibrate(Q: Tensor, c: Tensor, C: Tensor, bounds: Tensor) -> tuple[Tenso
     D, E = _units(Q, c, C, bounds)
     # Ten passes, as in OSQP's default.
     for _ in range(10):
+        # The 1-norms of the columns of ``[[D Q D, D C'E], [E C D, 0]]``, whose entries are nonnegative here.
         column, row = D * (vecmat(D, Q) + vecmat(E, C)), E * vecmat(D, C.mT)
         # One pass: divide each row and column by the root of its norm.
         D, E = (v / torch.where(s > 0, s, 1.0).sqrt() for v, s in ((D, column), (E, row)))
@@ -110,10 +113,12 @@ def _equilibrate(Q: Tensor, c: Tensor, C: Tensor, bounds: Tensor) -> tuple[Tenso
     # bounds are zero or far below the unconstrained minimum, choose the factor that balances the two terms of the
     # objective.
     unit = safe_divide((E * bounds).sum(dim=-1), (bounds > 0).sum(dim=-1).to(E.dtype))[:, None]
+    # The minimum of ``t^2 1'D Q D 1 / 2 - t 1'D c`` is at the quotient of the two sums.
     bend, gain = D * vecmat(D, Q), D * c
     free = safe_divide(gain.sum(dim=-1), bend.sum(dim=-1))[:, None]
     unit = torch.where(unit > 0, torch.maximum(unit, 1e-3 * free), free)
     unit = torch.where(unit > 0, unit, 1.0)
+    # The factor leaves ``E C D``, and multiplies ``D Q D`` by ``unit^2``.
     D, E = D * unit, E / unit
     # Cost scaling of OSQP, algorithm 2: the mean column norm of ``Q`` or the norm of ``c``.
     size = torch.maximum((D * vecmat(D, Q)).sum(dim=-1) / max(1, D.shape[-1]), largest_entry(D * c))
@@ -165,6 +170,7 @@ def scaled(prog: QuadraticProgram) -> tuple[QuadraticProgram, Tensor, Tensor]:
     per_gradient, per_row = prog.per_gradient, prog.per_row
     # From ``D / scale`` to ``D``.
     D = per_gradient * prog.scale[:, None]
+    # ``Q`` becomes ``D Q D / scale``, ``c`` becomes ``D c / scale``, and ``C`` becomes ``E C D``.
     Q, C = per_gradient[..., None] * prog.Q * D[:, None], per_row[..., None] * prog.C * D[:, None]
     one = torch.ones_like
     bounds = prog.l * per_row, prog.u * per_row
@@ -200,6 +206,7 @@ def gram(C: Tensor, weights: Tensor, plain: bool) -> Tensor:
         weighted = weights != 0
         # Gather as many rows as the fullest lane has; `topk` puts rows with a weight first.
         rows = weighted.to(torch.uint8).topk(int(weighted.sum(dim=-1).max()), dim=-1, sorted=False).indices
+        # The copy of the rows pays off if at least half of the rows are left out.
         if 2 * rows.shape[-1] < C.shape[-2]:
             C, weights = C.gather(-2, rows[..., None].expand(-1, -1, C.shape[-1])), weights.gather(-1, rows)
     return (C.mT * weights[:, None]) @ C
@@ -212,6 +219,7 @@ def cholesky_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     broken = info != 0
     if any_lane(broken):
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        # Factorise again: the derivative of a failed factorisation may be nan, also in a masked branch.
         lower = torch.linalg.cholesky_ex(select(broken, eye.expand_as(matrix), matrix))[0]
     return lower, broken
 
@@ -233,6 +241,7 @@ def kkt_violation(prog: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tenso
     """Return the gradient of the Lagrangian, and ``clamp(C x + y, l, u) - C x``, zero if the constraints and
     complementarity hold; both in the scaled program, in which entries are comparable."""
     per_gradient, per_row = prog.per_gradient, prog.per_row
+    # The scaled objective is divided by `scale` and a row multiplied by ``E``, so the multiplier is ``y / (E scale)``.
     image, y = at.image.detach(), at.y.detach() / (per_row * prog.scale.detach()[:, None])
     # ``clamp(C x + y, l, u) - C x`` as the median of ``y`` and the two distances, without the rounding of ``C x``.
     up = torch.where(prog.above, per_row * (prog.u.detach() - image), torch.inf)
@@ -261,6 +270,7 @@ def of_active_rows(prog: QuadraticProgram, at: PrimalDual) -> Tensor:
 def _pressure(prog: QuadraticProgram, at: PrimalDual) -> tuple[Tensor, Tensor]:
     """Return the sizes of the multipliers, and of the slacks at the bounds on which the multipliers press, in the
     scaled program."""
+    # A positive multiplier presses on the upper bound, a negative multiplier on the lower bound.
     slack = prog.per_row * (torch.where(at.y > 0, prog.u, prog.l) - at.image).abs()
     return at.y.abs() / (prog.per_row * prog.scale[:, None]), slack
 
@@ -269,6 +279,7 @@ def rounding_of_parts(prog: QuadraticProgram, at: PrimalDual, eps: float) -> tup
     """Return bounds on the rounding of the two norms of `error_parts`."""
     per_gradient, per_row = prog.per_gradient, prog.per_row
     x, y, C = at.x.detach().abs(), at.y.detach().abs(), prog.C.detach().abs()
+    # A sum rounds by about eps times the sum of its absolute terms.
     slope = vecmat(x, prog.Q.detach().abs()) + prog.c.detach().abs() + vecmat(y, C)
     image = vecmat(x, C.mT) + torch.maximum(torch.where(prog.above, prog.u, 0.0), prog.l.abs()).detach().abs()
     return 2.0 * eps * row_norm(per_gradient * slope), 2.0 * eps * row_norm(per_row * image)
@@ -294,6 +305,8 @@ def certificates(prog: QuadraticProgram, dx: Tensor, dy: Tensor, eps: float) -> 
     climb = torch.where(prog.above, climb, climb.clamp(max=0))
     climb = torch.where(prog.below, climb, climb.clamp(min=0)) * prog.rows.sqrt()
     bend = torch.cat([vecmat(dx, prog.Q) * scale, climb], dim=-1)
+    # Infeasible: ``u'max(dy, 0) + l'min(dy, 0) < 0`` although ``C'dy`` almost vanishes. Unbounded: ``c'dx < 0``
+    # although ``Q dx`` and the forbidden part of ``C dx`` almost vanish.
     infeasible = bound * row_norm(vecmat(dy, prog.C) * scale) < -_clear(torch.where(dy < 0, prog.l, prog.u), dy, eps)
     return infeasible, bound * row_norm(bend) < -_clear(prog.c, dx, eps)
 

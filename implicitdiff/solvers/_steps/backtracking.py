@@ -46,6 +46,7 @@ def backtrack(
         new, size, refused = trial
         size = torch.where(refused, size / 2, size)
         new = tuple(select(refused, a, b) for a, b in zip(at(size), new, strict=True))
+        # A lane once accepted keeps its point, because the flag never returns.
         return _Halved(new, size, refused & ~enough(new, size))
 
     # A plain tuple, as `halve` returns it.
@@ -67,6 +68,7 @@ def lies_below(problem: BatchedProblem, old: TrialPoint, new: TrialPoint, bound:
     """True in lanes whose objective at the new point is at most its linearisation at the old point plus `bound`; points
     are ``(x, value, grad)``."""
     d = new[0] - old[0]
+    # The quadratic upper bound of the model, with `bound` for ``|d|^2 / (2 size)`` or its Bregman analogue.
     below = new[1] <= old[1] + row_dot(old[2], d) + bound
     # If rounding of the values exceeds the bound, compare gradients: for a quadratic ``f``, ``f(new) - f(old) - g'd``
     # is ``(g_new - g)'d / 2``.

@@ -96,6 +96,7 @@ def initial_memory(problem: BatchedProblem, x: Tensor, radius: float) -> DoglegM
     residual, jacobian = problem.fn.jacobian(x)
     scale = jacobian.square().sum(dim=1)
     zeros = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    # ``D`` begins as the norms of the columns, so the first radius has the units of ``r``.
     first = radius * first_radius(x, residual, scale)
     return DoglegMemory(residual, jacobian, scale, first, refusals=zeros, slow=zeros)
 
@@ -107,6 +108,7 @@ def try_dogleg(
     halved until the step is acceptable, at the cost of one evaluation each."""
     r, J, scale, radius, *_ = state.memory
     D, noise = scaling_of(scale), rounding_of_cost(problem, x, r, J, 0.5 * r.square())
+    # In the variable ``s = D d`` the region is a ball, and columns of ``J D^-1`` have norms of at most 1.
     path = _dogleg_path(J / D[:, None], r, whole)
 
     def at(radius: Tensor) -> Trial:
@@ -125,6 +127,7 @@ def try_dogleg(
         # ``(|r|^2 - |new_r|^2) / 2`` as a product, without cancellation.
         gain = torch.where(known, 0.5 * row_dot(r - new_r, r + new_r), -torch.inf)
         promised = safe_divide(path.gain(path.full), 0.5 * row_dot(r, r))
+        # The gain is a difference of two costs, each with the rounding `noise`.
         unresolved = predicted <= _UNRESOLVED_GAIN * noise
         return Trial(new_x, new_r, length(s), predicted, gain, unresolved, gain < -noise, path.full / D, promised)
 
@@ -132,6 +135,7 @@ def try_dogleg(
         trial = Trial(*new)
         return trial.good | trial.by_gradient
 
+    # A radius beyond the full step would repeat the same trial at each halving.
     farthest = torch.minimum(radius, length(path.full))
     new, halved, _ = backtrack(at, enough, farthest, state.status == Status.RUNNING)
     # The search starts inside of the region; unless halved, the region stays as large as before.
@@ -161,6 +165,7 @@ def finish_step(
     r, J = at_trial
     # A step that rounds to zero cannot help.
     promising = (trial.good | trial.by_gradient) & (trial.x != x).any(dim=-1)
+    # The function may be finite at a point without a finite Jacobian.
     accepted = accepted & promising & torch.isfinite(J).flatten(1).all(dim=-1)
     # Stuck: no promising step at any radius, or several promising steps refused in a row.
     refusals = torch.where(accepted, 0, old.refusals + 1)
@@ -171,6 +176,7 @@ def finish_step(
     memory = DoglegMemory(
         residual=r,
         jacobian=J,
+        # ``D`` may shrink, unlike in MINPACK, but slowly: a jump of ``D`` would change the meaning of the radius.
         scale=torch.maximum(_SCALE_DECAY**2 * old.scale, J.square().sum(dim=1)),
         radius=torch.where(accepted, _dogleg_radius(radius, trial), 0.25 * trial.length),
         refusals=refusals,
@@ -205,7 +211,9 @@ class _Path(NamedTuple):
         a, b = row_dot(way, way), row_dot(self.cauchy, way)
         c = torch.where(reaches | beyond, 0.0, radius.square() - row_dot(self.cauchy, self.cauchy))
         square = b.square() + a * c
+        # ``(-b + sqrt(b^2 + a c)) / a = c / (b + sqrt(b^2 + a c))``; ``b >= 0``, because ``|s|`` grows along the path.
         share = safe_divide(c, b + torch.sqrt(torch.where(square > 0, square, 1.0)))
+        # On the first leg the boundary is met along ``-g``, at the distance `radius`.
         down = -safe_divide(radius, length(self.g))[:, None] * self.g
         s = select(reaches, self.full, select(beyond, down, self.cauchy + share[:, None] * way))
         return s, self.gain(s)
@@ -213,19 +221,22 @@ class _Path(NamedTuple):
     def gain(self, s: Tensor) -> Tensor:
         """Return ``(|r|^2 - |r + A s|^2) / 2``."""
         change = vecmat(s, self.A.mT)
+        # ``|r + A s|^2 = |r|^2 + 2 g's + |A s|^2`` with ``g = A'r``, so no difference of squares remains.
         return -row_dot(self.g, s) - 0.5 * row_dot(change, change)
 
 
 def _dogleg_path(A: Tensor, r: Tensor, whole: WholeStep) -> _Path:
     """Make the path of ``|r + A s|``."""
     g = normal_gradient(A, r)
-    # The minimum of ``|r - t A g|`` is at ``t = |g|^2 / |A g|^2``.
+    # The minimum of ``|r - t A g|`` is at ``t = |g|^2 / |A g|^2``. The quotient of the lengths is squared, because
+    # ``|g|^2`` may overflow.
     ratio = safe_divide(length(g), length(vecmat(g, A.mT)))
     return _Path(A, g, cauchy=-ratio.square()[:, None] * g, full=whole(A, r))
 
 
 def _dogleg_radius(radius: Tensor, trial: Trial) -> Tensor:
     """Return the next radius by the ratio of actual and predicted gain; a ratio hidden by rounding keeps the radius."""
+    # 0.3 lies between the two thresholds.
     ratio = torch.where(trial.unresolved, 0.3, safe_divide(trial.gain, trial.predicted))
     # Thresholds and factors as in MINPACK's hybrj.
     longer = torch.where(ratio > 0.5, torch.maximum(radius, 2.0 * trial.length), radius)

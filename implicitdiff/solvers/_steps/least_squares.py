@@ -20,6 +20,7 @@ def normal_residual(memory: JacobianMemory) -> Tensor:
 
 def normal_size(problem: BatchedProblem, x: Tensor, memory: JacobianMemory) -> Tensor:
     """Return ``|J'J x|``: the change of ``J' r`` from 0 to ``x`` if the residual is linear."""
+    # For ``r = J x - b`` the gradient is ``J'J x - J'b``; both terms are of this size at a solution.
     return row_norm(normal_gradient(memory.jacobian, vecmat(x, memory.jacobian.mT)))
 
 
@@ -32,6 +33,7 @@ def normal_gradient(jacobian: Tensor, residual: Tensor) -> Tensor:
 def damped(J: Tensor, r: Tensor, weights: Tensor, below: Tensor | None = None) -> Tensor:
     """Return ``argmin |J d + r|^2 + |W^(1/2) d + below|^2``, ``W`` diagonal; QR of the stacked matrix does not square
     the condition number."""
+    # Both squares together are ``|[J; W^(1/2)] d + [r; below]|^2``.
     roots = torch.diag_embed(weights.sqrt())
     below = torch.zeros_like(weights) if below is None else below
     return -_dense.lstsq_dense(torch.cat([J, roots], dim=-2), torch.cat([r, below], dim=-1))
@@ -53,6 +55,7 @@ class Curvature(NamedTuple):
     @property
     def convex(self) -> Tensor:
         """True in lanes with a positive definite Hessian."""
+        # A test only: a Cholesky factorisation that fails would give derivatives of nan.
         H = self.hessian.detach()
         known = torch.isfinite(H).flatten(1).all(dim=-1)
         positive: Tensor = torch.linalg.cholesky_ex(select(known, H, torch.zeros_like(H)))[1] == 0
@@ -62,6 +65,7 @@ class Curvature(NamedTuple):
         """Return ``-H^-1 g`` in the flagged lanes, elsewhere 0."""
         eye = torch.eye(self.free.shape[-1], dtype=self.hessian.dtype, device=self.hessian.device)
         H, g = self.hessian, self.gradient
+        # Regular systems in the other lanes, so that no nan reaches the derivative.
         return -_dense.solve_dense(select(where, H, eye.expand_as(H)), select(where, g, torch.zeros_like(g)))
 
 

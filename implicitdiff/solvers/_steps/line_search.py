@@ -73,6 +73,7 @@ def search(
     state: State[ObjectiveMemoryT],
     direction: Tensor,
     first_step: Tensor,
+    # The usual constants for quasi-Newton directions (Nocedal and Wright, section 3.1).
     c1: float = 1e-4,
     c2: float = 0.9,
     segment: Segment | None = None,
@@ -112,6 +113,7 @@ def search(
     low, flat = line.test(trial, line.start)
     ends = low & flat
     first = _Found(trial, torch.zeros_like(active), state.status)
+    # If the first trial ends the search in every lane, as near a solution, the loop is skipped.
     point, failed, status = if_any(active & ~ends, partial(_zoom, line, active, ends), first)
     return point, failed, status
 
@@ -233,6 +235,7 @@ def _zoom(line: _Line, active: Tensor, ends: Tensor, first: _Found) -> _Found:
     # A direction that does not descend fails at once.
     sought = active & (ends | (line.start.slope < 0))
     none, no_trials = torch.zeros_like(active), torch.zeros_like(active, dtype=torch.int64)
+    # An interval of length 0 at the start; the first trial becomes `best` or `other`.
     bracket = _Bracket(line.start, line.start, none, sought, first.status, no_trials)
     bracket = _digest(line, bracket, first.point)
     bracket = repeat(partial(_try_next, line), bracket, attrgetter("searching"), _MAX_TRIALS - 1)
@@ -251,8 +254,11 @@ def _digest(line: _Line, bracket: _Bracket, trial: LinePoint) -> _Bracket:
     searching = searching & (status == Status.RUNNING)
     trial = line.finite(trial)
     low, flat = line.test(trial, best)
-    # Direction from the best point to the other end of the bracket; forward before a bracket is known.
+    # Direction from the best point to the other end of the bracket; forward before a bracket is known. Invariants of
+    # zoom (Nocedal and Wright, section 3.5), up to rounding: `best` has the lowest value of the trials with sufficient
+    # decrease, and, once bracketed, `other` lies in the direction of descent from `best`.
     ahead = torch.where(bracketed, torch.sign(other.step - best.step), 1.0)
+    # A trial without sufficient decrease, or above `best`, becomes the other end of the bracket.
     moved, beyond = searching & low, searching & ~low
     # The best point moved past a minimum: the old best point becomes the other end of the bracket.
     turned = moved & (trial.slope * ahead >= 0)
@@ -278,7 +284,9 @@ def _next_fraction(bracket: _Bracket, noise: Tensor) -> Tensor:
     """
     best, other, bracketed, _, _, trials = bracket
     width = other.step - best.step
+    # A point outside of the domain ends the bracket, but gives no cubic.
     known = torch.isfinite(other.value)
+    # The slopes per unit of the interval; ``width`` may be negative.
     p, q = best.slope * width, other.slope * width
     rise = torch.where(known, other.value, best.value) - best.value
     # If rounding hides the difference of the values, use the parabola with the two slopes: its rise is their mean.
@@ -291,12 +299,16 @@ def _next_fraction(bracket: _Bracket, noise: Tensor) -> Tensor:
     square = middle.square() - p * q
     known = known & (square > 0)
     root = torch.sqrt(torch.where(known, square, 1.0))
-    # (3.59) of Nocedal and Wright, with the interval scaled to [0, 1].
+    # (3.59) of Nocedal and Wright, with the interval scaled to [0, 1]. The cubic ``c`` has
+    # ``c'(t) = p - 2 (p + middle) t + (p + q + 2 middle) t^2``, so the discriminant is ``middle^2 - p q``; the root
+    # with ``c'' > 0`` is the minimum.
     at = 1 - safe_divide(q + root - middle, q - p + 2 * root)
     # Before a bracket is known only an extrapolation (``at < 0``) makes sense.
     known = known & torch.where(bracketed, trials % 3 != 0, at < 0)
     farthest = torch.where(trials < _SLOW_TRIALS, _EXTRAPOLATION[1], _FAR_EXTRAPOLATION)
+    # Before a bracket is known `other` lies behind `best`, so a step ahead is a negative fraction.
     lower = torch.where(bracketed, _BRACKET_MARGINS[0], -farthest)
     upper = torch.where(bracketed, _BRACKET_MARGINS[1], -_EXTRAPOLATION[0])
     at = torch.where(at < lower, lower, torch.where(at > upper, upper, at))
+    # Without a usable cubic bisect the bracket, or extrapolate as far as allowed.
     return torch.where(known, at, torch.where(bracketed, 0.5, -farthest))

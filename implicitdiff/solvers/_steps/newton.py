@@ -31,10 +31,12 @@ def newton_direction(problem: BatchedProblem, at: Tensor, r: Tensor, linear_solv
     if linear_solve is None:
         return _dense.solve_dense(problem.fn.jacobian(at)[1], r)
     inputs, structure = problem.inputs, problem.structure
+    # A linear solver takes trees, and its preconditioner is the user's function of trees.
     b = inputs.unravel(r)
     if problem.plain:
         _, push, pull = problem.fn.linearise(at)
-        # Below the transforms: one linearisation serves all products of the linear solver.
+        # Below the transforms: one linearisation serves all products of the linear solver. Nothing differentiates plain
+        # tensors, so the matrix needs no operands (``count=0``).
         operator = Linearised(Products(lambda: _on_leaves(problem, push), lambda: _on_leaves(problem, pull)))
         linear = LinearProblem(operator, linear_solve, structure, count=0, lanes=inputs.batch)
         return inputs.ravel(solve_linear(linear, b, []))
@@ -80,8 +82,8 @@ def shorten_step(
         return new_x, problem.fn(new_x)
 
     def enough(new: TrialPoint, length: Tensor) -> Tensor:
-        # Refuse a step that rounds to zero.
-        # Armijo's condition for ``|r|``, whose slope along a Newton step is ``-|r|``.
+        # Refuse a step that rounds to zero. Armijo's condition for ``|r|``, whose slope along a Newton step is
+        # ``-|r|``. The slope is ``r'J d / |r|`` with ``J d = -r``.
         smaller: Tensor = row_norm(new[1]) <= (1.0 - 1e-4 * length) * state.error
         return smaller & (new[0] != x).any(dim=-1)
 

@@ -58,6 +58,8 @@ class ProximalGradientMemory(NamedTuple):
     overshoots: Tensor
 
 
+# On a quadratic with the curvature ``h`` and ``q = 1 - size h`` an error ``e`` becomes ``q e``, stable for ``|q| < 1``.
+# With momentum near 1 the roots of ``z^2 - 2 q z + q = 0`` lie inside of the unit circle for ``-1/3 < q < 1``.
 _STABLE = {False: 2.0, True: 4 / 3}
 """Bound on the product of step size and curvature without and with acceleration (momentum near 1)."""
 _MAX_OVERSHOOTS = 1000
@@ -111,6 +113,7 @@ def _start(problem: BatchedProblem, x: Tensor, *, stepsize: float) -> Start[Prox
 
 def _optimality_residual(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
     """Return the residual of the equation, from the gradient at `x`."""
+    # The fixed points of the proximal step do not depend on its size, so the residual takes size 1.
     return problem.residual.prox_residual(problem, x, grad) if isinstance(problem.residual, Composite) else grad
 
 
@@ -135,6 +138,7 @@ def _step(
     new, size, failed = _descend(problem, prox, state, search)
     new_x, value, grad = new
     residual = _optimality_residual(problem, new_x, grad)
+    # Without acceleration the next step starts at the new iterate.
     memory = ProximalGradientMemory(residual, size, new_x, value, grad, old.momentum, old.least, old.overshoots)
     if watches:
         memory = _watched(state, new, memory, _STABLE[acceleration])
@@ -142,7 +146,7 @@ def _step(
         memory = _accelerate(problem, x, old, memory)
     status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), state.status)
     status = torch.where(memory.overshoots >= _MAX_OVERSHOOTS, int(Status.DIVERGED), status)
-    # Where the last trial of a search has no value, the gradient may be finite all the same: that of log(x) at x < 0.
+    # The gradient may be finite although the last trial of a search has no value, as of ``log(x)`` at ``x < 0``.
     error = torch.where(torch.isfinite(value.detach()), row_norm(residual), torch.inf)
     return new_x, state._replace(error=error, status=status, memory=memory)
 
@@ -159,7 +163,8 @@ def _descend(
 
     def enough(new: TrialPoint, size: Tensor) -> Tensor:
         d = new[0] - memory.point
-        # Upper bound of the model: ``f(point) + g'd + |d|^2 / (2 size)``.
+        # Upper bound of the model: ``f(point) + g'd + |d|^2 / (2 size)``. The bound holds for every size up to
+        # ``1 / L``, with the Lipschitz constant ``L`` of the gradient, so the halving ends.
         return lies_below(problem, (memory.point, memory.value, memory.grad), new, row_dot(d, d) / (2.0 * size))
 
     if not search:
@@ -200,7 +205,8 @@ def _accelerate(
     # The gradient mapping at the last start is along ``point - new_x``: restart if the last step goes against it.
     uphill = row_dot(old.point - new_x, new_x - x) > 0
     t = torch.where(uphill, 1.0, old.momentum)
-    # (4.2) and (4.3) of Beck and Teboulle.
+    # (4.2) and (4.3) of Beck and Teboulle. ``next_t^2 - next_t = t^2``: with this sequence the bounds of successive
+    # steps telescope.
     next_t = (1.0 + torch.sqrt(1.0 + 4.0 * t**2)) / 2.0
     ahead = new_x + ((t - 1.0) / next_t)[:, None] * (new_x - x)
     value, grad = problem.fn.value_and_grad(ahead)

@@ -32,6 +32,7 @@ def step_in_region(J: Tensor, r: Tensor, D: Tensor, radius: Tensor, eps: float) 
         d, weights = step
         # A lane inside of the region gets any positive radius: no nan may reach its derivative.
         inner = torch.where(size > 0, 0.5 * size, 1.0)
+        # In the variable ``D d``: ``(D^-1 J'J D^-1 + lambda) D d = -D^-1 J'r``, so the weights are ``lambda D^2``.
         damping = _trust_region.multiplier(J / D[:, None], r, torch.where(beyond, radius, inner))
         weights = select(beyond, damping[:, None] * D.square(), weights)
         return select(beyond, damped(J, r, weights), d), weights
@@ -46,6 +47,7 @@ def end_in_box(limits: Limits, x: Tensor, r: Tensor, J: Tensor, g: Tensor, weigh
 
     def solve(end: _End) -> _End:
         trial, held, out = end
+        # Held unknowns never return within a step, so the rounds are bounded by the number of unknowns.
         held = held | out
         # The unknowns at their bounds contribute ``J (trial - x)`` to the residual of the others.
         there = vecmat(torch.where(held, trial - x, 0.0), J.mT)
@@ -78,5 +80,6 @@ class _End(NamedTuple):
 def least_weights(J: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Return weights that make a step unique for any rank of ``J``, and negligible for a ``J`` of full rank."""
     squares = J.square().sum(dim=1)
+    # Singular values below ``eps^(3/4)`` times the norms of the columns count as zero.
     weights: Tensor = eps**1.5 * torch.where(squares > 0, squares, torch.where(scale > 0, scale, 1.0))
     return weights

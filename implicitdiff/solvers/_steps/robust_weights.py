@@ -24,9 +24,12 @@ def weighted(r: Tensor, J: Tensor, measured: Tensor, robust: bool) -> tuple[Tens
     of the columns for `scale`."""
     if not robust:
         return r, J, 0.5 * r.square(), J.square().sum(dim=1)
+    # The terms of the cost, the weights ``rho'`` of its gradient ``J'(rho' r)``, and their derivatives
+    # ``d(rho' r) / dr = rho' + 2 z rho''``, each ``(lanes, m)``.
     losses, first, second = measured.chunk(3, dim=-1)
     # The rows of ``J`` get the root of the Hessian's weight ``rho' + 2 z rho''``, and ``r`` the quotient that leaves
-    # ``J'r`` the gradient. Residuals of weight 0 are dropped from both.
+    # ``J'r`` the gradient. Residuals of weight 0 are dropped from both. Beyond the inflection of the loss
+    # ``rho' + 2 z rho''`` is negative: the bound keeps the model convex.
     square = torch.where(second > _MIN_WEIGHT * first, second, _MIN_WEIGHT * first)
     ignored = square == 0
     root = torch.where(ignored, 1.0, square).sqrt()

@@ -31,6 +31,7 @@ def check_radius(name: str, radius: float) -> None:
 
 def first_radius(x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
     """Return ``|D x|``, or ``|r|``, of the same units, if ``|D x|`` is negligible (MINPACK takes 1)."""
+    # In the units of ``r``, as ``D`` holds derivatives of ``r``.
     size, other = length(scaling_of(scale) * x), length(residual)
     return torch.where(size > torch.finfo(x.dtype).eps * other, size, other)
 
@@ -51,12 +52,14 @@ def next_radius(
         slope: the derivative of the cost along the whole step.
         known: False in lanes whose new residual is not finite.
     """
+    # An infinite residual counts as the worst gain, and shrinks the region most.
     agreement = torch.where(known, safe_divide(gain, predicted), -torch.inf)
     loses = known & (gain < 0)
     below = torch.where(loses, slope + gain, -1.0)
     # The parabola with value 0 and slope at 0 and value ``-gain`` at 1 has its minimum at
     # ``slope / (2 (slope + gain))``.
     part = torch.where(loses, (0.5 * slope / torch.where(below < 0, below, -1.0)).clamp(0.1, 0.5), 0.5)
+    # A much longer radius than the step would need many refusals to matter, hence the bound of 10 lengths.
     shorter = torch.where(known, part, 0.1) * torch.minimum(radius, 10.0 * step_length)
     # Thresholds 1/4 and 3/4 and the factors as in MINPACK's lmder.
     longer = torch.where(agreement >= 0.75, 2.0 * step_length, radius)
@@ -69,6 +72,7 @@ def length(x: Tensor) -> Tensor:
     size = largest_entry(x.detach())
     size = torch.where((size > 0) & torch.isfinite(size), size, 1.0)
     square = (x / size[..., None]).square().sum(dim=-1)
+    # In a zero row `square` itself is the value 0, with the derivative 0; the root of 0 has the derivative infinity.
     return torch.where(square > 0, size * torch.sqrt(torch.where(square > 0, square, 1.0)), square)
 
 
@@ -89,6 +93,7 @@ class _Multiplier(Problem):
 
     def residual(self, x: Leaves, theta: Leaves) -> Leaves:
         A, r, radius = theta
+        # Divide before the square, against overflow.
         return [(_damped_step(A, r, x[0]) / radius[..., None]).square().sum(dim=-1) - 1.0]
 
     def primal(self, theta: Leaves) -> Leaves:
@@ -96,6 +101,7 @@ class _Multiplier(Problem):
         # `eigh` raises for a matrix that is not finite: solve lanes of zeros instead, and return nan.
         known = torch.isfinite(A).flatten(-2).all(dim=-1)
         A = torch.where(known[..., None, None], A, 0.0)
+        # ``A'A = V diag(values) V'`` and ``part = V'A'r``: ``|s|^2 = sum (part / (values + lambda))^2``.
         values, vectors = torch.linalg.eigh(A.mT @ A)
         values, part = values.clamp(min=0.0), (vectors.mT @ (A.mT @ r[..., None]))[..., 0]
         damping = _newton_for_multiplier(values, part, radius)
@@ -105,6 +111,7 @@ class _Multiplier(Problem):
 
         def by_singular_values(damping: Tensor) -> Tensor:
             U, S, _ = torch.linalg.svd(A, full_matrices=False)
+            # ``A = U S V'``: the eigenvalues are ``S^2``, and ``V'A'r = S U'r``.
             exact = _newton_for_multiplier(S.square(), S * (U.mT @ r[..., None])[..., 0], radius)
             return torch.where(lost, exact, damping)
 
@@ -114,7 +121,8 @@ class _Multiplier(Problem):
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
         A, r, radius = theta
         s = _damped_step(A, r, x[0])
-        # ``(A'A + lambda)^-1 s`` as a least-squares solution, so that ``A'A`` is not formed.
+        # ``(A'A + lambda)^-1 s`` as a least-squares solution, so that ``A'A`` is not formed. The minimum of
+        # ``|A d|^2 + lambda |d - s / lambda|^2`` satisfies ``(A'A + lambda) d = s``.
         moved = damped(A, torch.zeros_like(r), x[0][..., None].expand_as(s), -s / x[0].sqrt()[..., None])
         # Derivative of the residual in lambda: ``-2 s'(A'A + lambda)^-1 s / radius^2``.
         slope = -2.0 * row_dot(s / radius[..., None], moved / radius[..., None])
@@ -140,9 +148,13 @@ def _newton_for_multiplier(values: Tensor, part: Tensor, radius: Tensor) -> Tens
 
     def next_to(damping: Tensor) -> Tensor:
         poles = values + damping[..., None]
+        # A zero component has no pole: ``0 / 0`` would be nan for a zero eigenvalue.
         s = torch.where(part == 0, 0.0, part / poles)
         size = length(s)
+        # With ``P = diag(values) + lambda``: ``d|s| / dlambda = -s'P^-1 s / |s|``, and Newton's step is
+        # ``(|s| / radius - 1) |s|^2 / (s'P^-1 s)``.
         step = (size / radius - 1.0) / ((s / size[..., None]).square() / poles).sum(dim=-1)
+        # From the left Newton's method never passes the root of a decreasing convex function: a step back is rounding.
         return torch.where(step > 0, damping + step, damping)
 
     # Monotone iterates: stop when no lane increases.
