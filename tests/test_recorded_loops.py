@@ -17,6 +17,7 @@ import implicitdiff.solvers as solvers
 from implicitdiff.errors import CompileError
 from implicitdiff.solvers._loop.compiled import CompiledLoop
 from implicitdiff.solvers._loop.recordings import Recording, kept
+from implicitdiff.solvers._loop.termination import Verdict
 
 pytestmark = needs_cpu
 F64 = torch.float64
@@ -336,6 +337,67 @@ def test_a_step_is_compared_in_a_search_that_makes_one():
         torch.testing.assert_close(solver.run(guess)[0], x)
         (made,) = kept._recordings.values()
         assert made.is_stepped == is_stepped
+
+
+# --- the last word ----------------------------------------------------------------------------------------------------
+
+
+def claimed(monkeypatch, x: Tensor) -> None:
+    """Let a recorded search claim a solution with an error of zero."""
+
+    def wrong(loop):
+        state = loop.start(loop.problem, x[None])
+        target, error = torch.full_like(state.error, 1e-8), torch.zeros_like(state.error)
+        claim = state._replace(target=target, error=error, status=torch.ones_like(state.status))
+        return x[None], claim, Verdict.initial(claim)
+
+    monkeypatch.setattr(CompiledLoop, "begun", wrong)
+
+
+def test_a_differentiated_search_evaluates_its_function_twice():
+    """At the guess and at the solution, where one evaluation measures the error and is kept for the derivative."""
+    evaluations = []
+
+    def counted(x, theta):
+        evaluations.append(1)
+        return quartic(x, theta)
+
+    solver = solvers.lbfgs(counted, compile="always")
+    for _ in range(3):
+        evaluations.clear()
+        theta = THETA.clone().requires_grad_()
+        x, _ = solver.run(torch.zeros_like(THETA), theta)
+        (slope,) = torch.autograd.grad(x.sum(), theta)
+    assert len(evaluations) == 2
+    torch.testing.assert_close(slope, 1 / (1 + 3 * x.detach() ** 2))
+
+
+def test_a_wrong_recording_does_not_decide_where_the_derivative_is_taken(monkeypatch):
+    solver, x0 = solvers.lbfgs(quartic, compile="always", on_failure="ignore"), torch.zeros_like(THETA)
+    expected, _ = solver.run(x0, THETA)
+    claimed(monkeypatch, expected + 0.1)
+    theta = THETA.clone().requires_grad_()
+    x, _ = solver.run(x0, theta)
+    torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
+    (slope,) = torch.autograd.grad(x.sum(), theta)
+    torch.testing.assert_close(slope, 1 / (1 + 3 * expected**2), rtol=1e-6, atol=1e-8)
+
+
+def test_a_solution_where_the_function_is_infinite_is_not_believed(monkeypatch):
+    """Its gradient is zero there."""
+    solver = solvers.lbfgs(lambda x, theta, c: quartic(x, theta) + c, compile="always", on_failure="ignore")
+    theta, x0 = THETA.clone().requires_grad_(), torch.zeros_like(THETA)
+    expected, _ = solver.run(x0, theta, torch.tensor(0.0, dtype=F64))
+    claimed(monkeypatch, expected.detach())
+    found, above = [], solvers._loop.row_search.unfinished
+    monkeypatch.setattr(solvers._loop.row_search, "unfinished", lambda *args: found.append(above(*args)) or found[-1])
+    for c in (0.0, INF):
+        solver.run(x0, theta, torch.tensor(c, dtype=F64))
+    assert found == [None, torch.tensor([True])]
+
+
+def quartic(x, theta):
+    return (x**4 / 4 + (x - theta) ** 2 / 2).sum()
 
 
 def valley(x):

@@ -32,7 +32,7 @@ class named_in_errors(AbstractContextManager["named_in_errors"]):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Without a level torch.func cannot have refused anything: the error is the function's own.
-        if _context.depth() == 0:
+        if error is None or _context.depth() == 0:
             return
         if (refusal := transform_error(self.name, error)) not in (None, error):
             raise refusal from error

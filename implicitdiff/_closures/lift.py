@@ -435,5 +435,5 @@ def _split_outside(program: Program) -> tuple[Leaves, list[tuple[torch.Tensor, i
     # so later evaluations do not use the tensor.
     alive = [(t, v, smooth) for ref, v, smooth in seen if (t := ref()) is not None]
     captured = [t for t, _, smooth in alive if smooth]
-    needs_confirmation = len(captured) < sum(smooth for *_, smooth in seen)
+    needs_confirmation = len(captured) < sum([smooth for *_, smooth in seen])
     return captured, [(t, v) for t, v, smooth in alive if not smooth], needs_confirmation

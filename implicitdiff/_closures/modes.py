@@ -21,7 +21,7 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.program import Program
 from implicitdiff._closures.program import version as version
 from implicitdiff._torch.compile import Fn
-from implicitdiff._torch.modes import DeviceContext, in_place_of, running
+from implicitdiff._torch.modes import DeviceContext, in_place_of, is_any_running, running
 from implicitdiff._torch.replacements import EXCHANGED, Exchange, exchanged
 from implicitdiff._torch.sparse import call as sparse_call
 from implicitdiff._torch.sparse import have_sparse
@@ -99,24 +99,27 @@ class Watch(OwnMode):
         program, kwargs = self.program, kwargs or {}
         # The queries that the recording itself makes are not operations of the function.
         with _switches.no_modes():
-            arguments = program.compared_arguments(args, kwargs)
+            shown = program.as_compared(args), program.named_as_compared(kwargs) if kwargs else {}
             is_sparse = program.has_sparse and have_sparse(args, kwargs)
-            program.has_dispatch_mode = program.has_dispatch_mode or _context.in_dispatch_mode()
-        is_exchanged = func in EXCHANGED
-        self.exchanges = self.exchanges or is_exchanged
+            program.has_dispatch_mode = program.has_dispatch_mode or _context.dispatch_modes() > 0
         # While a handler runs, torch keeps the mode itself off the stack. So the record has the user's operation, and
         # no part of a replacement.
-        if is_sparse:
-            self.is_sparse = True
-            with Exchange() if self.exchanges_here else nullcontext():
-                result = sparse_call(func, args, kwargs)
-        elif is_exchanged and self.exchanges_here:
-            result = _functions.call_inert(*exchanged(func, args, kwargs), self.inert)
-        else:
-            result = _functions.call_inert(func, args, kwargs, self.inert)
+        is_special = is_sparse or func in EXCHANGED or func is _functions.function_call
+        result = self._specially(func, args, kwargs, is_sparse) if is_special else func(*args, **kwargs)
         with _switches.no_modes():
-            program.add(func, arguments, result)
+            program.add(func, *shown, result)
         return result
+
+    def _specially(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], is_sparse: bool) -> object:
+        """Call a function of sparse tensors, a function that is exchanged, or an autograd.Function."""
+        is_exchanged = func in EXCHANGED
+        self.exchanges, self.is_sparse = self.exchanges or is_exchanged, self.is_sparse or is_sparse
+        if is_sparse:
+            with Exchange() if self.exchanges_here else nullcontext():
+                return sparse_call(func, args, kwargs)
+        if is_exchanged and self.exchanges_here:
+            func, args, kwargs = exchanged(func, args, kwargs)
+        return _functions.call_inert(func, args, kwargs, self.inert)
 
     def changed(self) -> Leaves:
         """Return the operands and captured tensors that the function has changed in place."""
@@ -143,8 +146,7 @@ def one_operation(fn: Fn) -> Fn:
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
-        programs = [mode.program for mode in watches()]
-        if not programs:
+        if not is_any_running() or not (programs := [mode.program for mode in watches()]):
             return fn(*args, **kwargs)
         # A counter, since library calls nest.
         for program in programs:
@@ -156,7 +158,7 @@ def one_operation(fn: Fn) -> Fn:
                 program.silent -= 1
         for program in programs:
             # The decorated function stands for the operation, and gives its name in messages.
-            program.add(run, ([], {}), tuple(pytree.tensors(result)))
+            program.add(run, [], {}, pytree.tensors(result))
         return result
 
     return cast(Fn, run)

@@ -12,7 +12,7 @@ every transform.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -87,49 +87,46 @@ class Program:
 
     # --- recording --------------------------------------------------------------------------------------------------
 
-    def compared_arguments(
-        self, args: Sequence[object], kwargs: dict[str, Any]
-    ) -> tuple[Sequence[object], Mapping[str, object]]:
-        """Return the arguments of an operation in the form in which programs are compared; record captured tensors."""
+    def as_compared(self, values: Iterable[object]) -> list[object]:
+        """Return arguments of an operation in the form in which programs are compared; record captured tensors."""
         if self.silent:
-            for tensor in _tensors_in([*args, *kwargs.values()]):
+            for tensor in _tensors_in([*values]):
                 self.origin_of(tensor)
-            return (), {}
+            return []
         # This loop runs for each operation, so common cases avoid a call of a Python function.
         shown, origins = [], self._origins
-        for value in args:
+        for value in values:
             # Only tensors have origins, and `_alive` keeps the tensors, so the id is unique.
             known = origins.get(id(value))
-            shown.append(known or (value if type(value) in _PLAIN_TYPES else self._as_compared(value)))
-        if not kwargs:
-            return shown, kwargs
-        return shown, {k: self._as_compared(v) for k, v in kwargs.items() if k not in _GRAPH_OPTIONS}
+            shown.append(known or (value if type(value) in _PLAIN_TYPES else self._shown(value)))
+        return shown
 
-    def add(self, function: object, arguments: tuple[Sequence[object], Mapping[str, object]], result: object) -> None:
-        """Record an operation that has run."""
-        if isinstance(result, torch.Tensor) and not self.silent:
-            self.operations.append((function, *arguments))
-            self.recorded.append(torch.is_grad_enabled())
-            self._add_result(result, ("result", len(self.operations), 0))
-            return
-        made = [result] if isinstance(result, torch.Tensor) else _tensors_in(result)
+    def named_as_compared(self, kwargs: Mapping[str, object]) -> dict[str, object]:
+        """Return keyword arguments of an operation `as_compared`."""
+        named = {name: value for name, value in kwargs.items() if name not in _GRAPH_OPTIONS}
+        return dict(zip(named, self.as_compared(named.values()), strict=False))
+
+    def add(self, function: object, args: list[object], kwargs: dict[str, object], result: object) -> None:
+        """Record an operation that has run, with its arguments `as_compared`."""
+        made = [result] if isinstance(result, torch.Tensor) else _tensors_in(result) if result is not None else []
         if self.silent:
             for tensor in made:
                 self._hide(tensor)
             return
         # Operations that return None, such as `__setitem__`, write in place. Operations without a tensor among their
         # results, such as queries of shapes, are not recorded.
-        name = getattr(function, "__name__", "")
-        if made or (result is None and name not in _SWITCHES):
-            self._note(function, arguments)
+        if made or (result is None and getattr(function, "__name__", "") not in _SWITCHES):
+            self.operations.append((function, args, kwargs))
+            self.recorded.append(torch.is_grad_enabled())
         elif self.unseen is None:
-            self.unseen = _hidden_effect(function, name)
+            self.unseen = _hidden_effect(function)
         for k, tensor in enumerate(made):
-            self._add_result(tensor, ("result", len(self.operations), k))
+            self._place(tensor, ("result", len(self.operations), k))
 
     def nest(self, program: Program) -> None:
         """Record, as one operation, the program of a function that this function passes to a solver."""
-        self._note(program, ([], {}))
+        self.operations.append((program, [], {}))
+        self.recorded.append(torch.is_grad_enabled())
 
     def finish(self) -> None:
         """Drop the references to tensors that the function computed."""
@@ -145,46 +142,37 @@ class Program:
 
     def origin_of(self, tensor: torch.Tensor) -> Origin:
         """Return the origin of a tensor; record a tensor of unknown origin as captured."""
-        if (origin := self._origins.get(id(tensor))) is not None:
-            return origin
-        if id(tensor) in self.outside:
-            return ("constant", id(tensor))
         # A transform inside the function wraps its arguments without a call of a torch function. Look for the origin of
         # the wrapped tensor.
         dims = []
         # Levels up to `depth` belong to transforms around the function: their wrappers are captured tensors themselves.
-        while not self._knows(tensor) and _levels.level(tensor) > self.depth:
+        while (origin := self._known(tensor)) is None and _levels.level(tensor) > self.depth:
             dims.append(_levels.batch_dim(tensor))
             tensor = _levels.unwrap(tensor)
-        origin = self._origins.get(id(tensor), _HIDDEN) if self._knows(tensor) else ("constant", id(tensor))
-        if dims:
-            self.wrappers.append((origin, *dims))
-        if origin[0] == "constant" and id(tensor) not in self.outside:
+        if origin is None:
+            origin = ("constant", id(tensor))
             self.outside[id(tensor)] = (tensor, version(tensor))
             self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
             self._note_borrowed(_levels.base(tensor))
+        if dims:
+            self.wrappers.append((origin, *dims))
         return origin
 
-    def _note(self, function: object, arguments: tuple[Sequence[object], Mapping[str, object]]) -> None:
-        self.operations.append((function, *arguments))
-        self.recorded.append(torch.is_grad_enabled())
-
-    def _knows(self, tensor: torch.Tensor) -> bool:
-        return id(tensor) in self._origins or id(tensor) in self._hidden
-
-    def _add_result(self, tensor: torch.Tensor, origin: Origin) -> None:
-        """Record the origin of a result; a result that is known already gets an alias."""
-        known = ("constant", id(tensor)) if id(tensor) in self.outside else self._origins.get(id(tensor))
-        if known is None:
-            self._place(tensor, origin)
-        else:
-            # An operation without effect, such as `contiguous`, returns its argument; under vmap it returns a new
-            # tensor. The two origins then stand for the same tensor.
-            self.aliases.setdefault(origin, known)
+    def _known(self, tensor: torch.Tensor) -> Origin | None:
+        if id(tensor) in self.outside:
+            return ("constant", id(tensor))
+        return self._origins.get(id(tensor)) or (_HIDDEN if id(tensor) in self._hidden else None)
 
     def _place(self, tensor: torch.Tensor, origin: Origin) -> None:
         """Record the origin of a tensor and of the tensors inside its wrappers: a transform that ends returns those."""
-        self._origins[id(tensor)] = origin
+        key = id(tensor)
+        known = ("constant", key) if key in self.outside else self._origins.get(key)
+        if known is not None:
+            # An operation without effect, such as `contiguous`, returns its argument; under vmap it returns a new
+            # tensor. The two origins then stand for the same tensor.
+            self.aliases.setdefault(origin, known)
+            return
+        self._origins[key] = origin
         self._alive.append(tensor)
         self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
         while _levels.level(tensor) > self.depth:
@@ -202,22 +190,19 @@ class Program:
             # The callback removes the entry before another tensor can get the id.
             self._hidden[key] = weakref.ref(tensor, lambda _: self._hidden.pop(key, None))
 
-    def _as_compared(self, value: object) -> object:
-        """Return an argument in the form in which programs are compared: origins for tensors, lists for tuples.
+    def _shown(self, value: object) -> object:
+        """Return an argument `as_compared`: an origin for a tensor, a list for a tuple.
 
         `OPAQUE` stands for objects without a comparison by value.
         """
         if isinstance(value, torch.Tensor):
             return self.origin_of(value)
-        kind = type(value)
-        if kind in _PLAIN_TYPES:
-            return value
         if isinstance(value, (list, tuple)):
-            return [self._as_compared(v) for v in value]
+            return self.as_compared(value)
         if isinstance(value, dict):
-            return {k: self._as_compared(v) for k, v in value.items()}
+            return dict(zip(value, self.as_compared(value.values()), strict=True))
         if isinstance(value, slice):
-            return ["slice", *map(self._as_compared, (value.start, value.stop, value.step))]
+            return ["slice", *self.as_compared((value.start, value.stop, value.step))]
         if isinstance(value, np.ndarray):
             # NumPy counts no versions, so a checksum stands for the numbers of an array.
             return ["array", value.shape.__repr__(), str(value.dtype), self._borrow(value), value.nbytes]
@@ -319,7 +304,7 @@ OPAQUE = Opaque.OPAQUE
 _PLAIN_TYPES = {int, float, bool, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout}
 _PLAIN_TYPES |= {torch.memory_format}
 # Keyword arguments of `torch.autograd.grad` that do not change its result.
-_GRAPH_OPTIONS = ("create_graph", "retain_graph")
+_GRAPH_OPTIONS = {"create_graph", "retain_graph"}
 # Functions without a result that set a state of torch or of a tensor, or run a backward pass.
 _SWITCHES = ("_set_grad_enabled", "backward", "__set__")
 # Functions that hand values of tensors to Python, and functions that tell shapes, dtypes and settings alone.
@@ -333,8 +318,9 @@ _WITHOUT_TENSORS = (
 _READERS, _QUERIES = (frozenset(names.split()) for names in _WITHOUT_TENSORS)
 
 
-def _hidden_effect(function: object, name: str) -> str | None:
+def _hidden_effect(function: object) -> str | None:
     """Return, in words, what a function without a tensor among its results does that no operation shows."""
+    name = getattr(function, "__name__", "")
     if name in _READERS:
         return f"reads the value of a tensor{_messages.line_of_user()}"
     # Accessors of attributes: all tell shapes and settings, but for these.
@@ -378,7 +364,7 @@ def _describe_value(value: object) -> str:
 
 def version(tensor: torch.Tensor) -> int:
     """Return autograd's count of in-place changes; 0 for wrappers and inference tensors, which have no count."""
-    return tensor._version if _levels.is_plain(tensor) and not tensor.is_inference() else 0
+    return tensor._version if _levels.level(tensor) == _levels.PLAIN and not tensor.is_inference() else 0
 
 
 def is_borrowed(tensor: torch.Tensor) -> bool:

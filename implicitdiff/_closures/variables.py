@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import CellType
 from typing import Any, Final
 
 import torch
@@ -61,16 +62,21 @@ class Location:
         return not isinstance(self.value, torch.Tensor) or is_used(self.value)
 
 
+def contents_of(cell: CellType) -> Any:
+    """Return the value of a variable of an enclosing function, or `ABSENT`."""
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return ABSENT
+
+
 class ClosureCell(Location):
     """A variable of an enclosing function."""
 
     __slots__ = ()
 
     def read(self) -> Any:
-        try:
-            return self.owner.cell_contents
-        except ValueError:  # not assigned yet
-            return ABSENT
+        return contents_of(self.owner)
 
     def write(self, value: Any) -> None:
         if value is not ABSENT:

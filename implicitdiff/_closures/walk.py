@@ -32,7 +32,15 @@ import torch
 from torch.nn import Module
 
 from implicitdiff._closures.packages import home_packages, is_installed, is_trusted, own_attributes, top_package
-from implicitdiff._closures.variables import Absent, Attribute, ClosureCell, Contents, Location, Variables
+from implicitdiff._closures.variables import (
+    Absent,
+    Attribute,
+    ClosureCell,
+    Contents,
+    Location,
+    Variables,
+    contents_of,
+)
 
 _ATOMIC_TYPES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Absent)
 
@@ -127,11 +135,7 @@ class Walk:
         # Names and objects depend on each other: repeat until neither grows.
         looked_at = -1
         while self.todo or looked_at < self._progress():
-            while self.todo and self.count < _MAX_VALUES:
-                value = self.todo.popleft()
-                of: type = type(value)
-                if (visit := _visitor_of(of)) is not _ignore and id(value) not in self.seen:
-                    self._visit(value, visit)
+            self._visit_all()
             # The lists are incomplete from here on, and `tensors_within` says so.
             if self.count >= _MAX_VALUES:
                 return
@@ -142,6 +146,22 @@ class Walk:
             for waiting in self.objects:
                 if self.count < _MAX_VALUES:
                     self._attributes(*waiting)
+
+    def _visit_all(self) -> None:
+        """Visit the values that wait, and those that they lead to."""
+        while self.todo and self.count < _MAX_VALUES:
+            value = self.todo.popleft()
+            of: type = type(value)
+            visit = _visitor_of(of)
+            if visit is _ignore or id(value) in self.seen:
+                continue
+            if visit is Walk._object and isinstance(value, _VISITED_TYPES):  # a proxy, with another `__class__`
+                named: type = value.__class__
+                visit = _visitor_of(named)
+            # A tensor leads to no other value, so another visit costs nothing.
+            if visit is not _note_tensor:
+                self.seen[id(value)] = value
+            visit(self, value)
 
     def _progress(self) -> int:
         """Return the number of known names, objects and classes."""
@@ -177,30 +197,20 @@ class Walk:
 
     # --- values -----------------------------------------------------------------------------------------------------
 
-    def _visit(self, value: object, visit: Callable[[Walk, Any], None]) -> None:
-        if visit is Walk._object and isinstance(value, _VISITED_TYPES):  # a proxy, whose `__class__` is another class
-            of: type = value.__class__
-            visit = _visitor_of(of)
-        # A tensor leads to no other value, so another visit costs nothing.
-        if visit is not _note_tensor:
-            self.seen[id(value)] = value
-        visit(self, value)
-
     def _function(self, fn: FunctionType) -> None:
         module = fn.__globals__.get("__name__")
-        is_library = top_package(module) == "implicitdiff"
+        is_library = isinstance(module, str) and f"{module}.".startswith("implicitdiff.")
         for cell in fn.__closure__ or ():
-            location = ClosureCell(cell)
             # Variables of this library do not change, so their values are followed but not recorded.
             if is_library:
-                self.todo.append(location.value)
+                self.todo.append(contents_of(cell))
             else:
-                self._note(location)
+                self._note(ClosureCell(cell))
         self.todo += fn.__defaults__ or ()
         self.todo += (fn.__kwdefaults__ or {}).values()
         if fn.__dict__:
             self.objects.append((fn, fn.__dict__, None))
-        if self._is_followed(module):
+        if not is_library and self._is_followed(module):
             variables, attributes, stored = _names_used(fn.__code__)
             self.names |= attributes
             self.stored |= stored

@@ -146,6 +146,7 @@ class RootAt:
         x: the leaves of the solution.
         structure: the tree of the solution.
         is_lifted_here: whether the function was lifted at the solution, not at an initial guess.
+        graph: the graph of a second evaluation, see `evaluated`.
     """
 
     lifted: Lifted
@@ -154,6 +155,7 @@ class RootAt:
     x: Leaves
     structure: Structure
     is_lifted_here: bool = True
+    graph: RetainedGraph | None = None
 
     @property
     def theta(self) -> Leaves:
@@ -203,17 +205,27 @@ class RootAt:
             why = str(error)
         return make(replace(self, lifted=self.lifted.by_autograd(why)))
 
-    def _attached(self) -> Tree:
-        """Return the solution with its derivatives; raise `TransformError` if torch.func refuses the function.
+    @property
+    def keeps_graph(self) -> bool:
+        """True in plain autograd: one evaluation confirms the captures, and its graph is kept for the derivative."""
+        return bool(self._wanted or self.lifted.refusal) and self._is_plain_autograd()
 
-        In plain autograd, one evaluation confirms the captures, and its graph is kept for the derivative.
-        """
-        wanted = [i for i, t in enumerate(self.theta) if t.requires_grad]
-        if (wanted or self.lifted.refusal) and self._is_plain_autograd():
-            graph = self._recorded_graph(wanted)
-            problem, theta = self._problem(KeptGraph(graph, self.lifted)), [*self.theta, *graph.adopted]
+    @property
+    def _wanted(self) -> list[int]:
+        return [i for i, t in enumerate(self.theta) if t.requires_grad]
+
+    def evaluated(self) -> RootAt:
+        """Return the root with the graph of a second evaluation, for `attached` where it `keeps_graph`."""
+        return replace(self, graph=self._recorded_graph(self._wanted))
+
+    def _attached(self) -> Tree:
+        """Return the solution with its derivatives; raise `TransformError` if torch.func refuses the function."""
+        if self.graph is not None:
+            problem, theta = self._problem(KeptGraph(self.graph, self.lifted)), [*self.theta, *self.graph.adopted]
+        elif self.keeps_graph:
+            return self.evaluated()._attached()
         else:
-            problem, theta = self._confirmed_problem(wanted), self.theta
+            problem, theta = self._confirmed_problem(self._wanted), self.theta
         return self.structure.unflatten(attach(problem, self.x, theta))
 
     def _confirmed_problem(self, wanted: Sequence[int]) -> RootProblem:

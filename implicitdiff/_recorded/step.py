@@ -67,7 +67,7 @@ class RecordedStep:
         # The lists keep the tensors alive as long as the machine reads at their addresses.
         own = [operands[i].contiguous() for i in self.lane_operands]
         shared = [_as_doubles(operands[i]) for i in self.shared]
-        addresses = [[t.data_ptr() for t in ts] for ts in (carried, own, (self.constants, *shared))]
+        addresses = [[*map(Tensor.data_ptr, ts)] for ts in (carried, own, (self.constants, *shared))]
         self.machine.run(*addresses, lanes, at_most, torch.get_num_threads(), starts, judges)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -77,9 +78,8 @@ def randomness() -> set[str]:
     return {i.randomness() for i in retrieve_all_functorch_interpreters() if isinstance(i, VmapInterpreter)}
 
 
-def in_dispatch_mode() -> bool:
-    """Return whether a TorchDispatchMode runs, such as tracing, fake tensors, or a counter of operations."""
-    return torch._C._len_torch_dispatch_stack() > 0
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""Return the number of running TorchDispatchModes, such as tracing, fake tensors, or a counter of operations."""
 
 
 def in_saved_tensor_hooks() -> bool:

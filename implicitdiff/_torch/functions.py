@@ -40,8 +40,10 @@ def graph_leaves(tensor: torch.Tensor, below: Iterable[Any] = ()) -> list[torch.
         if node is not None and node not in seen:
             seen.add(node)
             # A node of the kind `AccumulateGrad` holds its leaf as `variable`.
-            leaves += [node.variable] if hasattr(node, "variable") else []
-            nodes += [below for below, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+            for before, _ in node.next_functions:
+                nodes.append(before)
     return leaves
 
 
@@ -61,6 +63,10 @@ def below_the_top(fn: Callable[..., list[torch.Tensor]], *tensors: list[torch.Te
     return [functorch._wrap_for_grad(t, level) for t in values]
 
 
+function_call: Any = custom_function_call
+"""torch's operator that applies an autograd.Function while a level runs."""
+
+
 def call_inert(func: Any, args: Sequence[Any], kwargs: dict[str, Any], depth: int) -> Any:
     """Call a torch function where all `depth` running levels are inert.
 
@@ -68,7 +74,7 @@ def call_inert(func: Any, args: Sequence[Any], kwargs: dict[str, Any], depth: in
     for a vmap rule, though nothing is batched. So the Function itself runs with no level.
     """
     # With more levels than `depth`, a transform of the function itself runs, and the rules have to apply.
-    if func is not custom_function_call or len(retrieve_all_functorch_interpreters()) != depth:
+    if func is not function_call or len(retrieve_all_functorch_interpreters()) != depth:
         return func(*args, **kwargs)
     with temporarily_clear_interpreter_stack():
         return func(*args, **kwargs)

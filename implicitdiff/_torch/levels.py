@@ -21,12 +21,13 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.switches import inert_gradient_levels, no_modes
 
 # `maybe_get_level` returns -1 for a plain tensor, and -2 for a dead wrapper.
-_PLAIN_LEVEL = -1
+PLAIN = -1
+"""The `level` of a tensor that is not a wrapper."""
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is not a wrapper."""
-    return level(tensor) == _PLAIN_LEVEL
+    return level(tensor) == PLAIN
 
 
 # Only a gradient wrapper (`TensorWrapper`) can die. A batch wrapper keeps its level after the end of its vmap.
@@ -69,7 +70,7 @@ def replace_inside(tensor: torch.Tensor, replace: Callable[[torch.Tensor], torch
 def base(tensor: torch.Tensor) -> torch.Tensor:
     """Return the plain tensor inside all wrappers."""
     # Dead wrappers come off as well, since -2 is not the level of plain tensors.
-    while not is_plain(tensor):
+    while level(tensor) != PLAIN:
         tensor = unwrap(tensor)
     return tensor
 
@@ -114,7 +115,7 @@ class Layer(NamedTuple):
 def outermost_layer(tensors: Sequence[torch.Tensor]) -> Layer | None:
     """Take the outermost batch layer off; return None if all tensors are plain."""
     # Levels fall from the outermost layer inwards. So the outermost layer belongs to the innermost transform.
-    top = max(map(level, tensors), default=_PLAIN_LEVEL)
+    top = max(map(level, tensors), default=PLAIN)
     if top < 0:
         return None
     # A tensor of a lower level lacks the layer: the vmap does not batch this tensor.
@@ -149,14 +150,14 @@ def without_batch_layers(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Te
 
 def strip_dead_wrappers(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor without dead wrappers on the outside."""
-    while level(tensor) < 0 and not is_plain(tensor):
+    while level(tensor) < PLAIN:
         tensor = unwrap(tensor)
     return tensor
 
 
 def without_gradient_layers(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor with batch layers alone."""
-    if is_plain(tensor):
+    if level(tensor) == PLAIN:
         return tensor
     if functorch.is_batchedtensor(tensor):
         return replace_inside(tensor, without_gradient_layers)
@@ -200,7 +201,7 @@ def batch_levels(tensor: torch.Tensor) -> frozenset[int]:
 
 def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether all tensors are plain."""
-    return all([functorch.maybe_get_level(t) == _PLAIN_LEVEL for t in tensors])
+    return all([functorch.maybe_get_level(t) == PLAIN for t in tensors])
 
 
 def is_same_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -10,10 +10,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext as DeviceContext
 
-
-def running() -> list[TorchFunctionMode]:
-    """Return the running modes, the outermost first."""
-    return list(torch.overrides._get_current_function_mode_stack())
+running: Callable[[], list[TorchFunctionMode]] = torch.overrides._get_current_function_mode_stack
+"""Return the running modes, the outermost first."""
 
 
 def is_any_running() -> bool:

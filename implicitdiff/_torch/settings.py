@@ -20,7 +20,10 @@ _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 
 def autocast_state() -> Autocast:
     """Return the state of autocast for each device type."""
-    return tuple([(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")])
+    return (
+        ("cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+        ("cuda", torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
+    )
 
 
 def autocast(state: Autocast) -> AbstractContextManager[None]:
@@ -40,7 +43,9 @@ def _autocast(state: Autocast) -> Iterator[None]:
 
 def full_precision() -> AbstractContextManager[None]:
     """Context without autocast, for linear algebra."""
-    return autocast(tuple([(device, False, dtype) for device, _, dtype in autocast_state()]))
+    state = autocast_state()
+    off = tuple([(device, False, dtype) for device, _, dtype in state])
+    return UNCHANGED if off == state else _autocast(off)
 
 
 def outside_autocast(fn: _Decorated) -> _Decorated:
@@ -52,7 +57,7 @@ def outside_autocast(fn: _Decorated) -> _Decorated:
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not any(enabled for _, enabled, _ in autocast_state()):
+        if not any([enabled for _, enabled, _ in autocast_state()]):
             return fn(*args, **kwargs)
         args, kwargs = in_single((args, kwargs))
         with full_precision():
@@ -113,7 +118,7 @@ def _with_settings(state: Settings, now: Settings) -> Iterator[None]:
 
 
 def _flag(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
+    return functools.partial(getattr, owner, name), functools.partial(setattr, owner, name)
 
 
 # A pair of functions for each flag: the getter and the setter.

@@ -15,7 +15,7 @@ from torch._functorch.pyfunctorch import (
 )
 from torch.autograd import forward_ad
 
-from implicitdiff._torch.context import depth, in_dispatch_mode, in_saved_tensor_hooks, now
+from implicitdiff._torch.context import depth, dispatch_modes, in_saved_tensor_hooks, now
 
 # Context for a body where nothing has to be switched.
 UNCHANGED: AbstractContextManager[None] = nullcontext()
@@ -151,7 +151,7 @@ def allow_requires_grad() -> None:
 
 def random_state() -> bytes:
     """Return the state of the default generator of the CPU, read outside of every mode and level."""
-    if depth() == 0 and not in_dispatch_mode():
+    if depth() == 0 and not dispatch_modes():
         with no_modes():
             return torch.default_generator.get_state().numpy().tobytes()
     # Under a grad level the state is a wrapper, whose memory `numpy` cannot read.

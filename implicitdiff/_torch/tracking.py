@@ -10,7 +10,7 @@ from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from implicitdiff._torch.context import now
-from implicitdiff._torch.levels import are_plain, base, is_plain, unwrap, without_gradient_layers
+from implicitdiff._torch.levels import PLAIN, are_plain, base, is_plain, level, unwrap, without_gradient_layers
 from implicitdiff._torch.switches import no_modes
 
 
@@ -18,7 +18,7 @@ def may_be_differentiated(tensor: torch.Tensor) -> bool:
     """Return whether a tensor requires a gradient, is a wrapper, or has a tangent. Modes are bypassed: a mode might
     replace the tensor."""
     with no_modes():
-        return tensor.requires_grad or not is_plain(tensor) or _tangent(tensor) is not None
+        return tensor.requires_grad or level(tensor) != PLAIN or _tangent(tensor) is not None
 
 
 def is_tracked(tensor: torch.Tensor) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
@@ -43,6 +44,8 @@ class Structure:
     @property
     def others(self) -> list[Any]:
         """The leaves other than tensors."""
+        if len(self.slots) == len(self.statics):
+            return []
         slots = set(self.slots)
         return [leaf for i, leaf in enumerate(self.statics) if i not in slots]
 
@@ -65,7 +68,7 @@ class Structure:
         """
         leaves = [tree] if self.spec.is_leaf() else self.spec.flatten_up_to(tree)
         tensors = [leaves[slot] for slot in self.slots]
-        if not all(isinstance(leaf, torch.Tensor) for leaf in tensors):
+        if not all([isinstance(leaf, torch.Tensor) for leaf in tensors]):
             raise ValueError("a tensor was expected where there is none")
         return tensors
 
@@ -92,16 +95,24 @@ def _builder(spec: TreeSpec) -> Builder:
     """Return `torch.utils._pytree.tree_unflatten` for one nesting; the nesting is analysed once, not at each call."""
     if spec.is_leaf():
         return next
-    # All builders of a tree take from one iterator, so the order of leaves is depth first.
-    parts = [_builder(child) for child in spec.children()]
     if spec.type is dict:
         # The context of a dictionary is the list of its keys in the order of insertion.
-        return lambda leaves: dict(zip(spec.context, [part(leaves) for part in parts], strict=True))
-    if spec.type in (tuple, list):
-        return lambda leaves: spec.type([part(leaves) for part in parts])
-    if spec.type is namedtuple:
-        return lambda leaves: spec.context._make([part(leaves) for part in parts])
-    return lambda leaves: torch_pytree.tree_unflatten([next(leaves) for _ in range(spec.num_leaves)], spec)
+        make: Callable[[Iterable[Any]], Any] = functools.partial(_dictionary, spec.context)
+    elif spec.type in (tuple, list):
+        make = spec.type
+    elif spec.type is namedtuple:
+        make = spec.context._make
+    else:
+        return lambda leaves: torch_pytree.tree_unflatten([*islice(leaves, spec.num_leaves)], spec)
+    # All builders of a tree take from one iterator, so the order of leaves is depth first.
+    parts = [_builder(child) for child in spec.children()]
+    if all([part is next for part in parts]):
+        return lambda leaves: make(islice(leaves, len(parts)))
+    return lambda leaves: make([part(leaves) for part in parts])
+
+
+def _dictionary(names: Sequence[Any], values: Iterable[Any]) -> dict[Any, Any]:
+    return dict(zip(names, values, strict=True))
 
 
 _ONE_TENSOR = Structure(torch_pytree.treespec_leaf(), (None,), (0,))
@@ -158,22 +169,26 @@ _MAX_NESTINGS = 1000
 def _walk(tree: Tree, leaves: list[Any]) -> NestingKey:
     """Append the leaves of a tree to `leaves`, and return the key of its nesting."""
     kind = type(tree)
-    if kind in _LEAF_TYPES:
-        leaves.append(tree)
-        return 0
-    if kind is tuple or kind is list:
-        return (kind, *[_walk(child, leaves) for child in tree])
+    key: list[Any]
     if kind is dict:
-        # The list makes the key unhashable on purpose, so `_nesting` does not keep this tree.
-        names = tuple(tree) if set(map(type, tree)) <= _NAMES else [*tree]
-        return (dict, names, *[_walk(child, leaves) for child in tree.values()])
-    if _is_named(kind):
-        return (kind, *[_walk(child, leaves) for child in tree])
-    if kind not in torch_pytree.SUPPORTED_NODES:
+        # A list of names makes the key unhashable on purpose, so `_nesting` does not keep this tree.
+        key, children = [dict, tuple(tree) if set(map(type, tree)) <= _NAMES else [*tree]], tree.values()
+    elif kind is tuple or kind is list or _is_named(kind):
+        key, children = [kind], tree
+    elif kind in torch_pytree.SUPPORTED_NODES and kind not in _LEAF_TYPES:
+        children, context = torch_pytree.SUPPORTED_NODES[kind].flatten_fn(tree)
+        key = [kind, context]
+    else:
         leaves.append(tree)
         return 0
-    children, context = torch_pytree.SUPPORTED_NODES[kind].flatten_fn(tree)
-    return (kind, context, *[_walk(child, leaves) for child in children])
+    # Most children are leaves: they avoid a call of a Python function.
+    for child in children:
+        if type(child) in _LEAF_TYPES:
+            leaves.append(child)
+            key.append(0)
+        else:
+            key.append(_walk(child, leaves))
+    return tuple(key)
 
 
 _is_named: Callable[[type], bool] = functools.lru_cache(maxsize=1024)(torch_pytree.is_namedtuple_class)

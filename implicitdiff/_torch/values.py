@@ -20,7 +20,7 @@ def refuse_valueless(name: str, tensors: Sequence[Tensor]) -> None:
 
 def refuse_distributed(name: str, tensors: Sequence[Tensor]) -> None:
     """Raise if a tensor is a DTensor."""
-    if any(is_distributed(_levels.base(t)) for t in tensors):
+    if _has([_levels.base(t) for t in tensors], "torch.distributed.tensor", "DTensor"):
         raise NotImplementedError(f"{name}: {_DISTRIBUTED}")
 
 
@@ -48,14 +48,14 @@ def is_recorded_for_later() -> bool:
 
 def _reason_missing(tensors: Sequence[Tensor]) -> str | None:
     # Only of plain tensors and parameters: a FakeTensor has a message of its own below.
-    if any(t.is_meta and type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
+    if any([t.is_meta and type(t) in (Tensor, torch.nn.Parameter) for t in tensors]):
         return "a tensor on the meta device has no values; move the tensors to a real device, for example by to_empty"
     if is_recorded_for_later():
         return (
             "make_fx and torch.export record operations without values; call the solver outside of the exported "
             "function, or use torch.compile, which runs the solver eagerly"
         )
-    if any(_is_instance(t, "torch._subclasses.fake_tensor", "FakeTensor") for t in tensors):
+    if _has(tensors, "torch._subclasses.fake_tensor", "FakeTensor"):
         return "a FakeTensor has no values; call the solver outside of FakeTensorMode, on real tensors"
     return None
 
@@ -66,22 +66,23 @@ def _reason_unsuitable(tensors: Sequence[Tensor]) -> str | None:
             "torch.jit.trace would record the iterations for this input alone; call the solver outside of the traced "
             "function, or use torch.compile, which runs the solver eagerly"
         )
-    if any(map(is_distributed, tensors)):
+    if _has(tensors, "torch.distributed.tensor", "DTensor"):
         return _DISTRIBUTED
     return None
 
 
 def is_distributed(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor."""
-    return _is_instance(tensor, "torch.distributed.tensor", "DTensor")
+    return _has([tensor], "torch.distributed.tensor", "DTensor")
 
 
 def is_shard(placement: object) -> bool:
     """Return whether a placement of `torch.distributed.tensor` is a ``Shard(dim)``."""
-    return _is_instance(placement, "torch.distributed.tensor", "Shard")
+    return _has([placement], "torch.distributed.tensor", "Shard")
 
 
-def _is_instance(value: object, module: str, name: str) -> bool:
-    # Look in `sys.modules`: if the module is not imported yet, the value is not of its class.
+def _has(values: Sequence[object], module: str, name: str) -> bool:
+    """Return whether one of the values is of a class that the user may not have imported."""
+    # Look in `sys.modules`: if the module is not imported yet, no value is of its class.
     loaded = sys.modules.get(module)
-    return type(value) is not Tensor and loaded is not None and isinstance(value, getattr(loaded, name))
+    return loaded is not None and any([type(v) is not Tensor and isinstance(v, getattr(loaded, name)) for v in values])

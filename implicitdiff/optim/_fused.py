@@ -132,7 +132,7 @@ def locate(
         count: number of the step for every leaf, if a kernel reads it.
     """
     # Under a transform, a mode or a tracer a tensor need not have the memory of its values.
-    if _C.cpu is None or torch.compiler.is_compiling() or _context.depth() or _context.in_dispatch_mode():
+    if _C.cpu is None or torch.compiler.is_compiling() or _context.depth() or _context.dispatch_modes():
         return None
     if is_any_running():
         return None
@@ -156,7 +156,7 @@ def serves(step: Step, name: str, *, insists: bool) -> bool:
     Raises:
         ValueError: if `insists`, and a hyper-parameter is more than one number without derivative.
     """
-    if torch.compiler.is_compiling() or _context.in_dispatch_mode() or not _modes.let_addresses_through():
+    if torch.compiler.is_compiling() or _context.dispatch_modes() or not _modes.let_addresses_through():
         return False
     if learned := [k for k in step.rule.numbers if not is_number(getattr(step.rule, k))]:
         if insists:

@@ -105,7 +105,7 @@ def holds(condition: bool | Tensor) -> bool:
     """True if a condition holds in all entries of all lanes, or if a tracer or meta tensor has no values."""
     if not isinstance(condition, Tensor):
         return bool(condition)
-    if torch.compiler.is_compiling() or _context.in_dispatch_mode() or condition.is_meta:
+    if torch.compiler.is_compiling() or _context.dispatch_modes() or condition.is_meta:
         return True
     return _levels.is_all(condition)
 

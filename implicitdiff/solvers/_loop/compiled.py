@@ -402,7 +402,7 @@ class Compiler:
         operands = self._operands
         if operands.lifted.refusal is not None:
             raise NotRecordableError(operands.lifted.refusal)
-        if _context.in_dispatch_mode() or not _modes.let_addresses_through():
+        if _context.dispatch_modes() or not _modes.let_addresses_through():
             raise NotRecordableError("another mode of torch records or changes operations")
         if not len(x):
             raise NotRecordableError("there is no lane")
@@ -444,7 +444,7 @@ class Compiler:
     def _flat(self) -> Leaves:
         return self._operands.flat()
 
-    @property
+    @cached_property
     def _captured(self) -> Leaves:
         return [t for t, _ in self._operands.lifted.constants]
 
@@ -589,6 +589,7 @@ def unfinished(problem: BatchedProblem, x: Tensor, state: State[Any]) -> Tensor 
 
     A recorded error and an eager one differ by rounding, so twice the target is allowed.
     """
-    size = torch.linalg.vector_norm(problem.residual(problem, x).detach(), dim=-1, dtype=torch.float64)
+    residual = problem.last_residual or problem.residual
+    size = torch.linalg.vector_norm(residual(problem, x).detach(), dim=-1, dtype=torch.float64)
     above = state.converged & ~(size <= 2 * torch.maximum(state.target, state.error))
     return above if any_lane(above) else None

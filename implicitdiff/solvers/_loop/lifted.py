@@ -30,7 +30,7 @@ from implicitdiff._torch.lanes import VmapSize, over_levels
 from implicitdiff._torch.modes import uncached
 from implicitdiff._torch.trees import Leaves, Tree
 from implicitdiff._torch.values import refuse_valueless
-from implicitdiff.solvers._loop.equations import Equation
+from implicitdiff.solvers._loop.equations import Composite, Equation
 from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, Noted, RowFunction, SearchOperands
 
 Search = Callable[[BatchedProblem, Tensor], tuple[Tensor, Any]]
@@ -46,44 +46,74 @@ class LiftedProblem:
     """
 
     _lines: StraightLines | None = None
+    _last: tuple[Tensor, RootAt] | None = None
 
-    def __init__(self, name: str, equation: Equation, params: Tree, args: tuple[Tree, ...]) -> None:
+    def __init__(self, name: str, equation: Equation, params: Tree, args: tuple[Tree, ...], solve: Solve) -> None:
         self.x0, self.structure = pytree.flatten(params)
         check_unknowns(f"{name}: the initial guess", self.x0, self.structure)
         refuse_valueless(name, [*self.x0, *pytree.tensors(args)])
         needs_derivatives = not _context.now().is_silent
 
+        functions, on_trees = dict(equation.functions), equation.on_trees
+
         def dispatch(params: Tree, args: tuple[Tree, ...], name: str | None = None, *more: Tensor) -> Tree:
             if name is not None:
-                return equation.functions[name](params, args, *more)
+                return functions[name](params, args, *more)
             if needs_derivatives:
-                return equation.on_trees(equation.functions, params, args)
-            # Without derivatives the values of the functions show all captured tensors, and the gradient is spared.
-            return [function(params, args) for function in equation.functions.values()]
+                # Without derivatives the values of the functions show all captured tensors, and the gradient is spared.
+                return on_trees(functions, params, args)
+            return [function(params, args) for function in functions.values()]
 
-        self.name, self.equation, self.args = name, equation, args
+        self.name, self.equation, self.args, self.solve, self._functions = name, equation, args, solve, functions
         # The lifted function outlives the call. It must keep neither the graph of the guess, as of a warm start from
         # an earlier solution, nor its memory, which the caller may overwrite.
         guess = self.structure.unflatten([t.detach().clone() for t in self.x0])
         self.lifted = lift(name, dispatch, guess, args)
 
-    def attached(self, x: Leaves, solve: Solve) -> Tree:
-        """Return the solution with its derivatives; `solve` is for their linear systems."""
+    def attached(self, x: Leaves) -> Tree:
+        """Return the solution with its derivatives."""
+        root = self._root(x) if self._last is None else self._last[1]
         # From here on the function is evaluated at the solution; the copy of the guess is free.
-        self.lifted.operands[: len(x)] = x
-        root = RootAt(self.lifted, root_form, solve, x, self.structure, is_lifted_here=False)
+        self.lifted.operands[: len(x)] = root.x
         try:
             return root.attached()
         except FunctionChangedError:
-            return self._root_anew(x, solve).attached()
+            return self._root_anew(x).attached()
 
-    def _root_anew(self, x: Leaves, solve: Solve) -> RootAt:
+    def _root(self, x: Leaves) -> RootAt:
+        return RootAt(self.lifted, root_form, self.solve, x, self.structure, is_lifted_here=False)
+
+    def _last_residual(self, problem: BatchedProblem, x: Tensor) -> Tensor:
+        """Return the residual from the evaluation that confirms the function at the solution; keep its graph."""
+        values: Leaves = []
+        fn = self._functions["fn"]
+
+        def noting(*args: Any) -> Tree:
+            result = fn(*args)
+            values.extend(pytree.tensors(result))
+            return result
+
+        self._functions["fn"] = noting
+        try:
+            root = self._root(problem.inputs.unravel(x)).evaluated()
+        except Exception:  # `attached` says what is wrong
+            return problem.residual(problem, x)
+        finally:
+            self._functions["fn"] = fn
+        self._last = x, root
+        assert root.graph is not None
+        residual = problem.inputs.ravel([t.detach() for t in root.graph.end])
+        # As on rows, a value that is not finite makes the residual nan.
+        is_finite = all([_levels.is_all(torch.isfinite(_levels.base(t).detach())) for t in values])
+        return residual if is_finite else residual * torch.nan
+
+    def _root_anew(self, x: Leaves) -> RootAt:
         equation = self.equation
 
         def residual(params: Tree, *args: Tree) -> Tree:
             return equation.on_trees(equation.functions, params, args)
 
-        return root_at(self.name, residual, root_form, solve, self.structure.unflatten(x), self.args, {})
+        return root_at(self.name, residual, root_form, self.solve, self.structure.unflatten(x), self.args, {})
 
     def search(self, solve: Search) -> tuple[Leaves, Any]:
         """Run a search below all transforms; return the solution and the state with batch layers alone."""
@@ -109,6 +139,7 @@ class LiftedProblem:
         levels: list[Dims] = [tuple(None if d is None else 0 for d in layer.dims) for layer in layers]
         lanes = tuple(layer.size for layer in reversed(layers))
         n = len(self.x0)
+        keeps_graph = self.lifted.refusal is None and self._root(self.x0).keeps_graph
         # A checkpoint counts saved tensors, and would count others in a search that is recorded.
         hooks = _switches.without_saved_tensor_hooks()
         with hooks, _modes.without_own_modes(), uncached(), _switches.nothing_running(), _settings.full_precision():
@@ -118,12 +149,16 @@ class LiftedProblem:
             own_levels = [dims[n:] for dims in levels]
             vmaps = tuple(VmapSize(layer.level, layer.size) for layer in reversed(layers))
             problem = self._with_operands(x, operands[n:], own_levels, vmaps)
+            if keeps_graph and not isinstance(self.equation.on_rows, Composite):
+                problem.last_residual = self._last_residual
             with _decisions.frame():
                 found, state = solve(problem, problem.inputs.ravel(x))
                 leaves, nesting = pytree.flatten(state)
                 # The results are the leader's too, so all processes return the same bits.
                 found, *leaves = _decisions.of_leader([found, *leaves])
             solution = problem.inputs.unravel(found)
+            if self._last is not None and self._last[0] is not found:
+                self._last = None
             state = nesting.unflatten([t.reshape((*lanes, *t.shape[1:])) for t in leaves])
         # The lanes of the outermost vmap lie in front.
         for layer in reversed(layers):

@@ -178,7 +178,7 @@ class SearchOperands(NamedTuple):
     @property
     def is_lane(self) -> list[bool]:
         """For each operand, whether a vmap batches the operand."""
-        return [any(dims[i] is not None for dims in self.dims) for i in range(len(self.theta))]
+        return [any([dims[i] is not None for dims in self.dims]) for i in range(len(self.theta))]
 
     @property
     def shapes_of_lane(self) -> list[tuple[int, ...]]:
@@ -191,11 +191,13 @@ class SearchOperands(NamedTuple):
 
     def _batched_dims(self, i: int) -> int:
         """Return the number of vmaps that batch an operand; their dimensions lie in front."""
-        return sum(dims[i] is not None for dims in self.dims)
+        return sum([dims[i] is not None for dims in self.dims])
 
     @property
     def copied(self) -> int:
         """The number of elements that `flat` adds for operands that some vmaps batch, and not all."""
+        if not self.dims:
+            return 0
         sizes = [math.prod(self.lanes) * math.prod(shape) for shape in self.shapes_of_lane]
         varying = zip(sizes, self.theta, self.is_lane, strict=True)
         return sum(size - t.numel() for size, t, varies in varying if varies)
@@ -232,9 +234,12 @@ class BatchedProblem:
         eps: machine epsilon of the least precise leaf.
         residual: the residual of the equation, ``residual(problem, x)``.
         operands: the operands of the user's functions, below the transforms; None in the caller's frame.
+        last_residual: the same residual where the search ends, from the evaluation that the derivative needs; None if
+            the derivative needs no such evaluation.
     """
 
     operands: SearchOperands | None = None
+    last_residual: Callable[[BatchedProblem, Tensor], Tensor] | None = None
 
     def __init__(
         self,

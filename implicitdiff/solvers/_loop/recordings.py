@@ -12,7 +12,7 @@ import operator
 import threading
 import types
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -115,32 +115,44 @@ def fingerprint(lifted: Lifted) -> Hashable:
         raise NotRecordableError(f"the function {program.unseen}")
     places = {id(t): i for i, (t, _) in enumerate(lifted.constants)}
 
-    def shown(value: Any) -> Hashable:
-        if type(value) is tuple:
-            # An alias may stand for another alias; the last origin of the chain counts.
-            while value in program.aliases:
-                value = program.aliases[value]
-            kind, *place = value
-            if kind != "constant":
-                return (kind, *place)
-            if value[1] not in places:
-                raise NotRecordableError("the function uses a tensor of unknown origin")
-            return ("constant", places[value[1]])
-        if value is OPAQUE:
-            raise NotRecordableError("the function passes an object that cannot be compared to an operation")
-        if type(value) is list:
-            if value[:1] == ["array"]:
-                _refuse_inexact_checksum(value)
-            return ("list", *map(shown, value))
+    def place(origin: Any) -> Hashable:
+        # An alias may stand for another alias; the last origin of the chain counts.
+        while origin in program.aliases:
+            origin = program.aliases[origin]
+        if origin[0] == "constant" and origin[1] not in places:
+            raise NotRecordableError("the function uses a tensor of unknown origin")
+        return ("constant", places[origin[1]]) if origin[0] == "constant" else origin
+
+    def shown(values: Iterable[Any]) -> Hashable:
+        # This loop runs for each operation, so common cases avoid a call of a Python function.
+        found: list[Hashable] = []
+        for value in values:
+            if type(value) is tuple:
+                found.append(value if value[0] == "result" and value not in program.aliases else place(value))
+            elif isinstance(value, (list, dict)):
+                found.append(nested(value))
+            elif value is OPAQUE:
+                raise NotRecordableError("the function passes an object that cannot be compared to an operation")
+            else:
+                is_number = isinstance(value, (int, float, complex, np.generic))
+                found.append((type(value), repr(value)) if is_number else value)
+        return tuple(found)
+
+    def nested(value: Any) -> Hashable:
         if type(value) is dict:
-            return ("dict", *((k, shown(v)) for k, v in value.items()))
-        return _number(value) if isinstance(value, (int, float, complex, np.generic)) else value
+            return "dict", tuple(value), shown(value.values())
+        if value[:1] == ["array"]:
+            _refuse_inexact_checksum(value)
+        return "list", shown(value)
 
     operations = tuple(
-        (_torch_function(function), shown(args), shown(kwargs)) for function, args, kwargs in program.operations
+        [
+            (_torch_function(function), shown(args), nested(kwargs) if kwargs else ())
+            for function, args, kwargs in program.operations
+        ]
     )
-    wrappers = tuple((shown(origin), *dims) for origin, *dims in program.wrappers)
-    return operations, wrappers, tuple(map(shown, program.results)), tuple(program.recorded)
+    wrappers = tuple([(place(origin), *dims) for origin, *dims in program.wrappers])
+    return operations, wrappers, shown(program.results), tuple(program.recorded)
 
 
 def _refuse_inexact_checksum(array: list[Any]) -> None:
@@ -175,23 +187,21 @@ def kind_of(value: Any) -> Hashable:
     if isinstance(value, LinearMethod) and (value.preconditioner is not None or value.init is not None):
         raise NotRecordableError("the linear solver has a preconditioner or an initial guess")
     if isinstance(value, functools.partial):
-        named = tuple((k, kind_of(v)) for k, v in sorted(value.keywords.items()))
-        return kind_of(value.func), tuple(map(kind_of, value.args)), named
+        return kind_of(value.func), tuple(map(kind_of, value.args)), kind_of(dict(sorted(value.keywords.items())))
     if isinstance(value, Tensor):
         return (value.shape, value.dtype)
     if isinstance(value, (list, tuple)):
         return (type(value), *map(kind_of, value))
     if isinstance(value, dict):
-        return (dict, *((k, kind_of(v)) for k, v in value.items()))
+        return (dict, tuple(value), *map(kind_of, value.values()))
     if isinstance(value, types.MethodType):
         return kind_of(value.__func__), kind_of(value.__self__)
     if isinstance(value, (int, float, complex, operator.attrgetter)):
-        return _number(value)
+        return type(value), repr(value)  # 1, 1.0 and True are equal, as are 0.0 and -0.0
     if isinstance(value, types.FunctionType):
         # Of a user's function nothing is known: a new object equals no later key, so the search is recorded again.
-        return (
-            (value, *(kind_of(cell.cell_contents) for cell in value.__closure__ or ())) if _is_ours(value) else object()
-        )
+        cells = value.__closure__ or ()
+        return (value, *map(kind_of, map(_CONTENTS, cells))) if _is_ours(value) else object()
     if isinstance(value, (str, type, torch.dtype, types.BuiltinFunctionType, NoneType)):
         return (type(value), value)
     if _is_ours(type(value)) and hasattr(value, "__dict__"):
@@ -199,14 +209,12 @@ def kind_of(value: Any) -> Hashable:
     raise NotRecordableError(f"an option is a {type(value).__name__}, which may change")
 
 
+_CONTENTS = operator.attrgetter("cell_contents")
+
+
 def _is_ours(function: Any) -> bool:
     """Return whether a function or a class is of this library or of torch."""
     return (function.__module__ or "").partition(".")[0] in (__name__.partition(".")[0], "torch")
-
-
-def _number(value: Any) -> Hashable:
-    """Return a number as a part of a key; 1, 1.0 and True are equal, as are 0.0 and -0.0."""
-    return type(value), repr(value)
 
 
 def kinds(tensors: Sequence[Tensor]) -> Kinds:

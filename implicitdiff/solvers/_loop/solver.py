@@ -358,7 +358,8 @@ class SolverImpl(Remembers):
 
     def _implicit(self, params: Tree, args: tuple[Tree, ...], report: Report) -> tuple[Any, Any]:
         options = self.options
-        lifted = LiftedProblem(self.name, self.equation_of(*self.functions), params, args)
+        solve = options.solve or solve_auto(on_failure=options.on_failure)
+        lifted = LiftedProblem(self.name, self.equation_of(*self.functions), params, args, solve)
 
         def search(problem: BatchedProblem, x: Tensor) -> tuple[Tensor, Any]:
             return self._loop(problem, x, lifted.structure, report)
@@ -366,7 +367,7 @@ class SolverImpl(Remembers):
         x, state = lifted.search(search)
         if _context.now().is_silent:
             return lifted.structure.unflatten(x), state
-        return lifted.attached(x, options.solve or solve_auto(on_failure=options.on_failure)), state
+        return lifted.attached(x), state
 
     def _loop(self, problem: BatchedProblem, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
         lanes, every = problem.inputs.batch, 1 if report.keeps else self.options.check_every
