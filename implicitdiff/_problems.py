@@ -9,20 +9,15 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from implicitdiff._torch.trees import Tree, X
-from implicitdiff.solvers import (
-    AndersonMemory,
-    DoglegMemory,
-    LbfgsMemory,
-    LevenbergMarquardtMemory,
-    Solver,
-    State,
-    anderson,
-    dogleg_root,
-    lbfgs,
-    levenberg_marquardt,
-)
 from implicitdiff.solvers._loop.options import SolverOptions
 from implicitdiff.solvers._loop.report import Callback
+from implicitdiff.solvers._loop.solver import Solver
+from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._steps.dogleg import DoglegMemory
+from implicitdiff.solvers.anderson import AndersonMemory, anderson
+from implicitdiff.solvers.dogleg_root import dogleg_root
+from implicitdiff.solvers.lbfgs import LbfgsMemory, lbfgs
+from implicitdiff.solvers.levenberg_marquardt import LevenbergMarquardtMemory, levenberg_marquardt
 
 
 class RunOptions(TypedDict, total=False):
