@@ -46,8 +46,7 @@ from implicitdiff.solvers._loop.replayed import (
     of_running_lanes,
     record_replay,
 )
-from implicitdiff.solvers._loop.state import State
-from implicitdiff.solvers._loop.termination import Verdict
+from implicitdiff.solvers._loop.state import State, Verdict
 
 MadeT = TypeVar("MadeT")
 

@@ -13,9 +13,8 @@ from typing_extensions import NamedTuple
 from implicitdiff.solvers._loop.compiled import CompiledLoop, Compiler, SearchParts, unfinished
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane
 from implicitdiff.solvers._loop.replayed import GraphedLoop, of_running_lanes
-from implicitdiff.solvers._loop.state import State
+from implicitdiff.solvers._loop.state import PATIENCE, State, Verdict
 from implicitdiff.solvers._loop.status import Status
-from implicitdiff.solvers._loop.termination import PATIENCE, Verdict
 
 
 class Frame(NamedTuple):

@@ -43,9 +43,9 @@ from implicitdiff.solvers._loop.options import Options, check_count, options_of
 from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, select, select_tree
 from implicitdiff.solvers._loop.report import Callback, Report
 from implicitdiff.solvers._loop.row_search import Frame, RowSearch, until_stopped
-from implicitdiff.solvers._loop.state import MemoryT, State
+from implicitdiff.solvers._loop.state import MemoryT, State, Verdict
 from implicitdiff.solvers._loop.status import Status, report_failures
-from implicitdiff.solvers._loop.termination import Termination, Verdict
+from implicitdiff.solvers._loop.termination import Termination
 
 X_contra = TypeVar("X_contra", bound=Any, contravariant=True, default=Any)
 

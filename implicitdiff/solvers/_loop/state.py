@@ -17,6 +17,9 @@ from implicitdiff.solvers._loop.status import Status
 
 MemoryT = TypeVar("MemoryT", default=Any)
 
+PATIENCE = 4
+"""Number of iterations without a smaller error before the first measurement of the rounding floor."""
+
 
 class ObjectiveMemory(Protocol):
     """The fields of a minimiser's memory that a line search reads.
@@ -144,6 +147,26 @@ class State(NamedTuple, Generic[MemoryT]):
     def converged(self) -> Tensor:
         """True where ``status`` is ``CONVERGED``, a boolean tensor."""
         return self.status == Status.CONVERGED
+
+
+class Verdict(NamedTuple):
+    """Lane by lane, the measurements at the last decision to continue a search beyond its target.
+
+    Attributes:
+        error: the error at that time; infinite before the first decision, 0 in lanes whose target is final.
+        ratio: ``|F(x)| / |J x|`` at that time; 0 before the first decision.
+        length: ``|x|`` at that time.
+    """
+
+    error: Tensor
+    ratio: Tensor
+    length: Tensor
+
+    @classmethod
+    def initial(cls, state: State[MemoryT]) -> Verdict:
+        """Return the verdict before the first decision."""
+        zeros = torch.zeros_like(state.error)
+        return cls(error=torch.full_like(zeros, torch.inf), ratio=zeros, length=zeros)
 
 
 def _summary(statuses: list[int], iterations: list[int], errors: list[float]) -> str:

@@ -25,11 +25,9 @@ from implicitdiff.solvers._loop.measures import change_with_x, precision, roundi
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select_tree
-from implicitdiff.solvers._loop.state import MemoryT, Progress, State
+from implicitdiff.solvers._loop.state import PATIENCE, MemoryT, Progress, State, Verdict
 from implicitdiff.solvers._loop.status import Status, is_any_of
 
-PATIENCE = 4
-"""Number of iterations without a smaller error before the first measurement of the rounding floor."""
 _DECREASE = 0.9
 """Factor by which an error must decrease to count as smaller."""
 _MAX_ZERO_STEPS = 16
@@ -59,26 +57,6 @@ _OWN_STEP_POWERS = _Powers(near=1 / 3, failed=1 / 6, sure=1 / 2)
 """For methods with steps of their own: the step is already made, and the remaining error is about its square."""
 _TRIAL_STEP_POWERS = _Powers(near=2 / 5, failed=2 / 5, sure=1 / 2)
 """For methods without: the step is not made, so the step itself is the error."""
-
-
-class Verdict(NamedTuple):
-    """Lane by lane, the measurements at the last decision to continue a search beyond its target.
-
-    Attributes:
-        error: the error at that time; infinite before the first decision, 0 in lanes whose target is final.
-        ratio: ``|F(x)| / |J x|`` at that time; 0 before the first decision.
-        length: ``|x|`` at that time.
-    """
-
-    error: Tensor
-    ratio: Tensor
-    length: Tensor
-
-    @classmethod
-    def initial(cls, state: State[MemoryT]) -> Verdict:
-        """Return the verdict before the first decision."""
-        zeros = torch.zeros_like(state.error)
-        return cls(error=torch.full_like(zeros, torch.inf), ratio=zeros, length=zeros)
 
 
 @dataclass(frozen=True)
