@@ -18,7 +18,7 @@ from implicitdiff import solvers
 from implicitdiff._recorded.straight import StraightLine, StraightLines, straight_line
 from implicitdiff._recorded.tape import NotRecordableError
 from implicitdiff._torch.dispatch import outside_dispatch
-from implicitdiff._torch.switches import no_modes
+from implicitdiff._torch.modes import no_modes
 from implicitdiff.solvers._loop.recordings import kept
 
 F64 = torch.float64

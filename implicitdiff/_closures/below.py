@@ -15,7 +15,7 @@ import implicitdiff._torch.functions as _functions
 import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.switches as _switches
 from implicitdiff._closures.modes import Rewriting, is_traced, substitutes
-from implicitdiff._torch.modes import uncached
+from implicitdiff._torch.modes import no_modes, uncached
 
 Derived = dict[int, "weakref.ref[torch.Tensor]"]
 """Weak references to tensors, by id."""
@@ -39,7 +39,7 @@ def below_autodiff(outside: bool = False) -> Iterator[Derived]:
             transform, which cannot always be distinguished from a wrapper of the body's own transforms.
     """
     depth = _context.depth()
-    levels = _switches.no_transforms() if outside else _switches.inert_gradient_levels()
+    levels = _switches.no_transforms() if outside else _levels.inert_gradient_levels()
     # Entered first, `KeepGradients` is the outer mode: operations arrive with the layers dropped already.
     with KeepGradients() as gradients, uncached(), levels, torch.no_grad():
         try:
@@ -108,7 +108,7 @@ class KeepGradients(TorchFunctionMode):
     def restore(self) -> None:
         """Restore the saved gradients."""
         # `backward` accumulates in place, so the current `grad` is the caller's own tensor: copy into this tensor.
-        with _switches.no_modes():
+        with no_modes():
             # A mode would rewrite or record these writes.
             for leaf, grad in self.before.items():
                 if grad is None or leaf.grad is None:

@@ -151,7 +151,7 @@ class Lifted:
         # If the operands are the captured tensors themselves, the function runs as it is, without a substitution.
         is_direct = not self.captured or self._are_captured(operands[self.given :])
         levels = 0 if is_direct else self.levels
-        with _switches.levels_up_to(levels) as inert, with_replacements(*self.exchanges), autocast(self.settings[0]):
+        with _levels.levels_up_to(levels) as inert, with_replacements(*self.exchanges), autocast(self.settings[0]):
             if self.refusal:
                 return self._run_by_autograd(operands, *more)
             with named_in_errors(self.name):
@@ -181,7 +181,7 @@ class Lifted:
 
     def _run_again_watched(self, operands: Sequence[torch.Tensor]) -> tuple[Tree, Watch]:
         """Return the result with these operands, and the mode that recorded the evaluation."""
-        with _switches.levels_up_to(self.levels) as inert, isolated_from_caller(), with_replacements(*self.exchanges):
+        with _levels.levels_up_to(self.levels) as inert, isolated_from_caller(), with_replacements(*self.exchanges):
             watch = Watch([*operands], inert)
             with watch, named_in_errors(self.name):
                 result = self._run_by_autograd(operands) if self.refusal else self._run(-1, operands)
@@ -345,7 +345,7 @@ def _run_watched(
 ) -> tuple[Tree, Watch]:
     """Return the detached result of one evaluation, and the mode that recorded the evaluation."""
     random_state = _switches.random_state()
-    with _switches.levels_up_to(0 if refusal else 1) as inert, isolated_from_caller(), torch.enable_grad():
+    with _levels.levels_up_to(0 if refusal else 1) as inert, isolated_from_caller(), torch.enable_grad():
         aliases = [t.detach() for t in given]
         if refusal:
             # The function may call `torch.autograd.grad` with respect to its arguments.

@@ -16,12 +16,11 @@ from torch.overrides import TorchFunctionMode
 import implicitdiff._torch.context as _context
 import implicitdiff._torch.functions as _functions
 import implicitdiff._torch.levels as _levels
-import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.program import Program
 from implicitdiff._closures.program import version as version
 from implicitdiff._torch.compile import Fn
-from implicitdiff._torch.modes import DeviceContext, in_place_of, is_any_running, running
+from implicitdiff._torch.modes import DeviceContext, in_place_of, is_any_running, no_modes, running
 from implicitdiff._torch.replacements import EXCHANGED, Exchange, exchanged
 from implicitdiff._torch.sparse import call as sparse_call
 from implicitdiff._torch.sparse import have_sparse
@@ -98,7 +97,7 @@ class Watch(OwnMode):
     ) -> object:
         program, kwargs = self.program, kwargs or {}
         # The queries that the recording itself makes are not operations of the function.
-        with _switches.no_modes():
+        with no_modes():
             shown = program.as_compared(args), program.named_as_compared(kwargs) if kwargs else {}
             is_sparse = program.has_sparse and have_sparse(args, kwargs)
             program.has_dispatch_mode = program.has_dispatch_mode or _context.dispatch_modes() > 0
@@ -106,7 +105,7 @@ class Watch(OwnMode):
         # no part of a replacement.
         is_special = is_sparse or func in EXCHANGED or func is _functions.function_call
         result = self._specially(func, args, kwargs, is_sparse) if is_special else func(*args, **kwargs)
-        with _switches.no_modes():
+        with no_modes():
             program.add(func, *shown, result)
         return result
 

@@ -25,6 +25,7 @@ import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.messages as _messages
 import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.modes import no_modes
 from implicitdiff._torch.trees import Leaves
 
 Origin = tuple[str | int, ...]
@@ -207,7 +208,7 @@ class Program:
             # NumPy counts no versions, so a checksum stands for the numbers of an array.
             return ["array", value.shape.__repr__(), str(value.dtype), self._borrow(value), value.nbytes]
         if isinstance(value, torch.Generator):
-            with _switches.no_levels(), _switches.no_modes():
+            with _switches.no_levels(), no_modes():
                 return ["generator", value.get_state().numpy().tobytes()]
         return value if isinstance(value, (int, float, complex, str, np.generic)) else OPAQUE
 
@@ -220,7 +221,7 @@ class Program:
 
     def _note_borrowed(self, tensor: torch.Tensor) -> None:
         if tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.numel() and is_borrowed(tensor):
-            with _switches.no_levels(), _switches.no_modes():
+            with _switches.no_levels(), no_modes():
                 self._borrow(_as_numpy(tensor))
 
     def _borrow(self, array: npt.NDArray[Any] | None) -> list[object] | None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import implicitdiff._torch.dispatch as _dispatch
-import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
 from implicitdiff._recorded.record import FACTORIES, BranchT
 from implicitdiff._recorded.replay import Block, Branch, ListedCall, ListItem, Loop, Replay, Slot
@@ -20,6 +19,7 @@ from implicitdiff._recorded.tape import NotRecordableError
 from implicitdiff._torch.bindings import binding_of
 from implicitdiff._torch.dispatch import AtenOperation, aten
 from implicitdiff._torch.messages import line_of_user
+from implicitdiff._torch.modes import no_modes
 from implicitdiff._torch.trees import Leaves
 
 _UNTAGGED = (aten._pack_padded_sequence.default,)
@@ -224,7 +224,7 @@ class Lister(_dispatch.TorchDispatchMode):
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        with _dispatch.outside_dispatch(), _switches.no_modes(), torch.no_grad():
+        with _dispatch.outside_dispatch(), no_modes(), torch.no_grad():
             yield
 
     # --- branches and loops -------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import implicitdiff._torch.dispatch as _dispatch
-import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
 from implicitdiff._recorded.tape import (
     Buffer,
@@ -24,6 +23,7 @@ from implicitdiff._recorded.tape import (
 )
 from implicitdiff._torch.dispatch import AtenOperation, aten
 from implicitdiff._torch.messages import line_of_user
+from implicitdiff._torch.modes import no_modes
 
 BranchT = TypeVar("BranchT")
 Emitter = Callable[..., None]
@@ -209,7 +209,7 @@ class Recorder(_dispatch.TorchDispatchMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run the body without recording its operations."""
-        with _dispatch.outside_dispatch(), _switches.no_modes(), torch.no_grad():
+        with _dispatch.outside_dispatch(), no_modes(), torch.no_grad():
             yield
 
     def _keep(self, tensor: Tensor, buffer: Buffer) -> Buffer:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import implicitdiff._torch.switches as _switches
 from implicitdiff._recorded.tape import NotRecordableError
+from implicitdiff._torch.modes import no_modes
 from implicitdiff._torch.trees import Leaves
 
 
@@ -294,12 +294,12 @@ class Replay:
 
     def prepared(self, operands: Leaves) -> Leaves:
         """Return the operands, and the values that depend on operands alone."""
-        with _switches.no_modes():
+        with no_modes():
             return [*operands, *self._first(*operands)]
 
     def __call__(self, carried: Leaves, prepared: Leaves) -> Leaves:
         """Return the new carried tensors. No argument is changed."""
-        with _switches.no_modes():
+        with no_modes():
             return self._step(*self.restrided(carried), *prepared)
 
     def restrided(self, carried: Leaves) -> Leaves:

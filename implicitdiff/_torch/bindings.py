@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from implicitdiff._torch.dispatch import AtenOperation, TorchDispatchMode
-from implicitdiff._torch.switches import no_modes
+from implicitdiff._torch.modes import no_modes
 
 # The order is the order of preference: a method of `Tensor` serves only without a function of `torch`.
 _HOMES: tuple[Any, ...] = (torch, torch.Tensor, torch.nn.functional)

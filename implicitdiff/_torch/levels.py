@@ -7,18 +7,22 @@ grad, vjp and jvp. Wrappers nest. One layer of a tensor is one wrapper.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch._C import _functorch as functorch
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.pyfunctorch import (
     VmapInterpreter,
     retrieve_all_functorch_interpreters,
+    temporarily_clear_interpreter_stack,
 )
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff._torch.switches import inert_gradient_levels, no_modes
+from implicitdiff._torch.context import depth
+from implicitdiff._torch.modes import no_modes
 
 # `maybe_get_level` returns -1 for a plain tensor, and -2 for a dead wrapper.
 PLAIN = -1
@@ -94,6 +98,60 @@ def is_vmap(level: int) -> bool:
     running = retrieve_all_functorch_interpreters()
     # Levels count from 1, and the stack begins with the outermost.
     return level <= len(running) and isinstance(running[level - 1], VmapInterpreter)
+
+
+@contextmanager
+def inert_gradient_levels() -> Iterator[int]:
+    """Run the body with every vmap kept, and every level of grad, vjp and jvp inert. Yield the number of levels.
+
+    An inert level is a vmap that batches nothing. So levels keep their numbers: batched tensors in a closure stay
+    valid, and a transform that starts in the body has a number of its own.
+    """
+    outer = retrieve_all_functorch_interpreters()
+    if not outer:
+        yield 0
+        return
+    # The kind of a running level cannot change, so the stack is built again from the outermost level inwards.
+    with temporarily_clear_interpreter_stack():
+        opened = 0
+        try:
+            for interpreter in outer:
+                if isinstance(interpreter, VmapInterpreter):
+                    functorch._vmap_increment_nesting(interpreter.batch_size(), interpreter.randomness())
+                else:
+                    # With "same", random numbers are drawn once and carry no batch dimension; "error" would refuse
+                    # random numbers.
+                    functorch._vmap_increment_nesting(1, "same")
+                opened += 1
+            # As in `switches.requires_grad_allowed`.
+            with enable_inplace_requires_grad(True):
+                yield len(outer)
+        finally:
+            for _ in range(opened):
+                functorch._vmap_decrement_nesting()
+
+
+class levels_up_to:
+    """Run the body with at least `count` levels; missing levels are added, inert. Yield the number of levels if all are
+    inert, else -1.
+
+    torch.func refuses to wrap a tensor of a level that does not run.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __enter__(self) -> int:
+        running = depth()
+        self.missing = max(0, self.count - running)
+        for _ in range(self.missing):
+            functorch._vmap_increment_nesting(1, "same")
+        # With a level of the caller running, the rules of an autograd.Function must apply, see `call_inert`.
+        return -1 if running else self.missing
+
+    def __exit__(self, *error: object) -> None:
+        for _ in range(self.missing):
+            functorch._vmap_decrement_nesting()
 
 
 class Layer(NamedTuple):

@@ -10,6 +10,10 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext as DeviceContext
 
+# Not `DisableTorchFunctionSubclass`, under which function modes still run.
+no_modes: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
+"""Run the body outside of every TorchFunctionMode."""
+
 running: Callable[[], list[TorchFunctionMode]] = torch.overrides._get_current_function_mode_stack
 """Return the running modes, the outermost first."""
 

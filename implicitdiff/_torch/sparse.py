@@ -20,6 +20,7 @@ import implicitdiff._torch.context as _context
 import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.tracking as _tracking
 import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.modes import no_modes
 
 # A mode receives each spelling of the product as another function; the operator ``@`` arrives as `matmul`.
 _PRODUCTS = {torch.matmul, torch.mm, torch.mv, torch.sparse.mm}
@@ -38,7 +39,7 @@ class SparseProducts(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        with _switches.no_modes():
+        with no_modes():
             is_sparse = have_sparse(args, kwargs)
         return call(func, args, kwargs) if is_sparse else func(*args, **kwargs)
 
@@ -83,12 +84,12 @@ def _tensors_among(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tens
 
 
 def _layout(tensor: Tensor) -> str:
-    with _switches.no_modes():
+    with no_modes():
         return str(tensor.layout).removeprefix("torch.")
 
 
 def _is_sparse(tensor: Tensor) -> bool:
-    with _switches.no_modes():
+    with no_modes():
         return tensor.layout is not torch.strided
 
 
@@ -102,7 +103,7 @@ def _runs_natively(tensors: Sequence[Tensor]) -> bool:
 
 def _have_blocks(tensors: Sequence[Tensor]) -> bool:
     """True if a tensor has a blocked layout, for which torch lacks some products."""
-    with _switches.no_modes():
+    with no_modes():
         return any(t.layout in (torch.sparse_bsr, torch.sparse_bsc) for t in tensors)
 
 

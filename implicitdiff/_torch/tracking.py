@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from implicitdiff._torch.context import now
 from implicitdiff._torch.levels import PLAIN, are_plain, base, is_plain, level, unwrap, without_gradient_layers
-from implicitdiff._torch.switches import no_modes
+from implicitdiff._torch.modes import no_modes
 
 
 def may_be_differentiated(tensor: torch.Tensor) -> bool:

@@ -27,10 +27,10 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.compile as _compile
 import implicitdiff._torch.functions as _functions
-import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.tracking as _tracking
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.decisions import add_leader
+from implicitdiff._torch.modes import no_modes
 from implicitdiff._torch.trees import Leaves, Tree
 from implicitdiff._torch.values import is_recorded_for_later
 from implicitdiff.distributed._agreement import agree, broken_by, rounds_differently
@@ -148,7 +148,7 @@ class _LinearMap(torch.autograd.Function):
     @_compile.outside_compile
     def forward(collective: Collective, x: Tensor) -> tuple[Tensor]:
         # The operations of a backend are no operations of the user's function.
-        with _switches.no_modes():
+        with no_modes():
             return (collective.on_plain(x),)
 
     @staticmethod

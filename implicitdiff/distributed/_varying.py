@@ -18,7 +18,7 @@ from implicitdiff._closures.lift import lift
 from implicitdiff._closures.modes import Substitute, substitutes
 from implicitdiff._closures.walk import tensors_within
 from implicitdiff._torch.decisions import each_alone
-from implicitdiff._torch.modes import is_any_running
+from implicitdiff._torch.modes import is_any_running, no_modes
 from implicitdiff._torch.trees import Leaves, Tree, UserFunction
 from implicitdiff.distributed._agreement import exchange, rounds_differently
 from implicitdiff.distributed._collectives import varied
@@ -86,7 +86,7 @@ class LocalCall(NamedTuple):
         named |= {f"captured tensor {i}": t for i, t in enumerate(self.captured)}
         running = substitutes()
         # A mode would record the questions as operations of the function.
-        with _switches.no_modes():
+        with no_modes():
             return {name: t for name, t in named.items() if _tracking.is_in_graph(_resolved(t, running))}
 
 

@@ -20,7 +20,7 @@ import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.tracking as _tracking
 import implicitdiff.optim._donation as _donation
-from implicitdiff._torch.modes import is_any_running
+from implicitdiff._torch.modes import is_any_running, no_modes
 from implicitdiff._torch.trees import Leaves
 from implicitdiff.optim._rule import UpdateRule
 from implicitdiff.optim._step import Buffers, Operands, Step, flat, split
@@ -375,7 +375,7 @@ def _nothing_else() -> AbstractContextManager[object]:
     if _context.depth() == 0 and not is_any_running():
         return nullcontext()
     stack = ExitStack()
-    stack.enter_context(_switches.no_modes())
+    stack.enter_context(no_modes())
     stack.enter_context(_switches.nothing_running())
     return stack
 

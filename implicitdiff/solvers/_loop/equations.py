@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.evaluation import gradient, pullback
 from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.checks import check_leaves, check_like
+from implicitdiff._torch.modes import no_modes
 from implicitdiff._torch.trees import Tree
 from implicitdiff.projections._boxes import box
 from implicitdiff.solvers._loop.bounds import Bound
@@ -223,12 +223,12 @@ def returning_like_x(fn: Callable[..., Tree]) -> Callable[..., Tree]:
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:
     # Outside of modes, since the handler of a mode takes longer than the question.
-    with _switches.no_modes():
+    with no_modes():
         return a.shape == b.shape and a.dtype == b.dtype
 
 
 def _is_real_number(value: Tensor) -> bool:
-    with _switches.no_modes():
+    with no_modes():
         return value.shape == () and value.is_floating_point()
 
 
