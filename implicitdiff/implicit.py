@@ -12,7 +12,7 @@ import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.compile as _compile
 import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.trees as pytree
-from implicitdiff._closures.lift import one_derivative
+from implicitdiff._closures.evaluation import one_derivative
 from implicitdiff._closures.signature import Matcher, name_of
 from implicitdiff._implicit.checks import check_like
 from implicitdiff._implicit.linear_problem import Solve

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -68,6 +69,31 @@ def is_by_autograd_alone() -> bool:
     """True if autograd alone differentiates the running function."""
     # A transform that the function starts itself differentiates as usual.
     return getattr(_evaluation, "is_alone", False) and _context.depth() == 0
+
+
+COMPARISONS = 2
+"""The number of evaluations of a function that are compared with the call, in one derivative. A function that changes
+from one evaluation to the next differs at the second."""
+
+
+class one_derivative:
+    """Context of one derivative: compare each function with its call only in its first `COMPARISONS` evaluations.
+
+    An iterative linear solver evaluates a function once for each product.
+    """
+
+    def __enter__(self) -> None:
+        self.before = compared_evaluations()
+        if self.before is None:
+            _evaluation.compared = Counter()
+
+    def __exit__(self, *error: object) -> None:
+        _evaluation.compared = self.before
+
+
+def compared_evaluations() -> Counter[int] | None:
+    """Return the number of compared evaluations of each function, by id, in the running derivative; None outside."""
+    return getattr(_evaluation, "compared", None)
 
 
 def gradient(fn: Callable[..., torch.Tensor], x: Tree, *args: Any) -> Tree:

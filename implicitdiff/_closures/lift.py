@@ -16,9 +16,7 @@ autograd alone.
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +32,9 @@ import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.tracking as _tracking
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.evaluation import (
+    COMPARISONS,
     by_autograd_alone,
+    compared_evaluations,
     isolated_from_caller,
     named_in_errors,
     with_replacements,
@@ -108,8 +108,8 @@ class Lifted:
         if self._is_within_call:
             return self.within_call(operands, *more)
         # Within one derivative, compare only the first evaluations; see `one_derivative`.
-        compared: Counter[int] | None = getattr(_comparing, "compared", None)
-        if compared is not None and compared[id(self)] == _COMPARISONS:
+        compared = compared_evaluations()
+        if compared is not None and compared[id(self)] == COMPARISONS:
             with with_settings(self.settings), self.snapshot.put_back(), isolated_from_caller():
                 return self.within_call(operands, *more)
         # Programs hold no values of tensors, so a constant that was written to would pass the comparison.
@@ -228,27 +228,6 @@ class Lifted:
 def _detached_if_tracked(tensor: torch.Tensor) -> torch.Tensor:
     """Detach a result that is a captured tensor itself: no derivative is recorded here."""
     return tensor.detach() if tensor.requires_grad else tensor
-
-
-_comparing = threading.local()
-# The number of evaluations of a function that are compared with the call, in one derivative. A function that changes
-# from one evaluation to the next differs at the second.
-_COMPARISONS = 2
-
-
-class one_derivative:
-    """Context of one derivative: compare each function with its call only in its first `_COMPARISONS` evaluations.
-
-    An iterative linear solver evaluates a function once for each product.
-    """
-
-    def __enter__(self) -> None:
-        self.before = getattr(_comparing, "compared", None)
-        if self.before is None:
-            _comparing.compared = Counter()
-
-    def __exit__(self, *error: object) -> None:
-        _comparing.compared = self.before
 
 
 def lift(name: str, fn: UserFunction, *args: Any, differentiated: Sequence[bool] = ()) -> Lifted:

@@ -29,7 +29,7 @@ import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.settings as _settings
 import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.tracking as _tracking
-from implicitdiff._closures.lift import one_derivative
+from implicitdiff._closures.evaluation import one_derivative
 from implicitdiff._implicit.linearisation import ByFunctorch, Linearisation, OfOperands, Residual
 from implicitdiff._implicit.operators import Dims
 from implicitdiff._torch.trees import Leaves
