@@ -199,7 +199,11 @@ SCALARS = Problem(
 LOGISTIC = Problem(partial(logistic, 1e-3), logistic_loss, logistic_slope, slope=logistic_slope)
 STRONGER = LOGISTIC._replace(make=partial(logistic, 1e-2), target=1e-6)
 EXPONENTIALS = Problem(
-    exponentials, lambda x, a, y: library(x).exp(0.3 * (a @ x)) - y, exponentials_slope, unknowns=400
+    exponentials,
+    lambda x, a, y: library(x).exp(0.3 * (a @ x)) - y,
+    exponentials_slope,
+    slope=lambda x, a, y: 0.3 * np.exp(0.3 * (a @ x))[:, None] * a,
+    unknowns=400,
 )
 BOX = Problem(
     partial(quadratic, 1.0),
@@ -235,17 +239,19 @@ def from_jaxopt(name: str, hyper: Any = (), maxiter: int = 2000, **options: Any)
     return f"jaxopt.{name}", solve
 
 
-def from_optimistix(entry: str, name: str, **options: Any) -> tuple[str, Solve]:
+def from_optimistix(entry: str, name: str, max_steps: int = 1000, **options: Any) -> tuple[str, Solve]:
     def solve(problem: Problem, tol: Any, x0: Any, *data: Any) -> tuple[Any, Any]:
-        norm = {} if options else {"norm": optimistix.two_norm}
-        return optimistic(entry, getattr(optimistix, name)(tol, tol, **norm), problem.fn, x0, data, options=options)
+        solver = getattr(optimistix, name)(tol, tol, **({} if options else {"norm": optimistix.two_norm}))
+        return optimistic(entry, solver, problem.fn, x0, data, max_steps, options=options)
 
     return f"optimistix.{name}", solve
 
 
-def optimistic(entry: str, solver: Any, fn: Callable[..., Any], x0: Any, data: Any, **options: Any) -> tuple[Any, Any]:
+def optimistic(
+    entry: str, solver: Any, fn: Callable[..., Any], x0: Any, data: Any, max_steps: int = 1000, **options: Any
+) -> tuple[Any, Any]:
     run = getattr(optimistix, entry)
-    found = run(lambda y, data: fn(y, *data), solver, x0, data, max_steps=1000, throw=False, **options)
+    found = run(lambda y, data: fn(y, *data), solver, x0, data, max_steps=max_steps, throw=False, **options)
     return found.value, found.stats["num_steps"]
 
 
@@ -303,6 +309,15 @@ def hybrid(problem: Problem, tol: float, x0: Array, *data: Array) -> tuple[Array
     return found.x, found.nfev
 
 
+def squared(method: str) -> tuple[str, Solve]:
+    def solve(problem: Problem, tol: float, x0: Array, *data: Array) -> tuple[Array, int]:
+        how = {"ftol": None, "xtol": np.finfo(float).eps, "gtol": tol}
+        found = so.least_squares(problem.fn, x0, problem.slope, method=method, args=data, **how)
+        return found.x, found.nfev
+
+    return "SciPy", solve
+
+
 def osqp_itself(
     problem: Problem, tol: float, x0: Array, q: Array, c: Array, a: Array, b: Array, g: Array, h: Array
 ) -> tuple[Data, int]:
@@ -340,6 +355,8 @@ ROWS = [
     Row("newton", EQUATIONS, solvers.newton, [from_optimistix("root_find", "Newton")], ("SciPy", hybrid)),
     Row("chord", MILDER, solvers.chord, [from_optimistix("root_find", "Chord")]),
     Row("broyden_root", EQUATIONS, solvers.broyden_root, [from_jaxopt("Broyden", maxiter=200)], rooted(so.broyden1)),
+    Row("dogleg_root", EQUATIONS, solvers.dogleg_root, [from_optimistix("root_find", "Dogleg")], ("SciPy", hybrid)),
+    Row("scipy_root", EQUATIONS, solvers.scipy_root, [], ("SciPy", hybrid), batched=False),
     Row("bisection", SCALARS, partial(solvers.bisection, **BRACKET),
         [from_jaxopt("Bisection", check_bracket=False, **BRACKET),
          from_optimistix("root_find", "Bisection", **BRACKET)]),
@@ -356,6 +373,10 @@ ROWS = [
     Row("levenberg_marquardt", EXPONENTIALS, solvers.levenberg_marquardt,
         [from_jaxopt("LevenbergMarquardt", maxiter=50, solver="cholesky", materialize_jac=True),
          from_optimistix("least_squares", "LevenbergMarquardt")]),
+    # In a few lanes Optimistix refuses every step from the solution, up to its limit.
+    Row("dogleg", EXPONENTIALS, solvers.dogleg, [from_optimistix("least_squares", "Dogleg", max_steps=20)],
+        squared("dogbox")),
+    Row("scipy_least_squares", EXPONENTIALS, solvers.scipy_least_squares, [], squared("trf"), batched=False),
     Row("projected_gradient", BOX, partial(solvers.projected_gradient, projection=lambda v: v.clamp(0.0, 1.0)),
         [from_jaxopt("ProjectedGradient", (None,), projection=lambda v, _: jax.numpy.clip(v, 0.0, 1.0))],
         minimised("L-BFGS-B", so.Bounds(0.0, 1.0), **NO_FTOL)),

@@ -142,11 +142,7 @@ SOLVER = List(
     table="tests/tables/solvers.py",
     benchmark="benchmarks/solvers.py",
     battery=under("solvers.dummy_search"),
-    exempt={
-        "tests/tables/solvers.py": ("qp",),
-        # Not measured so far.
-        "benchmarks/solvers.py": ("dogleg", "dogleg_root", "qp", "scipy_least_squares", "scipy_root"),
-    },
+    exempt={"tests/tables/solvers.py": ("qp",), "benchmarks/solvers.py": ("qp",)},
 )
 OBJECTS = {
     "implicitdiff/objects/optimizers.py": ("Dummy", "_NamedOptimizer", "class Adam(", ", names=_ADAM"),
