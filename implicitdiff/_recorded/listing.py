@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import implicitdiff._torch.dispatch as _dispatch
 import implicitdiff._torch.trees as pytree
-from implicitdiff._recorded.record import FACTORIES, BranchT
+from implicitdiff._recorded.record import FACTORIES, BranchT, asks_for_values
 from implicitdiff._recorded.replay import Block, Branch, ListedCall, ListItem, Loop, Replay, Slot
 from implicitdiff._recorded.tape import NotRecordableError
 from implicitdiff._torch.bindings import binding_of
@@ -201,16 +201,10 @@ class Lister(_dispatch.TorchDispatchMode):
             raise self._refusal(func, "is no operation of torch")
         if _dispatch.is_random(func):
             raise self._refusal(func, "draws random numbers")
-        # Indices that are no masks have results of a known shape.
-        reads = _dispatch.reads_values(func) or func in _UNTAGGED
-        if reads and not (func is aten.index.Tensor and self._are_places(args[1])):
+        if asks_for_values(func, args, self._is_known) or func in _UNTAGGED:
             raise self._refusal(func, "reads the value of a tensor")
         if func is aten.as_strided.default and not self._memory(args[0]).is_own:
             raise self._refusal(func, "reads the memory of an operand, whose offset may be another in a later call")
-
-    def _are_places(self, indices: Sequence[Tensor | None]) -> bool:
-        """Return whether no index is a mask that is computed."""
-        return self._is_known([i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)])
 
     def _refuse_write(self, func: AtenOperation, tensor: Tensor) -> None:
         memory = self._memory(tensor)

@@ -244,7 +244,7 @@ class Recorder(_dispatch.TorchDispatchMode):
             # The argument is a tensor that `torch.tensor` has just made of numbers.
             self.known(args[0])
         tensors = pytree.tensors((args, kwargs))
-        if func in FACTORIES or not any([self.view(t).buffer.kind is not Kind.CONSTANT for t in tensors]):
+        if func in FACTORIES or self._are_constant(tensors):
             return self._folded(func, args, kwargs)
         self._refuse_unsafe(func, args)
         if func in self.emitters or _dispatch.returns_views(func):
@@ -252,8 +252,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         return self._decomposed(func, args, kwargs)
 
     def _refuse_unsafe(self, func: AtenOperation, args: tuple[Any, ...]) -> None:
-        # Indices that are no masks have results of a known shape.
-        if _dispatch.reads_values(func) and not (func is aten.index.Tensor and self._are_places(args[1])):
+        if asks_for_values(func, args, self._are_constant):
             raise self._refusal(func, "reads the value of a tensor")
         if func is aten.as_strided.default and self.view(args[0]).buffer.kind in (Kind.LANE, Kind.SHARED):
             raise self._refusal(func, "reads the memory of an operand, whose strides may be others in a later call")
@@ -278,10 +277,8 @@ class Recorder(_dispatch.TorchDispatchMode):
             raise self._refusal(func, f"has unusual arguments ({error})") from error
         return result
 
-    def _are_places(self, indices: Sequence[Tensor | None]) -> bool:
-        """Return whether no index is a mask that is computed."""
-        masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
-        return all([self.view(i).buffer.kind is Kind.CONSTANT for i in masks])
+    def _are_constant(self, tensors: Sequence[Tensor]) -> bool:
+        return all([self.view(t).buffer.kind is Kind.CONSTANT for t in tensors])
 
     def _folded(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation whose results are constants."""
@@ -428,6 +425,16 @@ class Recorder(_dispatch.TorchDispatchMode):
         with self.paused():
             for variable, value in zip(variables, [v.detach().clone() for v in values], strict=True):
                 variable.copy_(value)
+
+
+def asks_for_values(func: AtenOperation, args: Sequence[Any], are_known: Callable[[Sequence[Tensor]], bool]) -> bool:
+    """Return whether an operation reads values, or has results of a shape that depends on values.
+
+    The shape that an index gives depends on masks alone, and not on masks that are known.
+    """
+    if func is not aten.index.Tensor:
+        return _dispatch.reads_values(func)
+    return not are_known([i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)])
 
 
 def check_recordable(tensor: Tensor) -> None:

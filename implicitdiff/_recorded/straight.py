@@ -24,7 +24,7 @@ import implicitdiff._torch.dispatch as _dispatch
 import implicitdiff._torch.functions as _functions
 import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
-from implicitdiff._recorded.record import FACTORIES, Guard
+from implicitdiff._recorded.record import FACTORIES, Guard, asks_for_values
 from implicitdiff._recorded.tape import NotRecordableError
 from implicitdiff._torch.dispatch import AtenOperation, aten
 from implicitdiff._torch.messages import is_torch_asking
@@ -214,7 +214,7 @@ class _Notes(_dispatch.TorchDispatchMode):
             # The argument, which is the result as well, becomes a view of what it was.
             func = _as_view(func) or func
         used, made = pytree.tensors(given), pytree.tensors(result)
-        varies = func not in FACTORIES and any([_dispatch.storage_key(t) in self._varying for t in used])
+        varies = func not in FACTORIES and not self._are_fixed(used)
         fault = self._fault(func) if varies else None
         writes = _dispatch.changes_arguments(func)
         if varies:
@@ -233,7 +233,7 @@ class _Notes(_dispatch.TorchDispatchMode):
     def _refuse_unrepeatable(self, func: AtenOperation, given: Any) -> None:
         if _dispatch.is_random(func):
             self._note_refusal(f"{func} draws random numbers")
-        if _dispatch.reads_values(func) and not (func is aten.index.Tensor and self._are_places(given[0][1])):
+        if asks_for_values(func, given[0], self._are_fixed):
             self._note_refusal(f"{func} reads the value of a tensor")
         if func in _BY_STRIDES or (_dispatch.changes_geometry(func) and _as_view(func) is None):
             self._note_refusal(f"{func} depends on how a tensor lies in memory")
@@ -242,10 +242,8 @@ class _Notes(_dispatch.TorchDispatchMode):
         if any([_dispatch.storage_key(t) in self._foreign for t in _dispatch.written(func, *given)]):
             self._note_refusal(f"{func} writes to a tensor from outside")
 
-    def _are_places(self, indices: Sequence[Tensor | None]) -> bool:
-        """Return whether no index is a mask that varies."""
-        masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
-        return all([_dispatch.storage_key(i) not in self._varying for i in masks])
+    def _are_fixed(self, tensors: Sequence[Tensor]) -> bool:
+        return all([_dispatch.storage_key(t) not in self._varying for t in tensors])
 
     def _note_refusal(self, why: str) -> None:
         self.refusal = self.refusal or why
