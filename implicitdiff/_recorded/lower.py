@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 
@@ -148,45 +148,45 @@ class _Lowering:
         fixed: set[Buffer] = set(self.operands)
         left: list[TapeItem] = []
         for item in items:
-            # An instruction in a branch may not run, and a buffer with several writers has no single value.
-            if not isinstance(item, Instruction) or item.scope or any(r.buffer.writes > 1 for r in item.outputs):
-                left.append(item)
-                continue
             read = {r.buffer for r in item.inputs if r.buffer.kind not in (Kind.SHARED, Kind.CONSTANT)}
             made = {r.buffer for r in item.outputs}
-            # Flags are read at their places by the machine, and a COMMIT changes carried buffers.
-            if made & set(self.flags) or item.name == "COMMIT":
+            if not self._may_leave(item) or not read <= uniform | fixed:
                 left.append(item)
             elif read <= uniform:
                 uniform |= made
                 self.once.append(self._with_local_inputs(item))
-            elif read <= uniform | fixed:
+            else:
                 fixed |= made
                 self.entry.append(item)
-            else:
-                left.append(item)
         return left
+
+    def _may_leave(self, item: TapeItem) -> TypeGuard[Instruction]:
+        """Return whether an item computes the same in each iteration if its inputs stay the same."""
+        # An instruction in a branch may not run, and a COMMIT changes carried buffers.
+        if not isinstance(item, Instruction) or item.scope or item.name == "COMMIT":
+            return False
+        # A buffer with several writers has no single value, and flags are read at their places by the machine.
+        return not any(r.buffer.writes > 1 or r.buffer in self.flags for r in item.outputs)
 
     def _with_local_inputs(self, item: Instruction) -> Instruction:
         """Return an instruction whose inputs lie where the machine takes them; copies are made once."""
         if not any([r.buffer.kind in (Kind.SHARED, Kind.CONSTANT) for r in item.inputs]):
             return item
-        inputs = []
         for reference in item.inputs:
-            buffer = reference.buffer
-            if buffer.kind is Kind.CONSTANT:
-                buffer = self._pooled(buffer)
-                reference = reference._replace(buffer=buffer)
-            if buffer.kind in (Kind.SHARED, Kind.CONSTANT) and not _reads_shared(item, buffer):
-                reference = reference._replace(buffer=self._local(buffer))
-            inputs.append(reference)
-        return replace(item, inputs=tuple(inputs))
+            self._pool(reference.buffer)
+        return replace(item, inputs=tuple(self._within_reach(item, r) for r in item.inputs))
 
-    def _pooled(self, buffer: Buffer) -> Buffer:
-        if buffer not in self.constants:
+    def _pool(self, buffer: Buffer) -> None:
+        """Give a constant its place among the constants."""
+        if buffer.kind is Kind.CONSTANT and buffer not in self.constants:
             self.constants[buffer] = self.pooled
             self.pooled += buffer.size
-        return buffer
+
+    def _within_reach(self, item: Instruction, reference: Reference) -> Reference:
+        buffer = reference.buffer
+        if buffer.kind not in (Kind.SHARED, Kind.CONSTANT) or _reads_shared(item, buffer):
+            return reference
+        return reference._replace(buffer=self._local(buffer))
 
     def _local(self, buffer: Buffer) -> Buffer:
         # 0 and -0 are equal, and nan is not equal to itself.
@@ -220,8 +220,8 @@ def _reads_shared(item: Instruction, buffer: Buffer) -> bool:
     return item.name in TAKES_SHARED and (item.name == "MATMUL" or buffer.size > _MAX_SPREAD)
 
 
-def _outputs(instructions: Iterable[Instruction]) -> list[Buffer]:
-    return [r.buffer for i in instructions for r in i.outputs]
+def _outputs(items: Iterable[TapeItem]) -> list[Buffer]:
+    return [r.buffer for i in items for r in i.outputs]
 
 
 def _needed(items: Sequence[TapeItem], flags: Sequence[Buffer]) -> list[TapeItem]:
@@ -230,16 +230,12 @@ def _needed(items: Sequence[TapeItem], flags: Sequence[Buffer]) -> list[TapeItem
     while True:
         kept: dict[TapeItem, None] = {}
         for item in reversed(items):
-            if isinstance(item, Jump) and item.flag is not None:
-                needed.add(item.flag[0].buffer)
-            if not isinstance(item, Instruction):
-                kept[item] = None
-            elif item.name == "COMMIT" or any(r.buffer in needed for r in item.outputs):
+            is_read = any(r.buffer in needed for r in item.outputs)
+            if is_read or not isinstance(item, Instruction) or item.name == "COMMIT":
                 kept[item] = None
                 needed.update(r.buffer for r in item.inputs)
         # A loop reads at its beginning what was computed at its end, so go through the tape again.
-        left_out = [i for i in items if isinstance(i, Instruction) and i not in kept]
-        if not any(reference.buffer in needed for i in left_out for reference in i.outputs):
+        if needed.isdisjoint(_outputs(i for i in items if i not in kept)):
             return list(kept)[::-1]
 
 
@@ -263,18 +259,19 @@ class _Spelling:
 
     def instruction(self, item: Instruction) -> list[int]:
         references = [*item.outputs, *item.inputs]
-        sizes, strides = list(item.sizes), [list(r.strides) for r in references]
+        dims: list[Dim] = list(zip(item.sizes, *(r.strides for r in references), strict=True))
         if item.name in REDUCTIONS:
-            sizes, strides = _coalesced(sizes, strides, keep=1)
+            dims = _coalesced(dims[:-1]) + dims[-1:]
         elif item.name not in MATRICES:
-            sizes, strides = _coalesced(*_sorted(sizes, strides), keep=0)
-        if len(sizes) > 6:
-            raise NotRecordableError(f"an operation has {len(sizes)} dimensions")
+            # In the order of the strides of the first operand, the longest first.
+            dims = _coalesced(sorted(dims, key=lambda dim: -abs(dim[1])))
+        if len(dims) > 6:
+            raise NotRecordableError(f"an operation has {len(dims)} dimensions")
         # The words are opcode, rounding, number of dimensions, sizes, number of operands, and for each operand space,
         # offset and strides. `Reader` in `program.cpp` takes them in this order.
-        words = [self.codes[item.name], int(item.rounds), len(sizes), *sizes, len(references)]
-        for reference, steps in zip(references, strides, strict=True):
-            words += [*self._place(reference), *steps]
+        words = [self.codes[item.name], int(item.rounds), len(dims), *(size for size, *_ in dims), len(references)]
+        for i, reference in enumerate(references, start=1):
+            words += [*self._place(reference), *(dim[i] for dim in dims)]
         return words
 
     def jump(self, item: Jump, places: Mapping[Label, int]) -> list[int]:
@@ -295,29 +292,17 @@ class _Spelling:
         return 0, self.offsets[buffer] + reference.offset
 
 
-def _sorted(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-    """Return the dimensions in the order of the strides of the first operand, the longest first."""
-    order = sorted(range(len(sizes)), key=lambda d: -abs(strides[0][d]))
-    return [sizes[d] for d in order], [[s[d] for d in order] for s in strides]
+Dim = tuple[int, ...]
+"""The size of a dimension, and the stride of each operand."""
 
 
-def _coalesced(sizes: list[int], strides: list[list[int]], keep: int) -> tuple[list[int], list[list[int]]]:
-    """Merge neighbouring dimensions that all operands step through evenly; leave the last `keep` as they are."""
-    head = len(sizes) - keep
-    used = [d for d in range(head) if sizes[d] != 1]
-    new_sizes: list[int] = []
-    new_strides: list[list[int]] = [[] for _ in strides]
-    for d in used:
-        if new_sizes and all(new[-1] == sizes[d] * old[d] for new, old in zip(new_strides, strides, strict=True)):
-            new_sizes[-1] *= sizes[d]
-            for new, old in zip(new_strides, strides, strict=True):
-                new[-1] = old[d]
-        else:
-            new_sizes.append(sizes[d])
-            for new, old in zip(new_strides, strides, strict=True):
-                new.append(old[d])
-    tail = range(head, len(sizes))
-    return (
-        [*new_sizes, *(sizes[d] for d in tail)],
-        [[*new, *(old[d] for d in tail)] for new, old in zip(new_strides, strides, strict=True)],
-    )
+def _coalesced(dims: Sequence[Dim]) -> list[Dim]:
+    """Merge neighbouring dimensions that all operands step through evenly; leave out those of size 1."""
+    merged: list[Dim] = []
+    for size, *steps in dims:
+        if size == 1:
+            continue
+        if merged and merged[-1][1:] == tuple(size * step for step in steps):
+            size *= merged.pop()[0]
+        merged.append((size, *steps))
+    return merged

@@ -10,7 +10,6 @@ from implicitdiff._recorded.tape import (
     REDUCTIONS,
     Buffer,
     Instruction,
-    Jump,
     Kind,
     Label,
     Reference,
@@ -51,7 +50,7 @@ class _Lives:
         for at, item in enumerate(items):
             if isinstance(item, Label):
                 at_label[item] = at
-            for reference in _references(item):
+            for reference in (*item.outputs, *item.inputs):
                 self.uses.setdefault(reference.buffer, []).append(at)
         # A value from before a loop is read again in the next round. Inner loops come first.
         for begin, end in ((at_label[a], at_label[b]) for a, b in loops):
@@ -177,11 +176,3 @@ class _FreeMemory:
                 at, size = min(at, piece[0]), size + piece[1]
         if size:
             self.pieces.append((at, size))
-
-
-def _references(item: TapeItem) -> list[Reference]:
-    if isinstance(item, Instruction):
-        return [*item.outputs, *item.inputs]
-    if isinstance(item, Jump) and item.flag is not None:
-        return [item.flag[0]]
-    return []

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,6 +136,8 @@ class Label:
     """A position on the tape, the target of jumps."""
 
     scope: tuple[int, ...]
+    outputs: ClassVar[tuple[Reference, ...]] = ()
+    inputs: ClassVar[tuple[Reference, ...]] = ()
 
 
 @dataclass(eq=False)
@@ -151,6 +153,11 @@ class Jump:
     target: Label
     flag: tuple[Reference, int] | None
     scope: tuple[int, ...]
+    outputs: ClassVar[tuple[Reference, ...]] = ()
+
+    @property
+    def inputs(self) -> tuple[Reference, ...]:
+        return () if self.flag is None else self.flag[:1]
 
 
 TapeItem = Instruction | Label | Jump
