@@ -24,7 +24,7 @@ ARITHMETIC: Emitters = {}
 # --- entry by entry ---------------------------------------------------------------------------------------------------
 
 
-def _unary(name: str, recorder: Recorder, out: Tensor, x: Tensor) -> None:
+def _unary(name: str, recorder: Recorder, out: Tensor, x: Operand) -> None:
     recorder.tape.emit(name, [recorder.result(out)], [recorder.as_dtype(x, out.dtype)], out.shape)
 
 
@@ -159,6 +159,9 @@ def _div(recorder: Recorder, out: Tensor, a: Operand, b: Operand, rounding_mode:
     _binary("DIV" if rounding_mode is None else "FLOOR_DIVIDE", recorder, out, a, b)
 
 
+_ROOTS = {0.5: "SQRT", -0.5: "RSQRT"}
+
+
 @registers(ARITHMETIC, *overloads("pow"))
 def _pow(recorder: Recorder, out: Tensor, base: Operand, exponent: Operand) -> None:
     # torch's kernel computes the exponents 2, 3, 0.5 and -0.5 without `pow`, by these operations.
@@ -171,10 +174,8 @@ def _pow(recorder: Recorder, out: Tensor, base: Operand, exponent: Operand) -> N
         view = recorder.as_dtype(base, out.dtype)
         recorder.tape.emit("MUL", [square], [view, view], out.shape)
         recorder.tape.emit("MUL", [recorder.result(out)], [square, view], out.shape)
-    elif exponent == 0.5:
-        recorder.tape.emit("SQRT", [recorder.result(out)], [recorder.as_dtype(base, out.dtype)], out.shape)
-    elif exponent == -0.5:
-        recorder.tape.emit("RSQRT", [recorder.result(out)], [recorder.as_dtype(base, out.dtype)], out.shape)
+    elif exponent in _ROOTS:
+        _unary(_ROOTS[exponent], recorder, out, base)
     else:
         _binary("POW", recorder, out, base, exponent)
 
@@ -269,14 +270,8 @@ def _reduction(
     reduce(recorder, name, _without(target, dims, x.dim()), view, dims)
 
 
-def _flags(name: str, recorder: Recorder, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
-    _reduction(name, recorder, out, x, *args, **kwargs)
-
-
-for _name in ("sum", "prod", "amax", "amin", "argmax", "argmin"):
+for _name in ("sum", "prod", "amax", "amin", "argmax", "argmin", "any", "all"):
     registers(ARITHMETIC, *overloads(_name))(partial(_reduction, _name.upper()))
-for _name in ("any", "all"):
-    registers(ARITHMETIC, *overloads(_name))(partial(_flags, _name.upper()))
 registers(ARITHMETIC, aten.max.default)(partial(_reduction, "AMAX"))
 registers(ARITHMETIC, aten.min.default)(partial(_reduction, "AMIN"))
 
