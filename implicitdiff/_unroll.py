@@ -17,6 +17,7 @@ from implicitdiff._implicit.operators import Dims
 from implicitdiff._implicit.primitive import Problem, attach, solve_problem
 from implicitdiff._torch.lanes import over_levels
 from implicitdiff._torch.replacements import elementary
+from implicitdiff._torch.tracking import is_continuous
 from implicitdiff._torch.trees import Leaves, Tree, UserFunction
 
 
@@ -99,7 +100,7 @@ def _recomputed(fn: UserFunction, *args: Any) -> Tree:
     confirm(lifted)
     values, structure = pytree.flatten(lifted.value)
     # Integer tensors such as counters have no derivative.
-    smooth = [i for i, t in enumerate(values) if t.is_floating_point() or t.is_complex()]
+    smooth = [i for i, t in enumerate(values) if is_continuous(t)]
 
     def evaluate(theta: Leaves) -> Leaves:
         # `lifted` compares the operations with those at the call, so a changed step raises.

@@ -18,6 +18,7 @@ from implicitdiff._implicit.checks import check_like
 from implicitdiff._implicit.linear_problem import Solve
 from implicitdiff._implicit.root import ResidualForm, fixed_point_form, root_at, root_form
 from implicitdiff._implicit.solver_body import UserSolver, detached, run_solver
+from implicitdiff._torch.tracking import is_continuous
 from implicitdiff._torch.trees import Leaves, P, Tree, UserFunction, X
 from implicitdiff._torch.values import refuse_valueless
 from implicitdiff.errors import NotARootError
@@ -342,7 +343,7 @@ def root_vjp(
     )
     check_like("root_vjp: cotangent", cotangent, sol, root.x, root.structure, "sol")
     given, structure = pytree.flatten(args)
-    wanted = [i for i, t in enumerate(given) if t.is_floating_point() or t.is_complex()]
+    wanted = [i for i, t in enumerate(given) if is_continuous(t)]
     x_bar = root.structure.tensors_of(cotangent)
     problem = root.problem()
     with one_derivative():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.tracking import is_continuous
 from implicitdiff._torch.trees import Leaves, Structure, Tree
 from implicitdiff._torch.values import refuse_distributed
 
@@ -15,7 +16,7 @@ def check_leaves(name: str, leaves: Leaves) -> None:
     if not leaves:
         raise TypeError(f"{name} holds no tensor")
     refuse_distributed(name, leaves)
-    if wrong := [t.dtype for t in leaves if not (t.is_floating_point() or t.is_complex())]:
+    if wrong := [t.dtype for t in leaves if not is_continuous(t)]:
         raise TypeError(
             f"{name} has a leaf of dtype {wrong[0]}; every tensor in it must be floating point or complex: convert "
             "the leaf, for example by .to(torch.get_default_dtype())"

@@ -28,6 +28,7 @@ from implicitdiff._implicit.operators import (
 )
 from implicitdiff._implicit.primitive import Problem, attach
 from implicitdiff._torch.lanes import over_levels
+from implicitdiff._torch.tracking import is_continuous
 from implicitdiff._torch.trees import Leaves, Structure, Tree, UserFunction
 from implicitdiff.errors import TransformError
 
@@ -173,9 +174,8 @@ class RootAt:
         derivative of such a tensor would silently be zero.
         """
         for constant, _ in self.lifted.constants:
-            is_smooth = constant.is_floating_point() or constant.is_complex()
             # The id alone may belong to a later tensor, so the weak reference decides.
-            if is_smooth and id(constant) in derived and derived[id(constant)]() is constant:
+            if is_continuous(constant) and id(constant) in derived and derived[id(constant)]() is constant:
                 raise ValueError(
                     f"{self.lifted.name} uses a tensor of shape {list(constant.shape)} that the solver has computed "
                     "from a differentiated tensor and has stored, in a cache or an attribute; gradients are off in "
@@ -185,7 +185,7 @@ class RootAt:
 
     def problem(self) -> RootProblem:
         """Return the problem, after a check that no captured tensor was missed."""
-        smooth = [i for i, t in enumerate(self.theta) if t.is_floating_point() or t.is_complex()]
+        smooth = [i for i, t in enumerate(self.theta) if is_continuous(t)]
         return self._with_autograd_fallback(lambda root: root._confirmed_problem(smooth))
 
     def attached(self) -> Tree:

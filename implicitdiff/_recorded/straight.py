@@ -28,6 +28,7 @@ from implicitdiff._recorded.record import FACTORIES, Guard, asks_for_values
 from implicitdiff._recorded.tape import NotRecordableError
 from implicitdiff._torch.dispatch import AtenOperation, aten
 from implicitdiff._torch.messages import is_torch_asking
+from implicitdiff._torch.tracking import is_continuous
 from implicitdiff._torch.trees import Leaves
 
 Function = Callable[..., Any]
@@ -338,7 +339,7 @@ def _alone() -> Iterator[None]:
 
 def _as_leaf(tensor: Tensor) -> Tensor:
     # Composite operations choose their parts for tensors with derivatives.
-    return tensor.detach().clone().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
+    return tensor.detach().clone().requires_grad_(is_continuous(tensor))
 
 
 def _agree_in_derivatives(made: Leaves, again: Leaves, leaves: Leaves) -> bool:
@@ -375,7 +376,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
     if (a.shape, a.dtype, a.requires_grad) != (b.shape, b.dtype, b.requires_grad):
         return False
     a, b = a.detach(), b.detach()
-    if not (a.is_floating_point() or a.is_complex()) or not a.numel():
+    if not is_continuous(a) or not a.numel():
         return torch.equal(a, b)
     size = float(torch.where(a.isfinite(), a.abs(), 0.0).amax())
     return torch.allclose(a, b, rtol=0.0, atol=_UNITS_APART * torch.finfo(a.dtype).eps * size, equal_nan=True)

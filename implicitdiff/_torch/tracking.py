@@ -14,6 +14,11 @@ from implicitdiff._torch.levels import PLAIN, are_plain, base, is_plain, level, 
 from implicitdiff._torch.modes import no_modes
 
 
+def is_continuous(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor holds floating-point or complex numbers; others have no derivative."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def may_be_differentiated(tensor: torch.Tensor) -> bool:
     """Return whether a tensor requires a gradient, is a wrapper, or has a tangent. Modes are bypassed: a mode might
     replace the tensor."""

@@ -19,6 +19,7 @@ from implicitdiff._closures.modes import Substitute, substitutes
 from implicitdiff._closures.walk import tensors_within
 from implicitdiff._torch.decisions import each_alone
 from implicitdiff._torch.modes import is_any_running, no_modes
+from implicitdiff._torch.tracking import is_continuous
 from implicitdiff._torch.trees import Leaves, Tree, UserFunction
 from implicitdiff.distributed._agreement import exchange, rounds_differently
 from implicitdiff.distributed._collectives import varied
@@ -56,14 +57,14 @@ class LocalCall(NamedTuple):
         refuse_inside(name, group)
         tensors, structure = pytree.flatten(args)
         captured = _captured_by(name, fn, args, structure.others)
-        found = [t for t in captured if _is_continuous(t) and (is_any_running() or _tracking.may_be_differentiated(t))]
+        found = [t for t in captured if is_continuous(t) and (is_any_running() or _tracking.may_be_differentiated(t))]
         return cls(name, fn, args, [False] * len(tensors) if own is None else own, found)
 
     def run(self, group: ProcessGroup) -> Tree:
         """Return the result, a varying value, as a function of replicated arguments and captured tensors."""
         leaves, structure = pytree.flatten(self.args)
         # Integers and flags have no derivative, and need no `pvary`.
-        given = [i for i, t in enumerate(leaves) if not self.own[i] and _is_continuous(t)]
+        given = [i for i, t in enumerate(leaves) if not self.own[i] and is_continuous(t)]
         varying = varied(group, [*[leaves[i] for i in given], *self.captured])
         # `varying` goes on with the captured tensors, hence no `strict`.
         for i, t in zip(given, varying, strict=False):
@@ -94,10 +95,6 @@ def _resolved(tensor: Tensor, running: Sequence[Substitute]) -> Tensor:
     for substitute in running:
         tensor = substitute.resolve(tensor)
     return tensor
-
-
-def _is_continuous(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _captured_by(name: str, fn: UserFunction, args: Sequence[Tree], others: Sequence[object]) -> Leaves:

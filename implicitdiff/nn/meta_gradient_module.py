@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from implicitdiff._torch.slots import ParameterSlot, parameters_of
+from implicitdiff._torch.tracking import is_continuous
 from implicitdiff.nn._given import Given, TensorOrModule, find_given
 
 
@@ -146,9 +147,7 @@ class MetaGradientModule(nn.Module, metaclass=_ArgumentTracking):
             TypeError: `param` is not such a tensor.
             KeyError: the name is that of another attribute.
         """
-        if param is not None and not (
-            isinstance(param, torch.Tensor) and (param.is_floating_point() or param.is_complex())
-        ):
+        if param is not None and not (isinstance(param, torch.Tensor) and is_continuous(param)):
             kind = param.dtype if isinstance(param, torch.Tensor) else type(param).__name__
             raise TypeError(f"meta-parameter {name!r} must be a floating-point or complex tensor or None, got {kind}")
         self._keep(name, param)

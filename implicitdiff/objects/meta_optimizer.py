@@ -15,6 +15,7 @@ import implicitdiff.objects._hooks as _hooks
 import implicitdiff.optim as optim
 from implicitdiff._calls import FactoryCall
 from implicitdiff._torch.slots import ParameterSlot, listed_parameters_of
+from implicitdiff._torch.tracking import is_continuous
 from implicitdiff._torch.trees import Tree
 from implicitdiff.objects.func_optimizer import loss_gradients
 from implicitdiff.optim._base import GradientTransformation
@@ -149,7 +150,7 @@ class MetaOptimizer:
     def _slots(self) -> dict[str, ParameterSlot]:
         # Integer parameters, of quantised modules, have no gradients.
         slots = listed_parameters_of(self.module)
-        return {key: p for key, p in slots.items() if p.tensor.is_floating_point() or p.tensor.is_complex()}
+        return {key: p for key, p in slots.items() if is_continuous(p.tensor)}
 
 
 def _tensors_by_name(slots: dict[str, ParameterSlot]) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ import implicitdiff._torch.trees as pytree
 import implicitdiff.optim._donation as _donation
 import implicitdiff.optim._fused as _fused
 from implicitdiff._calls import Remembers
+from implicitdiff._torch.tracking import is_continuous
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import Columns, accumulator, refuse_misfits, refuse_others, value_of_each_leaf
@@ -65,7 +66,7 @@ def _with_values(
 
 
 def _initial(name: str, leaf: torch.Tensor | None, value: Number | complex | None) -> torch.Tensor | None:
-    if leaf is None or not (leaf.is_floating_point() or leaf.is_complex()):
+    if leaf is None or not is_continuous(leaf):
         return None
     dtype = accumulator(leaf.dtype)
     if value is None:
