@@ -163,10 +163,8 @@ def _sum_with_negative(item: Instruction, made_by: dict[Buffer, Instruction]) ->
     if item.name != "ADD":
         return None
     for at, other in ((1, 0), (0, 1)):
-        reference = item.inputs[at]
-        maker = made_by.get(reference.buffer)
-        if maker is not None and maker.name == "NEG" and maker.sizes == item.sizes and maker.outputs[0] == reference:
-            return replace(item, name="SUB", inputs=(item.inputs[other], maker.inputs[0]))
+        if (negative := _maker("NEG", item.inputs[at], item, made_by)) is not None:
+            return replace(item, name="SUB", inputs=(item.inputs[other], negative.inputs[0]))
     return None
 
 
@@ -174,18 +172,21 @@ def _is_finite(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruc
     """``(x == x) * (|x| != inf)``, as torch spells ``isfinite``."""
     if item.name != "MUL":
         return None
-    pair = [made_by.get(r.buffer) for r in item.inputs]
-    if [i.name if i else "" for i in pair] != ["EQ", "NE"]:
+    equal, unequal = (_maker(n, r, item, made_by) for n, r in zip(("EQ", "NE"), item.inputs, strict=True))
+    if equal is None or unequal is None or _known_number(unequal.inputs[1]) != torch.inf:
         return None
-    equal, unequal = pair
-    assert equal is not None and unequal is not None
-    size = made_by.get(unequal.inputs[0].buffer)
-    x = equal.inputs[0]
-    if size is None or size.name != "ABS" or equal.inputs[1] != x or size.inputs[0] != x:
+    size = _maker("ABS", unequal.inputs[0], item, made_by)
+    if size is None or {*equal.inputs} != {*size.inputs}:
         return None
-    if _known_number(unequal.inputs[1]) != torch.inf or not equal.sizes == unequal.sizes == size.sizes == item.sizes:
+    return replace(item, name="ISFINITE", inputs=size.inputs)
+
+
+def _maker(name: str, operand: Reference, item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
+    """Return the instruction of a name that has made an operand, entry by entry as `item` reads it; else None."""
+    maker = made_by.get(operand.buffer)
+    if maker is None or (maker.name, maker.sizes, maker.outputs) != (name, item.sizes, (operand,)):
         return None
-    return replace(item, name="ISFINITE", inputs=(x,))
+    return maker
 
 
 _RULES: tuple[Shortening, ...] = (_flag_with_constant, _choice_known, _sum_with_negative, _is_finite)
