@@ -10,7 +10,13 @@ from torch import Tensor
 
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import System
-from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, report_failed_solves
+from implicitdiff.linear_solve._outcome import (
+    OnFailure,
+    Outcome,
+    check_not_negative,
+    check_on_failure,
+    report_failed_solves,
+)
 
 Factorise = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 """Solve ``A X = B``: ``factorise(A, B, eps) -> (X, broken)`` for ``A`` of shape ``(lanes, n, n)``, ``B`` of shape
@@ -25,7 +31,7 @@ Factor = Callable[[Tensor], Factors]
 def direct(name: str, factorise: Factorise, broken: str, *, ridge: float = 0.0, on_failure: OnFailure) -> LinearSolver:
     """Return a linear solver from a factorisation. `broken` is the message for a lane in which it fails."""
     check_on_failure(name, on_failure)
-    check_ridge(name, ridge)
+    check_not_negative(name, "ridge", ridge)
 
     return LinearSolver(
         name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -13,7 +12,13 @@ from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import System
 from implicitdiff._torch.trees import Tree
 from implicitdiff.linear_solve._arithmetic import Arithmetic, Iterations, RowScalar, arithmetic
-from implicitdiff.linear_solve._outcome import OnFailure, Outcome, check_on_failure, check_ridge, report_failed_solves
+from implicitdiff.linear_solve._outcome import (
+    OnFailure,
+    Outcome,
+    check_not_negative,
+    check_on_failure,
+    report_failed_solves,
+)
 
 
 class Cycle(NamedTuple):
@@ -58,7 +63,7 @@ def iterative(
 ) -> LinearSolver:
     """Return a linear solver from a method. `broken` is the message for a row in which it breaks down."""
     check_on_failure(name, on_failure)
-    check_ridge(name, ridge)
+    check_not_negative(name, "ridge", ridge)
     check_tolerances(name, rtol, atol, maxiter)
     if preconditioner is not None and not callable(preconditioner):
         raise TypeError(f"{name}: preconditioner must be a function v -> M^-1 v, got {type(preconditioner).__name__}")
@@ -95,10 +100,8 @@ def _solve_by_iteration(
 
 def check_tolerances(name: str, rtol: float | None, atol: float, maxiter: int | None) -> None:
     """Raise unless tolerances and limit are valid."""
-    if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < math.inf):
-        raise ValueError(f"{name}: rtol must be a finite number >= 0 or None, got {rtol!r}")
-    if not (isinstance(atol, (int, float)) and 0 <= atol < math.inf):
-        raise ValueError(f"{name}: atol must be a finite number >= 0, got {atol!r}")
+    check_not_negative(name, "rtol", rtol, or_none=True)
+    check_not_negative(name, "atol", atol)
     if maxiter is not None and (not isinstance(maxiter, int) or maxiter < 1):
         raise ValueError(f"{name}: maxiter must be an integer >= 1 or None, got {maxiter!r}")
 

@@ -107,7 +107,8 @@ def check_on_failure(name: str, on_failure: str) -> None:
         raise ValueError(f'{name}: on_failure must be "raise", "warn" or "ignore", got {on_failure!r}')
 
 
-def check_ridge(name: str, ridge: float) -> None:
-    """Raise unless `ridge` is a finite number >= 0."""
-    if not (isinstance(ridge, (int, float)) and 0 <= ridge < math.inf):
-        raise ValueError(f"{name}: ridge must be a finite number >= 0, got {ridge!r}")
+def check_not_negative(name: str, option: str, value: object, *, or_none: bool = False) -> None:
+    """Raise unless an option is a finite number >= 0, or None where allowed."""
+    is_valid = or_none if value is None else isinstance(value, (int, float)) and 0 <= value < math.inf
+    if not is_valid:
+        raise ValueError(f"{name}: {option} must be a finite number >= 0{' or None' * or_none}, got {value!r}")

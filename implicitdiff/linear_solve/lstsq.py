@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +12,7 @@ from implicitdiff._calls import shows_call
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
 from implicitdiff.linear_solve._direct import direct
-from implicitdiff.linear_solve._outcome import OnFailure
+from implicitdiff.linear_solve._outcome import OnFailure, check_not_negative
 from implicitdiff.linear_solve._pseudoinverse import PseudoinverseProblem
 
 
@@ -73,8 +72,7 @@ def solve_lstsq(*, rtol: float | None = None, init: Tree = None, on_failure: OnF
         >>> line["slope"].round(decimals=4)
         tensor(1.5000)
     """
-    if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < math.inf):
-        raise ValueError(f"solve_lstsq: rtol must be a finite number >= 0 or None, got {rtol!r}")
+    check_not_negative("solve_lstsq", "rtol", rtol, or_none=True)
     broken = "the matrix or the right-hand side is not finite: look for nan in them"
     solver = direct("solve_lstsq", partial(least_squares_rows, rtol=rtol), broken, on_failure=on_failure)
     problem_type = partial(PseudoinverseProblem, rtol=rtol, on_failure=on_failure)
