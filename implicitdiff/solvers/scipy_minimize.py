@@ -169,15 +169,15 @@ def _run_minimize(
     from scipy.optimize import Bounds, minimize
 
     row = lookup("scipy_minimize", method, _MINIMIZE_METHODS)
-    limits = lane.bounds() if bounded else None
+    lower, upper = lane.bounds() if bounded else (-np.inf, np.inf)
     return minimize(
         lane.objective_and_gradient if row.jac else lane.objective,
-        lane.x0 if limits is None else np.clip(lane.x0, *limits),
+        np.clip(lane.x0, lower, upper),
         method=method,
         jac=row.jac or None,
         hessp=lane.hessian_product if row.hessp else None,
         hess=lane.hessian if row.hess else None,
-        bounds=None if limits is None else Bounds(*limits),
+        bounds=Bounds(lower, upper) if bounded else None,
         # Most methods bound the largest entry, and ``|g|_inf <= aim / n^(1/2)`` implies ``|g| <= aim``.
         options={**row.tolerances(aim / lane.x0.size**0.5, lane.eps, bounded), row.budget: limit, **own},
     )
