@@ -39,15 +39,20 @@ def convert_state(given: Tree, fresh: Tree) -> Tree:
     return structure.unflatten([t.to(like.device, like.dtype) for t, like in pairs])
 
 
-def check_state(name: str, mine: Tree, given: Tree) -> Tree:
-    """Return the given state, or raise if nesting or shapes differ from the present state."""
-    leaves, structure = pytree.flatten(mine)
+def is_shaped_like(given: Tree, like: Tree) -> bool:
+    """Return whether two trees agree in nesting and in the shapes of their tensors."""
+    leaves, structure = pytree.flatten(like)
     try:
         others = structure.tensors_of(given)
     except ValueError:
         others = []
+    return [t.shape for t in others] == [t.shape for t in leaves]
+
+
+def check_state(name: str, mine: Tree, given: Tree) -> Tree:
+    """Return the given state, or raise if nesting or shapes differ from the present state."""
     # Dtypes and devices may differ: `convert_state` adapts them.
-    if [t.shape for t in others] != [t.shape for t in leaves]:
+    if not is_shaped_like(given, mine):
         raise ValueError(
             f"{name}: the given state does not belong to this optimizer and these parameters: expected "
             f"{pytree.describe(mine)}, got {pytree.describe(given)}"

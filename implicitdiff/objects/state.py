@@ -12,6 +12,7 @@ from torch import nn
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.slots import ParameterSlot, buffers_of, listed_parameters_of, parameters_of
 from implicitdiff._torch.trees import Tree
+from implicitdiff.objects._check import is_shaped_like
 from implicitdiff.objects.func_optimizer import FuncOptimizer
 from implicitdiff.objects.meta_optimizer import MetaOptimizer
 
@@ -102,12 +103,7 @@ def recover_state_dict(target: Tree, state: Tree) -> None:
         _recover_module(target, state)
     else:
         # The whole tree is compared before the first write.
-        leaves, structure = pytree.flatten(_tensor_tree("recover_state_dict", target))
-        try:
-            shapes = [t.shape for t in structure.tensors_of(state)]
-        except ValueError:
-            shapes = []
-        if shapes != [t.shape for t in leaves]:
+        if not is_shaped_like(state, _tensor_tree("recover_state_dict", target)):
             raise ValueError(
                 f"recover_state_dict: the given state does not fit this target: expected {pytree.describe(target)}, "
                 f"got {pytree.describe(state)}"
