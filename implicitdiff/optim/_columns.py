@@ -112,24 +112,21 @@ class Columns:
 
     def match(self, name: str, tree: Tree) -> list[Any]:
         """Return all leaves of another tree of equal nesting, rows or not."""
-        try:
-            return pytree.match(self.spec, tree)
-        except ValueError as error:
-            raise self._unlike(name, tree, error) from error
+        return self._matched(self.spec, tree, name, tree)
 
     def _in_the_order_of(self, name: str, like: Tree) -> tuple[list[Any], TreeSpec]:
         """Return the leaves in the order of another tree: equal dictionaries may differ in the order of their keys."""
         spec = pytree.leaves_of(like)[1]
-        try:
-            return pytree.match(spec, self.tree), spec
-        except ValueError as error:
-            raise self._unlike(name, like, error) from error
+        return self._matched(spec, self.tree, name, like), spec
 
-    def _unlike(self, name: str, tree: Tree, error: ValueError) -> ValueError:
-        return ValueError(
-            f"{self.caller}: {self.name} and {name} must be nested alike, got {pytree.describe(self.tree)} and "
-            f"{pytree.describe(tree)}: {error}"
-        )
+    def _matched(self, spec: TreeSpec, tree: Tree, name: str, other: Tree) -> list[Any]:
+        try:
+            return pytree.match(spec, tree)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.caller}: {self.name} and {name} must be nested alike, got {pytree.describe(self.tree)} and "
+                f"{pytree.describe(other)}: {error}"
+            ) from error
 
     def pick(self, leaves: list[Entry]) -> list[Entry]:
         """Return the entries of the rows from a list over all leaves."""
