@@ -37,8 +37,9 @@ Arrived, in a set of least-squares problems
     ``|r(x)|^2``, computed in float64, is within ``allowed(v)`` of a known minimum ``v``, the largest of
 
     - ``tol v``, ``tol`` 1e-5 in float64 and 1e-3 in float32;
-    - ``(sqrt(v) + 4 eps |r_0|)^2 - v``, ``r_0`` the residual at the best of the problem's initial guesses: what
-      becomes of ``v`` if rounding moves the residual by a few eps of the terms that cancel in it;
+    - ``(sqrt(v) + p |r_0|)^2 - v``, ``p = max(4 eps, 4e-11)``, ``r_0`` the residual at the best of the problem's
+      initial guesses: what becomes of ``v`` if the residual moves by ``p`` of the terms that cancel in it, in float32
+      a few roundings, in float64 the relative accuracy that our default tolerances ask for (SciPy's ask for 1e-8);
     - where ``v`` is zero, ``eps^(8/9) |r_0|^2``, but at most ``tol``. A gradient that has shrunk by ``eps^(2/3)`` is
       all that can be asked of a solver. Where the Jacobian is singular at the solution (both of Powell's functions),
       ``|r|`` goes as ``e^2`` with the distance ``e``, the gradient as ``e^3``, so that ``|r|^2`` is then
@@ -125,9 +126,9 @@ def multiples(problem: LeastSquares, dtype: str) -> dict[str, Array]:
 def allowed(problem: LeastSquares, v: float, dtype: str) -> float:
     tol, eps = TOLERANCE[dtype], float(np.finfo(dtype).eps)
     initial = min(value(problem, start) for start in (problem.start, *problem.starts))
-    rounding = (v**0.5 + 4 * eps * initial**0.5) ** 2 - v
+    moved = (v**0.5 + max(4 * eps, 4e-11) * initial**0.5) ** 2 - v
     zero = min(tol, eps ** (8 / 9) * initial)
-    return max(tol * v, rounding, zero if v <= zero and 0 in problem.values else 0.0)
+    return max(tol * v, moved, zero if v <= zero and 0 in problem.values else 0.0)
 
 
 def reached(problem: LeastSquares, x: Array, dtype: str) -> bool:

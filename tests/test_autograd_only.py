@@ -341,3 +341,24 @@ def test_a_wrong_second_derivative_is_refused_on_every_route(route):
 
 def test_a_search_whose_derivative_nobody_can_take_is_not_checked():
     torch.testing.assert_close(FIT.run(START, T)[0], (1 + T).sqrt() - 1, rtol=1e-6, atol=0)
+
+
+class Named(torch.autograd.Function):
+    """A function that keeps a number under the name that a leaf has in a graph of torch."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.variable = 3
+        return x**ctx.variable
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g
+
+
+def test_a_function_may_call_what_it_keeps_variable():
+    """3 (x - 1) has the derivative 3 everywhere, that of the backward pass."""
+    parameter = torch.tensor([8.0], dtype=F64, requires_grad=True)
+    solve = custom_root(lambda x, t: Named.apply(x) - Named.apply(t))(lambda x, t: t.detach().clone())
+    solve(torch.ones(1, dtype=F64), parameter).sum().backward()
+    torch.testing.assert_close(parameter.grad, torch.ones(1, dtype=F64))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tables.routes import setter
 from torch import nn
 from torch.func import grad
 
+import implicitdiff._torch.messages as messages
 from implicitdiff import custom_root, solvers
 from implicitdiff._closures.packages import is_installed
 from implicitdiff._closures.snapshot import Snapshot
@@ -336,3 +338,11 @@ SET = (
 @pytest.mark.parametrize("place", SET, ids=lambda place: place.__name__)
 def test_what_a_user_sets_of_an_installed_package_is_that_of_the_call(place, way, acme):
     is_that_of_the_call(*place(acme), way)
+
+
+def test_a_package_whose_name_begins_as_that_of_torch_is_not_torch():
+    """Code of ``torchvision`` is the user's: messages name its line."""
+    name = f"{Path(torch.__file__).parent}vision/ops.py"
+    seen = {}
+    exec(compile("asks, line = is_torch_asking(), line_of_user()", name, "exec"), dict(vars(messages)), seen)
+    assert not seen["asks"] and seen["line"].startswith(f", at {name}:1")

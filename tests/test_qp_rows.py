@@ -11,6 +11,8 @@ from torch.func import grad, jacfwd, jacrev, vmap
 
 from implicitdiff import ConvergenceError, LinearSolveError
 from implicitdiff.solvers import KKTSolution, Status, qp
+from implicitdiff.solvers._qp.interior import interior_point
+from implicitdiff.solvers._qp.program import make_program
 
 F64 = torch.float64
 ARGUMENTS = ("Q", "c", "A", "b", "G", "h", "l")
@@ -436,3 +438,15 @@ def test_unknowns_at_bounds_of_any_size_have_their_derivative(bound):
         expected = torch.zeros_like(matrix)
         expected[free.outer(free)] = -torch.linalg.inv(matrix[free][:, free]).flatten()
         torch.testing.assert_close(slope, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_interior_point_without_a_finite_inequality_meets_the_equalities(dtype: torch.dtype) -> None:
+    """With no product of a slack and a multiplier, their mean is 0."""
+    full = lambda *shape: torch.ones(1, *shape, dtype=dtype)  # noqa: E731
+    Q = torch.diag_embed(torch.tensor([[1.0, 2, 3]], dtype=dtype))
+    G, h, l = torch.eye(3, dtype=dtype)[None], torch.inf * full(3), full(0)  # noqa: E741
+    program = make_program(Q, full(3), full(1, 3), full(1), G, h, l)
+    x, _ = interior_point(program, torch.finfo(dtype).eps)
+    # Stationarity is Q x + c + y = 0: x_i = -(1 + y) / i, with 1 = -(1 + y) (1 + 1/2 + 1/3).
+    torch.testing.assert_close(x[0], torch.tensor([6.0, 3, 2], dtype=dtype) / 11, rtol=1e-3, atol=0)

@@ -98,6 +98,10 @@ STEPS = {
     "one after the other": lambda x, y, count: (y, y + 1),
     "the other way round": lambda x, y, count: (x * 2, x),
     "a tensor turned round": lambda x, y, count: (x.flip(1), x),
+    "a tensor turned round, transposed in memory": lambda x, y, count: (
+        x.reshape(-1, 2, 2).mT.flip(1).reshape(-1, 4),
+        x,
+    ),
     "what is not changed": lambda x, y, count: (x.clone(), x + y.clone()),
     "a branch that exchanges": in_branch(lambda x, y: (y, x)),
     "a branch that computes in place": in_branch(lambda x, y: (-x, y)),

@@ -239,6 +239,13 @@ def test_a_bracket_without_a_change_of_sign_is_refused(lower: float, upper: floa
         solver.run(None, number(2.0))
 
 
+@pytest.mark.parametrize("guess", [0.5, 0.3, 2.0])
+def test_a_bracket_with_a_root_at_both_ends_has_a_solution(guess: float) -> None:
+    fn = lambda x, a: a * x * (x - 1) * (x - 0.3)  # noqa: E731
+    x, state = solvers.bisection(fn, 0.0, 1.0).run(number(guess), number(1.0))
+    assert state.converged and abs(fn(x, 1.0)) < 1e-15
+
+
 def test_a_bracket_without_a_change_of_sign_in_one_lane_is_refused() -> None:
     solver = solvers.bisection(lambda x, theta: x**2 - theta, number(0.0), number(2.0))
     with pytest.raises(ValueError, match="bracket"):

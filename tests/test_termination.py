@@ -222,6 +222,26 @@ def test_an_ill_conditioned_minimum_in_float32_is_claimed_only_where_it_is(facto
         assert value(p, x) <= 1.01 * p.values[0]
 
 
+@pytest.mark.parametrize(
+    ("factory", "name", "factor"),
+    [
+        (solvers.gauss_newton, "20 Watson, n = 12", 1.0),
+        (solvers.levenberg_marquardt, "20 Watson, n = 12", 10.0),
+        (solvers.levenberg_marquardt, "20 Watson, n = 12", 100.0),
+        (solvers.levenberg_marquardt, "Bennett5", 1.0),
+    ],
+)
+def test_least_squares_that_float32_does_not_determine_are_not_claimed(factory: Any, name: str, factor: float) -> None:
+    """The Jacobian is singular to the precision of float32, and steps along its flattest directions are refused."""
+    p = problem(name)
+    start = factor * torch.tensor(p.start, dtype=F32)
+    start = start if start.any() or factor == 1.0 else torch.full_like(start, factor)
+    x, state = factory(p.residual, on_failure="ignore").run(start)
+    assert status_of(state) in (Status.CONVERGED, Status.STALLED)
+    if state.converged:
+        assert value(p, x) <= 1.25 * p.values[0]
+
+
 @pytest.mark.parametrize("name", ["20 Watson, n = 6", "20 Watson, n = 9", "20 Watson, n = 12", "yearly temperature"])
 def test_levenberg_marquardt_arrives_where_the_gradient_says_little(name: str) -> None:
     p = problem(name)

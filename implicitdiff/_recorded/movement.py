@@ -81,7 +81,8 @@ def _record_move(
         positions = torch.arange(view.offset, max(end, view.offset))
         positions = positions.as_strided(view.shape, view.strides) if x.numel() else positions.new_zeros(view.shape)
         origins = operation(positions, *args, **kwargs).reshape(-1).tolist()
-    target = recorder.result(out.contiguous())
+    # The copies write the entries in the order of the shape; the memory of the result may have another order.
+    target = recorder.result(out) if out.is_contiguous() else recorder.temporary(out.shape, out.dtype)
     copies = _segments(origins)
     if len(copies) > _MAX_SEGMENTS:
         raise NotRecordableError(f"the operation {operation} moves {len(origins)} entries one by one")
@@ -90,6 +91,8 @@ def _record_move(
             target._replace(offset=at, shape=(count,), strides=(1,)),
             view._replace(offset=start, shape=(count,), strides=(step,)),
         )
+    if not out.is_contiguous():
+        recorder.convert(recorder.result(out), target)
 
 
 def _segments(origins: Sequence[int]) -> list[tuple[int, int, int, int]]:

@@ -39,8 +39,8 @@ def graph_leaves(tensor: torch.Tensor, below: Iterable[Any] = ()) -> list[torch.
         node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            # A node of the kind `AccumulateGrad` holds its leaf as `variable`.
-            if hasattr(node, "variable"):
+            # By its kind: the node of a custom `autograd.Function` may have an attribute `variable` of any type.
+            if type(node).__name__ == "AccumulateGrad":
                 leaves.append(node.variable)
             for before, _ in node.next_functions:
                 nodes.append(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import itertools
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -96,7 +97,8 @@ _UNTRANSFORMABLE = {
 }
 
 
-_OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+# With a separator at the end: `torch` is also the beginning of `torchvision`.
+_OWN_FOLDERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 
 
 def is_torch_asking() -> bool:

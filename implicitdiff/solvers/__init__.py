@@ -68,12 +68,12 @@ When a search ends
     A search reports lack of progress. If the error has not decreased for some iterations, or a line search has failed,
     two evaluations measure the rounding floor: the change of ``F`` if every unknown moves by 4 units in its last place.
     With default tolerances a search with an error of at most the floor has CONVERGED if its Newton-type step, if any,
-    is at most ``eps^(1/6) |x|`` for `newton` and `gauss_newton` and ``eps^(2/5) |x|`` for the others; otherwise the
-    search has STALLED. For `levenberg_marquardt` and `dogleg` that step uses products with the full Hessian, because
-    the Jacobian may be singular at points with a regular Hessian. After a failed line search, with default tolerances,
-    ``|F(x)| <= eps^(2/3) |J x|`` is sufficient for convergence. After 16 steps of length zero a search has STALLED.
-    ``state.progress.floor`` is the floor. `bisection` and `qp` judge their own rounding: `bisection` by the brackets,
-    `qp` by the terms of the equations.
+    is at most ``eps^(1/6) |x|`` for roots, ``eps^(1/2) |x|`` for least squares and ``eps^(2/5) |x|`` for minima;
+    otherwise the search has STALLED. For `levenberg_marquardt` and `dogleg` that step uses products with the full
+    Hessian, because the Jacobian may be singular at points with a regular Hessian. After a failed line search, with
+    default tolerances, ``|F(x)| <= eps^(2/3) |J x|`` is sufficient for convergence. After 16 steps of length zero a
+    search has STALLED. ``state.progress.floor`` is the floor. `bisection` and `qp` judge their own rounding:
+    `bisection` by the brackets, `qp` by the terms of the equations.
 
     Give ``atol``, in the error's units, if both the guess and the solution are zero, because then no size of ``x`` is
     available. Give ``atol`` also if unknowns, or equations, of very different sizes share the norm, because the large

@@ -105,6 +105,8 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start[BisectionMemory]:
     # Negated comparisons refuse nan as well. The sign replaces the factor `high`: a product of two tiny values
     # underflows to 0, and would hide equal signs.
     _refuse_brackets(~(lower <= upper) | ~(low * high.sign() <= 0))
+    # With a root at both ends no sign orients the search; the lower end is the solution.
+    upper = torch.where((low == 0) & (high == 0), lower, upper)
     inside = _clip(x, lower, upper)
     residual = problem.fn(inside)
     size = row_norm(residual)

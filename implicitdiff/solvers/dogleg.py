@@ -13,7 +13,7 @@ import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.dogleg as _dogleg
 from implicitdiff._torch.control import if_any
 from implicitdiff._torch.trees import P, Tree, X
-from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.method import LEAST_SQUARES_STEP, IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep
 from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, select
@@ -81,6 +81,7 @@ def dogleg(
         residual=normal_residual,
         size=normal_size,
         steps_tell=True,
+        step_powers=LEAST_SQUARES_STEP,
         newton_step=_newton_step,
     )
     return make_solver("dogleg", _equations.least_squares_equation, (residual_fn,), method, options)

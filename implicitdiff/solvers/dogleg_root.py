@@ -16,7 +16,7 @@ import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.dogleg as _dogleg
 from implicitdiff._torch.control import if_any
 from implicitdiff._torch.trees import P, X
-from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.method import ROOT_STEP, IterativeMethod, Start
 from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
@@ -66,7 +66,14 @@ def dogleg_root(
 
     start = partial(_start, radius=radius)
     method = IterativeMethod(
-        start, _step, DoglegMemory, 1_000, residual=attrgetter("residual"), size=_size, steps_tell=True
+        start,
+        _step,
+        DoglegMemory,
+        1_000,
+        residual=attrgetter("residual"),
+        size=_size,
+        steps_tell=True,
+        step_powers=ROOT_STEP,
     )
     return make_solver("dogleg_root", _equations.root_equation, (residual_fn,), method, options)
 

@@ -13,7 +13,7 @@ import implicitdiff.solvers._loop.dense as _dense
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
 from implicitdiff._torch.trees import P, Tree, X
-from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.method import LEAST_SQUARES_STEP, IterativeMethod, Start
 from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, select, vecmat
 from implicitdiff.solvers._loop.solver import Solver, make_solver
@@ -67,7 +67,14 @@ def gauss_newton(
         tensor([2.0000, 0.5000])
     """
     method = IterativeMethod(
-        _start, _step, GaussNewtonMemory, 1_000, residual=normal_residual, size=normal_size, steps_tell=True
+        _start,
+        _step,
+        GaussNewtonMemory,
+        1_000,
+        residual=normal_residual,
+        size=normal_size,
+        steps_tell=True,
+        step_powers=LEAST_SQUARES_STEP,
     )
     return make_solver("gauss_newton", _equations.least_squares_equation, (residual_fn,), method, options)
 

@@ -16,7 +16,7 @@ from implicitdiff._torch.control import if_any
 from implicitdiff._torch.trees import P, Tree, X
 from implicitdiff.solvers._loop.bounds import Bound, limits_of, limits_on
 from implicitdiff.solvers._loop.losses import check_loss_scale, loss_of
-from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.method import LEAST_SQUARES_STEP, IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
 from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_dot, row_norm, safe_divide, select, vecmat
@@ -166,6 +166,7 @@ def levenberg_marquardt(
         residual=None if bounded else normal_residual,
         size=_size_in_box if bounded else normal_size,
         steps_tell=True,
+        step_powers=LEAST_SQUARES_STEP,
         newton_step=partial(_newton_step, robust=robust, bounded=bounded),
     )
     return make_solver(name, equation_of, (residual_fn,), method, options)

@@ -15,7 +15,7 @@ import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.newton as _newton
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import P, X
-from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.method import ROOT_STEP, IterativeMethod, Start
 from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
@@ -74,7 +74,15 @@ def newton(
     _newton.check_linear_solve("newton", linear_solve)
 
     step = partial(_step, linear_solve=linear_solve, backtracking=backtracking)
-    method = IterativeMethod(_start, step, NewtonMemory, 1_000, residual=attrgetter("residual"), steps_tell=True)
+    method = IterativeMethod(
+        _start,
+        step,
+        NewtonMemory,
+        1_000,
+        residual=attrgetter("residual"),
+        steps_tell=True,
+        step_powers=ROOT_STEP,
+    )
     return make_solver("newton", _equations.root_equation, (residual_fn,), method, options)
 
 

@@ -34,6 +34,28 @@ class Start(NamedTuple, Generic[MethodMemory]):
     reference: Tensor | None = None
 
 
+class StepPowers(NamedTuple):
+    """Bounds ``eps^power`` on the length of the last Newton-type step relative to ``x``.
+
+    Attributes:
+        near: for a search whose error has reached the target.
+        failed: for a search that rounding has ended.
+    """
+
+    near: float
+    failed: float
+
+
+TRIAL_STEP = StepPowers(near=2 / 5, failed=2 / 5)
+"""For a step that is not made, so that the step itself is the error of ``x``."""
+ROOT_STEP = StepPowers(near=1 / 3, failed=1 / 6)
+"""For a step to a root that is made, so that the error is about its square. Rounding ends the search for a multiple
+root early: a root of multiplicity ``m`` is determined to ``eps^(1/m)``."""
+LEAST_SQUARES_STEP = StepPowers(near=1 / 3, failed=1 / 2)
+"""For a step of least squares that is made. A step that rounding refuses is itself the error of ``x``. The bound is
+strict, because rounding hides the cost along flat directions."""
+
+
 class IterativeMethod(NamedTuple, Generic[MethodMemory]):
     """An iteration on rows, with the properties that the stopping rule uses.
 
@@ -54,6 +76,7 @@ class IterativeMethod(NamedTuple, Generic[MethodMemory]):
             `Progress.stepped` at each step.
         newton_step: ``newton_step(problem, x, memory)``, a Newton-type step at `x` for methods whose own steps do not
             measure the error of ``x``, or do not after a failure. May use second derivatives.
+        step_powers: bounds on the last Newton-type step.
         runs_off: the status of a search whose iterates go to infinity while the error falls.
         is_judged: True if the stopping rule judges the error; False if the method itself does.
         only_implicit: the reason why ``implicit_diff=False`` is refused; None if allowed.
@@ -67,6 +90,7 @@ class IterativeMethod(NamedTuple, Generic[MethodMemory]):
     size: Callable[[BatchedProblem, Tensor, MethodMemory], Tensor] | None = None
     steps_tell: bool = False
     newton_step: Callable[[BatchedProblem, Tensor, MethodMemory], NewtonStep] | None = None
+    step_powers: StepPowers = TRIAL_STEP
     runs_off: Status = Status.DIVERGED
     is_judged: bool = True
     only_implicit: str | None = None

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,24 +38,8 @@ _NEXT_TARGET = 0.1
 """Factor from the error to the next target, for a search near its target but far from the solution."""
 
 
-class _Powers(NamedTuple):
-    """Bounds ``eps^power`` on the length of a Newton-type step relative to ``x``.
-
-    Attributes:
-        near: for a search whose error has reached the target.
-        failed: for a search whose next step fails because of rounding.
-        sure: for a search that needs no second measurement of ``|J x|``.
-    """
-
-    near: float
-    failed: float
-    sure: float
-
-
-_OWN_STEP_POWERS = _Powers(near=1 / 3, failed=1 / 6, sure=1 / 2)
-"""For methods with steps of their own: the step is already made, and the remaining error is about its square."""
-_TRIAL_STEP_POWERS = _Powers(near=2 / 5, failed=2 / 5, sure=1 / 2)
-"""For methods without: the step is not made, so the step itself is the error."""
+_SURE_POWER = 1 / 2
+"""A last step of at most ``eps^power |x|`` needs no second measurement of ``|J x|``."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +106,7 @@ class Termination:
         # A small residual alone is not enough for a Newton-type method: for a nearly singular Jacobian the error of
         # ``x`` may be large. Wait for a short step.
         if method.steps_tell and self.is_default:
-            reached = reached & _is_settled(method, problem, new, "near")
+            reached = reached & (new.progress.step <= problem.eps**method.step_powers.near)
         new = self._advanced(new, reached)
         stands = (new.status == Status.RUNNING) & (new.progress.still >= _MAX_ZERO_STEPS) & self._may_stall(new)
         return new._replace(status=torch.where(stands, int(Status.STALLED), new.status))
@@ -200,7 +183,8 @@ class Termination:
 
         def settled(good: Tensor) -> Tensor:
             stepped = _with_step(state, _distance_step(method, problem, x, state), good, good)
-            return good & _is_settled(method, problem, stepped, "failed")
+            is_short: Tensor = stepped.progress.step <= problem.eps**method.step_powers.failed
+            return good & is_short
 
         good = if_any(good, settled, good)
         status = torch.where(at_floor, int(Status.STALLED), state.status)
@@ -244,7 +228,7 @@ class Termination:
         failed = failed & self._may_stall(state)
         reached = (state.status == Status.CONVERGED) & (state.iter_num > 0) & (state.target != state.progress.floor)
         # Skip lanes with a final target whose last step was very short.
-        reached = reached & ~((verdict.error == 0) & _is_settled(method, problem, state, "sure"))
+        reached = reached & ~((verdict.error == 0) & (state.progress.step <= problem.eps**_SURE_POWER))
         if self.is_default:
             judged = partial(self._judged, method, problem, first_x, x, failed, reached)
             state, verdict = if_any(failed | reached, judged, (state, verdict))
@@ -340,13 +324,13 @@ class Termination:
         A lane that is still far from the solution continues and tries the step next.
         """
         state, verdict = carry
-        good = good & _is_settled(method, problem, state, "failed")
+        good = good & (state.progress.step <= problem.eps**method.step_powers.failed)
         state = state._replace(status=torch.where(good, int(Status.CONVERGED), state.status))
         if step is None or method.steps_tell:
             return state, verdict
         # A gradient method may meet its target far from the solution along directions of small curvature. Continue to a
         # tenth of the error, starting with the Newton-type step.
-        far = reached & ~_is_settled(method, problem, state, "near")
+        far = reached & ~(state.progress.step <= problem.eps**method.step_powers.near)
         state = self._running_on(state, far)._replace(
             target=torch.where(far, _NEXT_TARGET * state.error, state.target),
             memory=state.memory if step.memory is None else select_tree(far, step.memory, state.memory),
@@ -366,13 +350,6 @@ def _next_progress(x: Tensor, new_x: Tensor, error: Tensor, old: Progress) -> Pr
         idle=torch.where(better, 0, old.idle + 1),
         still=torch.where(stays, old.still + 1, 0),
     )
-
-
-def _is_settled(method: IterativeMethod[MemoryT], problem: BatchedProblem, state: State[MemoryT], when: str) -> Tensor:
-    """True in lanes whose last Newton-type step was short enough for ``x`` to be near the solution."""
-    powers = _OWN_STEP_POWERS if method.newton_step is None else _TRIAL_STEP_POWERS
-    settled: Tensor = state.progress.step <= problem.eps ** getattr(powers, when)
-    return settled
 
 
 def _current_residual(

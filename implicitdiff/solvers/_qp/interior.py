@@ -168,7 +168,7 @@ def _predictor_corrector(problem: _InteriorProblem, at: _Iterate, residuals: tup
     reached = (at.s + length[:, None] * ahead.s) * (at.z + length[:, None] * ahead.z)
     # Corrector: centre by Mehrotra's ``sigma = (mu_aff / mu)^3``, with the second-order term ``ds dz`` of the
     # predictor.
-    centre = (reached.sum(dim=(0, -1)) / total / mean.clamp(min=1e-300)) ** 3 * mean
+    centre = (reached.sum(dim=(0, -1)) / total / mean.clamp(min=torch.finfo(mean.dtype).tiny)) ** 3 * mean
     step = direction(products + ahead.s * ahead.z - centre[:, None])
     # Stay inside of the boundary; a full Newton step is kept whole.
     length = torch.where(_length(at, step) < 1.0, _STEP_FRACTION * _length(at, step), 1.0)[:, None]
