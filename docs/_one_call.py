@@ -130,7 +130,8 @@ def trace() -> list[Call]:
     def f(x: Tensor, theta: Tensor) -> Tensor:
         return ((x - theta) ** 2).sum() / 2 + (x**4).sum() / 4
 
-    solver = solvers.lbfgs(f)
+    # A compiled loop repeats the operations of these functions without a call of them.
+    solver = solvers.lbfgs(f, compile="off")
 
     def minimiser(theta: Tensor) -> Tensor:
         return solver.run(torch.zeros(3, dtype=torch.float64), theta)[0]

@@ -107,12 +107,7 @@ def fingerprint(lifted: Lifted) -> Hashable:
         NotRecordableError: the operations do not tell all that the function does.
     """
     program = lifted.program
-    if program.has_dispatch_mode:
-        raise NotRecordableError("the function runs operations under a TorchDispatchMode")
-    if program.communicates:
-        raise NotRecordableError("the function communicates with other processes")
-    if program.unseen is not None:
-        raise NotRecordableError(f"the function {program.unseen}")
+    _refuse_unseen(program)
     places = {id(t): i for i, (t, _) in enumerate(lifted.constants)}
 
     def place(origin: Any) -> Hashable:
@@ -153,6 +148,16 @@ def fingerprint(lifted: Lifted) -> Hashable:
     )
     wrappers = tuple([(place(origin), *dims) for origin, *dims in program.wrappers])
     return operations, wrappers, shown(program.results), tuple(program.recorded)
+
+
+def _refuse_unseen(program: Program) -> None:
+    """Raise if a function does more than its operations tell."""
+    if program.has_dispatch_mode:
+        raise NotRecordableError("the function runs operations under a TorchDispatchMode")
+    if program.communicates:
+        raise NotRecordableError("the function communicates with other processes")
+    if program.unseen is not None:
+        raise NotRecordableError(f"the function {program.unseen}")
 
 
 def _refuse_inexact_checksum(array: list[Any]) -> None:
