@@ -305,7 +305,7 @@ def cuda_build(session: nox.Session) -> None:
 
 @nox.session(name="docs-test")
 def docs_test(session: nox.Session) -> None:
-    """Run the examples in the README, in the pages and in the docstrings."""
+    """Run the examples in the README, in the pages and in the docstrings; check the steps of docs/internals.md."""
     install(session, "doctest", IMPLICITDIFF_NO_EXTENSIONS="1")
     run_doctests(session)
 
@@ -316,6 +316,7 @@ def run_doctests(session: nox.Session) -> None:
     # The examples of this page need the compiled modules: `nox -s tests` runs them.
     pages += ("--ignore=docs/compiled.md",)
     session.run("pytest", "--doctest-modules", "implicitdiff", *pages)
+    session.run("python", "docs/_one_call.py", "--check")
 
 
 @nox.session
