@@ -35,6 +35,7 @@ def _is_source_tree(folder: Path) -> bool:
 def _installed_beside(folder: Path) -> Path | None:
     """Return the folder of an installed copy that the package in `folder` hides, None if there is none."""
     for distribution in importlib.metadata.distributions(name="implicitdiff"):
+        # An editable installation has no copy in site-packages, so the test for `__init__.py` leaves the entry out.
         other = Path(str(distribution.locate_file("implicitdiff"))).resolve()
         if other != folder and (other / "__init__.py").is_file():
             return other
@@ -58,6 +59,7 @@ def _cuda() -> str:
         return _not_built("no nvcc or C++ compiler on PATH")
     info = _C.cuda.info()
     archs = ", ".join(f"sm_{arch}" for arch in info["archs"])
+    # CUDART_VERSION is 1000 times the major number plus 10 times the minor number.
     toolkit = f"toolkit {info['cuda'] // 1000}.{info['cuda'] % 1000 // 10}"
     return f"{toolkit}, built for {archs} and newer, {info['devices'] or 'no'} device(s) visible"
 

@@ -43,6 +43,7 @@ def shows_call(factory: FactoryT) -> FactoryT:
     @functools.wraps(factory)
     def made(*args: Any, **kwargs: Any) -> Any:
         result = factory(*args, **kwargs)
+        # A factory may call another decorated factory; the outer call comes last, and replaces the inner call.
         result.remember(FactoryCall(factory.__name__, args, kwargs))
         return result
 
@@ -51,6 +52,7 @@ def shows_call(factory: FactoryT) -> FactoryT:
 
 def shown(value: Any) -> str:
     """Return an argument as text of one line: functions by name, large tensors by shape."""
+    # A schedule is a partial as well, and shows the call of its factory.
     if isinstance(value, functools.partial) and not isinstance(value, Remembers):
         return repr(FactoryCall("partial", (value.func, *value.args), value.keywords))
     if isinstance(value, torch.nn.Module):

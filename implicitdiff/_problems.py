@@ -232,6 +232,7 @@ def _run(
 ) -> tuple[Tree, State[Any]]:
     # Options of `run` go to `run`, all others to the factory.
     of_run = {name: options.pop(name) for name in RunOptions.__annotations__ if name in options}
+    # One refusal for two mistakes: `factory` is no function, or its result is no solver.
     made = factory(fn, **options) if callable(factory) else None
     if not isinstance(made, Solver):
         raise TypeError(f"{name}: solver must be a factory of implicitdiff.solvers, such as newton, got {factory!r}")

@@ -80,6 +80,7 @@ class Unrolled:
         return carry
 
     def _steps(self, count: int, carry: Tree, args: tuple[Tree, ...]) -> Tree:
+        # A derivative of any order may follow, and torch has wrong higher derivatives of some operations.
         with elementary():
             for _ in range(count):
                 carry = self.step(carry, *args)
@@ -132,6 +133,7 @@ class _Segment(Problem):
         return over_levels(self.fn, [(list(dims),) for dims in self.levels])(theta)  # type: ignore[no-any-return]
 
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
+        # ``A = -I`` is symmetric, so `adjoint` makes no difference.
         return [-t for t in b]
 
     def vjp(self, x: Leaves, theta: Leaves, x_bar: Leaves, wanted: Sequence[int]) -> dict[int, torch.Tensor]:

@@ -27,6 +27,7 @@ def __dir__() -> list[str]:
 
 def _restored(of: type[ErrorT], args: tuple[Any, ...], attributes: dict[str, Any]) -> ErrorT:
     """Return an error with these attributes, without a call of its `__init__`, which takes others than `args`."""
+    # `BaseException.__new__` stores `args`, so the message is complete without `__init__`.
     error = of.__new__(of, *args)
     vars(error).update(attributes)
     return error
@@ -139,6 +140,7 @@ class ConvergenceError(RuntimeError):
     @staticmethod
     def of_all(errors: Sequence[ConvergenceError]) -> ConvergenceError:
         """Return one error for those of parts of the same lanes: that of the worst lane, with the lanes of all."""
+        # nan counts as infinite: compared with nan, `max` would depend on the order of the errors.
         worst = max(errors, key=lambda e: math.inf if math.isnan(e.error) else e.error / e.target)
         lanes = tuple(sorted({lane for e in errors for lane in e.lanes}))
         # The message of the worst rank names that rank's lanes.

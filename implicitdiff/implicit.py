@@ -210,6 +210,7 @@ def _decorator(
     decoration = _Decoration(f"{maker}: {name_of(fn)}", fn, form, chosen, has_aux, solve or solve_auto(), check)
 
     def decorate(solver: UserSolver, *args: object, **kwargs: object) -> UserSolver:
+        # ``@custom_root`` without an equation takes the solver for ``F``; a call of the decorated name arrives here.
         if args or kwargs or not callable(solver):
             raise TypeError(
                 f"{decoration.name}: the decorator takes the solver, a function: write @{maker}(F) above the solver, "
@@ -247,6 +248,7 @@ def _solution_of_call(
     """Run the solver below all derivatives, and return its solution with the implicit derivatives."""
     bound = matcher.bind(args, kwargs)
     given, keywords = bound.args, bound.kwargs
+    # Asked again at each call: a solver with ``*args`` has no fixed number of arguments when it is decorated.
     _check_argnums(
         f"{decoration.name}, called with {1 + len(given)} positional arguments", decoration.chosen, 1 + len(given)
     )
@@ -260,6 +262,7 @@ def _solution_of_call(
     )
     root.refuse_solver_caches(derived)
     if decoration.check is not None:
+        # The residual of the evaluation that `root_at` made, so the check costs no further evaluation.
         _check_residual(decoration.name, decoration.check, root.residual)
     result = root.attached()
     return (result, aux) if decoration.has_aux else result
@@ -343,6 +346,7 @@ def root_vjp(
     )
     check_like("root_vjp: cotangent", cotangent, sol, root.x, root.structure, "sol")
     given, structure = pytree.flatten(args)
+    # `root.theta` begins with the tensors of `args`, and captured tensors follow: positions in `args` count for both.
     wanted = [i for i, t in enumerate(given) if is_continuous(t)]
     x_bar = root.structure.tensors_of(cotangent)
     problem = root.problem()

@@ -127,6 +127,7 @@ def non_negative_ridge(v: X, stepsize: Tree = 1.0, *, strength: Tree = 1.0) -> X
 
     def shrink(v: Tensor, stepsize: Tensor, strength: Tensor) -> Tensor:
         # Stationarity on ``x >= 0``: ``(1 + s c) x - v >= 0``, with equality for ``x > 0``.
+        # At ``v = 0`` the branch with derivative 1 is taken; `relu` would have the derivative 0.
         return torch.where(v < 0, 0.0, v) / (1 + stepsize * strength)
 
     return _leaf_by_leaf("non_negative_ridge", shrink, v, stepsize=stepsize, strength=strength)
@@ -203,4 +204,5 @@ def _shrink(v: Tensor, threshold: Tensor, strength: Tensor) -> Tensor:
 
 def _leaf_by_leaf(function: str, fn: Callable[..., Tensor], v: Tree, *, scalar: bool = False, **numbers: Tree) -> Tree:
     point = Point.of(function, v)
+    # A negative factor makes the penalty concave, and the minimiser may be missing or ambiguous.
     return point.map(fn, *(point.operands(name, x, scalar=scalar, least=0.0) for name, x in numbers.items()))

@@ -141,6 +141,7 @@ def tree_l2_norm(x: Tree) -> torch.Tensor:
 
 
 def _leaf_vdot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    # The product may broadcast, and count entries of the smaller leaf several times.
     if a.shape != b.shape:
         raise ValueError(f"tree_vdot: leaves must be of the same shapes, got {list(a.shape)} and {list(b.shape)}")
     return (a.conj() * b).sum()

@@ -190,6 +190,7 @@ def warmup(schedule: Schedule, warmup_steps: int, *, init_value: Number = 0.0) -
 def _warmed(schedule: Schedule, warmup_steps: int, init_value: Number, count: Count) -> torch.Tensor:
     count = _count_tensor(count)
     share = _elapsed_share(count, 0, warmup_steps)
+    # The line ends at ``schedule(0)``, the first value after the warm-up, so the value has no jump.
     rising = init_value + (schedule(torch.zeros_like(count)) - init_value) * share
     # `torch.where` evaluates both branches: the clamp keeps negative counts from the schedule.
     return torch.where(count < warmup_steps, rising, schedule((count - warmup_steps).clamp(min=0)))
@@ -249,5 +250,6 @@ def _count_tensor(count: Count) -> torch.Tensor:
 
 def _at_least_one(name: str, **values: int) -> None:
     for key, value in values.items():
+        # Negated, so that nan is refused as well.
         if not value >= 1:
             raise ValueError(f"{name}: {key} must be at least 1, got {value!r}")

@@ -14,6 +14,7 @@ from implicitdiff._recorded.listing import separate, window
 from implicitdiff._recorded.replay import Replay
 from implicitdiff._torch.trees import Leaves
 
+# As many as `torch.cuda.make_graphed_callables` makes.
 _WARM_UP = 3
 """The number of runs before a capture, in which libraries allocate their workspaces."""
 

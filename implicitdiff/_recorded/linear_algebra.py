@@ -72,6 +72,7 @@ def _record_cholesky(
 ) -> None:
     factor, info, matrix = recorder.result(out[0]), _everywhere_in_matrix(recorder.result(out[1])), recorder.view(a)
     if upper:
+        # ``A = U'U``: the machine makes the lower factor ``U'``, and writes the factor transposed.
         factor, matrix = transposed(factor), transposed(matrix)
     _matrices(recorder, "CHOLESKY", a.shape[-2:], [factor, info], [matrix])
 
@@ -229,6 +230,7 @@ def _linalg_eigh(recorder: Recorder, out: Any, a: Tensor, UPLO: str = "L", compu
     matrix, work = recorder.view(a), recorder.temporary(a.shape, a.dtype)
     if not compute_v:
         vectors = recorder.temporary(a.shape, a.dtype)
+    # The machine reads the lower triangle.
     if UPLO.upper() == "U":
         matrix = transposed(matrix)
     # The vectors come first: results of this shape are rounded.
@@ -254,6 +256,7 @@ def _linalg_svd(
     if not compute_uv:
         u, v = (recorder.temporary((*batch, *s), a.dtype) for s in ((m, min(m, n)), (min(m, n), n)))
     matrix, right = recorder.view(a), transposed(v)
+    # The machine takes matrices with at least as many rows as columns.
     if m < n:
         # ``A' = V S U'``
         matrix, u, right = transposed(matrix), right, u

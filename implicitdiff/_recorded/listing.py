@@ -320,6 +320,7 @@ def _without_traits(tensor: Tensor) -> Tensor:
 
 def _spot(tensor: Tensor) -> Hashable:
     return (
+        # Dtype, conjugation and sign as well: `view(dtype)` and `conj` give another meaning to memory at one place.
         _dispatch.storage_key(tensor),
         tensor.storage_offset(),
         tuple(tensor.shape),

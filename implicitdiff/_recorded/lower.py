@@ -265,6 +265,7 @@ class _Spelling:
         elif item.name not in MATRICES:
             # In the order of the strides of the first operand, the longest first.
             dims = _coalesced(sorted(dims, key=lambda dim: -abs(dim[1])))
+        # `most_dimensions` of `src/cpu/kernels.h`, counted after neighbours are merged.
         if len(dims) > 6:
             raise NotRecordableError(f"an operation has {len(dims)} dimensions")
         # The words are opcode, rounding, number of dimensions, sizes, number of operands, and for each operand space,
@@ -302,6 +303,7 @@ def _coalesced(dims: Sequence[Dim]) -> list[Dim]:
     for size, *steps in dims:
         if size == 1:
             continue
+        # For every operand one outer step must pass the whole inner dimension.
         if merged and merged[-1][1:] == tuple(size * step for step in steps):
             size *= merged.pop()[0]
         merged.append((size, *steps))

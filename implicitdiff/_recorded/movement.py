@@ -38,6 +38,7 @@ def _cat(recorder: Recorder, out: Tensor, tensors: Sequence[Tensor], dim: int = 
 def _pad(recorder: Recorder, out: Tensor, x: Tensor, pad: Sequence[int], value: float = 0) -> None:
     target, view, place = recorder.result(out), recorder.view(x), out
     recorder.convert(target, recorder.constant(value, out.dtype).broadcast(out.shape))
+    # torch lists the pairs from the last dimension to the first.
     for k in range(len(pad) // 2):
         before, after = pad[2 * k : 2 * k + 2]
         dim = x.dim() - 1 - k
@@ -114,6 +115,7 @@ def _segments(origins: Sequence[int]) -> list[tuple[int, int, int, int]]:
 def _pick(recorder: Recorder, out: View, view: View, dim: int, index: View) -> None:
     """Emit ``out = view.gather(dim, index)``; `index` has the shape of `out`."""
     if math.prod(out.shape):
+        # Stride 0: neither the result nor the index depends on the candidate entry.
         operands = (_with_last(out, 0), _dimension_last(view, dim), _with_last(index, 0))
         _emit_along(recorder, "GATHER", view.shape[dim], out.shape, *operands)
 
@@ -229,6 +231,7 @@ def _selection(recorder: Recorder, x: Tensor, indices: Sequence[Tensor | None]) 
 
 
 def _combined(recorder: Recorder, outer: View, inner: View, n: int) -> View:
+    # Row-major: entry ``(i, j)`` has the position ``i n + j``.
     rows, result = (recorder.temporary(outer.shape, torch.int64) for _ in range(2))
     recorder.tape.emit("MUL", [rows], [outer, recorder.constant(n, torch.int64)], outer.shape)
     recorder.tape.emit("ADD", [result], [rows, inner], outer.shape)

@@ -114,6 +114,7 @@ def _nan_to_num(
     number, flag = recorder.temporary(out.shape, out.dtype), recorder.temporary(out.shape, torch.bool)
     recorder.tape.emit("ISNAN", [flag], [value], out.shape)
     recorder.tape.emit("WHERE", [number], [flag, recorder.constant(nan or 0.0, out.dtype), value], out.shape)
+    # Both tests ask the original value: an infinity in the place of nan must stay.
     for end, limit, target in (
         (torch.inf, limits.max if posinf is None else posinf, recorder.temporary(out.shape, out.dtype)),
         (-torch.inf, limits.min if neginf is None else neginf, recorder.result(out)),
@@ -282,6 +283,7 @@ def _mean(
 ) -> None:
     dims = dim or range(x.dim())
     target = recorder.result(out)
+    # The sum stays a double, so that the mean alone is rounded to float32.
     total = recorder.temporary(out.shape, torch.float64)
     reduce(recorder, "SUM", _without(total, dims, x.dim()), recorder.view(x), dims)
     count = math.prod(x.shape[d] for d in dims)

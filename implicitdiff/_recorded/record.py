@@ -366,6 +366,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         tape = self.tape
         leaves, structure = pytree.flatten(carry)
         variables = self._variables(leaves)
+        # The count of passes has one value in all lanes, so the bound ends the loop for all lanes at once.
         count = self.copy(self.constant(0, torch.int64))
         begin, end = tape.label(), tape.label()
         tape.items.append(begin)

@@ -251,6 +251,7 @@ class Names:
         if type(argument) in (list, tuple):
             return f"[{', '.join(map(self.shown, argument))}]"
         # Infinity and nan have no literal, and become names.
+        # Exact types: the repr of a subclass such as `IntEnum` is no expression.
         if argument is None or type(argument) in (int, bool) or (type(argument) is float and math.isfinite(argument)):
             return repr(argument)
         return self.of(argument)
@@ -327,6 +328,7 @@ def _indented(lines: Iterable[str]) -> Iterator[str]:
 def _renamed(sources: Sequence[int], targets: Sequence[int], block: Block | None = None) -> Iterator[str]:
     """Yield the lines that give values their numbers after a branch; the values that `block` has made end."""
     if sources:
+        # One assignment of tuples, since a source may be a target as well.
         left, right = (", ".join(f"v{s}" for s in slots) for slots in (targets, sources))
         yield f"{left} = {right}"
     # Without these names the tensors of a pass would live on into the next.

@@ -118,6 +118,7 @@ def _lies_like(out: Reference, source: Reference, item: Instruction) -> bool:
 
 
 def _key(reference: Reference) -> Hashable:
+    # By repr: 0 and -0 are equal as numbers, and nan is unequal to itself.
     number = _known_number(reference)
     return reference if number is None else (repr(number), reference.strides)
 
@@ -162,6 +163,7 @@ def _sum_with_negative(item: Instruction, made_by: dict[Buffer, Instruction]) ->
     """``x + (-y)`` and ``(-y) + x`` are ``x - y``."""
     if item.name != "ADD":
         return None
+    # Exact: IEEE arithmetic rounds ``x + (-y)`` and ``x - y`` alike.
     for at, other in ((1, 0), (0, 1)):
         if (negative := _maker("NEG", item.inputs[at], item, made_by)) is not None:
             return replace(item, name="SUB", inputs=(item.inputs[other], negative.inputs[0]))

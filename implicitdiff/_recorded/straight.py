@@ -190,6 +190,7 @@ class _Notes(_dispatch.TorchDispatchMode):
     def _needed(self, slots: Sequence[int]) -> list[_Operation]:
         needed, kept = set(slots), []
         for operation in reversed(self._operations):
+            # All writes are kept: a later operation may read the memory as another slot.
             if operation.writes or not needed.isdisjoint(operation.made):
                 kept.append(operation)
                 needed.update(_variables_in((operation.args, operation.kwargs)))
@@ -344,6 +345,7 @@ def _as_leaf(tensor: Tensor) -> Tensor:
 
 def _agree_in_derivatives(made: Leaves, again: Leaves, leaves: Leaves) -> bool:
     """Return whether two evaluations have the same values and derivatives."""
+    # Round k compares the derivatives of order k - 1, then takes a derivative of both; the last order follows the loop.
     for _ in range(_ORDERS):
         if not _are_same(made, again):
             return False

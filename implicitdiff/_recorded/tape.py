@@ -89,6 +89,7 @@ class View(NamedTuple):
         if self.shape == shape:
             return self
         buffer, offset, own, strides, dtype = self
+        # torch leaves the stride of a dimension of size 1 arbitrary.
         moved = [0 if n == 1 else s for n, s in zip(own, strides, strict=True)]
         return View(buffer, offset, tuple(shape), (*(0,) * (len(shape) - len(own)), *moved), dtype)
 

@@ -83,6 +83,7 @@ def exchange(group: ProcessGroup, what: str, error: Exception | None) -> None:
     """Raise on all ranks of a group if a rank has an error, or if the ranks differ in `what`."""
     with _switches.unobserved():
         control = host_group(group)
+        # A checksum of 32 bits, so that both signs fit an int64.
         code = zlib.crc32(what.encode())
         # One maximum gives both ends: `most` is the largest code, and `least` is minus the smallest.
         header = torch.tensor([error is not None, code, -code])

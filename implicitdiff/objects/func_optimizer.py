@@ -104,6 +104,7 @@ def loss_gradients(name: str, loss: torch.Tensor, params: Tree, *, constant: boo
         found = torch.autograd.grad(
             loss, some, retain_graph=keep or not constant, create_graph=not constant, allow_unused=True
         )
+    # Without a derivative `found` is empty, whatever the length of `at`.
     pairs = zip(at, found, strict=bool(found))
     with torch.set_grad_enabled(not constant):
         # After a conversion within a graph (`module.double()`), autograd returns gradients in the old dtype.

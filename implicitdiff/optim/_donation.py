@@ -114,6 +114,7 @@ def shared(tensors: Leaves) -> set[int]:
     spans = [(tensors[i].data_ptr(), tensors[i].data_ptr() + _extent(tensors[i]), i) for i in plain]
     if not overlap([a for a, _, _ in spans], [b - a for a, b, _ in spans]):
         return loose
+    # Quadratic, but reached only after the sorted test has found an overlap.
     return loose | {i for a, b, i in spans if any(i != j and c < b and a < d for c, d, j in spans)}
 
 
@@ -128,6 +129,7 @@ def _extent(tensor: torch.Tensor) -> int:
     """Number of bytes from the first element to the end of the last."""
     if tensor.is_contiguous():
         return tensor.numel() * tensor.itemsize
+    # Strides of torch are never negative, so the last element lies furthest.
     return (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.itemsize
 
 

@@ -333,6 +333,7 @@ def _launch_for(
 ) -> None:
     """Call a compiled function for a step, with a copy of each input that it cannot read."""
     first = step.grads[0]
+    # Lanes share the count, see `serves`, so the tensor inside of all wrappers has the numbers.
     count = _levels.base(step.count).to(first.device).contiguous()
     readable = _readable(inputs)  # keeps the copies alive until the call returns
     addresses = _addresses([*readable, *outputs])

@@ -157,6 +157,7 @@ def _constants(rule: UpdateRule, t: torch.Tensor, device: torch.device, dtype: t
 
 def _named(rule: UpdateRule, t: torch.Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, Number]:
     values = {"lr": rule.lr, "weight_decay": rule.weight_decay, **rule.constants(t)}
+    # Computed in float64 up to here, and rounded once.
     return {k: v.to(device, dtype) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
 
@@ -169,5 +170,6 @@ def safe_sqrt(x: torch.Tensor, shift: Number = 0.0) -> torch.Tensor:
     """
     if isinstance(shift, torch.Tensor) or shift != 0:
         x = x + shift
+    # 1 stands in for 0 before the root: a mask behind the root alone would leave the derivative infinity times zero.
     zero = x.logical_not()
     return x.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)

@@ -214,6 +214,7 @@ class _RuleUpdate(Remembers):
         if count is None:
             return self._results(step, rules, None), step.count
         results = self._overwrite(step, rules)
+        # The count changes last, so a step that raises leaves the count as it was.
         [[new]] = _donation.fill([[count]], [[step.count]])
         return results, new
 
@@ -231,6 +232,7 @@ class _RuleUpdate(Remembers):
         rules = []
         for row in range(len(columns.rows)):
             mine = {k: columns.pick(column)[row] for k, column in values.items()}
+            # The type keeps the `id` of a tensor apart from an equal number.
             key = (
                 row
                 if torch.compiler.is_compiling()

@@ -32,6 +32,7 @@ class AdagradState(NamedTuple):
 class AdagradRule(UpdateRule):
     """The step of Adagrad, Duchi, Hazan and Singer (2011), with a diagonal matrix, as in torch.optim.Adagrad."""
 
+    # `initial` is no argument of the kernel, since the state begins with this value.
     numbers: ClassVar[Sequence[str]] = ["lr", "lr_decay", "eps", "eps_root", "weight_decay", "maximize"]
     kernel: ClassVar[str] = "adagrad"
     takes_sparse: ClassVar[bool] = True

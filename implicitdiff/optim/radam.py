@@ -74,6 +74,7 @@ class RAdamRule(UpdateRule):
         mu, nu = moments
         mu = mu + c.take1 * (g - mu)
         nu = c.keep2 * nu + c.take2 * g * g
+        # As in torch.optim `eps` is added to the root of the uncorrected ``nu``.
         adaptive = c.rectified / (safe_sqrt(nu + c.eps_root) + c.eps)
         return -c.step_size * mu * torch.where(c.adapts != 0, adaptive, 1.0), [mu, nu]
 

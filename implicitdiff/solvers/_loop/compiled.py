@@ -188,6 +188,7 @@ class Compiler:
             if known is None:
                 return None
             kept.put(self._key, known)
+            # Not stepped: no lane runs after the first state, so the search ends and needs no machine.
             if isinstance(known, Recording) and not known.is_stepped:
                 return None
         elif isinstance(known, Recording) and not known.is_stepped:
@@ -541,6 +542,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 def _shift(x: Tensor) -> Tensor:
     """Return a small displacement, another for each unknown."""
+    # The first unknown moves by 1e-4 at least, so that a guess of zeros moves as well.
     waves = torch.cos(torch.arange(x.shape[-1], dtype=x.dtype))
     return 1e-2 * x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-2) * waves if x.numel() else torch.zeros_like(x)
 
@@ -579,6 +581,7 @@ def _is_near(recorded: Tensor, eager: Tensor, within: dict[torch.dtype, float]) 
         return True
     # Relative to the largest entry, since small entries are often differences of large ones.
     size = torch.where(torch.isfinite(eager), eager.abs(), 0.0).amax()
+    # The difference of equal infinities is nan, so `recorded == eager` is asked below as well.
     near = (recorded - eager).abs() <= within[eager.dtype] * size
     return bool((near | (recorded == eager) | (recorded.isnan() & eager.isnan())).all())
 
@@ -590,5 +593,6 @@ def unfinished(problem: BatchedProblem, x: Tensor, state: State[Any]) -> Tensor 
     """
     residual = problem.last_residual or problem.residual
     size = torch.linalg.vector_norm(residual(problem, x).detach(), dim=-1, dtype=torch.float64)
+    # Negated, so that a residual of nan counts as above the target.
     above = state.converged & ~(size <= 2 * torch.maximum(state.target, state.error))
     return above if any_lane(above) else None

@@ -45,6 +45,7 @@ class _Square(Problem):
 
     def primal(self, theta: Leaves) -> Leaves:
         a, b = theta
+        # `torch.linalg.solve` would raise for all lanes because of a single singular matrix.
         x, info = torch.linalg.solve_ex(a, b)
         return [torch.where((info != 0)[..., None, None], torch.nan, x)]
 
@@ -76,6 +77,7 @@ class _LeastSquares(_Square):
         # QR with the orthogonal factor applied as reflections, never formed as a matrix.
         factors, tau = torch.geqrf(a)
         n = a.shape[-1]
+        # ``R x`` is the first n rows of ``Q' b``; no ``x`` changes the other rows, the residual.
         rhs = torch.ormqr(factors, tau, b, transpose=True)[..., :n, :]
         return [torch.linalg.solve_triangular(factors[..., :n, :].triu(), rhs, upper=True)]
 
@@ -84,6 +86,8 @@ class _LeastSquares(_Square):
         with full_precision():
             # Derivative of the residual in ``X``: ``A'A``, outside of autocast, whose half precision is too coarse for
             # the product.
+            # ``A'A`` is symmetric, so `adjoint` makes no difference. The squared condition number concerns
+            # derivatives alone, since the solution comes from QR.
             return solve_problem(_Square(), [a.mT @ a, b[0]])
 
     def pullback(self, x: Leaves, theta: Leaves, u: Leaves, wanted: Sequence[int]) -> dict[int, Tensor]:

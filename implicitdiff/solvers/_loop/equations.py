@@ -154,6 +154,8 @@ def proximal_equation(fn: Callable[..., Tree], prox: Callable[..., Tree]) -> Equ
         ahead = subtract(x, smooth.on_trees(functions, x, args))
         return subtract(x, functions["prox"](ahead, args, 1.0))
 
+    # For a convex penalty the solutions are the same for every step size > 0: points with ``-grad f`` in the
+    # subdifferential of the penalty.
     def prox_residual(problem: BatchedProblem, x: Tensor, grad: Tensor) -> Tensor:
         return x - problem.function("prox")(x - grad, x.new_ones(x.shape[:1]))
 

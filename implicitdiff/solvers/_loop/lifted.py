@@ -157,6 +157,7 @@ class LiftedProblem:
                 # The results are the leader's too, so all processes return the same bits.
                 found, *leaves = _decisions.of_leader([found, *leaves])
             solution = problem.inputs.unravel(found)
+            # A graph from `_last_residual` holds at a single tensor `x`; another solution drops the graph.
             if self._last is not None and self._last[0] is not found:
                 self._last = None
             state = nesting.unflatten([t.reshape((*lanes, *t.shape[1:])) for t in leaves])
@@ -195,6 +196,7 @@ class LiftedProblem:
 
     def _problem(self, x: Leaves, theta: Leaves, levels: list[Dims], lanes: tuple[int, ...]) -> BatchedProblem:
         def lane(i: int) -> BatchedProblem:
+            # An operand lacks the dimensions of vmaps that do not batch the operand, so `own` skips the indices.
             at = tuple(int(k) for k in torch.unravel_index(torch.tensor(i), lanes))
             outermost_first = zip(theta, *levels[::-1], strict=True)
             own = [t[tuple(k for k, d in zip(at, dims, strict=True) if d is not None)] for t, *dims in outermost_first]
@@ -209,6 +211,7 @@ class LiftedProblem:
         return BatchedProblem(functions, inputs, self.structure, True, self.equation.on_rows, lane, jacobians)
 
     def _over_lanes(self, name: str, theta: Leaves, levels: list[Dims]) -> LeafFunction:
+        # `x` and `more` have every vmap in front; `theta` has the vmaps of each operand.
         fn = over_levels(self._one_lane(name), [(0, list(dims), 0) for dims in levels])
         return lambda x, more: fn(_decisions.of_leader(x), theta, more)
 
@@ -242,6 +245,7 @@ class LiftedProblem:
 def _aside(x: Tensor) -> Tensor:
     """Return another point close by: at a guess of zeros the derivatives of most functions are zero."""
     waves = torch.cos(torch.arange(x.numel(), dtype=torch.float64, device=x.device)).reshape(x.shape).to(x.dtype)
+    # A guess of zeros moves by the second term alone.
     return x + 1e-2 * (x.abs().amax() if x.numel() else 1.0) * waves + 1e-4 * waves
 
 

@@ -43,6 +43,7 @@ def _inside(z: Tensor, value: Elementwise, outside: float | Elementwise) -> Tens
 # Formulas as in SciPy's `least_squares`, with Tukey's biweight scaled to ``rho'(0) = 1``.
 _LOSSES = {
     "linear": Loss(lambda z: z, torch.ones_like, torch.zeros_like),
+    # ``2 (sqrt(1 + z) - 1)``, without cancellation for small ``z``.
     "soft_l1": Loss(
         lambda z: 2 * z / (1 + torch.sqrt(1 + z)), lambda z: (1 + z) ** -0.5, lambda z: -0.5 * (1 + z) ** -1.5
     ),
@@ -53,6 +54,7 @@ _LOSSES = {
     ),
     "cauchy": Loss(torch.log1p, lambda z: 1 / (1 + z), lambda z: -((1 + z) ** -2)),
     "arctan": Loss(torch.atan, lambda z: 1 / (1 + z**2), lambda z: -2 * z / (1 + z**2) ** 2),
+    # ``(1 - (1 - z)^3) / 3``, multiplied out against cancellation for small ``z``.
     "tukey": Loss(
         lambda z: _inside(z, lambda z: z * (1 - z + z**2 / 3), 1 / 3),
         lambda z: _inside(z, lambda z: (1 - z) ** 2, 0.0),

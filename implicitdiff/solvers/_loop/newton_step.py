@@ -156,8 +156,10 @@ def truncated_cg(
         down, below = select(negative, p, down), torch.where(negative, curvature, below)
         bends = active & (curvature != 0)
         a = torch.where(bends, safe_divide(rz, curvature.abs()), 0.0)
+        # ``r`` is ``H d + g``, so a preconditioned ``-r`` points downhill; `p` begins with this sign in `_at_zero`.
         d, r = d + a[:, None] * p, r + a[:, None] * image
         # Each CG step lowers the model by ``a r'z / 2``, without cancellation.
+        # With ``|p'H p|`` in the model the formula holds along negative curvature as well.
         gain = gain + 0.5 * a * rz
         z = precondition(r)
         rz, before = row_dot(r, z), rz

@@ -99,6 +99,7 @@ class RowFunction:
     def curvature(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient and the Hessian ``(lanes, n, n)`` of a real-valued function."""
         _, grad, product = self.hessian(x)
+        # Image i is row i and column i, since ``H`` is symmetric.
         return grad, self._images(product, x).permute(1, 0, 2)
 
     def summed(self, terms: VectorMap) -> RowFunction:
@@ -120,6 +121,7 @@ class RowFunction:
         y, push, pull = self.linearise(x)
         if not y.numel() * n:
             return y, y[..., None] * x[:, None]  # an empty matrix that keeps the autograd history
+        # A square matrix goes by rows, since the product with ``J`` needs a second graph.
         if y.shape[-1] <= n:
             # Image i is J' e_i, row i of J.
             return y, self._images(pull, y).permute(1, 0, 2)
@@ -148,6 +150,7 @@ def _on_one(product: Product) -> VectorMap:
     return of_rows
 
 
+# Entries of the unit vectors of a chunk: 32 MiB in float64.
 _MAX_ENTRIES_AT_ONCE = 2**22
 
 

@@ -169,6 +169,7 @@ def _refuse_inexact_checksum(array: list[Any]) -> None:
 @functools.cache
 def _torch_function(function: Any) -> Hashable:
     """Return a function of torch; raise for others, such as an autograd.Function, whose rules no operation shows."""
+    # An exception is not cached, so the cache keeps functions of torch alone, and no function of the user alive.
     if isinstance(function, Program):
         raise NotRecordableError("the function calls another solver")
     # The accessor of an attribute, such as `Tensor.T`, is a method of a descriptor.

@@ -91,6 +91,7 @@ def of_running_lanes(step: StepFn, pauses: Callable[[State[Any]], Tensor] | None
     def masked_step(problem: BatchedProblem, x: Tensor, state: State[Any]) -> tuple[Tensor, State[Any]]:
         new_x, new = step(problem, x, state)
         active = state.status == 0
+        # The state before the step decides: a lane that asks waits for the host first.
         if pauses is not None:
             active = active & ~pauses(state)
         return select(active, new_x, x), select_tree(active, new, state)

@@ -33,6 +33,7 @@ class Frame(NamedTuple):
 
 def until_stopped(x: Any, state: State[Any], verdict: Verdict, frame: Frame) -> tuple[Any, State[Any]]:
     """Run the loop of every search."""
+    # A judgement may let lanes run on, so each round counts the running lanes anew.
     while running := frame.see(x, state):
         x, state = frame.advance(x, state, running)
         if not any_lane(state.status == Status.RUNNING):
@@ -98,6 +99,7 @@ class RowSearch:
     def _advance(self, x: Tensor, state: State[Any], running: int) -> tuple[Tensor, State[Any]]:
         problem, measure = self.problem, self.parts.measure
         if self.loop is not None:
+            # The machine returns early where a lane asks; `measure` answers, and without a question does nothing.
             x, state = self.loop(x, measure(problem, x, state))
             return x, self._taken_over(state)
         replay = None if self.compiler is None else self.compiler.replay(x, state)

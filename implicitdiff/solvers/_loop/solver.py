@@ -296,6 +296,7 @@ class SolverImpl(Remembers):
         check_unknowns(f"{self.name}: the initial guess", leaves, structure)
         refuse_missing(self.name, [*leaves, *pytree.tensors(args)])
         equation = self.equation_of(*self.functions)
+        # No batch: under a vmap of the caller each leaf is a wrapper with the shape of one lane.
         inputs = Vectors(leaves, ())
 
         def on_leaves(function: Callable[..., Any]) -> LeafFunction:
@@ -323,6 +324,7 @@ class SolverImpl(Remembers):
             check_count(self.name, "checkpoint_every", checkpoint_every)
         at_once = checkpoint_every or (1 if report.keeps else self.options.check_every)
         advance = unroll(step, at_once, checkpoint_every)
+        # The first state evaluates the function, and a draw moves the state of a generator.
         random_state = _switches.random_state()
         state = self.init(params, args)
         if _switches.random_state() != random_state:

@@ -96,6 +96,7 @@ class Progress(NamedTuple):
         `units` are norms of the columns of a Jacobian; with `units` the step is measured unknown by unknown.
         """
         # The decay forgets an initial guess far from the solution.
+        # By 0.9 a step, a factor of 10 is forgotten in 22 steps.
         reach, eps = torch.maximum(0.9 * self.reach, x.detach().abs()), torch.finfo(x.dtype).eps
         # Compare with ``eps^(1/6)`` of the largest values so far if the solution is zero.
         if units is None:

@@ -226,6 +226,7 @@ class Termination:
         # accepted at the rounding floor are final.
         failed = is_any_of(state.status, Status.LINE_SEARCH_FAILED, Status.BUDGET_SPENT) & (state.iter_num > 0)
         failed = failed & self._may_stall(state)
+        # A target equal to the floor marks a lane that `_with_floor` has accepted.
         reached = (state.status == Status.CONVERGED) & (state.iter_num > 0) & (state.target != state.progress.floor)
         # Skip lanes with a final target whose last step was very short.
         reached = reached & ~((verdict.error == 0) & (state.progress.step <= problem.eps**_SURE_POWER))
@@ -283,6 +284,7 @@ class Termination:
         fine, rough = precision(problem.eps) * size, problem.eps ** (2 / 3) * size
         # Continue above the finer target, as long as each round has halved the error. A size of 0 or nan gives no
         # target.
+        # `verdict.error` begins infinite, so the first round passes the test of halves.
         again = reached & (error > fine) & (2 * error < verdict.error) & (size > 0)
         ratio, length = error / size, row_norm(x)
         off = again & (verdict.ratio > 0) & (ratio > 0.1 * verdict.ratio) & (length > 1.2 * verdict.length)
@@ -388,6 +390,7 @@ def _first_size(method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Te
         if not isinstance(problem.residual, Composite):
             return size
         # A residual under constraints is at most the distance to the boundary, whatever its gradient.
+        # With the bound the part ``p size`` of the target is at most ``sqrt(p) |x|``.
         return torch.minimum(size, row_norm(x) / precision(problem.eps) ** 0.5)
     here = problem.residual(problem, x) if method.residual is None else method.residual(memory)
     return row_norm(change_with_x(problem.residual, problem, x, here.detach(), is_guess=True))
