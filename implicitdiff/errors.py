@@ -140,8 +140,13 @@ class ConvergenceError(RuntimeError):
     @staticmethod
     def of_all(errors: Sequence[ConvergenceError]) -> ConvergenceError:
         """Return one error for those of parts of the same lanes: that of the worst lane, with the lanes of all."""
-        # nan counts as infinite: compared with nan, `max` would depend on the order of the errors.
-        worst = max(errors, key=lambda e: math.inf if math.isnan(e.error) else e.error / e.target)
+
+        def excess(e: ConvergenceError) -> tuple[float, float]:
+            # nan counts as infinite: compared with nan, `max` would depend on the order of the errors.
+            error = math.inf if math.isnan(e.error) else e.error
+            return (error / e.target if e.target else math.inf), error
+
+        worst = max(errors, key=excess)
         lanes = tuple(sorted({lane for e in errors for lane in e.lanes}))
         # The message of the worst rank names that rank's lanes.
         before, now = (lanes_in_words(some, worst.total) for some in (worst.lanes, lanes))

@@ -212,7 +212,7 @@ def piecewise(schedules: Sequence[Schedule | float], boundaries: Sequence[int]) 
         >>> piecewise([1.0, linear(0.5, 0.0, 2)], [2])(torch.arange(5))
         tensor([1.0000, 1.0000, 0.5000, 0.2500, 0.0000], dtype=torch.float64)
     """
-    if len(schedules) != len(boundaries) + 1 or list(boundaries) != sorted({0, *boundaries} - {0}):
+    if len(schedules) != len(boundaries) + 1 or list(boundaries) != sorted({b for b in boundaries if b > 0}):
         raise ValueError(
             "piecewise: there must be one schedule more than boundaries, and boundaries must be positive and "
             f"increase, got {len(schedules)} schedules and boundaries {list(boundaries)}"

@@ -208,6 +208,7 @@ ERRORS = {
     "cosine": (lambda: schedule.cosine(1.0, 0), "cosine: decay_steps must be at least 1, got 0"),
     "warmup": (lambda: schedule.warmup(schedule.constant(1.0), 0), "warmup: warmup_steps must be at least 1"),
     "too few": (lambda: schedule.piecewise([1.0], [3]), "1 schedules and boundaries [3]"),
+    "a negative boundary": (lambda: schedule.piecewise([1.0, 2.0], [-1]), "boundaries must be positive"),
     "too many": (lambda: schedule.piecewise([1.0, 2.0, 3.0], [3]), "one schedule more than boundaries"),
     "unsorted": (lambda: schedule.piecewise([1.0, 2.0, 3.0], [5, 3]), "boundaries [5, 3]"),
     "repeated": (lambda: schedule.piecewise([1.0, 2.0, 3.0], [3, 3]), "boundaries [3, 3]"),

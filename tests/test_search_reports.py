@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import sys
 import types
@@ -17,7 +18,7 @@ from torch.func import grad, vmap
 from torch.utils._pytree import tree_leaves
 
 import implicitdiff.solvers as solvers
-from implicitdiff.errors import ConvergenceError, ConvergenceWarning
+from implicitdiff.errors import ConvergenceError, ConvergenceWarning, lanes_in_words
 from implicitdiff.solvers import Status, anderson, fixed_point_iteration
 
 F64 = torch.float64
@@ -388,3 +389,16 @@ def test_an_unrolled_search_runs_outside_of_autocast(maker) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast, _ = maker(image).run(torch.zeros(3), t, implicit_diff=False)
     assert not any(seen) and torch.equal(plain, cast)
+
+
+def test_errors_with_a_target_of_zero_are_joined_in_that_of_the_largest_error() -> None:
+    def failed(lane: int, error: float) -> ConvergenceError:
+        message = f"newton: {lanes_in_words([lane], 3)}"
+        why = Status.BUDGET_SPENT
+        return ConvergenceError(
+            message, solver="newton", status=why, iterations=9, error=error, target=0.0, lanes=(lane,), total=3
+        )
+
+    joined = ConvergenceError.of_all([failed(0, 1e-3), failed(1, math.nan), failed(2, 1.0)])
+    assert joined.lanes == (0, 1, 2) and math.isnan(joined.error)
+    assert ConvergenceError.of_all([failed(0, 1e-3), failed(2, 1.0)]).error == 1.0
