@@ -371,25 +371,32 @@ def confirm(lifted: Lifted) -> None:
 
 
 def confirm_at(lifted: Lifted, operands: Leaves) -> None:
-    """Evaluate the function a second time, with detached operands.
+    """Evaluate the function as `confirmed_value` does, where derivatives are wanted."""
+    if not _context.now().is_silent:
+        confirmed_value(lifted, operands)
+
+
+def confirmed_value(lifted: Lifted, operands: Leaves) -> Tree:
+    """Return the result of a second evaluation, with detached operands.
 
     Raise if the result has autograd history nevertheless (a captured tensor was missed), or if the function applied
     other operations than the first time.
     """
-    if _context.now().is_silent:
-        return
     # All operands are detached. Any autograd history of the result comes from a captured tensor without a substitute.
     operands = [t.detach() for t in operands]
-    with torch.enable_grad():
+    # The graphs are dropped: a checkpoint must not count their tensors.
+    with _switches.without_saved_tensor_hooks(), torch.enable_grad():
         if lifted.refusal:
             operands = _requiring_grad(operands)
             result = lifted.run_again(operands)
             is_lost = any(_functions.leaves_beside(t, operands) for t in pytree.tensors(result))
         else:
-            is_lost = any(map(_tracking.is_tracked, pytree.tensors(lifted.run_again(operands))))
+            result = lifted.run_again(operands)
+            is_lost = any(map(_tracking.is_tracked, pytree.tensors(result)))
     if is_lost:
         raise missed_capture_error(lifted.name)
     lifted.refuse_changed_function()
+    return result
 
 
 class FunctionChangedError(ValueError):

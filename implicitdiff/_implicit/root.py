@@ -14,7 +14,7 @@ import implicitdiff._torch.context as _context
 import implicitdiff._torch.tracking as _tracking
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.below import Derived
-from implicitdiff._closures.lift import Lifted, confirm, confirm_at, lift, missed_capture_error
+from implicitdiff._closures.lift import Lifted, confirm, confirm_at, confirmed_value, lift, missed_capture_error
 from implicitdiff._implicit.checks import check_like, check_unknowns, max_abs_or_one, probe_vector
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.linear_problem import LinearProblem, Solve, solve_linear, solve_linear_unrecorded
@@ -128,6 +128,13 @@ class RootProblem(Problem):
         return batched, front, 0
 
 
+class Evaluation(NamedTuple):
+    """A second evaluation at the call: the residual, and its graph if the graph is kept for the derivative."""
+
+    residual: Leaves
+    graph: RetainedGraph | None
+
+
 class KeptGraph(NamedTuple):
     """The graph of an evaluation at the call, and the evaluated function."""
 
@@ -147,7 +154,7 @@ class RootAt:
         x: the leaves of the solution.
         structure: the tree of the solution.
         is_lifted_here: whether the function was lifted at the solution, not at an initial guess.
-        graph: the graph of a second evaluation, see `evaluated`.
+        evaluation: a second evaluation, in plain autograd; None before.
     """
 
     lifted: Lifted
@@ -156,7 +163,7 @@ class RootAt:
     x: Leaves
     structure: Structure
     is_lifted_here: bool = True
-    graph: RetainedGraph | None = None
+    evaluation: Evaluation | None = None
 
     @property
     def theta(self) -> Leaves:
@@ -206,26 +213,42 @@ class RootAt:
         return make(replace(self, lifted=self.lifted.by_autograd(why)))
 
     @property
+    def is_alone(self) -> bool:
+        """True in plain autograd: one evaluation of plain tensors confirms the captures."""
+        plain = _context.now().is_outside and torch.is_grad_enabled() and not _modes.is_inside()
+        return plain and bool(self._wanted or self.lifted.refusal)
+
+    @property
     def keeps_graph(self) -> bool:
-        """True in plain autograd: one evaluation confirms the captures, and its graph is kept for the derivative."""
-        return bool(self._wanted or self.lifted.refusal) and self._is_plain_autograd()
+        """True if the graph of this evaluation serves a first derivative, and no hook has to see its tensors."""
+        return self.is_alone and isinstance(self.solver, LinearSolver) and not _context.in_saved_tensor_hooks()
 
     @property
     def _wanted(self) -> list[int]:
         return [i for i, t in enumerate(self.theta) if t.requires_grad]
 
-    def evaluated(self) -> RootAt:
-        """Return the root with the graph of a second evaluation, for `attached` where it `keeps_graph`."""
-        return replace(self, graph=self._recorded_graph(self._wanted))
+    def with_graph(self) -> RootAt:
+        """Return the root with a second evaluation and its graph, for `attached` where it `keeps_graph`."""
+        graph = self._recorded_graph(self._wanted)
+        return replace(self, evaluation=Evaluation(graph.end, graph))
+
+    def confirmed(self) -> RootAt:
+        """Return the root with a second evaluation that confirms the captures, for `attached` where it `is_alone`."""
+        value = confirmed_value(self.lifted, [*self.x, *self.theta])
+        return replace(self, evaluation=Evaluation(self.form(self.x, self.structure.tensors_of(value)), None))
 
     def _attached(self) -> Tree:
         """Return the solution with its derivatives; raise `TransformError` if torch.func refuses the function."""
-        if self.graph is not None:
-            problem, theta = self._problem(KeptGraph(self.graph, self.lifted)), [*self.theta, *self.graph.adopted]
-        elif self.keeps_graph:
-            return self.evaluated()._attached()
+        if self.evaluation is None and self.keeps_graph:
+            return self.with_graph()._attached()
+        # The problem outlives the derivative, which frees the graph: only `KeptGraph` may hold the graph.
+        root, theta = replace(self, evaluation=None), self.theta
+        if self.evaluation is None:
+            problem = root._confirmed_problem(self._wanted)
+        elif (graph := self.evaluation.graph) is None:
+            problem = root._problem(None)
         else:
-            problem, theta = self._confirmed_problem(self._wanted), self.theta
+            problem, theta = root._problem(KeptGraph(graph, self.lifted)), [*theta, *graph.adopted]
         return self.structure.unflatten(attach(problem, self.x, theta))
 
     def _confirmed_problem(self, wanted: Sequence[int]) -> RootProblem:
@@ -245,11 +268,6 @@ class RootAt:
 
     def _evaluated(self, fn: Callable[[Leaves], Tree], x: Leaves, theta: Leaves) -> Leaves:
         return self.form(x, self.structure.tensors_of(fn([*x, *theta])))
-
-    def _is_plain_autograd(self) -> bool:
-        """True if plain autograd alone records: a first derivative then needs only one graph of plain tensors."""
-        plain = _context.now().is_outside and torch.is_grad_enabled() and not _context.in_saved_tensor_hooks()
-        return plain and isinstance(self.solver, LinearSolver) and not _modes.is_inside()
 
     def _recorded_graph(self, wanted: Sequence[int]) -> RetainedGraph:
         """Return the graph of a second evaluation; raise if the function has changed, or if a capture was missed."""

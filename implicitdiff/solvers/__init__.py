@@ -59,11 +59,11 @@ When a search ends
     =============  =============  =========================================================================
 
     By default a method with Newton-type steps must also be near the solution. The steps of `newton`, `gauss_newton`,
-    `levenberg_marquardt` and the doglegs are of this type: the last step is at most ``eps^(1/3) |x|``, so the remaining
-    error is about the square of that. For least squares each unknown is measured by itself, except unknowns with hardly
-    any effect on ``r``. `lbfgs`, `nonlinear_cg` and `newton_cg` compute a Newton-type step at their target, by a few
-    products with the Hessian, and the step is at most ``eps^(2/5) |x|``; for an objective without second derivatives
-    the step is omitted. With a longer step the search continues.
+    `levenberg_marquardt` and the doglegs are of this type. For roots the last step is at most ``eps^(1/3) |x|``, so the
+    remaining error is about the square of that. For least squares it is at most ``eps^(2/5) |x|``, and each unknown is
+    measured by itself, except unknowns with hardly any effect on ``r``. `lbfgs`, `nonlinear_cg` and `newton_cg` compute
+    a Newton-type step at their target, by a few products with the Hessian, and the step is at most ``eps^(2/5) |x|``;
+    for an objective without second derivatives the step is omitted. With a longer step the search continues.
 
     A search reports lack of progress. If the error has not decreased for some iterations, or a line search has failed,
     two evaluations measure the rounding floor: the change of ``F`` if every unknown moves by 4 units in its last place.

@@ -60,8 +60,8 @@ class LiftedProblem:
             if name is not None:
                 return functions[name](params, args, *more)
             if needs_derivatives:
-                # Without derivatives the values of the functions show all captured tensors, and the gradient is spared.
                 return on_trees(functions, params, args)
+            # Without derivatives the values of the functions show all captured tensors, and the gradient is spared.
             return [function(params, args) for function in functions.values()]
 
         self.name, self.equation, self.args, self.solve, self._functions = name, equation, args, solve, functions
@@ -83,8 +83,18 @@ class LiftedProblem:
     def _root(self, x: Leaves) -> RootAt:
         return RootAt(self.lifted, root_form, self.solve, x, self.structure, is_lifted_here=False)
 
-    def _last_residual(self, problem: BatchedProblem, x: Tensor) -> Tensor:
-        """Return the residual from the evaluation that confirms the function at the solution; keep its graph."""
+    def _shared_evaluation(self) -> Callable[[RootAt], RootAt] | None:
+        """Return the second evaluation that `attached` needs, if the last judge of a search can share it.
+
+        Decide before the search puts hooks aside.
+        """
+        root = self._root(self.x0)
+        if self.lifted.refusal or isinstance(self.equation.on_rows, Composite) or not root.is_alone:
+            return None
+        return RootAt.with_graph if root.keeps_graph else RootAt.confirmed
+
+    def _last_residual(self, shared: Callable[[RootAt], RootAt], problem: BatchedProblem, x: Tensor) -> Tensor:
+        """Return the residual from the evaluation that confirms the function at the solution; keep the evaluation."""
         values: Leaves = []
         fn = self._functions["fn"]
 
@@ -95,14 +105,14 @@ class LiftedProblem:
 
         self._functions["fn"] = noting
         try:
-            root = self._root(problem.inputs.unravel(x)).evaluated()
+            root = shared(self._root(problem.inputs.unravel(x)))
         except Exception:  # `attached` says what is wrong
             return problem.residual(problem, x)
         finally:
             self._functions["fn"] = fn
         self._last = x, root
-        assert root.graph is not None
-        residual = problem.inputs.ravel([t.detach() for t in root.graph.end])
+        assert root.evaluation is not None
+        residual = problem.inputs.ravel([t.detach() for t in root.evaluation.residual])
         # As on rows, a value that is not finite makes the residual nan.
         is_finite = all([_levels.is_all(torch.isfinite(_levels.base(t).detach())) for t in values])
         return residual if is_finite else residual * torch.nan
@@ -139,7 +149,7 @@ class LiftedProblem:
         levels: list[Dims] = [tuple(None if d is None else 0 for d in layer.dims) for layer in layers]
         lanes = tuple(layer.size for layer in reversed(layers))
         n = len(self.x0)
-        keeps_graph = self.lifted.refusal is None and self._root(self.x0).keeps_graph
+        shared = self._shared_evaluation()
         # A checkpoint counts saved tensors, and would count others in a search that is recorded.
         hooks = _switches.without_saved_tensor_hooks()
         with hooks, _modes.without_own_modes(), uncached(), _switches.nothing_running(), _settings.full_precision():
@@ -149,15 +159,14 @@ class LiftedProblem:
             own_levels = [dims[n:] for dims in levels]
             vmaps = tuple(VmapSize(layer.level, layer.size) for layer in reversed(layers))
             problem = self._with_operands(x, operands[n:], own_levels, vmaps)
-            if keeps_graph and not isinstance(self.equation.on_rows, Composite):
-                problem.last_residual = self._last_residual
+            problem.last_residual = None if shared is None else partial(self._last_residual, shared)
             with _decisions.frame():
                 found, state = solve(problem, problem.inputs.ravel(x))
                 leaves, nesting = pytree.flatten(state)
                 # The results are the leader's too, so all processes return the same bits.
                 found, *leaves = _decisions.of_leader([found, *leaves])
             solution = problem.inputs.unravel(found)
-            # A graph from `_last_residual` holds at a single tensor `x`; another solution drops the graph.
+            # An evaluation of `_last_residual` holds at a single tensor `x`; another solution drops the evaluation.
             if self._last is not None and self._last[0] is not found:
                 self._last = None
             state = nesting.unflatten([t.reshape((*lanes, *t.shape[1:])) for t in leaves])

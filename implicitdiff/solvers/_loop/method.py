@@ -51,9 +51,9 @@ TRIAL_STEP = StepPowers(near=2 / 5, failed=2 / 5)
 ROOT_STEP = StepPowers(near=1 / 3, failed=1 / 6)
 """For a step to a root that is made, so that the error is about its square. Rounding ends the search for a multiple
 root early: a root of multiplicity ``m`` is determined to ``eps^(1/m)``."""
-LEAST_SQUARES_STEP = StepPowers(near=1 / 3, failed=1 / 2)
-"""For a step of least squares that is made. A step that rounding refuses is itself the error of ``x``. The bound is
-strict, because rounding hides the cost along flat directions."""
+LEAST_SQUARES_STEP = StepPowers(near=2 / 5, failed=1 / 2)
+"""For a step of least squares that is made; convergence is linear if the residual is not zero. A step that rounding
+refuses is itself the error of ``x``. The bound is strict, because rounding hides the cost along flat directions."""
 
 
 class IterativeMethod(NamedTuple, Generic[MethodMemory]):

@@ -5,9 +5,10 @@ A search has CONVERGED at ``x`` if a relative change ``p`` of the unknowns would
     |F(x)| <= p |J x|,    p = max(4 eps, 4e-11),
 
 or if the residual is no larger than its own rounding. ``F`` is the residual of the equation, ``J`` its Jacobian. A
-method whose steps measure the error of ``x`` (a Newton-type method) must also have made a last step of at most
-``eps^(1/3) |x|``: convergence is quadratic, so the remaining error is about the square of that step. A user's tolerance
-replaces the first condition. A search that cannot decrease the error further has STALLED.
+method whose steps measure the error of ``x`` (a Newton-type method) must also have made a short last step, for roots
+``eps^(1/3) |x|``: convergence is quadratic, so the remaining error is about the square of that step. `StepPowers` has
+these bounds. A user's tolerance replaces the first condition. A search that cannot decrease the error further has
+STALLED.
 """
 
 from __future__ import annotations
