@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("implicitdiff", "tests", "benchmarks", "docs/api", "CHANGELOG.md", "pyproject.toml")
+COPIED = ("implicitdiff", "tests", "benchmarks", "docs/api", "docs/solvers.md", "CHANGELOG.md", "pyproject.toml")
 if not (ROOT / "CONTRIBUTING.md").exists():
     pytest.skip("the sources are not here", allow_module_level=True)
 
@@ -38,6 +38,10 @@ def code_in(text: str) -> list[str]:
 Edit = tuple[str, str, str]
 """A path, a text there, and what is put before it."""
 
+AUTOSUMMARY = r"^   (\w+)$"
+# The first column, which may have several names, and options that are no names of solvers.
+ROW_OF_A_TABLE = r"^\| ((?:`\w+`(?:, )?)+)"
+
 
 class List(NamedTuple):
     """A list, and what its steps are for a dummy.
@@ -52,6 +56,7 @@ class List(NamedTuple):
         benchmark: where as well.
         battery: tests that the row brings.
         exempt: factories whose tests or benchmarks are elsewhere, by file.
+        listings: other pages that have each factory, and how a line with it looks.
     """
 
     section: str
@@ -63,6 +68,7 @@ class List(NamedTuple):
     benchmark: str
     battery: tuple[str, ...]
     exempt: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    listings: Mapping[str, str] = MappingProxyType({})
 
     @property
     def factory(self) -> str:
@@ -123,6 +129,8 @@ SOLVER = List(
     edits={
         "export": exports("implicitdiff/solvers", "implicitdiff.solvers.dummy_search", ("DummyMemory", "dummy_search")),
         "docs": [("docs/api/solvers.rst", "   newton\n", "   dummy_search\n   DummyMemory\n")],
+        "index": [("docs/api/index.md", "   newton\n", "   dummy_search\n")],
+        "choice": [("docs/solvers.md", "| `anderson` | first", "| `dummy_search` | never | `f` | one `f` |\n")],
         "row": [
             (
                 "tests/tables/solvers.py",
@@ -143,6 +151,7 @@ SOLVER = List(
     benchmark="benchmarks/solvers.py",
     battery=under("solvers.dummy_search"),
     exempt={"tests/tables/solvers.py": ("qp",), "benchmarks/solvers.py": ("qp",)},
+    listings={"docs/api/index.md": AUTOSUMMARY, "docs/solvers.md": ROW_OF_A_TABLE},
 )
 OBJECTS = {
     "implicitdiff/objects/optimizers.py": ("Dummy", "_NamedOptimizer", "class Adam(", ", names=_ADAM"),
@@ -233,13 +242,22 @@ def factories(root: Path, one: List) -> list[str]:
     return named if one is not OPTIMIZER else [name for name in named if name in public(root / "implicitdiff")]
 
 
+def listed_in(page: Path, pattern: str) -> set[str]:
+    """The names in the lines of a page that look so."""
+    lines = re.findall(pattern, page.read_text(), re.MULTILINE)
+    return {name for line in lines for name in re.findall(r"\w+", line)}
+
+
 def omissions(root: Path, one: List) -> list[str]:
     """The files that lack a name."""
     names, news = public(root / one.package), (root / "CHANGELOG.md").read_text()
     files = [file for file in sorted((root / one.package).glob("*.py")) if not file.name.startswith("_")]
     found = [f"{one.package}/__init__.py: {file.stem}" for file in files if not defined(file) & set(names)]
-    listed = re.findall(r"^   (\w+)$", (root / one.page).read_text(), re.MULTILINE)
+    listed = listed_in(root / one.page, AUTOSUMMARY)
     found += [f"{one.page}: {name}" for name in names if name not in listed]
+    for path, pattern in one.listings.items():
+        listed = listed_in(root / path, pattern)
+        found += [f"{path}: {name}" for name in factories(root, one) if name not in listed]
     for path in (one.table, one.benchmark):
         used = names_used(root / path).union(one.exempt.get(path, ()))
         found += [f"{path}: {name}" for name in factories(root, one) if name not in used]
@@ -316,11 +334,13 @@ def test_a_step_that_is_left_out_is_noticed(one: List, tmp_path: Path) -> None:
         "row": f"{one.table}: {one.factory}",
         "benchmark": f"{one.benchmark}: {one.factory}",
         "news": f"CHANGELOG.md: {one.factory}",
+        "index": f"docs/api/index.md: {one.factory}",
+        "choice": f"docs/solvers.md: {one.factory}",
     }
-    for step, omission in expected.items():
+    for step in one.edits.keys() & expected:
         root = copied(tmp_path / step)
         follow(root, one, without=step)
-        assert omission in omissions(root, one)
+        assert expected[step] in omissions(root, one)
     root = copied(tmp_path / "none")
     follow(root, one)
     assert omissions(root, one) == []

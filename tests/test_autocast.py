@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tables.solvers import SEARCHES, THETA
+from tables.solvers import MINIMISERS, SEARCHES, THETA, factories
 from torch import nn
 from torch.func import grad
 
@@ -39,12 +39,9 @@ def closed_form(penalty):
     return torch.linalg.solve(X.T @ X / len(Y) + penalty * torch.eye(3), X.T @ Y / len(Y))
 
 
-MINIMISERS = ["lbfgs", "newton_cg", "gradient_descent", "nonlinear_cg", "scipy_minimize"]
-
-
-@pytest.mark.parametrize("factory", MINIMISERS)
+@pytest.mark.parametrize("factory", [*factories(MINIMISERS), solvers.scipy_minimize])
 def test_a_minimiser_arrives_at_single_precision(factory):
-    solver, penalty = getattr(solvers, factory)(ridge), torch.tensor(0.1)
+    solver, penalty = factory(ridge), torch.tensor(0.1)
 
     def solution(penalty):
         return solver.run(torch.zeros(3), penalty)[0]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tables.solvers import MINIMISERS, factories
 from torch import nn
 from torch.func import grad, hessian, jvp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -95,7 +96,6 @@ CONDITIONS = {name: (lambda x, t, sq=sq: sq(x) - t, words) for name, (sq, words)
 CONDITIONS["torch.autograd.grad"] = (forces, "torch.autograd.grad")
 ROOTS = [name for name in CONDITIONS if name != "reentrant checkpoint"]
 FACTORIES = ["newton", "broyden_root", "gauss_newton", "levenberg_marquardt", "scipy_root"]
-MINIMISERS = ["lbfgs", "newton_cg", "gradient_descent", "nonlinear_cg", "scipy_minimize"]
 LINEAR = ["solve_auto", "solve_lu", "solve_gmres", "solve_cg", "solve_bicgstab", "solve_normal_cg", "solve_lstsq"]
 
 
@@ -140,13 +140,13 @@ def test_solvers_of_roots_need_autograd_alone(name, factory):
     torch.testing.assert_close(by_backward(lambda t: solver.run(T / 4, t)[0])[0], BY_HAND, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("factory", MINIMISERS)
+@pytest.mark.parametrize("factory", [*factories(MINIMISERS), solvers.scipy_minimize])
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_minimisers_need_autograd_alone(name, factory):
     sq, _ = SQUARES[name]
     if name == "function of a hidden parameter":
         pytest.skip("NumPy has no second derivative")
-    solver = getattr(solvers, factory)(lambda x, t: (sq(x) * x / 3 - t * x).sum())
+    solver = factory(lambda x, t: (sq(x) * x / 3 - t * x).sum())
     torch.testing.assert_close(by_backward(lambda t: solver.run(T / 3, t)[0])[0], BY_HAND, rtol=1e-5, atol=0)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tables.solvers import SEARCHES, THETA
+from tables.solvers import MINIMISERS, SEARCHES, THETA
 from torch import Tensor
 from torch.func import jacrev, jvp, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -140,10 +140,7 @@ PROBLEMS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "broyden": (solvers.broyden, image),
     "newton": (solvers.newton, equation),
     "chord": (solvers.chord, equation),
-    "lbfgs": (solvers.lbfgs, objective),
-    "gradient_descent": (solvers.gradient_descent, objective),
-    "nonlinear_cg": (solvers.nonlinear_cg, objective),
-    "newton_cg": (solvers.newton_cg, objective),
+    **{row.name: (row.factory, objective) for row in MINIMISERS},
     "gauss_newton": (partial(solvers.gauss_newton, maxiter=6), residuals),
     "levenberg_marquardt": (partial(solvers.levenberg_marquardt, maxiter=20), residuals),
 }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tables.solvers import MINIMISERS
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -31,9 +32,7 @@ def newton(init, t):
 
 
 SOLVERS = {
-    "gradient_descent": (solvers.gradient_descent, objective),
-    "lbfgs": (solvers.lbfgs, objective),
-    "newton_cg": (solvers.newton_cg, objective),
+    **{row.name: (row.factory, objective) for row in MINIMISERS},
     "newton": (solvers.newton, residual),
     "levenberg_marquardt": (solvers.levenberg_marquardt, residual),
     "anderson": (solvers.anderson, image),

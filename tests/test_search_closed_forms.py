@@ -13,6 +13,7 @@ import scipy.optimize
 import torch
 from checks.tensors import vector
 from problem_sets.hock_schittkowski import rosenbrock
+from tables.solvers import LINE_SEARCHES, MINIMISERS, factories, of_kind
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 
@@ -27,16 +28,13 @@ Factory = Callable[..., Solver]
 TIGHT: dict[str, Any] = {"rtol": 1e-13, "atol": 1e-13}
 
 
-def named(*names: str) -> list[Any]:
-    """Those of the factories that there are."""
-    return [pytest.param(getattr(solvers, name), id=name) for name in names if hasattr(solvers, name)]
-
-
-FIXED_POINTS = named("fixed_point_iteration", "anderson", "broyden")
-ROOTS = named("newton", "chord", "broyden_root", "scipy_root")
-LEAST_SQUARES = named("gauss_newton", "levenberg_marquardt", "scipy_least_squares")
-MINIMISERS = [
-    *named("gradient_descent", "lbfgs", "nonlinear_cg", "newton_cg", "scipy_minimize"),
+FIXED_POINTS = factories(of_kind("fixed point"))
+ROOTS = factories(of_kind("root"))
+LEAST_SQUARES = factories(of_kind("least squares"))
+SCIPY = pytest.param(solvers.scipy_minimize, id="scipy_minimize")
+MINIMISING = [
+    *factories(MINIMISERS),
+    SCIPY,
     pytest.param(lambda fn, **o: solvers.from_optimizer(fn, sgd(0.5), **o), id="from_optimizer"),
 ]
 
@@ -110,7 +108,7 @@ def test_the_tanh_as_least_squares(factory: Factory) -> None:
     assert_solves_the_tanh(factory(tanh_residual, **TIGHT))
 
 
-@pytest.mark.parametrize("factory", MINIMISERS)
+@pytest.mark.parametrize("factory", MINIMISING)
 def test_the_tanh_as_a_minimum(factory: Factory) -> None:
     """Of z^2/2 - log cosh(z + theta), whose gradient is the residual."""
 
@@ -237,7 +235,7 @@ def test_the_enzyme_fit(factory: Factory) -> None:
         torch.testing.assert_close(jacobian, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("factory", named("lbfgs", "nonlinear_cg", "newton_cg", "scipy_minimize"))
+@pytest.mark.parametrize("factory", [*factories(LINE_SEARCHES), SCIPY])
 def test_the_enzyme_fit_as_a_minimum(factory: Factory) -> None:
     solver = factory(lambda c, y: (enzyme(c, y) ** 2).sum() / 2, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(solver.run(vector(0.4, 0.5), RATE)[0], ENZYME, rtol=0.0, atol=1e-7)
@@ -269,12 +267,12 @@ def test_rosenbrock_in_a_box(acceleration: bool) -> None:
 
 def test_rosenbrock_by_minimisers_and_least_squares() -> None:
     start, bottom = vector(-1.2, 1.0), vector(1.0, 1.0)
-    for param in named("lbfgs", "nonlinear_cg", "newton_cg"):
-        x, state = param.values[0](rosenbrock).run(start)
+    for row in LINE_SEARCHES:
+        x, state = row.factory(rosenbrock).run(start)
         torch.testing.assert_close(x, bottom, rtol=0.0, atol=1e-8)
         assert state.iter_num < 200
-    for param in named("levenberg_marquardt", "gauss_newton"):
-        solver = param.values[0](lambda x: torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]]), **TIGHT)
+    for row in of_kind("least squares"):
+        solver = row.factory(lambda x: torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]]), **TIGHT)
         x, _ = solver.run(start)
         torch.testing.assert_close(x, bottom, rtol=0.0, atol=1e-9)
 

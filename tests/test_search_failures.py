@@ -12,7 +12,7 @@ import pytest
 import torch
 from checks.tensors import number
 from problem_sets.hock_schittkowski import rosenbrock
-from tables.solvers import MINIMISERS
+from tables.solvers import MINIMISERS, factories, of_kind
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -299,7 +299,7 @@ def test_unrolled_a_poor_guess_makes_no_poor_solution():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("factory", MINIMISERS)
+@pytest.mark.parametrize("factory", factories(MINIMISERS))
 def test_a_kink_is_no_solution(factory, dtype):
     # The minimum is at the kink, where the gradient jumps from one sign to the other and is zero nowhere.
     solver = factory(lambda x: ((x - 3).abs() + (x - 3.5) ** 2 / 2).sum(), maxiter=30, on_failure="ignore")
@@ -308,19 +308,16 @@ def test_a_kink_is_no_solution(factory, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "centre", "off"), [(F64, 2e6, 1.0), (torch.float32, 2e3, 3.0)])
-@pytest.mark.parametrize("name", ["newton", "broyden_root", "lbfgs", "newton_cg", "gradient_descent"])
-def test_an_unknown_far_from_zero_does_not_make_the_guess_a_solution(name, dtype, centre, off):
+@pytest.mark.parametrize("row", [*of_kind("root"), *MINIMISERS], ids=str)
+def test_an_unknown_far_from_zero_does_not_make_the_guess_a_solution(row, dtype, centre, off):
     # To have solved it to the precision of x^(1/2), or of the least bits of x.
-    if name in ("newton", "broyden_root"):
-        solver = getattr(solvers, name)(lambda x: torch.sinh(x - centre))
-    else:
-        solver = getattr(solvers, name)(lambda x: torch.cosh(x - centre).sum())
-    found, state = solver.run(torch.tensor([centre + off], dtype=dtype))
+    fn = torch.sinh if row.family.name == "root" else lambda x: torch.cosh(x).sum()
+    found, state = row.factory(lambda x: fn(x - centre)).run(torch.tensor([centre + off], dtype=dtype))
     assert state.iter_num > 0
     assert abs(found - centre) < (1e-4 if dtype == F64 else 0.1)
 
 
-@pytest.mark.parametrize("factory", MINIMISERS)
+@pytest.mark.parametrize("factory", factories(MINIMISERS))
 def test_a_size_out_of_range_is_no_measure_of_the_error(factory):
     # log x has no minimum. Its second derivative at the guess is beyond float32; below 0 only its gradient is finite.
     guess = torch.full((2,), 3e-20, dtype=torch.float32)
@@ -330,7 +327,7 @@ def test_a_size_out_of_range_is_no_measure_of_the_error(factory):
 
 
 @pytest.mark.parametrize(("dtype", "curvature"), [(torch.float32, 0.05), (F64, 0.002)])
-@pytest.mark.parametrize("factory", MINIMISERS)
+@pytest.mark.parametrize("factory", factories(MINIMISERS))
 def test_a_kink_at_the_guess_does_not_make_it_a_solution(factory, dtype, curvature):
     solver = factory(lambda x: curvature / 2 * ((x - 2) ** 2).sum() + (x - 3).relu().sum())
     found, _ = solver.run(torch.tensor([3.0], dtype=dtype))
@@ -347,13 +344,22 @@ def test_the_end_of_a_domain_near_the_solution_makes_no_poor_solution(name):
     assert abs(found[1] - math.log(2)) < 0.01
 
 
-@pytest.mark.parametrize("name", ["newton", "lbfgs", "newton_cg"])
-def test_the_end_of_a_domain_near_the_solution_is_no_failure(name):
-    if name == "newton":
-        solver = solvers.newton(lambda x: torch.log(x) - torch.log1p(-x) - 12, backtracking=True)
-    else:
-        entropy = lambda x: (x * torch.log(x) + (1 - x) * torch.log1p(-x) - 12 * x).sum()  # noqa: E731
-        solver = getattr(solvers, name)(entropy)
+def slope_of_entropy(x):
+    return torch.log(x) - torch.log1p(-x) - 12
+
+
+def entropy(x):
+    return (x * torch.log(x) + (1 - x) * torch.log1p(-x) - 12 * x).sum()
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        pytest.param(solvers.newton(slope_of_entropy, backtracking=True), id="newton, backtracking"),
+        *(pytest.param(row.factory(entropy), id=row.name) for row in MINIMISERS),
+    ],
+)
+def test_the_end_of_a_domain_near_the_solution_is_no_failure(solver):
     found, _ = solver.run(torch.tensor([0.5]))
     torch.testing.assert_close(found, torch.sigmoid(torch.tensor([12.0])), rtol=2e-6, atol=0)
 

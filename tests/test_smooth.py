@@ -12,6 +12,7 @@ import torch
 from checks.tensors import draw
 from scipy.optimize import minimize
 from tables.losses import rosenbrock
+from tables.solvers import LINE_SEARCHES
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
@@ -36,13 +37,14 @@ class Row(NamedTuple):
         return self.name
 
 
+PEERS = {"lbfgs": ("L-BFGS-B", 1.3), "nonlinear_cg": ("CG", 2.0), "newton_cg": ("Newton-CG", 3.0)}
+# What a minimiser is compared with whose method SciPy does not have.
+DEFAULT_PEER = ("L-BFGS-B", 3.0)
 SOLVERS = [
-    Row("lbfgs", lbfgs, "L-BFGS-B", 1.3),
+    *(Row(row.name, row.factory, *PEERS.get(row.name, DEFAULT_PEER)) for row in LINE_SEARCHES),
     Row("lbfgs, short", partial(lbfgs, history=2), "L-BFGS-B", float("inf")),
-    Row("nonlinear_cg", nonlinear_cg, "CG", 2.0),
     Row("nonlinear_cg, Fletcher-Reeves", partial(nonlinear_cg, formula=fletcher_reeves), "CG", 2.0),
     Row("nonlinear_cg, Hestenes-Stiefel", partial(nonlinear_cg, formula=hestenes_stiefel), "CG", 2.0),
-    Row("newton_cg", newton_cg, "Newton-CG", 3.0),
 ]
 every_solver = pytest.mark.parametrize("row", SOLVERS, ids=str)
 

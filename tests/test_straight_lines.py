@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from checks.compiled import needs_cpu
+from tables.solvers import MINIMISERS
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional
@@ -299,17 +301,17 @@ def bounded(fn: Function) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, theta: 0.05 * torch.tanh(0.3 * weighted(fn(x, theta)))
 
 
+def minimising(factory: Callable[..., Any], fn: Function) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return factory, lambda x, t: ((x - t) ** 2).sum() + (x**4).sum() / 9 + bounded(fn)(x, t) ** 2
+
+
 PROBLEMS: dict[str, Callable[[Function], tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "newton": lambda fn: (solvers.newton, lambda x, t: 2 * x + x**3 / 9 - t + bounded(fn)(x, t) * X),
     "levenberg_marquardt": lambda fn: (
         solvers.levenberg_marquardt,
         lambda x, t: torch.cat([x - t, bounded(fn)(x, t)[None]]),
     ),
-    "lbfgs": lambda fn: (solvers.lbfgs, lambda x, t: ((x - t) ** 2).sum() + (x**4).sum() / 9 + bounded(fn)(x, t) ** 2),
-    "newton_cg": lambda fn: (
-        solvers.newton_cg,
-        lambda x, t: ((x - t) ** 2).sum() + (x**4).sum() + bounded(fn)(x, t) ** 2,
-    ),
+    **{row.name: partial(minimising, row.factory) for row in MINIMISERS},
 }
 
 
@@ -363,9 +365,7 @@ FIRST: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
     "fixed_point_iteration": (solvers.fixed_point_iteration, image, 2),
     "anderson": (solvers.anderson, image, 2),
     "newton": (solvers.newton, lambda x, theta: x - image(x, theta), 2),
-    "lbfgs": (solvers.lbfgs, objective, 2),
-    "gradient_descent": (solvers.gradient_descent, objective, 2),
-    "newton_cg": (solvers.newton_cg, objective, 2),
+    **{row.name: (row.factory, objective, 2) for row in MINIMISERS},
     "levenberg_marquardt": (solvers.levenberg_marquardt, lambda x, theta: torch.cat([x**2 - theta, x / 9]), 2),
     "a robust loss": (
         lambda fn, **options: solvers.levenberg_marquardt(fn, loss="huber", **options),

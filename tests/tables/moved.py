@@ -19,6 +19,7 @@ from implicitdiff import custom_fixed_point, custom_root, linear_solve, projecti
 from implicitdiff.nn import ImplicitMetaGradientModule
 from implicitdiff.solvers import KKTSolution, make_kkt_optimality_fn
 from tables.routes import ROUTES, Route
+from tables.solvers import MINIMISERS
 from tables.unusual_routes import UNUSUAL
 
 __all__ = ["DOORS", "ROUTES", "UNUSUAL", "WAYS", "Door", "Route", "T"]
@@ -197,10 +198,7 @@ DOORS = [
     Door("anderson", by_search(solvers.anderson, contraction), root),
     Door("broyden", by_search(solvers.broyden, contraction), root),
     Door("fixed_point_iteration", by_search(solvers.fixed_point_iteration, contraction), root),
-    Door("lbfgs", by_search(solvers.lbfgs, objective), root),
-    Door("gradient_descent", by_search(solvers.gradient_descent, objective), root),
-    Door("newton_cg", by_search(solvers.newton_cg, objective), root),
-    Door("nonlinear_cg", by_search(solvers.nonlinear_cg, objective), root),
+    *(Door(row.name, by_search(row.factory, objective), root) for row in MINIMISERS),
     Door("from_optimizer", by_search(sgd, objective), root),
     Door("gauss_newton", by_search(solvers.gauss_newton, as_row), root),
     Door("levenberg_marquardt", by_search(solvers.levenberg_marquardt, as_row), root),

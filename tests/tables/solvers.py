@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -62,6 +63,7 @@ class Row(NamedTuple):
         tolerance: of implicit derivatives.
         of_one_leaf: whether the family's functions take one tensor alone.
         in_units: the factory for an objective that is so many times as large, where that matters to its step size.
+        line_search: whether a minimiser takes steps that satisfy the strong Wolfe conditions, and fails without one.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Row(NamedTuple):
     tolerance: float = 1e-8
     of_one_leaf: bool = False
     in_units: Callable[[float], Callable[..., Solver]] | None = None
+    line_search: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -273,7 +276,8 @@ SEARCHES = [
     Row("chord", solvers.chord, ROOT._replace(far=1.0)),
     Row("broyden_root", solvers.broyden_root, ROOT._replace(far=5.0)),
     Row("bisection", bisection_on_wide_brackets, EACH, unrolls=False),
-    Row("gradient_descent", solvers.gradient_descent, MINIMUM),
+    # Its steps decrease the objective, and satisfy no condition on the slope at their ends.
+    Row("gradient_descent", solvers.gradient_descent, MINIMUM, line_search=False),
     Row(
         "gradient_descent, fixed step",
         partial(solvers.gradient_descent, stepsize=0.3),
@@ -320,5 +324,18 @@ SEARCHES = [
     ),
     Row("scipy_least_squares", solvers.scipy_least_squares, LEAST_SQUARES, SCIPY, unrolls=False, tolerance=1e-6),
 ]
-# Those of smooth functions without constraints, whose failures have tests of their own.
-MINIMISERS = [row.factory for row in SEARCHES if row.family is MINIMUM and not isinstance(row.factory, partial)]
+
+
+def of_kind(kind: str) -> list[Row]:
+    """The rows of a family, but for those whose step size is given for its problem alone."""
+    return [row for row in SEARCHES if row.family.name == kind and row.in_units is None]
+
+
+def factories(rows: Iterable[Row]) -> list[Any]:
+    """Parameters of a test that has problems of its own."""
+    return [pytest.param(row.factory, id=row.name) for row in rows]
+
+
+# Those of smooth functions without constraints; what SciPy does is tested by its methods.
+MINIMISERS = [row for row in of_kind("minimum") if "scipy" not in row.name]
+LINE_SEARCHES = [row for row in MINIMISERS if row.line_search]

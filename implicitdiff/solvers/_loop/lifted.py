@@ -72,7 +72,7 @@ class LiftedProblem:
 
     def attached(self, x: Leaves) -> Tree:
         """Return the solution with its derivatives."""
-        root = self._root(x) if self._last is None else self._last[1]
+        root, self._last = self._root(x) if self._last is None else self._last[1], None
         # From here on the function is evaluated at the solution; the copy of the guess is free.
         self.lifted.operands[: len(x)] = root.x
         try:
