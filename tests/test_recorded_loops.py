@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from checks.compiled import needs_cpu
 from tables.solvers import SEARCHES, THETA, Row
 from torch import Tensor
 from torch.func import hessian, jacfwd, jacrev, vmap
+from torch.utils.checkpoint import checkpoint
 
 import implicitdiff.solvers as solvers
 from implicitdiff.errors import CompileError
@@ -354,8 +356,12 @@ def claimed(monkeypatch, x: Tensor) -> None:
     monkeypatch.setattr(CompiledLoop, "begun", wrong)
 
 
-def test_a_differentiated_search_evaluates_its_function_twice():
-    """At the guess and at the solution, where one evaluation measures the error and is kept for the derivative."""
+@pytest.mark.parametrize(("under", "count"), [(lambda f, t: f(t), 2), (partial(checkpoint, use_reentrant=False), 5)])
+def test_a_differentiated_search_evaluates_its_function_twice(under, count):
+    """At the guess and at the solution, where one evaluation measures the error and is kept for the derivative.
+
+    A checkpoint repeats both, and keeps no evaluation for the derivative.
+    """
     evaluations = []
 
     def counted(x, theta):
@@ -366,9 +372,9 @@ def test_a_differentiated_search_evaluates_its_function_twice():
     for _ in range(3):
         evaluations.clear()
         theta = THETA.clone().requires_grad_()
-        x, _ = solver.run(torch.zeros_like(THETA), theta)
+        x = under(lambda t: solver.run(torch.zeros_like(THETA), t)[0], theta)
         (slope,) = torch.autograd.grad(x.sum(), theta)
-    assert len(evaluations) == 2
+    assert len(evaluations) == count
     torch.testing.assert_close(slope, 1 / (1 + 3 * x.detach() ** 2))
 
 

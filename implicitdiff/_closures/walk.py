@@ -148,7 +148,7 @@ class Walk:
                     self._attributes(*waiting)
 
     def _visit_all(self) -> None:
-        """Visit the values that wait, and those that they lead to."""
+        """Visit the waiting values, and all values reachable from them."""
         while self.todo and self.count < _MAX_VALUES:
             value = self.todo.popleft()
             of: type = type(value)

@@ -32,7 +32,7 @@ def placed(
         The items without copies from a place to itself, and the end of the memory.
     """
     lives = _Lives(items, loops)
-    # Copies first: buffers that are joined get one place.
+    # Copies first: joined buffers share one place.
     kept = _without_copies(items, lives, offsets)
     return kept, _placed_from(len(items), lives, offsets, top)
 
@@ -117,7 +117,7 @@ def _is_mere_copy(item: Instruction) -> bool:
 
 
 def _works_in_place(item: Instruction, lives: _Lives, buffer: Buffer) -> bool:
-    """Return whether an instruction may write its result where a buffer lies that it reads."""
+    """Return whether an instruction may write its result in the place of `buffer`, one of its inputs."""
     if item.name in REDUCTIONS | MATRICES or len(item.outputs) != 1:
         return False
     place = _lie(item.outputs[0], item.sizes)
