@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.func import grad, jacfwd
+from torch.func import grad, jacfwd, vmap
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from implicitdiff import custom_fixed_point, custom_root, solvers
 from implicitdiff._closures.snapshot import Snapshot
 from implicitdiff.linear_solve import solve_lu
+from implicitdiff.solvers._loop.lifted import LiftedProblem
 
 F64 = torch.float64
 FOUR = torch.tensor(4.0, dtype=F64)
@@ -264,6 +265,54 @@ def test_going_on_from_a_tensor_of_the_last_evaluation_is_refused(way, make):
 
     with pytest.raises((ValueError, RuntimeError), match=r"replaces a tensor|has changed"):
         PASSES[way](f)
+
+
+# --- another function in the search -----------------------------------------------------------------------------------
+
+
+def scheduled(solver, equation):
+    """A solution of ``equation(x, t, 1)`` by a search whose callback makes the function ``equation(x, t, 2)`` before
+    and after: evaluations at the call and at the solution agree, and neither is of the search."""
+
+    def solution(t):
+        scale = [2.0]
+
+        def schedule(iter_num, params, state):
+            scale[0] = 2.0 if bool(state.converged.all()) else 1.0
+
+        return solver(lambda x, t: equation(x, t, scale[0])).run(t, t, callback=schedule)[0]
+
+    return solution
+
+
+@pytest.mark.parametrize(
+    ("solver", "equation"),
+    [
+        (solvers.newton, lambda x, t, scale: x**2 - scale * t),
+        (solvers.anderson, lambda x, t, scale: 0.1 * scale * torch.cos(x) + t),
+        (solvers.levenberg_marquardt, lambda x, t, scale: x**2 - scale * t),
+        (solvers.newton_cg, lambda x, t, scale: (x - scale * t) ** 2 + x**4),
+        (functools.partial(solvers.lbfgs_b, bounds=(0.0, None)), lambda x, t, scale: (x - scale * t) ** 2 + x**4),
+    ],
+    ids=["newton", "anderson", "levenberg_marquardt", "newton_cg", "lbfgs_b"],
+)
+@pytest.mark.parametrize("way", [*PASSES, "vmap of grad"])
+def test_a_function_that_is_another_in_the_search_is_refused(solver, equation, way):
+    derivative = PASSES.get(way, lambda f: vmap(grad(f))(torch.stack([FOUR, FOUR + 1])))
+    with pytest.raises(ValueError, match="the function has changed during the search"):
+        derivative(scheduled(solver, equation))
+
+
+def test_a_residual_that_rounding_alone_changes_is_taken(monkeypatch):
+    judge = LiftedProblem._judge
+
+    def far_off(self, accept, end, x, residual):
+        judge(self, accept, end, x, [t + 1 for t in residual])
+
+    # As at a kink, where another order of the same sums is on the other side.
+    monkeypatch.setattr(LiftedProblem, "_judge", far_off)
+    derivative = backward(lambda t: solvers.newton(lambda x, t: x**2 - t, compile="off").run(t, t)[0])
+    torch.testing.assert_close(derivative, 0.5 * FOUR**-0.5)
 
 
 # --- memory that belongs to others ------------------------------------------------------------------------------------

@@ -361,19 +361,14 @@ def _requiring_grad(tensors: Leaves) -> Leaves:
     return [t.requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors]
 
 
-def confirm(lifted: Lifted) -> None:
-    """Raise if `Watch` missed a captured tensor: its gradient would silently be zero.
+def confirm(lifted: Lifted) -> Tree:
+    """Return the result at the call; raise if `Watch` missed a captured tensor: its gradient would silently be zero.
 
-    Evaluates the function a second time, unless the function captures no differentiable tensor.
+    Evaluates the function a second time where derivatives are wanted, unless it captures no differentiable tensor.
     """
-    if lifted.captured or lifted.needs_confirmation:
-        confirm_at(lifted, lifted.operands)
-
-
-def confirm_at(lifted: Lifted, operands: Leaves) -> None:
-    """Evaluate the function as `confirmed_value` does, where derivatives are wanted."""
-    if not _context.now().is_silent:
-        confirmed_value(lifted, operands)
+    if (lifted.captured or lifted.needs_confirmation) and not _context.now().is_silent:
+        return confirmed_value(lifted, lifted.operands)
+    return lifted.value
 
 
 def confirmed_value(lifted: Lifted, operands: Leaves) -> Tree:

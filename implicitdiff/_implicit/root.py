@@ -14,7 +14,7 @@ import implicitdiff._torch.context as _context
 import implicitdiff._torch.tracking as _tracking
 import implicitdiff._torch.trees as pytree
 from implicitdiff._closures.below import Derived
-from implicitdiff._closures.lift import Lifted, confirm, confirm_at, confirmed_value, lift, missed_capture_error
+from implicitdiff._closures.lift import Lifted, confirm, confirmed_value, lift, missed_capture_error
 from implicitdiff._implicit.checks import check_like, check_unknowns, max_abs_or_one, probe_vector
 from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.linear_problem import LinearProblem, Solve, solve_linear, solve_linear_unrecorded
@@ -155,6 +155,8 @@ class RootAt:
         structure: the tree of the solution.
         is_lifted_here: whether the function was lifted at the solution, not at an initial guess.
         evaluation: a second evaluation, in plain autograd; None before.
+        accept: ``accept(residual)`` raises if the residual at the solution, as the derivative finds it, shows another
+            function than the search has solved; None if nothing is known of the search.
     """
 
     lifted: Lifted
@@ -164,6 +166,7 @@ class RootAt:
     structure: Structure
     is_lifted_here: bool = True
     evaluation: Evaluation | None = None
+    accept: Callable[[Leaves], None] | None = None
 
     @property
     def theta(self) -> Leaves:
@@ -172,7 +175,10 @@ class RootAt:
     @property
     def residual(self) -> Leaves:
         """The residual at the solution, detached."""
-        return self.form(self.x, self.structure.tensors_of(self.lifted.value))
+        return self._residual_of(self.lifted.value)
+
+    def _residual_of(self, value: Tree) -> Leaves:
+        return self.form(self.x, self.structure.tensors_of(value))
 
     def refuse_solver_caches(self, derived: Derived) -> None:
         """Raise if a constant of the function is a tensor that the solver computed from differentiated tensors.
@@ -193,7 +199,11 @@ class RootAt:
     def problem(self) -> RootProblem:
         """Return the problem, after a check that no captured tensor was missed."""
         smooth = [i for i, t in enumerate(self.theta) if is_continuous(t)]
-        return self._with_autograd_fallback(lambda root: root._confirmed_problem(smooth))
+        return self._with_autograd_fallback(partial(RootAt._confirmed_problem, smooth=smooth))
+
+    def _confirmed_problem(self, smooth: Sequence[int]) -> RootProblem:
+        self._confirmed_residual(smooth)
+        return self._problem(None)
 
     def attached(self) -> Tree:
         """Return the solution with its derivatives."""
@@ -235,32 +245,31 @@ class RootAt:
     def confirmed(self) -> RootAt:
         """Return the root with a second evaluation that confirms the captures, for `attached` where it `is_alone`."""
         value = confirmed_value(self.lifted, [*self.x, *self.theta])
-        return replace(self, evaluation=Evaluation(self.form(self.x, self.structure.tensors_of(value)), None))
+        return replace(self, evaluation=Evaluation(self._residual_of(value), None))
 
     def _attached(self) -> Tree:
         """Return the solution with its derivatives; raise `TransformError` if torch.func refuses the function."""
         if self.evaluation is None and self.keeps_graph:
             return self.with_graph()._attached()
         # The problem outlives the derivative, which frees the graph: only `KeptGraph` may hold the graph.
-        root, theta = replace(self, evaluation=None), self.theta
-        if self.evaluation is None:
-            problem = root._confirmed_problem(self._wanted)
-        elif (graph := self.evaluation.graph) is None:
+        root, theta = replace(self, evaluation=None, accept=None), self.theta
+        residual, graph = self.evaluation or Evaluation(root._confirmed_residual(self._wanted), None)
+        if self.accept is not None:
+            self.accept(residual)
+        if graph is None:
             problem = root._problem(None)
         else:
             problem, theta = root._problem(KeptGraph(graph, self.lifted)), [*theta, *graph.adopted]
         return self.structure.unflatten(attach(problem, self.x, theta))
 
-    def _confirmed_problem(self, wanted: Sequence[int]) -> RootProblem:
-        """Return the problem without a kept graph, after a second evaluation that confirms the captures."""
-        if self.is_lifted_here:
-            confirm(self.lifted)
-        else:
-            confirm_at(self.lifted, [*self.x, *self.theta])
+    def _confirmed_residual(self, wanted: Sequence[int]) -> Leaves:
+        """Return the residual at the solution, from an evaluation that confirms the captures."""
+        there = [*self.x, *self.theta]
+        value = confirm(self.lifted) if self.is_lifted_here else confirmed_value(self.lifted, there)
         if self.lifted.refusal and self.lifted.takes_gradients:
             # For the checks alone; the graph is dropped.
             self._recorded_graph(wanted)
-        return self._problem(None)
+        return self._residual_of(value)
 
     def _problem(self, kept: KeptGraph | None) -> RootProblem:
         residual = partial(self._evaluated, self.lifted)

@@ -55,6 +55,15 @@ def counted() -> Callable[..., Tensor]:
     return lambda x, t: x**2 - t * next(numbers)
 
 
+def changed_in_the_search() -> None:
+    scale, t = [2.0], T.clone().requires_grad_()
+
+    def schedule(iter_num: int, params: Tensor, state: Any) -> None:
+        scale[0] = 2.0 if state.converged else 1.0
+
+    solvers.newton(lambda x, t: x**2 - t * scale[0]).run(T, t, callback=schedule)
+
+
 def changed_since() -> None:
     numbers = iter(range(1, 100))
     grad(idf.unroll(lambda x: x * next(numbers), 4, checkpoint_every=2))(T)
@@ -186,6 +195,7 @@ def half() -> None:
 FUNCTIONS = {
     "changed since the call": changed_since,
     "changed at the call": lambda: backward(by_condition(counted())),
+    "changed in the search": changed_in_the_search,
     "a constant overwritten": overwritten,
     "a flag set": flagged,
     "a tensor exchanged": exchanged,

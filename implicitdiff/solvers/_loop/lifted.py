@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +37,17 @@ from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, Not
 
 Search = Callable[[BatchedProblem, Tensor], tuple[Tensor, Any]]
 """``search(problem, x) -> (x, state)``."""
+Accept = Callable[[BatchedProblem, Tensor, Any, Tensor], None]
+"""``accept(problem, x, state, residual)`` raises if `residual` is of another function than the search has solved."""
+
+
+class End(NamedTuple):
+    """The end of a search, below the transforms, in the frame of the search."""
+
+    problem: BatchedProblem
+    x: Tensor
+    state: Any
+    frame: AbstractContextManager[object]
 
 
 class LiftedProblem:
@@ -47,6 +60,7 @@ class LiftedProblem:
 
     _lines: StraightLines | None = None
     _last: tuple[Tensor, RootAt] | None = None
+    _end: End | None = None
 
     def __init__(self, name: str, equation: Equation, params: Tree, args: tuple[Tree, ...], solve: Solve) -> None:
         self.x0, self.structure = pytree.flatten(params)
@@ -70,15 +84,39 @@ class LiftedProblem:
         guess = self.structure.unflatten([t.detach().clone() for t in self.x0])
         self.lifted = lift(name, dispatch, guess, args)
 
-    def attached(self, x: Leaves) -> Tree:
+    def attached(self, x: Leaves, accept: Accept) -> Tree:
         """Return the solution with its derivatives."""
-        root, self._last = self._root(x) if self._last is None else self._last[1], None
+        # The end refers to this object: kept, it would make a cycle, which only the collector frees.
+        end, self._end = self._end, None
+        assert end is not None
+        judge = partial(self._judge, accept, end, x)
+        # A search has judged the evaluation that it shares.
+        root, self._last = replace(self._root(x), accept=judge) if self._last is None else self._last[1], None
         # From here on the function is evaluated at the solution; the copy of the guess is free.
         self.lifted.operands[: len(x)] = root.x
         try:
             return root.attached()
         except FunctionChangedError:
-            return self._root_anew(x).attached()
+            return replace(self._root_anew(x), accept=judge).attached()
+
+    def _judge(self, accept: Accept, end: End, x: Leaves, residual: Leaves) -> None:
+        """Call `accept` with the end of the search and a residual at its solution, below the transforms."""
+        with _modes.without_own_modes():
+            values = [_levels.plain_under_vmap(_levels.strip_dead_wrappers(t)) for t in [*x, *residual]]
+        plain, layers = _levels.without_batch_layers(values)
+        lanes = tuple(layer.size for layer in reversed(layers))
+        # A residual may lack the lanes of a vmap, the solution has all.
+        rows = [_everywhere(t, [layer.dims[i] for layer in layers], lanes) for i, t in enumerate(plain)][len(x) :]
+        with self._below(), end.frame:
+            accept(end.problem, end.x, end.state, end.problem.inputs.ravel(_decisions.of_leader(rows)))
+
+    @contextmanager
+    def _below(self) -> Iterator[None]:
+        """Context of operations that no transform and no mode may see."""
+        # A checkpoint counts saved tensors, and would count others in a search that is recorded.
+        hooks = _switches.without_saved_tensor_hooks()
+        with hooks, _modes.without_own_modes(), uncached(), _switches.nothing_running(), _settings.full_precision():
+            yield
 
     def _root(self, x: Leaves) -> RootAt:
         return RootAt(self.lifted, root_form, self.solve, x, self.structure, is_lifted_here=False)
@@ -149,10 +187,8 @@ class LiftedProblem:
         levels: list[Dims] = [tuple(None if d is None else 0 for d in layer.dims) for layer in layers]
         lanes = tuple(layer.size for layer in reversed(layers))
         n = len(self.x0)
-        shared = self._shared_evaluation()
-        # A checkpoint counts saved tensors, and would count others in a search that is recorded.
-        hooks = _switches.without_saved_tensor_hooks()
-        with hooks, _modes.without_own_modes(), uncached(), _switches.nothing_running(), _settings.full_precision():
+        shared, needs_derivatives = self._shared_evaluation(), not _context.now().is_silent
+        with self._below():
             operands = _functions.out_of_inference(operands)
             # A search has unknowns in every lane, also from a guess that the lanes share.
             x = [_everywhere(t, [dims[i] for dims in levels], lanes) for i, t in enumerate(operands[:n])]
@@ -160,11 +196,13 @@ class LiftedProblem:
             vmaps = tuple(VmapSize(layer.level, layer.size) for layer in reversed(layers))
             problem = self._with_operands(x, operands[n:], own_levels, vmaps)
             problem.last_residual = None if shared is None else partial(self._last_residual, shared)
-            with _decisions.frame():
+            frame = _decisions.frame()
+            with frame:
                 found, state = solve(problem, problem.inputs.ravel(x))
                 leaves, nesting = pytree.flatten(state)
                 # The results are the leader's too, so all processes return the same bits.
                 found, *leaves = _decisions.of_leader([found, *leaves])
+            self._end = End(problem, found, nesting.unflatten(leaves), frame) if needs_derivatives else None
             solution = problem.inputs.unravel(found)
             # An evaluation of `_last_residual` holds at a single tensor `x`; another solution drops the evaluation.
             if self._last is not None and self._last[0] is not found:

@@ -40,7 +40,7 @@ from implicitdiff.solvers._loop.function import LastByKeyword, SolverFunction
 from implicitdiff.solvers._loop.lifted import LiftedProblem
 from implicitdiff.solvers._loop.method import IterativeMethod
 from implicitdiff.solvers._loop.options import Options, check_count, options_of
-from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, select, select_tree
+from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, row_norm, select, select_tree
 from implicitdiff.solvers._loop.report import Callback, Report
 from implicitdiff.solvers._loop.row_search import Frame, RowSearch, until_stopped
 from implicitdiff.solvers._loop.state import MemoryT, State, Verdict
@@ -369,7 +369,19 @@ class SolverImpl(Remembers):
         x, state = lifted.search(search)
         if _context.now().is_silent:
             return lifted.structure.unflatten(x), state
-        return lifted.attached(x), state
+        return lifted.attached(x, self._accept), state
+
+    def _accept(self, problem: BatchedProblem, x: Tensor, state: State[Any], residual: Tensor) -> None:
+        """Raise if the residual that the derivative finds at the solution is of another function than the search."""
+        other = self.termination.of_other_function(self.method, problem, x, state, residual)
+        if other is not None:
+            i = int(other.nonzero()[0])
+            raise ValueError(
+                f"{self.name}: the function has changed during the search: at the solution the error is "
+                f"{row_norm(residual)[i]:.3g} for the derivative, and was {state.error[i]:.3g} in the search; the "
+                "library evaluates it more than once, and each evaluation must give the same values: keep counters, "
+                "iterators and caches outside of the function"
+            )
 
     def _loop(self, problem: BatchedProblem, x: Tensor, structure: Structure, report: Report) -> tuple[Tensor, Any]:
         lanes, every = problem.inputs.batch, 1 if report.keeps else self.options.check_every

@@ -39,6 +39,8 @@ _NEXT_TARGET = 0.1
 """Factor from the error to the next target, for a search near its target but far from the solution."""
 
 
+_ROUNDING = 16
+"""Multiple of the rounding floor that is no change of the function: errors are computed in several ways."""
 _SURE_POWER = 1 / 2
 """A last step of at most ``eps^power |x|`` needs no second measurement of ``|J x|``."""
 
@@ -238,6 +240,28 @@ class Termination:
         # A search that stands still may have done so at the rounding floor, before the floor was due for measurement.
         stands = (state.status == Status.STALLED) & (state.progress.still >= _MAX_ZERO_STEPS)
         return self.measure_rounding(method, problem, x, state, failed | stands), verdict
+
+    def of_other_function(
+        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, state: State[MemoryT], found: Tensor
+    ) -> Tensor | None:
+        """Return the lanes whose residual, found by an evaluation after the search, is of another function; None if
+        there are none.
+
+        A function that counts its evaluations, say, may be one function in the search and another in the derivative.
+        Where the residual found exceeds the error, the function of the search is evaluated twice more. A difference
+        by rounding, which may also choose the other side of a kink, does not appear again.
+        """
+        if not method.is_judged:
+            return None
+        bound = 2 * torch.maximum(state.target, state.error)
+        # Negated, so that nan counts as above the bound. A search that has left the domain has no residual.
+        above = ~(row_norm(found) <= bound) & torch.isfinite(state.error)
+        if not any_lane(above):
+            return None
+        here, there = (problem.residual(problem, x).detach() for _ in range(2))
+        bound = bound + _ROUNDING * rounding_floor(problem.residual, problem, x, here)
+        other = above & ~(torch.maximum(row_norm(here), row_norm(there)) <= bound)
+        return other if any_lane(other) else None
 
     def _judged(
         self,
