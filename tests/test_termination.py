@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 
 import implicitdiff.solvers as solvers
-from implicitdiff import ConvergenceError
+from implicitdiff import ConvergenceError, sgd
 from implicitdiff.solvers import Progress, State, Status
 
 F32, F64 = torch.float32, torch.float64
@@ -204,8 +204,7 @@ def value(p: LeastSquares, x: Tensor) -> float:
     return float((p.residual(x.double()) ** 2).sum())
 
 
-# Steps of `gradient_descent` are too short there to tell how far away the minimum is.
-@pytest.mark.parametrize("factory", [*factories(LINE_SEARCHES), solvers.levenberg_marquardt])
+@pytest.mark.parametrize("factory", [*factories(LINE_SEARCHES), solvers.gradient_descent, solvers.levenberg_marquardt])
 @pytest.mark.parametrize("name", ["yearly temperature", "17 Osborne 1", "10 Meyer, scaled", "24 penalty II, n = 4"])
 def test_an_ill_conditioned_minimum_in_float32_is_claimed_only_where_it_is(factory: Any, name: str) -> None:
     p = problem(name)
@@ -241,6 +240,33 @@ def test_levenberg_marquardt_arrives_where_the_gradient_says_little(name: str) -
     p = problem(name)
     x, state = solvers.levenberg_marquardt(p.residual).run(torch.tensor(p.start, dtype=F64))
     assert state.converged and value(p, x) == pytest.approx(p.values[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("condition", [1e4, 1e6])
+@pytest.mark.parametrize("steps", ["gradient_descent", "momentum"])
+def test_a_small_gradient_across_a_valley_is_no_minimum(steps: str, condition: float, dtype: torch.dtype) -> None:
+    """Steps that the largest curvature limits reach a small gradient far from the minimum along the valley."""
+    stiff, minimum = torch.logspace(0, math.log10(condition), 6, dtype=dtype), torch.linspace(1, 2, 6, dtype=dtype)
+    objective = lambda x: (stiff * (x - minimum) ** 2).sum() / 2  # noqa: E731
+    if steps == "momentum":
+        solver = solvers.from_optimizer(objective, sgd(1 / condition, momentum=0.9), on_failure="ignore")
+    else:
+        solver = solvers.gradient_descent(objective, on_failure="ignore")
+    x, state = solver.run(torch.zeros(6, dtype=dtype))
+    # The step that is at most eps^(2/5) |x| is the distance of this quadratic's minimum.
+    if state.converged:
+        assert torch.linalg.norm(x - minimum) <= torch.finfo(dtype).eps ** (2 / 5) * torch.linalg.norm(x)
+    else:
+        assert status_of(state) in (Status.STALLED, Status.BUDGET_SPENT)
+
+
+def test_a_fixed_point_that_is_still_approached_at_the_limit_is_not_claimed() -> None:
+    """After 1000 iterations the error is small, as the map hardly moves any point along its slowest direction."""
+    slow, point = torch.logspace(-6, 0, 6), torch.linspace(1, 2, 6)
+    x, state = solvers.broyden(lambda x: x - slow * (x - point), on_failure="ignore").run(torch.zeros(6))
+    assert not torch.allclose(x, point, rtol=1e-2)
+    assert status_of(state) is Status.BUDGET_SPENT
 
 
 # Not by `gradient_descent`, whose steps are at most as long as the largest curvature allows.

@@ -61,9 +61,10 @@ When a search ends
     By default a method with Newton-type steps must also be near the solution. The steps of `newton`, `gauss_newton`,
     `levenberg_marquardt` and the doglegs are of this type. For roots the last step is at most ``eps^(1/3) |x|``, so the
     remaining error is about the square of that. For least squares it is at most ``eps^(2/5) |x|``, and each unknown is
-    measured by itself, except unknowns with hardly any effect on ``r``. `lbfgs`, `nonlinear_cg` and `newton_cg` compute
-    a Newton-type step at their target, by a few products with the Hessian, and the step is at most ``eps^(2/5) |x|``;
-    for an objective without second derivatives the step is omitted. With a longer step the search continues.
+    measured by itself, except unknowns with hardly any effect on ``r``. `lbfgs`, `nonlinear_cg`, `newton_cg`,
+    `gradient_descent` and `from_optimizer` compute a Newton-type step at their target, by a few products with the
+    Hessian, and the step is at most ``eps^(2/5) |x|``; for an objective without second derivatives the step is omitted.
+    With a longer step the search continues.
 
     A search reports lack of progress. If the error has not decreased for some iterations, or a line search has failed,
     two evaluations measure the rounding floor: the change of ``F`` if every unknown moves by 4 units in its last place.
@@ -71,7 +72,8 @@ When a search ends
     is at most ``eps^(1/6) |x|`` for roots, ``eps^(1/2) |x|`` for least squares and ``eps^(2/5) |x|`` for minima;
     otherwise the search has STALLED. For `levenberg_marquardt` and `dogleg` that step uses products with the full
     Hessian, because the Jacobian may be singular at points with a regular Hessian. After a failed line search, with
-    default tolerances, ``|F(x)| <= eps^(2/3) |J x|`` is sufficient for convergence. After 16 steps of length zero a
+    default tolerances, ``|F(x)| <= eps^(2/3) |J x|`` is sufficient for convergence, and after ``maxiter=None``
+    iterations as well if a Newton-type step confirms it. After 16 steps of length zero a
     search has STALLED. ``state.progress.floor`` is the floor. `bisection` and `qp` judge their own rounding:
     `bisection` by the brackets, `qp` by the terms of the equations.
 

@@ -16,6 +16,7 @@ from implicitdiff._torch.lanes import vmap
 from implicitdiff._torch.trees import Leaves, P, Structure, Tree, X
 from implicitdiff.optim import GradientTransformation
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
+from implicitdiff.solvers._loop.newton_step import gradient_newton_step
 from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm
 from implicitdiff.solvers._loop.solver import Solver, make_solver
@@ -69,7 +70,14 @@ def from_optimizer(
         )
 
     start, step = partial(_start, transformation=transformation), partial(_step, transformation=transformation)
-    method = IterativeMethod(start, step, FromOptimizerMemory, 100_000, residual=attrgetter("grad"))
+    method = IterativeMethod(
+        start,
+        step,
+        FromOptimizerMemory,
+        100_000,
+        residual=attrgetter("grad"),
+        newton_step=gradient_newton_step,
+    )
     return make_solver("from_optimizer", _equations.stationary_equation, (objective_fn,), method, options)
 
 

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 import implicitdiff.solvers._loop.equations as _equations
 import implicitdiff.solvers._steps.proximal_gradient as _proximal_gradient
 from implicitdiff._torch.trees import P, X
+from implicitdiff.solvers._loop.newton_step import gradient_newton_step
 from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
 from implicitdiff.solvers._loop.problem import BatchedProblem
 from implicitdiff.solvers._loop.solver import Solver, make_solver
@@ -56,6 +57,7 @@ def gradient_descent(
     maxiter = options.get("maxiter")
     make = _proximal_gradient.proximal_gradient_method
     method = make("gradient_descent", _no_prox, stepsize, acceleration, maxiter)
+    method = method._replace(newton_step=gradient_newton_step)
     return make_solver("gradient_descent", _equations.stationary_equation, (objective_fn,), method, options)
 
 

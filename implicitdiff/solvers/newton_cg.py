@@ -123,7 +123,7 @@ def _step(
 
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: NewtonCgMemory) -> NewtonStep:
     """Return the step without the forcing term; if the step is long, the forcing term is zero from then on."""
-    step = objective_newton_step(problem, x, memory, lambda v: v, min(2 * x.shape[-1], MAX_PRODUCTS))
+    step = objective_newton_step(problem, x, memory.magnitude, lambda v: v, min(2 * x.shape[-1], MAX_PRODUCTS))
     # The forcing term ``sqrt(|g| / inf)`` is 0.
     return step._replace(memory=memory._replace(first_error=torch.full_like(memory.first_error, torch.inf)))
 

@@ -20,7 +20,6 @@ from implicitdiff.solvers._loop.problem import (
     scattered_signs,
     select,
 )
-from implicitdiff.solvers._loop.state import ObjectiveMemory
 
 
 class NewtonStep(NamedTuple):
@@ -75,19 +74,28 @@ def few_products(problem: BatchedProblem, x: Tensor) -> int:
     return min(2 * x.shape[-1], 8 if problem.eps < 1e-10 else 16)
 
 
+def gradient_newton_step(problem: BatchedProblem, x: Tensor, memory: Any) -> NewtonStep:
+    """Return the step for a method that follows gradients alone, and that cannot try the step."""
+    largest_value = x.new_full(x.shape[:1], torch.inf)
+    return objective_newton_step(problem, x, largest_value, lambda v: v, few_products(problem, x))
+
+
 def objective_newton_step(
-    problem: BatchedProblem, x: Tensor, memory: ObjectiveMemory, precondition: VectorMap, products: int
+    problem: BatchedProblem, x: Tensor, largest_value: Tensor, precondition: VectorMap, products: int
 ) -> NewtonStep:
-    """Return the step of `truncated_cg` for an objective, at the cost of one evaluation and the products."""
-    _, grad, product = problem.fn.hessian(x)
+    """Return the step of `truncated_cg` for an objective, at the cost of one evaluation and the products.
+
+    `largest_value` is the largest absolute value of the objective so far, infinite if unknown.
+    """
+    value, grad, product = problem.fn.hessian(x)
+    value = value.detach()
     step, gain = truncated_cg(x, grad, product, precondition, products, eps=problem.eps)
     step = step._replace(bends_down=_bends_down(problem, x, step))
-    value = memory.value.detach()
     # A gain below ``sqrt(eps)`` of the value is what the null space of a Hessian gives.
     counts = promises = gain > problem.eps**0.5 * value.abs()
     # The objective may be a small difference of large terms. Their size is about ``|x| |H x|``, and at most the largest
     # value seen.
-    terms = torch.minimum(row_norm(x) * step.size, memory.magnitude)
+    terms = torch.minimum(row_norm(x) * step.size, largest_value)
     # Spend an evaluation only if the answer matters: a long step with a gain near rounding.
     doubtful = counts & (row_norm(step.d) > problem.eps ** (2 / 5) * row_norm(x)) & (gain <= problem.eps**0.5 * terms)
 

@@ -324,6 +324,9 @@ class Termination:
         # A failed line search leaves more error than a regular end: accept two thirds of the digits. An infinite scale
         # gives no target.
         good = failed & (error <= rough) & torch.isfinite(rough)
+        if step is None and not method.steps_tell:
+            # No step confirms that the search has ended: at its limit it may be moving slowly.
+            good = good & (state.status != Status.BUDGET_SPENT)
         state = self._running_on(state, again)
         state = state._replace(
             target=torch.where(again, fine, torch.where(good, rough, state.target)),
