@@ -269,6 +269,13 @@ def test_a_fixed_point_that_is_still_approached_at_the_limit_is_not_claimed() ->
     assert status_of(state) is Status.BUDGET_SPENT
 
 
+def test_a_root_that_is_still_approached_at_the_limit_is_not_claimed() -> None:
+    """The third iterate has an error of 1e-6, the fourth would have all digits of float32."""
+    solver = solvers.newton(lambda x: x**2 - 2, maxiter=3)
+    x, state = solver.run(torch.tensor(1.0))
+    assert status_of(state) is Status.BUDGET_SPENT and 1e-6 < (x - 2**0.5).abs() < 1e-5
+
+
 # Not by `gradient_descent`, whose steps are at most as long as the largest curvature allows.
 @pytest.mark.parametrize("factory", factories(LINE_SEARCHES))
 def test_a_step_that_is_long_is_tried(factory: Any) -> None:

@@ -72,8 +72,7 @@ When a search ends
     is at most ``eps^(1/6) |x|`` for roots, ``eps^(1/2) |x|`` for least squares and ``eps^(2/5) |x|`` for minima;
     otherwise the search has STALLED. For `levenberg_marquardt` and `dogleg` that step uses products with the full
     Hessian, because the Jacobian may be singular at points with a regular Hessian. After a failed line search, with
-    default tolerances, ``|F(x)| <= eps^(2/3) |J x|`` is sufficient for convergence, and after ``maxiter=None``
-    iterations as well if a Newton-type step confirms it. After 16 steps of length zero a
+    default tolerances, ``|F(x)| <= eps^(2/3) |J x|`` is sufficient for convergence. After 16 steps of length zero a
     search has STALLED. ``state.progress.floor`` is the floor. `bisection` and `qp` judge their own rounding:
     `bisection` by the brackets, `qp` by the terms of the equations.
 

@@ -26,7 +26,7 @@ from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select_tree
 from implicitdiff.solvers._loop.state import PATIENCE, MemoryT, Progress, State, Verdict
-from implicitdiff.solvers._loop.status import Status, is_any_of
+from implicitdiff.solvers._loop.status import Status
 
 _DECREASE = 0.9
 """Factor by which an error must decrease to count as smaller."""
@@ -210,7 +210,8 @@ class Termination:
 
         The initial guess sets a default target, and a poor guess sets a coarse target. So ``|J x|`` is measured again
         at the target, and a lane continues as long as its error halves, until the measurement is reliable. With default
-        tolerances a lane that failed has converged if its error is at most ``eps^(2/3) |J x|`` or rounding.
+        tolerances a lane whose line search failed has converged if its error is at most ``eps^(2/3) |J x|`` or
+        rounding, and a lane at its limit if its error is rounding.
 
         Args:
             method: the method.
@@ -227,8 +228,8 @@ class Termination:
             return state, verdict
         # A failed lane may be at a solution, and a lane at its target may have a target that is too coarse. Lanes
         # accepted at the rounding floor are final.
-        failed = is_any_of(state.status, Status.LINE_SEARCH_FAILED, Status.BUDGET_SPENT) & (state.iter_num > 0)
-        failed = failed & self._may_stall(state)
+        may_end = (state.iter_num > 0) & self._may_stall(state)
+        failed = (state.status == Status.LINE_SEARCH_FAILED) & may_end
         # A target equal to the floor marks a lane that `_with_floor` has accepted.
         reached = (state.status == Status.CONVERGED) & (state.iter_num > 0) & (state.target != state.progress.floor)
         # Skip lanes with a final target whose last step was very short.
@@ -237,9 +238,11 @@ class Termination:
             judged = partial(self._judged, method, problem, first_x, x, failed, reached)
             state, verdict = if_any(failed | reached, judged, (state, verdict))
             failed = failed & (state.status != Status.CONVERGED)
-        # A search that stands still may have done so at the rounding floor, before the floor was due for measurement.
+        # A search that stands still, or is at its limit, may have reached the rounding floor before the floor was due
+        # for measurement.
         stands = (state.status == Status.STALLED) & (state.progress.still >= _MAX_ZERO_STEPS)
-        return self.measure_rounding(method, problem, x, state, failed | stands), verdict
+        spent = (state.status == Status.BUDGET_SPENT) & may_end
+        return self.measure_rounding(method, problem, x, state, failed | stands | spent), verdict
 
     def of_other_function(
         self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, state: State[MemoryT], found: Tensor
@@ -324,9 +327,6 @@ class Termination:
         # A failed line search leaves more error than a regular end: accept two thirds of the digits. An infinite scale
         # gives no target.
         good = failed & (error <= rough) & torch.isfinite(rough)
-        if step is None and not method.steps_tell:
-            # No step confirms that the search has ended: at its limit it may be moving slowly.
-            good = good & (state.status != Status.BUDGET_SPENT)
         state = self._running_on(state, again)
         state = state._replace(
             target=torch.where(again, fine, torch.where(good, rough, state.target)),
