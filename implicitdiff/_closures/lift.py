@@ -332,6 +332,7 @@ def _run_watched(
         elif differentiated:
             with _switches.requires_grad_allowed():
                 aliases = [t.requires_grad_(flag) for t, flag in zip(aliases, differentiated, strict=True)]
+        before = [*map(version, aliases)]
         with (
             Watch(aliases, inert, exchanges=True) as watch,
             named_in_errors(name),
@@ -346,9 +347,10 @@ def _run_watched(
             f"{name} draws random numbers, but the library evaluates it more than once, and each evaluation must give "
             "the same values: draw them outside and pass them as arguments (dropout: use eval mode)"
         )
-    if changed := watch.changed():
+    used = [*zip(aliases, before, strict=True), *watch.program.outside.values()]
+    if changed := [t.shape for t, before in used if version(t) != before]:
         raise ValueError(
-            f"{name} changes a tensor of shape {list(changed[0].shape)} in place that it did not create, but the "
+            f"{name} changes a tensor of shape {list(changed[0])} in place that it did not create, but the "
             "library evaluates it more than once, so it must be free of side effects (batch normalisation: use eval "
             "mode)"
         )

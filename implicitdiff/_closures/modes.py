@@ -85,7 +85,6 @@ class Watch(OwnMode):
     def __init__(self, operands: Leaves, inert: int, *, exchanges: bool = False) -> None:
         super().__init__()
         self.program, self.inert, self.exchanges_here = Program(operands), inert, exchanges
-        self.given = [(t, version(t)) for t in operands]
         self.exchanges = self.is_sparse = False
 
     def __torch_function__(
@@ -119,10 +118,6 @@ class Watch(OwnMode):
         if is_exchanged and self.exchanges_here:
             func, args, kwargs = exchanged(func, args, kwargs)
         return _functions.call_inert(func, args, kwargs, self.inert)
-
-    def changed(self) -> Leaves:
-        """Return the operands and captured tensors that the function has changed in place."""
-        return [t for t, before in (*self.given, *self.program.outside.values()) if version(t) != before]
 
 
 def watches() -> list[Watch]:

@@ -11,6 +11,7 @@ every transform.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
@@ -79,25 +80,25 @@ class Program:
         self.results: list[Origin] = []
         self.wrappers: list[tuple[Origin | int, ...]] = []
         self.borrowed: dict[int, tuple[npt.NDArray[Any], list[object]]] = {}
+        # By id, of captured and hidden tensors too.
         self._origins: dict[int, Origin] = {}
         self._hidden: dict[int, weakref.ref[torch.Tensor]] = {}
         # Python reuses the id of a dead object. Keep all recorded tensors alive, so that ids stay unique.
         self._alive: list[torch.Tensor] = []
-        for i, operand in enumerate(operands):
-            self._place(operand, ("operand", i))
+        self._place(operands, "operand")
 
     # --- recording --------------------------------------------------------------------------------------------------
 
     def as_compared(self, values: Iterable[object]) -> list[object]:
         """Return arguments of an operation in the form in which programs are compared; record captured tensors."""
         if self.silent:
-            for tensor in _tensors_in([*values]):
+            for tensor in pytree.tensors([*values]):
                 self.origin_of(tensor)
             return []
         # This loop runs for each operation, so common cases avoid a call of a Python function.
         shown, origins = [], self._origins
         for value in values:
-            # Only tensors have origins, and `_alive` keeps the tensors, so the id is unique.
+            # Only tensors have origins, and an origin ends before its tensor, so the id is unique.
             known = origins.get(id(value))
             shown.append(known or (value if type(value) in _PLAIN_TYPES else self._shown(value)))
         return shown
@@ -109,20 +110,18 @@ class Program:
 
     def add(self, function: object, args: list[object], kwargs: dict[str, object], result: object) -> None:
         """Record an operation that has run, with its arguments `as_compared`."""
-        made = [result] if isinstance(result, torch.Tensor) else _tensors_in(result) if result is not None else []
+        is_tree = isinstance(result, (tuple, list, dict))
+        made = [result] if isinstance(result, torch.Tensor) else pytree.tensors(result) if is_tree else []
         if self.silent:
-            for tensor in made:
-                self._hide(tensor)
-            return
+            self._hide(made)
         # Operations that return None, such as `__setitem__`, write in place. Operations without a tensor among their
         # results, such as queries of shapes, are not recorded.
-        if made or (result is None and getattr(function, "__name__", "") not in _SWITCHES):
+        elif made or (result is None and getattr(function, "__name__", "") not in _SWITCHES):
             self.operations.append((function, args, kwargs))
             self.recorded.append(torch.is_grad_enabled())
-        elif self.unseen is None:
+            self._place(made, "result", len(self.operations))
+        elif self.unseen is None and not _is_harmless(function):
             self.unseen = _hidden_effect(function)
-        for k, tensor in enumerate(made):
-            self._place(tensor, ("result", len(self.operations), k))
 
     def nest(self, program: Program) -> None:
         """Record, as one operation, the program of a function that this function passes to a solver."""
@@ -147,11 +146,11 @@ class Program:
         # the wrapped tensor.
         dims = []
         # Levels up to `depth` belong to transforms around the function: their wrappers are captured tensors themselves.
-        while (origin := self._known(tensor)) is None and _levels.level(tensor) > self.depth:
+        while (origin := self._origins.get(id(tensor))) is None and _levels.level(tensor) > self.depth:
             dims.append(_levels.batch_dim(tensor))
             tensor = _levels.unwrap(tensor)
         if origin is None:
-            origin = ("constant", id(tensor))
+            origin = self._origins[id(tensor)] = ("constant", id(tensor))
             self.outside[id(tensor)] = (tensor, version(tensor))
             self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
             self._note_borrowed(_levels.base(tensor))
@@ -159,37 +158,39 @@ class Program:
             self.wrappers.append((origin, *dims))
         return origin
 
-    def _known(self, tensor: torch.Tensor) -> Origin | None:
-        if id(tensor) in self.outside:
-            return ("constant", id(tensor))
-        return self._origins.get(id(tensor)) or (_HIDDEN if id(tensor) in self._hidden else None)
-
-    def _place(self, tensor: torch.Tensor, origin: Origin) -> None:
-        """Record the origin of a tensor and of the tensors inside its wrappers: a transform that ends returns those."""
-        key = id(tensor)
-        known = ("constant", key) if key in self.outside else self._origins.get(key)
-        if known is not None:
-            # An operation without effect, such as `contiguous`, returns its argument; under vmap it returns a new
-            # tensor. The two origins then stand for the same tensor.
-            self.aliases.setdefault(origin, known)
-            return
-        self._origins[key] = origin
-        self._alive.append(tensor)
-        self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
-        while _levels.level(tensor) > self.depth:
-            tensor = _levels.unwrap(tensor)
-            if id(tensor) not in self.outside:
+    def _place(self, tensors: Sequence[torch.Tensor], *kind: str | int) -> None:
+        """Record the origins of tensors, and of the tensors inside: a transform that ends returns those."""
+        for k, tensor in enumerate(tensors):
+            origin = (*kind, k)
+            if (known := self._origins.get(id(tensor), _HIDDEN)) is not _HIDDEN:
+                # An operation without effect, such as `contiguous`, returns its argument; under vmap it returns a new
+                # tensor. The two origins then stand for the same tensor.
+                self.aliases.setdefault(origin, known)
+                continue
+            self._origins[id(tensor)] = origin
+            self._alive.append(tensor)
+            self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
+            while _levels.level(tensor) > self.depth:
+                tensor = _levels.unwrap(tensor)
                 # An inner tensor with an origin keeps this origin: a wrapper may hold an operand.
-                self._origins.setdefault(id(tensor), origin)
+                if self._origins.get(id(tensor), _HIDDEN) is _HIDDEN:
+                    self._origins[id(tensor)] = origin
                 self._alive.append(tensor)
 
-    def _hide(self, tensor: torch.Tensor) -> None:
-        """Record a tensor that a library call computed, without keeping the tensor alive: a search computes many."""
-        key = id(tensor)
-        if key not in self._origins:
-            self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
-            # The callback removes the entry before another tensor can get the id.
-            self._hidden[key] = weakref.ref(tensor, lambda _: self._hidden.pop(key, None))
+    def _hide(self, tensors: Leaves) -> None:
+        """Record tensors that a library call computed, without keeping them alive: a search computes many."""
+        for tensor in tensors:
+            if id(tensor) not in self._origins:
+                self._origins[id(tensor)] = _HIDDEN
+                self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
+                # The callback removes the entry before another tensor can get the id.
+                self._hidden[id(tensor)] = weakref.ref(tensor, functools.partial(self._forget, id(tensor)))
+
+    def _forget(self, key: int, _: weakref.ref[torch.Tensor]) -> None:
+        """Remove the entries of a hidden tensor that has died; an operation in place may have given it an origin."""
+        self._hidden.pop(key, None)
+        if self._origins.get(key) is _HIDDEN:
+            del self._origins[key]
 
     def _shown(self, value: object) -> object:
         """Return an argument `as_compared`: an origin for a tensor, a list for a tuple.
@@ -319,21 +320,25 @@ _WITHOUT_TENSORS = (
 _READERS, _QUERIES = (frozenset(names.split()) for names in _WITHOUT_TENSORS)
 
 
-def _hidden_effect(function: object) -> str | None:
+@functools.lru_cache(maxsize=256)
+def _is_harmless(function: object) -> bool:
+    """True if a function without a tensor among its results tells shapes and settings alone."""
+    name = getattr(function, "__name__", "")
+    # Accessors of attributes: all tell shapes and settings, but for these.
+    attribute = _attribute_of(function)
+    return {"__get__": attribute != "grad_fn", "__set__": attribute == "requires_grad"}.get(name, name in _QUERIES)
+
+
+def _hidden_effect(function: object) -> str:
     """Return, in words, what a function without a tensor among its results does that no operation shows."""
     name = getattr(function, "__name__", "")
     if name in _READERS:
         return f"reads the value of a tensor{_messages.line_of_user()}"
-    # Accessors of attributes: all tell shapes and settings, but for these.
-    attribute = getattr(getattr(function, "__self__", None), "__name__", "")
-    is_harmless = {"__get__": attribute != "grad_fn", "__set__": attribute == "requires_grad"}.get(
-        name, name in _QUERIES
-    )
-    return None if is_harmless else f"calls {attribute or name}, which no operation shows{_messages.line_of_user()}"
+    return f"calls {_attribute_of(function) or name}, which no operation shows{_messages.line_of_user()}"
 
 
-def _tensors_in(result: object) -> Leaves:
-    return pytree.tensors(result) if isinstance(result, (tuple, list, dict)) else []
+def _attribute_of(accessor: object) -> str:
+    return str(getattr(getattr(accessor, "__self__", None), "__name__", ""))
 
 
 def _are_close(now: complex, then: complex) -> bool:

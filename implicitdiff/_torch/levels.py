@@ -53,9 +53,8 @@ def rewrap(inner: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return functorch._wrap_for_grad(inner, level(like))
 
 
-def batch_dim(tensor: torch.Tensor) -> int:
-    """Return the dimension that the vmap of a wrapper takes; -1 for the wrapper of another transform."""
-    return int(functorch.maybe_get_bdim(tensor))
+batch_dim: Callable[[torch.Tensor], int] = functorch.maybe_get_bdim
+"""Return the dimension that the vmap of a wrapper takes; -1 for the wrapper of another transform."""
 
 
 def replace_inside(tensor: torch.Tensor, replace: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
