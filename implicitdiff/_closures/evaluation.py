@@ -12,9 +12,7 @@ import torch
 
 import implicitdiff._torch.context as _context
 import implicitdiff._torch.messages as _messages
-import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
-from implicitdiff._torch.modes import uncached
 from implicitdiff._torch.replacements import Exchange
 from implicitdiff._torch.sparse import SparseProducts
 from implicitdiff._torch.trees import Leaves, Tree, UserFunction
@@ -132,19 +130,6 @@ def pullback(fn: UserFunction, x: Tree, *args: Any) -> tuple[Leaves, Callable[[L
         return structure.unflatten(torch.autograd.grad(ys, leaves, us, create_graph=True, materialize_grads=True))
 
     return values, pull
-
-
-class isolated_from_caller:
-    """Context without the weight caches (`parametrize.cached`) and the hooks on saved tensors of the caller."""
-
-    def __enter__(self) -> None:
-        self.contexts = uncached(), _switches.without_saved_tensor_hooks()
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
 
 
 def with_replacements(needed: bool, is_sparse: bool) -> AbstractContextManager[object]:

@@ -35,7 +35,6 @@ from implicitdiff._closures.evaluation import (
     COMPARISONS,
     by_autograd_alone,
     compared_evaluations,
-    isolated_from_caller,
     named_in_errors,
     with_replacements,
 )
@@ -110,7 +109,7 @@ class Lifted:
         # Within one derivative, compare only the first evaluations; see `one_derivative`.
         compared = compared_evaluations()
         if compared is not None and compared[id(self)] == COMPARISONS:
-            with with_settings(self.settings), self.snapshot.put_back(), isolated_from_caller():
+            with with_settings(self.settings), self.snapshot.put_back(), _switches.isolated_from_caller():
                 return self.within_call(operands, *more)
         # Programs hold no values of tensors, so a constant that was written to would pass the comparison.
         self.refuse_overwritten()
@@ -181,7 +180,11 @@ class Lifted:
 
     def _run_again_watched(self, operands: Sequence[torch.Tensor]) -> tuple[Tree, Watch]:
         """Return the result with these operands, and the mode that recorded the evaluation."""
-        with _levels.levels_up_to(self.levels) as inert, isolated_from_caller(), with_replacements(*self.exchanges):
+        with (
+            _levels.levels_up_to(self.levels) as inert,
+            _switches.isolated_from_caller(),
+            with_replacements(*self.exchanges),
+        ):
             watch = Watch([*operands], inert)
             with watch, named_in_errors(self.name):
                 result = self._run_by_autograd(operands) if self.refusal else self._run(-1, operands)
@@ -324,7 +327,7 @@ def _run_watched(
 ) -> tuple[Tree, Watch]:
     """Return the detached result of one evaluation, and the mode that recorded the evaluation."""
     random_state = _switches.random_state()
-    with _levels.levels_up_to(0 if refusal else 1) as inert, isolated_from_caller(), torch.enable_grad():
+    with _levels.levels_up_to(0 if refusal else 1) as inert, _switches.isolated_from_caller(), torch.enable_grad():
         aliases = [t.detach() for t in given]
         if refusal:
             # The function may call `torch.autograd.grad` with respect to its arguments.

@@ -24,6 +24,7 @@ from implicitdiff._torch.modes import DeviceContext, in_place_of, is_any_running
 from implicitdiff._torch.replacements import EXCHANGED, Exchange, exchanged
 from implicitdiff._torch.sparse import call as sparse_call
 from implicitdiff._torch.sparse import have_sparse
+from implicitdiff._torch.switches import UNCHANGED
 from implicitdiff._torch.trees import Leaves
 
 
@@ -55,6 +56,8 @@ def without_own_modes() -> AbstractContextManager[None]:
     Below all transforms, level numbers start at 1 again. The modes would confuse tensors of an inner level with tensors
     of the outer level of the same number.
     """
+    if not is_any_running():
+        return UNCHANGED
     return in_place_of([mode for mode in running() if not isinstance(mode, OwnMode)])
 
 

@@ -47,7 +47,12 @@ def uncached() -> AbstractContextManager[None]:
 
     The cache would give an evaluation the weights of another evaluation, with other operands or without gradients.
     """
-    return _uncached() if parametrize._cache_enabled else nullcontext()
+    return _uncached() if is_cached() else nullcontext()
+
+
+def is_cached() -> bool:
+    """True inside of `torch.nn.utils.parametrize.cached`."""
+    return bool(parametrize._cache_enabled)
 
 
 @contextmanager

@@ -43,9 +43,14 @@ def _autocast(state: Autocast) -> Iterator[None]:
 
 def full_precision() -> AbstractContextManager[None]:
     """Context without autocast, for linear algebra."""
-    state = autocast_state()
-    off = tuple([(device, False, dtype) for device, _, dtype in state])
-    return UNCHANGED if off == state else _autocast(off)
+    return (
+        _autocast(tuple([(device, False, dtype) for device, _, dtype in autocast_state()])) if _is_on() else UNCHANGED
+    )
+
+
+def _is_on() -> bool:
+    """True if autocast is on for any device type."""
+    return any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
 
 
 def outside_autocast(fn: _Decorated) -> _Decorated:
@@ -57,7 +62,7 @@ def outside_autocast(fn: _Decorated) -> _Decorated:
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not any([enabled for _, enabled, _ in autocast_state()]):
+        if not _is_on():
             return fn(*args, **kwargs)
         args, kwargs = in_single((args, kwargs))
         with full_precision():
@@ -77,7 +82,7 @@ def outside_autocast(fn: _Decorated) -> _Decorated:
 
 def in_single(tree: Tree) -> Tree:
     """Return a tree with its half-precision tensors in single precision, if autocast is on for their device."""
-    if not any(enabled for _, enabled, _ in autocast_state()):
+    if not _is_on():
         return tree
     return pytree.map_tensors(_single, tree)
 

@@ -12,7 +12,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 from implicitdiff._torch.context import depth, dispatch_modes, in_saved_tensor_hooks, now
-from implicitdiff._torch.modes import no_modes
+from implicitdiff._torch.modes import is_cached, no_modes, uncached
 
 # Context for a body where nothing has to be switched.
 UNCHANGED: AbstractContextManager[None] = nullcontext()
@@ -35,7 +35,7 @@ def no_transforms() -> Iterator[None]:
 def nothing_running() -> AbstractContextManager[None]:
     """Run the body with an empty stack of transforms and nothing recorded, as inside of an autograd.Function."""
     # Forward mode is enabled by default, also without a dual level, and the body might open one.
-    return UNCHANGED if now().is_silent and not torch._C._is_fwd_grad_enabled() else _nothing_running()
+    return _nothing_running() if torch._C._is_fwd_grad_enabled() or not now().is_silent else UNCHANGED
 
 
 @contextmanager
@@ -76,6 +76,17 @@ def _hooks_put_aside() -> Iterator[None]:
         # The innermost hooks were popped first, and are pushed last.
         for pack, unpack in reversed(hooks):
             torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def isolated_from_caller() -> AbstractContextManager[None]:
+    """Run the body without the weight caches (`parametrize.cached`) and the hooks on saved tensors of the caller."""
+    return _isolated() if is_cached() or in_saved_tensor_hooks() else UNCHANGED
+
+
+@contextmanager
+def _isolated() -> Iterator[None]:
+    with uncached(), without_saved_tensor_hooks():
+        yield
 
 
 def requires_grad_allowed() -> AbstractContextManager[None]:

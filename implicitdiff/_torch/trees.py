@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, TypeAlias
 
 import torch
@@ -108,7 +109,7 @@ def _builder(spec: TreeSpec) -> Builder:
     parts = [_builder(child) for child in spec.children()]
     if all([part is next for part in parts]):
         return lambda leaves: make(islice(leaves, len(parts)))
-    return lambda leaves: make([part(leaves) for part in parts])
+    return lambda leaves: make(map(operator.call, parts, repeat(leaves)))
 
 
 def _dictionary(names: Sequence[Any], values: Iterable[Any]) -> dict[Any, Any]:

@@ -29,8 +29,7 @@ from implicitdiff._implicit.root import RootAt, root_at, root_form
 from implicitdiff._implicit.system import Vectors
 from implicitdiff._recorded.straight import StraightLines
 from implicitdiff._torch.lanes import VmapSize, over_levels
-from implicitdiff._torch.modes import uncached
-from implicitdiff._torch.trees import Leaves, Tree
+from implicitdiff._torch.trees import Leaves, Structure, Tree
 from implicitdiff._torch.values import refuse_valueless
 from implicitdiff.solvers._loop.equations import Composite, Equation
 from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, Noted, RowFunction, SearchOperands
@@ -42,11 +41,12 @@ Accept = Callable[[BatchedProblem, Tensor, Any, Tensor], None]
 
 
 class End(NamedTuple):
-    """The end of a search, below the transforms, in the frame of the search."""
+    """The end of a search, below the transforms, in the frame of the search; the state as its leaves."""
 
     problem: BatchedProblem
     x: Tensor
-    state: Any
+    state: Leaves
+    nesting: Structure
     frame: AbstractContextManager[object]
 
 
@@ -108,14 +108,19 @@ class LiftedProblem:
         # A residual may lack the lanes of a vmap, the solution has all.
         rows = [_everywhere(t, [layer.dims[i] for layer in layers], lanes) for i, t in enumerate(plain)][len(x) :]
         with self._below(), end.frame:
-            accept(end.problem, end.x, end.state, end.problem.inputs.ravel(_decisions.of_leader(rows)))
+            accept(
+                end.problem,
+                end.x,
+                end.nesting.unflatten(end.state),
+                end.problem.inputs.ravel(_decisions.of_leader(rows)),
+            )
 
     @contextmanager
     def _below(self) -> Iterator[None]:
         """Context of operations that no transform and no mode may see."""
         # A checkpoint counts saved tensors, and would count others in a search that is recorded.
-        hooks = _switches.without_saved_tensor_hooks()
-        with hooks, _modes.without_own_modes(), uncached(), _switches.nothing_running(), _settings.full_precision():
+        isolated, own = _switches.isolated_from_caller(), _modes.without_own_modes()
+        with isolated, own, _switches.nothing_running(), _settings.full_precision():
             yield
 
     def _root(self, x: Leaves) -> RootAt:
@@ -202,7 +207,7 @@ class LiftedProblem:
                 leaves, nesting = pytree.flatten(state)
                 # The results are the leader's too, so all processes return the same bits.
                 found, *leaves = _decisions.of_leader([found, *leaves])
-            self._end = End(problem, found, nesting.unflatten(leaves), frame) if needs_derivatives else None
+            self._end = End(problem, found, leaves, nesting, frame) if needs_derivatives else None
             solution = problem.inputs.unravel(found)
             # An evaluation of `_last_residual` holds at a single tensor `x`; another solution drops the evaluation.
             if self._last is not None and self._last[0] is not found:
