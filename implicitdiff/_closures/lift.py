@@ -273,10 +273,11 @@ def _lift_once(
     used = watch.program.outside.keys()
     # The function used a tensor and then assigned another tensor to its variable, such as a running mean. A second
     # evaluation would start from the other tensor.
-    if any(id(t) in used for t in snapshot.replaced()):
+    changed = snapshot.changed()
+    if any([id(v) in used for location in changed for v in location.replaced()]):
         raise _replaced_tensor_error(name)
     # Unused constants stay in the snapshot: they have no graph that could grow from call to call.
-    snapshot.keep_used(lambda t: id(t) in used or not _tracking.may_be_differentiated(t))
+    snapshot.keep_used(changed, lambda t: id(t) in used or not _tracking.may_be_differentiated(t))
     used_again: list[weakref.ref[torch.Tensor]] = []
     if kept := _stored_results(watch.program):
         # The function computed tensors and stored them, for example a constant at its first use. The second run reads
@@ -288,7 +289,7 @@ def _lift_once(
         outer.program.nest(watch.program)
     watch.program.note_memory(given)
     lifted = Lifted(name, fn, given, arguments, watch, value, snapshot, refusal=refusal)
-    if any(ref() is None for ref in used_again):
+    if any([ref() is None for ref in used_again]):
         # The second run used a tensor of the first and replaced it: a changing state, not a constant.
         raise _replaced_tensor_error(name)
     return lifted
@@ -302,10 +303,12 @@ def _stored_results(program: Program) -> list[weakref.ref[torch.Tensor]]:
     """
     # A collection of generation 2 visits all objects of the process, so only communication pays for one.
     generations = (1, 2) if program.communicates else (1,)
+    stored = program.surviving_results()
     for generation in generations:
-        if program.surviving_results():
+        if stored:
             gc.collect(generation)
-    return program.surviving_results()
+            stored = program.surviving_results()
+    return stored
 
 
 def _replaced_tensor_error(name: str) -> ValueError:
@@ -419,7 +422,14 @@ def _split_outside(program: Program) -> tuple[Leaves, list[tuple[torch.Tensor, i
     program.outside.clear()
     # The program held the last references. A tensor that dies now was computed inside the function, unseen by the mode,
     # so later evaluations do not use the tensor.
-    alive = [(t, v, smooth) for ref, v, smooth in seen if (t := ref()) is not None]
-    captured = [t for t, _, smooth in alive if smooth]
-    needs_confirmation = len(captured) < sum([smooth for *_, smooth in seen])
-    return captured, [(t, v) for t, v, smooth in alive if not smooth], needs_confirmation
+    captured: Leaves = []
+    constants: list[tuple[torch.Tensor, int]] = []
+    is_one_lost = False
+    for ref, v, is_smooth in seen:
+        if (t := ref()) is None:
+            is_one_lost = is_one_lost or is_smooth
+        elif is_smooth:
+            captured.append(t)
+        else:
+            constants.append((t, v))
+    return captured, constants, is_one_lost

@@ -36,17 +36,11 @@ class Snapshot:
         """Record the locations that a function, and its arguments other than tensors, lead to."""
         self.locations: list[Location] = Walk(fn, args).locations
 
-    def replaced(self) -> list[torch.Tensor]:
-        """Return the recorded tensors that other values have replaced."""
-        return [
-            v
-            for location in self.locations
-            if not location.is_unchanged()
-            for v in location.replaced()
-            if isinstance(v, torch.Tensor)
-        ]
+    def changed(self) -> list[Location]:
+        """Return the locations that do not hold the recorded values."""
+        return [location for location in self.locations if not location.is_unchanged()]
 
-    def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> None:
+    def keep_used(self, changed: Sequence[Location], is_used: Callable[[torch.Tensor], bool]) -> None:
         """Forget locations that an evaluation wrote (counters, caches, logs), and unused tensors.
 
         An unused variable of a script, such as the last loss, may hold the graph of the previous call, which would hold
@@ -56,7 +50,7 @@ class Snapshot:
             location
             for location in self.locations
             # Of a location that has changed in part, the unchanged names stay.
-            if (location.is_unchanged() or location.keep_unwritten()) and location.keep_used(is_used)
+            if (location not in changed or location.keep_unwritten()) and location.keep_used(is_used)
         ]
 
     @contextmanager
@@ -68,7 +62,7 @@ class Snapshot:
             return
         with _LOCK:
             # All current values are read before the first write: two locations may share an object.
-            changed = [(location, location.read()) for location in self.locations if not location.is_unchanged()]
+            changed = [(location, location.read()) for location in self.changed()]
             try:
                 for location, _ in changed:
                     location.restore()
