@@ -16,9 +16,10 @@ def check_leaves(name: str, leaves: Leaves) -> None:
     if not leaves:
         raise TypeError(f"{name} holds no tensor")
     refuse_distributed(name, leaves)
-    if wrong := [t.dtype for t in leaves if not is_continuous(t)]:
+    if not all(map(is_continuous, leaves)):
+        wrong = next(t.dtype for t in leaves if not is_continuous(t))
         raise TypeError(
-            f"{name} has a leaf of dtype {wrong[0]}; every tensor in it must be floating point or complex: convert "
+            f"{name} has a leaf of dtype {wrong}; every tensor in it must be floating point or complex: convert "
             "the leaf, for example by .to(torch.get_default_dtype())"
         )
     if len(devices := {t.device for t in leaves}) > 1:

@@ -195,7 +195,10 @@ def without_batch_layers(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Te
         The plain tensors with batch dimensions in front, the dimension of the outermost vmap first; and the layers,
         the layer of the innermost vmap first.
     """
-    plain, layers = list(tensors), []
+    plain = list(tensors)
+    layers: list[Layer] = []
+    if are_plain(plain):
+        return plain, layers
     # `movedim` of a tensor that still has inner layers needs the levels of the inner layers to run.
     with inert_gradient_levels(), torch.no_grad():
         while (layer := outermost_layer(plain)) is not None:
@@ -228,6 +231,13 @@ def plain_under_vmap(tensor: torch.Tensor) -> torch.Tensor:
     return without_gradient_layers(tensor.detach())
 
 
+def plain_values(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the values of tensors: detached, with batch layers alone, without dead wrappers."""
+    if are_plain(tensors):
+        return [t.detach() for t in tensors]
+    return [plain_under_vmap(strip_dead_wrappers(t)) for t in tensors]
+
+
 def swap(value: Any, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Return `value`, an argument of a torch function, with each tensor replaced."""
     if isinstance(value, torch.Tensor):
@@ -258,7 +268,7 @@ def batch_levels(tensor: torch.Tensor) -> frozenset[int]:
 
 def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether all tensors are plain."""
-    return all([functorch.maybe_get_level(t) == PLAIN for t in tensors])
+    return set(map(level, tensors)) <= {PLAIN}
 
 
 def is_same_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:

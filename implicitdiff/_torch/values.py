@@ -14,13 +14,13 @@ import implicitdiff._torch.levels as _levels
 def refuse_valueless(name: str, tensors: Sequence[Tensor]) -> None:
     """Raise if a tensor has no values, if other processes hold its values, or if a tracer records the operations for
     later values."""
-    plain = [_levels.base(t) for t in tensors]
+    plain = [*map(_levels.base, tensors)]
     _refuse(name, _reason_missing(plain) or _reason_unsuitable(plain))
 
 
 def refuse_distributed(name: str, tensors: Sequence[Tensor]) -> None:
     """Raise if a tensor is a DTensor."""
-    if _has([_levels.base(t) for t in tensors], "torch.distributed.tensor", "DTensor"):
+    if _has([*map(_levels.base, tensors)], "torch.distributed.tensor", "DTensor"):
         raise NotImplementedError(f"{name}: {_DISTRIBUTED}")
 
 
@@ -32,7 +32,7 @@ _DISTRIBUTED = (
 
 def refuse_missing(name: str, tensors: Sequence[Tensor]) -> None:
     """Raise if a tensor has no values."""
-    _refuse(name, _reason_missing([_levels.base(t) for t in tensors]))
+    _refuse(name, _reason_missing([*map(_levels.base, tensors)]))
 
 
 def _refuse(name: str, reason: str | None) -> None:
@@ -48,7 +48,7 @@ def is_recorded_for_later() -> bool:
 
 def _reason_missing(tensors: Sequence[Tensor]) -> str | None:
     # Only of plain tensors and parameters: a FakeTensor has a message of its own below.
-    if any([t.is_meta and type(t) in (Tensor, torch.nn.Parameter) for t in tensors]):
+    if any([t.is_meta and type(t) in _USUAL for t in tensors]):
         return "a tensor on the meta device has no values; move the tensors to a real device, for example by to_empty"
     if is_recorded_for_later():
         return (
@@ -83,6 +83,11 @@ def is_shard(placement: object) -> bool:
 
 def _has(values: Sequence[object], module: str, name: str) -> bool:
     """Return whether one of the values is of a class that the user may not have imported."""
+    if (kinds := set(map(type, values))) <= _USUAL:
+        return False
     # Look in `sys.modules`: if the module is not imported yet, no value is of its class.
     loaded = sys.modules.get(module)
-    return loaded is not None and any([type(v) is not Tensor and isinstance(v, getattr(loaded, name)) for v in values])
+    return loaded is not None and any([issubclass(kind, getattr(loaded, name)) for kind in kinds])
+
+
+_USUAL = {Tensor, torch.nn.Parameter}

@@ -137,8 +137,7 @@ def _sums(function: str, name: str, value: Number, v: Tensor, count: int) -> Ten
 def _below(function: str, search: Callable[[Tensor], Leaves], values: Tensor) -> Leaves:
     """Run `search` below all transforms, on a row for each lane. The results are constants for every derivative."""
     refuse_valueless(function, [values])
-    operands = [_levels.plain_under_vmap(_levels.strip_dead_wrappers(t)) for t in _modes.alias([values])]
-    operands, layers = _levels.without_batch_layers(operands)
+    operands, layers = _levels.without_batch_layers(_levels.plain_values(_modes.alias([values])))
     with _modes.without_own_modes(), uncached(), _switches.nothing_running(), _settings.full_precision():
         (plain,) = _functions.out_of_inference(operands)
         lanes = plain.shape[:-1]
