@@ -223,33 +223,34 @@ class RootAt:
         return make(replace(self, lifted=self.lifted.by_autograd(why)))
 
     @property
-    def is_alone(self) -> bool:
-        """True in plain autograd: one evaluation of plain tensors confirms the captures."""
-        plain = _context.now().is_outside and torch.is_grad_enabled() and not _modes.is_inside()
-        return plain and bool(self._wanted or self.lifted.refusal)
+    def second_evaluation(self) -> Callable[[RootAt], RootAt] | None:
+        """The evaluation that confirms the captures, in plain autograd; None elsewhere.
 
-    @property
-    def keeps_graph(self) -> bool:
-        """True if the graph of this evaluation serves a first derivative, and no hook has to see its tensors."""
-        return self.is_alone and isinstance(self.solver, LinearSolver) and not _context.in_saved_tensor_hooks()
+        `with_graph` if its graph serves a first derivative, and no hook has to see its tensors; else `confirmed`.
+        """
+        is_plain = _context.now().is_outside and torch.is_grad_enabled() and not _modes.is_inside()
+        if not is_plain or not (self._wanted or self.lifted.refusal):
+            return None
+        keeps_graph = isinstance(self.solver, LinearSolver) and not _context.in_saved_tensor_hooks()
+        return RootAt.with_graph if keeps_graph else RootAt.confirmed
 
     @property
     def _wanted(self) -> list[int]:
         return [i for i, t in enumerate(self.theta) if t.requires_grad]
 
     def with_graph(self) -> RootAt:
-        """Return the root with a second evaluation and its graph, for `attached` where it `keeps_graph`."""
+        """Return the root with a second evaluation and its graph, for `attached`."""
         graph = self._recorded_graph(self._wanted)
         return replace(self, evaluation=Evaluation(graph.end, graph))
 
     def confirmed(self) -> RootAt:
-        """Return the root with a second evaluation that confirms the captures, for `attached` where it `is_alone`."""
+        """Return the root with a second evaluation that confirms the captures, for `attached`."""
         value = confirmed_value(self.lifted, [*self.x, *self.theta])
         return replace(self, evaluation=Evaluation(self._residual_of(value), None))
 
     def _attached(self) -> Tree:
         """Return the solution with its derivatives; raise `TransformError` if torch.func refuses the function."""
-        if self.evaluation is None and self.keeps_graph:
+        if self.evaluation is None and self.second_evaluation is RootAt.with_graph:
             return self.with_graph()._attached()
         # The problem outlives the derivative, which frees the graph: only `KeptGraph` may hold the graph.
         root, theta = replace(self, evaluation=None, accept=None), self.theta

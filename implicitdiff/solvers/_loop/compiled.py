@@ -431,7 +431,7 @@ class Compiler:
         if operands.copied > _MAX_COPIED:
             raise NotRecordableError("some vmaps batch large operands, and others do not")
 
-    @property
+    @cached_property
     def _operands(self) -> SearchOperands:
         assert self.problem.operands is not None
         return self.problem.operands
@@ -451,7 +451,7 @@ class Compiler:
     @cached_property
     def _constants(self) -> Leaves:
         # The machine reads memory from the beginning of a storage, and views of constants keep their offsets.
-        return [_dispatch.whole_storage(t) for t in self._captured]
+        return [*map(_dispatch.whole_storage, self._captured)]
 
     @cached_property
     def _key(self) -> Hashable:

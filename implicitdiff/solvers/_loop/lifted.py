@@ -102,7 +102,7 @@ class LiftedProblem:
     def _judge(self, accept: Accept, end: End, x: Leaves, residual: Leaves) -> None:
         """Call `accept` with the end of the search and a residual at its solution, below the transforms."""
         with _modes.without_own_modes():
-            values = [_levels.plain_under_vmap(_levels.strip_dead_wrappers(t)) for t in [*x, *residual]]
+            values = _levels.plain_values([*x, *residual])
         plain, layers = _levels.without_batch_layers(values)
         lanes = tuple(layer.size for layer in reversed(layers))
         # A residual may lack the lanes of a vmap, the solution has all.
@@ -131,10 +131,9 @@ class LiftedProblem:
 
         Decide before the search puts hooks aside.
         """
-        root = self._root(self.x0)
-        if self.lifted.refusal or isinstance(self.equation.on_rows, Composite) or not root.is_alone:
+        if self.lifted.refusal or isinstance(self.equation.on_rows, Composite):
             return None
-        return RootAt.with_graph if root.keeps_graph else RootAt.confirmed
+        return self._root(self.x0).second_evaluation
 
     def _last_residual(self, shared: Callable[[RootAt], RootAt], problem: BatchedProblem, x: Tensor) -> Tensor:
         """Return the residual from the evaluation that confirms the function at the solution; keep the evaluation."""
@@ -187,18 +186,16 @@ class LiftedProblem:
     def _search(self, solve: Search) -> tuple[Leaves, Any]:
         theta = self.lifted.operands[len(self.x0) :]
         # In this order: aliases for the modes, then dead wrappers, gradient layers, batch layers.
-        operands = [_levels.plain_under_vmap(_levels.strip_dead_wrappers(t)) for t in _modes.alias([*self.x0, *theta])]
-        operands, layers = _levels.without_batch_layers(operands)
+        operands, layers = _levels.without_batch_layers(_levels.plain_values(_modes.alias([*self.x0, *theta])))
         levels: list[Dims] = [tuple(None if d is None else 0 for d in layer.dims) for layer in layers]
-        lanes = tuple(layer.size for layer in reversed(layers))
-        n = len(self.x0)
+        vmaps = tuple([VmapSize(layer.level, layer.size) for layer in reversed(layers)])
+        lanes, n = tuple([vmap.size for vmap in vmaps]), len(self.x0)
         shared, needs_derivatives = self._shared_evaluation(), not _context.now().is_silent
         with self._below():
             operands = _functions.out_of_inference(operands)
             # A search has unknowns in every lane, also from a guess that the lanes share.
             x = [_everywhere(t, [dims[i] for dims in levels], lanes) for i, t in enumerate(operands[:n])]
             own_levels = [dims[n:] for dims in levels]
-            vmaps = tuple(VmapSize(layer.level, layer.size) for layer in reversed(layers))
             problem = self._with_operands(x, operands[n:], own_levels, vmaps)
             problem.last_residual = None if shared is None else partial(self._last_residual, shared)
             frame = _decisions.frame()
@@ -223,7 +220,7 @@ class LiftedProblem:
         self, x: Leaves, theta: Leaves, levels: list[Dims], vmaps: tuple[VmapSize, ...]
     ) -> BatchedProblem:
         """Return the problem of all lanes, with the operands that a recording needs."""
-        lanes = tuple(vmap.size for vmap in vmaps)
+        lanes = tuple([vmap.size for vmap in vmaps])
         problem = self._problem(x, theta, levels, lanes)
         first = [t[(0,) * len(lanes)] for t in x] if 0 not in lanes else x
 

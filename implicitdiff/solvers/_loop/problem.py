@@ -207,6 +207,8 @@ class SearchOperands(NamedTuple):
 
     def flat(self) -> Leaves:
         """Return the operands; those with a value for each lane have one dimension for all lanes in front."""
+        if not self.dims:
+            return self.theta
         return [self._flat(i) if varies else self.theta[i] for i, varies in enumerate(self.is_lane)]
 
     def _flat(self, i: int) -> Tensor:
@@ -322,9 +324,8 @@ def safe_divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(zero, 0.0, a / torch.where(zero, 1.0, b))
 
 
-def any_lane(flag: Tensor) -> bool:
-    """True if a flag is set in any lane, of this frame or of a surrounding vmap."""
-    return _levels.is_any(flag)
+any_lane: Callable[[Tensor], bool] = _levels.is_any
+"""True if a flag is set in any lane, of this frame or of a surrounding vmap."""
 
 
 def select(where: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -90,10 +90,12 @@ kept = _Kept()
 
 def memories(tensors: Sequence[Tensor]) -> Hashable:
     """Return how tensors lie in memory, as a part of a key, with the first tensor of the same memory for each."""
-    keys = [_dispatch.storage_key(t) for t in tensors]
+    keys, sizes = [*map(_dispatch.storage_key, tensors)], map(_dispatch.storage_size, tensors)
     return tuple(
-        (t.dtype, t.shape, t.stride(), t.storage_offset(), _dispatch.storage_size(t), keys.index(key))
-        for t, key in zip(tensors, keys, strict=True)
+        [
+            (t.dtype, t.shape, t.stride(), t.storage_offset(), size, keys.index(key))
+            for t, key, size in zip(tensors, keys, sizes, strict=True)
+        ]
     )
 
 
@@ -190,6 +192,10 @@ def kind_of(value: Any) -> Hashable:
         NotRecordableError: a function or an object of the user, such as a schedule, may do something else at each call;
             a linear solver has tensors of its own, which are no operands.
     """
+    if isinstance(value, (int, float, complex, operator.attrgetter)):
+        return type(value), repr(value)  # 1, 1.0 and True are equal, as are 0.0 and -0.0
+    if isinstance(value, (str, type, torch.dtype, types.BuiltinFunctionType, NoneType)):
+        return type(value), value
     if isinstance(value, LinearMethod) and (value.preconditioner is not None or value.init is not None):
         raise NotRecordableError("the linear solver has a preconditioner or an initial guess")
     if isinstance(value, functools.partial):
@@ -202,14 +208,10 @@ def kind_of(value: Any) -> Hashable:
         return (dict, tuple(value), *map(kind_of, value.values()))
     if isinstance(value, types.MethodType):
         return kind_of(value.__func__), kind_of(value.__self__)
-    if isinstance(value, (int, float, complex, operator.attrgetter)):
-        return type(value), repr(value)  # 1, 1.0 and True are equal, as are 0.0 and -0.0
     if isinstance(value, types.FunctionType):
         # Of a user's function nothing is known: a new object equals no later key, so the search is recorded again.
         cells = value.__closure__ or ()
         return (value, *map(kind_of, map(_CONTENTS, cells))) if _is_ours(value) else object()
-    if isinstance(value, (str, type, torch.dtype, types.BuiltinFunctionType, NoneType)):
-        return (type(value), value)
     if _is_ours(type(value)) and hasattr(value, "__dict__"):
         return (type(value), kind_of(vars(value)))
     raise NotRecordableError(f"an option is a {type(value).__name__}, which may change")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Generic, Protocol, overload
 
 import torch
@@ -27,12 +27,14 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._calls import FactoryCall, Remembers
 from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.checks import check_unknowns
+from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._implicit.system import Vectors
 from implicitdiff._torch.lanes import VmapSize
 from implicitdiff._torch.replacements import elementary
 from implicitdiff._torch.trees import Leaves, P, Structure, Tree, X
 from implicitdiff._torch.values import refuse_missing
 from implicitdiff._unroll import unroll
+from implicitdiff.linear_solve._outcome import OnFailure
 from implicitdiff.linear_solve.auto import solve_auto
 from implicitdiff.solvers._loop.compiled import Compiler, SearchParts
 from implicitdiff.solvers._loop.equations import EquationOf
@@ -351,8 +353,7 @@ class SolverImpl(Remembers):
         with contextlib.closing(report):
             params, state = until_stopped(params, state, Verdict.initial(state), frame)
         state = pytree.map_tensors(Tensor.detach, state)
-        status = _levels.plain_under_vmap(_levels.strip_dead_wrappers(state.status))
-        layers = _levels.without_batch_layers([status])[1]
+        layers = _levels.without_batch_layers(_levels.plain_values([state.status]))[1]
         self._report_failures(_plain(state), [VmapSize(layer.level, layer.size) for layer in reversed(layers)])
         return params, report.into(state)
 
@@ -360,7 +361,7 @@ class SolverImpl(Remembers):
 
     def _implicit(self, params: Tree, args: tuple[Tree, ...], report: Report) -> tuple[Any, Any]:
         options = self.options
-        solve = options.solve or solve_auto(on_failure=options.on_failure)
+        solve = options.solve or _default_solve(options.on_failure)
         lifted = LiftedProblem(self.name, self.equation_of(*self.functions), params, args, solve)
 
         def search(problem: BatchedProblem, x: Tensor) -> tuple[Tensor, Any]:
@@ -448,6 +449,11 @@ def make_solver(
     return Solver(*(SolverFunction(made, field) for field in Solver._fields))
 
 
+@cache
+def _default_solve(on_failure: OnFailure) -> LinearSolver:
+    return solve_auto(on_failure=on_failure)
+
+
 def _unbatched(state: Any) -> Any:
     return pytree.map_tensors(lambda t: t[0], state)
 
@@ -458,4 +464,4 @@ def _plain(tree: Any) -> Any:
 
 
 def _plain_value(tensor: Tensor) -> Tensor:
-    return _levels.without_batch_layers([_levels.plain_under_vmap(_levels.strip_dead_wrappers(tensor))])[0][0]
+    return _levels.without_batch_layers(_levels.plain_values([tensor]))[0][0]
