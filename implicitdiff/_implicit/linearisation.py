@@ -248,7 +248,7 @@ def refuse_unknown_leaves(x: Leaves, y: Leaves) -> None:
     The derivative with respect to the leaf would silently be zero.
     """
     # Plain operands give plain results. A wrapper among the results comes from a captured tensor.
-    if not all(map(_levels.is_plain, y)) or any(_functions.leaves_beside(t, x) for t in y):
+    if not _levels.are_plain(y) or any([_functions.leaves_beside(t, x) for t in y]):
         raise UnknownLeafError(
             "the function to be differentiated depends on a tensor on which it did not depend at the call of the "
             "solver: a parameter was replaced since the call, or its requires_grad flag was set; take the derivative "

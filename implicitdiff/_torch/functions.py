@@ -26,7 +26,7 @@ from implicitdiff._torch.context import depth
 def leaves_beside(tensor: torch.Tensor, known: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the leaves of a tensor's graph that are neither `known` nor reached only through `known`."""
     # A known tensor need not be a leaf: the search ends at the node that computed a known tensor.
-    own = {id(t) for t in known}
+    own = set(map(id, known))
     return [t for t in graph_leaves(tensor, [t.grad_fn for t in known]) if id(t) not in own]
 
 
@@ -116,14 +116,14 @@ def gradients(
 
 def recordable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return detached tensors that autograd can record; tensors of inference mode are copied."""
-    if not any([t.is_inference() for t in tensors]):
-        return [t.detach() for t in tensors]
-    # `out_of_inference` leaves the mode first: inside, a copy would be an inference tensor as well.
     return [t.detach() for t in out_of_inference(tensors)]
 
 
 def out_of_inference(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return tensors that autograd can save; tensors of inference mode are copied."""
+    if not any(map(torch.Tensor.is_inference, tensors)):
+        return list(tensors)
+    # Inside of the mode a copy would be an inference tensor as well.
     with torch.inference_mode(False):
         return [t.clone() if t.is_inference() else t for t in tensors]
 

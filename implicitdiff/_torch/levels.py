@@ -268,7 +268,7 @@ def batch_levels(tensor: torch.Tensor) -> frozenset[int]:
 
 def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
     """Return whether all tensors are plain."""
-    return set(map(level, tensors)) <= {PLAIN}
+    return set(map(functorch.maybe_get_level, tensors)) <= {PLAIN}
 
 
 def is_same_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
