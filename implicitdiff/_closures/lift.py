@@ -188,7 +188,7 @@ class Lifted:
             watch = Watch([*operands], inert)
             with watch, named_in_errors(self.name):
                 result = self._run_by_autograd(operands) if self.refusal else self._run(-1, operands)
-        watch.program.finish()
+        watch.program.release()
         return result, watch
 
     def by_autograd(self, why: str) -> Lifted:
@@ -340,7 +340,7 @@ def _run_watched(
                 aliases = [t.requires_grad_(flag) for t, flag in zip(aliases, differentiated, strict=True)]
         before = [*map(version, aliases)]
         with (
-            Watch(aliases, inert, exchanges=True) as watch,
+            Watch(aliases, inert, at_call=True) as watch,
             named_in_errors(name),
             by_autograd_alone(refusal is not None),
         ):

@@ -82,12 +82,13 @@ class Watch(OwnMode):
     Args:
         operands: the operands of the function.
         inert: the number of running levels, if all are inert, else -1.
-        exchanges: whether this mode exchanges operations itself, in the place of `Exchange`.
+        at_call: whether this is an evaluation at the call. The mode then exchanges operations itself, in the place of
+            `Exchange`, and its program notes memory for later comparisons.
     """
 
-    def __init__(self, operands: Leaves, inert: int, *, exchanges: bool = False) -> None:
+    def __init__(self, operands: Leaves, inert: int, *, at_call: bool = False) -> None:
         super().__init__()
-        self.program, self.inert, self.exchanges_here = Program(operands), inert, exchanges
+        self.program, self.inert, self.at_call = Program(operands, notes_memory=at_call), inert, at_call
         self.exchanges = self.is_sparse = False
 
     def __torch_function__(
@@ -116,9 +117,9 @@ class Watch(OwnMode):
         is_exchanged = func in EXCHANGED
         self.exchanges, self.is_sparse = self.exchanges or is_exchanged, self.is_sparse or is_sparse
         if is_sparse:
-            with Exchange() if self.exchanges_here else nullcontext():
+            with Exchange() if self.at_call else nullcontext():
                 return sparse_call(func, args, kwargs)
-        if is_exchanged and self.exchanges_here:
+        if is_exchanged and self.at_call:
             func, args, kwargs = exchanged(func, args, kwargs)
         return _functions.call_inert(func, args, kwargs, self.inert)
 

@@ -61,9 +61,13 @@ class Program:
         wrappers: the origin of each tensor that a transform inside the function wraps, with the dimension that a vmap
             takes, in each layer.
         borrowed: arrays whose memory other code may write to, with checksums, by id.
+
+    Args:
+        operands: the operands of the function.
+        notes_memory: whether `borrowed` is to hold the memory of captured tensors.
     """
 
-    def __init__(self, operands: Sequence[torch.Tensor]) -> None:
+    def __init__(self, operands: Sequence[torch.Tensor], *, notes_memory: bool) -> None:
         # The number of transforms around the function. A wrapper of a higher level was made inside.
         self.depth = _context.depth()
         self.outside: dict[int, tuple[torch.Tensor, int]] = {}
@@ -79,6 +83,7 @@ class Program:
         self.aliases: dict[Origin, Origin] = {}
         self.results: list[Origin] = []
         self.wrappers: list[tuple[Origin | int, ...]] = []
+        self.notes_memory = notes_memory
         self.borrowed: dict[int, tuple[npt.NDArray[Any], list[object]]] = {}
         # By id, of captured and hidden tensors too.
         self._origins: dict[int, Origin] = {}
@@ -129,9 +134,13 @@ class Program:
         self.recorded.append(torch.is_grad_enabled())
 
     def finish(self) -> None:
-        """Drop the references to tensors that the function computed."""
-        # Weak references from here on: a result that stays alive was stored by the function.
+        """`release` the tensors that the function computed, and keep weak references to them."""
+        # A result that stays alive was stored by the function.
         self._made = [weakref.ref(t) for t in self._alive if self._origins.get(id(t), _HIDDEN)[0] == "result"]
+        self.release()
+
+    def release(self) -> None:
+        """Drop the references to tensors that the function computed."""
         self._alive.clear()
         self._origins.clear()
         self._hidden.clear()
@@ -153,7 +162,8 @@ class Program:
             origin = self._origins[id(tensor)] = ("constant", id(tensor))
             self.outside[id(tensor)] = (tensor, version(tensor))
             self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
-            self._note_borrowed(_levels.base(tensor))
+            if self.notes_memory:
+                self._note_borrowed(_levels.base(tensor))
         if dims:
             self.wrappers.append((origin, *dims))
         return origin

@@ -39,8 +39,7 @@ class Vectors:
         self.dimension = sum(self.sizes)
         self.device = like[0].device
         # The precision of the leaves, but a dtype of at least single precision: LAPACK has no half precision.
-        self.eps = max([torch.finfo(d).eps for d in self.dtypes])
-        self.dtype = reduce(torch.promote_types, [d.to_real() for d in self.dtypes], dtype)
+        self.eps, self.dtype = _precision(tuple(self.dtypes), dtype)
 
     def ravel(self, leaves: Sequence[Tensor], lead: int | None = None) -> Tensor:
         """Return leaves ``(*batch, *shape)`` as rows ``(prod(batch), dimension)``, with `lead` as a first dimension."""
@@ -55,6 +54,12 @@ class Vectors:
             return [_leaf(rows, (*lead, *self.shapes[0]), self.dtypes[0])]
         parts = rows.split(self.sizes, dim=-1)
         return [_leaf(p, (*lead, *s), d) for p, s, d in zip(parts, self.shapes, self.dtypes, strict=True)]
+
+
+@cache
+def _precision(dtypes: tuple[torch.dtype, ...], least: torch.dtype) -> tuple[float, torch.dtype]:
+    """Return the machine epsilon of the least precise dtype, and the widest real dtype, at least `least`."""
+    return max([torch.finfo(d).eps for d in dtypes]), reduce(torch.promote_types, [d.to_real() for d in dtypes], least)
 
 
 def _real(tensor: Tensor) -> Tensor:
