@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -104,16 +104,12 @@ class LiftedProblem:
         with _modes.without_own_modes():
             values = _levels.plain_values([*x, *residual])
         plain, layers = _levels.without_batch_layers(values)
-        lanes = tuple(layer.size for layer in reversed(layers))
+        lanes = tuple([layer.size for layer in reversed(layers)])
         # A residual may lack the lanes of a vmap, the solution has all.
-        rows = [_everywhere(t, [layer.dims[i] for layer in layers], lanes) for i, t in enumerate(plain)][len(x) :]
+        rows = _everywhere(plain, [layer.dims for layer in layers], lanes)[len(x) :]
+        state = end.nesting.unflatten(end.state)
         with self._below(), end.frame:
-            accept(
-                end.problem,
-                end.x,
-                end.nesting.unflatten(end.state),
-                end.problem.inputs.ravel(_decisions.of_leader(rows)),
-            )
+            accept(end.problem, end.x, state, end.problem.inputs.ravel(_decisions.of_leader(rows)))
 
     @contextmanager
     def _below(self) -> Iterator[None]:
@@ -194,7 +190,7 @@ class LiftedProblem:
         with self._below():
             operands = _functions.out_of_inference(operands)
             # A search has unknowns in every lane, also from a guess that the lanes share.
-            x = [_everywhere(t, [dims[i] for dims in levels], lanes) for i, t in enumerate(operands[:n])]
+            x = _everywhere(operands[:n], levels, lanes)
             own_levels = [dims[n:] for dims in levels]
             problem = self._with_operands(x, operands[n:], own_levels, vmaps)
             problem.last_residual = None if shared is None else partial(self._last_residual, shared)
@@ -298,16 +294,21 @@ def _aside(x: Tensor) -> Tensor:
     return x + 1e-2 * (x.abs().amax() if x.numel() else 1.0) * waves + 1e-4 * waves
 
 
-def _everywhere(tensor: Tensor, dims: list[int | None], lanes: tuple[int, ...]) -> Tensor:
-    """Expand a tensor to a batch dimension in front for each vmap.
+def _everywhere(tensors: Leaves, levels: Sequence[Dims], lanes: tuple[int, ...]) -> Leaves:
+    """Expand tensors to a batch dimension in front for each vmap.
 
     Args:
-        tensor: has the batch dimensions of some vmaps in front, the dimension of the outermost first.
-        dims: for each vmap, from the innermost outwards, None if the tensor lacks its dimension.
+        tensors: each has the batch dimensions of some vmaps in front, the dimension of the outermost first.
+        levels: for each vmap, from the innermost outwards, for each tensor None if the tensor lacks its dimension.
         lanes: the sizes of the vmaps, the outermost first.
     """
-    has = [d is not None for d in reversed(dims)]
-    for at, there in enumerate(has):
-        if not there:
+    if not lanes:
+        return tensors
+    return [_expanded(t, [dims[i] for dims in reversed(levels)], lanes) for i, t in enumerate(tensors)]
+
+
+def _expanded(tensor: Tensor, dims: list[int | None], lanes: tuple[int, ...]) -> Tensor:
+    for at, dim in enumerate(dims):
+        if dim is None:
             tensor = tensor.unsqueeze(at)
     return tensor.expand((*lanes, *tensor.shape[len(lanes) :]))
