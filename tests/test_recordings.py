@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ import implicitdiff.solvers as solvers
 from implicitdiff import sgd
 from implicitdiff._recorded.replay import Replay
 from implicitdiff.errors import CompileError
-from implicitdiff.solvers._loop.recordings import kept
+from implicitdiff.solvers._loop.problem import row_norm
+from implicitdiff.solvers._loop.recordings import is_fixed, kept
+from implicitdiff.solvers._loop.state import State
 
 pytestmark = needs_cpu
 F64 = torch.float64
@@ -260,6 +263,30 @@ def test_a_changed_function_has_a_recording_of_its_own(change):
             except CompileError:
                 result = solve("auto")
             assert torch.allclose(result, expected, rtol=1e-12, atol=1e-14), (k, result, expected)
+
+
+@pytest.mark.parametrize("transformation", [SGD, sgd(partial(schedule))], ids=["a function", "a partial"])
+def test_one_solver_is_recorded_anew_where_a_function_of_its_options_may_have_changed(transformation, monkeypatch):
+    solver = solvers.from_optimizer(objective, transformation, compile="auto", **SHORT)
+    for scale in (1.0, 2.0, 1.0):
+        monkeypatch.setitem(GLOBAL, "scale", scale)
+        expected = from_sgd(transformation)("off")
+        assert torch.allclose(solver.run(X, THETA)[0], expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ((1, 2.0, "a", None, State, partial(row_norm, eps=1.0)), True),
+        ([1.0], False),
+        (partial(row_norm, eps=[1.0]), False),
+        (THETA, False),
+        (image, False),
+        (partial(row_norm, image), False),
+    ],
+)
+def test_what_may_change_is_not_fixed(value, expected):
+    assert is_fixed(value) == expected
 
 
 def test_the_same_function_is_recorded_once(monkeypatch):

@@ -37,7 +37,7 @@ from implicitdiff.errors import CompileError
 from implicitdiff.linear_solve._outcome import unreported
 from implicitdiff.solvers._loop.options import Compile
 from implicitdiff.solvers._loop.problem import BatchedProblem, Noted, SearchOperands, any_lane, select, select_tree
-from implicitdiff.solvers._loop.recordings import Recording, fingerprint, kept, kind_of, kinds, memories
+from implicitdiff.solvers._loop.recordings import Recording, fingerprint, kept, kinds, memories
 from implicitdiff.solvers._loop.replayed import (
     GraphedLoop,
     ReplayedStep,
@@ -96,14 +96,14 @@ class Compiler:
 
     Attributes:
         name: the name of the solver, for messages.
-        method: all that the recording depends on apart from the user's functions and operands; see `kind_of`.
+        kind: returns all that the recording depends on apart from the user's functions and operands; see `kind_of`.
         parts: the parts of the search.
         problem: the problem.
         compile: the option.
     """
 
     name: str
-    method: tuple[Any, ...]
+    kind: Callable[[], Hashable]
     parts: SearchParts
     problem: BatchedProblem
     compile: Compile
@@ -461,7 +461,7 @@ class Compiler:
         shapes = tuple(zip(operands.shapes_of_lane, [t.dtype for t in operands.theta], *operands.dims, strict=True))
         unknowns = (tuple(map(tuple, inputs.shapes)), tuple(inputs.dtypes), self._width(math.prod(operands.lanes)))
         try:
-            key = (kind_of(self.method), unknowns, shapes, constants, lifted.settings, fingerprint(lifted))
+            key = (self.kind(), unknowns, shapes, constants, lifted.settings, fingerprint(lifted))
             hash(key)
         except TypeError as error:
             raise NotRecordableError(f"an option cannot be compared from call to call: {error}") from None

@@ -217,6 +217,17 @@ def kind_of(value: Any) -> Hashable:
     raise NotRecordableError(f"an option is a {type(value).__name__}, which may change")
 
 
+def is_fixed(value: Any) -> bool:
+    """True if nothing in an option or in a tuple of options can change, so that its `kind_of` is made once."""
+    if isinstance(value, functools.partial):
+        return is_fixed((value.func, *value.args, *value.keywords.values()))
+    if isinstance(value, tuple):
+        return all(map(is_fixed, value))
+    if isinstance(value, types.FunctionType):
+        return _is_ours(value) and not value.__closure__
+    return isinstance(value, (int, float, complex, operator.attrgetter, str, type, torch.dtype, NoneType))
+
+
 _CONTENTS = operator.attrgetter("cell_contents")
 
 

@@ -9,9 +9,9 @@ equation that it satisfies.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, Generic, Protocol, overload
 
 import torch
@@ -43,6 +43,7 @@ from implicitdiff.solvers._loop.lifted import LiftedProblem
 from implicitdiff.solvers._loop.method import IterativeMethod
 from implicitdiff.solvers._loop.options import Options, check_count, options_of
 from implicitdiff.solvers._loop.problem import BatchedProblem, LeafFunction, row_norm, select, select_tree
+from implicitdiff.solvers._loop.recordings import is_fixed, kind_of
 from implicitdiff.solvers._loop.report import Callback, Report
 from implicitdiff.solvers._loop.row_search import Frame, RowSearch, until_stopped
 from implicitdiff.solvers._loop.state import MemoryT, State, Verdict
@@ -394,13 +395,25 @@ class SolverImpl(Remembers):
         compiler = None
         if self.options.compile != "off" and not report.is_watching:
             # A report has to see every iteration, and a recorded loop shows only some.
-            method = (self.factory, self.method, self.termination, self.equation_of)
-            compiler = Compiler(self.name, method, parts, problem, self.options.compile)
+            compiler = Compiler(self.name, self._kind, parts, problem, self.options.compile)
         with contextlib.closing(report.over(lanes)):
             x, state = RowSearch(parts, problem, compiler, every, see).run(x)
         vmaps = () if problem.operands is None else problem.operands.vmaps
         self._report_failures(state if lanes else state._replace(status=state.status[0]), vmaps)
         return x, report.into(state)
+
+    def _kind(self) -> Hashable:
+        """Return the solver without the user's functions as a part of the key of a recording."""
+        return self._fixed_kind or kind_of(self._recorded_parts)
+
+    @cached_property
+    def _fixed_kind(self) -> Hashable | None:
+        # Pickled with the solver: of numbers, names, classes and functions of modules alone.
+        return kind_of(self._recorded_parts) if is_fixed(self._recorded_parts) else None
+
+    @property
+    def _recorded_parts(self) -> tuple[Any, ...]:
+        return self.factory, self.method, tuple(vars(self.termination).values()), self.equation_of
 
     def _parts(self) -> SearchParts:
         rule = self.termination
