@@ -163,7 +163,7 @@ class Program:
             self.outside[id(tensor)] = (tensor, version(tensor))
             self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
             if self.notes_memory:
-                self._note_borrowed(_levels.base(tensor))
+                self.note_memory([tensor])
         if dims:
             self.wrappers.append((origin, *dims))
         return origin
@@ -225,15 +225,13 @@ class Program:
 
     # --- memory that other code may write to --------------------------------------------------------------------------
 
-    def note_memory(self, operands: Leaves) -> None:
-        """Record checksums of operands whose memory other code may write to."""
-        for operand in operands:
-            self._note_borrowed(_levels.base(operand))
-
-    def _note_borrowed(self, tensor: torch.Tensor) -> None:
-        if tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.numel() and is_borrowed(tensor):
-            with _switches.no_levels(), no_modes():
-                self._borrow(_as_numpy(tensor))
+    def note_memory(self, tensors: Leaves) -> None:
+        """Record checksums of tensors whose memory other code may write to."""
+        for tensor in map(_levels.base, tensors):
+            is_strided = tensor.layout is torch.strided
+            if is_strided and tensor.device.type == "cpu" and tensor.numel() and is_borrowed(tensor):
+                with _switches.no_levels(), no_modes():
+                    self._borrow(_as_numpy(tensor))
 
     def _borrow(self, array: npt.NDArray[Any] | None) -> list[object] | None:
         """Return the checksum of an array, and record the checksum for a later comparison."""
