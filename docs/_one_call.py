@@ -69,7 +69,7 @@ PARTS = [
         "caller's frame: vmap and grad run",
         2,
         [
-            Step("compare grad f at the solution", "_closures/lift.py", "confirm_at"),
+            Step("compare grad f at the solution", "_closures/lift.py", "confirmed_value"),
             Step("attach the derivatives", "_implicit/primitive.py", "attach"),
         ],
     ),
