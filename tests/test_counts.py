@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks.compiled import needs_cpu
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 
@@ -135,6 +136,20 @@ def test_a_call_from_the_solution_costs(make: Callable[..., Any], way: str, coun
     # Krylov methods look at values in each iteration.
     found = {name: n for name, n in counts.items() if name != "looked" or make is not by_cg}
     assert found == expected
+
+
+@needs_cpu
+def test_a_recording_repeats_one_evaluation(counts: Counts) -> None:
+    """The first call records a step, and compares recorded steps with others; it calls the function for the first of
+    them, and repeats the operations of that call for the others."""
+    residual = residual_of(counts)
+    solver = solvers.lbfgs(lambda z, b: residual(z, b).square().sum())
+    evaluations = []
+    for shift in (0.1, 0.2, 0.3):
+        before = counts["evaluations"]
+        solver.run(Z, B + shift)
+        evaluations.append(counts["evaluations"] - before)
+    assert evaluations == [5, 3, 3]
 
 
 def test_a_second_derivative_takes_the_general_way_once(counts: Counts) -> None:

@@ -431,8 +431,9 @@ class Compiler:
         if operands.copied > _MAX_COPIED:
             raise NotRecordableError("some vmaps batch large operands, and others do not")
 
-    @cached_property
+    @property
     def _operands(self) -> SearchOperands:
+        # Not cached: `_with_noted` exchanges the problem.
         assert self.problem.operands is not None
         return self.problem.operands
 
