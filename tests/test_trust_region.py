@@ -6,15 +6,26 @@ import numpy as np
 import pytest
 import torch
 from checks.tensors import vector
-from problem_sets import more_garbow_hillstrom
+from problem_sets import more_garbow_hillstrom, nist
 from problem_sets.hock_schittkowski import wood
 from problem_sets.minpack_roots import brown_almost_linear, chebyquad, powell_singular
 from problem_sets.more_garbow_hillstrom import helical_valley, rosenbrock
+from problem_sets.problem import LeastSquares
 from scipy import optimize
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
-from implicitdiff.solvers import Status, dogleg, dogleg_root, gauss_newton, levenberg_marquardt, newton, newton_cg
+from implicitdiff.solvers import (
+    State,
+    Status,
+    dogleg,
+    dogleg_root,
+    gauss_newton,
+    levenberg_marquardt,
+    newton,
+    newton_cg,
+)
+from implicitdiff.solvers._steps.region_step import step_in_region
 from implicitdiff.solvers._steps.trust_region import multiplier
 
 F64 = torch.float64
@@ -196,6 +207,54 @@ def test_levenberg_marquardt_arrives_from_where_minpack_does(name: str, factor: 
     assert state.iter_num < most and min(abs(value - v) for v in problem.values) < 1e-6 * max(value, 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [("10 Meyer", 1), ("10 Meyer, scaled", 10), ("14 Wood", 1), ("15 Kowalik and Osborne", 100)],
+)
+def test_narrow_valleys_have_an_end_in_float32(name: str, factor: float) -> None:
+    """Steps whose gains a bound of the rounding hides lower the cost, although the gradient rises."""
+    x, problem, _ = searched(name, factor)
+    value = float((problem.residual(x.double()) ** 2).sum())
+    assert min(abs(value - v) for v in problem.values) < 4e-3 * max(value, 1e-3)
+
+
+def searched(name: str, factor: float) -> tuple[Tensor, LeastSquares, State]:
+    problem = next(p for p in more_garbow_hillstrom.PROBLEMS + nist.PROBLEMS if p.name == name)
+    start = factor * torch.tensor(problem.start, dtype=torch.float32)
+    x, state = levenberg_marquardt(problem.residual, on_failure="ignore").run(start)
+    return x, problem, state
+
+
+@pytest.mark.parametrize("factor", [1, 10, 100])
+def test_small_singular_values_of_float32_count(factor: float) -> None:
+    x, problem, _ = searched("20 Watson, n = 12", factor)
+    assert float((problem.residual(x.double()) ** 2).sum()) < 1e-9
+
+
+def test_a_step_in_float32_has_the_digits_of_its_jacobian() -> None:
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(n, 4, dtype=F64, generator=generator))[0] for n in (8, 4))
+    J = ((U * vector(1, 0.1, 1e-3, 1e-5)) @ V.mT).float()[None]
+    r = -(J @ torch.ones(4))
+    for step in step_in_region(J, r, torch.ones(1, 4), torch.tensor([1e3]), torch.finfo(torch.float32).eps)[::2]:
+        torch.testing.assert_close(step, torch.ones(1, 4), rtol=0, atol=2e-2)
+
+
+def test_after_a_refused_step_the_next_is_shorter() -> None:
+    """Newton steps with gains hidden by rounding are cut too, once one has been refused."""
+    problem = next(p for p in more_garbow_hillstrom.PROBLEMS if p.name == "5 Beale")
+    solver = levenberg_marquardt(problem.residual, on_failure="ignore")
+    x = 10 * torch.tensor(problem.start, dtype=torch.float32)
+    state, refused = solver.init(x), 0
+    while state.status == Status.RUNNING:
+        before = state.memory
+        x, state = solver.update(x, state)
+        if state.memory.refusals > before.refusals > 0:
+            refused += 1
+            assert state.memory.radius < 0.5 * before.radius
+    assert refused
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("factory", [dogleg, levenberg_marquardt])
 def test_a_singular_jacobian_does_not_hide_a_minimum(factory, dtype: torch.dtype) -> None:
@@ -251,12 +310,11 @@ def test_residuals_without_a_second_derivative_have_slow_last_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "factor"), [("14 Wood", 1), ("5 Beale", 100), ("15 Kowalik and Osborne", 100), ("10 Meyer", 100)]
+    ("name", "factor"),
+    [("14 Wood", 1), ("5 Beale", 100), ("15 Kowalik and Osborne", 100), ("10 Meyer", 100), ("Bennett5", 1)],
 )
 def test_a_valley_is_no_minimum_in_float32(name: str, factor: float) -> None:
-    problem = next(p for p in more_garbow_hillstrom.PROBLEMS if p.name == name)
-    start = factor * torch.tensor(problem.start, dtype=torch.float32)
-    x, state = levenberg_marquardt(problem.residual, on_failure="ignore").run(start)
+    x, problem, state = searched(name, factor)
     # Where all exponentials vanish the function is flat, and SciPy finds no way down either.
     with np.errstate(all="ignore"):
         below = optimize.least_squares(problem.residual, x.double().numpy(), method="lm", max_nfev=2000)

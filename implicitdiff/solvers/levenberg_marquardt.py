@@ -82,10 +82,11 @@ def levenberg_marquardt(
         min |r + J d|  subject to  |D d| <= Delta,    J = dr/dx,
 
     equivalent to ``(J'J + lambda D^2) d = - J' r`` for a ``lambda >= 0``, with ``lambda = 0`` if the Gauss-Newton step
-    lies in the region. The step is accepted if the cost decreases by at least 1e-4 of the model's prediction, and
-    ``Delta`` grows and shrinks with the ratio of the two. ``D`` holds the largest norms of the columns of ``J`` so far,
-    so the units of the unknowns do not matter. ``r`` may have any length, even shorter than ``x``, and ``J`` any rank;
-    the derivative of the solution needs a strict minimum.
+    lies in the region. The step is accepted if the cost decreases by at least 1e-4 of the model's prediction, or, where
+    rounding may hide that, if the gradient decreases. ``Delta`` grows and shrinks with the ratio of gain and
+    prediction. ``D`` holds the largest norms of the columns of ``J`` so far, so the units of the unknowns do not
+    matter. ``r`` may have any length, even shorter than ``x``, and ``J`` any rank; the derivative of the solution needs
+    a strict minimum.
 
     If the residual is large at the solution, ``J'J`` is far from the Hessian of the cost, and Gauss-Newton steps gain
     little. So if four steps have not halved the gradient, or rounding hides the gain of a step, the next step is a
@@ -233,7 +234,8 @@ def _step(
     slow = torch.where(accepted & (found.ratio < 0.5), 0, old.slow + (accepted | found.unresolved))
     memory = old._replace(radius=radius, refusals=refusals, slow=slow)
     x, memory = if_any(accepted, partial(_moved, trial.x, found.new, accepted), (x, memory))
-    progress = state.progress.fallen(accepted & ~found.unresolved).stepped(trial.whole, x, units_of(memory.jacobian))
+    falls = accepted & (~found.unresolved | (found.gain > 8.0 * problem.eps * old.losses.detach().sum(dim=-1)))
+    progress = state.progress.fallen(falls).stepped(trial.whole, x, units_of(memory.jacobian))
     error = _error_at(problem, x, normal_residual(memory), bounded)
     ends, arrived = ~accepted | found.unresolved, error <= state.target
     progress = _with_distance(problem, x, memory, progress, trial, ends, arrived, robust, bounded)
@@ -266,7 +268,7 @@ class _Evaluation(NamedTuple):
     Attributes:
         gain: the actual gain.
         known: True if the residual is finite.
-        unresolved: True if rounding of the cost hides the predicted gain.
+        unresolved: True if rounding of the cost may hide the gain.
         accepted: True if the step is good enough.
         ratio: factor of the scaled gradient, ``|D^-1 J' r|`` at the end relative to the start; 1 if not computed.
         new: the results of `weighted` at the end; those at the start if no lane may accept the step.
@@ -294,8 +296,8 @@ def _evaluate(
     # ``(|r|^2 - |new_r|^2) / 2`` as a product, without cancellation.
     gain = gain_of_losses(memory.losses, measured) if robust else 0.5 * row_dot(r - measured, r + measured)
     known = torch.isfinite(measured).all(dim=-1)
-    # A predicted gain below rounding of the cost is unresolved: the gradient decides.
-    unresolved = trial.predicted.abs() <= base.noise
+    # Rounding of the cost may hide the gain if neither the predicted nor the measured gain is larger.
+    unresolved = (trial.predicted.abs() <= base.noise) & ~(gain > base.noise)
     accepted = (gain > _trust_region.MIN_GAIN_RATIO * trial.predicted.clamp(min=0.0)) & known
 
     def judge(found: _Evaluation) -> _Evaluation:
@@ -305,7 +307,10 @@ def _evaluate(
         new_g = normal_gradient(new[1], new[0])
         gradients = _free_gradient(problem, there, new_g, bounded), _free_gradient(problem, x, base.gradient, bounded)
         ratio = safe_divide(*(row_norm(gradient / base.D) for gradient in gradients))
-        accepted = torch.where(unresolved, known & (ratio < 1.0), found.accepted)
+        # `noise` is a bound, several times the usual rounding, and the gradient rises on the way into a narrow valley.
+        # So the measured gain may accept an unresolved step too. Errors of such steps do not add up: each step lowers
+        # the measured cost.
+        accepted = found.accepted | (unresolved & known & (ratio < 1.0))
         return found._replace(accepted=accepted, ratio=ratio, new=new)
 
     here = r, memory.jacobian, memory.losses, memory.scale
@@ -410,8 +415,9 @@ def _newton_trial(
     step = at.step(convex)
     # ``H p = -g`` gives the gain ``-g'p - p'H p / 2 = -g'p / 2`` of a whole Newton step.
     size, promised = length(D * step), -0.5 * row_dot(step, at.gradient)
-    # If rounding hides the gain, the radius carries no information, so do not cut the step.
-    limited = (size > radius) & (promised > noise)
+    # If rounding hides the gain, the radius carries no information, so do not cut the step, unless a step from this
+    # point has been refused.
+    limited = (size > radius) & ((promised > noise) | (memory.refusals > 0))
     part = torch.where(limited, radius / torch.where(limited, size, 1.0), 1.0)
     # The quadratic model along a Newton step: ``m(t) = m(1) t (2 - t)``.
     ahead, predicted = x + part[:, None] * step, promised * part * (2.0 - part)
@@ -463,17 +469,28 @@ def _distance(
     The length is 0 if the step predicts a negligible gain, as long steps along the null space of a Jacobian do. The
     length is at least 1 if steps are refused despite a predicted gain and the value exceeds its rounding.
     """
-    x, r, J, losses = (t.detach() for t in (x, memory.residual, memory.jacobian, memory.losses))
-    if bounded:
-        J = torch.where(limits_on(problem).held(x, normal_gradient(J, r))[:, None], 0.0, J)
+    x, r, losses = (t.detach() for t in (x, memory.residual, memory.losses))
+    J = _free_jacobian(problem, x, memory, bounded)
     # Singular values that are rounding of 0 predict a gain of at most ``sqrt(eps)`` of the cost.
-    d = damped(J, r, least_weights(J, memory.scale.detach(), problem.eps))
+    d = _whole_step(problem, x, memory, bounded)
     step = progress.stepped(d, x, units_of(J)).step
     value, promised = losses.sum(dim=-1), -0.5 * row_dot(d, normal_gradient(J, r))
     # Steps refused although the cost is far above rounding: ``x`` is not near a minimum of the model.
     in_vain = ends & (value > 16.0 * rounding_of_cost(problem, x, r, J, losses))
     step = torch.where(in_vain, step.clamp(min=1.0), step)
     return torch.where(promised <= problem.eps**0.5 * value.abs(), 0.0, step)
+
+
+def _whole_step(problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, bounded: bool) -> Tensor:
+    """Return the Gauss-Newton step without damping."""
+    J = _free_jacobian(problem, x, memory, bounded)
+    return damped(J, memory.residual.detach(), least_weights(J, memory.scale.detach(), problem.eps))
+
+
+def _free_jacobian(problem: BatchedProblem, x: Tensor, memory: LevenbergMarquardtMemory, bounded: bool) -> Tensor:
+    """Return the Jacobian, detached, with zero columns for unknowns held at a bound."""
+    x, r, J = (t.detach() for t in (x, memory.residual, memory.jacobian))
+    return torch.where(limits_on(problem).held(x, normal_gradient(J, r))[:, None], 0.0, J) if bounded else J
 
 
 def _whole_distance(
@@ -484,9 +501,20 @@ def _whole_distance(
     robust: bool,
     bounded: bool,
 ) -> Tensor:
-    """Return the length of the Newton step with the full Hessian; 0 if the step predicts a negligible gain."""
-    step = _newton_step(problem, x, memory, robust=robust, bounded=bounded)
-    return torch.where(step.counts, progress.stepped(step.d, step.x, step.units).step, 0.0)
+    """Return the length of the Newton step with the full Hessian; 0 if the step predicts a negligible gain.
+
+    If rounding of the Hessian hides its curvature along the Gauss-Newton step, the length is at least that of the
+    Gauss-Newton step.
+    """
+    at = _curvature(problem, x, normal_residual(memory), robust, bounded)
+    step = least_squares_newton_step(problem, x, memory.residual, memory.jacobian, memory.losses, at)
+    size = torch.where(step.counts, progress.stepped(step.d, step.x, step.units).step, 0.0)
+    d, H = _whole_step(problem, x, memory, bounded), at.hessian.detach()
+    # QR of ``J`` resolves curvatures of ``eps^2 |H|``, ``H`` itself of ``eps |H|`` only.
+    rounding = problem.eps * row_dot(d.abs(), vecmat(d.abs(), H.abs()))
+    hidden = row_dot(d, vecmat(d, H)).abs() <= 4.0 * rounding
+    nowhere = torch.zeros_like(hidden)
+    return torch.where(hidden, torch.maximum(size, _distance(problem, x, memory, progress, nowhere, bounded)), size)
 
 
 def _newton_step(
