@@ -30,7 +30,7 @@ STAGES = {
     "variables noted": [
         "_closures.snapshot:Snapshot.__init__",
         "_closures.snapshot:Snapshot.keep_used",
-        "_closures.snapshot:Snapshot.replaced",
+        "_closures.snapshot:Snapshot.changed",
     ],
     "evaluations that are watched": ["_closures.lift:_run_watched", "_closures.lift:Lifted._run_again_watched"],
     "their operations": ["_closures.modes:Watch.__torch_function__"],
