@@ -274,15 +274,20 @@ def test_one_solver_is_recorded_anew_where_a_function_of_its_options_may_have_ch
         assert torch.allclose(solver.run(X, THETA)[0], expected, rtol=1e-12, atol=1e-14)
 
 
+class Measured(float):
+    """A number that may have a state."""
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ((1, 2.0, "a", None, State, partial(row_norm, eps=1.0)), True),
+        ((1, 2.0, "a", None, State, solvers.Status.DIVERGED, partial(row_norm, eps=1.0)), True),
         ([1.0], False),
         (partial(row_norm, eps=[1.0]), False),
         (THETA, False),
         (image, False),
         (partial(row_norm, image), False),
+        (Measured(1.0), False),
     ],
 )
 def test_what_may_change_is_not_fixed(value, expected):

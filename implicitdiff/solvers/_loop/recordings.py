@@ -7,6 +7,7 @@ not in the key, since tensors are operands.
 
 from __future__ import annotations
 
+import enum
 import functools
 import operator
 import threading
@@ -225,7 +226,9 @@ def is_fixed(value: Any) -> bool:
         return all(map(is_fixed, value))
     if isinstance(value, types.FunctionType):
         return _is_ours(value) and not value.__closure__
-    return isinstance(value, (int, float, complex, operator.attrgetter, str, type, torch.dtype, NoneType))
+    # A subclass of a number may have state.
+    is_plain = type(value) in (bool, int, float, complex, str, NoneType)
+    return is_plain or isinstance(value, (enum.Enum, operator.attrgetter, type, torch.dtype))
 
 
 _CONTENTS = operator.attrgetter("cell_contents")
