@@ -289,12 +289,13 @@ def scheduled(solver, equation):
     ("solver", "equation"),
     [
         (solvers.newton, lambda x, t, scale: x**2 - scale * t),
+        (functools.partial(solvers.bisection, lower=0.0, upper=20.0), lambda x, t, scale: x**2 - scale * t),
         (solvers.anderson, lambda x, t, scale: 0.1 * scale * torch.cos(x) + t),
         (solvers.levenberg_marquardt, lambda x, t, scale: x**2 - scale * t),
         (solvers.newton_cg, lambda x, t, scale: (x - scale * t) ** 2 + x**4),
         (functools.partial(solvers.lbfgs_b, bounds=(0.0, None)), lambda x, t, scale: (x - scale * t) ** 2 + x**4),
     ],
-    ids=["newton", "anderson", "levenberg_marquardt", "newton_cg", "lbfgs_b"],
+    ids=["newton", "bisection", "anderson", "levenberg_marquardt", "newton_cg", "lbfgs_b"],
 )
 @pytest.mark.parametrize("way", [*PASSES, "vmap of grad"])
 def test_a_function_that_is_another_in_the_search_is_refused(solver, equation, way):

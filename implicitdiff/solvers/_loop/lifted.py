@@ -84,13 +84,13 @@ class LiftedProblem:
         guess = self.structure.unflatten([t.detach().clone() for t in self.x0])
         self.lifted = lift(name, dispatch, guess, args)
 
-    def attached(self, x: Leaves, accept: Accept) -> Tree:
-        """Return the solution with its derivatives."""
-        # The end refers to this object: kept, it would make a cycle, which only the collector frees.
+    def attached(self, x: Leaves, accept: Accept | None) -> Tree:
+        """Return the solution with its derivatives; `accept` is None if the function is the library's own."""
+        # `End` refers to this object. The attribute would make a cycle, which only the collector frees.
         end, self._end = self._end, None
         assert end is not None
-        judge = partial(self._judge, accept, end, x)
-        # A search has judged the evaluation that it shares.
+        judge = None if accept is None else partial(self._judge, accept, end, x)
+        # The search has judged `_last` already.
         root, self._last = replace(self._root(x), accept=judge) if self._last is None else self._last[1], None
         # From here on the function is evaluated at the solution; the copy of the guess is free.
         self.lifted.operands[: len(x)] = root.x

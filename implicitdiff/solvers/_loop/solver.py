@@ -371,11 +371,11 @@ class SolverImpl(Remembers):
         x, state = lifted.search(search)
         if _context.now().is_silent:
             return lifted.structure.unflatten(x), state
-        return lifted.attached(x, self._accept), state
+        return lifted.attached(x, None if self.is_named else self._accept), state
 
     def _accept(self, problem: BatchedProblem, x: Tensor, state: State[Any], residual: Tensor) -> None:
         """Raise if the residual that the derivative finds at the solution is of another function than the search."""
-        other = self.termination.of_other_function(self.method, problem, x, state, residual)
+        other = self.termination.of_other_function(problem, x, state, residual)
         if other is not None:
             i = int(other.nonzero()[0])
             raise ValueError(

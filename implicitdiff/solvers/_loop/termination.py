@@ -245,7 +245,7 @@ class Termination:
         return self.measure_rounding(method, problem, x, state, failed | stands | spent), verdict
 
     def of_other_function(
-        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, state: State[MemoryT], found: Tensor
+        self, problem: BatchedProblem, x: Tensor, state: State[MemoryT], found: Tensor
     ) -> Tensor | None:
         """Return the lanes whose residual, found by an evaluation after the search, is of another function; None if
         there are none.
@@ -254,8 +254,6 @@ class Termination:
         Where the residual found exceeds the error, the function of the search is evaluated twice more. A difference
         by rounding, which may also choose the other side of a kink, does not appear again.
         """
-        if not method.is_judged:
-            return None
         bound = 2 * torch.maximum(state.target, state.error)
         # Negated, so that nan counts as above the bound. A search that has left the domain has no residual.
         above = ~(row_norm(found) <= bound) & torch.isfinite(state.error)
