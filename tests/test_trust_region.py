@@ -180,6 +180,15 @@ def test_the_multiplier_makes_a_step_of_the_radius(shape: tuple[int, int], share
         assert damping == pytest.approx(expected, rel=1e-8)
 
 
+def test_the_multiplier_of_a_column_below_the_rounding_of_another() -> None:
+    """On the way to an infimum at infinity a column of ``J`` shrinks far below its norm at the start."""
+    Q = torch.linalg.qr(torch.randn(5, 2, dtype=F64, generator=torch.Generator().manual_seed(0)))[0]
+    tiny, radius = 1e-20, 1e15
+    # ``A'A = diag(1, tiny^2)`` and ``A'r = (1, tiny)``: ``|s| = tiny / (tiny^2 + lambda)``, as ``1 << radius``.
+    found = multiplier((Q * vector(1, tiny))[None], Q.sum(dim=1)[None], vector(radius))
+    torch.testing.assert_close(found, vector(tiny / radius - tiny**2), rtol=1e-8, atol=0.0)
+
+
 def test_derivatives_of_the_multiplier() -> None:
     generator = torch.Generator().manual_seed(1)
     A = torch.randn(2, 5, 3, dtype=F64, generator=generator, requires_grad=True)

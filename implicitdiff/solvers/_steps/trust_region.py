@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -104,26 +106,29 @@ class _Multiplier(Problem):
         # ``A'A = V diag(values) V'`` and ``part = V'A'r``: ``|s|^2 = sum (part / (values + lambda))^2``.
         values, vectors = torch.linalg.eigh(A.mT @ A)
         values, part = values.clamp(min=0.0), (vectors.mT @ (A.mT @ r[..., None]))[..., 0]
-        damping = _newton_for_multiplier(values, part, radius)
+        eps = torch.finfo(A.dtype).eps
+        damping = _newton_for_multiplier(eps**2 * values[..., -1], partial(_by_eigenvalues, values, part), radius)
         # ``A'A`` squares the condition number: singular values below ``sqrt(eps) |A|`` are lost, and a small multiplier
-        # depends on them. Repeat with the singular values of ``A``.
-        lost = damping < 1e-8 * values[..., -1]
+        # depends on them. Repeat with factorisations of ``A``.
+        lost = known & (damping < 1e-8 * values[..., -1])
 
-        def by_singular_values(damping: Tensor) -> Tensor:
-            U, S, _ = torch.linalg.svd(A, full_matrices=False)
-            # ``A = U S V'``: the eigenvalues are ``S^2``, and ``V'A'r = S U'r``.
-            exact = _newton_for_multiplier(S.square(), S * (U.mT @ r[..., None])[..., 0], radius)
-            return torch.where(lost, exact, damping)
+        def by_factors(damping: Tensor) -> Tensor:
+            # QR keeps the relative accuracy of each column, also of columns far smaller than others, which a singular
+            # value decomposition loses. ``|A d + r| = |R d + t|`` with ``[R, t]`` from QR of ``[A, r]``.
+            R = torch.linalg.qr(torch.cat([A, r[..., None]], dim=-1), mode="r")[1]
+            squares = A.square().sum(dim=-2)
+            least = eps**2 * torch.where(squares > 0, squares, torch.inf).amin(dim=-1)
+            first = torch.where(lost & torch.isfinite(least), least.clamp(min=torch.finfo(A.dtype).tiny), 1.0)
+            step = partial(_by_factors, R[..., :-1], R[..., -1])
+            return torch.where(lost, _newton_for_multiplier(first, step, radius), damping)
 
-        damping = _control.if_any(lost & known, by_singular_values, damping)
+        damping = _control.if_any(lost, by_factors, damping)
         return [torch.where(known, damping, torch.nan).to(theta[0].dtype)]
 
     def solve(self, x: Leaves, theta: Leaves, b: Leaves, *, adjoint: bool) -> Leaves:
         A, r, radius = theta
         s = _damped_step(A, r, x[0])
-        # ``(A'A + lambda)^-1 s`` as a least-squares solution, so that ``A'A`` is not formed. The minimum of
-        # ``|A d|^2 + lambda |d - s / lambda|^2`` satisfies ``(A'A + lambda) d = s``.
-        moved = damped(A, torch.zeros_like(r), x[0][..., None].expand_as(s), -s / x[0].sqrt()[..., None])
+        moved = _damped_inverse(A, s, x[0])
         # Derivative of the residual in lambda: ``-2 s'(A'A + lambda)^-1 s / radius^2``.
         slope = -2.0 * row_dot(s / radius[..., None], moved / radius[..., None])
         return [b[0] / torch.where(slope < 0, slope, -1.0)]
@@ -136,33 +141,55 @@ def _damped_step(A: Tensor, r: Tensor, multiplier: Tensor) -> Tensor:
     return damped(A, r, multiplier[..., None].expand_as(A[..., 0, :]))
 
 
-def _newton_for_multiplier(values: Tensor, part: Tensor, radius: Tensor) -> Tensor:
-    """Return ``lambda`` with ``|s| = radius``, ``s = part / (values + lambda)``.
+def _by_eigenvalues(values: Tensor, part: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``|s|`` and ``s'P^-1 s / |s|^2`` for ``s = P^-1 part``, ``P = diag(values) + lambda``."""
+    poles = values + damping[..., None]
+    # A zero component has no pole: ``0 / 0`` would be nan for a zero eigenvalue.
+    s = torch.where(part == 0, 0.0, part / poles)
+    size = length(s)
+    return size, ((s / size[..., None]).square() / poles).sum(dim=-1)
+
+
+def _by_factors(A: Tensor, r: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``|s|`` and ``s'P^-1 s / |s|^2`` for ``s = -P^-1 A'r``, ``P = A'A + lambda``."""
+    s = _damped_step(A, r, damping)
+    size = length(s)
+    s = s / size[..., None]
+    return size, row_dot(s, _damped_inverse(A, s, damping))
+
+
+def _damped_inverse(A: Tensor, s: Tensor, damping: Tensor) -> Tensor:
+    """Return ``(A'A + lambda)^-1 s`` as a least-squares solution, so that ``A'A`` is not formed."""
+    # The minimum of ``|A d|^2 + lambda |d - s / lambda|^2`` satisfies ``(A'A + lambda) d = s``.
+    zeros, damping = torch.zeros_like(A[..., 0]), damping[..., None]
+    return damped(A, zeros, damping.expand_as(s), -s / damping.sqrt())
+
+
+def _newton_for_multiplier(first: Tensor, step_at: Callable[[Tensor], tuple[Tensor, Tensor]], radius: Tensor) -> Tensor:
+    """Return ``lambda`` with ``|s| = radius``, ``s`` being the step for ``lambda``.
 
     Newton's method for ``1 / radius - 1 / |s| = 0``, a convex function of ``lambda``, from a point with
     ``|s| > radius``, so that the iterates increase monotonically (Nocedal and Wright, 2nd ed., algorithm 4.3).
+
+    Args:
+        first: a multiplier left of the solution, next to the pole at 0.
+        step_at: ``lambda -> (|s|, s'P^-1 s / |s|^2)``, ``P`` being the matrix of the equation of ``s``.
+        radius: the radius.
     """
-    eps = torch.finfo(values.dtype).eps
-    # Start next to the pole at 0, left of the solution.
-    damping = eps**2 * values.amax(dim=-1)
 
     def next_to(damping: Tensor) -> Tensor:
-        poles = values + damping[..., None]
-        # A zero component has no pole: ``0 / 0`` would be nan for a zero eigenvalue.
-        s = torch.where(part == 0, 0.0, part / poles)
-        size = length(s)
-        # With ``P = diag(values) + lambda``: ``d|s| / dlambda = -s'P^-1 s / |s|``, and Newton's step is
-        # ``(|s| / radius - 1) |s|^2 / (s'P^-1 s)``.
-        step = (size / radius - 1.0) / ((s / size[..., None]).square() / poles).sum(dim=-1)
+        # ``d|s| / dlambda = -s'P^-1 s / |s|``, so Newton's step is ``(|s| / radius - 1) |s|^2 / (s'P^-1 s)``.
+        size, inverse = step_at(damping)
+        step = (size / radius - 1.0) / inverse
         # From the left Newton's method never passes the root of a decreasing convex function: a step back is rounding.
         return torch.where(step > 0, damping + step, damping)
 
     # Monotone iterates: stop when no lane increases.
     def increases(both: tuple[Tensor, Tensor]) -> Tensor:
-        return both[1] > both[0] * (1.0 + 4.0 * eps)
+        return both[1] > both[0] * (1.0 + 4.0 * torch.finfo(both[0].dtype).eps)
 
     def again(both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         going = increases(both)
         return torch.where(going, both[1], both[0]), torch.where(going, next_to(both[1]), both[1])
 
-    return _control.repeat(again, (damping, next_to(damping)), increases, _MAX_NEWTON_STEPS)[0]
+    return _control.repeat(again, (first, next_to(first)), increases, _MAX_NEWTON_STEPS)[0]
