@@ -384,6 +384,31 @@ def test_iterates_that_come_back_have_not(factory) -> None:
     assert state.iter_num > 100 and x.abs().max() < 1e-11
 
 
+@pytest.mark.parametrize("factor", [10, 100])
+def test_an_infimum_at_infinity_costs_no_more_than_twice_the_evaluations_of_minpack(factor: int) -> None:
+    """Bard's residuals, as ``x_2`` and ``x_3`` go to infinity, with the same relative accuracy of the cost."""
+    problem = next(p for p in more_garbow_hillstrom.PROBLEMS if p.name == "8 Bard")
+    start, calls = factor * vector(*problem.start), []
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(x)
+        return problem.residual(x)
+
+    x, state = levenberg_marquardt(counted, compile="off", on_failure="ignore").run(start)
+    assert state.status == Status.UNBOUNDED
+    assert problem.residual(x).square().sum().item() == pytest.approx(problem.values[-1], rel=1e-9)
+    found = optimize.least_squares(
+        lambda x: problem.residual(torch.tensor(x)).numpy(),
+        start.numpy(),
+        lambda x: jacfwd(problem.residual)(torch.tensor(x)).numpy(),
+        method="lm",
+        ftol=4e-11,
+    )
+    assert len(calls) <= 2 * (found.nfev + found.njev)
+    # A user's tolerance accepts such a point.
+    assert levenberg_marquardt(problem.residual, rtol=1e-12).run(start)[1].status == Status.CONVERGED
+
+
 def test_gauss_newton_refuses_a_jacobian_without_full_rank() -> None:
     """More, Garbow and Hillstrom's problem 33."""
     A = torch.outer(torch.arange(1, 21, dtype=F64), torch.arange(1, 11, dtype=F64))

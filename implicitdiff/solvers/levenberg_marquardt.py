@@ -16,6 +16,7 @@ from implicitdiff._torch.control import if_any
 from implicitdiff._torch.trees import P, Tree, X
 from implicitdiff.solvers._loop.bounds import Bound, limits_of, limits_on
 from implicitdiff.solvers._loop.losses import check_loss_scale, loss_of
+from implicitdiff.solvers._loop.measures import precision
 from implicitdiff.solvers._loop.method import LEAST_SQUARES_STEP, IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
 from implicitdiff.solvers._loop.options import SolverOptions, solver_factory
@@ -92,6 +93,9 @@ def levenberg_marquardt(
     little. So if four steps have not halved the gradient, or rounding hides the gain of a step, the next step is a
     Newton step, cut to the region, provided that the Hessian is positive definite. A Newton step costs ``n`` products
     with the Hessian, by second derivatives of ``r``; without second derivatives all steps are Gauss-Newton steps.
+
+    With default tolerances the status is ``UNBOUNDED`` if the gradient is at its target, but the step without a region
+    is longer than ``x``, and a step that lengthens ``x`` by a fifth hardly changes the cost.
 
     The derivative is that of the exact stationarity condition ``J' r = 0``, second derivatives of ``r`` included.
 
@@ -240,7 +244,19 @@ def _step(
     ends, arrived = ~accepted | found.unresolved, error <= state.target
     progress = _with_distance(problem, x, memory, progress, trial, ends, arrived, robust, bounded)
     status = torch.where(refused, int(Status.LINE_SEARCH_FAILED), state.status)
+    endless = accepted & arrived & (progress.step >= 1.0) & _runs_off(problem, base, old, trial, found)
+    status = torch.where(endless, int(Status.UNBOUNDED), status)
     return x, state._replace(error=error, progress=progress, status=status, memory=memory)
+
+
+def _runs_off(
+    problem: BatchedProblem, base: _Base, memory: LevenbergMarquardtMemory, trial: _Trial, found: _Evaluation
+) -> Tensor:
+    """Return the lanes with a step away from the origin that hardly changes the cost, by the model and measured, as on
+    the way to an infimum at infinity."""
+    gain = torch.maximum(found.gain, trial.predicted)
+    little = gain <= precision(problem.eps) * memory.losses.detach().sum(dim=-1)
+    return little & (length(base.D * trial.x) >= _GROWTH * length(base.D * base.x))
 
 
 class _Base(NamedTuple):
@@ -539,3 +555,5 @@ def _free_gradient(problem: BatchedProblem, x: Tensor, g: Tensor, bounded: bool)
 
 _SLOW_GRADIENT_STEPS = 4
 """Number of steps without a halved gradient before a step with the full Hessian."""
+_GROWTH = 1.2
+"""Factor by which ``|D x|`` must grow in a step without a gain to show that the minimum is at infinity."""

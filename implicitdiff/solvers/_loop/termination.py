@@ -132,8 +132,10 @@ class Termination:
         status = torch.where(state.iter_num >= self.limit, int(Status.BUDGET_SPENT), int(Status.RUNNING))
         status = torch.where(reached, int(Status.CONVERGED), status)
         status = torch.where(torch.isfinite(state.error), status, int(Status.DIVERGED))
-        # A failed line search may have stopped at a solution.
-        arrived = (state.status == Status.LINE_SEARCH_FAILED) & (status == Status.CONVERGED)
+        # A failed line search may have stopped at a solution; a user's tolerance may accept a point on the way to an
+        # infimum at infinity.
+        ended = (state.status == Status.LINE_SEARCH_FAILED) | (state.status == Status.UNBOUNDED)
+        arrived = ended & (status == Status.CONVERGED)
         return state._replace(status=torch.where((state.status == Status.RUNNING) | arrived, status, state.status))
 
     def _may_stall(self, state: State[MemoryT]) -> Tensor:
