@@ -409,6 +409,17 @@ def test_an_infimum_at_infinity_costs_no_more_than_twice_the_evaluations_of_minp
     assert levenberg_marquardt(problem.residual, rtol=1e-12).run(start)[1].status == Status.CONVERGED
 
 
+def test_gauss_newton_comes_back_from_where_one_residual_exceeds_all_others() -> None:
+    """The first step multiplies the product of the unknowns by 1e28, and its gradient makes up the Jacobian."""
+    x, state = gauss_newton(brown_almost_linear).run(torch.full((10,), 0.5, dtype=F64))
+    assert state.status == Status.CONVERGED
+    assert brown_almost_linear(x).norm() < 1e-12
+    # The first equations make all unknowns ``a`` but the last, ``11 - 10 a``, and the last is ``a^9 (11 - 10 a) = 1``.
+    solutions = np.roots([-10.0, 11.0, *[0.0] * 8, -1.0])
+    assert np.abs(solutions - x[0].item()).min() < 1e-7
+    torch.testing.assert_close(x, torch.cat([x[:1].expand(9), 11 - 10 * x[:1]]))
+
+
 def test_gauss_newton_refuses_a_jacobian_without_full_rank() -> None:
     """More, Garbow and Hillstrom's problem 33."""
     A = torch.outer(torch.arange(1, 21, dtype=F64), torch.arange(1, 11, dtype=F64))

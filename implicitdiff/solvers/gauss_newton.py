@@ -95,7 +95,7 @@ def _step(
 ) -> tuple[Tensor, State[GaussNewtonMemory]]:
     r, J, _ = state.memory
     # QR of ``J``, because the matrix of the normal equations ``J'J d = -J'r`` has the squared condition number.
-    d = -_dense.lstsq_dense(J, r)
+    d = -_dense.lstsq_dense(*_dense.sorted_rows(J, r))
     # The exact minimum is at most ``|r|``, the value at ``d = 0``. The factor 2 leaves room for rounding.
     solved = row_norm(r + vecmat(d, J.mT)) <= 2.0 * row_norm(r)
     # Lanes without a solution stay, so that the user's function sees no meaningless point.

@@ -35,6 +35,18 @@ def lstsq_dense(a: Tensor, b: Tensor) -> Tensor:
     return solve_problem(_LeastSquares(), [a, b[..., None]])[0][..., 0]
 
 
+def sorted_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of ``A`` and ``b`` by size, the largest first, in units with columns of equal size.
+
+    In another order QR loses the digits of rows that are far smaller than others (Higham, "Accuracy and Stability of
+    Numerical Algorithms", 2nd ed., section 20.4).
+    """
+    sizes = a.detach().abs()
+    units = sizes.amax(dim=-2, keepdim=True)
+    order = (sizes / torch.where(units > 0, units, 1.0)).amax(dim=-1).argsort(dim=-1, descending=True)
+    return torch.take_along_dim(a, order[..., None], dim=-2), torch.take_along_dim(b, order, dim=-1)
+
+
 @dataclass(frozen=True)
 class _Square(Problem):
     """The linear system ``A X - B = 0`` with a square matrix."""
