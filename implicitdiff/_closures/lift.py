@@ -39,7 +39,7 @@ from implicitdiff._closures.evaluation import (
     with_replacements,
 )
 from implicitdiff._closures.modes import Substitute, Watch
-from implicitdiff._closures.program import Program, checksum, version
+from implicitdiff._closures.program import Origin, Program, checksum, version
 from implicitdiff._closures.snapshot import Snapshot
 from implicitdiff._torch.settings import autocast, settings, with_settings
 from implicitdiff._torch.trees import Leaves, Structure, Tree, UserFunction
@@ -86,7 +86,7 @@ class Lifted:
         # At the call a captured tensor has the origin "constant", in later evaluations the origin "operand". The alias
         # makes the two origins equal in a comparison.
         for i, tensor in enumerate(self.captured, start=self.given):
-            self.program.aliases["constant", id(tensor)] = ("operand", i)
+            self.program.aliases[Origin(("constant", id(tensor)))] = Origin(("operand", i))
         # functorch refuses a tensor whose level is not running. At least one level must run in any case: without a
         # level, a mode does not see the operands of a custom autograd.Function.
         self.levels = 0 if refusal else max(1, max(map(_levels.level, self.captured), default=0))
@@ -346,7 +346,7 @@ def _run_watched(
         ):
             result = fn(*arguments.unflatten(aliases))
     # A result may be a captured tensor itself, which no operation has received.
-    watch.program.results = [watch.program.origin_of(tensor) for tensor in pytree.tensors(result)]
+    watch.program.results = [*map(watch.program.origin_of, pytree.tensors(result))]
     # The state of the generator shows all draws, including draws in compiled code that no mode sees.
     if _switches.random_state() != random_state:
         raise ValueError(

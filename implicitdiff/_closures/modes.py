@@ -17,7 +17,7 @@ import implicitdiff._torch.context as _context
 import implicitdiff._torch.functions as _functions
 import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.trees as pytree
-from implicitdiff._closures.program import Program
+from implicitdiff._closures.program import COMPARED, Program
 from implicitdiff._closures.program import version as version
 from implicitdiff._torch.compile import Fn
 from implicitdiff._torch.modes import DeviceContext, in_place_of, is_any_running, no_modes, running
@@ -101,7 +101,12 @@ class Watch(OwnMode):
         program, kwargs = self.program, kwargs or {}
         # The queries that the recording itself makes are not operations of the function.
         with no_modes():
-            shown = program.as_compared(args), program.named_as_compared(kwargs) if kwargs else {}
+            # This runs for each operation: without a call of a Python function if the arguments are known tensors and
+            # numbers.
+            shown: list[Any] = [*map(program.origins.get, map(id, args), args)]
+            if not COMPARED.issuperset(map(type, shown)):
+                shown = program.as_compared(args)
+            named = program.named_as_compared(kwargs) if kwargs else {}
             is_sparse = program.has_sparse and have_sparse(args, kwargs)
             program.has_dispatch_mode = program.has_dispatch_mode or _context.dispatch_modes() > 0
         # While a handler runs, torch keeps the mode itself off the stack. So the record has the user's operation, and
@@ -109,7 +114,7 @@ class Watch(OwnMode):
         is_special = is_sparse or func in EXCHANGED or func is _functions.function_call
         result = self._specially(func, args, kwargs, is_sparse) if is_special else func(*args, **kwargs)
         with no_modes():
-            program.add(func, *shown, result)
+            program.add(func, shown, named, result)
         return result
 
     def _specially(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], is_sparse: bool) -> object:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from itertools import filterfalse
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,16 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.modes import no_modes
 from implicitdiff._torch.trees import Leaves
 
-Origin = tuple[str | int, ...]
-"""``("operand", i)``; ``("result", i, k)``, the k-th result of the i-th operation; or ``("constant", id)``. A program
-contains no other tuples: lists replace the tuples among arguments."""
+
+class Origin(tuple[str | int, ...]):
+    """``("operand", i)``; ``("result", i, k)``, the k-th result of the i-th operation; or ``("constant", id)``.
+
+    A program contains no other tuples: lists replace the tuples among arguments.
+    """
+
+    __slots__ = ()
+
+
 RecordedOperation = tuple[object, Sequence[object], Mapping[str, object]]
 """``(function, arguments, keyword arguments)``; the function is a `Program` for a function passed to a solver."""
 
@@ -53,6 +61,7 @@ class Program:
             are not recorded.
         has_sparse: whether a sparse tensor occurred.
         has_dispatch_mode: whether an operation ran under a TorchDispatchMode, which may change its result.
+        origins: the origin of each known tensor by id, of captured and hidden tensors too.
         aliases: origins that stand for the same tensor as another origin.
         unseen: what the function did that no operation shows, such as to read the value of a tensor or to register a
             hook, in words; None if nothing.
@@ -85,33 +94,32 @@ class Program:
         self.wrappers: list[tuple[Origin | int, ...]] = []
         self.notes_memory = notes_memory
         self.borrowed: dict[int, tuple[npt.NDArray[Any], list[object]]] = {}
-        # By id, of captured and hidden tensors too.
-        self._origins: dict[int, Origin] = {}
+        self.origins: dict[int, Origin] = {}
         self._hidden: dict[int, weakref.ref[torch.Tensor]] = {}
         # Python reuses the id of a dead object. Keep all recorded tensors alive, so that ids stay unique.
-        self._alive: list[torch.Tensor] = []
-        self._place(operands, "operand")
+        self._alive: list[torch.Tensor] = [*operands]
+        for i, tensor in enumerate(operands):
+            origin = Origin(("operand", i))
+            if (known := self.origins.setdefault(id(tensor), origin)) is not origin:
+                self.aliases[origin] = known
+            self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
 
     # --- recording --------------------------------------------------------------------------------------------------
 
-    def as_compared(self, values: Iterable[object]) -> list[object]:
+    def as_compared(self, values: Sequence[object]) -> list[object]:
         """Return arguments of an operation in the form in which programs are compared; record captured tensors."""
         if self.silent:
             for tensor in pytree.tensors([*values]):
                 self.origin_of(tensor)
             return []
-        # This loop runs for each operation, so common cases avoid a call of a Python function.
-        shown, origins = [], self._origins
-        for value in values:
-            # Only tensors have origins, and an origin ends before its tensor, so the id is unique.
-            known = origins.get(id(value))
-            shown.append(known or (value if type(value) in _PLAIN_TYPES else self._shown(value)))
-        return shown
+        # Only tensors have origins, and an origin ends before its tensor, so the id is unique.
+        shown: list[Any] = [*map(self.origins.get, map(id, values), values)]
+        return shown if COMPARED.issuperset(map(type, shown)) else [*map(self._shown, shown)]
 
     def named_as_compared(self, kwargs: Mapping[str, object]) -> dict[str, object]:
         """Return keyword arguments of an operation `as_compared`."""
-        named = {name: value for name, value in kwargs.items() if name not in _GRAPH_OPTIONS}
-        return dict(zip(named, self.as_compared(named.values()), strict=False))
+        names = [*filterfalse(_GRAPH_OPTIONS.__contains__, kwargs)]
+        return dict(zip(names, self.as_compared([*map(kwargs.__getitem__, names)]), strict=False))
 
     def add(self, function: object, args: list[object], kwargs: dict[str, object], result: object) -> None:
         """Record an operation that has run, with its arguments `as_compared`."""
@@ -124,7 +132,23 @@ class Program:
         elif made or (result is None and getattr(function, "__name__", "") not in _SWITCHES):
             self.operations.append((function, args, kwargs))
             self.recorded.append(torch.is_grad_enabled())
-            self._place(made, "result", len(self.operations))
+            for k, tensor in enumerate(made):
+                origin = Origin(("result", len(self.operations), k))
+                if (known := self.origins.get(id(tensor), _HIDDEN)) is not _HIDDEN:
+                    # An operation without effect, such as `contiguous`, returns its argument; under vmap it returns a
+                    # new tensor. The two origins then stand for the same tensor.
+                    self.aliases.setdefault(origin, known)
+                    continue
+                self.origins[id(tensor)] = origin
+                self._alive.append(tensor)
+                self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
+                # The tensors inside too: a transform that ends returns those.
+                while _levels.level(tensor) > self.depth:
+                    tensor = _levels.unwrap(tensor)
+                    # An inner tensor with an origin keeps this origin: a wrapper may hold an operand.
+                    if self.origins.get(id(tensor), _HIDDEN) is _HIDDEN:
+                        self.origins[id(tensor)] = origin
+                    self._alive.append(tensor)
         elif self.unseen is None and not _is_harmless(function):
             self.unseen = _hidden_effect(function)
 
@@ -136,13 +160,13 @@ class Program:
     def finish(self) -> None:
         """`release` the tensors that the function computed, and keep weak references to them."""
         # A result that stays alive was stored by the function.
-        self._made = [weakref.ref(t) for t in self._alive if self._origins.get(id(t), _HIDDEN)[0] == "result"]
+        self._made = [weakref.ref(t) for t in self._alive if self.origins.get(id(t), _HIDDEN)[0] == "result"]
         self.release()
 
     def release(self) -> None:
         """Drop the references to tensors that the function computed."""
         self._alive.clear()
-        self._origins.clear()
+        self.origins.clear()
         self._hidden.clear()
 
     def surviving_results(self) -> list[weakref.ref[torch.Tensor]]:
@@ -155,11 +179,11 @@ class Program:
         # the wrapped tensor.
         dims = []
         # Levels up to `depth` belong to transforms around the function: their wrappers are captured tensors themselves.
-        while (origin := self._origins.get(id(tensor))) is None and _levels.level(tensor) > self.depth:
+        while (origin := self.origins.get(id(tensor))) is None and _levels.level(tensor) > self.depth:
             dims.append(_levels.batch_dim(tensor))
             tensor = _levels.unwrap(tensor)
         if origin is None:
-            origin = self._origins[id(tensor)] = ("constant", id(tensor))
+            origin = self.origins[id(tensor)] = Origin(("constant", id(tensor)))
             self.outside[id(tensor)] = (tensor, version(tensor))
             self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
             if self.notes_memory:
@@ -168,30 +192,11 @@ class Program:
             self.wrappers.append((origin, *dims))
         return origin
 
-    def _place(self, tensors: Sequence[torch.Tensor], *kind: str | int) -> None:
-        """Record the origins of tensors, and of the tensors inside: a transform that ends returns those."""
-        for k, tensor in enumerate(tensors):
-            origin = (*kind, k)
-            if (known := self._origins.get(id(tensor), _HIDDEN)) is not _HIDDEN:
-                # An operation without effect, such as `contiguous`, returns its argument; under vmap it returns a new
-                # tensor. The two origins then stand for the same tensor.
-                self.aliases.setdefault(origin, known)
-                continue
-            self._origins[id(tensor)] = origin
-            self._alive.append(tensor)
-            self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
-            while _levels.level(tensor) > self.depth:
-                tensor = _levels.unwrap(tensor)
-                # An inner tensor with an origin keeps this origin: a wrapper may hold an operand.
-                if self._origins.get(id(tensor), _HIDDEN) is _HIDDEN:
-                    self._origins[id(tensor)] = origin
-                self._alive.append(tensor)
-
     def _hide(self, tensors: Leaves) -> None:
         """Record tensors that a library call computed, without keeping them alive: a search computes many."""
         for tensor in tensors:
-            if id(tensor) not in self._origins:
-                self._origins[id(tensor)] = _HIDDEN
+            if id(tensor) not in self.origins:
+                self.origins[id(tensor)] = _HIDDEN
                 self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
                 # The callback removes the entry before another tensor can get the id.
                 self._hidden[id(tensor)] = weakref.ref(tensor, functools.partial(self._forget, id(tensor)))
@@ -199,20 +204,22 @@ class Program:
     def _forget(self, key: int, _: weakref.ref[torch.Tensor]) -> None:
         """Remove the entries of a hidden tensor that has died; an operation in place may have given it an origin."""
         self._hidden.pop(key, None)
-        if self._origins.get(key) is _HIDDEN:
-            del self._origins[key]
+        if self.origins.get(key) is _HIDDEN:
+            del self.origins[key]
 
     def _shown(self, value: object) -> object:
         """Return an argument `as_compared`: an origin for a tensor, a list for a tuple.
 
         `OPAQUE` stands for objects without a comparison by value.
         """
+        if type(value) in COMPARED:
+            return value
         if isinstance(value, torch.Tensor):
             return self.origin_of(value)
         if isinstance(value, (list, tuple)):
             return self.as_compared(value)
         if isinstance(value, dict):
-            return dict(zip(value, self.as_compared(value.values()), strict=True))
+            return dict(zip(value, self.as_compared([*value.values()]), strict=True))
         if isinstance(value, slice):
             return ["slice", *self.as_compared((value.start, value.stop, value.step))]
         if isinstance(value, np.ndarray):
@@ -228,8 +235,13 @@ class Program:
     def note_memory(self, tensors: Leaves) -> None:
         """Record checksums of tensors whose memory other code may write to."""
         for tensor in map(_levels.base, tensors):
-            is_strided = tensor.layout is torch.strided
-            if is_strided and tensor.device.type == "cpu" and tensor.numel() and is_borrowed(tensor):
+            is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.numel()
+            try:
+                # A storage over foreign memory, as of `torch.from_numpy`, cannot be resized.
+                is_borrowed = is_plain and not tensor.untyped_storage().resizable()
+            except NotImplementedError:  # subclasses and wrappers without memory
+                continue
+            if is_borrowed:
                 with _switches.no_levels(), no_modes():
                     self._borrow(_as_numpy(tensor))
 
@@ -282,9 +294,8 @@ class _Comparison:
         self.aliases, self.constants = aliases, constants
 
     def __call__(self, now: object, then: object) -> bool:
-        # Only an origin is a tuple.
-        if isinstance(then, tuple):
-            return isinstance(now, tuple) and self._origins(self._first(now), self._first(then))
+        if isinstance(then, Origin):
+            return isinstance(now, Origin) and self._origins(self._first(now), self._first(then))
         if isinstance(then, (float, complex)) and isinstance(now, (float, complex)):
             return _are_close(now, then)
         if isinstance(then, list):
@@ -309,10 +320,12 @@ class _Comparison:
 
 
 # The origin of results of library calls, which have no operation of their own in the record.
-_HIDDEN: Origin = ("result", -1, 0)
+_HIDDEN = Origin(("result", -1, 0))
 OPAQUE = Opaque.OPAQUE
-_PLAIN_TYPES = {int, float, bool, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout}
-_PLAIN_TYPES |= {torch.memory_format}
+# The types of values that `Program.as_compared` leaves as they are.
+COMPARED = frozenset(
+    (int, float, bool, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout)
+) | {torch.memory_format, Origin}
 # Keyword arguments of `torch.autograd.grad` that do not change its result.
 _GRAPH_OPTIONS = {"create_graph", "retain_graph"}
 # Functions without a result that set a state of torch or of a tensor, or run a backward pass.
@@ -367,8 +380,10 @@ def _describe_call(operation: RecordedOperation) -> str:
 
 
 def _describe_value(value: object) -> str:
-    if isinstance(value, tuple):
-        return {"operand": f"operand {value[1]}", "result": f"result {value[1]}"}.get(value[0], "a captured tensor")
+    if isinstance(value, Origin):
+        return {"operand": f"operand {value[1]}", "result": f"result {value[1]}"}.get(
+            str(value[0]), "a captured tensor"
+        )
     if isinstance(value, list):
         if value and value[0] in ("array", "generator"):
             return f"a {value[0]} in this state"
@@ -379,15 +394,6 @@ def _describe_value(value: object) -> str:
 def version(tensor: torch.Tensor) -> int:
     """Return autograd's count of in-place changes; 0 for wrappers and inference tensors, which have no count."""
     return tensor._version if _levels.level(tensor) == _levels.PLAIN and not tensor.is_inference() else 0
-
-
-def is_borrowed(tensor: torch.Tensor) -> bool:
-    """True if other code, such as NumPy, owns the memory of a tensor, and may write without a change of `version`."""
-    try:
-        # A storage over foreign memory, as of `torch.from_numpy`, cannot be resized.
-        return not tensor.untyped_storage().resizable()
-    except NotImplementedError:  # subclasses and wrappers without memory
-        return False
 
 
 def _as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any] | None:

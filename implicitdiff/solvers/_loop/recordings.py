@@ -23,7 +23,7 @@ from torch import Tensor
 
 import implicitdiff._torch.dispatch as _dispatch
 from implicitdiff._closures.lift import Lifted
-from implicitdiff._closures.program import OPAQUE, Program, is_exact
+from implicitdiff._closures.program import OPAQUE, Origin, Program, is_exact
 from implicitdiff._implicit.linear_problem import LinearMethod
 from implicitdiff._recorded.graph import StepGraph
 from implicitdiff._recorded.replay import Replay
@@ -125,7 +125,7 @@ def fingerprint(lifted: Lifted) -> Hashable:
         # This loop runs for each operation, so common cases avoid a call of a Python function.
         found: list[Hashable] = []
         for value in values:
-            if type(value) is tuple:
+            if type(value) is Origin:
                 found.append(value if value[0] == "result" and value not in program.aliases else place(value))
             elif isinstance(value, (list, dict)):
                 found.append(nested(value))
