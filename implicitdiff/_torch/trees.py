@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, repeat
 from typing import Any, TypeAlias
 
 import torch
@@ -20,10 +18,12 @@ UserFunction: TypeAlias = Callable[..., Any]
 X = TypeVar("X", bound=Any, default=Any)
 P = ParamSpec("P", default=...)
 Leaves = list[torch.Tensor]
-_LEAF_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
+_TENSOR_TYPES = {torch.Tensor, torch.nn.Parameter}
+_LEAF_TYPES = {*_TENSOR_TYPES, type(None)}
 TreeSpec = torch_pytree.TreeSpec
-Builder = Callable[[Iterator[Any]], Any]
-"""Function that builds a tree from the next leaves of an iterator."""
+Node: TypeAlias = tuple[Callable[[list[Any]], Any], int, int]
+"""A function that makes a node from the list of its children, and where among the leaves and finished nodes they are:
+the first, and the end."""
 Number: TypeAlias = float | torch.Tensor
 """A number, or a tensor of numbers that is differentiated."""
 
@@ -56,11 +56,14 @@ class Structure:
         leaves = list(self.statics)
         for slot, tensor in zip(self.slots, tensors, strict=True):
             leaves[slot] = tensor
-        return self._build(iter(leaves))
+        # A node takes the place of its children, so the root is left.
+        for make, first, end in self._nodes:
+            leaves[first:end] = [make(leaves[first:end])]
+        return leaves[0]
 
     @functools.cached_property
-    def _build(self) -> Builder:
-        return _builder(self.spec)
+    def _nodes(self) -> list[Node]:
+        return _nodes(self.spec, 0)
 
     def tensors_of(self, tree: Tree) -> Leaves:
         """Return the tensors of a tree of this structure; raise ValueError for a tree of another structure.
@@ -92,24 +95,29 @@ class Structure:
         return values
 
 
-def _builder(spec: TreeSpec) -> Builder:
-    """Return `torch.utils._pytree.tree_unflatten` for one nesting; the nesting is analysed once, not at each call."""
+def _nodes(spec: TreeSpec, first: int) -> list[Node]:
+    """Return the nodes of one nesting, children before parents; the nesting is analysed once, not at each call.
+
+    Args:
+        spec: the nesting.
+        first: the number of leaves and finished nodes in front.
+    """
     if spec.is_leaf():
-        return next
+        return []
+    make: Callable[[list[Any]], Any]
     if spec.type is dict:
         # The context of a dictionary is the list of its keys in the order of insertion.
-        make: Callable[[Iterable[Any]], Any] = functools.partial(_dictionary, spec.context)
+        make = functools.partial(_dictionary, spec.context)
     elif spec.type in (tuple, list):
         make = spec.type
     elif spec.type is namedtuple:
         make = spec.context._make
     else:
-        return lambda leaves: torch_pytree.tree_unflatten([*islice(leaves, spec.num_leaves)], spec)
-    # All builders of a tree take from one iterator, so the order of leaves is depth first.
-    parts = [_builder(child) for child in spec.children()]
-    if all([part is next for part in parts]):
-        return lambda leaves: make(islice(leaves, len(parts)))
-    return lambda leaves: make(map(operator.call, parts, repeat(leaves)))
+        make = functools.partial(torch_pytree.tree_unflatten, treespec=spec)
+        return [(make, first, first + spec.num_leaves)]
+    children = spec.children()
+    nodes = [node for i, child in enumerate(children) for node in _nodes(child, first + i)]
+    return [*nodes, (make, first, first + len(children))]
 
 
 def _dictionary(names: Sequence[Any], values: Iterable[Any]) -> dict[Any, Any]:
@@ -125,14 +133,16 @@ def flatten(tree: Tree) -> tuple[Leaves, Structure]:
         return [tree], _ONE_TENSOR
     leaves: list[Any] = []
     nesting = _nesting(_walk(tree, leaves), tree)
+    if _TENSOR_TYPES.issuperset(map(type, leaves)):
+        return leaves, nesting
     are_tensors = [isinstance(leaf, torch.Tensor) for leaf in leaves]
     if all(are_tensors):
         return leaves, nesting
     slots = tuple([i for i, is_tensor in enumerate(are_tensors) if is_tensor])
     statics = tuple([None if is_tensor else t for t, is_tensor in zip(leaves, are_tensors, strict=True)])
     structure = Structure(nesting.spec, statics, slots)
-    # Share the builder of the nesting. A frozen dataclass permits this assignment through `__dict__` only.
-    structure.__dict__["_build"] = nesting._build
+    # Share the nodes of the nesting. A frozen dataclass permits this assignment through `__dict__` only.
+    structure.__dict__["_nodes"] = nesting._nodes
     return [leaves[i] for i in slots], structure
 
 
@@ -140,6 +150,9 @@ def tensors(tree: Tree) -> Leaves:
     """Return the tensors of a pytree, in order."""
     if isinstance(tree, torch.Tensor):
         return [tree]
+    kind = type(tree)
+    if (kind is list or kind is tuple) and _TENSOR_TYPES.issuperset(map(type, tree)):
+        return [*tree]
     leaves: list[Any] = []
     _walk(tree, leaves)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
