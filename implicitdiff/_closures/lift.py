@@ -58,6 +58,7 @@ class Lifted:
         given: the number of operands that are tensors of the arguments.
         operands: the operands at the call.
         captured: the captured tensors that may be differentiated or batched. Constants are not substituted.
+        places: the positions among the constants by id.
         needs_confirmation: whether `confirm` must evaluate the function a second time. True if the function used a
             differentiable tensor of unknown origin: a result of an inner transform, or a captured tensor that passed
             through an inner transform unchanged.
@@ -92,7 +93,7 @@ class Lifted:
         self.levels = 0 if refusal else max(1, max(map(_levels.level, self.captured), default=0))
         self.settings = settings()
         # `constants` keeps these tensors alive, so no other tensor gets one of these ids.
-        self._known_constants = {id(t) for t, _ in self.constants}
+        self.places = {id(t): i for i, (t, _) in enumerate(self.constants)}
         self._is_within_call = False
         self._difference: str | None = None
 
@@ -115,7 +116,7 @@ class Lifted:
         self.refuse_overwritten()
         with with_settings(self.settings), self.snapshot.put_back():
             result, watch = self._run_again_watched(operands)
-        if (difference := watch.program.difference(self.program, self._known_constants)) is not None:
+        if (difference := watch.program.difference(self.program, self.places.keys())) is not None:
             raise RuntimeError(
                 f"{self.name} has changed since the call: {difference}; the derivative evaluates the function again "
                 "and must find it unchanged: take the derivative before the change, or pass the changing value as an "
@@ -128,7 +129,7 @@ class Lifted:
     def run_again(self, operands: Sequence[torch.Tensor]) -> Tree:
         """Return the result of a second evaluation at the call. Call `refuse_changed_function` afterwards."""
         result, watch = self._run_again_watched(operands)
-        self._difference = watch.program.difference(self.program, self._known_constants)
+        self._difference = watch.program.difference(self.program, self.places.keys())
         return result
 
     @property

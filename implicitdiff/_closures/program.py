@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from itertools import filterfalse
 from typing import Any
@@ -254,7 +254,7 @@ class Program:
 
     # --- comparing --------------------------------------------------------------------------------------------------
 
-    def difference(self, then: Program, constants: set[int] | None) -> str | None:
+    def difference(self, then: Program, constants: Collection[int] | None) -> str | None:
         """Return the first difference from an earlier program in words, or None.
 
         Args:
@@ -290,7 +290,7 @@ class Program:
 class _Comparison:
     """Comparison of two arguments of an operation."""
 
-    def __init__(self, aliases: dict[Origin, Origin], constants: set[int] | None) -> None:
+    def __init__(self, aliases: dict[Origin, Origin], constants: Collection[int] | None) -> None:
         self.aliases, self.constants = aliases, constants
 
     def __call__(self, now: object, then: object) -> bool:

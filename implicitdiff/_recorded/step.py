@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,13 +67,10 @@ class RecordedStep:
         """
         # The lists keep the tensors alive as long as the machine reads at their addresses.
         own = [operands[i].contiguous() for i in self.lane_operands]
-        shared = [_as_doubles(operands[i]) for i in self.shared]
-        addresses = [[*map(Tensor.data_ptr, ts)] for ts in (carried, own, (self.constants, *shared))]
-        self.machine.run(*addresses, lanes, at_most, torch.get_num_threads(), starts, judges)
-
-
-def _as_doubles(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float64).contiguous()
+        shared = [self.constants, *[operands[i].detach().to(torch.float64).contiguous() for i in self.shared]]
+        addresses = partial(map, Tensor.data_ptr)
+        tensors = [*addresses(carried)], [*addresses(own)], [*addresses(shared)]
+        self.machine.run(*tensors, lanes, at_most, torch.get_num_threads(), starts, judges)
 
 
 class Parts(NamedTuple):

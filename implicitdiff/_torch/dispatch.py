@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -109,9 +110,13 @@ def decomposition(operation: AtenOperation) -> Callable[..., Any] | None:
     return decomposition_table.get(operation)
 
 
+key_of_storage: Callable[[torch.UntypedStorage], int] = attrgetter("_cdata")
+"""Return a number that is the same for two storages of the same memory; unique as long as one of them lives."""
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Return a number that is the same for two tensors of the same memory; unique as long as a tensor of it lives."""
-    return int(tensor.untyped_storage()._cdata)
+    return key_of_storage(tensor.untyped_storage())
 
 
 def storage_size(tensor: torch.Tensor) -> int:
@@ -121,9 +126,10 @@ def storage_size(tensor: torch.Tensor) -> int:
 
 def whole_storage(tensor: torch.Tensor) -> torch.Tensor:
     """Return all elements of the memory of a tensor, as one vector without a copy."""
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
     # A recorder refuses `as_strided` of an operand, and must not see this call.
     with outside_dispatch():
-        return torch.as_strided(tensor.detach(), (storage_size(tensor),), (1,), 0)
+        return torch.as_strided(tensor.detach(), (size,), (1,), 0)
 
 
 def is_custom(function: object) -> bool:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -72,6 +73,9 @@ _OF_SIZES = dict.fromkeys(_AGREEMENT, 0.5)
 """The same of a judgement, which measures sizes as small differences of residuals."""
 
 
+_LAYOUT, _DTYPE = attrgetter("layout"), attrgetter("dtype")
+
+
 class SearchParts(NamedTuple):
     """The parts of a search, as functions of all lanes.
 
@@ -119,12 +123,12 @@ class Compiler:
         """
         # First the reasons against any recording, then those against the machine alone: a replay may still serve.
         try:
-            self._refuse_unrecordable(x)
+            self._refuse_unrecordable(x, self._operands)
         except NotRecordableError as error:
             self._end(error)
             return None
         try:
-            self._refuse_unusable(x)
+            self._refuse_unusable(x, self._operands)
             recording = self._recording(x)
         except NotRecordableError as error:
             self._refusal = error
@@ -174,7 +178,7 @@ class Compiler:
         return self._replay is not None
 
     def _made(self, recording: Recording, x: Tensor) -> CompiledLoop:
-        return CompiledLoop(recording, self.parts.start, self.problem, x, [*self._flat, x, *self._constants])
+        return CompiledLoop(recording, self.parts.start, self.problem, x, [*self._operands.flat(), x, *self._constants])
 
     def _recording(self, x: Tensor) -> Recording | None:
         """Return the recording; None if all lanes leave the step to Python, or if this search makes the recording but
@@ -397,9 +401,8 @@ class Compiler:
 
     # --- operands and keys --------------------------------------------------------------------------------------------
 
-    def _refuse_unrecordable(self, x: Tensor) -> None:
+    def _refuse_unrecordable(self, x: Tensor, operands: SearchOperands) -> None:
         """Raise where nothing can record the search."""
-        operands = self._operands
         if operands.lifted.refusal is not None:
             raise NotRecordableError(operands.lifted.refusal)
         if _context.dispatch_modes() or not _modes.let_addresses_through():
@@ -408,7 +411,7 @@ class Compiler:
             raise NotRecordableError("there is no lane")
         if torch.get_default_device().type not in ("cpu", x.device.type):
             raise NotRecordableError(f"the default device is {torch.get_default_device()}")
-        if any([t.layout is not torch.strided for t in (*operands.theta, *self._captured)]):
+        if not {torch.strided}.issuperset(map(_LAYOUT, (*operands.theta, *self._captured))):
             raise NotRecordableError("the function uses a sparse tensor")
         for tensor in (x, *operands.theta):
             if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg():
@@ -416,9 +419,8 @@ class Compiler:
         # A key is made now, so that an option without a key refuses in time.
         hash(self._key)
 
-    def _refuse_unusable(self, x: Tensor) -> None:
+    def _refuse_unusable(self, x: Tensor, operands: SearchOperands) -> None:
         """Raise where the machine does not apply."""
-        operands = self._operands
         if not is_available():
             raise NotRecordableError("implicitdiff._C was not built (see python -m implicitdiff)")
         if torch.get_default_device().type != "cpu":
@@ -442,12 +444,8 @@ class Compiler:
         return self._operands.noted(self._operands.of_first_lane())
 
     @cached_property
-    def _flat(self) -> Leaves:
-        return self._operands.flat()
-
-    @cached_property
     def _captured(self) -> Leaves:
-        return [t for t, _ in self._operands.lifted.constants]
+        return [*map(itemgetter(0), self._operands.lifted.constants)]
 
     @cached_property
     def _constants(self) -> Leaves:
@@ -459,8 +457,8 @@ class Compiler:
         operands, inputs = self._operands, self.problem.inputs
         lifted = operands.lifted
         constants = memories(self._captured)
-        shapes = tuple(zip(operands.shapes_of_lane, [t.dtype for t in operands.theta], *operands.dims, strict=True))
-        unknowns = (tuple(map(tuple, inputs.shapes)), tuple(inputs.dtypes), self._width(math.prod(operands.lanes)))
+        shapes = tuple(zip(operands.shapes_of_lane, map(_DTYPE, operands.theta), *operands.dims, strict=True))
+        unknowns = (tuple(inputs.shapes), tuple(inputs.dtypes), self._width(math.prod(operands.lanes)))
         try:
             key = (self.kind(), unknowns, shapes, constants, lifted.settings, fingerprint(lifted))
             hash(key)

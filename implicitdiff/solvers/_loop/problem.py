@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -154,6 +155,9 @@ def _on_one(product: Product) -> VectorMap:
 _MAX_ENTRIES_AT_ONCE = 2**22
 
 
+_SHAPE: Callable[[Tensor], torch.Size] = attrgetter("shape")
+
+
 class SearchOperands(NamedTuple):
     """The operands of a problem below the transforms.
 
@@ -184,9 +188,10 @@ class SearchOperands(NamedTuple):
         return [any([dims[i] is not None for dims in self.dims]) for i in range(len(self.theta))]
 
     @property
-    def shapes_of_lane(self) -> list[tuple[int, ...]]:
+    def shapes_of_lane(self) -> list[torch.Size]:
         """The shape of each operand in one lane."""
-        return [tuple(t.shape[self._batched_dims(i) :]) for i, t in enumerate(self.theta)]
+        shapes = map(_SHAPE, self.theta)
+        return [*shapes] if not self.dims else [s[self._batched_dims(i) :] for i, s in enumerate(shapes)]
 
     def of_first_lane(self) -> Leaves:
         """Return the operands of the first lane."""

@@ -14,6 +14,7 @@ import threading
 import types
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
+from itertools import chain
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -91,11 +92,13 @@ kept = _Kept()
 
 def memories(tensors: Sequence[Tensor]) -> Hashable:
     """Return how tensors lie in memory, as a part of a key, with the first tensor of the same memory for each."""
-    keys, sizes = [*map(_dispatch.storage_key, tensors)], map(_dispatch.storage_size, tensors)
+    storages = [*map(Tensor.untyped_storage, tensors)]
+    # Unique, since the storages live.
+    keys = [*map(_dispatch.key_of_storage, storages)]
     return tuple(
         [
-            (t.dtype, t.shape, t.stride(), t.storage_offset(), size, keys.index(key))
-            for t, key, size in zip(tensors, keys, sizes, strict=True)
+            (t.dtype, t.shape, t.stride(), t.storage_offset(), storage.nbytes(), keys.index(key))
+            for t, storage, key in zip(tensors, storages, keys, strict=True)
         ]
     )
 
@@ -109,9 +112,8 @@ def fingerprint(lifted: Lifted) -> Hashable:
     Raises:
         NotRecordableError: the operations do not tell all that the function does.
     """
-    program = lifted.program
+    program, places = lifted.program, lifted.places
     _refuse_unseen(program)
-    places = {id(t): i for i, (t, _) in enumerate(lifted.constants)}
 
     def place(origin: Any) -> Hashable:
         # An alias may stand for another alias; the last origin of the chain counts.
@@ -122,13 +124,17 @@ def fingerprint(lifted: Lifted) -> Hashable:
         return ("constant", places[origin[1]]) if origin[0] == "constant" else origin
 
     def shown(values: Iterable[Any]) -> Hashable:
-        # This loop runs for each operation, so common cases avoid a call of a Python function.
+        # This loop runs for each argument, so common cases avoid a call of a Python function.
         found: list[Hashable] = []
         for value in values:
             if type(value) is Origin:
                 found.append(value if value[0] == "result" and value not in program.aliases else place(value))
-            elif isinstance(value, (list, dict)):
-                found.append(nested(value))
+            elif isinstance(value, dict):
+                found.append(("dict", tuple(value), shown(value.values())))
+            elif isinstance(value, list):
+                if value[:1] == ["array"]:
+                    _refuse_inexact_checksum(value)
+                found.append(("list", shown(value)))
             elif value is OPAQUE:
                 raise NotRecordableError("the function passes an object that cannot be compared to an operation")
             else:
@@ -136,18 +142,11 @@ def fingerprint(lifted: Lifted) -> Hashable:
                 found.append((type(value), repr(value)) if is_number else value)
         return tuple(found)
 
-    def nested(value: Any) -> Hashable:
-        if type(value) is dict:
-            return "dict", tuple(value), shown(value.values())
-        if value[:1] == ["array"]:
-            _refuse_inexact_checksum(value)
-        return "list", shown(value)
-
-    operations = tuple(
-        [
-            (_torch_function(function), shown(args), nested(kwargs) if kwargs else ())
-            for function, args, kwargs in program.operations
-        ]
+    functions, args, kwargs = zip(*program.operations, strict=True) if program.operations else ((), (), ())
+    # The arguments of all operations in one list; their numbers tell which operation has which.
+    operations = (
+        *(tuple(map(_torch_function, functions)), tuple(map(len, args)), tuple(map(len, kwargs))),
+        *(shown(chain.from_iterable(args)), shown(filter(None, kwargs))),
     )
     wrappers = tuple([(place(origin), *dims) for origin, *dims in program.wrappers])
     return operations, wrappers, shown(program.results), tuple(program.recorded)
