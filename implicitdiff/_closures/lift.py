@@ -19,6 +19,8 @@ import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from operator import call, methodcaller
 from typing import Any
 
 import torch
@@ -275,10 +277,10 @@ def _lift_once(
     # The function used a tensor and then assigned another tensor to its variable, such as a running mean. A second
     # evaluation would start from the other tensor.
     changed = snapshot.changed()
-    if any([id(v) in used for location in changed for v in location.replaced()]):
+    replaced = chain.from_iterable(map(methodcaller("replaced"), changed))
+    if not used.isdisjoint(map(id, replaced)):
         raise _replaced_tensor_error(name)
-    # Unused constants stay in the snapshot: they have no graph that could grow from call to call.
-    snapshot.keep_used(changed, lambda t: id(t) in used or not _tracking.may_be_differentiated(t))
+    snapshot.keep_used(changed, used)
     used_again: list[weakref.ref[torch.Tensor]] = []
     if kept := _stored_results(watch.program):
         # The function computed tensors and stored them, for example a constant at its first use. The second run reads
@@ -290,7 +292,7 @@ def _lift_once(
         outer.program.nest(watch.program)
     watch.program.note_memory(given)
     lifted = Lifted(name, fn, given, arguments, watch, value, snapshot, refusal=refusal)
-    if any([ref() is None for ref in used_again]):
+    if None in map(call, used_again):
         # The second run used a tensor of the first and replaced it: a changing state, not a constant.
         raise _replaced_tensor_error(name)
     return lifted

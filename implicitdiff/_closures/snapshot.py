@@ -13,10 +13,10 @@ A snapshot cannot find every location, for example those in compiled code. So `p
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-
-import torch
+from itertools import filterfalse
+from operator import methodcaller
 
 from implicitdiff._closures.variables import Location
 from implicitdiff._closures.walk import Walk
@@ -38,10 +38,10 @@ class Snapshot:
 
     def changed(self) -> list[Location]:
         """Return the locations that do not hold the recorded values."""
-        return [location for location in self.locations if not location.is_unchanged()]
+        return [*filterfalse(methodcaller("is_unchanged"), self.locations)]
 
-    def keep_used(self, changed: Sequence[Location], is_used: Callable[[torch.Tensor], bool]) -> None:
-        """Forget locations that an evaluation wrote (counters, caches, logs), and unused tensors.
+    def keep_used(self, changed: Sequence[Location], used: Container[int]) -> None:
+        """Forget locations that an evaluation wrote (counters, caches, logs), and tensors that are not `used`, by id.
 
         An unused variable of a script, such as the last loss, may hold the graph of the previous call, which would hold
         the graph of the call before, and so on.
@@ -50,14 +50,14 @@ class Snapshot:
             location
             for location in self.locations
             # Of a location that has changed in part, the unchanged names stay.
-            if (location not in changed or location.keep_unwritten()) and location.keep_used(is_used)
+            if (location not in changed or location.keep_unwritten()) and location.keep_used(used)
         ]
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
         """Run the body with the recorded values in all locations. Unchanged locations are not written to."""
         # Without the lock, since most derivatives find every location unchanged.
-        if all([location.is_unchanged() for location in self.locations]):
+        if all(map(methodcaller("is_unchanged"), self.locations)):
             yield
             return
         with _LOCK:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Container, Iterable
+from itertools import filterfalse, repeat
 from types import CellType
 from typing import Any, Final
 
 import torch
+
+from implicitdiff._torch.tracking import may_be_differentiated
 
 
 class Absent:
@@ -57,17 +60,22 @@ class Location:
         """Forget the values that a changed location no longer holds. Return True if any value is left."""
         return False
 
-    def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> bool:
-        """Forget the tensors that are not used. Return True if any value is left."""
-        return not isinstance(self.value, torch.Tensor) or is_used(self.value)
+    def keep_used(self, used: Container[int]) -> bool:
+        """Forget the tensors that are not `used`, by id, and may have a graph. Return True if any value is left."""
+        # Unused constants stay: they have no graph that could grow from call to call.
+        is_unused = isinstance(self.value, torch.Tensor) and id(self.value) not in used
+        return not (is_unused and may_be_differentiated(self.value))
 
 
-def contents_of(cell: CellType) -> Any:
-    """Return the value of a variable of an enclosing function, or `ABSENT`."""
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return ABSENT
+def contents_of(*cells: CellType) -> list[Any]:
+    """Return the values of variables of an enclosing function, `ABSENT` for one without a value."""
+    values: list[Any] = []
+    for cell in cells:
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:  # not assigned yet
+            values.append(ABSENT)
+    return values
 
 
 class ClosureCell(Location):
@@ -76,7 +84,7 @@ class ClosureCell(Location):
     __slots__ = ()
 
     def read(self) -> Any:
-        return contents_of(self.owner)
+        return contents_of(self.owner)[0]
 
     def write(self, value: Any) -> None:
         if value is not ABSENT:
@@ -98,10 +106,10 @@ class Variables(Location):
 
     def add(self, names: Iterable[str]) -> list[object]:
         """Record the values of these names, and return the values of new names."""
-        get, known = self.owner.get, self.value
-        fresh = {name: get(name, ABSENT) for name in names if name not in known}
-        known.update(fresh)
-        return list(fresh.values())
+        fresh = [*filterfalse(self.value.__contains__, names)]
+        values = [*map(self.owner.get, fresh, repeat(ABSENT))]
+        self.value.update(zip(fresh, values, strict=True))
+        return values
 
     def read(self) -> Any:
         # The changed names alone: `write` of this result undoes `restore`.
@@ -132,9 +140,10 @@ class Variables(Location):
             del self.value[name]
         return bool(self.value)
 
-    def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> bool:
-        for name in [name for name, v in self.value.items() if isinstance(v, torch.Tensor) and not is_used(v)]:
-            del self.value[name]
+    def keep_used(self, used: Container[int]) -> bool:
+        for name, v in [*self.value.items()]:
+            if isinstance(v, torch.Tensor) and id(v) not in used and may_be_differentiated(v):
+                del self.value[name]
         return bool(self.value)
 
 
@@ -210,8 +219,9 @@ class Contents(Location):
         there = set(map(id, now))
         return [v for v in then if id(v) not in there]
 
-    def keep_used(self, is_used: Callable[[torch.Tensor], bool]) -> bool:
-        items = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
-        for key in [key for key, v in items if isinstance(v, torch.Tensor) and not is_used(v)]:
-            self.value[key] = ABSENT
+    def keep_used(self, used: Container[int]) -> bool:
+        for key, v in self.value.items() if isinstance(self.value, dict) else enumerate(self.value):
+            if isinstance(v, torch.Tensor) and id(v) not in used and may_be_differentiated(v):
+                # The keys stay, so the iteration may go on.
+                self.value[key] = ABSENT
         return True

@@ -133,13 +133,13 @@ class Walk:
 
     def _run(self) -> None:
         # Names and objects depend on each other: repeat until neither grows.
-        looked_at = -1
-        while self.todo or looked_at < self._progress():
+        found, looked_at = (self.names, self.stored, self.objects, self.classes), -1
+        while self.todo or looked_at < sum(map(len, found)):
             self._visit_all()
             # The lists are incomplete from here on, and `tensors_within` says so.
             if self.count >= _MAX_VALUES:
                 return
-            looked_at = self._progress()
+            looked_at = sum(map(len, found))
             # Members first: a method may mention new names of attributes.
             for info in [*self.classes.values()]:
                 self._members(info)
@@ -155,17 +155,15 @@ class Walk:
             visit = _visitor_of(of)
             if visit is _ignore or id(value) in self.seen:
                 continue
+            if isinstance(value, torch.Tensor):
+                # A tensor leads to no other value, so another visit costs nothing.
+                self.tensors.append(value)
+                continue
             if visit is Walk._object and isinstance(value, _VISITED_TYPES):  # a proxy, with another `__class__`
                 named: type = value.__class__
                 visit = _visitor_of(named)
-            # A tensor leads to no other value, so another visit costs nothing.
-            if visit is not _note_tensor:
-                self.seen[id(value)] = value
+            self.seen[id(value)] = value
             visit(self, value)
-
-    def _progress(self) -> int:
-        """Return the number of known names, objects and classes."""
-        return len(self.names) + len(self.stored) + len(self.objects) + len(self.classes)
 
     @functools.cached_property
     def homes(self) -> frozenset[str]:
@@ -200,11 +198,11 @@ class Walk:
     def _function(self, fn: FunctionType) -> None:
         module = fn.__globals__.get("__name__")
         is_library = isinstance(module, str) and f"{module}.".startswith("implicitdiff.")
-        for cell in fn.__closure__ or ():
-            # Variables of this library do not change, so their values are followed but not recorded.
-            if is_library:
-                self.todo.append(contents_of(cell))
-            else:
+        # Variables of this library do not change, so their values are followed but not recorded.
+        if is_library:
+            self.todo += contents_of(*fn.__closure__ or ())
+        else:
+            for cell in fn.__closure__ or ():
                 self._note(ClosureCell(cell))
         self.todo += fn.__defaults__ or ()
         self.todo += (fn.__kwdefaults__ or {}).values()
@@ -352,10 +350,6 @@ def _ignore(walk: Walk, value: object) -> None:
     """Do nothing: the value contains no other values."""
 
 
-def _note_tensor(walk: Walk, value: torch.Tensor) -> None:
-    walk.tensors.append(value)
-
-
 _SIMPLE = (*_ATOMIC_TYPES, torch.Tensor, *_CONTAINERS, FunctionType, tuple)
 
 
@@ -390,9 +384,8 @@ def _may_hide_tensors(cls: type) -> bool:
     return issubclass(cls, _OPAQUE)
 
 
-# The visitor of a value, by class: the first match applies.
+# The visitor of a value other than a tensor, by class: the first match applies.
 _VISITORS: tuple[tuple[type | tuple[type, ...], Callable[[Walk, Any], None]], ...] = (
-    (torch.Tensor, _note_tensor),
     (_ATOMIC_TYPES, _ignore),
     (FunctionType, Walk._function),
     (MethodType, Walk._method),
