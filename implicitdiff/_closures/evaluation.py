@@ -15,6 +15,7 @@ import implicitdiff._torch.messages as _messages
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.replacements import Exchange
 from implicitdiff._torch.sparse import SparseProducts
+from implicitdiff._torch.switches import UNCHANGED
 from implicitdiff._torch.trees import Leaves, Tree, UserFunction
 from implicitdiff.errors import TransformError
 
@@ -49,18 +50,18 @@ def transform_error(name: str, error: BaseException | None) -> TransformError | 
     )
 
 
-class by_autograd_alone:
-    """Context that records whether autograd alone, and not torch.func, differentiates the function in the body."""
+def by_autograd_alone(is_alone: bool) -> AbstractContextManager[None]:
+    """Record whether autograd alone, and not torch.func, differentiates the function in the body."""
+    return UNCHANGED if is_alone == getattr(_evaluation, "is_alone", False) else _by_autograd_alone(is_alone)
 
-    def __init__(self, is_alone: bool) -> None:
-        self.is_alone = is_alone
 
-    def __enter__(self) -> None:
-        self.before = getattr(_evaluation, "is_alone", False)
-        _evaluation.is_alone = self.is_alone
-
-    def __exit__(self, *error: object) -> None:
-        _evaluation.is_alone = self.before
+@contextmanager
+def _by_autograd_alone(is_alone: bool) -> Iterator[None]:
+    _evaluation.is_alone = is_alone
+    try:
+        yield
+    finally:
+        _evaluation.is_alone = not is_alone
 
 
 def is_by_autograd_alone() -> bool:

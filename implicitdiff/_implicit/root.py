@@ -231,7 +231,7 @@ class RootAt:
         is_plain = _context.now().is_outside and torch.is_grad_enabled() and not _modes.is_inside()
         if not is_plain or not (self._wanted or self.lifted.refusal):
             return None
-        keeps_graph = isinstance(self.solver, LinearSolver) and not _context.in_saved_tensor_hooks()
+        keeps_graph = isinstance(self.solver, LinearSolver) and not _context.saved_tensor_hooks()
         return RootAt.with_graph if keeps_graph else RootAt.confirmed
 
     @property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch._C import _functorch as functorch
@@ -82,7 +83,7 @@ dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """Return the number of running TorchDispatchModes, such as tracing, fake tensors, or a counter of operations."""
 
 
-def in_saved_tensor_hooks() -> bool:
-    """Return whether hooks on saved tensors are active, as inside of `torch.utils.checkpoint`."""
-    # True: hooks count also while a tracer runs, for whose operations torch ignores the hooks.
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+# True: hooks count also while a tracer runs, for whose operations torch ignores the hooks.
+saved_tensor_hooks: Callable[[], tuple[Any, Any] | None] = partial(_top_hooks, True)
+"""Return the innermost hooks on saved tensors, such as those of `torch.utils.checkpoint`; None if there are none."""

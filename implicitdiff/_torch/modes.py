@@ -14,13 +14,11 @@ from torch.utils._device import DeviceContext as DeviceContext
 no_modes: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
 """Run the body outside of every TorchFunctionMode."""
 
+is_any_running: Callable[[], int] = torch._C._len_torch_function_stack
+"""Return the number of running modes."""
+
 running: Callable[[], list[TorchFunctionMode]] = torch.overrides._get_current_function_mode_stack
 """Return the running modes, the outermost first."""
-
-
-def is_any_running() -> bool:
-    """True if any mode is running."""
-    return torch.overrides._get_current_function_mode() is not None
 
 
 @contextmanager
@@ -47,12 +45,7 @@ def uncached() -> AbstractContextManager[None]:
 
     The cache would give an evaluation the weights of another evaluation, with other operands or without gradients.
     """
-    return _uncached() if is_cached() else nullcontext()
-
-
-def is_cached() -> bool:
-    """True inside of `torch.nn.utils.parametrize.cached`."""
-    return bool(parametrize._cache_enabled)
+    return _uncached() if parametrize._cache_enabled else nullcontext()
 
 
 @contextmanager

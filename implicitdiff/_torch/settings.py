@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from operator import call
 from typing import Any, TypeVar, cast
 
 import torch
@@ -48,9 +49,8 @@ def full_precision() -> AbstractContextManager[None]:
     )
 
 
-def _is_on() -> bool:
-    """True if autocast is on for any device type."""
-    return any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+_is_on: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Return whether autocast is on for any device type."""
 
 
 def outside_autocast(fn: _Decorated) -> _Decorated:
@@ -94,7 +94,7 @@ def _single(tensor: torch.Tensor) -> torch.Tensor:
 
 def settings() -> Settings:
     """Return the current settings: autocast, the default device, and every flag of `_FLAGS`."""
-    return autocast_state(), torch.get_default_device(), tuple([read() for read, _ in _FLAGS])
+    return autocast_state(), torch.get_default_device(), tuple(map(call, _READERS))
 
 
 def with_settings(state: Settings) -> AbstractContextManager[None]:
@@ -141,3 +141,4 @@ _FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     _flag(torch.backends.cudnn, "benchmark"),
     _flag(torch.backends.cudnn, "deterministic"),
 )
+_READERS = [read for read, _ in _FLAGS]

@@ -10,9 +10,10 @@ from torch._C import _functorch as functorch
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 
-from implicitdiff._torch.context import depth, dispatch_modes, in_saved_tensor_hooks, now
-from implicitdiff._torch.modes import is_cached, no_modes, uncached
+from implicitdiff._torch.context import dispatch_modes, now, saved_tensor_hooks
+from implicitdiff._torch.modes import no_modes, uncached
 
 # Context for a body where nothing has to be switched.
 UNCHANGED: AbstractContextManager[None] = nullcontext()
@@ -61,14 +62,14 @@ def recording() -> Iterator[None]:
 
 def without_saved_tensor_hooks() -> AbstractContextManager[None]:
     """Run the body without hooks on saved tensors, under which torch.func refuses to run."""
-    return _hooks_put_aside() if in_saved_tensor_hooks() else UNCHANGED
+    return _hooks_put_aside() if saved_tensor_hooks() else UNCHANGED
 
 
 @contextmanager
 def _hooks_put_aside() -> Iterator[None]:
     hooks = []
     try:
-        while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        while (top := saved_tensor_hooks()) is not None:
             torch._C._autograd._pop_saved_tensors_default_hooks()
             hooks.append(top)
         yield
@@ -80,7 +81,7 @@ def _hooks_put_aside() -> Iterator[None]:
 
 def isolated_from_caller() -> AbstractContextManager[None]:
     """Run the body without the weight caches (`parametrize.cached`) and the hooks on saved tensors of the caller."""
-    return _isolated() if is_cached() or in_saved_tensor_hooks() else UNCHANGED
+    return _isolated() if parametrize._cache_enabled or saved_tensor_hooks() else UNCHANGED
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def allow_requires_grad() -> None:
 
 def random_state() -> bytes:
     """Return the state of the default generator of the CPU, read outside of every mode and level."""
-    if depth() == 0 and not dispatch_modes():
+    if not functorch.get_interpreter_stack() and not dispatch_modes():
         with no_modes():
             return torch.default_generator.get_state().numpy().tobytes()
     # Under a grad level the state is a wrapper, whose memory `numpy` cannot read.

@@ -23,7 +23,9 @@ def may_be_differentiated(tensor: torch.Tensor) -> bool:
     """Return whether a tensor requires a gradient, is a wrapper, or has a tangent. Modes are bypassed: a mode might
     replace the tensor."""
     with no_modes():
-        return tensor.requires_grad or level(tensor) != PLAIN or _tangent(tensor) is not None
+        if tensor.requires_grad or level(tensor) != PLAIN:
+            return True
+        return forward_ad._current_level >= 0 and _tangent(tensor) is not None
 
 
 def is_tracked(tensor: torch.Tensor) -> bool:

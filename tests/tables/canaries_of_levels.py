@@ -433,13 +433,20 @@ def what_is_disabled_runs_eagerly_and_the_callback_tells_of_a_compiler(disable: 
     assert callback() is None
 
 
-@canary(*(f"torch.overrides.{name}" for name in ("_get_current_function_mode_stack", "_get_current_function_mode")))
-def modes_are_listed_from_the_outermost(stack: Any, current: Any) -> None:
+@canary("torch.overrides._get_current_function_mode_stack")
+def modes_are_listed_from_the_outermost(stack: Any) -> None:
     assert list(stack()) == []
-    assert current() is None
     with Seen() as outer, Seen() as inner:
         assert list(stack()) == [outer, inner]
-        assert current() is inner
+
+
+@canary("torch._C._is_any_autocast_enabled")
+def autocast_is_on_for_some_device(is_on: Any) -> None:
+    assert not is_on()
+    with torch.autocast("cpu"):
+        assert is_on()
+        with torch.autocast("cpu", enabled=False):
+            assert not is_on()
 
 
 @canary("torch.overrides._push_mode", "torch.overrides._pop_mode")
