@@ -80,7 +80,7 @@ class KeepGradients(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         if func is _BACKWARD:
-            for leaf in _functions.graph_leaves(args[0]):
+            for leaf in _functions.graph_leaves([args[0]]):
                 if leaf not in self.before:
                     # autograd accumulates into `grad` in place, so save a copy.
                     self.before[leaf] = None if leaf.grad is None else leaf.grad.clone()

@@ -395,7 +395,7 @@ def confirmed_value(lifted: Lifted, operands: Leaves) -> Tree:
         if lifted.refusal:
             operands = _requiring_grad(operands)
             result = lifted.run_again(operands)
-            is_lost = any(_functions.leaves_beside(t, operands) for t in pytree.tensors(result))
+            is_lost = bool(_functions.leaves_beside(pytree.tensors(result), operands))
         else:
             result = lifted.run_again(operands)
             is_lost = any(map(_tracking.is_tracked, pytree.tensors(result)))

@@ -156,7 +156,7 @@ class JointLinearisation(OfOperands):
 
     def __init__(self, fn: Residual, x: Leaves, theta: Leaves, positions: Sequence[int]) -> None:
         super().__init__(fn, x, _functions.recordable(theta))
-        self.wanted = [self.theta[i] for i in positions]
+        self.wanted = [*map(self.theta.__getitem__, positions)]
 
     def pull_theta(self, u: Leaves) -> Leaves:
         """Return ``(d fn / d theta)^T u`` for the tensors in `wanted`."""
@@ -165,7 +165,7 @@ class JointLinearisation(OfOperands):
 
     def _record(self) -> tuple[Leaves, Leaves]:
         with _switches.recording():
-            x = [t.requires_grad_() for t in _functions.recordable(self.x)]
+            x = [*map(torch.Tensor.requires_grad_, _functions.recordable(self.x))]
             # `recordable` has detached these tensors, so no flag of a caller's tensor is set.
             for t in self.wanted:
                 t.requires_grad_()
@@ -215,11 +215,9 @@ class RetainedGraph(JointLinearisation):
         return at
 
     def _check_unknown_leaves(self, known: Leaves, y: Leaves) -> None:
-        # Leaves are adopted in order of discovery, each once.
         if not self.adopts:
             return super()._check_unknown_leaves(known, y)
-        found = [leaf for t in y for leaf in _functions.leaves_beside(t, known)]
-        self.adopted = list({id(leaf): leaf for leaf in found}.values())
+        self.adopted = _functions.leaves_beside(y, known)
         return None
 
 
@@ -248,7 +246,7 @@ def refuse_unknown_leaves(x: Leaves, y: Leaves) -> None:
     The derivative with respect to the leaf would silently be zero.
     """
     # Plain operands give plain results. A wrapper among the results comes from a captured tensor.
-    if not _levels.are_plain(y) or any([_functions.leaves_beside(t, x) for t in y]):
+    if not _levels.are_plain(y) or _functions.leaves_beside(y, x):
         raise UnknownLeafError(
             "the function to be differentiated depends on a tensor on which it did not depend at the call of the "
             "solver: a parameter was replaced since the call, or its requires_grad flag was set; take the derivative "

@@ -164,7 +164,7 @@ class _ImplicitSolution(torch.autograd.Function):
     def forward(problem: Problem, known: int, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if known:
             # An autograd.Function has to return new tensors, so clone the operands.
-            return tuple([t.clone() for t in operands[:known]])
+            return tuple(map(torch.clone, operands[:known]))
         with _settings.full_precision():
             solution = problem.primal(list(operands))
         # Clone results that are operands, which autograd cannot save as outputs, and results with zero strides:

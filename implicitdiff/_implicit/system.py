@@ -32,10 +32,12 @@ class Vectors:
 
     def __init__(self, like: Leaves, batch: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
         self.batch = tuple(batch)
-        self.shapes = [t.shape[len(self.batch) :] for t in like]
-        self.dtypes = [t.dtype for t in like]
-        # Rows are real, so a complex number counts twice.
-        self.sizes = [math.prod(s) * (2 if d.is_complex else 1) for s, d in zip(self.shapes, self.dtypes, strict=True)]
+        self.shapes, self.dtypes, self.sizes = [], [], []
+        for t in like:
+            self.shapes.append(shape := t.shape[len(self.batch) :])
+            self.dtypes.append(t.dtype)
+            # Rows are real, so a complex number counts twice.
+            self.sizes.append(math.prod(shape) * (2 if t.dtype.is_complex else 1))
         self.dimension = sum(self.sizes)
         self.device = like[0].device
         # The precision of the leaves, but a dtype of at least single precision: LAPACK has no half precision.
@@ -44,7 +46,11 @@ class Vectors:
     def ravel(self, leaves: Sequence[Tensor], lead: int | None = None) -> Tensor:
         """Return leaves ``(*batch, *shape)`` as rows ``(prod(batch), dimension)``, with `lead` as a first dimension."""
         rows = (math.prod(self.batch),) if lead is None else (lead, math.prod(self.batch))
-        flat = [_as_dtype(_real(t).reshape(*rows, n), self.dtype) for t, n in zip(leaves, self.sizes, strict=True)]
+        flat = []
+        for t, n in zip(leaves, self.sizes, strict=True):
+            # Not `view_as_real`: the strides that its derivative requires may be absent in a slice of a row.
+            real = torch.stack([t.real, t.imag], dim=-1) if t.is_complex() else t
+            flat.append(_as_dtype(real.reshape(*rows, n), self.dtype))
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
     def unravel(self, rows: Tensor) -> Leaves:
@@ -60,11 +66,6 @@ class Vectors:
 def _precision(dtypes: tuple[torch.dtype, ...], least: torch.dtype) -> tuple[float, torch.dtype]:
     """Return the machine epsilon of the least precise dtype, and the widest real dtype, at least `least`."""
     return max([torch.finfo(d).eps for d in dtypes]), reduce(torch.promote_types, [d.to_real() for d in dtypes], least)
-
-
-def _real(tensor: Tensor) -> Tensor:
-    # Not `view_as_real`: the strides that its derivative requires may be absent in a slice of a row.
-    return torch.stack([tensor.real, tensor.imag], dim=-1) if tensor.is_complex() else tensor
 
 
 def _leaf(part: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

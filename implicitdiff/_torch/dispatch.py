@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -110,13 +109,9 @@ def decomposition(operation: AtenOperation) -> Callable[..., Any] | None:
     return decomposition_table.get(operation)
 
 
-key_of_storage: Callable[[torch.UntypedStorage], int] = attrgetter("_cdata")
-"""Return a number that is the same for two storages of the same memory; unique as long as one of them lives."""
-
-
 def storage_key(tensor: torch.Tensor) -> int:
     """Return a number that is the same for two tensors of the same memory; unique as long as a tensor of it lives."""
-    return key_of_storage(tensor.untyped_storage())
+    return int(tensor.untyped_storage()._cdata)
 
 
 def storage_size(tensor: torch.Tensor) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,18 +24,22 @@ from torch.autograd.function import _SingleLevelFunction
 from implicitdiff._torch.context import depth
 
 
-def leaves_beside(tensor: torch.Tensor, known: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the leaves of a tensor's graph that are neither `known` nor reached only through `known`."""
+def leaves_beside(tensors: Iterable[torch.Tensor], known: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the leaves of the graph of tensors that are neither `known` nor reached only through `known`."""
     # A known tensor need not be a leaf: the search ends at the node that computed a known tensor.
     own = set(map(id, known))
-    return [t for t in graph_leaves(tensor, [t.grad_fn for t in known]) if id(t) not in own]
+    return [t for t in graph_leaves(tensors, map(_GRAD_FN, known)) if id(t) not in own]
 
 
-def graph_leaves(tensor: torch.Tensor, below: Iterable[Any] = ()) -> list[torch.Tensor]:
-    """Return the leaves into which `tensor.backward()` would accumulate; the search stops at the nodes `below`."""
+_GRAD_FN: Callable[[torch.Tensor], Any] = attrgetter("grad_fn")
+
+
+def graph_leaves(tensors: Iterable[torch.Tensor], below: Iterable[Any] = ()) -> list[torch.Tensor]:
+    """Return the leaves into which `backward` of these tensors would accumulate; the search stops at the nodes
+    `below`."""
     seen: set[Any] = set(below)
     leaves: list[torch.Tensor] = []
-    nodes: list[Any] = [tensor.grad_fn]
+    nodes: list[Any] = [*map(_GRAD_FN, tensors)]
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:
@@ -116,7 +121,7 @@ def gradients(
 
 def recordable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return detached tensors that autograd can record; tensors of inference mode are copied."""
-    return [t.detach() for t in out_of_inference(tensors)]
+    return [*map(torch.Tensor.detach, out_of_inference(tensors))]
 
 
 def out_of_inference(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

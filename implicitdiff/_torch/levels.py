@@ -234,7 +234,7 @@ def plain_under_vmap(tensor: torch.Tensor) -> torch.Tensor:
 def plain_values(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the values of tensors: detached, with batch layers alone, without dead wrappers."""
     if are_plain(tensors):
-        return [t.detach() for t in tensors]
+        return [*map(torch.Tensor.detach, tensors)]
     return [plain_under_vmap(strip_dead_wrappers(t)) for t in tensors]
 
 
