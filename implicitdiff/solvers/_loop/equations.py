@@ -229,18 +229,15 @@ def _are_alike(a: Tensor, b: Tensor) -> bool:
         return a.shape == b.shape and a.dtype == b.dtype
 
 
-def _is_real_number(value: Tensor) -> bool:
-    with no_modes():
-        return value.shape == () and value.is_floating_point()
-
-
 def returning_scalar(fn: Callable[..., Tensor]) -> Callable[..., Tree]:
     """Return ``checked(x, args)``, equal to ``fn(x, *args)``; raise ValueError unless the result is a single real
     number."""
 
     def checked(x: Tree, args: tuple[Tree, ...]) -> Tree:
         value = fn(x, *args)
-        if not (isinstance(value, Tensor) and _is_real_number(value)):
+        with no_modes():
+            is_number = isinstance(value, Tensor) and value.shape == () and value.is_floating_point()
+        if not is_number:
             hint = "; pass the objective itself, not its gradient" if pytree.tensors(value) else ""
             raise ValueError(
                 f"{name_of(fn)} must return one real number, a floating-point tensor of shape (), got "

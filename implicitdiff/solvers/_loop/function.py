@@ -38,7 +38,7 @@ class SolverFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         maker, own = self.maker, self._own
         # Options of `run` come first, and hide parameters of the user's function of the same names.
-        options = {name: kwargs.pop(name) for name in own.options if name in kwargs}
+        options = {name: kwargs.pop(name) for name in own.options if name in kwargs} if kwargs else {}
         for name in own.first[len(args) :]:
             if name not in kwargs:
                 raise TypeError(f"{self.__qualname__}: {name} is missing, in a call of {self._shown}")

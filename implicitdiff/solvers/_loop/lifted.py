@@ -56,6 +56,9 @@ class LiftedProblem:
     The functions are lifted once, at the initial guess: the search takes the vmaps off their operands, and the
     derivative of the solution uses the residual of the equation. Where the residual applies other operations at the
     solution than at the initial guess, as after a branch on values, it is lifted there once more.
+
+    Attributes:
+        needs_derivatives: whether a derivative of the solution may be taken.
     """
 
     _lines: StraightLines | None = None
@@ -66,7 +69,7 @@ class LiftedProblem:
         self.x0, self.structure = pytree.flatten(params)
         check_unknowns(f"{name}: the initial guess", self.x0, self.structure)
         refuse_valueless(name, [*self.x0, *pytree.tensors(args)])
-        needs_derivatives = not _context.now().is_silent
+        self.needs_derivatives = needs_derivatives = not _context.now().is_silent
 
         functions, on_trees = dict(equation.functions), equation.on_trees
 
@@ -186,7 +189,7 @@ class LiftedProblem:
         levels: list[Dims] = [tuple(None if d is None else 0 for d in layer.dims) for layer in layers]
         vmaps = tuple([VmapSize(layer.level, layer.size) for layer in reversed(layers)])
         lanes, n = tuple([vmap.size for vmap in vmaps]), len(self.x0)
-        shared, needs_derivatives = self._shared_evaluation(), not _context.now().is_silent
+        shared = self._shared_evaluation()
         with self._below():
             operands = _functions.out_of_inference(operands)
             # A search has unknowns in every lane, also from a guess that the lanes share.
@@ -200,7 +203,7 @@ class LiftedProblem:
                 leaves, nesting = pytree.flatten(state)
                 # The results are the leader's too, so all processes return the same bits.
                 found, *leaves = _decisions.of_leader([found, *leaves])
-            self._end = End(problem, found, leaves, nesting, frame) if needs_derivatives else None
+            self._end = End(problem, found, leaves, nesting, frame) if self.needs_derivatives else None
             solution = problem.inputs.unravel(found)
             # An evaluation of `_last_residual` holds at a single tensor `x`; another solution drops the evaluation.
             if self._last is not None and self._last[0] is not found:

@@ -93,8 +93,7 @@ kept = _Kept()
 def memories(tensors: Sequence[Tensor]) -> Hashable:
     """Return how tensors lie in memory, as a part of a key, with the first tensor of the same memory for each."""
     storages = [*map(Tensor.untyped_storage, tensors)]
-    # Unique, since the storages live.
-    keys = [*map(_dispatch.key_of_storage, storages)]
+    keys = [storage._cdata for storage in storages]  # see `storage_key`
     return tuple(
         [
             (t.dtype, t.shape, t.stride(), t.storage_offset(), storage.nbytes(), keys.index(key))

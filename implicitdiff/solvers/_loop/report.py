@@ -26,6 +26,9 @@ class Report:
         keeps: True to keep the errors.
         verbose: True to show a bar.
         callback: the user's function, or None.
+
+    Attributes:
+        lanes: the batch shape of the lanes that a state holds as rows; None in the caller's frame.
     """
 
     def __init__(self, name: str, limit: int, keeps: bool, verbose: bool, callback: Callback | None) -> None:
@@ -40,11 +43,6 @@ class Report:
     def is_watching(self) -> bool:
         """True if the report needs to see every iteration."""
         return self.keeps or self.bar is not None or self.callback is not None
-
-    def over(self, lanes: tuple[int, ...]) -> Report:
-        """Set the batch shape of the lanes that a state holds as rows; return the report."""
-        self.lanes = lanes
-        return self
 
     def close(self) -> None:
         """Remove the bar."""

@@ -369,7 +369,7 @@ class SolverImpl(Remembers):
             return self._loop(problem, x, lifted.structure, report)
 
         x, state = lifted.search(search)
-        if _context.now().is_silent:
+        if not lifted.needs_derivatives:
             return lifted.structure.unflatten(x), state
         return lifted.attached(x, None if self.is_named else self._accept), state
 
@@ -396,7 +396,8 @@ class SolverImpl(Remembers):
         if self.options.compile != "off" and not report.is_watching:
             # A report has to see every iteration, and a recorded loop shows only some.
             compiler = Compiler(self.name, self._kind, parts, problem, self.options.compile)
-        with contextlib.closing(report.over(lanes)):
+        report.lanes = lanes
+        with contextlib.closing(report):
             x, state = RowSearch(parts, problem, compiler, every, see).run(x)
         vmaps = () if problem.operands is None else problem.operands.vmaps
         self._report_failures(state if lanes else state._replace(status=state.status[0]), vmaps)

@@ -73,11 +73,6 @@ class SearchOutcome(Protocol):
     def status(self) -> Tensor: ...
 
 
-def is_any_of(status: Tensor, *which: Status) -> Tensor:
-    """True in the lanes whose status is among `which`."""
-    return torch.stack([status == int(s) for s in which]).any(dim=0)
-
-
 def report_failures(
     name: str, state: SearchOutcome, on_failure: OnFailure, *, budget: bool, vmaps: Sequence[VmapSize] = ()
 ) -> None:
@@ -98,7 +93,7 @@ def report_failures(
     """
     status = state.status.reshape(-1)
     good = (Status.CONVERGED, Status.BUDGET_SPENT, Status.STALLED) if budget else (Status.CONVERGED,)
-    failed = ~is_any_of(status, *good)
+    failed = torch.stack([status != int(s) for s in good]).all(dim=0)
     if on_failure == "ignore" or not bool(failed.any()):
         return
     lanes, total = global_numbers(failed.nonzero()[:, 0].tolist(), vmaps or [VmapSize(0, status.numel())])
