@@ -68,7 +68,7 @@ def is_traced() -> bool:
 
 def is_inside() -> bool:
     """True if any function runs under a mode of this library."""
-    return any([isinstance(mode, OwnMode) for mode in running()])
+    return is_any_running() > 0 and any([isinstance(mode, OwnMode) for mode in running()])
 
 
 def let_addresses_through() -> bool:

@@ -114,7 +114,10 @@ class Program:
             return []
         # Only tensors have origins, and an origin ends before its tensor, so the id is unique.
         shown: list[Any] = [*map(self.origins.get, map(id, values), values)]
-        return shown if COMPARED.issuperset(map(type, shown)) else [*map(self._shown, shown)]
+        for i, value in enumerate(shown):
+            if type(value) not in COMPARED:
+                shown[i] = self._shown(value)
+        return shown
 
     def named_as_compared(self, kwargs: Mapping[str, object]) -> dict[str, object]:
         """Return keyword arguments of an operation `as_compared`."""
@@ -212,8 +215,6 @@ class Program:
 
         `OPAQUE` stands for objects without a comparison by value.
         """
-        if type(value) in COMPARED:
-            return value
         if isinstance(value, torch.Tensor):
             return self.origin_of(value)
         if isinstance(value, (list, tuple)):

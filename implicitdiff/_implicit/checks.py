@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 
@@ -22,8 +25,11 @@ def check_leaves(name: str, leaves: Leaves) -> None:
             f"{name} has a leaf of dtype {wrong}; every tensor in it must be floating point or complex: convert "
             "the leaf, for example by .to(torch.get_default_dtype())"
         )
-    if len(devices := {t.device for t in leaves}) > 1:
+    if len(devices := set(map(_DEVICE, leaves))) > 1:
         raise ValueError(f"{name} has leaves on several devices, {sorted(map(str, devices))}; move them to one device")
+
+
+_DEVICE: Callable[[Tensor], torch.device] = attrgetter("device")
 
 
 def check_unknowns(name: str, leaves: Leaves, structure: Structure) -> None:

@@ -50,7 +50,9 @@ class Vectors:
         for t, n in zip(leaves, self.sizes, strict=True):
             # Not `view_as_real`: the strides that its derivative requires may be absent in a slice of a row.
             real = torch.stack([t.real, t.imag], dim=-1) if t.is_complex() else t
-            flat.append(_as_dtype(real.reshape(*rows, n), self.dtype))
+            row = real.reshape(*rows, n)
+            # A conversion without effect takes ten times as long as the test, in each product.
+            flat.append(row if row.dtype == self.dtype else row.to(self.dtype))
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
     def unravel(self, rows: Tensor) -> Leaves:
@@ -72,12 +74,8 @@ def _leaf(part: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if dtype.is_complex:
         pairs = part.reshape(*shape, 2).to(dtype.to_real())
         return torch.complex(pairs[..., 0], pairs[..., 1])
-    return _as_dtype(part.reshape(shape), dtype)
-
-
-def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # A conversion without effect takes ten times as long as the test, in each product.
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    leaf = part.reshape(shape)
+    return leaf if leaf.dtype == dtype else leaf.to(dtype)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ grad, vjp and jvp. Wrappers nest. One layer of a tensor is one wrapper.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -90,6 +90,15 @@ def is_all(condition: torch.Tensor) -> bool:
     """Return whether a condition is true for all entries in all lanes. Reads the value outside of every mode."""
     with no_modes():
         return bool(base(condition).all())
+
+
+def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Return whether all entries in all lanes are finite. Reads the values outside of every mode."""
+    with no_modes():
+        for tensor in map(base, tensors):
+            if not bool(torch.isfinite(tensor.detach()).all()):
+                return False
+    return True
 
 
 def is_vmap(level: int) -> bool:

@@ -122,13 +122,14 @@ class Compiler:
             CompileError: with ``compile="always"``, if the loop cannot be compiled.
         """
         # First the reasons against any recording, then those against the machine alone: a replay may still serve.
+        operands = self._operands
         try:
-            self._refuse_unrecordable(x, self._operands)
+            self._refuse_unrecordable(x, operands)
         except NotRecordableError as error:
             self._end(error)
             return None
         try:
-            self._refuse_unusable(x, self._operands)
+            self._refuse_unusable(x, operands)
             recording = self._recording(x)
         except NotRecordableError as error:
             self._refusal = error

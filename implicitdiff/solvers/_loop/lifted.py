@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,9 @@ class End(NamedTuple):
     frame: AbstractContextManager[object]
 
 
+_SIZE: Callable[[VmapSize], int] = attrgetter("size")
+
+
 class LiftedProblem:
     """The equation of a search, and the user's functions in it, as pure functions of explicit operands.
 
@@ -84,7 +88,7 @@ class LiftedProblem:
         self.name, self.equation, self.args, self.solve, self._functions = name, equation, args, solve, functions
         # The lifted function outlives the call. It must keep neither the graph of the guess, as of a warm start from
         # an earlier solution, nor its memory, which the caller may overwrite.
-        guess = self.structure.unflatten([t.detach().clone() for t in self.x0])
+        guess = self.structure.unflatten([*map(torch.clone, map(Tensor.detach, self.x0))])
         self.lifted = lift(name, dispatch, guess, args)
 
     def attached(self, x: Leaves, accept: Accept | None) -> Tree:
@@ -155,8 +159,7 @@ class LiftedProblem:
         assert root.evaluation is not None
         residual = problem.inputs.ravel([t.detach() for t in root.evaluation.residual])
         # As on rows, a value that is not finite makes the residual nan.
-        is_finite = all([_levels.is_all(torch.isfinite(_levels.base(t).detach())) for t in values])
-        return residual if is_finite else residual * torch.nan
+        return residual if _levels.are_finite(values) else residual * torch.nan
 
     def _root_anew(self, x: Leaves) -> RootAt:
         equation = self.equation
@@ -186,16 +189,19 @@ class LiftedProblem:
         theta = self.lifted.operands[len(self.x0) :]
         # In this order: aliases for the modes, then dead wrappers, gradient layers, batch layers.
         operands, layers = _levels.without_batch_layers(_levels.plain_values(_modes.alias([*self.x0, *theta])))
-        levels: list[Dims] = [tuple(None if d is None else 0 for d in layer.dims) for layer in layers]
-        vmaps = tuple([VmapSize(layer.level, layer.size) for layer in reversed(layers)])
-        lanes, n = tuple([vmap.size for vmap in vmaps]), len(self.x0)
+        levels: list[Dims] = []
+        vmaps: list[VmapSize] = []
+        for layer in layers:
+            levels.append(tuple([None if d is None else 0 for d in layer.dims]))
+            vmaps.insert(0, VmapSize(layer.level, layer.size))
+        lanes, n = tuple(map(_SIZE, vmaps)), len(self.x0)
         shared = self._shared_evaluation()
         with self._below():
             operands = _functions.out_of_inference(operands)
             # A search has unknowns in every lane, also from a guess that the lanes share.
             x = _everywhere(operands[:n], levels, lanes)
             own_levels = [dims[n:] for dims in levels]
-            problem = self._with_operands(x, operands[n:], own_levels, vmaps)
+            problem = self._with_operands(x, operands[n:], own_levels, tuple(vmaps))
             problem.last_residual = None if shared is None else partial(self._last_residual, shared)
             frame = _decisions.frame()
             with frame:
@@ -219,8 +225,9 @@ class LiftedProblem:
         self, x: Leaves, theta: Leaves, levels: list[Dims], vmaps: tuple[VmapSize, ...]
     ) -> BatchedProblem:
         """Return the problem of all lanes, with the operands that a recording needs."""
-        lanes = tuple([vmap.size for vmap in vmaps])
+        lanes = tuple(map(_SIZE, vmaps))
         problem = self._problem(x, theta, levels, lanes)
+        # Not in `alone`, which runs while a recorder looks on.
         first = [t[(0,) * len(lanes)] for t in x] if 0 not in lanes else x
 
         def alone(theta: Leaves) -> BatchedProblem:

@@ -365,10 +365,7 @@ class SolverImpl(Remembers):
         solve = options.solve or _default_solve(options.on_failure)
         lifted = LiftedProblem(self.name, self.equation_of(*self.functions), params, args, solve)
 
-        def search(problem: BatchedProblem, x: Tensor) -> tuple[Tensor, Any]:
-            return self._loop(problem, x, lifted.structure, report)
-
-        x, state = lifted.search(search)
+        x, state = lifted.search(partial(self._loop, structure=lifted.structure, report=report))
         if not lifted.needs_derivatives:
             return lifted.structure.unflatten(x), state
         return lifted.attached(x, None if self.is_named else self._accept), state
