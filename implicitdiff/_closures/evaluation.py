@@ -108,18 +108,18 @@ def pullback(fn: UserFunction, x: Tree, *args: Any) -> tuple[Leaves, Callable[[L
     """Return the leaves of ``fn(x, *args)``, and the product ``u -> J' u``, a tree like ``x``; see `gradient`."""
     leaves, structure = pytree.flatten(x)
 
-    def of_leaves(leaves: Leaves) -> Leaves:
+    def of_leaves(*leaves: torch.Tensor) -> Leaves:
         return pytree.tensors(fn(structure.unflatten(leaves), *args))
 
     if not is_by_autograd_alone():
-        found: Any = torch.func.vjp(of_leaves, leaves)
-        return found[0], lambda u: structure.unflatten(found[1](u)[0])
+        found: Any = torch.func.vjp(of_leaves, *leaves)
+        return found[0], lambda u: structure.unflatten(found[1](u))
     # A view is a tensor of its own, so the gradient leaves out other uses of the same tensor, such as a capture. The
     # view stays in the caller's graph, so that the gradient can be differentiated again.
     with torch.enable_grad():
         # A leaf of its own: `requires_grad_` on the caller's tensor would be visible outside.
         leaves = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in leaves]
-        values = of_leaves(leaves)
+        values = of_leaves(*leaves)
 
     def pull(u: Leaves) -> Tree:
         # `torch.autograd.grad` refuses outputs without a graph. Their gradient is zero.

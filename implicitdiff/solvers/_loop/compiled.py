@@ -410,8 +410,9 @@ class Compiler:
             raise NotRecordableError("another mode of torch records or changes operations")
         if not len(x):
             raise NotRecordableError("there is no lane")
-        if torch.get_default_device().type not in ("cpu", x.device.type):
-            raise NotRecordableError(f"the default device is {torch.get_default_device()}")
+        _, default, _ = operands.lifted.settings
+        if default.type not in ("cpu", x.device.type):
+            raise NotRecordableError(f"the default device is {default}")
         if not {torch.strided}.issuperset(map(_LAYOUT, (*operands.theta, *self._captured))):
             raise NotRecordableError("the function uses a sparse tensor")
         for tensor in (x, *operands.theta):
@@ -424,8 +425,9 @@ class Compiler:
         """Raise where the machine does not apply."""
         if not is_available():
             raise NotRecordableError("implicitdiff._C was not built (see python -m implicitdiff)")
-        if torch.get_default_device().type != "cpu":
-            raise NotRecordableError(f"the default device is {torch.get_default_device()}")
+        _, default, _ = operands.lifted.settings
+        if default.type != "cpu":
+            raise NotRecordableError(f"the default device is {default}")
         for tensor in (x, *operands.theta):
             check_recordable(tensor)
         for tensor in (*operands.theta, *self._captured):

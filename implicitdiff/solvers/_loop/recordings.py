@@ -142,13 +142,12 @@ def fingerprint(lifted: Lifted) -> Hashable:
         return tuple(found)
 
     functions, args, kwargs = zip(*program.operations, strict=True) if program.operations else ((), (), ())
-    # The arguments of all operations in one list; their numbers tell which operation has which.
-    operations = (
-        *(tuple(map(_torch_function, functions)), tuple(map(len, args)), tuple(map(len, kwargs))),
-        *(shown(chain.from_iterable(args)), shown(filter(None, kwargs))),
-    )
+    names = tuple(map(_torch_function, functions))
+    # The arguments of all operations in one tuple; their numbers tell which operation has which.
+    by_position = tuple(map(len, args)), shown(chain.from_iterable(args))
+    by_keyword = tuple(map(len, kwargs)), shown(filter(None, kwargs))
     wrappers = tuple([(place(origin), *dims) for origin, *dims in program.wrappers])
-    return operations, wrappers, shown(program.results), tuple(program.recorded)
+    return names, by_position, by_keyword, wrappers, shown(program.results), tuple(program.recorded)
 
 
 def _refuse_unseen(program: Program) -> None:

@@ -364,7 +364,6 @@ class SolverImpl(Remembers):
         options = self.options
         solve = options.solve or _default_solve(options.on_failure)
         lifted = LiftedProblem(self.name, self.equation_of(*self.functions), params, args, solve)
-
         x, state = lifted.search(partial(self._loop, structure=lifted.structure, report=report))
         if not lifted.needs_derivatives:
             return lifted.structure.unflatten(x), state
