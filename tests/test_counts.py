@@ -3,8 +3,11 @@ cannot blur. A count that goes up is a cost that somebody pays."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from checks.compiled import needs_cpu
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 
+import implicitdiff
 import implicitdiff._implicit.primitive as _primitive
 import implicitdiff._torch.functions as _functions
 from implicitdiff import custom_root, linear_solve, solvers
@@ -185,3 +189,33 @@ def test_the_derivative_of_a_lazy_derivative_is_right() -> None:
 
     b = torch.tensor([1.0, 8.0], dtype=F64)
     torch.testing.assert_close(grad(first)(b), -2 / 9 * b ** (-5 / 3))
+
+
+def calls_of_the_package(run: Callable[[], object]) -> int:
+    """How many Python functions of the package are called."""
+    root, before, calls = str(Path(implicitdiff.__file__).parent), sys.getprofile(), 0
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        nonlocal calls
+        calls += event == "call" and frame.f_code.co_filename.startswith(root)
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+@needs_cpu
+def test_a_solve_with_a_compiled_loop_calls_few_functions() -> None:
+    # In Python 3.11 a comprehension is a call too.
+    data, y = torch.tensor([[1.0, 0], [1, 1], [1, 2]], dtype=F64), torch.tensor([1.0, 2, 4], dtype=F64)
+    run = solvers.lbfgs(lambda w, p: ((data @ w - y) ** 2).sum() / 2 + p * (w**2).sum() / 2).run
+    w, p = torch.zeros(2, dtype=F64), torch.tensor(0.5, dtype=F64, requires_grad=True)
+    run(w, p)[0].sum().backward()
+    found = []
+    assert calls_of_the_package(lambda: found.append(run(w, p)[0])) <= 480
+    assert calls_of_the_package(lambda: found[0].sum().backward()) <= 110
+    p = p.detach()
+    assert calls_of_the_package(lambda: grad(lambda p: run(w, p)[0].sum())(p)) <= 840
