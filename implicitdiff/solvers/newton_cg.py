@@ -111,9 +111,7 @@ def _step(
     # units.
     forcing = torch.sqrt(safe_divide(state.error, memory.first_error)).clamp(max=0.5)
     _, grad, product = problem.fn.hessian(x)
-    d = _truncated_newton_direction(
-        product, grad, forcing * state.error, active, inner_maxiter or 2 * x.shape[1], problem.eps
-    )
+    d = _truncated_newton_direction(product, grad, forcing, active, inner_maxiter or 2 * x.shape[1], problem.eps)
     point, failed, status = search(problem, x, state, d, torch.ones_like(memory.value))
     status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), status)
     memory = memory._replace(**fields_at(memory, point))
@@ -131,8 +129,10 @@ def _newton_step(problem: BatchedProblem, x: Tensor, memory: NewtonCgMemory) -> 
 def _truncated_newton_direction(
     product: VectorMap, grad: Tensor, target: Tensor, active: Tensor, limit: int, eps: float
 ) -> Tensor:
-    """Run conjugate gradients from zero; a lane stops at its target or at a curvature that is not positive. The last
-    step then uses the absolute value of the curvature, so that iterates leave a saddle."""
+    """Run conjugate gradients from zero; a lane stops at its target, relative to the gradient, or at a curvature that
+    is not positive. The last step then uses the absolute value of the curvature, so that iterates leave a saddle."""
+    # Products of a large gradient and a large curvature overflow, so the system is solved for a gradient of length 1.
+    length, unit = row_norm(grad), unit_step(grad)
 
     def advance(cg: _Cg, *, is_first: bool = False) -> _Cg:
         # Invariant: ``r = H d + g``, and ``p`` is conjugate to the earlier directions.
@@ -145,7 +145,7 @@ def _truncated_newton_direction(
         positive = active & (curvature > rounding)
         if is_first:
             # A first direction without positive curvature: steepest descent.
-            d = torch.where(positive[:, None], d, _downhill(p, rr, curvature))
+            d = torch.where(positive[:, None], d, _downhill(p, rr, curvature, unit))
         bends = positive if is_first else active & (curvature.abs() > rounding)
         # The minimum of the model along ``p`` is at ``-p'r / p'H p``, and conjugacy gives ``p'r = -r'r``.
         a = torch.where(bends, safe_divide(rr, curvature.abs()), 0.0)[:, None]
@@ -157,10 +157,12 @@ def _truncated_newton_direction(
         # After a step along negative curvature a lane stops.
         return _Cg(d, r, p, new_rr, stiffest, positive & (row_norm(r) > target))
 
-    rr = row_dot(grad, grad)
+    r = safe_divide(grad, length[:, None])
+    rr = row_dot(r, r)
     # Only the first product may lead to steepest descent, so the first step is outside of the loop.
-    cg = _Cg(torch.zeros_like(grad), grad, -grad, rr, torch.zeros_like(rr), active)
-    return repeat(advance, advance(cg, is_first=True), attrgetter("active"), limit - 1).d if limit else cg.d
+    cg = _Cg(torch.zeros_like(grad), r, -r, rr, torch.zeros_like(rr), active)
+    cg = repeat(advance, advance(cg, is_first=True), attrgetter("active"), limit - 1) if limit else cg
+    return length[:, None] * cg.d
 
 
 class _Cg(NamedTuple):
@@ -183,8 +185,8 @@ class _Cg(NamedTuple):
     active: Tensor
 
 
-def _downhill(p: Tensor, rr: Tensor, curvature: Tensor) -> Tensor:
-    """Return a step along the negative gradient, with the absolute value of the curvature."""
-    # Without curvature the step has at most the length 1.
-    step = torch.where(curvature == 0, unit_step(p), safe_divide(rr, curvature.abs()))
+def _downhill(p: Tensor, rr: Tensor, curvature: Tensor, unit: Tensor) -> Tensor:
+    """Return a step along the negative gradient, with the absolute value of the curvature; without curvature by the
+    factor `unit`."""
+    step = torch.where(curvature == 0, unit, safe_divide(rr, curvature.abs()))
     return step[:, None] * p

@@ -181,7 +181,10 @@ def truncated_cg(
         new = advance(cg)
         return new._replace(d=select(cg.active, new.d, cg.d), gain=select(cg.active, new.gain, cg.gain))
 
-    cg = first = _at_zero(grad, precondition(grad))
+    # Products of a large gradient and a large curvature overflow, so the system is solved for a gradient of length 1.
+    length = row_norm(grad)
+    unit = safe_divide(grad, length[:, None])
+    cg = first = _at_zero(unit, precondition(unit))
     if products:
         cg = repeat(again, advance(cg), attrgetter("active"), products - 1)
         # A large residual means that the flattest directions are missing, along which the step may be long.
@@ -189,8 +192,8 @@ def truncated_cg(
         more = 2 * x.shape[-1] - products if x.shape[-1] <= _FEW_UNKNOWNS else 0
         cg = repeat(again, cg, attrgetter("active"), more)
     # One more product: ``|H x|``, the scale of the residual test, without a difference.
-    size = row_norm(product(x))
-    return NewtonStep(x, cg.d, cg.gain > 0, cg.gain > 0, size, cg.bends_down, cg.down, cg.below), cg.gain
+    size, gain = row_norm(product(x)), length * (length * cg.gain)
+    return NewtonStep(x, length[:, None] * cg.d, gain > 0, gain > 0, size, cg.bends_down, cg.down, cg.below), gain
 
 
 class _Preconditioned(NamedTuple):
