@@ -47,7 +47,9 @@ When a search ends
     has converged if a relative change ``p`` of the unknowns would explain the error, ``|F(x)| <= p |J x|`` with ``p =
     max(4 eps, 4e-11)``, or if the error is rounding. ``J`` is the Jacobian of ``F``. A difference measures ``|J x|`` at
     the initial guess and again at the end, at the cost of two evaluations, so the units of the function and of ``x`` do
-    not matter.
+    not matter. Far from a solution ``|J x|`` says little: at an error above ``|J x| / 100`` the measure is ``|J x -
+    F(x)|``, and the next target is at least a tenth of the error. If this measure decreases with the error, the
+    solution is zero, and the measure is ``eps^(1/6) |J (x - x0)|``.
 
     =============  =============  =========================================================================
     ``rtol``       ``atol``       the target of the error
@@ -76,9 +78,13 @@ When a search ends
     search has STALLED. ``state.progress.floor`` is the floor. `bisection` and `qp` judge their own rounding:
     `bisection` by the brackets, `qp` by the terms of the equations.
 
+    At a solution of zero the floor does not contain the rounding of constants, such as data. Where a search fails, or
+    makes no progress for 64 iterations, at an ``x`` so small, 27 evaluations on a line through ``x`` measure it. An
+    error of at most 16 times this rounding has converged, for methods with Newton-type steps.
+
     Give ``atol``, in the error's units, if both the guess and the solution are zero, because then no size of ``x`` is
-    available. Give ``atol`` also if unknowns, or equations, of very different sizes share the norm, because the large
-    entries hide the small.
+    available, and the measurement may fail. Give ``atol`` also if unknowns, or equations, of very different sizes share
+    the norm, because the large entries hide the small.
 
 Options
     `SolverOptions` lists the options of every factory, and ``help(solver.run)`` those of ``run``.

@@ -85,6 +85,7 @@ class SearchParts(NamedTuple):
         asks: ``asks(state)``, the lanes that Python has to look at before the next iteration.
         measure: ``measure(problem, x, state)``, the look: the state with the rounding floor of lanes that are idle.
         judge: ``judge(problem, first_x, x, state, verdict) -> (state, verdict)``.
+        settle: ``settle(problem, x, state)``, the state at the end of the search; not recorded.
     """
 
     start: Callable[[BatchedProblem, Tensor], State[Any]]
@@ -92,6 +93,7 @@ class SearchParts(NamedTuple):
     asks: Callable[[State[Any]], Tensor]
     measure: Callable[[BatchedProblem, Tensor, State[Any]], State[Any]]
     judge: Callable[[BatchedProblem, Tensor, Tensor, State[Any], Verdict], tuple[State[Any], Verdict]]
+    settle: Callable[[BatchedProblem, Tensor, State[Any]], State[Any]]
 
 
 @dataclass(eq=False)
@@ -586,15 +588,3 @@ def _is_near(recorded: Tensor, eager: Tensor, within: dict[torch.dtype, float]) 
     # The difference of equal infinities is nan, so `recorded == eager` is asked below as well.
     near = (recorded - eager).abs() <= within[eager.dtype] * size
     return bool((near | (recorded == eager) | (recorded.isnan() & eager.isnan())).all())
-
-
-def unfinished(problem: BatchedProblem, x: Tensor, state: State[Any]) -> Tensor | None:
-    """Return the lanes that converged by the recorded error and not by the user's own function; None if there are none.
-
-    A recorded error and an eager one differ by rounding, so twice the target is allowed.
-    """
-    residual = problem.last_residual or problem.residual
-    size = torch.linalg.vector_norm(residual(problem, x).detach(), dim=-1, dtype=torch.float64)
-    # Negated, so that a residual of nan counts as above the target.
-    above = state.converged & ~(size <= 2 * torch.maximum(state.target, state.error))
-    return above if any_lane(above) else None

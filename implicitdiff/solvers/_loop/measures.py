@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicitdiff._torch.control import if_any
 from implicitdiff.solvers._loop.equations import Composite, RowResidual
-from implicitdiff.solvers._loop.problem import BatchedProblem, row_norm, scattered_signs, select
+from implicitdiff.solvers._loop.problem import BatchedProblem, row_dot, row_norm, scattered_signs, select
+
+_KNOWN = 100
+"""Ratio of ``|J x|`` to the error from which ``|J x|`` is ``|J x*|`` to a hundredth."""
+
+_LONG = 256
+"""Ratio to the residual of a change that rounding does not disturb."""
+_ROUNDS = 8
+"""Number of rounds that search for this length, each by a factor of at most 1e4."""
 
 
 def precision(eps: float) -> float:
@@ -66,30 +76,47 @@ def composite_size(problem: BatchedProblem, x: Tensor, gradient: Tensor) -> Tens
     return row_norm(composite.prox_residual(problem, x, unbalanced) - composite.prox_residual(problem, x, gradient))
 
 
+class SolutionScale(NamedTuple):
+    """The scale of the relative residual test at a possible solution ``x*``.
+
+    Attributes:
+        here: ``|J x|``.
+        size: about ``|J x*|``.
+        guess: ``|J (first_x - x*)|``, the distance of the initial guess, in lanes that are not `known`, else 0.
+        known: True if ``|J x|`` is much more than the error, so that `size` is `here`.
+    """
+
+    here: Tensor
+    size: Tensor
+    guess: Tensor
+    known: Tensor
+
+
 def solution_scale(
     problem: BatchedProblem, x: Tensor, here: Tensor, first_x: Tensor, error: Tensor, size: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the scale ``|J x|`` of the relative residual test at a possible solution, and whether the scale is
-    reliable.
-
-    If ``|J x|`` is hardly more than the error, the solution may be zero. Then the scale is ``|J (first_x - x)|``, the
-    distance of the initial guess, with a stricter factor ``eps^(1/6)`` because that distance may be large. `size` is
-    ``|J x|`` if already known.
-    """
+) -> SolutionScale:
+    """Measure the scale of the residual `here` at ``x``. `size` is ``|J x|`` if already known."""
     x, back, step = x.detach(), (first_x - x).detach(), problem.eps ** (1 / 2)
-    size = row_norm(change_with_x(problem.residual, problem, x, here)) if size is None else size
-    # Negated, so that a size of nan counts as small.
-    small = ~(size > 100 * error)
+    change = None
+    if size is None:
+        change = change_with_x(problem.residual, problem, x, here)
+        size = row_norm(change)
+    # Negated, so that a size of nan is not known.
+    unknown = ~(size > _KNOWN * error)
 
-    def with_distance(size: Tensor) -> Tensor:
+    def with_distance(carry: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        size, guess = carry
+        # ``F(x) = J (x - x*)`` to first order, so ``J x - F(x)`` is ``J x*``, which is 0 at a solution of zero.
+        product = change_with_x(problem.residual, problem, x, here) if change is None else change
+        at_solution = row_norm(product - here)
         # Limit the move to that of `change_with_x`, which stays in the domain, unless that move is negligible.
         # A move of length ``eps^(1/2) |x|``, if shorter than ``eps^(1/2) |back|``.
         ratio = (row_norm(x) / row_norm(back)).nan_to_num(nan=1.0).clamp(max=1.0)
         length = step * torch.where(ratio < problem.eps ** (1 / 4), 1.0, ratio)
         way = row_norm(problem.residual(problem, x + length[:, None] * back) - here) / length
-        return torch.where(small, torch.fmax(size, problem.eps ** (1 / 6) * way), size)
+        return torch.where(unknown, at_solution, size), torch.where(unknown, way, guess)
 
-    return if_any(small, with_distance, size), ~small
+    return SolutionScale(size, *if_any(unknown, with_distance, (size, torch.zeros_like(error))), known=~unknown)
 
 
 def rounding_floor(residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Tensor) -> Tensor:
@@ -105,6 +132,51 @@ def rounding_floor(residual: RowResidual, problem: BatchedProblem, x: Tensor, he
     gradient = residual.gradient(problem, x).detach()
     moved = residual.prox_residual(problem, x, gradient + _noise(residual.gradient, problem, x, gradient))
     return torch.maximum(own, row_norm(moved - here))
+
+
+class Rounding(NamedTuple):
+    """The rounding of a residual, of constants too.
+
+    Attributes:
+        size: the rounding; 0 in lanes in which it could not be measured.
+        length: the length of a move that changes the residual by 256 times its size.
+        everywhere: True if all second differences are of one order, as they are unless the residual has a few jumps.
+    """
+
+    size: Tensor
+    length: Tensor
+    everywhere: Tensor
+
+
+def rounding(residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Tensor) -> Rounding:
+    """Measure the rounding of a small residual without the size of ``x``, by 27 evaluations.
+
+    At a solution of zero the terms that cancel may be constants, whose rounding no small part of ``x`` shows. So the
+    residual is evaluated at points on a line around ``x``, from each to the next of which it changes by about twice its
+    size. Rounding shows in the second differences, which alternate: those of white noise have a correlation of -2/3
+    with their neighbours. Those of a smooth function, and of kinks, do not alternate. Over a large change the residual
+    has to be linear.
+    """
+    x, size, way = x.detach(), row_norm(here), scattered_signs(x)
+
+    def at(length: Tensor) -> Tensor:
+        return residual(problem, x + length[:, None] * way).detach()
+
+    length = torch.where(row_norm(x) > 0, row_norm(x), problem.eps)
+    for _ in range(_ROUNDS):
+        length = length * (_LONG * size / row_norm(at(length) - here)).nan_to_num(posinf=1e4).clamp(1e-4, 1e4)
+    up, down, far = (at(factor * length) - here for factor in (1, -1, 2))
+    linear = (row_norm(up) <= 2 * _LONG * size) & (row_norm(up + down) <= 0.25 * row_norm(up))
+    linear = linear & (row_norm(far - 2 * up) <= 0.25 * row_norm(up))
+    # Without ``x`` itself, which may be a point unlike all others.
+    values = [at((2 * i + 1) * length / _LONG) for i in range(-8, 8)]
+    bends = [a - 2 * b + c for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+    squares = torch.stack([row_dot(bend, bend) for bend in bends])
+    products = torch.stack([row_dot(a, b) for a, b in itertools.pairwise(bends)])
+    alternates = products.mean(dim=0) < -0.3 * squares.mean(dim=0)
+    # The variance of a second difference is 6 times that of the values.
+    everywhere = squares.amin(dim=0) > 0.01 * squares.mean(dim=0)
+    return Rounding(torch.where(linear & alternates, (squares.mean(dim=0) / 6).sqrt(), 0.0), length, everywhere)
 
 
 def _noise(residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Tensor) -> Tensor:

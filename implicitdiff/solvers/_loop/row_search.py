@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import NamedTuple
 
-from implicitdiff.solvers._loop.compiled import CompiledLoop, Compiler, SearchParts, unfinished
+from implicitdiff.solvers._loop.compiled import CompiledLoop, Compiler, SearchParts
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane
 from implicitdiff.solvers._loop.replayed import GraphedLoop, of_running_lanes
 from implicitdiff.solvers._loop.state import PATIENCE, State, Verdict
@@ -24,21 +25,25 @@ class Frame(NamedTuple):
         see: ``see(x, state)`` reports progress and returns the number of running lanes.
         advance: ``advance(x, state, running) -> (x, state)`` makes some iterations.
         judge: ``judge(x, state, verdict) -> (state, verdict)``, called when every lane has stopped.
+        settle: ``settle(x, state) -> state``, called at the end of a loop that has made an iteration.
     """
 
     see: Callable[[Any, State[Any]], int]
     advance: Callable[[Any, State[Any], int], tuple[Any, State[Any]]]
     judge: Callable[[Any, State[Any], Verdict], tuple[State[Any], Verdict]]
+    settle: Callable[[Any, State[Any]], State[Any]]
 
 
 def until_stopped(x: Any, state: State[Any], verdict: Verdict, frame: Frame) -> tuple[Any, State[Any]]:
     """Run the loop of every search."""
+    is_moved = False
     # A judgement may let lanes run on, so each round counts the running lanes anew.
     while running := frame.see(x, state):
+        is_moved = True
         x, state = frame.advance(x, state, running)
         if not any_lane(state.status == Status.RUNNING):
             state, verdict = frame.judge(x, state, verdict)
-    return x, state
+    return x, frame.settle(x, state) if is_moved else state
 
 
 @dataclass(eq=False)
@@ -76,7 +81,7 @@ class RowSearch:
                 return self.compiler.judged(self.loop, x, state, verdict)
             return self.parts.judge(self.problem, first_x, x, state, verdict)
 
-        frame = Frame(self.see, self._advance, judge)
+        frame = Frame(self.see, self._advance, judge, partial(self.parts.settle, self.problem))
         x, state = until_stopped(x, self._taken_over(state), verdict, frame)
         is_recorded = is_recorded or (self.compiler is not None and self.compiler.is_replayed)
         if not is_recorded or (above := unfinished(self.problem, x, state)) is None:
@@ -124,3 +129,15 @@ class RowSearch:
         # A linear solver fails in the next step, which is made eagerly for its report.
         self.loop = None
         return state._replace(status=torch.where(left, int(Status.RUNNING), state.status))
+
+
+def unfinished(problem: BatchedProblem, x: Tensor, state: State[Any]) -> Tensor | None:
+    """Return the lanes that converged by the recorded error and not by the user's own function; None if there are none.
+
+    A recorded error and an eager one differ by rounding, so twice the target is allowed.
+    """
+    residual = problem.last_residual or problem.residual
+    size = torch.linalg.vector_norm(residual(problem, x).detach(), dim=-1, dtype=torch.float64)
+    # Negated, so that a residual of nan counts as above the target.
+    above = state.converged & ~(size <= 2 * torch.maximum(state.target, state.error))
+    return above if any_lane(above) else None

@@ -225,7 +225,7 @@ class SolverImpl(Remembers):
         with _settings.full_precision():
             old = pytree.map_tensors(lambda t: t[None], state)
             x, state = self._step(problem, x, old, mask=True)
-            state = self._with_rounding_measured(problem, x, state)
+            state = self.termination.look(self.method, problem, x, state)
         return structure.unflatten(problem.inputs.unravel(x)), _unbatched(state)
 
     @_modes.one_operation
@@ -288,10 +288,6 @@ class SolverImpl(Remembers):
         active = state.status == Status.RUNNING
         return select(active, new_x, x), select_tree(active, new, state)
 
-    def _with_rounding_measured(self, problem: BatchedProblem, x: Tensor, state: State[Any]) -> State[Any]:
-        """Return the state, with the rounding floor measured in lanes that have made no progress for long enough."""
-        return self.termination.measure_rounding(self.method, problem, x, state, self.termination.idle(state))
-
     # --- in the caller's frame --------------------------------------------------------------------------------------
 
     def _frame(self, params: Tree, args: tuple[Tree, ...]) -> tuple[Tensor, BatchedProblem, Structure]:
@@ -337,19 +333,20 @@ class SolverImpl(Remembers):
             )
         first_x, _, _ = self._frame(params, args)
 
-        def judge(params: Tree, state: State[Any], verdict: Verdict) -> tuple[State[Any], Verdict]:
+        def on_rows(rule: Callable[..., Any], params: Tree, *states: Any) -> Any:
             x, problem, _ = self._frame(params, args)
             with _settings.full_precision():
-                one = pytree.map_tensors(lambda t: t[None], (state, verdict))
-                judged: tuple[State[Any], Verdict] = _unbatched(
-                    self.termination.judge(self.method, problem, first_x, x, *one)
-                )
-            return judged
+                one = pytree.map_tensors(lambda t: t[None], states)
+                return _unbatched(rule(problem, x, *one))
+
+        def judge(problem: BatchedProblem, x: Tensor, *states: Any) -> Any:
+            return self.termination.judge(self.method, problem, first_x, x, *states)
 
         frame = Frame(
             see=lambda params, state: report.see(_plain(state), partial(_plain, params), state.error),
             advance=lambda params, state, _: advance((params, state), *args),
-            judge=judge,
+            judge=partial(on_rows, judge),
+            settle=partial(on_rows, partial(self.termination.settle, self.method)),
         )
         with contextlib.closing(report):
             params, state = until_stopped(params, state, Verdict.initial(state), frame)
@@ -418,8 +415,9 @@ class SolverImpl(Remembers):
             start=self._start,
             step=partial(self._step, mask=False),
             asks=partial(rule.asks, self.method),
-            measure=self._with_rounding_measured,
+            measure=partial(rule.look, self.method),
             judge=partial(rule.judge, self.method),
+            settle=partial(rule.settle, self.method),
         )
 
     def _report_failures(self, state: Any, vmaps: Sequence[VmapSize]) -> None:

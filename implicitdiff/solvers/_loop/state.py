@@ -80,6 +80,7 @@ class Progress(NamedTuple):
             scale of a step if the solution is zero. Empty for methods without Newton-type steps.
         patience: the value of ``idle`` at which the rounding floor is measured next.
         floor: the rounding floor of ``error`` at its last measurement; 0 before the first.
+        enough: an error that is accepted if the search makes no further progress; 0 if there is none.
     """
 
     best: Tensor
@@ -89,6 +90,7 @@ class Progress(NamedTuple):
     reach: Tensor
     patience: Tensor
     floor: Tensor
+    enough: Tensor
 
     def stepped(self, d: Tensor, x: Tensor, units: Tensor | None = None) -> Progress:
         """Return the progress after a Newton-type step `d` at `x`; the search may have made a part of the step only.
@@ -98,14 +100,18 @@ class Progress(NamedTuple):
         # The decay forgets an initial guess far from the solution.
         # By 0.9 a step, a factor of 10 is forgotten in 22 steps.
         reach, eps = torch.maximum(0.9 * self.reach, x.detach().abs()), torch.finfo(x.dtype).eps
-        # Compare with ``eps^(1/6)`` of the largest values so far if the solution is zero.
         if units is None:
-            step = safe_divide(row_norm(d), torch.maximum(row_norm(x), eps ** (1 / 6) * row_norm(reach)))
+            step = safe_divide(row_norm(d), self._replace(reach=reach).scale(x))
         else:
             d, x, far = units * d.detach().abs(), units * x.detach().abs(), units * reach
             least = eps ** (1 / 3) * row_norm(far)[:, None]
             step = largest_entry(safe_divide(d, torch.maximum(x, least)))
         return self._replace(step=step, reach=reach)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """Return the length that a step at `x` is compared with: ``eps^(1/6)`` of the largest values so far if the
+        solution is zero."""
+        return torch.maximum(row_norm(x), torch.finfo(x.dtype).eps ** (1 / 6) * row_norm(self.reach))
 
     def fallen(self, where: Tensor) -> Progress:
         """Return the progress after a step that lowered the objective by more than rounding in the flagged lanes."""
@@ -155,11 +161,16 @@ class Verdict(NamedTuple):
 
     Attributes:
         error: the error at that time; infinite before the first decision, 0 in lanes whose target is final.
-        ratio: ``|F(x)| / |J x|`` at that time; 0 before the first decision.
-        length: ``|x|`` at that time.
+        part: ``|F(x)| / |J x*|`` at that time, ``x*`` being the solution; 0 before the first decision.
+        since: the error at an earlier decision, since which the error has not decreased to a thousandth; 0 before the
+            first decision.
+        ratio: ``|F(x)| / |J x|`` at that decision.
+        length: ``|x|`` at that decision.
     """
 
     error: Tensor
+    part: Tensor
+    since: Tensor
     ratio: Tensor
     length: Tensor
 
@@ -167,7 +178,7 @@ class Verdict(NamedTuple):
     def initial(cls, state: State[MemoryT]) -> Verdict:
         """Return the verdict before the first decision."""
         zeros = torch.zeros_like(state.error)
-        return cls(error=torch.full_like(zeros, torch.inf), ratio=zeros, length=zeros)
+        return cls(torch.full_like(zeros, torch.inf), zeros, zeros, zeros, zeros)
 
 
 def _summary(statuses: list[int], iterations: list[int], errors: list[float]) -> str:

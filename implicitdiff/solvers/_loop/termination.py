@@ -21,7 +21,7 @@ from torch import Tensor
 
 from implicitdiff._torch.control import if_any
 from implicitdiff.solvers._loop.equations import Composite
-from implicitdiff.solvers._loop.measures import change_with_x, precision, rounding_floor, solution_scale
+from implicitdiff.solvers._loop.measures import change_with_x, precision, rounding, rounding_floor, solution_scale
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import NewtonStep, if_twice_differentiable
 from implicitdiff.solvers._loop.problem import BatchedProblem, any_lane, row_norm, select_tree
@@ -35,9 +35,14 @@ _MAX_ZERO_STEPS = 16
 
 _RELIABLE = 1e-3
 """Value of ``|F(x)| / |J x|`` below which ``|J x|`` is about the value at the solution."""
+_LONG_IDLE = 64
+"""Number of iterations without progress after which the rounding of constants is measured too."""
 _NEXT_TARGET = 0.1
 """Factor from the error to the next target, for a search near its target but far from the solution."""
-
+_FAR = 1e-3
+"""Factor of the error between two decisions that are compared to find a way to infinity."""
+_ZERO = 100.0
+"""Ratio ``|F(x)| / |J x*|`` above which ``|J x*|`` is rounding."""
 
 _ROUNDING = 16
 """Multiple of the rounding floor that is no change of the function: errors are computed in several ways."""
@@ -90,6 +95,7 @@ class Termination:
                 reach=x.detach().abs() if near else x.new_zeros((x.shape[0], 0)),
                 patience=zero + PATIENCE,
                 floor=zeros,
+                enough=zeros,
             ),
             memory=start.memory,
         )
@@ -134,7 +140,9 @@ class Termination:
         status = torch.where(torch.isfinite(state.error), status, int(Status.DIVERGED))
         # A failed line search may have stopped at a solution; a user's tolerance may accept a point on the way to an
         # infimum at infinity.
-        ended = (state.status == Status.LINE_SEARCH_FAILED) | (state.status == Status.UNBOUNDED)
+        ended = state.status == Status.LINE_SEARCH_FAILED
+        if not self.is_default:
+            ended = ended | (state.status == Status.UNBOUNDED)
         arrived = ended & (status == Status.CONVERGED)
         return state._replace(status=torch.where((state.status == Status.RUNNING) | arrived, status, state.status))
 
@@ -175,16 +183,31 @@ class Termination:
     ) -> State[MemoryT]:
         floor = rounding_floor(problem.residual, problem, x, _current_residual(method, problem, x, state))
         old = state.progress
+        # Slow progress shows in as many iterations as there were before.
+        is_idle = (state.status != Status.RUNNING) | (old.idle >= (state.iter_num // 2).clamp(min=_LONG_IDLE))
+        enough = is_idle & (state.error <= old.enough)
         progress = old._replace(
-            floor=torch.where(asked, floor, old.floor),
+            floor=torch.where(asked, torch.where(enough, torch.maximum(floor, state.error), floor), old.floor),
             # Double the patience: measurements after 4, 8, 16, ... idle iterations cost a vanishing share.
             patience=torch.where(asked, old.idle + old.idle, old.patience),
         )
         # Valid at this point only: the floor depends on ``x``.
-        at_floor = asked & (state.error <= floor)
+        at_floor = asked & (state.error <= progress.floor)
+        found = self._at_floor(method, problem, x, state._replace(progress=progress), at_floor)
+        # A step was judged before, where the error was found to be enough.
+        good = asked & enough
+        return found._replace(
+            status=torch.where(good, int(Status.CONVERGED), found.status),
+            target=torch.where(good, progress.floor, found.target),
+        )
+
+    def _at_floor(
+        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, state: State[MemoryT], where: Tensor
+    ) -> State[MemoryT]:
+        """Return the state, with the end of some lanes, whose error is rounding."""
         # With a user's tolerances rounding above the target is a stall, with default tolerances convergence, unless a
         # Newton-type step shows that ``x`` is far from a solution.
-        good = at_floor & self.is_default
+        good = where & self.is_default
 
         def settled(good: Tensor) -> Tensor:
             stepped = _with_step(state, _distance_step(method, problem, x, state), good, good)
@@ -192,11 +215,10 @@ class Termination:
             return good & is_short
 
         good = if_any(good, settled, good)
-        status = torch.where(at_floor, int(Status.STALLED), state.status)
+        status = torch.where(where, int(Status.STALLED), state.status)
         return state._replace(
             status=torch.where(good, int(Status.CONVERGED), status),
-            target=torch.where(good, floor, state.target),
-            progress=progress,
+            target=torch.where(good, state.progress.floor, state.target),
         )
 
     def judge(
@@ -246,6 +268,56 @@ class Termination:
         spent = (state.status == Status.BUDGET_SPENT) & may_end
         return self.measure_rounding(method, problem, x, state, failed | stands | spent), verdict
 
+    def look(
+        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, state: State[MemoryT]
+    ) -> State[MemoryT]:
+        """Return the state, with the rounding floor measured in lanes that have made no progress for long enough."""
+        asked = self.idle(state)
+        state = self.measure_rounding(method, problem, x, state, asked)
+        return self._at_zero(method, problem, x, state, asked & (state.progress.idle >= _LONG_IDLE))
+
+    def settle(
+        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, state: State[MemoryT]
+    ) -> State[MemoryT]:
+        """Decide, after the search, which lanes that have stopped without success are at a solution of zero."""
+        stopped = (state.status == Status.LINE_SEARCH_FAILED) | (state.status == Status.STALLED)
+        if not self.is_budget:
+            stopped = stopped | (state.status == Status.BUDGET_SPENT)
+        return self._at_zero(method, problem, x, state, stopped)
+
+    def _at_zero(
+        self, method: IterativeMethod[MemoryT], problem: BatchedProblem, x: Tensor, state: State[MemoryT], asked: Tensor
+    ) -> State[MemoryT]:
+        """Return the state; the `asked` lanes at a solution of zero, up to the rounding of constants, end."""
+        if not method.is_judged:
+            return state
+        asked = asked & torch.isfinite(state.error) & (state.error > 0) & self._may_stall(state)
+
+        def with_constants(state: State[MemoryT]) -> State[MemoryT]:
+            here, progress = problem.residual(problem, x).detach(), state.progress
+            noise = rounding(problem.residual, problem, x, here)
+            # Jumps look like rounding, but for this: a compiled loop rounds otherwise than torch. A Newton-type step
+            # shows jumps that are large.
+            is_rounding = (row_norm(here) - state.error).abs() > 0.01 * state.error
+            if method.newton_step is not None:
+                is_rounding = is_rounding | noise.everywhere
+            # Other solutions have a rounding floor, so only a zero is looked for.
+            where = asked & is_rounding & (state.error <= _ROUNDING * noise.size) & (row_norm(x) <= noise.length)
+            floor = torch.where(where, state.error, progress.floor)
+            found = self._at_floor(method, problem, x, state._replace(progress=progress._replace(floor=floor)), where)
+            good = found.status == Status.CONVERGED
+            if self.is_default and method.steps_tell:
+                # Against rounding itself no step is short; one that rounding explains is no longer than this length.
+                good = good | (where & (progress.step * progress.scale(x) <= noise.length))
+            # A lane that has stopped keeps its status, unless it is at a solution.
+            status = torch.where(state.status == Status.RUNNING, found.status, state.status)
+            return found._replace(
+                status=torch.where(good, int(Status.CONVERGED), status),
+                target=torch.where(where & good, state.error, state.target),
+            )
+
+        return if_any(asked, with_constants, state)
+
     def of_other_function(
         self, problem: BatchedProblem, x: Tensor, state: State[MemoryT], found: Tensor
     ) -> Tensor | None:
@@ -264,6 +336,14 @@ class Termination:
         here, there = (problem.residual(problem, x).detach() for _ in range(2))
         bound = bound + _ROUNDING * rounding_floor(problem.residual, problem, x, here)
         other = above & ~(torch.maximum(row_norm(here), row_norm(there)) <= bound)
+        if not any_lane(other):
+            return None
+        # A loop that is compiled rounds otherwise than torch. The evaluations in between belong to one function only
+        # if those before and after agree.
+        bound = bound + _ROUNDING * rounding(problem.residual, problem, x, here).size
+        last = problem.residual(problem, x).detach()
+        steady = (row_norm(there - here) == 0) & (row_norm(last - here) == 0)
+        other = other & ~(steady & (row_norm(here) <= bound))
         return other if any_lane(other) else None
 
     def _judged(
@@ -303,19 +383,27 @@ class Termination:
     ) -> tuple[State[MemoryT], Verdict]:
         """Measure ``|J x|`` at `x`; lanes that have `reached` a coarse target continue towards a finer target.
 
-        A lane goes to infinity if, since the last decision, ``|x|`` has grown while ``|J x|`` has shrunk about as much
-        as the error; the lane gets the status ``method.runs_off``.
+        A lane goes to infinity if, since an earlier decision, ``|x|`` has grown while ``|J x|`` has shrunk about as
+        much as the error; the lane gets the status ``method.runs_off``.
         """
         state, verdict = carry
         error, here = state.error, _current_residual(method, problem, x, state)
-        size, known = solution_scale(problem, x, here, first_x, error, None if step is None else step.size)
-        fine, rough = precision(problem.eps) * size, problem.eps ** (2 / 3) * size
+        scale = solution_scale(problem, x, here, first_x, error, None if step is None else step.size)
+        size, known, guess = scale.size, scale.known, problem.eps ** (1 / 6) * scale.guess
+        p, part, length = precision(problem.eps), (error / size).clamp(max=_ZERO), row_norm(x)
+        ratio = error / scale.here
+        # The solution is zero if ``|J x*|`` has decreased with the error. Then the distance of the initial guess is the
+        # scale, with a stricter factor ``eps^(1/6)`` because that distance may be large.
+        is_zero = ~known & (verdict.part > 0) & (2 * part >= verdict.part)
+        rough = problem.eps ** (2 / 3) * torch.fmax(size, guess)
+        size = torch.where(is_zero, torch.fmax(size, guess), size)
+        fine = p * size
         # Continue above the finer target, as long as each round has halved the error. A size of 0 or nan gives no
         # target.
         # `verdict.error` begins infinite, so the first round passes the test of halves.
         again = reached & (error > fine) & (2 * error < verdict.error) & (size > 0)
-        ratio, length = error / size, row_norm(x)
-        off = again & (verdict.ratio > 0) & (ratio > 0.1 * verdict.ratio) & (length > 1.2 * verdict.length)
+        smaller = error <= _FAR * verdict.since
+        off = again & smaller & (ratio > 0.1 * verdict.ratio) & (length > 1.2 * verdict.length)
         again = again & ~off
         # Rounding rarely exceeds 256 eps of the scale; the bound saves two evaluations in most searches.
         near = again & (error <= 256.0 * problem.eps * size)
@@ -327,17 +415,25 @@ class Termination:
         # A failed line search leaves more error than a regular end: accept two thirds of the digits. An infinite scale
         # gives no target.
         good = failed & (error <= rough) & torch.isfinite(rough)
+        # An uncertain scale is measured again on the way.
+        next_target = torch.where(known, fine, torch.maximum(fine, _NEXT_TARGET * error))
+        # If it cannot be reached, the scale of the guess decides.
+        enough = torch.where(again & ~known, p * torch.fmax(size, guess), 0.0)
         state = self._running_on(state, again)
         state = state._replace(
-            target=torch.where(again, fine, torch.where(good, rough, state.target)),
+            progress=state.progress._replace(enough=torch.where(again, enough, state.progress.enough)),
+            target=torch.where(again, next_target, torch.where(good, rough, state.target)),
             status=torch.where(off, int(method.runs_off), state.status),
         )
         # Close to the solution ``|J x|`` changes little, so the next target is final.
         is_final = known & (ratio <= _RELIABLE)
+        anew = again & (smaller | (verdict.since == 0))
         return state, Verdict(
             error=torch.where(again, torch.where(is_final, 0.0, error), verdict.error),
-            ratio=torch.where(again, ratio, verdict.ratio),
-            length=torch.where(again, length, verdict.length),
+            part=torch.where(again, part, verdict.part),
+            since=torch.where(anew, error, verdict.since),
+            ratio=torch.where(anew, ratio, verdict.ratio),
+            length=torch.where(anew, length, verdict.length),
         )
 
     def _stepped(
@@ -365,7 +461,8 @@ class Termination:
             target=torch.where(far, _NEXT_TARGET * state.error, state.target),
             memory=state.memory if step.memory is None else select_tree(far, step.memory, state.memory),
         )
-        return state, verdict._replace(error=torch.where(far, 0.0, verdict.error))
+        # Unless the finer target is final, the next one is measured at the next point.
+        return state, verdict._replace(error=torch.where(far, torch.minimum(state.error, verdict.error), verdict.error))
 
     def _running_on(self, state: State[MemoryT], where: Tensor) -> State[MemoryT]:
         on = torch.where(state.iter_num < self.limit, int(Status.RUNNING), int(Status.BUDGET_SPENT))
