@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple, TypeGuard
 
@@ -142,22 +142,21 @@ class _Lowering:
 
     def _sections(self, items: Sequence[TapeItem]) -> list[TapeItem]:
         """Move instructions that do not depend on carried values out of the iteration; return the others."""
-        # Buffers with the same numbers in all lanes, and buffers with the same numbers in all iterations. A tape is in
-        # order, so one pass finds all.
-        uniform: set[Buffer] = set()
-        fixed: set[Buffer] = set(self.operands)
+        # Buffers with the same numbers in all iterations, and whether lanes differ in them. A tape is in order, so one
+        # pass finds all.
+        varies: dict[Buffer, bool] = dict.fromkeys(self.operands, True)
         left: list[TapeItem] = []
         for item in items:
-            read = {r.buffer for r in item.inputs if r.buffer.kind not in (Kind.SHARED, Kind.CONSTANT)}
-            made = {r.buffer for r in item.outputs}
-            if not self._may_leave(item) or not read <= uniform | fixed:
+            read = [r.buffer for r in item.inputs if r.buffer.kind not in (Kind.SHARED, Kind.CONSTANT)]
+            if not self._may_leave(item) or not all([b in varies for b in read]):
                 left.append(item)
-            elif read <= uniform:
-                uniform |= made
-                self.once.append(self._with_local_inputs(item))
-            else:
-                fixed |= made
+                continue
+            of_lane = any([varies[b] for b in read])
+            varies.update(dict.fromkeys(_outputs([item]), of_lane))
+            if of_lane:
                 self.entry.append(item)
+            else:
+                self.once.append(self._with_local_inputs(item))
         return left
 
     def _may_leave(self, item: TapeItem) -> TypeGuard[Instruction]:
@@ -174,7 +173,7 @@ class _Lowering:
             return item
         for reference in item.inputs:
             self._pool(reference.buffer)
-        return replace(item, inputs=tuple(self._within_reach(item, r) for r in item.inputs))
+        return item.with_inputs(tuple([self._within_reach(item, r) for r in item.inputs]))
 
     def _pool(self, buffer: Buffer) -> None:
         """Give a constant its place among the constants."""
@@ -226,17 +225,20 @@ def _outputs(items: Iterable[TapeItem]) -> list[Buffer]:
 
 def _needed(items: Sequence[TapeItem], flags: Sequence[Buffer]) -> list[TapeItem]:
     """Leave out the instructions whose results nothing reads."""
-    needed: set[Buffer] = set(flags)
-    while True:
-        kept: dict[TapeItem, None] = {}
-        for item in reversed(items):
-            is_read = any(r.buffer in needed for r in item.outputs)
-            if is_read or not isinstance(item, Instruction) or item.name == "COMMIT":
-                kept[item] = None
-                needed.update(r.buffer for r in item.inputs)
-        # A loop reads at its beginning what was computed at its end, so go through the tape again.
-        if needed.isdisjoint(_outputs(i for i in items if i not in kept)):
-            return list(kept)[::-1]
+    makers: dict[Buffer, list[TapeItem]] = {}
+    for item in items:
+        for reference in item.outputs:
+            makers.setdefault(reference.buffer, []).append(item)
+    left = [i for i in items if not isinstance(i, Instruction) or i.name == "COMMIT"]
+    for flag in flags:
+        left += makers.pop(flag, ())
+    needed: set[TapeItem] = set()
+    # From readers to makers, in any order: a loop reads at its beginning what was computed at its end.
+    while left:
+        needed.add(item := left.pop())
+        for reference in item.inputs:
+            left += makers.pop(reference.buffer, ())
+    return [i for i in items if i in needed]
 
 
 class _Spelling:
@@ -259,20 +261,21 @@ class _Spelling:
 
     def instruction(self, item: Instruction) -> list[int]:
         references = [*item.outputs, *item.inputs]
-        dims: list[Dim] = list(zip(item.sizes, *(r.strides for r in references), strict=True))
+        dims: list[Dim] = list(zip(item.sizes, *[r.strides for r in references], strict=True))
         if item.name in REDUCTIONS:
             dims = _coalesced(dims[:-1]) + dims[-1:]
         elif item.name not in MATRICES:
             # In the order of the strides of the first operand, the longest first.
-            dims = _coalesced(sorted(dims, key=lambda dim: -abs(dim[1])))
+            dims = _coalesced(sorted(dims, key=_shortness) if len(dims) > 1 else dims)
         # `most_dimensions` of `src/cpu/kernels.h`, counted after neighbours are merged.
         if len(dims) > 6:
             raise NotRecordableError(f"an operation has {len(dims)} dimensions")
         # The words are opcode, rounding, number of dimensions, sizes, number of operands, and for each operand space,
         # offset and strides. `Reader` in `program.cpp` takes them in this order.
-        words = [self.codes[item.name], int(item.rounds), len(dims), *(size for size, *_ in dims), len(references)]
+        words = [self.codes[item.name], int(item.rounds), len(dims), *[dim[0] for dim in dims], len(references)]
         for i, reference in enumerate(references, start=1):
-            words += [*self._place(reference), *(dim[i] for dim in dims)]
+            words += self._place(reference)
+            words += [dim[i] for dim in dims]
         return words
 
     def jump(self, item: Jump, places: Mapping[Label, int]) -> list[int]:
@@ -297,14 +300,19 @@ Dim = tuple[int, ...]
 """The size of a dimension, and the stride of each operand."""
 
 
+def _shortness(dim: Dim) -> int:
+    return -abs(dim[1])
+
+
 def _coalesced(dims: Sequence[Dim]) -> list[Dim]:
     """Merge neighbouring dimensions that all operands step through evenly; leave out those of size 1."""
     merged: list[Dim] = []
-    for size, *steps in dims:
+    for dim in dims:
+        size, *steps = dim
         if size == 1:
             continue
         # For every operand one outer step must pass the whole inner dimension.
-        if merged and merged[-1][1:] == tuple(size * step for step in steps):
-            size *= merged.pop()[0]
-        merged.append((size, *steps))
+        if merged and merged[-1][1:] == tuple([size * step for step in steps]):
+            dim = (size * merged.pop()[0], *steps)
+        merged.append(dim)
     return merged

@@ -40,7 +40,7 @@ def placed(
 class _Lives:
     """The first and the last position on the tape where buffers are used.
 
-    Buffers of one group share memory. `group` holds, for a buffer, the buffer that stands for its group.
+    Buffers of one group share memory. `group` leads from a buffer, step by step, to the one that stands for its group.
     """
 
     def __init__(self, items: Sequence[TapeItem], loops: Sequence[tuple[Label, Label]]) -> None:
@@ -54,18 +54,21 @@ class _Lives:
                 self.uses.setdefault(reference.buffer, []).append(at)
         # A value from before a loop is read again in the next round. Inner loops come first.
         for begin, end in ((at_label[a], at_label[b]) for a, b in loops):
-            for uses in self.uses.values():
-                if uses[0] < begin <= uses[-1] < end:
+            for buffer in {r.buffer for item in items[begin:end] for r in (*item.outputs, *item.inputs)}:
+                uses = self.uses[buffer]
+                if uses[0] < begin and uses[-1] < end:
                     uses.append(end)
 
     def join(self, a: Buffer, b: Buffer) -> None:
         """Let two groups share memory."""
         self.uses[a] = sorted({*self.uses[a], *self.uses[b]})
-        self.group.update({buffer: a for buffer, to in self.group.items() if to is b} | {b: a})
+        self.group[b] = a
 
     def of(self, buffer: Buffer) -> Buffer:
         """Return the buffer that stands for a group."""
-        return self.group.get(buffer, buffer)
+        while buffer in self.group:
+            buffer = self.group[buffer]
+        return buffer
 
 
 def _without_copies(items: Sequence[TapeItem], lives: _Lives, fixed: Container[Buffer]) -> list[TapeItem]:
@@ -145,7 +148,7 @@ def _placed_from(length: int, lives: _Lives, offsets: dict[Buffer, int], top: in
             offsets[buffer] = free.take(buffer.size)
         for buffer in deaths.get(at, []):
             free.give(offsets[buffer], buffer.size)
-    offsets.update({buffer: offsets[to] for buffer, to in lives.group.items()})
+    offsets.update({buffer: offsets[lives.of(buffer)] for buffer in lives.group})
     return free.top
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from implicitdiff._recorded.tape import (
 )
 from implicitdiff._torch.dispatch import AtenOperation, aten
 from implicitdiff._torch.messages import line_of_user
-from implicitdiff._torch.modes import no_modes
+from implicitdiff._torch.modes import no_modes, with_modes
 
 BranchT = TypeVar("BranchT")
 Emitter = Callable[..., None]
@@ -58,6 +59,9 @@ _SPLITS = (torch.tensor_split, Tensor.tensor_split)
 """Functions that read the places where they split from a tensor."""
 
 
+_GUARDED = {*_UNSEEN, *_READERS_OF_LISTS, *_SPLITS}
+
+
 def _unseen(name: str, kind: str) -> NotRecordableError:
     """Return the refusal of a function that no operation of the dispatcher shows."""
     if kind == _VALUES:
@@ -76,16 +80,22 @@ def _reads_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return bool(pytree.tensors([v for v in (*args, *kwargs.values()) if isinstance(v, (list, tuple))]))
 
 
+def _refuse_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if func in _UNSEEN:
+        raise _unseen(func.__name__, _UNSEEN[func])
+    if _reads_numbers(func, args, kwargs):
+        raise NotRecordableError(f"{func.__name__} reads the value of a tensor{line_of_user()}")
+
+
 class Guard(TorchFunctionMode):
     """A mode around a recording that refuses what the recorder would not see."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _UNSEEN:
-            raise _unseen(func.__name__, _UNSEEN[func])
-        if _reads_numbers(func, args, kwargs or {}):
-            raise NotRecordableError(f"{func.__name__} reads the value of a tensor{line_of_user()}")
+        # One question, since this runs for each attribute of a tensor as well.
+        if func in _GUARDED:
+            _refuse_numbers(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
 
@@ -137,19 +147,14 @@ class Recorder(_dispatch.TorchDispatchMode):
         if (known := self._views.get(id(tensor))) is not None:
             return known
         check_recordable(tensor)
-        buffer = self._buffers.get(_dispatch.storage_key(tensor)) or self._foreign(tensor)
-        view = View(buffer, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        # The tensor stays alive, so that Python does not reuse its id.
-        self._alive.append(tensor)
-        self._views[id(tensor)] = view
-        return view
+        return self._noted(tensor, self._buffers.get(_dispatch.storage_key(tensor)) or self._foreign(tensor))
 
     def result(self, tensor: Tensor) -> View:
         """Return the view of a new tensor."""
         check_recordable(tensor)
         # The size of the storage and not of the tensor: a result may have gaps between its rows.
-        self._keep(tensor, Buffer(Kind.RESULT, _dispatch.storage_size(tensor), self.tape.scope))
-        return self.view(tensor)
+        buffer = Buffer(Kind.RESULT, _dispatch.storage_size(tensor), self.tape.scope)
+        return self._noted(tensor, self._keep(tensor, buffer))
 
     def temporary(self, shape: Sequence[int], dtype: torch.dtype) -> View:
         """Return a view of a new contiguous buffer."""
@@ -160,21 +165,22 @@ class Recorder(_dispatch.TorchDispatchMode):
         """Return a number as a view of shape ()."""
         # 0 and -0 are equal, and nan is not equal to itself.
         key = (repr(number), dtype)
-        if key not in self._numbers:
-            with _dispatch.outside_dispatch():
-                value = torch.tensor([number], dtype=dtype)
-            self._numbers[key] = View(Buffer(Kind.CONSTANT, 1, value=value), 0, (), (), dtype)
-        return self._numbers[key]
+        if (known := self._numbers.get(key)) is not None:
+            return known
+        with _dispatch.outside_dispatch():
+            value = torch.tensor([number], dtype=dtype)
+        made = self._numbers[key] = View(Buffer(Kind.CONSTANT, 1, value=value), 0, (), (), dtype)
+        return made
 
     def as_dtype(self, value: Tensor | View | float, dtype: torch.dtype) -> View:
         """Return an argument of an operation that computes in `dtype`, rounded as torch rounds the argument."""
         if isinstance(value, (int, float)):
             return self.constant(value, dtype)
         view = self.view(value) if isinstance(value, Tensor) else value
-        if view.dtype == dtype or not _is_narrower(dtype, view.dtype):
-            # A double holds every value of a narrower dtype, so a widening costs no instruction.
-            return view._replace(dtype=dtype)
-        return self.copy(view, dtype)
+        if view.dtype == dtype:
+            return view
+        # A double holds every value of a narrower dtype, so a widening costs no instruction.
+        return self.copy(view, dtype) if _is_narrower(dtype, view.dtype) else view._replace(dtype=dtype)
 
     def copy(self, view: View, dtype: torch.dtype | None = None) -> View:
         """Return a contiguous copy."""
@@ -218,6 +224,14 @@ class Recorder(_dispatch.TorchDispatchMode):
         self._buffers[_dispatch.storage_key(tensor)] = buffer
         return buffer
 
+    def _noted(self, tensor: Tensor, buffer: Buffer) -> View:
+        """Note and return the view of a tensor in its buffer."""
+        view = View(buffer, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        # The tensor stays alive, so that Python does not reuse its id.
+        self._alive.append(tensor)
+        self._views[id(tensor)] = view
+        return view
+
     def _foreign(self, tensor: Tensor) -> Buffer:
         """Return the buffer of a tensor that no recorded operation made."""
         whole = _dispatch.whole_storage(tensor)
@@ -231,25 +245,53 @@ class Recorder(_dispatch.TorchDispatchMode):
     def __torch_dispatch__(
         self, func: AtenOperation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        # Outside of the Guard, which would take each question for the geometry of a tensor for one of the user.
+        with no_modes():
+            return self._recorded(func, args, kwargs or {})
+
+    def _recorded(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # The order counts. Random operations and writes come before folding, since their arguments may all be
         # constants.
+        if _changes(func):
+            return self._changed(func, args, kwargs)
+        if func is aten.lift_fresh.default:
+            # The argument is a tensor that `torch.tensor` has just made of numbers.
+            self.known(args[0])
+        tensors = _dispatch.tensors(args, kwargs)
+        if func in FACTORIES or self._are_constant(tensors):
+            return self._folded(func, args, kwargs)
+        self._refuse_unsafe(func, args)
+        emitter = self.emitters.get(func)
+        if emitter is None and not _dispatch.returns_views(func):
+            return self._decomposed(func, args, kwargs)
+        result = func(*args, **kwargs)
+        made = pytree.tensors(result)
+        # Known memory means a view, for which the geometry of the tensor is enough.
+        if all([_dispatch.storage_key(t) in self._buffers for t in made]):
+            if any([t.is_neg() or t.dtype != tensors[0].dtype for t in made]):
+                raise self._refusal(func, "interprets the memory of a tensor in another way")
+            return result
+        if emitter is None:
+            return self._decomposed(func, args, kwargs)
+        self._emit(func, emitter, result, args, kwargs)
+        return result
+
+    def _changed(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that is not a function of its arguments, or that changes an argument."""
         if _dispatch.is_random(func):
             raise self._refusal(func, "draws random numbers")
         if _dispatch.changes_geometry(func):
             return self._other_view(func, args, kwargs)
-        if _dispatch.changes_arguments(func):
-            return self._in_place(func, args, kwargs)
-        if func is aten.lift_fresh.default:
-            # The argument is a tensor that `torch.tensor` has just made of numbers.
-            self.known(args[0])
-        tensors = pytree.tensors((args, kwargs))
-        if func in FACTORIES or self._are_constant(tensors):
-            return self._folded(func, args, kwargs)
-        self._refuse_unsafe(func, args)
-        if func in self.emitters or _dispatch.returns_views(func):
-            return self._emitted(func, args, kwargs)
-        return self._decomposed(func, args, kwargs)
+        return self._in_place(func, args, kwargs)
+
+    def _emit(
+        self, func: AtenOperation, emitter: Emitter, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        try:
+            emitter(self, result, *args, **kwargs)
+        # Emitters expect the usual arguments; whatever fails in an emitter is left to Python.
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise self._refusal(func, f"has unusual arguments ({error})") from error
 
     def _refuse_unsafe(self, func: AtenOperation, args: tuple[Any, ...]) -> None:
         if asks_for_values(func, args, self._are_constant):
@@ -257,27 +299,8 @@ class Recorder(_dispatch.TorchDispatchMode):
         if func is aten.as_strided.default and self.view(args[0]).buffer.kind in (Kind.LANE, Kind.SHARED):
             raise self._refusal(func, "reads the memory of an operand, whose strides may be others in a later call")
 
-    def _emitted(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation, and emit its instructions; a view of an argument needs none."""
-        result = func(*args, **kwargs)
-        made = pytree.tensors(result)
-        # Known memory means a view, for which the geometry of the tensor is enough.
-        if all([_dispatch.storage_key(t) in self._buffers for t in made]):
-            dtype = pytree.tensors((args, kwargs))[0].dtype
-            if any([t.is_neg() or t.dtype != dtype for t in made]):
-                raise self._refusal(func, "interprets the memory of a tensor in another way")
-            return result
-        emitter = self.emitters.get(func)
-        if emitter is None:
-            return self._decomposed(func, args, kwargs)
-        try:
-            emitter(self, result, *args, **kwargs)
-        # Emitters expect the usual arguments; whatever fails in an emitter is left to Python.
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise self._refusal(func, f"has unusual arguments ({error})") from error
-        return result
-
     def _are_constant(self, tensors: Sequence[Tensor]) -> bool:
+        # All of them, also behind the first that varies: a tensor of unknown origin raises.
         return all([self.view(t).buffer.kind is Kind.CONSTANT for t in tensors])
 
     def _folded(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -292,7 +315,7 @@ class Recorder(_dispatch.TorchDispatchMode):
     def _decomposed(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         parts = _dispatch.decomposition(func)
         # torch keeps a mode off the stack while its handler runs. Entered again, the mode sees the parts.
-        with self:
+        with with_modes(), self:
             # In inference mode torch hands over operations that it otherwise decomposes itself.
             result = func.decompose(*args, **kwargs) if parts is None else parts(*args, **kwargs)
         if result is NotImplemented:
@@ -403,13 +426,16 @@ class Recorder(_dispatch.TorchDispatchMode):
         """Return tensors that a branch or a loop assigns to, with the numbers of `leaves`."""
         with self.paused():
             variables = [t.detach().clone(memory_format=torch.contiguous_format) for t in leaves]
-        for new, old in zip(variables, leaves, strict=True):
-            self.convert(self.result(new), self.view(old))
+        # Outside of the Guard, see `__torch_dispatch__`.
+        with no_modes():
+            for new, old in zip(variables, leaves, strict=True):
+                self.convert(self.result(new), self.view(old))
         return variables
 
     def _assign(self, variables: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Assign to the variables, as if to all at once."""
-        targets, sources = [[self.view(t) for t in ts] for ts in (variables, values)]
+        with no_modes():
+            targets, sources = [[self.view(t) for t in ts] for ts in (variables, values)]
         own = {id(v.buffer) for v in targets}
         pairs = [(a, b) for a, b in zip(targets, sources, strict=True) if a != b]
         # Equal views: the branch returns the variable itself.
@@ -436,6 +462,11 @@ def asks_for_values(func: AtenOperation, args: Sequence[Any], are_known: Callabl
     if func is not aten.index.Tensor:
         return _dispatch.reads_values(func)
     return not are_known([i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)])
+
+
+@cache
+def _changes(func: AtenOperation) -> bool:
+    return _dispatch.is_random(func) or _dispatch.changes_geometry(func) or _dispatch.changes_arguments(func)
 
 
 def check_recordable(tensor: Tensor) -> None:

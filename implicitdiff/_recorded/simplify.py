@@ -43,20 +43,19 @@ class _Simplifier:
         last = [self._with_equal_inputs(i, _STAYS) if isinstance(i, Instruction) else i for i in items[end:]]
         return kept + [i for i in last if not (isinstance(i, Instruction) and self._keeps_its_target(i))]
 
-    def _with_equal_inputs(self, item: Instruction, kinds: frozenset[Kind]) -> Instruction:
+    def _with_equal_inputs(self, item: Instruction, kinds: Sequence[Kind]) -> Instruction:
         if any([r.buffer in self.same for r in item.inputs]):
-            return replace(item, inputs=tuple(self._moved(r, kinds) for r in item.inputs))
+            return item.with_inputs(tuple([self._moved(r, kinds) for r in item.inputs]))
         return item
 
-    def _moved(self, reference: Reference, kinds: frozenset[Kind]) -> Reference:
+    def _moved(self, reference: Reference, kinds: Sequence[Kind]) -> Reference:
         buffer = self.same.get(reference.buffer)
         return reference if buffer is None or buffer.kind not in kinds else reference._replace(buffer=buffer)
 
     def _shortened(self, item: Instruction) -> Instruction:
-        # Each rule once, in order: the result of a rule may fit a later rule.
-        for rule in _RULES:
-            item = rule(item, self.made_by) or item
-        return item
+        # The result of a rule fits no other rule.
+        rule = _RULES.get(item.name)
+        return item if rule is None else rule(item, self.made_by) or item
 
     def _note(self, item: Instruction) -> None:
         """Remember a result; if an instruction only repeats a value, its buffer is replaced by that of the value."""
@@ -84,9 +83,9 @@ class _Simplifier:
         return self.same.get(value.buffer) is out.buffer and value[1:] == out[1:]
 
 
-_ALL_KINDS = frozenset(Kind)
-_STAYS = _ALL_KINDS - {Kind.CARRY}
-_OF_LANE = _ALL_KINDS - {Kind.CONSTANT, Kind.SHARED}
+_ALL_KINDS = tuple(Kind)
+_STAYS = (Kind.LANE, Kind.SHARED, Kind.CONSTANT, Kind.RESULT)
+_OF_LANE = (Kind.CARRY, Kind.LANE, Kind.RESULT)
 """The kinds of buffers with a value for each lane, which flags of jumps are."""
 
 
@@ -138,49 +137,41 @@ def _known_number(reference: Reference) -> float | None:
 
 def _flag_with_constant(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
     """``x & True`` and ``x | False`` are ``x``; ``x & False`` and ``x | True`` are the constant."""
-    if item.name not in ("AND", "OR"):
-        return None
     for at, other in ((0, 1), (1, 0)):
         number = _known_number(item.inputs[at])
         if number is not None:
             decides = (number != 0) == (item.name == "OR")
-            return replace(item, name="COPY", inputs=(item.inputs[at if decides else other],))
+            return item.with_inputs((item.inputs[at if decides else other],), "COPY")
     return None
 
 
 def _choice_known(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
     """``where(c, x, x)`` is ``x``, and so is ``where(True, x, y)``."""
-    if item.name != "WHERE":
-        return None
     condition, a, b = item.inputs
     number = _known_number(condition)
     if number is None and a != b:
         return None
-    return replace(item, name="COPY", inputs=(b if number == 0 else a,))
+    return item.with_inputs((b if number == 0 else a,), "COPY")
 
 
 def _sum_with_negative(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
     """``x + (-y)`` and ``(-y) + x`` are ``x - y``."""
-    if item.name != "ADD":
-        return None
     # Exact: IEEE arithmetic rounds ``x + (-y)`` and ``x - y`` alike.
     for at, other in ((1, 0), (0, 1)):
         if (negative := _maker("NEG", item.inputs[at], item, made_by)) is not None:
-            return replace(item, name="SUB", inputs=(item.inputs[other], negative.inputs[0]))
+            return item.with_inputs((item.inputs[other], negative.inputs[0]), "SUB")
     return None
 
 
 def _is_finite(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
     """``(x == x) * (|x| != inf)``, as torch spells ``isfinite``."""
-    if item.name != "MUL":
-        return None
     equal, unequal = (_maker(n, r, item, made_by) for n, r in zip(("EQ", "NE"), item.inputs, strict=True))
     if equal is None or unequal is None or _known_number(unequal.inputs[1]) != torch.inf:
         return None
     size = _maker("ABS", unequal.inputs[0], item, made_by)
     if size is None or {*equal.inputs} != {*size.inputs}:
         return None
-    return replace(item, name="ISFINITE", inputs=size.inputs)
+    return item.with_inputs(size.inputs, "ISFINITE")
 
 
 def _maker(name: str, operand: Reference, item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
@@ -191,4 +182,10 @@ def _maker(name: str, operand: Reference, item: Instruction, made_by: dict[Buffe
     return maker
 
 
-_RULES: tuple[Shortening, ...] = (_flag_with_constant, _choice_known, _sum_with_negative, _is_finite)
+_RULES: dict[str, Shortening] = {
+    "AND": _flag_with_constant,
+    "OR": _flag_with_constant,
+    "WHERE": _choice_known,
+    "ADD": _sum_with_negative,
+    "MUL": _is_finite,
+}

@@ -87,6 +87,20 @@ class Parts(NamedTuple):
     judge: OneChange | None = None
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Run the body without the collector of cycles: a recording keeps many objects, which the collector visits again
+    and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_without_collection()
 def record_step(
     parts: Parts,
     carried: Sequence[Tensor],
@@ -121,7 +135,7 @@ def record_step(
             own.append((i, recorder.operand(tensor, Kind.LANE)))
         else:
             recorder.share(tensor, i)
-    with _without_collection(), Guard():
+    with Guard():
         # The step comes last, so the recorder's tape is that of the step.
         start, judge = (_recorded_change(recorder, part, carried, operands) for part in (parts.start, parts.judge))
         recorder.begin_part()
@@ -225,19 +239,6 @@ def _in_order(recorder: Recorder, changed: Sequence[tuple[View, View]]) -> list[
         ordered += free
         left = [pair for pair in left if pair not in free]
     return ordered
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Run the body without the collector of cycles: a recording keeps many objects, which the collector visits again
-    and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def is_available() -> bool:

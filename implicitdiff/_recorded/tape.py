@@ -88,10 +88,17 @@ class View(NamedTuple):
         """Return the view expanded to a shape."""
         if self.shape == shape:
             return self
-        buffer, offset, own, strides, dtype = self
+        return View(self.buffer, self.offset, tuple(shape), self._strides_over(shape), self.dtype)
+
+    def over(self, shape: Sequence[int]) -> Reference:
+        """Return the operand of an instruction that goes through a shape, to which the view is expanded."""
+        buffer, offset, own, strides, _ = self
+        return Reference(buffer, offset, strides if own == shape else self._strides_over(shape))
+
+    def _strides_over(self, shape: Sequence[int]) -> tuple[int, ...]:
         # torch leaves the stride of a dimension of size 1 arbitrary.
-        moved = [0 if n == 1 else s for n, s in zip(own, strides, strict=True)]
-        return View(buffer, offset, tuple(shape), (*(0,) * (len(shape) - len(own)), *moved), dtype)
+        moved = [0 if n == 1 else s for n, s in zip(self.shape, self.strides, strict=True)]
+        return (*(0,) * (len(shape) - len(moved)), *moved)
 
     def moved(self, order: Sequence[int]) -> View:
         """Return the view with its dimensions in another order."""
@@ -130,6 +137,10 @@ class Instruction:
     inputs: tuple[Reference, ...]
     rounds: bool = False
     scope: tuple[int, ...] = ()
+
+    def with_inputs(self, inputs: tuple[Reference, ...], name: str | None = None) -> Instruction:
+        """Return the instruction with other operands, or another operation on these."""
+        return Instruction(name or self.name, self.sizes, self.outputs, inputs, self.rounds, self.scope)
 
 
 @dataclass(eq=False)
@@ -182,7 +193,7 @@ class Tape:
 
     def emit(self, name: str, outputs: Sequence[View], inputs: Sequence[View], shape: Sequence[int]) -> None:
         """Add an instruction over `shape`; every view is broadcast to this shape."""
-        written, read = ([_reference(v.broadcast(shape)) for v in views] for views in (outputs, inputs))
+        written, read = [v.over(shape) for v in outputs], [v.over(shape) for v in inputs]
         # Numbers in the machine are doubles; a result of float32 is rounded after each instruction.
         self.add(name, shape, written, read, rounds=outputs[0].dtype == torch.float32)
 
@@ -228,11 +239,8 @@ class Tape:
     def _is_open(self, buffer: Buffer) -> bool:
         """Return whether the branch or the loop that made a buffer is still open."""
         # Open scopes form a stack, so a prefix is the same scope or one around.
-        return buffer.scope == self.scope[: len(buffer.scope)]
-
-
-def _reference(view: View) -> Reference:
-    return Reference(view.buffer, view.offset, view.strides)
+        scope = buffer.scope
+        return not scope or scope == self.scope[: len(scope)]
 
 
 def _flag_of(view: View) -> tuple[Reference, int]:

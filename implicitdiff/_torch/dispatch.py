@@ -109,6 +109,17 @@ def decomposition(operation: AtenOperation) -> Callable[..., Any] | None:
     return decomposition_table.get(operation)
 
 
+def tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors among the arguments of an operation, in order; an argument is at most a list of tensors."""
+    found: list[torch.Tensor] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [t for t in value if isinstance(t, torch.Tensor)]
+    return found
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Return a number that is the same for two tensors of the same memory; unique as long as a tensor of it lives."""
     return int(tensor.untyped_storage()._cdata)

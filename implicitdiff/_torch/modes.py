@@ -14,6 +14,9 @@ from torch.utils._device import DeviceContext as DeviceContext
 no_modes: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
 """Run the body outside of every TorchFunctionMode."""
 
+with_modes: Callable[[], AbstractContextManager[None]] = torch._C._EnableTorchFunction
+"""Run the body under the running modes again, inside of `no_modes`."""
+
 is_any_running: Callable[[], int] = torch._C._len_torch_function_stack
 """Return the number of running modes."""
 
