@@ -121,7 +121,7 @@ class _Lowering:
         if arena > _MAX_ARENA:
             raise NotRecordableError(f"a step needs {8 * arena} bytes for each problem")
         # The order of insertion is the order of the offsets, see `_pooled`.
-        values = [b.value.to(torch.float64) for b in self.constants if b.value is not None]
+        values = [b.numbers().to(torch.float64) for b in self.constants]
         shared = torch.cat(values or [torch.zeros(1, dtype=torch.float64)])
         start, step, judge = (items for items, _ in placements)
         spelt = _Spelling(self.names, offsets, self.constants)
@@ -189,8 +189,7 @@ class _Lowering:
 
     def _local(self, buffer: Buffer) -> Buffer:
         # 0 and -0 are equal, and nan is not equal to itself.
-        number = buffer.value if buffer.size == 1 else None
-        key = buffer if number is None else repr(float(number))
+        key = buffer if buffer.number is None else repr(buffer.number)
         if key not in self.spread:
             new = Buffer(Kind.RESULT, buffer.size, writes=1)
             self.spread[key] = new

@@ -202,8 +202,8 @@ class Recorder(_dispatch.TorchDispatchMode):
 
     def known(self, tensor: Tensor) -> View:
         """Return the view of a tensor whose numbers do not depend on an operand."""
-        whole = _dispatch.whole_storage(tensor)
-        self._keep(tensor, Buffer(Kind.CONSTANT, whole.numel(), value=whole))
+        self._keep(tensor, Buffer(Kind.CONSTANT, _dispatch.storage_size(tensor), value=tensor))
+        # A tensor that is known already keeps its view, so that what was computed from it is found again.
         return self.view(tensor)
 
     def begin_part(self) -> None:

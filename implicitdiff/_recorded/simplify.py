@@ -118,7 +118,7 @@ def _lies_like(out: Reference, source: Reference, item: Instruction) -> bool:
 
 def _key(reference: Reference) -> Hashable:
     # By repr: 0 and -0 are equal as numbers, and nan is unequal to itself.
-    number = _known_number(reference)
+    number = reference.buffer.number
     return reference if number is None else (repr(number), reference.strides)
 
 
@@ -127,18 +127,10 @@ def _key(reference: Reference) -> Hashable:
 Shortening = Callable[[Instruction, dict[Buffer, Instruction]], Instruction | None]
 
 
-def _known_number(reference: Reference) -> float | None:
-    """Return the value of a constant of one element."""
-    buffer = reference.buffer
-    if buffer.kind is not Kind.CONSTANT or buffer.value is None or buffer.value.numel() != 1:
-        return None
-    return float(buffer.value)
-
-
 def _flag_with_constant(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
     """``x & True`` and ``x | False`` are ``x``; ``x & False`` and ``x | True`` are the constant."""
     for at, other in ((0, 1), (1, 0)):
-        number = _known_number(item.inputs[at])
+        number = item.inputs[at].buffer.number
         if number is not None:
             decides = (number != 0) == (item.name == "OR")
             return item.with_inputs((item.inputs[at if decides else other],), "COPY")
@@ -148,7 +140,7 @@ def _flag_with_constant(item: Instruction, made_by: dict[Buffer, Instruction]) -
 def _choice_known(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
     """``where(c, x, x)`` is ``x``, and so is ``where(True, x, y)``."""
     condition, a, b = item.inputs
-    number = _known_number(condition)
+    number = condition.buffer.number
     if number is None and a != b:
         return None
     return item.with_inputs((b if number == 0 else a,), "COPY")
@@ -166,7 +158,7 @@ def _sum_with_negative(item: Instruction, made_by: dict[Buffer, Instruction]) ->
 def _is_finite(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
     """``(x == x) * (|x| != inf)``, as torch spells ``isfinite``."""
     equal, unequal = (_maker(n, r, item, made_by) for n, r in zip(("EQ", "NE"), item.inputs, strict=True))
-    if equal is None or unequal is None or _known_number(unequal.inputs[1]) != torch.inf:
+    if equal is None or unequal is None or unequal.inputs[1].buffer.number != torch.inf:
         return None
     size = _maker("ABS", unequal.inputs[0], item, made_by)
     if size is None or {*equal.inputs} != {*size.inputs}:

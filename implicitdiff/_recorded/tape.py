@@ -11,10 +11,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+import implicitdiff._torch.dispatch as _dispatch
 
 _SPELT = (
     "COPY ADD SUB MUL DIV POW ATAN2 HYPOT MAXIMUM MINIMUM FMAX FMIN REMAINDER FMOD FLOOR_DIVIDE COPYSIGN EQ NE LT LE "
@@ -55,7 +58,7 @@ class Buffer:
         size: the number of elements.
         scope: the numbers of the open branches and loops where the buffer was made, the outermost first.
         index: the number of the operand or of the carried tensor.
-        value: the numbers of a constant, as one vector.
+        value: a tensor in the memory of a constant.
         writes: the number of instructions that write to the buffer.
     """
 
@@ -65,6 +68,16 @@ class Buffer:
     index: int = -1
     value: Tensor | None = None
     writes: int = 0
+
+    @cached_property
+    def number(self) -> float | None:
+        """The value of a constant of one element; None for other buffers."""
+        return float(self.numbers()) if self.kind is Kind.CONSTANT and self.size == 1 else None
+
+    def numbers(self) -> Tensor:
+        """Return the elements of a constant, as one vector."""
+        assert self.value is not None
+        return _dispatch.whole_storage(self.value)
 
 
 class View(NamedTuple):
