@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeGuard
 
 import torch
 
+import implicitdiff._torch.dispatch as _dispatch
 from implicitdiff._recorded.placement import placed
 from implicitdiff._recorded.simplify import simplified
 from implicitdiff._recorded.tape import (
@@ -121,7 +122,7 @@ class _Lowering:
         if arena > _MAX_ARENA:
             raise NotRecordableError(f"a step needs {8 * arena} bytes for each problem")
         # The order of insertion is the order of the offsets, see `_pooled`.
-        values = [b.numbers().to(torch.float64) for b in self.constants]
+        values = [_dispatch.whole_storage(b.value).to(torch.float64) for b in self.constants if b.value is not None]
         shared = torch.cat(values or [torch.zeros(1, dtype=torch.float64)])
         start, step, judge = (items for items, _ in placements)
         spelt = _Spelling(self.names, offsets, self.constants)
@@ -185,7 +186,7 @@ class _Lowering:
         buffer = reference.buffer
         if buffer.kind not in (Kind.SHARED, Kind.CONSTANT) or _reads_shared(item, buffer):
             return reference
-        return reference._replace(buffer=self._local(buffer))
+        return Reference(self._local(buffer), reference.offset, reference.strides)
 
     def _local(self, buffer: Buffer) -> Buffer:
         # 0 and -0 are equal, and nan is not equal to itself.
@@ -262,19 +263,21 @@ class _Spelling:
         references = [*item.outputs, *item.inputs]
         dims: list[Dim] = list(zip(item.sizes, *[r.strides for r in references], strict=True))
         if item.name in REDUCTIONS:
-            dims = _coalesced(dims[:-1]) + dims[-1:]
+            dims = [*_coalesced(dims[:-1]), dims[-1]]
         elif item.name not in MATRICES:
             # In the order of the strides of the first operand, the longest first.
-            dims = _coalesced(sorted(dims, key=_shortness) if len(dims) > 1 else dims)
+            dims.sort(key=_shortness)
+            dims = _coalesced(dims)
         # `most_dimensions` of `src/cpu/kernels.h`, counted after neighbours are merged.
         if len(dims) > 6:
             raise NotRecordableError(f"an operation has {len(dims)} dimensions")
         # The words are opcode, rounding, number of dimensions, sizes, number of operands, and for each operand space,
         # offset and strides. `Reader` in `program.cpp` takes them in this order.
-        words = [self.codes[item.name], int(item.rounds), len(dims), *[dim[0] for dim in dims], len(references)]
-        for i, reference in enumerate(references, start=1):
+        sizes, *strides = zip(*dims, strict=True) if dims else [()] * (1 + len(references))
+        words = [self.codes[item.name], int(item.rounds), len(dims), *sizes, len(references)]
+        for reference, steps in zip(references, strides, strict=True):
             words += self._place(reference)
-            words += [dim[i] for dim in dims]
+            words += steps
         return words
 
     def jump(self, item: Jump, places: Mapping[Label, int]) -> list[int]:
@@ -286,13 +289,13 @@ class _Spelling:
         return [self.codes["JUMP_UNLESS_ANY"], places[item.target], offset, count]
 
     def _place(self, reference: Reference) -> tuple[int, int]:
-        buffer = reference.buffer
+        buffer, offset, _ = reference
         # The spaces are 0, the arena of the block; 1, the constants; from 2 on, the shared operands.
         if buffer.kind is Kind.CONSTANT:
-            return 1, self.constants[buffer] + reference.offset
+            return 1, self.constants[buffer] + offset
         if buffer.kind is Kind.SHARED:
-            return 2 + buffer.index, reference.offset
-        return 0, self.offsets[buffer] + reference.offset
+            return 2 + buffer.index, offset
+        return 0, self.offsets[buffer] + offset
 
 
 Dim = tuple[int, ...]
@@ -307,9 +310,9 @@ def _coalesced(dims: Sequence[Dim]) -> list[Dim]:
     """Merge neighbouring dimensions that all operands step through evenly; leave out those of size 1."""
     merged: list[Dim] = []
     for dim in dims:
-        size, *steps = dim
-        if size == 1:
+        if dim[0] == 1:
             continue
+        size, *steps = dim
         # For every operand one outer step must pass the whole inner dimension.
         if merged and merged[-1][1:] == tuple([size * step for step in steps]):
             dim = (size * merged.pop()[0], *steps)

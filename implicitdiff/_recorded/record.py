@@ -154,7 +154,8 @@ class Recorder(_dispatch.TorchDispatchMode):
         check_recordable(tensor)
         # The size of the storage and not of the tensor: a result may have gaps between its rows.
         buffer = Buffer(Kind.RESULT, _dispatch.storage_size(tensor), self.tape.scope)
-        return self._noted(tensor, self._keep(tensor, buffer))
+        self._buffers[_dispatch.storage_key(tensor)] = buffer
+        return self._noted(tensor, buffer)
 
     def temporary(self, shape: Sequence[int], dtype: torch.dtype) -> View:
         """Return a view of a new contiguous buffer."""
@@ -168,8 +169,8 @@ class Recorder(_dispatch.TorchDispatchMode):
         if (known := self._numbers.get(key)) is not None:
             return known
         with _dispatch.outside_dispatch():
-            value = torch.tensor([number], dtype=dtype)
-        made = self._numbers[key] = View(Buffer(Kind.CONSTANT, 1, value=value), 0, (), (), dtype)
+            buffer = _known_buffer(torch.tensor([number], dtype=dtype))
+        made = self._numbers[key] = View(buffer, 0, (), (), dtype)
         return made
 
     def as_dtype(self, value: Tensor | View | float, dtype: torch.dtype) -> View:
@@ -180,7 +181,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         if view.dtype == dtype:
             return view
         # A double holds every value of a narrower dtype, so a widening costs no instruction.
-        return self.copy(view, dtype) if _is_narrower(dtype, view.dtype) else view._replace(dtype=dtype)
+        return self.copy(view, dtype) if _is_narrower(dtype, view.dtype) else View(*view[:-1], dtype)
 
     def copy(self, view: View, dtype: torch.dtype | None = None) -> View:
         """Return a contiguous copy."""
@@ -202,7 +203,8 @@ class Recorder(_dispatch.TorchDispatchMode):
 
     def known(self, tensor: Tensor) -> View:
         """Return the view of a tensor whose numbers do not depend on an operand."""
-        self._keep(tensor, Buffer(Kind.CONSTANT, _dispatch.storage_size(tensor), value=tensor))
+        with _dispatch.outside_dispatch():
+            self._keep(tensor, _known_buffer(tensor))
         # A tensor that is known already keeps its view, so that what was computed from it is found again.
         return self.view(tensor)
 
@@ -462,6 +464,13 @@ def asks_for_values(func: AtenOperation, args: Sequence[Any], are_known: Callabl
     if func is not aten.index.Tensor:
         return _dispatch.reads_values(func)
     return not are_known([i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)])
+
+
+def _known_buffer(tensor: Tensor) -> Buffer:
+    """Return a buffer for the memory of a tensor whose numbers are known."""
+    size = _dispatch.storage_size(tensor)
+    number = float(_dispatch.whole_storage(tensor) if tensor.dim() else tensor) if size == 1 else None
+    return Buffer(Kind.CONSTANT, size, value=tensor, number=number)
 
 
 @cache

@@ -50,7 +50,9 @@ class _Simplifier:
 
     def _moved(self, reference: Reference, kinds: Sequence[Kind]) -> Reference:
         buffer = self.same.get(reference.buffer)
-        return reference if buffer is None or buffer.kind not in kinds else reference._replace(buffer=buffer)
+        if buffer is None or buffer.kind not in kinds:
+            return reference
+        return Reference(buffer, reference.offset, reference.strides)
 
     def _shortened(self, item: Instruction) -> Instruction:
         # The result of a rule fits no other rule.
@@ -98,14 +100,9 @@ def _is_pure(item: Instruction) -> bool:
     """Return whether an instruction alone writes its result, as a whole, from values that do not change."""
     if item.name == "COMMIT" or len(item.outputs) != 1:
         return False
-    (out,) = item.outputs
-    is_whole = out.buffer.writes == 1
-    return is_whole and all([_keeps_its_value(r.buffer) for r in item.inputs])
-
-
-def _keeps_its_value(buffer: Buffer) -> bool:
-    # Carried buffers change at the end of a step alone.
-    return buffer.kind is not Kind.RESULT or buffer.writes == 1
+    # Of the buffers that are read, carried ones change at the end of a step alone.
+    read = [r.buffer for r in item.inputs]
+    return item.outputs[0].buffer.writes == 1 and all([b.kind is not Kind.RESULT or b.writes == 1 for b in read])
 
 
 def _lies_like(out: Reference, source: Reference, item: Instruction) -> bool:

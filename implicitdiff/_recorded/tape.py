@@ -11,13 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-
-import implicitdiff._torch.dispatch as _dispatch
 
 _SPELT = (
     "COPY ADD SUB MUL DIV POW ATAN2 HYPOT MAXIMUM MINIMUM FMAX FMIN REMAINDER FMOD FLOOR_DIVIDE COPYSIGN EQ NE LT LE "
@@ -49,7 +46,7 @@ class Kind(Enum):
     RESULT = "result"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Buffer:
     """A piece of memory.
 
@@ -59,6 +56,7 @@ class Buffer:
         scope: the numbers of the open branches and loops where the buffer was made, the outermost first.
         index: the number of the operand or of the carried tensor.
         value: a tensor in the memory of a constant.
+        number: the value of a constant of one element; None for other buffers.
         writes: the number of instructions that write to the buffer.
     """
 
@@ -67,17 +65,8 @@ class Buffer:
     scope: tuple[int, ...] = ()
     index: int = -1
     value: Tensor | None = None
+    number: float | None = None
     writes: int = 0
-
-    @cached_property
-    def number(self) -> float | None:
-        """The value of a constant of one element; None for other buffers."""
-        return float(self.numbers()) if self.kind is Kind.CONSTANT and self.size == 1 else None
-
-    def numbers(self) -> Tensor:
-        """Return the elements of a constant, as one vector."""
-        assert self.value is not None
-        return _dispatch.whole_storage(self.value)
 
 
 class View(NamedTuple):
@@ -131,7 +120,7 @@ class Reference(NamedTuple):
     strides: tuple[int, ...]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Instruction:
     """One operation of the machine.
 
@@ -156,7 +145,7 @@ class Instruction:
         return Instruction(name or self.name, self.sizes, self.outputs, inputs, self.rounds, self.scope)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Label:
     """A position on the tape, the target of jumps."""
 
@@ -165,7 +154,7 @@ class Label:
     inputs: ClassVar[tuple[Reference, ...]] = ()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Jump:
     """A jump; with a `flag`, made if the flag is not set in any lane.
 
@@ -253,7 +242,7 @@ class Tape:
         """Return whether the branch or the loop that made a buffer is still open."""
         # Open scopes form a stack, so a prefix is the same scope or one around.
         scope = buffer.scope
-        return not scope or scope == self.scope[: len(scope)]
+        return scope is self.scope or scope == self.scope[: len(scope)]
 
 
 def _flag_of(view: View) -> tuple[Reference, int]:
