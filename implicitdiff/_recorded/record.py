@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -254,17 +254,16 @@ class Recorder(_dispatch.TorchDispatchMode):
     def _recorded(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # The order counts. Random operations and writes come before folding, since their arguments may all be
         # constants.
-        if _changes(func):
-            return self._changed(func, args, kwargs)
-        if func is aten.lift_fresh.default:
-            # The argument is a tensor that `torch.tensor` has just made of numbers.
-            self.known(args[0])
+        traits = _traits(func)
+        if traits.is_special:
+            return self._special(func, args, kwargs)
         tensors = _dispatch.tensors(args, kwargs)
-        if func in FACTORIES or self._are_constant(tensors):
+        if traits.is_factory or self._are_constant(tensors):
             return self._folded(func, args, kwargs)
-        self._refuse_unsafe(func, args)
+        if traits.may_be_unsafe:
+            self._refuse_unsafe(func, args)
         emitter = self.emitters.get(func)
-        if emitter is None and not _dispatch.returns_views(func):
+        if emitter is None and not traits.returns_views:
             return self._decomposed(func, args, kwargs)
         result = func(*args, **kwargs)
         made = pytree.tensors(result)
@@ -278,10 +277,14 @@ class Recorder(_dispatch.TorchDispatchMode):
         self._emit(func, emitter, result, args, kwargs)
         return result
 
-    def _changed(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _special(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that is not a function of its arguments, or that changes an argument."""
         if _dispatch.is_random(func):
             raise self._refusal(func, "draws random numbers")
+        if func is aten.lift_fresh.default:
+            # The argument is a tensor that `torch.tensor` has just made of numbers.
+            self.known(args[0])
+            return self._folded(func, args, kwargs)
         if _dispatch.changes_geometry(func):
             return self._other_view(func, args, kwargs)
         return self._in_place(func, args, kwargs)
@@ -303,7 +306,8 @@ class Recorder(_dispatch.TorchDispatchMode):
 
     def _are_constant(self, tensors: Sequence[Tensor]) -> bool:
         # All of them, also behind the first that varies: a tensor of unknown origin raises.
-        return all([self.view(t).buffer.kind is Kind.CONSTANT for t in tensors])
+        views = self._views
+        return all([(views.get(id(t)) or self.view(t)).buffer.kind is Kind.CONSTANT for t in tensors])
 
     def _folded(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation whose results are constants."""
@@ -473,9 +477,31 @@ def _known_buffer(tensor: Tensor) -> Buffer:
     return Buffer(Kind.CONSTANT, size, value=tensor, number=number)
 
 
+class _Traits(NamedTuple):
+    """What a recorder asks of an operation.
+
+    Attributes:
+        is_special: True if it is not a function of its arguments, or changes an argument.
+        is_factory: True if it reads shape and dtype of its argument alone.
+        may_be_unsafe: True if it may read values, or the memory of an operand.
+        returns_views: True if all results share the memory of its arguments.
+    """
+
+    is_special: bool
+    is_factory: bool
+    may_be_unsafe: bool
+    returns_views: bool
+
+
 @cache
-def _changes(func: AtenOperation) -> bool:
-    return _dispatch.is_random(func) or _dispatch.changes_geometry(func) or _dispatch.changes_arguments(func)
+def _traits(func: AtenOperation) -> _Traits:
+    changes = _dispatch.is_random(func) or _dispatch.changes_geometry(func) or _dispatch.changes_arguments(func)
+    return _Traits(
+        changes or func is aten.lift_fresh.default,
+        func in FACTORIES,
+        func in (aten.index.Tensor, aten.as_strided.default) or _dispatch.reads_values(func),
+        _dispatch.returns_views(func),
+    )
 
 
 def check_recordable(tensor: Tensor) -> None:

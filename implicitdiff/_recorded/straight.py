@@ -28,6 +28,7 @@ from implicitdiff._recorded.record import FACTORIES, Guard, asks_for_values
 from implicitdiff._recorded.tape import NotRecordableError
 from implicitdiff._torch.dispatch import AtenOperation, aten
 from implicitdiff._torch.messages import is_torch_asking
+from implicitdiff._torch.modes import no_modes
 from implicitdiff._torch.tracking import is_continuous
 from implicitdiff._torch.trees import Leaves
 
@@ -92,11 +93,13 @@ class StraightLine(NamedTuple):
     def __call__(self, operands: Sequence[Tensor]) -> Leaves:
         """Return the results of the operations with these operands."""
         values: list[Any] = [*operands, *self.tensors[len(operands) :]]
-        for function, args, kwargs, made, *_ in self.operations:
-            found = function(*_substituted(args, values), **_substituted(kwargs, values))
-            results = [found] if isinstance(found, Tensor) else pytree.tensors(found)
-            for slot, tensor in zip(made, results, strict=True):
-                values[slot] = tensor
+        # All are operations of the dispatcher, in which no Guard has anything to refuse.
+        with no_modes():
+            for function, args, kwargs, made, *_ in self.operations:
+                found = function(*_substituted(args, values), **_substituted(kwargs, values))
+                results = [found] if isinstance(found, Tensor) else pytree.tensors(found)
+                for slot, tensor in zip(made, results, strict=True):
+                    values[slot] = tensor
         return [values[slot] for slot in self.results]
 
 

@@ -215,9 +215,8 @@ class Tape:
                 raise NotRecordableError("an operand is changed in place")
             if not self._is_open(reference.buffer):
                 raise NotRecordableError("a value of a closed branch is changed in place")
-        for reference in inputs:
-            if not self._is_open(reference.buffer):
-                raise NotRecordableError("a value of a closed branch is used outside")
+        if not all([r.buffer.scope is self.scope or self._is_open(r.buffer) for r in inputs]):
+            raise NotRecordableError("a value of a closed branch is used outside")
         self.items.append(Instruction(name, tuple(sizes), tuple(outputs), tuple(inputs), rounds, self.scope))
 
     def label(self) -> Label:
@@ -242,7 +241,7 @@ class Tape:
         """Return whether the branch or the loop that made a buffer is still open."""
         # Open scopes form a stack, so a prefix is the same scope or one around.
         scope = buffer.scope
-        return scope is self.scope or scope == self.scope[: len(scope)]
+        return scope == self.scope[: len(scope)]
 
 
 def _flag_of(view: View) -> tuple[Reference, int]:
