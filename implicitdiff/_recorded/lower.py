@@ -266,8 +266,7 @@ class _Spelling:
             dims = [*_coalesced(dims[:-1]), dims[-1]]
         elif item.name not in MATRICES:
             # In the order of the strides of the first operand, the longest first.
-            dims.sort(key=_shortness)
-            dims = _coalesced(dims)
+            dims = _coalesced(sorted(dims, key=_shortness) if len(dims) > 1 else dims)
         # `most_dimensions` of `src/cpu/kernels.h`, counted after neighbours are merged.
         if len(dims) > 6:
             raise NotRecordableError(f"an operation has {len(dims)} dimensions")

@@ -78,7 +78,7 @@ def _without_copies(items: Sequence[TapeItem], lives: _Lives, fixed: Container[B
     for at, item in enumerate(items):
         if not isinstance(item, Instruction):
             straight = at + 1
-        elif _is_mere_copy(item):
+        elif item.name == "COPY" and _is_mere_copy(item):
             target, source = (lives.of(r.buffer) for r in (*item.outputs, *item.inputs))
             # Buffers with a fixed place, and operands, keep their memory.
             is_free = not any([b in fixed or b.kind is not Kind.RESULT for b in (target, source)])
@@ -110,8 +110,8 @@ def _may_share(
 
 
 def _is_mere_copy(item: Instruction) -> bool:
-    """Return whether an instruction copies a whole buffer, element for element."""
-    if item.name != "COPY" or item.rounds:
+    """Return whether a copy is of a whole buffer, element for element."""
+    if item.rounds:
         return False
     (out,), (source,) = item.outputs, item.inputs
     steps = [s for s, n in zip(out.strides, item.sizes, strict=True) if n > 1]

@@ -36,8 +36,12 @@ class _Simplifier:
                 flag, count = item.flag
                 item = replace(item, flag=(self._moved(flag, _OF_LANE), count))
             elif isinstance(item, Instruction):
-                item = self._shortened(self._with_equal_inputs(item, _ALL_KINDS))
-                self._note(item)
+                item = self._with_equal_inputs(item, _ALL_KINDS)
+                # The result of a rule fits no other rule.
+                if (rule := _RULES.get(item.name)) is not None:
+                    item = rule(item, self.made_by) or item
+                if _is_pure(item):
+                    self._note(item)
             kept.append(item)
         # The carried buffers change from here on.
         last = [self._with_equal_inputs(i, _STAYS) if isinstance(i, Instruction) else i for i in items[end:]]
@@ -54,15 +58,8 @@ class _Simplifier:
             return reference
         return Reference(buffer, reference.offset, reference.strides)
 
-    def _shortened(self, item: Instruction) -> Instruction:
-        # The result of a rule fits no other rule.
-        rule = _RULES.get(item.name)
-        return item if rule is None else rule(item, self.made_by) or item
-
     def _note(self, item: Instruction) -> None:
         """Remember a result; if an instruction only repeats a value, its buffer is replaced by that of the value."""
-        if not _is_pure(item):
-            return
         out = item.outputs[0]
         if item.name == "COPY" and _lies_like(out, item.inputs[0], item) and not item.rounds:
             self.same[out.buffer] = item.inputs[0].buffer
