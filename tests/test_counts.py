@@ -226,4 +226,4 @@ def test_a_recording_calls_few_functions() -> None:
     # No other test records a function with this number.
     x, b = torch.zeros(2, dtype=F64), torch.tensor([1.0, 2.0], dtype=F64)
     solver = solvers.newton(lambda x, b: x**3 + 0.8125 * x - b, compile="always")
-    assert calls_of_the_package(lambda: solver.run(x, b)) <= 40_000
+    assert calls_of_the_package(lambda: solver.run(x, b)) <= 43_000

@@ -257,7 +257,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         traits = _traits(func)
         if traits.is_special:
             return self._special(func, args, kwargs)
-        tensors = _dispatch.tensors(args, kwargs)
+        tensors = _dispatch.tensors_among(args, kwargs)
         if traits.is_factory or self._are_constant(tensors):
             return self._folded(func, args, kwargs)
         if traits.may_be_unsafe:
@@ -478,7 +478,7 @@ def _known_buffer(tensor: Tensor) -> Buffer:
 
 
 class _Traits(NamedTuple):
-    """What a recorder asks of an operation.
+    """The properties of an operation that matter to a recorder.
 
     Attributes:
         is_special: True if it is not a function of its arguments, or changes an argument.

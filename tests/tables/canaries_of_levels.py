@@ -286,14 +286,22 @@ def decompositions_batch_what_has_no_rule(load: Any) -> None:
 # --- modes, and what else a thread has ------------------------------------------------------------------------------
 
 
-@canary("torch._C.DisableTorchFunction", "torch._C._len_torch_function_stack")
-def no_mode_looks_on_where_torch_functions_are_disabled(disabled: Any, count: Any) -> None:
+@canary("torch._C.DisableTorchFunction", "torch._C._EnableTorchFunction")
+def no_mode_looks_on_where_torch_functions_are_disabled_and_one_where_enabled(disabled: Any, enabled: Any) -> None:
+    with Seen() as mode:
+        with disabled():
+            plain().sin()
+            with enabled():
+                plain().cos()
+            plain().sin()
+        assert torch.Tensor.sin not in mode.functions and torch.Tensor.cos in mode.functions
+
+
+@canary("torch._C._len_torch_function_stack")
+def modes_are_counted(count: Any) -> None:
     assert count() == 0
     with Seen() as mode:
         assert count() == 1
-        with disabled():
-            plain().sin()
-        assert torch.Tensor.sin not in mode.functions
         plain().sin()
     assert torch.Tensor.sin in mode.functions
 
