@@ -205,7 +205,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         """Return the view of a tensor whose numbers do not depend on an operand."""
         with _dispatch.outside_dispatch():
             self._keep(tensor, _known_buffer(tensor))
-        # A tensor that is known already keeps its view, so that what was computed from it is found again.
+        # The view of a known tensor stays, so that common subexpressions of constants are found.
         return self.view(tensor)
 
     def begin_part(self) -> None:

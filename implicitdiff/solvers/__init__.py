@@ -80,7 +80,8 @@ When a search ends
 
     At a solution of zero the floor does not contain the rounding of constants, such as data. Where a search fails, or
     makes no progress for 64 iterations, at an ``x`` so small, 27 evaluations on a line through ``x`` measure it. An
-    error of at most 16 times this rounding has converged, for methods with Newton-type steps.
+    error of at most 16 times this rounding has converged, for minimisers with Newton-type steps. For other methods it
+    has converged only if compiled code and torch round it differently.
 
     Give ``atol``, in the error's units, if both the guess and the solution are zero, because then no size of ``x`` is
     available, and the measurement may fail. Give ``atol`` also if unknowns, or equations, of very different sizes share

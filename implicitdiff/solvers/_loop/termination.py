@@ -296,10 +296,10 @@ class Termination:
         def with_constants(state: State[MemoryT]) -> State[MemoryT]:
             here, progress = problem.residual(problem, x).detach(), state.progress
             noise = rounding(problem.residual, problem, x, here)
-            # Jumps look like rounding, but for this: a compiled loop rounds otherwise than torch. A Newton-type step
-            # shows jumps that are large.
+            # Jumps look like rounding, but for this: a compiled loop rounds otherwise than torch. The gain that a
+            # minimiser's Newton-type step predicts shows jumps that are large.
             is_rounding = (row_norm(here) - state.error).abs() > 0.01 * state.error
-            if method.newton_step is not None:
+            if method.newton_step is not None and not method.steps_tell:
                 is_rounding = is_rounding | noise.everywhere
             # Other solutions have a rounding floor, so only a zero is looked for.
             where = asked & is_rounding & (state.error <= _ROUNDING * noise.size) & (row_norm(x) <= noise.length)
@@ -309,7 +309,7 @@ class Termination:
             if self.is_default and method.steps_tell:
                 # Against rounding itself no step is short; one that rounding explains is no longer than this length.
                 good = good | (where & (progress.step * progress.scale(x) <= noise.length))
-            # A lane that has stopped keeps its status, unless it is at a solution.
+            # Without a solution found, a lane that has stopped keeps its status.
             status = torch.where(state.status == Status.RUNNING, found.status, state.status)
             return found._replace(
                 status=torch.where(good, int(Status.CONVERGED), status),
