@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from implicitdiff.errors import CompileError
 from implicitdiff.linear_solve._outcome import unreported
 from implicitdiff.solvers._loop.options import Compile
 from implicitdiff.solvers._loop.problem import BatchedProblem, Noted, SearchOperands, any_lane, select, select_tree
-from implicitdiff.solvers._loop.recordings import Recording, fingerprint, kept, kinds, memories
+from implicitdiff.solvers._loop.recordings import MadeT, Recording, fingerprint, kept, kinds, memories
 from implicitdiff.solvers._loop.replayed import (
     GraphedLoop,
     ReplayedStep,
@@ -48,8 +48,6 @@ from implicitdiff.solvers._loop.replayed import (
     record_replay,
 )
 from implicitdiff.solvers._loop.state import State, Verdict
-
-MadeT = TypeVar("MadeT")
 
 _logger = logging.getLogger("implicitdiff.solvers")
 
@@ -186,39 +184,29 @@ class Compiler:
     def _recording(self, x: Tensor) -> Recording | None:
         """Return the recording; None if all lanes leave the step to Python, or if this search makes the recording but
         makes no step."""
-        known: Recording | str | None = kept.get(self._key)
-        if known is None:
-            try:
-                known = self._with_noted(lambda: self._recorded(x))
-            except NotRecordableError as error:
-                known = str(error)
-            if known is None:
-                return None
-            kept.put(self._key, known)
-            # Not stepped: no lane runs after the first state, so the search ends and needs no machine.
-            if isinstance(known, Recording) and not known.is_stepped:
-                return None
-        elif isinstance(known, Recording) and not known.is_stepped:
-            known = self._stepped(known, x)
-        if isinstance(known, str):
-            raise NotRecordableError(known)
-        return known
+        is_known = kept.get(self._key) is not None
+        recording = kept.made(self._key, lambda: self._with_noted(lambda: self._recorded(x)))
+        if recording is None or recording.is_stepped:
+            return recording
+        # Not stepped: no lane ran after the first state, so the search that made the recording needs no machine.
+        return self._stepped(recording, x) if is_known else None
 
-    def _stepped(self, recording: Recording, x: Tensor) -> Recording | str | None:
+    def _stepped(self, recording: Recording, x: Tensor) -> Recording | None:
         """Compare the step of a recording that was made where no lane ran. If no lane runs here either, only the first
         state is used."""
         loop = self._made(recording, x)
         state = loop.begun()[1]
         if not any_lane(state.status == 0):
             return recording
-        found: Recording | str = recording._replace(is_stepped=True)
         try:
             if not self._with_noted(lambda: self._verify(loop, x, state)):
                 return None
         except NotRecordableError as error:
-            found = str(error)
-        kept.put(self._key, found)
-        return found
+            kept.put(self._key, str(error))
+            raise
+        stepped = recording._replace(is_stepped=True)
+        kept.put(self._key, stepped)
+        return stepped
 
     def _with_noted(self, make: Callable[[], MadeT]) -> MadeT:
         """Return ``make()``, computed with the noted operations of the user's functions. If an error occurs, call the
@@ -349,50 +337,32 @@ class Compiler:
         step = of_running_lanes(self.parts.step, self.parts.asks if _on_cuda(x) else None)
         # Lanes and strides as well, since torch chooses operations by both.
         key = (self._key, "replay", self._operands.lanes, x.device, kinds(leaves), layouts(operands))
-        known = kept.get(key)
-        if known is None:
-            known = self._recorded_replay(step, x, state, operands)
-            kept.put(key, known)
-        if isinstance(known, str):
-            raise NotRecordableError(known)
-        if _on_cuda(x) and (graph := self._graph(key, known, [x, *leaves], operands)) is not None:
+        replay = kept.made(key, lambda: self._recorded_replay(step, x, state, operands))
+        if _on_cuda(x) and (graph := self._graph(key, replay, [x, *leaves], operands)) is not None:
             _logger.info("%s: replayed loop, CUDA graph", self.name)
             return GraphedLoop(graph, structure, operands)
         _logger.info("%s: replayed loop", self.name)
-        return ReplayedStep(known, structure, known.prepared(operands), step)
+        return ReplayedStep(replay, structure, replay.prepared(operands), step)
 
-    def _recorded_replay(self, step: StepFn, x: Tensor, state: State[Any], operands: Leaves) -> Replay | str:
+    def _recorded_replay(self, step: StepFn, x: Tensor, state: State[Any], operands: Leaves) -> Replay:
         """Make an eager step, record the next step, and compare the recording with the eager step."""
         with unreported():
             twin = step(self.problem, x, state)
         # Recorded at the state after a step, with the strides of all later states.
-        try:
-            replay = record_replay(step, self._operands, *twin)
-        except NotRecordableError as error:
-            return str(error)
+        replay = record_replay(step, self._operands, *twin)
         if not _agree(replay(pytree.tensors((x, state)), replay.prepared(operands)), pytree.tensors(twin)):
-            return "the replayed step differs from the eager step"
+            raise NotRecordableError("the replayed step differs from the eager step")
         return replay
 
     def _graph(self, key: Hashable, replay: Replay, carried: Leaves, operands: Leaves) -> StepGraph | None:
         """Return the CUDA graph of a replay; None where CUDA cannot capture the step."""
-        key = (key, "graph")
-        if (known := kept.get(key)) is None:
-            try:
-                known = self._captured_graph(replay.straight(), carried, operands)
-            except (NotRecordableError, RuntimeError) as error:
-                known = str(error)
-            kept.put(key, known)
-        if isinstance(known, str):
-            _logger.info("%s: no CUDA graph, since %s", self.name, known)
+        try:
+            return kept.made(
+                (key, "graph"), lambda: _captured_graph(replay, carried, operands), (NotRecordableError, RuntimeError)
+            )
+        except NotRecordableError as error:
+            _logger.info("%s: no CUDA graph, since %s", self.name, error)
             return None
-        graph: StepGraph = known
-        return graph
-
-    def _captured_graph(self, step: Replay, carried: Leaves, operands: Leaves) -> StepGraph | str:
-        expected = several(step, _STEPS_OF_GRAPH, carried, step.prepared(operands))
-        graph = StepGraph(step, _STEPS_OF_GRAPH, step.restrided(carried), operands)
-        return graph if _agree(graph(carried, operands), expected) else "the graph differs from the steps one by one"
 
     def _end(self, error: NotRecordableError) -> None:
         """Report that the loop is eager."""
@@ -568,6 +538,15 @@ def _left_where(flag: Tensor, state: State[Any], new: State[Any]) -> State[Any]:
     """Return the new state; where a flag is set, the old one with the status `_LEFT`."""
     chosen: State[Any] = select_tree(flag, state, new)
     return chosen._replace(status=torch.where(flag, _LEFT, new.status))
+
+
+def _captured_graph(replay: Replay, carried: Leaves, operands: Leaves) -> StepGraph:
+    step = replay.straight()
+    expected = several(step, _STEPS_OF_GRAPH, carried, step.prepared(operands))
+    graph = StepGraph(step, _STEPS_OF_GRAPH, step.restrided(carried), operands)
+    if not _agree(graph(carried, operands), expected):
+        raise NotRecordableError("the graph differs from the steps one by one")
+    return graph
 
 
 def _on_cuda(x: Tensor) -> bool:

@@ -10,12 +10,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from inspect import Parameter, Signature
-from typing import Any, Literal, TypedDict, TypeGuard, cast
+from typing import Any, Literal, TypedDict, cast
 
 from implicitdiff._calls import FactoryT, shows_call
 from implicitdiff._closures.signature import name_of
 from implicitdiff._implicit.linear_problem import Solve
-from implicitdiff.linear_solve._outcome import OnFailure
+from implicitdiff.linear_solve._outcome import OnFailure, check_on_failure
 
 Compile = Literal["auto", "off", "always"]
 
@@ -62,12 +62,11 @@ class Options:
     def check(self, name: str) -> None:
         """Raise ValueError or TypeError for options out of their range."""
         for option, value in (("rtol", self.rtol), ("atol", self.atol)):
-            if value is not None and not (_is_number(value) and 0 <= value < math.inf):
-                raise ValueError(f"{name}: {option} must be a finite number >= 0 or None, got {value!r}")
-        if self.maxiter is not None and not (_is_integer(self.maxiter) and self.maxiter >= 1):
-            raise ValueError(f"{name}: maxiter must be an integer >= 1 or None, got {self.maxiter!r}")
-        if not (_is_integer(self.check_every) and self.check_every >= 1):
-            raise ValueError(f"{name}: check_every must be an integer >= 1, got {self.check_every!r}")
+            if value is not None:
+                check_number(name, option, value, "a finite number >= 0 or None", lambda v: 0 <= v < math.inf)
+        if self.maxiter is not None:
+            check_count(name, "maxiter", self.maxiter, "an integer >= 1 or None")
+        check_count(name, "check_every", self.check_every)
         if self.solve is not None and not _takes_two(self.solve):
             raise TypeError(
                 f"{name}: solve must be a function solve(matvec, b), such as linear_solve.solve_gmres(), with its "
@@ -75,16 +74,7 @@ class Options:
             )
         if self.compile not in ("auto", "off", "always"):
             raise ValueError(f'{name}: compile must be "auto", "off" or "always", got {self.compile!r}')
-        if self.on_failure not in ("raise", "warn", "ignore"):
-            raise ValueError(f'{name}: on_failure must be "raise", "warn" or "ignore", got {self.on_failure!r}')
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+        check_on_failure(name, self.on_failure)
 
 
 def _takes_two(fn: Callable[..., object]) -> bool:
@@ -98,15 +88,15 @@ def _takes_two(fn: Callable[..., object]) -> bool:
     return True
 
 
-def check_count(name: str, option: str, value: object) -> None:
+def check_count(name: str, option: str, value: object, wanted: str = "an integer >= 1") -> None:
     """Raise ValueError if an option is no integer >= 1."""
-    if not (_is_integer(value) and value >= 1):
-        raise ValueError(f"{name}: {option} must be an integer >= 1, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: {option} must be {wanted}, got {value!r}")
 
 
 def check_number(name: str, option: str, value: object, wanted: str, holds: Callable[[float], bool]) -> None:
     """Raise ValueError if an option is no number, or `holds` is false for the number; `wanted` describes the range."""
-    if not (_is_number(value) and holds(value)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
         raise ValueError(f"{name}: {option} must be {wanted}, got {value!r}")
 
 

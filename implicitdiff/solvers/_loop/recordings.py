@@ -13,10 +13,10 @@ import operator
 import threading
 import types
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from implicitdiff._recorded.step import RecordedStep
 from implicitdiff._recorded.tape import NotRecordableError
 from implicitdiff._torch.trees import Structure
 
+MadeT = TypeVar("MadeT")
 Kinds = tuple[tuple[Sequence[int], torch.dtype], ...]
 """Shapes and dtypes of tensors."""
 
@@ -64,7 +65,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._recordings: OrderedDict[Hashable, Recording | Replay | StepGraph | str] = OrderedDict()
+        self._recordings: OrderedDict[Hashable, Recording | Replay | StepGraph | str | None] = OrderedDict()
 
     def get(self, key: Hashable) -> Any:
         """Return the recording of a key, or the reason for a failed recording; None before the first attempt."""
@@ -74,12 +75,32 @@ class _Kept:
                 self._recordings.move_to_end(key)
             return found
 
-    def put(self, key: Hashable, found: Recording | Replay | StepGraph | str) -> None:
+    def put(self, key: Hashable, found: Recording | Replay | StepGraph | str | None) -> None:
         """Keep a recording."""
         with self._lock:
             self._recordings[key] = found
             while len(self._recordings) > _KEPT:
                 self._recordings.popitem(last=False)
+
+    def made(
+        self, key: Hashable, make: Callable[[], MadeT], refusals: tuple[type[Exception], ...] = (NotRecordableError,)
+    ) -> MadeT:
+        """Return what is kept under a key, made by the first call; a result of None is not kept.
+
+        Raises:
+            NotRecordableError: `make` raised one of `refusals`, in this call or in an earlier one.
+        """
+        found = self.get(key)
+        if found is None:
+            try:
+                found = make()
+            except refusals as error:
+                found = str(error)
+            self.put(key, found)
+        if isinstance(found, str):
+            raise NotRecordableError(found)
+        made: MadeT = found
+        return made
 
     def clear(self) -> None:
         """Forget all recordings."""
@@ -181,6 +202,7 @@ def _torch_function(function: Any) -> Hashable:
     return hashable
 
 
+@functools.singledispatch
 def kind_of(value: Any) -> Hashable:
     """Return an option or a function of a method as a part of a key.
 
@@ -190,29 +212,58 @@ def kind_of(value: Any) -> Hashable:
         NotRecordableError: a function or an object of the user, such as a schedule, may do something else at each call;
             a linear solver has tensors of its own, which are no operands.
     """
-    if isinstance(value, (int, float, complex, operator.attrgetter)):
-        return type(value), repr(value)  # 1, 1.0 and True are equal, as are 0.0 and -0.0
-    if isinstance(value, (str, type, torch.dtype, types.BuiltinFunctionType, NoneType)):
-        return type(value), value
-    if isinstance(value, LinearMethod) and (value.preconditioner is not None or value.init is not None):
-        raise NotRecordableError("the linear solver has a preconditioner or an initial guess")
-    if isinstance(value, functools.partial):
-        return kind_of(value.func), tuple(map(kind_of, value.args)), kind_of(dict(sorted(value.keywords.items())))
-    if isinstance(value, Tensor):
-        return (value.shape, value.dtype)
-    if isinstance(value, (list, tuple)):
-        return (type(value), *map(kind_of, value))
-    if isinstance(value, dict):
-        return (dict, tuple(value), *map(kind_of, value.values()))
-    if isinstance(value, types.MethodType):
-        return kind_of(value.__func__), kind_of(value.__self__)
-    if isinstance(value, types.FunctionType):
-        # Of a user's function nothing is known: a new object equals no later key, so the search is recorded again.
-        cells = value.__closure__ or ()
-        return (value, *map(kind_of, map(_CONTENTS, cells))) if _is_ours(value) else object()
     if _is_ours(type(value)) and hasattr(value, "__dict__"):
         return (type(value), kind_of(vars(value)))
     raise NotRecordableError(f"an option is a {type(value).__name__}, which may change")
+
+
+@kind_of.register(int | float | complex | operator.attrgetter)
+def _(value: object) -> Hashable:
+    return type(value), repr(value)  # 1, 1.0 and True are equal, as are 0.0 and -0.0
+
+
+@kind_of.register(str | type | torch.dtype | types.BuiltinFunctionType | NoneType)
+def _(value: Hashable) -> Hashable:
+    return type(value), value
+
+
+@kind_of.register
+def _(value: LinearMethod) -> Hashable:
+    if value.preconditioner is not None or value.init is not None:
+        raise NotRecordableError("the linear solver has a preconditioner or an initial guess")
+    return (type(value), kind_of(vars(value)))
+
+
+@kind_of.register
+def _(value: functools.partial) -> Hashable:  # type: ignore[type-arg]
+    return kind_of(value.func), tuple(map(kind_of, value.args)), kind_of(dict(sorted(value.keywords.items())))
+
+
+@kind_of.register
+def _(value: Tensor) -> Hashable:
+    return (value.shape, value.dtype)
+
+
+@kind_of.register(list | tuple)
+def _(value: Sequence[Any]) -> Hashable:
+    return (type(value), *map(kind_of, value))
+
+
+@kind_of.register
+def _(value: dict) -> Hashable:  # type: ignore[type-arg]
+    return (dict, tuple(value), *map(kind_of, value.values()))
+
+
+@kind_of.register
+def _(value: types.MethodType) -> Hashable:
+    return kind_of(value.__func__), kind_of(value.__self__)
+
+
+@kind_of.register
+def _(value: types.FunctionType) -> Hashable:
+    # Of a user's function nothing is known: a new object equals no later key, so the search is recorded again.
+    cells = value.__closure__ or ()
+    return (value, *map(kind_of, map(_CONTENTS, cells))) if _is_ours(value) else object()
 
 
 def is_fixed(value: Any) -> bool:
