@@ -139,6 +139,9 @@ def run_examples(session: nox.Session, names: Sequence[str]) -> None:
 def tests(session: nox.Session) -> None:
     """Run the test suite, but for what is left to the night."""
     install(session, "test")
+    # Where there is nvcc, the CUDA module is built too, unless switched off.
+    if shutil.which("nvcc") and os.environ.get("IMPLICITDIFF_CUDA") != "0":
+        check(session, "_C.cuda")
     run_suite(session, tests=("tests", "--durations=50", *EACH_CHANGE))
     # Its examples need the compiled modules; `plain` runs those of the other pages.
     session.run("pytest", "--doctest-glob=*.md", "docs/compiled.md")

@@ -17,7 +17,7 @@ CPU, CUDA = "implicitdiff._C._cpu", "implicitdiff._C._cuda"
 # No compiler contracts to fused multiply-adds, so that results on the CPU and on a GPU are the same.
 GNU = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden"]
 FAST = ["-O3", "-g0"]
-SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-wrapv"]
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-wrapv"]
 MSVC = ["/O2", "/std:c++17"]
 NVCC = ["-std=c++17", "-O3", "--fmad=false", "--threads=0", "-shared", "-cudart=static", "-lrt", "-ldl", "-lpthread"]
 NVCC += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-Xlinker=--exclude-libs=ALL", "-Xlinker=--strip-all"]
@@ -44,7 +44,11 @@ class BuildC(build_ext):
             self.warn("there is no working C++ compiler: implicitdiff is built without its extension")
             self.extensions = []
         self.parallel = True
-        super().build_extensions()
+        # The modules are compiled at once, and so are the files of a module.
+        from pybind11.setup_helpers import ParallelCompile
+
+        with ParallelCompile():
+            super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == CUDA:
