@@ -24,19 +24,22 @@ from implicitdiff._torch.replacements import (
     _normalisation,
     _recurrent,
 )
-from implicitdiff._torch.replacements._spelling import Operation
+from implicitdiff._torch.replacements._spelling import Operation, or_torchs
 from implicitdiff._torch.settings import in_single
 
 # Keys are functions as a mode receives them: each spelling of an operation needs an entry.
 EXCHANGED: dict[Operation, Operation] = {
-    **_normalisation.REPLACEMENTS,
-    **_losses.REPLACEMENTS,
-    **_attention.REPLACEMENTS,
-    **_recurrent.REPLACEMENTS,
-    **_linear_algebra.REPLACEMENTS,
-    **_distance.REPLACEMENTS,
-    **_activations.REPLACEMENTS,
-    **_along.REPLACEMENTS,
+    operation: or_torchs(operation, replacement)
+    for operation, replacement in {
+        **_normalisation.REPLACEMENTS,
+        **_losses.REPLACEMENTS,
+        **_attention.REPLACEMENTS,
+        **_recurrent.REPLACEMENTS,
+        **_linear_algebra.REPLACEMENTS,
+        **_distance.REPLACEMENTS,
+        **_activations.REPLACEMENTS,
+        **_along.REPLACEMENTS,
+    }.items()
 }
 
 

@@ -11,13 +11,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from implicitdiff._torch.replacements._spelling import Operation, of_aten
+from implicitdiff._torch.replacements._spelling import Operation, of_aten, only_if
 
 
 def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
-    selected = input.select(dim, index)
-    if selected.shape != src.shape:
-        return torch.select_scatter(input, src, dim, index)
+    only_if(input.select(dim, index).shape == src.shape)
     at = index % input.shape[dim]
     # src replaces the slice at the index: concatenation of the parts before and after.
     before, after = input.narrow(dim, 0, at), input.narrow(dim, at + 1, input.shape[dim] - at - 1)
@@ -26,12 +24,11 @@ def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
 
 
 def _cumprod(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    if not input.is_floating_point() or not -input.dim() <= dim < input.dim():
-        return torch.cumprod(input, dim, dtype=dtype)
-    factors = input.to(dtype or input.dtype).unbind(dim)
+    only_if(input.is_floating_point(), -input.dim() <= dim < input.dim())
+    # An empty product has no derivative.
+    only_if(input.shape[dim] > 0)
     # In sequence, as torch does: a tree of partial products may overflow where the cumulative products do not.
-    products = list(accumulate(factors, torch.mul))
-    return torch.stack(products, dim) if products else input.to(dtype or input.dtype, copy=True)
+    return torch.stack([*accumulate(input.to(dtype=dtype).unbind(dim), torch.mul)], dim)
 
 
 REPLACEMENTS: dict[Operation, Operation] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import implicitdiff._torch.levels as _levels
-from implicitdiff._torch.replacements._spelling import Operation, of_aten
+from implicitdiff._torch.replacements._spelling import Operation, of_aten, only_if
 
 
 def _attention(
@@ -24,10 +24,8 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if dropout_p > 0 or (is_causal and attn_mask is not None) or not _shapes_fit(query, key, value, attn_mask):
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    only_if(dropout_p <= 0, not (is_causal and attn_mask is not None))
+    _only_if_shapes_fit(query, key, value)
     # Grouped queries: each head of key and value serves several heads of the query.
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value))
@@ -37,32 +35,25 @@ def _attention(
     # softmax(Q K' / sqrt(d)) V.
     logits = (query.to(wide) * scale) @ key.to(wide).mT
     # Query i sees the keys up to i.
-    if is_causal:
-        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    out = (_attention_weights(logits, attn_mask) @ value.to(wide)).to(query.dtype)
+    mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril() if is_causal else attn_mask
+    weights = logits.softmax(-1) if mask is None else _masked_softmax(logits, mask, query.dtype)
+    out = (weights @ value.to(wide)).to(query.dtype)
     # Keep torch's memory layout, with heads next to each other if the query has this layout: users call `view`.
-    if query.dim() > 3 and not query.is_contiguous() and query.transpose(-2, -3).is_contiguous():
+    if query.dim() > 3 and query.transpose(-2, -3).is_contiguous():
         return out.transpose(-2, -3).contiguous().transpose(-2, -3)
     return out
 
 
-def _shapes_fit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    tensors = (query, key, value)
-    return (
-        # Other operands are left to torch, which raises or takes another path.
-        (mask is None or (mask.dim() >= 2 and mask.dtype in (torch.bool, query.dtype)))
-        and not any(t.is_nested for t in tensors)
-        and min(t.dim() for t in tensors) >= 2
-        and query.dtype == key.dtype == value.dtype
-        and query.is_floating_point()
-        and 0 < query.shape[-1] == key.shape[-1]
-        and key.shape[-2] == value.shape[-2]
-    )
+def _only_if_shapes_fit(query: Tensor, key: Tensor, value: Tensor) -> None:
+    # Other operands are left to torch, which raises or takes another path.
+    tensors = query, key, value
+    only_if(not any(t.is_nested for t in tensors))
+    only_if(min(t.dim() for t in tensors) >= 2, query.dtype == key.dtype == value.dtype, query.is_floating_point())
+    only_if(0 < query.shape[-1] == key.shape[-1], key.shape[-2] == value.shape[-2])
 
 
-def _attention_weights(logits: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return logits.softmax(-1)
+def _masked_softmax(logits: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    only_if(mask.dim() >= 2, mask.dtype in (torch.bool, dtype))
     logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask.to(logits.dtype)
     # A query whose keys are all masked has softmax 0 / 0. torch defines its weights as 0, with derivative 0.
     nothing = (logits == -math.inf).all(-1, keepdim=True)
@@ -72,11 +63,10 @@ def _attention_weights(logits: Tensor, mask: Tensor | None) -> Tensor:
 
 def _multi_head_attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     # With need_weights=True torch computes attention by elementary operations.
-    out, weights = functional.multi_head_attention_forward(*args, **{**kwargs, "need_weights": True})
-    # A read on the host, once for each call.
-    if weights is not None and _levels.is_any(weights.isnan()):
-        # Weights of a fully masked query, for which torch returns 0 or nan depending on the kernel: leave the choice.
-        return functional.multi_head_attention_forward(*args, **kwargs)
+    result: Any = functional.multi_head_attention_forward(*args, **{**kwargs, "need_weights": True})
+    out, weights = result
+    # For a fully masked query torch returns 0 or nan, depending on the kernel. A read on the host, once for each call.
+    only_if(not _levels.is_any(weights.isnan()))
     return out, weights if kwargs.get("need_weights", True) else None
 
 

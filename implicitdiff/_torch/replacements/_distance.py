@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicitdiff._torch.replacements._spelling import Operation
+from implicitdiff._torch.replacements._spelling import Operation, only_if
 
 _MODES = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist")
 
 
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary") -> Tensor:
-    fits = min(x1.dim(), x2.dim()) >= 2 and x1.shape[-1] == x2.shape[-1] > 0 and x1.dtype == x2.dtype
-    if not (p > 0 and fits and x1.is_floating_point() and compute_mode in _MODES):
-        return torch.cdist(x1, x2, p, compute_mode)
+    only_if(p > 0, compute_mode in _MODES, min(x1.dim(), x2.dim()) >= 2)
+    only_if(x1.shape[-1] == x2.shape[-1] > 0, x1.dtype == x2.dtype, x1.is_floating_point())
     # All differences, without the expansion |a|^2 - 2 a.b + |b|^2 that torch uses for large inputs and that cancels.
     away = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     if p != 2:

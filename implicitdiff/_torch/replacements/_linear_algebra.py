@@ -19,7 +19,8 @@ from torch import Tensor
 
 import implicitdiff._torch.functions as _functions
 import implicitdiff._torch.levels as _levels
-from implicitdiff._torch.replacements._spelling import Operation, of_aten
+import implicitdiff._torch.tracking as _tracking
+from implicitdiff._torch.replacements._spelling import Operation, of_aten, only_if
 
 
 class _LinearSolve(torch.autograd.Function):
@@ -49,24 +50,23 @@ class _LinearSolve(torch.autograd.Function):
 
     @staticmethod
     @_functions.nested_forward_mode
-    def jvp(ctx: Any, saved: Sequence[Tensor], a_dot: Tensor | None, b_dot: Tensor | None, _: None) -> Any:
+    def jvp(ctx: Any, saved: Sequence[Tensor], a_dot: Tensor, b_dot: Tensor, _: None) -> Any:
         a, x = saved
-        moved = torch.zeros_like(x) if b_dot is None else b_dot
-        return _apply_solve(a, moved if a_dot is None else moved - a_dot @ x)
+        return _apply_solve(a, b_dot - a_dot @ x)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Sequence[int | None], a: Tensor, b: Tensor, check_errors: bool) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Sequence[Any], a: Tensor, b: Tensor, check_errors: bool) -> tuple[Tensor, int]:
         at_a, at_b, _ = in_dims
-        if at_a is None and at_b is not None:
+        # At least one of both has the lanes.
+        if at_a is None:
             # Lanes share the matrix: stack their right-hand sides as columns, for one factorisation.
             columns = b.movedim(at_b, -1)
             x = _apply_solve(a, columns.flatten(-2), check_errors).unflatten(-1, columns.shape[-2:])
             return x, x.dim() - 1
         # The matrix has the lanes here, and B gets the lanes as an expanded view: batch shapes are equal, see the
         # class.
-        a = a if at_a is None else a.movedim(at_a, 0)
         b = b.expand(info.batch_size, *b.shape) if at_b is None else b.movedim(at_b, 0)
-        return _apply_solve(a, b, check_errors), 0
+        return _apply_solve(a.movedim(at_a, 0), b, check_errors), 0
 
 
 def _apply_solve(a: Tensor, b: Tensor, check_errors: bool = True) -> Tensor:
@@ -75,20 +75,23 @@ def _apply_solve(a: Tensor, b: Tensor, check_errors: bool = True) -> Tensor:
 
 
 def _linalg_solve(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = True) -> Tensor:
-    if not _is_square(A) or B.dim() == 0 or A.dtype != B.dtype:
-        return torch.linalg.solve(A, B, left=left)  # type: ignore[no-any-return]
+    _only_if_square(A)
+    only_if(B.dim() > 0, A.dtype == B.dtype)
     # torch's rule for a batch of vectors, which takes precedence over matrices.
-    if B.dim() == 1 or (B.dim() == A.dim() - 1 and B.shape == A.shape[:-1]):
-        if not left:
-            return torch.linalg.solve(A, B, left=left)  # type: ignore[no-any-return]
-        return _linalg_solve(A, B.unsqueeze(-1), check_errors=check_errors)[..., 0]
-    if B.shape[-2 if left else -1] != A.shape[-1]:
-        return torch.linalg.solve(A, B, left=left)  # type: ignore[no-any-return]
-    a, b = (A, B) if left else (A.mT, B.mT)
-    batch = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
+    if B.dim() == 1 or B.shape == A.shape[:-1]:
+        only_if(left)
+        return _solve_columns(A, B.unsqueeze(-1), check_errors)[..., 0]
+    if left:
+        return _solve_columns(A, B, check_errors)
+    # X A = B is equivalent to A' X' = B'.
+    return _solve_columns(A.mT, B.mT, check_errors).mT
+
+
+def _solve_columns(a: Tensor, b: Tensor, check_errors: bool) -> Tensor:
+    only_if(a.shape[-1] == b.shape[-2])
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     # A TorchFunctionMode sees the operands of `expand`, but not those of `autograd.Function.apply`.
-    x = _apply_solve(a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:]), check_errors)
-    return x if left else x.mT
+    return _apply_solve(a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:]), check_errors)
 
 
 def _solve_ex(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = False) -> Any:
@@ -104,21 +107,19 @@ def _tensorsolve(A: Tensor, B: Tensor, dims: Sequence[int] | None = None) -> Ten
     # A maps trailing dimensions to leading ones: reshaped, a square matrix.
     moved = A if dims is None else A.movedim(list(dims), list(range(-len(dims), 0)))
     shape = moved.shape[B.dim() :]
-    if shape.numel() != B.numel() or moved.shape[: B.dim()].numel() != B.numel():
-        return torch.linalg.tensorsolve(A, B, dims)  # type: ignore[no-any-return]
+    only_if(shape.numel() == moved.shape[: B.dim()].numel() == B.numel())
     return _linalg_solve(moved.reshape(B.numel(), B.numel()), B.flatten()).reshape(shape)
 
 
 def _lu_solve(LU: Tensor, pivots: Tensor, B: Tensor, *, left: bool = True, adjoint: bool = False) -> Tensor:
-    if not _is_square(LU) or pivots.dim() == 0 or B.dim() < 2 or B.shape[-2 if left else -1] != LU.shape[-1]:
-        return torch.linalg.lu_solve(LU, pivots, B, left=left, adjoint=adjoint)  # type: ignore[no-any-return]
-    # A = P L U, so X = U^-1 L^-1 P' B, and for the adjoint X = P L^-H U^-H B.
-    p, lower, upper = torch.lu_unpack(LU, pivots)
+    _only_if_square(LU)
+    only_if(pivots.dim() > 0, B.dim() >= 2)
     if not left:
         # X A = B is equivalent to A^H X^H = B^H, and X A^H = B to A X^H = B^H.
-        if adjoint:
-            return _lu_solve(LU, pivots, B.mH).mH
-        return _lu_solve(LU, pivots, B.mH, adjoint=True).mH
+        return _lu_solve(LU, pivots, B.mH, adjoint=not adjoint).mH
+    only_if(B.shape[-2] == LU.shape[-1])
+    # A = P L U, so X = U^-1 L^-1 P' B, and for the adjoint X = P L^-H U^-H B.
+    p, lower, upper = torch.lu_unpack(LU, pivots)
     if adjoint:
         y = torch.linalg.solve_triangular(upper.mH, B, upper=False)
         return p @ torch.linalg.solve_triangular(lower.mH, y, upper=True, unitriangular=True)  # type: ignore[no-any-return]
@@ -139,8 +140,7 @@ def _lu_diagonal_and_sign(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _det(A: Tensor) -> Tensor:
-    if not _is_square(A):
-        return torch.linalg.det(A)  # type: ignore[no-any-return]
+    _only_if_square(A)
     with torch.no_grad():
         singular = (torch.linalg.lu_factor_ex(A.detach())[0].diagonal(dim1=-2, dim2=-1) == 0).any(-1)
     if not _levels.is_any(singular):
@@ -172,32 +172,28 @@ def _det_by_expansion(A: Tensor) -> Tensor:
 
 
 def _sign_and_log(A: Tensor) -> tuple[Tensor, Tensor]:
+    _only_if_square(A)
     diagonal, sign = _lu_diagonal_and_sign(A)
     return sign * diagonal.sgn().prod(-1), diagonal.abs().log().sum(-1)
 
 
 def _linalg_slogdet(A: Tensor) -> Any:
-    if not _is_square(A):
-        return torch.linalg.slogdet(A)
     return torch.return_types.linalg_slogdet(_sign_and_log(A))  # type: ignore[attr-defined]
 
 
 def _slogdet(input: Tensor) -> Any:
-    if not _is_square(input):
-        return torch.slogdet(input)
     return torch.return_types.slogdet(_sign_and_log(input))
 
 
 def _logdet(input: Tensor) -> Tensor:
-    if not _is_square(input):
-        return torch.logdet(input)
     sign, size = _sign_and_log(input)
     # Of a negative determinant, the real logarithm is nan.
     return size + sign.log() if input.is_complex() else torch.where(sign < 0, torch.nan, size)
 
 
-def _is_square(A: Tensor) -> bool:
-    return A.dim() >= 2 and A.shape[-1] == A.shape[-2] and (A.is_floating_point() or A.is_complex())
+def _only_if_square(A: Tensor) -> None:
+    only_if(A.dim() >= 2, _tracking.is_continuous(A))
+    only_if(A.shape[-1] == A.shape[-2])
 
 
 def _cholesky(input: Tensor, upper: bool = False) -> Tensor:
@@ -205,8 +201,8 @@ def _cholesky(input: Tensor, upper: bool = False) -> Tensor:
 
 
 def _cholesky_solve(input: Tensor, input2: Tensor, upper: bool = False) -> Tensor:
-    if not _is_square(input2) or input.dim() < 2:
-        return torch.cholesky_solve(input, input2, upper=upper)
+    _only_if_square(input2)
+    only_if(input.dim() >= 2)
     # A = L L^H: solve L y = B, then L^H x = y.
     lower = input2.mH if upper else input2
     y = torch.linalg.solve_triangular(lower, input, upper=False)
@@ -214,8 +210,7 @@ def _cholesky_solve(input: Tensor, input2: Tensor, upper: bool = False) -> Tenso
 
 
 def _cholesky_inverse(input: Tensor, upper: bool = False) -> Tensor:
-    if not _is_square(input):
-        return torch.cholesky_inverse(input, upper=upper)
+    _only_if_square(input)
     identity = torch.eye(input.shape[-1], dtype=input.dtype, device=input.device)
     return _cholesky_solve(identity, input, upper)
 

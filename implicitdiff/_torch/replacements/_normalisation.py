@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from implicitdiff._torch.replacements._spelling import Operation, of_aten
+from implicitdiff._torch.replacements._spelling import Operation, of_aten, only_if
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -41,13 +41,10 @@ def _normalise(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bi
     return (y if bias is None else y + bias).to(x.dtype).contiguous()
 
 
-# Arguments that torch refuses are passed on to torch for its error.
-
-
-def _sizes_match(input: Tensor, sizes: Sequence[int], wanted: Sequence[int], *factors: Tensor | None) -> bool:
-    """True if the input has a floating-point dtype, and `sizes` and the shapes of all factors equal `wanted`."""
+def _only_if_sizes_match(input: Tensor, sizes: Sequence[int], wanted: Sequence[int], *factors: Tensor | None) -> None:
+    """Require a floating-point dtype of the input, and `sizes` and the shapes of all factors equal to `wanted`."""
     shapes = [tuple(sizes), *(tuple(t.shape) for t in factors if t is not None)]
-    return input.is_floating_point() and len(wanted) > 0 and all(shape == tuple(wanted) for shape in shapes)
+    only_if(input.is_floating_point(), len(wanted) > 0, all(shape == tuple(wanted) for shape in shapes))
 
 
 def _layer_norm(
@@ -58,18 +55,15 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    if not _sizes_match(input, input.shape[-len(normalized_shape) :], normalized_shape, weight, bias):
-        return functional.layer_norm(input, normalized_shape, weight, bias, eps)
+    _only_if_sizes_match(input, input.shape[-len(normalized_shape) :], normalized_shape, weight, bias)
     return _normalise(input, list(range(-len(normalized_shape), 0)), eps, weight, bias)
 
 
 def _native_layer_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _sizes_match(input, input.shape[-len(normalized_shape) :], normalized_shape, weight, bias):
-        return torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
-    dims = list(range(-len(normalized_shape), 0))
-    return _normalise(input, dims, eps, weight, bias), *_statistics(input, dims, eps)[1:]
+    y = _layer_norm(input, normalized_shape, weight, bias, eps)
+    return y, *_statistics(input, list(range(-len(normalized_shape), 0)), eps)[1:]
 
 
 def _batch_norm(
@@ -82,40 +76,19 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if not training or not _have_channels(input, running_mean, running_var, weight, bias) or _is_one_each(input):
-        return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _normalised_batch(input, running_mean, running_var, weight, bias, momentum, eps)
+    # `functional.batch_norm` raises for one number a channel, and `torch.batch_norm` does not.
+    only_if(input.dim() >= 2)
+    only_if(input.numel() != input.shape[1])
+    return _torch_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, True)
 
 
-def _normalised_batch(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    if running_mean is not None:
-        with torch.no_grad():
-            # torch's own operation updates the running statistics in place; its output is not used.
-            torch.batch_norm(input.detach(), None, None, running_mean, running_var, True, momentum, eps, False)
-    return _normalise(input, _but_channels(input), eps, *_along_channels(input, weight, bias))
-
-
-def _have_channels(
+def _only_if_channels_match(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *factors: Tensor | None
-) -> bool:
-    """True if statistics and factors have one number for each channel of the input."""
-    if input.dim() < 2 or input.numel() == 0 or (running_mean is None) != (running_var is None):
-        return False
+) -> None:
+    """Require statistics and factors with one number for each channel of the input."""
+    only_if(input.dim() >= 2, input.numel() > 0, (running_mean is None) == (running_var is None))
     channels = input.shape[1:2]
-    return _sizes_match(input, channels, channels, running_mean, running_var, *factors)
-
-
-def _is_one_each(input: Tensor) -> bool:
-    """True if each channel has one number, for which `functional.batch_norm` raises."""
-    return input.numel() == input.shape[1]
+    _only_if_sizes_match(input, channels, channels, running_mean, running_var, *factors)
 
 
 def _instance_norm(
@@ -129,12 +102,11 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     # torch raises for one number a channel, whose deviation is 0.
-    fits = input.dim() > 2 and math.prod(input.shape[2:]) > 1
-    if not (use_input_stats and fits and _have_channels(input, running_mean, running_var, weight, bias)):
-        return functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    only_if(use_input_stats, input.dim() > 2, math.prod(input.shape[2:]) > 1)
+    _only_if_channels_match(input, running_mean, running_var, weight, bias)
     if running_mean is not None:
         with torch.no_grad():
-            # As in `_normalised_batch`, only the update in place is wanted.
+            # As in `_torch_batch_norm`, only the update in place is wanted.
             functional.instance_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
     return _normalise(input, [*range(2, input.dim())], eps, *_along_channels(input, weight, bias))
 
@@ -160,9 +132,13 @@ def _torch_batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Tensor:
-    if not training or not _have_channels(input, running_mean, running_var, weight, bias):
-        return torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
-    return _normalised_batch(input, running_mean, running_var, weight, bias, momentum, eps)
+    only_if(training)
+    _only_if_channels_match(input, running_mean, running_var, weight, bias)
+    if running_mean is not None:
+        with torch.no_grad():
+            # torch's own operation updates the running statistics in place; its output is not used.
+            torch.batch_norm(input.detach(), None, None, running_mean, running_var, True, momentum, eps, False)
+    return _normalise(input, _but_channels(input), eps, *_along_channels(input, weight, bias))
 
 
 def _native_batch_norm(
@@ -175,9 +151,7 @@ def _native_batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not training or not _have_channels(input, running_mean, running_var, weight, bias):
-        return torch.native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
-    y = _normalised_batch(input, running_mean, running_var, weight, bias, momentum, eps)
+    y = _torch_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, False)
     _, mean, inverse = _statistics(input, _but_channels(input), eps)
     return y, mean.flatten(), inverse.flatten()
 
@@ -197,8 +171,7 @@ def _torch_instance_norm(
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    if not -v.dim() <= dim < v.dim():
-        return torch._weight_norm(v, g, dim)
+    only_if(-v.dim() <= dim < v.dim())
     # In torch, dim=-1 means a norm over all dimensions.
     others = [d for d in range(v.dim()) if dim == -1 or d != dim % v.dim()]
     square = v.to(_wide(v)).square()

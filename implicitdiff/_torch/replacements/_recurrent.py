@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from implicitdiff._torch.replacements._spelling import Operation, of_aten
+import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.replacements._spelling import Operation, of_aten, only_if
 
 CellState = tuple[Tensor, ...]
 """Hidden state h, and for an LSTM the cell state c. The first tensor is the output."""
@@ -60,6 +61,13 @@ def _over_time(
     return torch.stack(outputs), state
 
 
+def _backwards_in_time(
+    cell: Cell, x: Tensor, state: CellState, params: Sequence[Tensor], biased: bool
+) -> tuple[Tensor, CellState]:
+    outputs, end = _over_time(cell, x.flip(0), state, params, biased)
+    return outputs.flip(0), end
+
+
 def _layers(
     cell: Cell,
     x: Tensor,
@@ -68,48 +76,45 @@ def _layers(
     has_biases: bool,
     num_layers: int,
     bidirectional: bool,
-    batch_first: bool,
 ) -> CellState:
-    x = x.movedim(1, 0) if batch_first else x
-    directions = 2 if bidirectional else 1
+    directions = [_over_time, _backwards_in_time] if bidirectional else [_over_time]
     # Parameters lie in one list, layer by layer, direction by direction.
-    each = len(params) // (num_layers * directions)
-    ends = []
-    for layer in range(num_layers):
+    each = len(params) // (num_layers * len(directions))
+    ends: list[CellState] = []
+    for _ in range(num_layers):
         outputs = []
-        for direction in range(directions):
-            at = layer * directions + direction
+        for run in directions:
+            at = len(ends)
             own, start = params[at * each : (at + 1) * each], tuple(s[at] for s in states)
-            # The second direction runs backwards in time, and its outputs are put back in order.
-            y, end = _over_time(cell, x.flip(0) if direction else x, start, own, has_biases)
-            outputs.append(y.flip(0) if direction else y)
+            y, end = run(cell, x, start, own, has_biases)
+            outputs.append(y)
             ends.append(end)
         x = torch.cat(outputs, -1)
     # torch stacks the last states of all layers and directions.
-    return (x.movedim(0, 1) if batch_first else x, *(torch.stack(parts) for parts in zip(*ends, strict=True)))
+    return (x, *(torch.stack(parts) for parts in zip(*ends, strict=True)))
 
 
-def _replace_layer(op: Operation, cell: Cell, packed_at: int) -> Operation:
-    """Return the replacement of a layer.
-
-    torch passes a packed sequence by another overload, with a tensor at position `packed_at`.
-    """
+def _replace_layer(cell: Cell) -> Operation:
+    """Return the replacement of a layer."""
 
     def run(*args: Any, **kwargs: Any) -> CellState:
         # torch.nn passes all arguments by position.
-        if kwargs or isinstance(args[packed_at], Tensor):
-            return op(*args, **kwargs)  # type: ignore[no-any-return]
+        only_if(len(args) == 9)
         input, states, params, has_biases, num_layers, dropout, train, bidirectional, batch_first = args
+        # Of a packed sequence torch passes the sizes of batches second, and the other arguments one place later.
+        only_if(isinstance(has_biases, bool), not (train and dropout > 0))
+        if batch_first:
+            x, *ends = run(input.movedim(1, 0), *args[1:-1], False)
+            return x.movedim(0, 1), *ends
         # torch raises for a sequence of length 0.
-        if (train and dropout > 0) or input.shape[1 if batch_first else 0] == 0:
-            return op(*args)  # type: ignore[no-any-return]
-        states = (states,) if isinstance(states, Tensor) else tuple(states)
-        return _layers(cell, input, states, params, has_biases, num_layers, bidirectional, batch_first)
+        only_if(input.shape[0] > 0)
+        states = tuple(pytree.tensors(states))
+        return _layers(cell, input, states, params, has_biases, num_layers, bidirectional)
 
     return run
 
 
-def _replace_cell(op: Operation, cell: Cell) -> Operation:
+def _replace_cell(cell: Cell) -> Operation:
     """Return the replacement of a cell."""
 
     def run(
@@ -120,34 +125,28 @@ def _replace_cell(op: Operation, cell: Cell) -> Operation:
         b_ih: Tensor | None = None,
         b_hh: Tensor | None = None,
     ) -> Any:
-        state = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        state = tuple(pytree.tensors(hx))
         # torch raises for a batch that does not match.
-        if any(s.shape[:-1] != input.shape[:-1] for s in state):
-            return op(input, hx, w_ih, w_hh, b_ih, b_hh)
+        only_if(*[s.shape[:-1] == input.shape[:-1] for s in state])
         new = cell(functional.linear(input, w_ih, b_ih), functional.linear(state[0], w_hh, b_hh), state)
         return new[0] if isinstance(hx, Tensor) else new
 
     return run
 
 
-_lstm = _replace_layer(torch.lstm, _lstm_cell, 1)
-_gru, _rnn_tanh, _rnn_relu = (
-    _replace_layer(op, cell, 2)
-    for op, cell in ((torch.gru, _gru_cell), (torch.rnn_tanh, _tanh_cell), (torch.rnn_relu, _relu_cell))
-)
-_cells = {
-    "lstm_cell": _replace_cell(torch.lstm_cell, _lstm_cell),
-    "gru_cell": _replace_cell(torch.gru_cell, _gru_cell),
-    "rnn_tanh_cell": _replace_cell(torch.rnn_tanh_cell, _tanh_cell),
-    "rnn_relu_cell": _replace_cell(torch.rnn_relu_cell, _relu_cell),
-}
+_CELLS = _lstm_cell, _gru_cell, _tanh_cell, _relu_cell
+_lstm, _gru, _rnn_tanh, _rnn_relu = map(_replace_layer, _CELLS)
+_one_lstm, _one_gru, _one_rnn_tanh, _one_rnn_relu = map(_replace_cell, _CELLS)
 
 REPLACEMENTS: dict[Operation, Operation] = {
     torch.lstm: _lstm,
     torch.gru: _gru,
     torch.rnn_tanh: _rnn_tanh,
     torch.rnn_relu: _rnn_relu,
+    torch.lstm_cell: _one_lstm,
+    torch.gru_cell: _one_gru,
+    torch.rnn_tanh_cell: _one_rnn_tanh,
+    torch.rnn_relu_cell: _one_rnn_relu,
     **of_aten("input", lstm=_lstm, gru=_gru, rnn_tanh=_rnn_tanh, rnn_relu=_rnn_relu),
-    **{getattr(torch, name): replacement for name, replacement in _cells.items()},
-    **of_aten(**_cells),
+    **of_aten(lstm_cell=_one_lstm, gru_cell=_one_gru, rnn_tanh_cell=_one_rnn_tanh, rnn_relu_cell=_one_rnn_relu),
 }
