@@ -6,6 +6,7 @@ import functools
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -45,8 +46,6 @@ class Structure:
     @property
     def others(self) -> list[Any]:
         """The leaves other than tensors."""
-        if len(self.slots) == len(self.statics):
-            return []
         slots = set(self.slots)
         return [leaf for i, leaf in enumerate(self.statics) if i not in slots]
 
@@ -70,7 +69,7 @@ class Structure:
 
         Dictionaries are matched by key, in any order.
         """
-        leaves = [tree] if self.spec.is_leaf() else self.spec.flatten_up_to(tree)
+        leaves = match(self.spec, tree)
         tensors = [leaves[slot] for slot in self.slots]
         if not all([isinstance(leaf, torch.Tensor) for leaf in tensors]):
             raise ValueError("a tensor was expected where there is none")
@@ -104,26 +103,25 @@ def _nodes(spec: TreeSpec, first: int) -> list[Node]:
     """
     if spec.is_leaf():
         return []
-    make: Callable[[list[Any]], Any]
-    if spec.type is dict:
-        # The context of a dictionary is the list of its keys in the order of insertion.
-        make = functools.partial(_dictionary, spec.context)
-    elif spec.type in (tuple, list):
-        make = spec.type
-    elif spec.type is namedtuple:
-        make = spec.context._make
-    else:
-        make = functools.partial(torch_pytree.tree_unflatten, treespec=spec)
-        return [(make, first, first + spec.num_leaves)]
+    if spec.type not in _MAKERS:
+        return [(functools.partial(torch_pytree.tree_unflatten, treespec=spec), first, first + spec.num_leaves)]
     children = spec.children()
     nodes = [node for i, child in enumerate(children) for node in _nodes(child, first + i)]
-    return [*nodes, (make, first, first + len(children))]
+    return [*nodes, (_MAKERS[spec.type](spec.context), first, first + len(children))]
 
 
 def _dictionary(names: Sequence[Any], values: Iterable[Any]) -> dict[Any, Any]:
     return dict(zip(names, values, strict=True))
 
 
+# For a type of nodes, a function of the context that returns a function from the list of children to the node. The
+# context of a dictionary is the list of its keys in the order of insertion, that of a named tuple its class.
+_MAKERS: dict[Any, Callable[[Any], Callable[[list[Any]], Any]]] = {
+    dict: lambda names: functools.partial(_dictionary, names),
+    tuple: lambda _: tuple,
+    list: lambda _: list,
+    namedtuple: attrgetter("_make"),
+}
 _ONE_TENSOR = Structure(torch_pytree.treespec_leaf(), (None,), (0,))
 
 
@@ -135,11 +133,8 @@ def flatten(tree: Tree) -> tuple[Leaves, Structure]:
     nesting = _nesting(_walk(tree, leaves), tree)
     if _TENSOR_TYPES.issuperset(map(type, leaves)):
         return leaves, nesting
-    are_tensors = [isinstance(leaf, torch.Tensor) for leaf in leaves]
-    if all(are_tensors):
-        return leaves, nesting
-    slots = tuple([i for i, is_tensor in enumerate(are_tensors) if is_tensor])
-    statics = tuple([None if is_tensor else t for t, is_tensor in zip(leaves, are_tensors, strict=True)])
+    slots = tuple([i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)])
+    statics = tuple([None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
     structure = Structure(nesting.spec, statics, slots)
     # Share the nodes of the nesting. A frozen dataclass permits this assignment through `__dict__` only.
     structure.__dict__["_nodes"] = nesting._nodes
@@ -150,12 +145,9 @@ def tensors(tree: Tree) -> Leaves:
     """Return the tensors of a pytree, in order."""
     if isinstance(tree, torch.Tensor):
         return [tree]
-    kind = type(tree)
-    if (kind is list or kind is tuple) and _TENSOR_TYPES.issuperset(map(type, tree)):
-        return [*tree]
     leaves: list[Any] = []
     _walk(tree, leaves)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return [*filter(torch.is_tensor, leaves)]
 
 
 def map_tensors(fn: Callable[[torch.Tensor], Any], tree: Tree) -> Tree:
@@ -163,7 +155,7 @@ def map_tensors(fn: Callable[[torch.Tensor], Any], tree: Tree) -> Tree:
     if isinstance(tree, torch.Tensor):
         return fn(tree)
     kind = type(tree)
-    if kind is tuple or kind is list:
+    if kind in _SEQUENCES:
         return kind([map_tensors(fn, child) for child in tree])
     if kind is dict:
         return {key: map_tensors(fn, child) for key, child in tree.items()}
@@ -183,19 +175,23 @@ _MAX_NESTINGS = 1000
 def _walk(tree: Tree, leaves: list[Any]) -> NestingKey:
     """Append the leaves of a tree to `leaves`, and return the key of its nesting."""
     kind = type(tree)
-    key: list[Any]
+    context: Any = None
     if kind is dict:
         # A list of names makes the key unhashable on purpose, so `_nesting` does not keep this tree.
-        key, children = [dict, tuple(tree) if set(map(type, tree)) <= _NAMES else [*tree]], tree.values()
-    elif kind is tuple or kind is list or _is_named(kind):
-        key, children = [kind], tree
-    elif kind in torch_pytree.SUPPORTED_NODES and kind not in _LEAF_TYPES:
-        children, context = torch_pytree.SUPPORTED_NODES[kind].flatten_fn(tree)
-        key = [kind, context]
+        context, children = tuple(tree) if _NAMES.issuperset(map(type, tree)) else [*tree], tree.values()
+    elif kind in _SEQUENCES or _is_named(kind):
+        children = tree
+    elif kind in torch_pytree.SUPPORTED_NODES:
+        given, context = torch_pytree.SUPPORTED_NODES[kind].flatten_fn(tree)
+        children = [*given]
     else:
         leaves.append(tree)
         return 0
-    # Most children are leaves: they avoid a call of a Python function.
+    # Most nodes have leaves alone: these avoid a loop in Python.
+    if _LEAF_TYPES.issuperset(map(type, children)):
+        leaves += children
+        return kind, context, *[0] * len(children)
+    key: list[Any] = [kind, context]
     for child in children:
         if type(child) in _LEAF_TYPES:
             leaves.append(child)
@@ -205,6 +201,7 @@ def _walk(tree: Tree, leaves: list[Any]) -> NestingKey:
     return tuple(key)
 
 
+_SEQUENCES = {tuple, list}
 _is_named: Callable[[type], bool] = functools.lru_cache(maxsize=1024)(torch_pytree.is_namedtuple_class)
 # A dictionary with keys of other types is not cached: such keys may be large objects, and the cache would keep them.
 _NAMES = {str, int}
@@ -256,20 +253,12 @@ def leaves_of(tree: Tree) -> tuple[list[Any], TreeSpec]:
         return torch_pytree.tree_flatten(tree)
     if type(tree) in _LEAF_TYPES:
         return [tree], _ONE_TENSOR.spec
-    if type(tree) is dict and set(map(type, tree.values())) <= _LEAF_TYPES:
-        return list(tree.values()), _flat_spec(tuple(tree))
-    if type(tree) is list and set(map(type, tree)) <= _LEAF_TYPES:
-        return list(tree), _flat_spec(len(tree))
     leaves: list[Any] = []
     return leaves, _nesting(_walk(tree, leaves), tree).spec
 
 
 def match(spec: TreeSpec, tree: Tree) -> list[Any]:
     """Return the subtree of `tree` at each leaf of `spec`; raise ValueError for another nesting."""
-    if spec.is_leaf():
-        return [tree]
-    if _is_flat(spec, tree):
-        return [tree[key] for key in spec.context] if spec.type is dict else list(tree)
     leaves, nesting = leaves_of(tree)
     # Equal nestings share one cached `spec`, most often.
     return leaves if nesting is spec else spec.flatten_up_to(tree)
@@ -277,41 +266,16 @@ def match(spec: TreeSpec, tree: Tree) -> list[Any]:
 
 def unflatten(leaves: list[Any], spec: TreeSpec) -> Tree:
     """Return the tree of these leaves."""
-    if spec.is_leaf():
-        return leaves[0]
-    # One node more than leaves: all children are leaves.
-    if spec.num_leaves + 1 == spec.num_nodes and spec.type is list:
-        return list(leaves)
-    if spec.num_leaves + 1 == spec.num_nodes and spec.type is dict:
-        return dict(zip(spec.context, leaves, strict=True))
+    # One node more than leaves: all children are leaves, as the parameters of most models, and no recursion is needed.
+    if spec.num_leaves + 1 == spec.num_nodes and spec.type in _MAKERS:
+        return _MAKERS[spec.type](spec.context)(leaves)
     return torch_pytree.tree_unflatten(leaves, spec)
-
-
-# The parameters of most models are flat lists or dictionaries, for which the recursion is not needed.
-
-
-@functools.lru_cache(maxsize=256)
-def _flat_spec(keys: int | tuple[Any, ...]) -> TreeSpec:
-    return torch_pytree.tree_structure([None] * keys if isinstance(keys, int) else dict.fromkeys(keys))
-
-
-def _is_flat(spec: TreeSpec, tree: Any) -> bool:
-    if type(tree) is not spec.type or spec.num_leaves + 1 != spec.num_nodes or len(tree) != spec.num_leaves:
-        return False
-    # Keys are compared without order, and `match` then reads by key.
-    return spec.type is list or (spec.type is dict and tree.keys() == set(spec.context))
 
 
 def broadcast(spec: TreeSpec, prefix: Any) -> list[Any]:
     """Return one leaf of `prefix` for each leaf of a tree nested like `spec`: a leaf of the prefix is repeated for all
     leaves of the subtree in its place. Raise ValueError if `prefix` is not a prefix of `spec`."""
-    if isinstance(prefix, _PLAIN_LEAVES):
-        return [prefix] * spec.num_leaves
-    if _is_flat(spec, prefix):  # a way that torch.compile can trace
-        leaves = match(spec, prefix)
-        if all(leaf is None or isinstance(leaf, _PLAIN_LEAVES) for leaf in leaves):
-            return leaves
-    if torch_pytree.tree_structure(prefix).is_leaf():
+    if isinstance(prefix, _PLAIN_LEAVES) or torch_pytree.tree_structure(prefix).is_leaf():
         return [prefix] * spec.num_leaves
     if spec.is_leaf():
         raise ValueError("a leaf was expected where there is a node")
