@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -37,18 +37,18 @@ _GRAD_FN: Callable[[torch.Tensor], Any] = attrgetter("grad_fn")
 def graph_leaves(tensors: Iterable[torch.Tensor], below: Iterable[Any] = ()) -> list[torch.Tensor]:
     """Return the leaves into which `backward` of these tensors would accumulate; the search stops at the nodes
     `below`."""
-    seen: set[Any] = set(below)
+    seen: set[Any] = {None, *below}
     leaves: list[torch.Tensor] = []
     nodes: list[Any] = [*map(_GRAD_FN, tensors)]
     while nodes:
         node = nodes.pop()
-        if node is not None and node not in seen:
+        if node not in seen:
             seen.add(node)
             # By its kind: the node of a custom `autograd.Function` may have an attribute `variable` of any type.
             if type(node).__name__ == "AccumulateGrad":
                 leaves.append(node.variable)
-            for before, _ in node.next_functions:
-                nodes.append(before)
+            # Pairs of a node and the number of its result.
+            nodes += map(itemgetter(0), node.next_functions)
     return leaves
 
 

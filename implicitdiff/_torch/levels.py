@@ -8,7 +8,7 @@ grad, vjp and jvp. Wrappers nest. One layer of a tensor is one wrapper.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +70,14 @@ def replace_inside(tensor: torch.Tensor, replace: Callable[[torch.Tensor], torch
     return replaced if level(tensor) < 0 else rewrap(replaced, tensor)
 
 
+def layers_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return a tensor, and what each wrapper contains, down to the plain tensor."""
+    found = [tensor]
+    while level(found[-1]) != PLAIN:
+        found.append(unwrap(found[-1]))
+    return found
+
+
 def base(tensor: torch.Tensor) -> torch.Tensor:
     """Return the plain tensor inside all wrappers."""
     # Dead wrappers come off as well, since -2 is not the level of plain tensors.
@@ -95,10 +103,7 @@ def is_all(condition: torch.Tensor) -> bool:
 def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Return whether all entries in all lanes are finite. Reads the values outside of every mode."""
     with no_modes():
-        for tensor in map(base, tensors):
-            if not bool(torch.isfinite(tensor.detach()).all()):
-                return False
-    return True
+        return all(bool(torch.isfinite(tensor.detach()).all()) for tensor in map(base, tensors))
 
 
 def is_vmap(level: int) -> bool:
@@ -116,27 +121,18 @@ def inert_gradient_levels() -> Iterator[int]:
     valid, and a transform that starts in the body has a number of its own.
     """
     outer = retrieve_all_functorch_interpreters()
-    if not outer:
-        yield 0
-        return
     # The kind of a running level cannot change, so the stack is built again from the outermost level inwards.
-    with temporarily_clear_interpreter_stack():
-        opened = 0
-        try:
-            for interpreter in outer:
-                if isinstance(interpreter, VmapInterpreter):
-                    functorch._vmap_increment_nesting(interpreter.batch_size(), interpreter.randomness())
-                else:
-                    # With "same", random numbers are drawn once and carry no batch dimension; "error" would refuse
-                    # random numbers.
-                    functorch._vmap_increment_nesting(1, "same")
-                opened += 1
-            # As in `switches.requires_grad_allowed`.
-            with enable_inplace_requires_grad(True):
-                yield len(outer)
-        finally:
-            for _ in range(opened):
-                functorch._vmap_decrement_nesting()
+    with temporarily_clear_interpreter_stack(), ExitStack() as opened:
+        for interpreter in outer:
+            # With "same", random numbers are drawn once and carry no batch dimension; "error" would refuse them.
+            size, randomness = 1, "same"
+            if isinstance(interpreter, VmapInterpreter):
+                size, randomness = interpreter.batch_size(), interpreter.randomness()
+            functorch._vmap_increment_nesting(size, randomness)
+            opened.callback(functorch._vmap_decrement_nesting)
+        # As in `switches.requires_grad_allowed`.
+        opened.enter_context(enable_inplace_requires_grad(True))
+        yield len(outer)
 
 
 class levels_up_to:
@@ -185,11 +181,9 @@ def outermost_layer(tensors: Sequence[torch.Tensor]) -> Layer | None:
     if top < 0:
         return None
     # A tensor of a lower level lacks the layer: the vmap does not batch this tensor.
-    has = [level(t) == top for t in tensors]
-    dims = tuple(functorch.maybe_get_bdim(t) if h else None for t, h in zip(tensors, has, strict=True))
-    below = [unwrap(t) if h else t for t, h in zip(tensors, has, strict=True)]
-    size = next(t.shape[d] for t, d in zip(below, dims, strict=True) if d is not None)
-    return Layer(top, size, dims, below)
+    pairs = [(unwrap(t), batch_dim(t)) if level(t) == top else (t, None) for t in tensors]
+    size = next(t.shape[d] for t, d in pairs if d is not None)
+    return Layer(top, size, tuple([d for _, d in pairs]), [t for t, _ in pairs])
 
 
 def add_layer(tensor: torch.Tensor, dim: int, of: Layer) -> torch.Tensor:
@@ -268,11 +262,7 @@ def have_batch_layer(tensors: Sequence[torch.Tensor]) -> bool:
 
 def batch_levels(tensor: torch.Tensor) -> frozenset[int]:
     """Return the levels of the vmaps that batch a tensor."""
-    levels = []
-    while not is_plain(tensor):
-        levels += [level(tensor)] if functorch.is_batchedtensor(tensor) else []
-        tensor = unwrap(tensor)
-    return frozenset(levels)
+    return frozenset([level(t) for t in layers_of(tensor) if functorch.is_batchedtensor(t)])
 
 
 def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
@@ -282,22 +272,18 @@ def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
 
 def is_same_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two plain tensors are the same view of the same memory."""
-    if tensor is other:
-        return True
+    # A mode would handle each question, and `Watch` would note `data_ptr` as a read of values.
     with no_modes():
-        # A mode would handle each question, and `Watch` would note `data_ptr` as a read of values.
-        return (
-            # A subclass may compute its values from other memory than that at `data_ptr`.
-            {type(tensor), type(other)} <= {torch.Tensor, torch.nn.Parameter}
-            and is_plain(other)
-            and is_plain(tensor)
-            and tensor.layout is torch.strided
-            and tensor.dtype is other.dtype
-            and tensor.shape == other.shape
-            and tensor.stride() == other.stride()
-            and tensor.device == other.device
-            and tensor.data_ptr() == other.data_ptr()
-            # Lazy conjugation and negation change the values and not the memory.
-            and tensor.is_conj() == other.is_conj()
-            and tensor.is_neg() == other.is_neg()
-        )
+        return tensor is other or (_has_own_memory([tensor, other]) and _view_of(tensor) == _view_of(other))
+
+
+def _has_own_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    # A subclass may compute its values from other memory than that at `data_ptr`.
+    is_usual = {*map(type, tensors)} <= {torch.Tensor, torch.nn.Parameter}
+    return is_usual and are_plain(tensors) and {t.layout for t in tensors} == {torch.strided}
+
+
+def _view_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    # Lazy conjugation and negation change the values and not the memory.
+    signs = tensor.is_conj(), tensor.is_neg()
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.data_ptr(), signs

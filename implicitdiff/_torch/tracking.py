@@ -10,7 +10,7 @@ from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from implicitdiff._torch.context import now
-from implicitdiff._torch.levels import PLAIN, are_plain, base, is_plain, level, unwrap, without_gradient_layers
+from implicitdiff._torch.levels import PLAIN, are_plain, base, is_plain, layers_of, level, without_gradient_layers
 from implicitdiff._torch.modes import no_modes
 
 
@@ -30,20 +30,14 @@ def may_be_differentiated(tensor: torch.Tensor) -> bool:
 
 def is_tracked(tensor: torch.Tensor) -> bool:
     """Return whether autograd or forward mode records operations on a tensor, at any layer."""
-    # A layer answers for itself alone: a batch wrapper has `requires_grad` False also where the plain tensor inside has
-    # a graph.
-    while not is_plain(tensor):
-        if tensor.requires_grad:
-            return True
-        tensor = unwrap(tensor)
-    return tensor.requires_grad or _tangent(tensor) is not None
+    return is_in_graph(tensor) or _tangent(base(tensor)) is not None
 
 
 def is_in_graph(tensor: torch.Tensor) -> bool:
     """Return whether autograd records operations on a tensor, at any layer."""
-    while not (tensor.requires_grad or is_plain(tensor)):
-        tensor = unwrap(tensor)
-    return tensor.requires_grad
+    # A layer answers for itself alone: a batch wrapper has `requires_grad` False also where the plain tensor inside has
+    # a graph.
+    return any([t.requires_grad for t in layers_of(tensor)])
 
 
 def _tangent(tensor: torch.Tensor) -> torch.Tensor | None:
