@@ -13,7 +13,8 @@ from implicitdiff._torch.dispatch import AtenOperation, TorchDispatchMode
 from implicitdiff._torch.modes import no_modes
 
 # The order is the order of preference: a method of `Tensor` serves only without a function of `torch`.
-_HOMES: tuple[Any, ...] = (torch, torch.Tensor, torch.nn.functional)
+_HOMES = ((torch, ""), (torch.Tensor, ""), (torch.nn.functional, ""), (torch.linalg, "linalg_"))
+"""Modules and classes with functions of torch, and what they leave out at the beginning of names."""
 
 
 def binding_of(
@@ -42,9 +43,7 @@ def binding_of(
 
 def _candidates(operation: AtenOperation) -> Iterator[Callable[..., Any]]:
     name = operation._schema.name.split("::")[-1]
-    found = [getattr(home, name, None) for home in _HOMES]
-    if name.startswith("linalg_"):
-        found.append(getattr(torch.linalg, name.removeprefix("linalg_"), None))
+    found = [getattr(home, name.removeprefix(prefix), None) for home, prefix in _HOMES]
     # Functions in Python are slower, and may decide by more than their arguments.
     yield from [f for f in found if inspect.isbuiltin(f) or inspect.ismethoddescriptor(f)]
 
@@ -58,28 +57,27 @@ class _Expecting(TorchDispatchMode):
 
     def __init__(self, operation: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._expected = operation, args, kwargs
+        self._expected = operation, _comparable((args, kwargs))
         self._result = result
         self.is_met = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        operation, *expected = self._expected
-        if self.is_met or func is not operation or not _is_equal_argument((args, kwargs or {}), tuple(expected)):
+        if self.is_met or (func, _comparable((args, kwargs or {}))) != self._expected:
             # A second operation means a function that is composed of several.
             raise AssertionError("another operation")
         self.is_met = True
         return self._result
 
 
-def _is_equal_argument(a: Any, b: Any) -> bool:
-    """Return whether two arguments are the same tensor, or equal."""
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return a is b
-    if type(a) in (list, tuple) and type(b) in (list, tuple):
-        return len(a) == len(b) and all(map(_is_equal_argument, a, b))
-    if type(a) is dict and type(b) is dict:
-        return a.keys() == b.keys() and all([_is_equal_argument(a[k], b[k]) for k in a])
+def _comparable(value: Any) -> Any:
+    """Return a value that is equal for the same tensor, and for equal arguments."""
+    if isinstance(value, torch.Tensor):
+        return id(value)
+    if type(value) in (list, tuple):
+        return [*map(_comparable, value)]
+    if type(value) is dict:
+        return {name: _comparable(v) for name, v in value.items()}
     # `repr` separates 0.0 from -0.0 and True from 1, and makes nan equal to itself, unlike `==`.
-    return type(a) is type(b) and repr(a) == repr(b)
+    return type(value), repr(value)
