@@ -9,16 +9,23 @@ import sys
 import traceback
 from pathlib import Path
 from types import BuiltinMethodType, FrameType, MethodType
+from typing import Any
 
 import torch
 
 
 def untransformable(error: RuntimeError) -> str | None:
     """Return the operation that made torch.func raise an error, with the remedy; None for other errors."""
-    for start, words in _UNTRANSFORMABLE.items():
-        if str(error).startswith(start):
-            return words
-    return untransformable_function(error)
+    return _words_of(error, _UNTRANSFORMABLE) or untransformable_function(error)
+
+
+def unbatchable(error: RuntimeError) -> str | None:
+    """Return the use of values that made vmap raise an error, such as "control flow"; None for other errors."""
+    return _words_of(error, _UNBATCHABLE)
+
+
+def _words_of(error: RuntimeError, table: dict[str, str]) -> str | None:
+    return next((words for start, words in table.items() if str(error).startswith(start)), None)
 
 
 def untransformable_function(error: RuntimeError) -> str | None:
@@ -26,26 +33,20 @@ def untransformable_function(error: RuntimeError) -> str | None:
     if not str(error).startswith("In order to use an autograd.Function with functorch transforms"):
         return None
     name = _refused(error)
-    if name == "BackwardHookFunction":
-        return "a module with a full backward hook, which torch.func cannot transform: remove the hook"
     if name.startswith("GeneratedBackwardFor_"):
         return (
             f"the custom operator {name.removeprefix('GeneratedBackwardFor_')}, whose registered derivative "
             "torch.func cannot transform: write it as an autograd.Function with setup_context"
         )
-    if name == "CheckpointFunction":
-        return "a reentrant checkpoint, which torch.func cannot transform: pass use_reentrant=False"
-    which = f"the autograd.Function {name}" if name else "an autograd.Function"
-    return f"{which}, which torch.func cannot transform: give it a setup_context"
+    usual = f"the autograd.Function {name}, which torch.func cannot transform: give it a setup_context"
+    return _FUNCTIONS_OF_TORCH.get(name, usual)
 
 
 def _refused(error: RuntimeError) -> str:
     """Return the name of the class whose ``apply`` raised the error; empty if the code does not tell."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
+    trace: Any = error.__traceback__
+    while trace.tb_next is not None:
         trace = trace.tb_next
-    if trace is None:
-        return ""
     # Up to torch 2.13 the last frame is that of `apply`. Since 2.14 `apply` is compiled: the last frame calls it.
     if isinstance(cls := trace.tb_frame.f_locals.get("cls"), type):
         return cls.__name__
@@ -60,19 +61,17 @@ def _owner_of_apply(frame: FrameType, end: int) -> str:
     for before, name in reversed([*itertools.pairwise(["", *read])]):
         value = visible.get(name)
         if name == "apply":
-            owner = visible.get(before)
-            return owner.__name__ if isinstance(owner, type) else before
+            return getattr(visible.get(before), "__name__", before)
         if isinstance(value, MethodType | BuiltinMethodType) and value.__name__ == "apply":
             return getattr(value.__self__, "__name__", "")
     return ""
 
 
-def unbatchable(error: RuntimeError) -> str | None:
-    """Return the use of values that made vmap raise an error, such as "control flow"; None for other errors."""
-    for start, words in _UNBATCHABLE.items():
-        if str(error).startswith(start):
-            return words
-    return None
+_FUNCTIONS_OF_TORCH = {
+    "": "an autograd.Function, which torch.func cannot transform: give it a setup_context",
+    "BackwardHookFunction": "a module with a full backward hook, which torch.func cannot transform: remove the hook",
+    "CheckpointFunction": "a reentrant checkpoint, which torch.func cannot transform: pass use_reentrant=False",
+}
 
 
 # torch raises plain RuntimeErrors here, so only the text tells the cause. The keys are beginnings of messages.
@@ -103,16 +102,12 @@ _OWN_FOLDERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).par
 
 def is_torch_asking() -> bool:
     """Return whether code of torch, and not of the user, has called the function that runs."""
-    frame = sys._getframe(1)
+    files = (frame.f_code.co_filename for frame, _ in traceback.walk_stack(sys._getframe(1)))
     # Frames of this library, such as handlers of modes, stand between the question and the code that asked.
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN_FOLDERS[1]):
-        frame = frame.f_back
-    return frame.f_code.co_filename.startswith(_OWN_FOLDERS[0])
+    return next(file for file in files if not file.startswith(_OWN_FOLDERS[1])).startswith(_OWN_FOLDERS[0])
 
 
 def line_of_user() -> str:
     """Return the line outside of this library and of torch that is running, for a message."""
-    for frame in reversed(traceback.extract_stack()):
-        if not frame.filename.startswith(_OWN_FOLDERS):
-            return f", at {frame.filename}:{frame.lineno}: {frame.line}"
-    return ""
+    of_user = (f for f in reversed(traceback.extract_stack()) if not f.filename.startswith(_OWN_FOLDERS))
+    return next((f", at {f.filename}:{f.lineno}: {f.line}" for f in of_user), "")
