@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
@@ -109,7 +109,7 @@ def decomposition(operation: AtenOperation) -> Callable[..., Any] | None:
     return decomposition_table.get(operation)
 
 
-def tensors_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+def tensors_among(args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Return the tensors among the arguments of an operation, in order; an argument is at most a list of tensors."""
     found: list[torch.Tensor] = []
     for value in (*args, *kwargs.values()):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.context import depth
+from implicitdiff._torch.tracking import is_continuous
 from implicitdiff._torch.trees import UserFunction
 
 
@@ -50,10 +51,17 @@ def over_levels(fn: UserFunction, levels: Sequence[Any]) -> UserFunction:
 def _made_up_lane(like: Tensor, dim: int) -> Tensor:
     """Return one lane of irregular positive numbers, which few checks of arguments refuse."""
     ones = like.new_ones([1 if i == dim else size for i, size in enumerate(like.shape)])
-    if not (like.is_floating_point() or like.is_complex()):
+    if not is_continuous(like):
         return ones
     places = torch.arange(ones.numel(), dtype=torch.float32, device=like.device).reshape(ones.shape)
     return ones + 0.5 * torch.cos(7.0 * places**2).to(like.dtype)
+
+
+class VmapSize(NamedTuple):
+    """A vmap: its level, and its number of lanes in this process."""
+
+    level: int
+    size: int
 
 
 class _Part(NamedTuple):
@@ -65,8 +73,8 @@ class _Part(NamedTuple):
 
 
 class _Parts(threading.local):
-    # By level, since a vmap inside of the body may have the same size.
-    of_level: dict[int, _Part] = {}  # noqa: RUF012 - replaced, never changed
+    # By level too, since a vmap inside of the body may have the same size.
+    of_vmap: dict[VmapSize, _Part] = {}  # noqa: RUF012 - replaced, never changed
 
 
 _parts = _Parts()
@@ -76,18 +84,12 @@ _parts = _Parts()
 def numbered(first: int, count: int, total: int) -> Iterator[None]:
     """Say that a vmap in the body, as the outermost transform there, runs `count` of `total` lanes from `first` on."""
     # The next transform that starts in the body has the level `depth() + 1`.
-    before, _parts.of_level = _parts.of_level, {**_parts.of_level, depth() + 1: _Part(first, count, total)}
+    key = VmapSize(depth() + 1, count)
+    before, _parts.of_vmap = _parts.of_vmap, {**_parts.of_vmap, key: _Part(first, count, total)}
     try:
         yield
     finally:
-        _parts.of_level = before
-
-
-class VmapSize(NamedTuple):
-    """A vmap: its level, and its number of lanes in this process."""
-
-    level: int
-    size: int
+        _parts.of_vmap = before
 
 
 def global_numbers(lanes: Sequence[int], vmaps: Sequence[VmapSize]) -> tuple[list[int], int]:
@@ -98,7 +100,7 @@ def global_numbers(lanes: Sequence[int], vmaps: Sequence[VmapSize]) -> tuple[lis
         vmaps: the vmaps, the outermost first.
     """
     # A vmap without a part, or of another size, has all of its lanes in this process.
-    parts = [p if (p := _parts.of_level.get(k)) and p.size == n else _Part(0, n, n) for k, n in vmaps]
+    parts = [_parts.of_vmap.get(key, _Part(0, key.size, key.size)) for key in vmaps]
     numbers = []
     for lane in lanes:
         number, stride = 0, 1

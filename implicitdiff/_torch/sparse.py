@@ -8,7 +8,7 @@ product is computed by gathers and sums of dense tensors, which every transform 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,13 +19,14 @@ from torch.overrides import TorchFunctionMode
 import implicitdiff._torch.context as _context
 import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.tracking as _tracking
-import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.dispatch import tensors_among
 from implicitdiff._torch.modes import no_modes
 
 # A mode receives each spelling of the product as another function; the operator ``@`` arrives as `matmul`.
-_PRODUCTS = {torch.matmul, torch.mm, torch.mv, torch.sparse.mm}
-_PRODUCTS |= {Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.__matmul__}
 _REVERSED = {Tensor.__rmatmul__}
+_PRODUCTS = {torch.matmul, torch.mm, torch.mv, torch.sparse.mm, *_REVERSED}
+_PRODUCTS |= {Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.__matmul__}
+_BLOCKED = {torch.sparse_bsr, torch.sparse_bsc}
 
 
 class SparseProducts(TorchFunctionMode):
@@ -46,18 +47,17 @@ class SparseProducts(TorchFunctionMode):
 
 def have_sparse(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """True if an argument of a torch function is a sparse tensor."""
-    return any([t.layout is not torch.strided for t in _tensors_among(args, kwargs)])
+    return any([t.layout is not torch.strided for t in tensors_among(args, kwargs)])
 
 
 def call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Return the result of a torch function of sparse tensors."""
-    tensors = list(_tensors_among(args, kwargs))
-    is_reversed = func in _REVERSED
-    if (is_reversed or func in _PRODUCTS) and len(args) == 2 and not kwargs:
+    tensors = tensors_among(args, kwargs)
+    if func in _PRODUCTS and len(args) == 2 and not kwargs:
         if _runs_natively(tensors) and not _have_blocks(tensors):
             return func(*args, **kwargs)
         if not (all(map(_is_constant, tensors)) and all(map(_is_sparse, tensors))):
-            return _sparse_product(*(reversed(args) if is_reversed else args))
+            return _sparse_product(*(reversed(args) if func in _REVERSED else args))
     if _runs_natively(tensors):
         return func(*args, **kwargs)
     if all(map(_is_constant, tensors)):
@@ -67,20 +67,12 @@ def call(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) 
     try:
         return func(*args, **kwargs)
     except (RuntimeError, NotImplementedError, IndexError) as error:
-        layouts = sorted({_layout(t) for t in _tensors_among(args, kwargs)} - {"strided"})
+        layouts = sorted({_layout(t) for t in tensors_among(args, kwargs)} - {"strided"})
         raise NotImplementedError(
             f"torch cannot transform {getattr(func, '__name__', func)} of a tensor in the layout "
             f"{' or '.join(layouts)} ({str(error).splitlines()[0]}); write it as a product S @ v with a matrix S, or "
             "use S.to_dense()"
         ) from error
-
-
-def _tensors_among(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            yield value
-        elif type(value) in (tuple, list):
-            yield from pytree.tensors(value)
 
 
 def _layout(tensor: Tensor) -> str:
@@ -104,7 +96,7 @@ def _runs_natively(tensors: Sequence[Tensor]) -> bool:
 def _have_blocks(tensors: Sequence[Tensor]) -> bool:
     """True if a tensor has a blocked layout, for which torch lacks some products."""
     with no_modes():
-        return any(t.layout in (torch.sparse_bsr, torch.sparse_bsc) for t in tensors)
+        return any(t.layout in _BLOCKED for t in tensors)
 
 
 def _is_constant(tensor: Tensor) -> bool:
@@ -118,15 +110,17 @@ def _sparse_product(a: Tensor, b: Tensor) -> Tensor:
             f"torch cannot transform the product of two sparse matrices, in the layouts {_layout(a)} and "
             f"{_layout(b)}; multiply the vector by one after the other, or use to_dense() of one"
         )
-    inner = a.shape[-1], b.shape[-2 if b.dim() > 1 else -1]
-    if inner[0] != inner[1]:
+    if a.shape[-1] != b.shape[-2:][0]:
         raise RuntimeError(f"sizes do not match in the product of {list(a.shape)} and {list(b.shape)}")
-    if not _is_sparse(a):
-        # a S = (S' a')'
-        values, rows, columns = _entries(b)
-        product = _summed(values, columns, rows, b.shape[1], a.mT if a.dim() > 1 else a)
-        return product.mT if a.dim() > 1 else product
-    return _summed(*_entries(a), a.shape[0], b)
+    if a.dim() == 1:
+        return _sparse_product(a[None], b)[0]
+    if b.dim() == 1:
+        return _sparse_product(a, b[:, None])[:, 0]
+    if _is_sparse(a):
+        return _summed(*_entries(a), a.shape[0], b)
+    # a S = (S' a')'
+    values, rows, columns = _entries(b)
+    return _summed(values, columns, rows, b.shape[1], a.mT).mT
 
 
 def _entries(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,9 +133,7 @@ def _entries(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _summed(values: Tensor, rows: Tensor, columns: Tensor, size: int, v: Tensor) -> Tensor:
-    """Return the product of a sparse matrix with `size` rows and a vector or matrices ``v``."""
-    if v.dim() == 1:
-        return _summed(values, rows, columns, size, v[:, None])[:, 0]
+    """Return the product of a sparse matrix with `size` rows and matrices ``v``."""
     # S_ij v_j for each entry, added up by rows.
     terms = values[:, None] * v.index_select(-2, columns)
     shape = (*v.shape[:-2], size, v.shape[-1])
