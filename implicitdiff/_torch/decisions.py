@@ -37,10 +37,9 @@ _leaders: set[Leader] = set()
 def add_leader(leader: Leader) -> None:
     """Name the leader of the processes that have run a collective: of this frame and of those around it."""
     _leaders.add(leader)
-    for frame in _open.frames:
-        if frame is not None:
-            # A dictionary, since all processes must ask several leaders in the same order.
-            frame.leaders.setdefault(leader)
+    for frame in filter(None, _open.frames):
+        # A dictionary, since all processes must ask several leaders in the same order.
+        frame.leaders.setdefault(leader)
 
 
 def frame() -> AbstractContextManager[object]:

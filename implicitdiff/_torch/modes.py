@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch.nn.utils import parametrize
@@ -43,16 +43,12 @@ def _exchange(old: Sequence[TorchFunctionMode], new: Sequence[TorchFunctionMode]
         torch.overrides._push_mode(mode)
 
 
-def uncached() -> AbstractContextManager[None]:
+@contextmanager
+def uncached() -> Iterator[None]:
     """Context without `torch.nn.utils.parametrize.cached`.
 
     The cache would give an evaluation the weights of another evaluation, with other operands or without gradients.
     """
-    return _uncached() if parametrize._cache_enabled else nullcontext()
-
-
-@contextmanager
-def _uncached() -> Iterator[None]:
     # `parametrize.cached` counts its nesting in this variable, and 0 switches the cache off.
     before, parametrize._cache_enabled = parametrize._cache_enabled, 0
     try:

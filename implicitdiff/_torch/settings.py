@@ -35,10 +35,9 @@ def autocast(state: Autocast) -> AbstractContextManager[None]:
 @contextmanager
 def _autocast(state: Autocast) -> Iterator[None]:
     with ExitStack() as stack:
-        for (device, enabled, dtype), now in zip(state, autocast_state(), strict=True):
-            if (device, enabled, dtype) != now:
-                # Without the cache of casts, which belong to the graph of another evaluation.
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+        for device, enabled, dtype in [setting for setting in state if setting not in autocast_state()]:
+            # Without the cache of casts, which belong to the graph of another evaluation.
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
         yield
 
 

@@ -58,7 +58,7 @@ def _slots_in(module: nn.Module, held_by: Callable[[nn.Module], dict[str, Any]])
         held = held_by(part)
         for key, tensor in held.items():
             if tensor is not None:
-                name = f"{path}.{key}" if path else key
+                name = f"{path}.{key}".removeprefix(".")
                 # Tied tensors are known by identity and named after their first entry, as in `named_parameters`.
                 _, slot = found.setdefault(id(tensor), (name, ParameterSlot(tensor)))
                 slot.entries.append((held, key))

@@ -12,7 +12,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
-from implicitdiff._torch.context import dispatch_modes, now, saved_tensor_hooks
+from implicitdiff._torch.context import now, saved_tensor_hooks
 from implicitdiff._torch.modes import no_modes, uncached
 
 # Context for a body where nothing has to be switched.
@@ -60,13 +60,9 @@ def recording() -> Iterator[None]:
         yield
 
 
-def without_saved_tensor_hooks() -> AbstractContextManager[None]:
-    """Run the body without hooks on saved tensors, under which torch.func refuses to run."""
-    return _hooks_put_aside() if saved_tensor_hooks() else UNCHANGED
-
-
 @contextmanager
-def _hooks_put_aside() -> Iterator[None]:
+def without_saved_tensor_hooks() -> Iterator[None]:
+    """Run the body without hooks on saved tensors, under which torch.func refuses to run."""
     hooks = []
     try:
         while (top := saved_tensor_hooks()) is not None:
@@ -102,9 +98,6 @@ def allow_requires_grad() -> None:
 
 def random_state() -> bytes:
     """Return the state of the default generator of the CPU, read outside of every mode and level."""
-    if not functorch.get_interpreter_stack() and not dispatch_modes():
-        with no_modes():
-            return torch.default_generator.get_state().numpy().tobytes()
     # Under a grad level the state is a wrapper, whose memory `numpy` cannot read.
     with no_levels(), torch._C._DisableTorchDispatch(), no_modes():
         return torch.default_generator.get_state().numpy().tobytes()

@@ -48,7 +48,7 @@ def is_recorded_for_later() -> bool:
 
 def _reason_missing(tensors: Sequence[Tensor]) -> str | None:
     # Only of plain tensors and parameters: a FakeTensor has a message of its own below.
-    if any([t.is_meta and type(t) in _USUAL for t in tensors]):
+    if any([t.is_meta for t in tensors if type(t) in _USUAL]):
         return "a tensor on the meta device has no values; move the tensors to a real device, for example by to_empty"
     if is_recorded_for_later():
         return (
