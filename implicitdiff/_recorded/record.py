@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from implicitdiff._recorded.tape import (
 from implicitdiff._torch.dispatch import AtenOperation, aten
 from implicitdiff._torch.messages import line_of_user
 from implicitdiff._torch.modes import no_modes, with_modes
+from implicitdiff._torch.trees import Leaves
 
 BranchT = TypeVar("BranchT")
 Emitter = Callable[..., None]
@@ -43,48 +44,49 @@ FACTORIES = (
     aten.new_empty_strided.default,
 )
 """Operations that read the shape and the dtype of their argument alone."""
-_RECORDED_DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32, torch.bool)
-
-
-_VALUES, _ENTRIES, _HOOKS = "values", "entries", "hooks"
-_UNSEEN = {
-    **dict.fromkeys((Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__repr__), _VALUES),
-    **dict.fromkeys((Tensor.apply_, Tensor.map_, Tensor.map2_), _ENTRIES),
-    Tensor.register_hook: _HOOKS,
+_INTEGERS, _FLOATS = (torch.int64, torch.int32), (torch.float64, torch.float32)
+_RECORDED_DTYPES = (*_FLOATS, *_INTEGERS, torch.bool)
+_CONVERSIONS = {
+    **{(torch.bool, source): "TO_BOOL" for source in (*_FLOATS, *_INTEGERS)},
+    **{(target, source): "TRUNC" for target in _INTEGERS for source in _FLOATS},
+    **{(torch.float32, source): "COPY" for source in (torch.float64, *_INTEGERS)},
 }
-"""Functions that no operation of the dispatcher shows."""
+"""The instructions for a dtype and another before it, where a conversion of doubles changes values."""
+
+
+_Reads = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _always(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return True
+
+
+def _of_list(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leaves:
+    """Return the tensors in the lists of numbers of which a function makes a tensor."""
+    return pytree.tensors([v for v in (*args, *kwargs.values()) if isinstance(v, (list, tuple))])
+
+
+def _of_places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leaves:
+    """Return the tensor from which a function reads the places where it splits."""
+    return pytree.tensors((args[1:], {**kwargs, "input": None}))
+
+
+_READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__repr__)
 _READERS_OF_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new)
-"""Functions that make a tensor of a list of numbers, also where the numbers are tensors."""
-_SPLITS = (torch.tensor_split, Tensor.tensor_split)
-"""Functions that read the places where they split from a tensor."""
-
-
-_GUARDED = {*_UNSEEN, *_READERS_OF_LISTS, *_SPLITS}
-
-
-def _unseen(name: str, kind: str) -> NotRecordableError:
-    """Return the refusal of a function that no operation of the dispatcher shows."""
-    if kind == _VALUES:
-        return NotRecordableError(f"Tensor.{name} reads the value of a tensor{line_of_user()}")
-    if kind == _ENTRIES:
-        return NotRecordableError(f"Tensor.{name} runs Python code for each entry{line_of_user()}")
-    return NotRecordableError(f"Tensor.{name} runs Python code in the backward pass{line_of_user()}")
-
-
-def _reads_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a function takes numbers from tensors, without an operation of the dispatcher."""
-    if func in _SPLITS:
-        return bool(pytree.tensors((args[1:], {**kwargs, "input": None})))
-    if func not in _READERS_OF_LISTS:
-        return False
-    return bool(pytree.tensors([v for v in (*args, *kwargs.values()) if isinstance(v, (list, tuple))]))
+_GUARDED: dict[Any, tuple[str, _Reads]] = {
+    **dict.fromkeys(_READERS, ("Tensor.{} reads the value of a tensor", _always)),
+    **dict.fromkeys((Tensor.apply_, Tensor.map_, Tensor.map2_), ("Tensor.{} runs Python code for each entry", _always)),
+    Tensor.register_hook: ("Tensor.{} runs Python code in the backward pass", _always),
+    **dict.fromkeys(_READERS_OF_LISTS, ("{} reads the value of a tensor", _of_list)),
+    **dict.fromkeys((torch.tensor_split, Tensor.tensor_split), ("{} reads the value of a tensor", _of_places)),
+}
+"""Functions that no operation of the dispatcher shows: why they are refused, and for which arguments."""
 
 
 def _refuse_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if func in _UNSEEN:
-        raise _unseen(func.__name__, _UNSEEN[func])
-    if _reads_numbers(func, args, kwargs):
-        raise NotRecordableError(f"{func.__name__} reads the value of a tensor{line_of_user()}")
+    why, reads = _GUARDED[func]
+    if reads(args, kwargs):
+        raise NotRecordableError(why.format(func.__name__) + line_of_user())
 
 
 class Guard(TorchFunctionMode):
@@ -93,10 +95,11 @@ class Guard(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         # One question, since this runs for each attribute of a tensor as well.
         if func in _GUARDED:
-            _refuse_numbers(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+            _refuse_numbers(func, args, kwargs)
+        return func(*args, **kwargs)
 
 
 class Recorder(_dispatch.TorchDispatchMode):
@@ -181,7 +184,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         if view.dtype == dtype:
             return view
         # A double holds every value of a narrower dtype, so a widening costs no instruction.
-        return self.copy(view, dtype) if _is_narrower(dtype, view.dtype) else View(*view[:-1], dtype)
+        return self.copy(view, dtype) if (dtype, view.dtype) in _CONVERSIONS else View(*view[:-1], dtype)
 
     def copy(self, view: View, dtype: torch.dtype | None = None) -> View:
         """Return a contiguous copy."""
@@ -191,11 +194,7 @@ class Recorder(_dispatch.TorchDispatchMode):
 
     def convert(self, out: View, view: View) -> None:
         """Copy a view to another of the same shape, with the conversion of the dtype."""
-        name = "COPY"
-        if out.dtype == torch.bool and view.dtype != torch.bool:
-            name = "TO_BOOL"
-        elif not out.dtype.is_floating_point and view.dtype.is_floating_point:
-            name = "TRUNC"
+        name = _CONVERSIONS.get((out.dtype, view.dtype), "COPY")
         # Source and target may overlap: the copy acts as if all entries moved at once.
         if view.buffer is out.buffer and (view.offset, view.strides) != (out.offset, out.strides):
             view = self.copy(view)
@@ -249,45 +248,50 @@ class Recorder(_dispatch.TorchDispatchMode):
     ) -> Any:
         # Outside of the Guard, which would take each question for the geometry of a tensor for one of the user.
         with no_modes():
-            return self._recorded(func, args, kwargs or {})
+            return _way(func)(self, func, args, kwargs or {})
 
-    def _recorded(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # The order counts. Random operations and writes come before folding, since their arguments may all be
-        # constants.
-        traits = _traits(func)
-        if traits.is_special:
-            return self._special(func, args, kwargs)
-        tensors = _dispatch.tensors_among(args, kwargs)
-        if traits.is_factory or self._are_constant(tensors):
+    def _computed(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a function of the arguments."""
+        if self._are_constant(_dispatch.tensors_among(args, kwargs)):
             return self._folded(func, args, kwargs)
-        if traits.may_be_unsafe:
-            self._refuse_unsafe(func, args)
-        emitter = self.emitters.get(func)
-        if emitter is None and not traits.returns_views:
+        if (emitter := self.emitters.get(func)) is None:
             return self._decomposed(func, args, kwargs)
         result = func(*args, **kwargs)
-        made = pytree.tensors(result)
-        # Known memory means a view, for which the geometry of the tensor is enough.
-        if all([_dispatch.storage_key(t) in self._buffers for t in made]):
-            if any([t.is_neg() or t.dtype != tensors[0].dtype for t in made]):
-                raise self._refusal(func, "interprets the memory of a tensor in another way")
-            return result
-        if emitter is None:
-            return self._decomposed(func, args, kwargs)
         self._emit(func, emitter, result, args, kwargs)
         return result
 
-    def _special(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation that is not a function of its arguments, or that changes an argument."""
-        if _dispatch.is_random(func):
-            raise self._refusal(func, "draws random numbers")
-        if func is aten.lift_fresh.default:
-            # The argument is a tensor that `torch.tensor` has just made of numbers.
-            self.known(args[0])
-            return self._folded(func, args, kwargs)
-        if _dispatch.changes_geometry(func):
-            return self._other_view(func, args, kwargs)
-        return self._in_place(func, args, kwargs)
+    def _viewed(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that returns views, for which the geometry of the tensors is enough."""
+        # A tensor of unknown origin raises.
+        dtype = self.view(args[0]).dtype
+        result = func(*args, **kwargs)
+        made = pytree.tensors(result)
+        # In inference mode torch hands over `reshape` and the like, which may copy.
+        if not self._buffers.keys() >= {*map(_dispatch.storage_key, made)}:
+            return self._decomposed(func, args, kwargs)
+        if any([t.is_neg() or t.dtype != dtype for t in made]):
+            raise self._refusal(func, "interprets the memory of a tensor in another way")
+        return result
+
+    def _asking(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record an operation that reads the values of some arguments."""
+        is_known = self._are_constant(_dispatch.tensors_among(args, kwargs))
+        if not is_known and asks_for_values(func, args, self._are_constant):
+            raise self._refusal(func, "reads the value of a tensor")
+        return self._computed(func, args, kwargs)
+
+    def _strided(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.view(args[0]).buffer.kind in (Kind.LANE, Kind.SHARED):
+            raise self._refusal(func, "reads the memory of an operand, whose strides may be others in a later call")
+        return self._viewed(func, args, kwargs)
+
+    def _random(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise self._refusal(func, "draws random numbers")
+
+    def _lifted(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # The argument is a tensor that `torch.tensor` has just made of numbers.
+        self.known(args[0])
+        return self._folded(func, args, kwargs)
 
     def _emit(
         self, func: AtenOperation, emitter: Emitter, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -297,12 +301,6 @@ class Recorder(_dispatch.TorchDispatchMode):
         # Emitters expect the usual arguments; whatever fails in an emitter is left to Python.
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise self._refusal(func, f"has unusual arguments ({error})") from error
-
-    def _refuse_unsafe(self, func: AtenOperation, args: tuple[Any, ...]) -> None:
-        if asks_for_values(func, args, self._are_constant):
-            raise self._refusal(func, "reads the value of a tensor")
-        if func is aten.as_strided.default and self.view(args[0]).buffer.kind in (Kind.LANE, Kind.SHARED):
-            raise self._refusal(func, "reads the memory of an operand, whose strides may be others in a later call")
 
     def _are_constant(self, tensors: Sequence[Tensor]) -> bool:
         # All of them, also behind the first that varies: a tensor of unknown origin raises.
@@ -467,55 +465,36 @@ def asks_for_values(func: AtenOperation, args: Sequence[Any], are_known: Callabl
     """
     if func is not aten.index.Tensor:
         return _dispatch.reads_values(func)
-    return not are_known([i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)])
+    return not are_known([i for i in pytree.tensors(args[1]) if i.dtype in (torch.bool, torch.uint8)])
 
 
 def _known_buffer(tensor: Tensor) -> Buffer:
     """Return a buffer for the memory of a tensor whose numbers are known."""
     size = _dispatch.storage_size(tensor)
-    number = float(_dispatch.whole_storage(tensor) if tensor.dim() else tensor) if size == 1 else None
+    number = float(_dispatch.whole_storage(tensor)) if size == 1 else None
     return Buffer(Kind.CONSTANT, size, value=tensor, number=number)
 
 
-class _Traits(NamedTuple):
-    """The properties of an operation that matter to a recorder.
-
-    Attributes:
-        is_special: True if it is not a function of its arguments, or changes an argument.
-        is_factory: True if it reads shape and dtype of its argument alone.
-        may_be_unsafe: True if it may read values, or the memory of an operand.
-        returns_views: True if all results share the memory of its arguments.
-    """
-
-    is_special: bool
-    is_factory: bool
-    may_be_unsafe: bool
-    returns_views: bool
-
-
 @cache
-def _traits(func: AtenOperation) -> _Traits:
-    changes = _dispatch.is_random(func) or _dispatch.changes_geometry(func) or _dispatch.changes_arguments(func)
-    return _Traits(
-        changes or func is aten.lift_fresh.default,
-        func in FACTORIES,
-        func in (aten.index.Tensor, aten.as_strided.default) or _dispatch.reads_values(func),
-        _dispatch.returns_views(func),
+def _way(func: AtenOperation) -> Callable[[Recorder, AtenOperation, tuple[Any, ...], dict[str, Any]], Any]:
+    """Return the method that records an operation."""
+    # The order counts. Random operations and writes come before folding, since their arguments may all be constants.
+    ways = (
+        (_dispatch.is_random(func), Recorder._random),
+        (func is aten.lift_fresh.default, Recorder._lifted),
+        (_dispatch.changes_geometry(func), Recorder._other_view),
+        (_dispatch.changes_arguments(func), Recorder._in_place),
+        (func in FACTORIES, Recorder._folded),
+        (func is aten.as_strided.default, Recorder._strided),
+        (_dispatch.returns_views(func), Recorder._viewed),
+        (func is aten.index.Tensor or _dispatch.reads_values(func), Recorder._asking),
     )
+    return next((way for is_wanted, way in ways if is_wanted), Recorder._computed)
 
 
 def check_recordable(tensor: Tensor) -> None:
     """Raise unless the machine can hold a tensor."""
     if tensor.dtype not in _RECORDED_DTYPES:
         raise NotRecordableError(f"a tensor has the dtype {tensor.dtype}")
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+    if (tensor.layout, tensor.device.type) != (torch.strided, "cpu"):
         raise NotRecordableError(f"a tensor has the layout {tensor.layout} on {tensor.device}")
-
-
-def _is_narrower(dtype: torch.dtype, than: torch.dtype) -> bool:
-    """True if a conversion of doubles that hold values of `than` to `dtype` changes values."""
-    if dtype == torch.float32:
-        return than in (torch.float64, torch.int64, torch.int32)
-    if dtype == torch.bool:
-        return than != torch.bool
-    return not dtype.is_floating_point and than.is_floating_point
