@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import NamedTuple, TypeGuard
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +26,7 @@ from implicitdiff._recorded.tape import (
     Reference,
     Tape,
     TapeItem,
+    grouped,
 )
 
 _MAX_WORK, _THIN = 2**21, 16
@@ -96,14 +97,13 @@ class _Lowering:
     first: Sequence[Instruction]
     names: Sequence[str]
     # Instructions of the first section: values that all lanes share, once for each thread.
-    once: list[Instruction] = field(default_factory=list)
+    once: list[TapeItem] = field(default_factory=list)
     # Instructions of the second section: values that no iteration changes, once for each block.
-    entry: list[Instruction] = field(default_factory=list)
-    # The offset of each constant in the first shared array, and in `pooled` the next free offset.
-    constants: dict[Buffer, int] = field(default_factory=dict)
+    entry: list[TapeItem] = field(default_factory=list)
+    # The buffers outside of a block's memory that are read, in order.
+    outside: dict[Buffer, None] = field(default_factory=dict)
     # Copies of shared values in the memory of a block, by number or by buffer.
     spread: dict[Hashable, Buffer] = field(default_factory=dict)
-    pooled: int = 0
 
     def code(self) -> Code:
         # First of all, since the division into sections fills `once` and `entry`.
@@ -112,20 +112,20 @@ class _Lowering:
         head = [self._with_local_inputs(item) for item in self.first]
         # Buffers of several sections get fixed places at the beginning of the arena, and no other buffer shares these.
         fixed = chain(self.carried, self.operands, self.flags, _outputs(self.once), _outputs(self.entry))
-        offsets, top = {}, 0
-        for buffer in dict.fromkeys(fixed):
-            offsets[buffer] = top
-            top += buffer.size
+        offsets, top = _in_a_row(dict.fromkeys(fixed))
         # The parts run one after the other, so their buffers share memory.
         placements = [placed(items, tape.loops, offsets, top) for items, tape in zip(parts, self.tapes, strict=True)]
         arena = max(end for _, end in placements)
         if arena > _MAX_ARENA:
             raise NotRecordableError(f"a step needs {8 * arena} bytes for each problem")
-        # The order of insertion is the order of the offsets, see `_pooled`.
-        values = [_dispatch.whole_storage(b.value).to(torch.float64) for b in self.constants if b.value is not None]
-        shared = torch.cat(values or [torch.zeros(1, dtype=torch.float64)])
+        constants = {b: b.value for b in self.outside if b.value is not None}
+        shared = torch.cat([_dispatch.whole_storage(t).to(torch.float64) for t in constants.values()])
         start, step, judge = (items for items, _ in placements)
-        spelt = _Spelling(self.names, offsets, self.constants)
+        # The spaces are 0, the arena of the block; 1, the constants; from 2 on, the shared operands.
+        places = {b: (2 + b.index, 0) for b in self.outside}
+        places |= {b: (1, at) for b, at in _in_a_row(constants)[0].items()}
+        places |= {b: (0, at) for b, at in offsets.items()}
+        spelt = _Spelling(self.names, places)
         instructions: list[list[int]] = []
         begins = []
         # In the order of `Code.sections`. A section falls through to its end, and jumps stay inside.
@@ -139,7 +139,7 @@ class _Lowering:
         # Simplify first: merged instructions leave results that nothing reads.
         items = _needed(simplified(tape.items), self.flags)
         _refuse_large_matrices(items)
-        return [self._with_local_inputs(i) if isinstance(i, Instruction) else i for i in self._sections(items)]
+        return [*map(self._with_local_inputs, self._sections(items))]
 
     def _sections(self, items: Sequence[TapeItem]) -> list[TapeItem]:
         """Move instructions that do not depend on carried values out of the iteration; return the others."""
@@ -148,8 +148,8 @@ class _Lowering:
         varies: dict[Buffer, bool] = dict.fromkeys(self.operands, True)
         left: list[TapeItem] = []
         for item in items:
-            read = [r.buffer for r in item.inputs if r.buffer.kind not in (Kind.SHARED, Kind.CONSTANT)]
-            if not self._may_leave(item) or not all([b in varies for b in read]):
+            read = [r.buffer for r in item.inputs if r.buffer.kind not in _OUTSIDE]
+            if not self._may_leave(item) or not varies.keys() >= {*read}:
                 left.append(item)
                 continue
             of_lane = any([varies[b] for b in read])
@@ -160,38 +160,29 @@ class _Lowering:
                 self.once.append(self._with_local_inputs(item))
         return left
 
-    def _may_leave(self, item: TapeItem) -> TypeGuard[Instruction]:
+    def _may_leave(self, item: TapeItem) -> bool:
         """Return whether an item computes the same in each iteration if its inputs stay the same."""
-        # An instruction in a branch may not run, and a COMMIT changes carried buffers.
-        if not isinstance(item, Instruction) or item.scope or item.name == "COMMIT":
+        # An instruction in a branch may not run.
+        if item.scope or _acts(item):
             return False
         # A buffer with several writers has no single value, and flags are read at their places by the machine.
-        return not any(r.buffer.writes > 1 or r.buffer in self.flags for r in item.outputs)
+        return not any([r.buffer.writes > 1 or r.buffer in self.flags for r in item.outputs])
 
-    def _with_local_inputs(self, item: Instruction) -> Instruction:
-        """Return an instruction whose inputs lie where the machine takes them; copies are made once."""
-        if not any([r.buffer.kind in (Kind.SHARED, Kind.CONSTANT) for r in item.inputs]):
+    def _with_local_inputs(self, item: TapeItem) -> TapeItem:
+        """Return an item whose inputs lie where the machine takes them; copies are made once."""
+        if _OUTSIDE.isdisjoint([r.buffer.kind for r in item.inputs]):
             return item
-        for reference in item.inputs:
-            self._pool(reference.buffer)
         return item.with_inputs(tuple([self._within_reach(item, r) for r in item.inputs]))
 
-    def _pool(self, buffer: Buffer) -> None:
-        """Give a constant its place among the constants."""
-        if buffer.kind is Kind.CONSTANT and buffer not in self.constants:
-            self.constants[buffer] = self.pooled
-            self.pooled += buffer.size
-
-    def _within_reach(self, item: Instruction, reference: Reference) -> Reference:
+    def _within_reach(self, item: TapeItem, reference: Reference) -> Reference:
         buffer = reference.buffer
-        if buffer.kind not in (Kind.SHARED, Kind.CONSTANT) or _reads_shared(item, buffer):
+        if buffer.kind not in _OUTSIDE:
             return reference
-        return Reference(self._local(buffer), reference.offset, reference.strides)
+        self.outside.setdefault(buffer)
+        return reference if _reads_shared(item, buffer) else reference._replace(buffer=self._local(buffer))
 
     def _local(self, buffer: Buffer) -> Buffer:
-        # 0 and -0 are equal, and nan is not equal to itself.
-        key = buffer if buffer.number is None else repr(buffer.number)
-        if key not in self.spread:
+        if (key := buffer.key()) not in self.spread:
             new = Buffer(Kind.RESULT, buffer.size, writes=1)
             self.spread[key] = new
             source, target = (Reference(b, 0, (1,)) for b in (buffer, new))
@@ -199,14 +190,29 @@ class _Lowering:
         return self.spread[key]
 
 
+_OUTSIDE = {Kind.SHARED, Kind.CONSTANT}
+"""The kinds of buffers outside of a block's memory."""
+
+
+def _acts(item: TapeItem) -> bool:
+    """Return whether an item does more than compute results: labels, jumps, and changes of carried buffers."""
+    return all([r.buffer.kind is Kind.CARRY for r in item.outputs])
+
+
+def _in_a_row(buffers: Iterable[Buffer]) -> tuple[dict[Buffer, int], int]:
+    """Return places of buffers one behind the other, and the end."""
+    *begins, end = accumulate([b.size for b in buffers], initial=0)
+    return dict(zip(buffers, begins, strict=True)), end
+
+
 def _refuse_large_matrices(items: Sequence[TapeItem]) -> None:
     """Raise if a step multiplies or factorises matrices that libraries of linear algebra treat faster."""
     for item in items:
-        if isinstance(item, Instruction) and item.name in MATRICES and _work(item) > _MAX_WORK:
+        if item.name in MATRICES and _work(item) > _MAX_WORK:
             raise NotRecordableError(f"a step has matrices of sizes {list(item.sizes)}, which are faster in torch")
 
 
-def _work(item: Instruction) -> int:
+def _work(item: TapeItem) -> int:
     """Return the number of products of numbers in a product or a factorisation; 0 for products with a thin matrix."""
     rows, columns, *inner = item.sizes[-3:] if item.name == "MATMUL" else item.sizes[-2:]
     if not inner:
@@ -214,7 +220,7 @@ def _work(item: Instruction) -> int:
     return math.prod(item.sizes) if min(rows, columns, *inner) > _THIN else 0
 
 
-def _reads_shared(item: Instruction, buffer: Buffer) -> bool:
+def _reads_shared(item: TapeItem, buffer: Buffer) -> bool:
     """Return whether an instruction reads a buffer of all lanes where it lies, and is not slower for it."""
     return item.name in TAKES_SHARED and (item.name == "MATMUL" or buffer.size > _MAX_SPREAD)
 
@@ -225,11 +231,8 @@ def _outputs(items: Iterable[TapeItem]) -> list[Buffer]:
 
 def _needed(items: Sequence[TapeItem], flags: Sequence[Buffer]) -> list[TapeItem]:
     """Leave out the instructions whose results nothing reads."""
-    makers: dict[Buffer, list[TapeItem]] = {}
-    for item in items:
-        for reference in item.outputs:
-            makers.setdefault(reference.buffer, []).append(item)
-    left = [i for i in items if not isinstance(i, Instruction) or i.name == "COMMIT"]
+    makers = grouped((buffer, item) for item in items for buffer in _outputs([item]))
+    left = [item for item in items if _acts(item)]
     for flag in flags:
         left += makers.pop(flag, ())
     needed: set[TapeItem] = set()
@@ -244,57 +247,46 @@ def _needed(items: Sequence[TapeItem], flags: Sequence[Buffer]) -> list[TapeItem
 class _Spelling:
     """The integers of instructions."""
 
-    def __init__(self, names: Sequence[str], offsets: Mapping[Buffer, int], constants: Mapping[Buffer, int]) -> None:
+    def __init__(self, names: Sequence[str], places: Mapping[Buffer, tuple[int, int]]) -> None:
         self.codes = {name: i for i, name in enumerate(names)}
-        self.offsets, self.constants = offsets, constants
+        # The space and the offset of each buffer.
+        self.places = places
 
     def section(self, items: Sequence[TapeItem], begin: int) -> list[list[int]]:
         """Return the instructions of a section, the first of which has the index `begin`."""
-        places, words = {}, [i for i in items if not isinstance(i, Label)]
+        words = [item for item in items if not isinstance(item, Label)]
+        own = {item: at for at, item in enumerate(words, start=begin)}
+        places, place = dict[TapeItem, int](), begin + len(words)
         # A label takes no instruction: its place is that of the next.
-        for item in items:
-            if isinstance(item, Label):
-                places[item] = begin
-            else:
-                begin += 1
+        for item in reversed(items):
+            places[item] = place = own.get(item, place)
         return [self.jump(i, places) if isinstance(i, Jump) else self.instruction(i) for i in words]
 
-    def instruction(self, item: Instruction) -> list[int]:
+    def instruction(self, item: TapeItem) -> list[int]:
         references = [*item.outputs, *item.inputs]
         dims: list[Dim] = list(zip(item.sizes, *[r.strides for r in references], strict=True))
         if item.name in REDUCTIONS:
             dims = [*_coalesced(dims[:-1]), dims[-1]]
         elif item.name not in MATRICES:
             # In the order of the strides of the first operand, the longest first.
-            dims = _coalesced(sorted(dims, key=_shortness) if len(dims) > 1 else dims)
+            dims = _coalesced(sorted(dims, key=_shortness))
         # `most_dimensions` of `src/cpu/kernels.h`, counted after neighbours are merged.
         if len(dims) > 6:
             raise NotRecordableError(f"an operation has {len(dims)} dimensions")
         # The words are opcode, rounding, number of dimensions, sizes, number of operands, and for each operand space,
         # offset and strides. `Reader` in `program.cpp` takes them in this order.
-        sizes, *strides = zip(*dims, strict=True) if dims else [()] * (1 + len(references))
-        words = [self.codes[item.name], int(item.rounds), len(dims), *sizes, len(references)]
-        for reference, steps in zip(references, strides, strict=True):
-            words += self._place(reference)
-            words += steps
-        return words
+        sizes = [dim[0] for dim in dims]
+        operands = [(*self._place(r), *[dim[k] for dim in dims]) for k, r in enumerate(references, start=1)]
+        return [self.codes[item.name], int(item.rounds), len(dims), *sizes, len(references), *chain(*operands)]
 
-    def jump(self, item: Jump, places: Mapping[Label, int]) -> list[int]:
-        if item.flag is None:
-            return [self.codes["JUMP"], places[item.target]]
-        reference, count = item.flag
-        _, offset = self._place(reference)
-        # The words are opcode, index of the target instruction, place and number of the flags.
-        return [self.codes["JUMP_UNLESS_ANY"], places[item.target], offset, count]
+    def jump(self, item: Jump, places: Mapping[TapeItem, int]) -> list[int]:
+        # The words are opcode, index of the target instruction, and with a flag its offset and number of elements.
+        offsets = [self._place(r)[1] for r in item.inputs]
+        return [self.codes[item.name], places[item.target], *offsets, *item.sizes]
 
     def _place(self, reference: Reference) -> tuple[int, int]:
-        buffer, offset, _ = reference
-        # The spaces are 0, the arena of the block; 1, the constants; from 2 on, the shared operands.
-        if buffer.kind is Kind.CONSTANT:
-            return 1, self.constants[buffer] + offset
-        if buffer.kind is Kind.SHARED:
-            return 2 + buffer.index, offset
-        return 0, self.offsets[buffer] + offset
+        space, begin = self.places[reference.buffer]
+        return space, begin + reference.offset
 
 
 Dim = tuple[int, ...]
@@ -308,9 +300,7 @@ def _shortness(dim: Dim) -> int:
 def _coalesced(dims: Sequence[Dim]) -> list[Dim]:
     """Merge neighbouring dimensions that all operands step through evenly; leave out those of size 1."""
     merged: list[Dim] = []
-    for dim in dims:
-        if dim[0] == 1:
-            continue
+    for dim in [d for d in dims if d[0] != 1]:
         size, *steps = dim
         # For every operand one outer step must pass the whole inner dimension.
         if merged and merged[-1][1:] == tuple([size * step for step in steps]):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections.abc import Container, Sequence
+from itertools import chain
 
 from implicitdiff._recorded.tape import (
     MATRICES,
@@ -14,6 +16,7 @@ from implicitdiff._recorded.tape import (
     Label,
     Reference,
     TapeItem,
+    grouped,
 )
 
 
@@ -31,37 +34,37 @@ def placed(
     Returns:
         The items without copies from a place to itself, and the end of the memory.
     """
-    lives = _Lives(items, loops)
+    lives = _Lives(items, loops, offsets)
     # Copies first: joined buffers share one place.
-    kept = _without_copies(items, lives, offsets)
+    kept = _without_copies(items, lives)
     return kept, _placed_from(len(items), lives, offsets, top)
 
 
 class _Lives:
-    """The first and the last position on the tape where buffers are used.
+    """The positions on the tape where buffers are used, for the buffers that have no place yet.
 
     Buffers of one group share memory. `group` leads from a buffer, step by step, to the one that stands for its group.
+    This one alone has an entry in `uses`. `ends` are the positions of labels and jumps.
     """
 
-    def __init__(self, items: Sequence[TapeItem], loops: Sequence[tuple[Label, Label]]) -> None:
-        self.uses: dict[Buffer, list[int]] = {}
+    def __init__(
+        self, items: Sequence[TapeItem], loops: Sequence[tuple[Label, Label]], fixed: Container[Buffer]
+    ) -> None:
+        used = [[r.buffer for r in (*item.outputs, *item.inputs)] for item in items]
+        pairs = ((b, at) for at, buffers in enumerate(used) for b in buffers)
+        self.uses = grouped((b, at) for b, at in pairs if b.kind is Kind.RESULT and b not in fixed)
         self.group: dict[Buffer, Buffer] = {}
-        at_label: dict[Label, int] = {}
-        for at, item in enumerate(items):
-            if isinstance(item, Label):
-                at_label[item] = at
-            for reference in (*item.outputs, *item.inputs):
-                self.uses.setdefault(reference.buffer, []).append(at)
-        # A value from before a loop is read again in the next round. Inner loops come first.
-        for begin, end in ((at_label[a], at_label[b]) for a, b in loops):
-            for buffer in {r.buffer for item in items[begin:end] for r in (*item.outputs, *item.inputs)}:
-                uses = self.uses[buffer]
-                if uses[0] < begin and uses[-1] < end:
-                    uses.append(end)
+        self.ends = [at for at, item in enumerate(items) if not isinstance(item, Instruction)]
+        places = {items[at]: at for at in self.ends}
+        # A value from before a loop is read again in the next round.
+        for begin, end in ((places[a], places[b]) for a, b in loops):
+            inside = self.uses.keys() & {*chain(*used[begin:end])}
+            for positions in [self.uses[b] for b in inside if self.uses[b][0] < begin]:
+                insort(positions, end)
 
     def join(self, a: Buffer, b: Buffer) -> None:
         """Let two groups share memory."""
-        self.uses[a] = sorted({*self.uses[a], *self.uses[b]})
+        self.uses[a] = sorted({*self.uses[a], *self.uses.pop(b)})
         self.group[b] = a
 
     def of(self, buffer: Buffer) -> Buffer:
@@ -71,47 +74,37 @@ class _Lives:
         return buffer
 
 
-def _without_copies(items: Sequence[TapeItem], lives: _Lives, fixed: Container[Buffer]) -> list[TapeItem]:
+def _without_copies(items: Sequence[TapeItem], lives: _Lives) -> list[TapeItem]:
     """Let a copy share the memory of its source where the source is not used any more, or the copy not yet; leave out
     the copying."""
-    straight, kept = 0, []
+    kept = []
     for at, item in enumerate(items):
-        if not isinstance(item, Instruction):
-            straight = at + 1
-        elif item.name == "COPY" and _is_mere_copy(item):
+        if _is_mere_copy(item):
             target, source = (lives.of(r.buffer) for r in (*item.outputs, *item.inputs))
-            # Buffers with a fixed place, and operands, keep their memory.
-            is_free = not any([b in fixed or b.kind is not Kind.RESULT for b in (target, source)])
-            if is_free and _may_share(items, lives, target, source, at, straight):
+            if _may_share(items, lives, target, source, at):
                 lives.join(target, source)
                 continue
         kept.append(item)
     return kept
 
 
-def _may_share(
-    items: Sequence[TapeItem], lives: _Lives, target: Buffer, source: Buffer, at: int, straight: int
-) -> bool:
-    """Return whether target and source of the copy at a position can share memory; from `straight` on there is no
-    label and no jump before the copy."""
-    of_source, of_target = lives.uses[source], lives.uses[target]
-    if target is source or of_source[-1] != at:
+def _may_share(items: Sequence[TapeItem], lives: _Lives, target: Buffer, source: Buffer, at: int) -> bool:
+    """Return whether target and source of the copy at a position can share memory."""
+    # Buffers with a fixed place, and operands, keep their memory.
+    if len(lives.uses.keys() & {target, source}) < 2 or lives.uses[source][-1] != at:
         return False
     # The target begins with this copy, so nothing is overwritten.
-    if of_target[0] == at:
+    if lives.uses[target][0] == at:
         return True
     # The source may be computed where the copy is to lie, unless the old value is used in between.
-    made = of_source[0]
-    between = [i for i in of_target if made <= i < at]
-    if made < straight or any(i != made for i in between):
-        return False
-    maker = items[made]
-    return not between or (isinstance(maker, Instruction) and _works_in_place(maker, lives, target))
+    made = lives.uses[source][0]
+    between = {i for i in (*lives.uses[target], *lives.ends) if made <= i < at}
+    return not between or (between == {made} and _works_in_place(items[made], lives, target))
 
 
-def _is_mere_copy(item: Instruction) -> bool:
-    """Return whether a copy is of a whole buffer, element for element."""
-    if item.rounds:
+def _is_mere_copy(item: TapeItem) -> bool:
+    """Return whether an item is a copy of a whole buffer, element for element."""
+    if item.name != "COPY" or item.rounds:
         return False
     (out,), (source,) = item.outputs, item.inputs
     steps = [s for s, n in zip(out.strides, item.sizes, strict=True) if n > 1]
@@ -119,12 +112,12 @@ def _is_mere_copy(item: Instruction) -> bool:
     return is_whole and _lie(out, item.sizes) == _lie(source, item.sizes)
 
 
-def _works_in_place(item: Instruction, lives: _Lives, buffer: Buffer) -> bool:
-    """Return whether an instruction may write its result in the place of `buffer`, one of its inputs."""
-    if item.name in REDUCTIONS | MATRICES or len(item.outputs) != 1:
-        return False
+def _works_in_place(item: TapeItem, lives: _Lives, buffer: Buffer) -> bool:
+    """Return whether an instruction may write its result in the place of `buffer`, one of its operands."""
     place = _lie(item.outputs[0], item.sizes)
-    return all(_lie(r, item.sizes) == place for r in item.inputs if lives.of(r.buffer) is buffer)
+    reads = [_lie(r, item.sizes) for r in item.inputs if lives.of(r.buffer) is buffer]
+    # The others read an entry again after they have written to one.
+    return item.name not in REDUCTIONS | MATRICES and all([read == place for read in reads])
 
 
 def _lie(reference: Reference, sizes: Sequence[int]) -> tuple[int, tuple[int, ...]]:
@@ -134,13 +127,8 @@ def _lie(reference: Reference, sizes: Sequence[int]) -> tuple[int, tuple[int, ..
 
 def _placed_from(length: int, lives: _Lives, offsets: dict[Buffer, int], top: int) -> int:
     """Place the buffers that are used at the positions of the iteration; return the end of the memory."""
-    births: dict[int, list[Buffer]] = {}
-    deaths: dict[int, list[Buffer]] = {}
-    for buffer, uses in lives.uses.items():
-        # A group has one place, that of the buffer that stands for the group.
-        if buffer not in offsets and buffer.kind is Kind.RESULT and lives.of(buffer) is buffer:
-            births.setdefault(uses[0], []).append(buffer)
-            deaths.setdefault(uses[-1], []).append(buffer)
+    births = grouped((uses[0], buffer) for buffer, uses in lives.uses.items())
+    deaths = grouped((uses[-1], buffer) for buffer, uses in lives.uses.items())
     free = _FreeMemory(top)
     for at in range(length):
         # Births before deaths: a result must not lie on an operand that the same instruction reads.
@@ -167,15 +155,12 @@ class _FreeMemory:
         # The smallest piece that fits leaves larger pieces whole.
         n, at = min(fitting)
         self.pieces.remove((at, n))
-        if n > size:
-            self.pieces.append((at + size, n - size))
+        self.give(at + size, n - size)
         return at
 
     def give(self, at: int, size: int) -> None:
         # Free pieces never touch, since touching pieces are merged here, so a new piece has two neighbours at most.
-        for piece in list(self.pieces):
-            if piece[0] + piece[1] == at or at + size == piece[0]:
-                self.pieces.remove(piece)
-                at, size = min(at, piece[0]), size + piece[1]
-        if size:
-            self.pieces.append((at, size))
+        touching = [p for p in self.pieces if not {at, at + size}.isdisjoint((p[0], sum(p)))]
+        merged = min([at, *(p[0] for p in touching)]), sum([size, *(p[1] for p in touching)])
+        apart = [p for p in self.pieces if p not in touching]
+        self.pieces = [p for p in (*apart, merged) if p[1]]

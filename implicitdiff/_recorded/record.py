@@ -379,7 +379,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         leaves, structure = pytree.flatten(carry)
         end, variables = tape.label(), self._variables(leaves)
         # The variables hold the old values before the jump, so both ways end with the same buffers.
-        tape.jump(end, self.view(flag))
+        tape.jump_unless_any(end, self.view(flag))
         with self._scope():
             self._assign(variables, structure.tensors_of(then(structure.unflatten(variables))))
         tape.items.append(end)
@@ -402,7 +402,7 @@ class Recorder(_dispatch.TorchDispatchMode):
             goes_on, within = (self.temporary(asked.shape, torch.bool) for _ in range(2))
             tape.emit("LT", [within], [count, self.constant(at_most, torch.int64)], asked.shape)
             tape.emit("AND", [goes_on], [asked, within], asked.shape)
-            tape.jump(end, goes_on)
+            tape.jump_unless_any(end, goes_on)
             self._assign(variables, structure.tensors_of(body(structure.unflatten(variables))))
             tape.emit("ADD", [count], [count, self.constant(1, torch.int64)], ())
             tape.jump(begin)

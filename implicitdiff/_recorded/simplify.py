@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 
 import torch
 
-from implicitdiff._recorded.tape import Buffer, Instruction, Jump, Kind, Reference, TapeItem
+from implicitdiff._recorded.tape import Buffer, Kind, Reference, TapeItem
 
 Replaced = dict[Buffer, Buffer]
 """For a buffer the buffer that has the same elements."""
@@ -25,47 +24,43 @@ def simplified(items: Sequence[TapeItem]) -> list[TapeItem]:
 class _Simplifier:
     def __init__(self) -> None:
         self.same: Replaced = {}
-        self.results: dict[Hashable, Instruction] = {}
-        self.made_by: dict[Buffer, Instruction] = {}
+        self.results: dict[Hashable, TapeItem] = {}
+        self.made_by: dict[Buffer, TapeItem] = {}
 
     def run(self, items: Sequence[TapeItem]) -> list[TapeItem]:
         kept: list[TapeItem] = []
-        end = _first_commit(items)
+        end = next((at for at, item in enumerate(items) if item.name == "COMMIT"), len(items))
         for item in items[:end]:
-            if isinstance(item, Jump) and item.flag is not None:
-                flag, count = item.flag
-                item = replace(item, flag=(self._moved(flag, _OF_LANE), count))
-            elif isinstance(item, Instruction):
-                item = self._with_equal_inputs(item, _ALL_KINDS)
-                # The result of a rule fits no other rule.
-                if (rule := _RULES.get(item.name)) is not None:
-                    item = rule(item, self.made_by) or item
-                if _is_pure(item):
-                    self._note(item)
+            item = self._with_equal_inputs(item, _KINDS_READ.get(item.name, _ALL_KINDS))
+            # The result of a rule fits no other rule.
+            if (rule := _RULES.get(item.name)) is not None:
+                item = rule(item, self.made_by)
+            if _is_pure(item):
+                self._note(item)
             kept.append(item)
         # The carried buffers change from here on.
-        last = [self._with_equal_inputs(i, _STAYS) if isinstance(i, Instruction) else i for i in items[end:]]
-        return kept + [i for i in last if not (isinstance(i, Instruction) and self._keeps_its_target(i))]
+        last = [self._with_equal_inputs(item, _STAYS) for item in items[end:]]
+        return kept + [item for item in last if not self._keeps_its_target(item)]
 
-    def _with_equal_inputs(self, item: Instruction, kinds: Sequence[Kind]) -> Instruction:
+    def _with_equal_inputs(self, item: TapeItem, kinds: Sequence[Kind]) -> TapeItem:
         if any([r.buffer in self.same for r in item.inputs]):
             return item.with_inputs(tuple([self._moved(r, kinds) for r in item.inputs]))
         return item
 
     def _moved(self, reference: Reference, kinds: Sequence[Kind]) -> Reference:
-        buffer = self.same.get(reference.buffer)
-        if buffer is None or buffer.kind not in kinds:
-            return reference
-        return Reference(buffer, reference.offset, reference.strides)
+        buffer, offset, strides = reference
+        equal = self.same.get(buffer, buffer)
+        return Reference(equal, offset, strides) if equal.kind in kinds else reference
 
-    def _note(self, item: Instruction) -> None:
+    def _note(self, item: TapeItem) -> None:
         """Remember a result; if an instruction only repeats a value, its buffer is replaced by that of the value."""
         out = item.outputs[0]
-        if item.name == "COPY" and _lies_like(out, item.inputs[0], item) and not item.rounds:
+        if _repeats(item):
             self.same[out.buffer] = item.inputs[0].buffer
             return
+        read = [(r.buffer.key(), r.offset, r.strides) for r in item.inputs]
         # The layout of the result is part of the key: readers keep offsets and strides.
-        key = (item.name, item.sizes, item.rounds, out.offset, out.strides, out.buffer.size, *map(_key, item.inputs))
+        key = (item.name, item.sizes, item.rounds, out.offset, out.strides, out.buffer.size, *read)
         earlier = self.results.get(key)
         # The earlier result must exist wherever this result is read: made in the same scope or around.
         if earlier is not None and earlier.scope == item.scope[: len(earlier.scope)]:
@@ -74,98 +69,84 @@ class _Simplifier:
         self.results[key] = item
         self.made_by[out.buffer] = item
 
-    def _keeps_its_target(self, item: Instruction) -> bool:
+    def _keeps_its_target(self, item: TapeItem) -> bool:
         """Return whether a carried buffer is to take its own value."""
-        if item.name != "COMMIT":
-            return False
-        (out,), value = item.outputs, item.inputs[0]
-        return self.same.get(value.buffer) is out.buffer and value[1:] == out[1:]
+        return item.name == "COMMIT" and self._moved(item.inputs[0], _ALL_KINDS) == item.outputs[0]
 
 
 _ALL_KINDS = tuple(Kind)
 _STAYS = (Kind.LANE, Kind.SHARED, Kind.CONSTANT, Kind.RESULT)
 _OF_LANE = (Kind.CARRY, Kind.LANE, Kind.RESULT)
-"""The kinds of buffers with a value for each lane, which flags of jumps are."""
+"""The kinds of buffers with a value for each lane."""
+_KINDS_READ = {"JUMP_UNLESS_ANY": _OF_LANE}
+"""The kinds of buffers that an operation may read, if not all."""
 
 
-def _first_commit(items: Sequence[TapeItem]) -> int:
-    commits = (at for at, item in enumerate(items) if isinstance(item, Instruction) and item.name == "COMMIT")
-    return next(commits, len(items))
-
-
-def _is_pure(item: Instruction) -> bool:
+def _is_pure(item: TapeItem) -> bool:
     """Return whether an instruction alone writes its result, as a whole, from values that do not change."""
-    if item.name == "COMMIT" or len(item.outputs) != 1:
+    # Instructions write to results alone. Of other buffers carried ones change, at the end of a step.
+    return [r.buffer.writes for r in item.outputs] == [1] and all([r.buffer.writes <= 1 for r in item.inputs])
+
+
+def _repeats(item: TapeItem) -> bool:
+    """Return whether an instruction copies to the same positions in a buffer of the same size."""
+    if item.name != "COPY" or item.rounds:
         return False
-    # Of the buffers that are read, carried ones change at the end of a step alone.
-    read = [r.buffer for r in item.inputs]
-    return item.outputs[0].buffer.writes == 1 and all([b.kind is not Kind.RESULT or b.writes == 1 for b in read])
-
-
-def _lies_like(out: Reference, source: Reference, item: Instruction) -> bool:
-    """Return whether a copy has the same positions as its source, in a buffer of the same size."""
+    (out,), (source,) = item.outputs, item.inputs
     if out.buffer.size == source.buffer.size == 1:
         return source.buffer.kind is not Kind.SHARED
-    is_same = (out.offset, out.strides) == (source.offset, source.strides)
-    return is_same and out.buffer.size == source.buffer.size and source.buffer.kind in _OF_LANE
-
-
-def _key(reference: Reference) -> Hashable:
-    # By repr: 0 and -0 are equal as numbers, and nan is unequal to itself.
-    number = reference.buffer.number
-    return reference if number is None else (repr(number), reference.strides)
+    return (out.buffer.size, *out[1:]) == (source.buffer.size, *source[1:]) and source.buffer.kind in _OF_LANE
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
 
-Shortening = Callable[[Instruction, dict[Buffer, Instruction]], Instruction | None]
+Shortening = Callable[[TapeItem, dict[Buffer, TapeItem]], TapeItem]
 
 
-def _flag_with_constant(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
+def _flag_with_constant(item: TapeItem, made_by: dict[Buffer, TapeItem]) -> TapeItem:
     """``x & True`` and ``x | False`` are ``x``; ``x & False`` and ``x | True`` are the constant."""
-    for at, other in ((0, 1), (1, 0)):
-        number = item.inputs[at].buffer.number
+    for constant, other in (item.inputs, item.inputs[::-1]):
+        number = constant.buffer.number
         if number is not None:
             decides = (number != 0) == (item.name == "OR")
-            return item.with_inputs((item.inputs[at if decides else other],), "COPY")
-    return None
+            return item.with_inputs((constant if decides else other,), "COPY")
+    return item
 
 
-def _choice_known(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
+def _choice_known(item: TapeItem, made_by: dict[Buffer, TapeItem]) -> TapeItem:
     """``where(c, x, x)`` is ``x``, and so is ``where(True, x, y)``."""
     condition, a, b = item.inputs
     number = condition.buffer.number
     if number is None and a != b:
-        return None
+        return item
     return item.with_inputs((b if number == 0 else a,), "COPY")
 
 
-def _sum_with_negative(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
+def _sum_with_negative(item: TapeItem, made_by: dict[Buffer, TapeItem]) -> TapeItem:
     """``x + (-y)`` and ``(-y) + x`` are ``x - y``."""
     # Exact: IEEE arithmetic rounds ``x + (-y)`` and ``x - y`` alike.
-    for at, other in ((1, 0), (0, 1)):
-        if (negative := _maker("NEG", item.inputs[at], item, made_by)) is not None:
-            return item.with_inputs((item.inputs[other], negative.inputs[0]), "SUB")
-    return None
+    for term, other in (item.inputs[::-1], item.inputs):
+        if negated := _operands("NEG", term, item, made_by):
+            return item.with_inputs((other, *negated), "SUB")
+    return item
 
 
-def _is_finite(item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
+def _is_finite(item: TapeItem, made_by: dict[Buffer, TapeItem]) -> TapeItem:
     """``(x == x) * (|x| != inf)``, as torch spells ``isfinite``."""
-    equal, unequal = (_maker(n, r, item, made_by) for n, r in zip(("EQ", "NE"), item.inputs, strict=True))
-    if equal is None or unequal is None or unequal.inputs[1].buffer.number != torch.inf:
-        return None
-    size = _maker("ABS", unequal.inputs[0], item, made_by)
-    if size is None or {*equal.inputs} != {*size.inputs}:
-        return None
-    return item.with_inputs(size.inputs, "ISFINITE")
+    equal, unequal = (_operands(n, r, item, made_by) for n, r in zip(("EQ", "NE"), item.inputs, strict=True))
+    values = [*equal, *(x for size in unequal[:1] for x in _operands("ABS", size, item, made_by))]
+    bounds = [r.buffer.number for r in unequal[1:]]
+    # All three are the same operand.
+    if (len(values), len({*values}), bounds) != (3, 1, [torch.inf]):
+        return item
+    return item.with_inputs((values[0],), "ISFINITE")
 
 
-def _maker(name: str, operand: Reference, item: Instruction, made_by: dict[Buffer, Instruction]) -> Instruction | None:
-    """Return the instruction of a name that has made an operand, entry by entry as `item` reads it; else None."""
-    maker = made_by.get(operand.buffer)
-    if maker is None or (maker.name, maker.sizes, maker.outputs) != (name, item.sizes, (operand,)):
-        return None
-    return maker
+def _operands(name: str, operand: Reference, item: TapeItem, made_by: dict[Buffer, TapeItem]) -> tuple[Reference, ...]:
+    """Return the inputs of the instruction of a name that has made an operand, entry by entry as `item` reads it; none
+    if another has made it."""
+    maker = made_by.get(operand.buffer, item)
+    return maker.inputs if (maker.name, maker.sizes, maker.outputs) == (name, item.sizes, (operand,)) else ()
 
 
 _RULES: dict[str, Shortening] = {

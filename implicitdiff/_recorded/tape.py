@@ -8,13 +8,16 @@ in place writes to a view.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
 
 _SPELT = (
     "COPY ADD SUB MUL DIV POW ATAN2 HYPOT MAXIMUM MINIMUM FMAX FMIN REMAINDER FMOD FLOOR_DIVIDE COPYSIGN EQ NE LT LE "
@@ -67,6 +70,11 @@ class Buffer:
     value: Tensor | None = None
     number: float | None = None
     writes: int = 0
+
+    def key(self) -> Hashable:
+        """Return what constants of the same number share; the buffer itself if it is no number."""
+        # By repr: 0 and -0 are equal as numbers, and nan is unequal to itself.
+        return self if self.number is None else repr(self.number)
 
 
 class View(NamedTuple):
@@ -121,8 +129,8 @@ class Reference(NamedTuple):
 
 
 @dataclass(eq=False, slots=True)
-class Instruction:
-    """One operation of the machine.
+class TapeItem:
+    """An instruction, a label or a jump.
 
     Attributes:
         name: the operation.
@@ -134,47 +142,42 @@ class Instruction:
     """
 
     name: str
-    sizes: tuple[int, ...]
-    outputs: tuple[Reference, ...]
-    inputs: tuple[Reference, ...]
+    sizes: tuple[int, ...] = ()
+    outputs: tuple[Reference, ...] = ()
+    inputs: tuple[Reference, ...] = ()
     rounds: bool = False
     scope: tuple[int, ...] = ()
 
-    def with_inputs(self, inputs: tuple[Reference, ...], name: str | None = None) -> Instruction:
-        """Return the instruction with other operands, or another operation on these."""
+    def with_inputs(self, inputs: tuple[Reference, ...], name: str | None = None) -> TapeItem:
+        """Return the item with other operands, or another operation on these."""
         return Instruction(name or self.name, self.sizes, self.outputs, inputs, self.rounds, self.scope)
 
 
-@dataclass(eq=False, slots=True)
-class Label:
+class Instruction(TapeItem):
+    """One operation of the machine."""
+
+    __slots__ = ()
+
+
+class Label(TapeItem):
     """A position on the tape, the target of jumps."""
 
-    scope: tuple[int, ...]
-    outputs: ClassVar[tuple[Reference, ...]] = ()
-    inputs: ClassVar[tuple[Reference, ...]] = ()
+    __slots__ = ()
 
 
 @dataclass(eq=False, slots=True)
-class Jump:
-    """A jump; with a `flag`, made if the flag is not set in any lane.
+class Jump(TapeItem):
+    """A jump. One with a flag, its input with the number of elements as size, is made if no lane has the flag.
 
     Attributes:
         target: where to.
-        flag: the flag with its number of elements, None for a jump without a condition.
-        scope: the open branches and loops.
     """
 
-    target: Label
-    flag: tuple[Reference, int] | None
-    scope: tuple[int, ...]
-    outputs: ClassVar[tuple[Reference, ...]] = ()
+    target: Label = field(kw_only=True)
 
-    @property
-    def inputs(self) -> tuple[Reference, ...]:
-        return () if self.flag is None else self.flag[:1]
-
-
-TapeItem = Instruction | Label | Jump
+    def with_inputs(self, inputs: tuple[Reference, ...], name: str | None = None) -> TapeItem:
+        """Return the jump with another flag."""
+        return replace(self, inputs=inputs)
 
 
 @dataclass(eq=False)
@@ -215,17 +218,22 @@ class Tape:
                 raise NotRecordableError("an operand is changed in place")
             if not self._is_open(reference.buffer):
                 raise NotRecordableError("a value of a closed branch is changed in place")
-        if not all([r.buffer.scope is self.scope or self._is_open(r.buffer) for r in inputs]):
+        if not all([r.buffer.scope == self.scope[: len(r.buffer.scope)] for r in inputs]):
             raise NotRecordableError("a value of a closed branch is used outside")
         self.items.append(Instruction(name, tuple(sizes), tuple(outputs), tuple(inputs), rounds, self.scope))
 
     def label(self) -> Label:
         """Return a new label, not yet placed."""
-        return Label(self.scope)
+        return Label("LABEL", scope=self.scope)
 
-    def jump(self, target: Label, flag: View | None = None) -> None:
+    def jump(self, target: Label) -> None:
         """Add a jump."""
-        self.items.append(Jump(target, None if flag is None else _flag_of(flag), self.scope))
+        self.items.append(Jump("JUMP", scope=self.scope, target=target))
+
+    def jump_unless_any(self, target: Label, flag: View) -> None:
+        """Add a jump that is made if a flag is not set in any lane."""
+        read = (Reference(flag.buffer, flag.offset, ()),)
+        self.items.append(Jump("JUMP_UNLESS_ANY", (math.prod(flag.shape),), (), read, scope=self.scope, target=target))
 
     def open(self) -> None:
         """Open a branch or a loop."""
@@ -244,8 +252,12 @@ class Tape:
         return scope == self.scope[: len(scope)]
 
 
-def _flag_of(view: View) -> tuple[Reference, int]:
-    return Reference(view.buffer, view.offset, ()), math.prod(view.shape)
+def grouped(pairs: Iterable[tuple[KeyT, ValueT]]) -> dict[KeyT, list[ValueT]]:
+    """Return the values of each key, in order."""
+    found: dict[KeyT, list[ValueT]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
