@@ -42,8 +42,16 @@ def _solve_triangular(
     if not left:
         # ``X A = B`` is ``A' X' = B'``.
         out, a, b, upper = transposed(out), transposed(a), transposed(b), not upper
-    name = f"SOLVE_{'UNIT_' if unit else ''}{'UPPER' if upper else 'LOWER'}"
-    _matrices(recorder, name, out.shape[-2:], [out], [a, b])
+    _matrices(recorder, _SOLVES[upper, unit], out.shape[-2:], [out], [a, b])
+
+
+_SOLVES = {
+    (True, True): "SOLVE_UNIT_UPPER",
+    (True, False): "SOLVE_UPPER",
+    (False, True): "SOLVE_UNIT_LOWER",
+    (False, False): "SOLVE_LOWER",
+}
+"""The instructions for an upper triangle or a lower one, with ones on the diagonal or not."""
 
 
 def transposed(view: View) -> View:
@@ -139,7 +147,7 @@ def _solve(
     result, factors, pivots, info = map(recorder.result, out)
     rhs = recorder.view(b)
     # Also of a batch of vectors, torch's rule that precedes matrices.
-    if b.dim() == a.dim() - 1 and b.shape == a.shape[:-1]:
+    if b.shape == a.shape[:-1]:
         result, rhs = column(result), column(rhs)
     if not left:
         raise NotRecordableError("a system is solved from the right")

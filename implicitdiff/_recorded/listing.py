@@ -15,7 +15,7 @@ import implicitdiff._torch.dispatch as _dispatch
 import implicitdiff._torch.trees as pytree
 from implicitdiff._recorded.record import FACTORIES, BranchT, asks_for_values
 from implicitdiff._recorded.replay import Block, Branch, ListedCall, ListItem, Loop, Replay, Slot
-from implicitdiff._recorded.tape import NotRecordableError
+from implicitdiff._recorded.tape import NotRecordableError, change
 from implicitdiff._torch.bindings import binding_of
 from implicitdiff._torch.dispatch import AtenOperation, aten
 from implicitdiff._torch.messages import line_of_user
@@ -305,10 +305,8 @@ def window(tensor: Tensor) -> Tensor:
 
 def _like(value: Tensor, other: Tensor) -> Tensor:
     """Return a result of a branch, in order if its strides are not those of the other result."""
-    if value.shape != other.shape or value.dtype != other.dtype or value.device != other.device:
-        raise NotRecordableError(
-            f"a branch changes {list(other.shape)}, {other.dtype} to {list(value.shape)}, {value.dtype}"
-        )
+    if (value.shape, value.dtype, value.device) != (other.shape, other.dtype, other.device):
+        raise change("a branch changes", other, value)
     value = _without_traits(value)
     return value if value.stride() == other.stride() else value.contiguous()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff._recorded.operations import Operand, merged
+from implicitdiff._recorded.operations import Operand, flat
 from implicitdiff._recorded.record import Emitter, Recorder
 from implicitdiff._recorded.registry import Emitters, registers
 from implicitdiff._recorded.tape import Kind, NotRecordableError, View
@@ -25,9 +25,8 @@ _MAX_SEGMENTS = 1024
 @registers(MOVEMENT, aten.cat.default)
 def _cat(recorder: Recorder, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> None:
     target, at = recorder.result(out), 0
-    for tensor in tensors:
-        if tensor.dim() == 1 and not tensor.numel() and out.dim() != 1:
-            continue  # torch skips an empty vector
+    # torch skips an empty vector among tensors of more dimensions.
+    for tensor in [t for t in tensors if t.dim() == out.dim()]:
         place = out.narrow(dim, at, tensor.shape[dim])
         view = target._replace(offset=int(place.storage_offset()), shape=tuple(place.shape), strides=place.stride())
         recorder.convert(view, recorder.view(tensor))
@@ -77,10 +76,8 @@ def _record_move(
         return
     view = recorder.view(x)
     with recorder.paused():
-        end = view.offset + 1 + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
         # Position k stands for element k of the buffer.
-        positions = torch.arange(view.offset, max(end, view.offset))
-        positions = positions.as_strided(view.shape, view.strides) if x.numel() else positions.new_zeros(view.shape)
+        positions = torch.arange(view.buffer.size).as_strided(view.shape, view.strides, view.offset)
         origins = operation(positions, *args, **kwargs).reshape(-1).tolist()
     # The copies write the entries in the order of the shape; the memory of the result may have another order.
     target = recorder.result(out) if out.is_contiguous() else recorder.temporary(out.shape, out.dtype)
@@ -166,18 +163,10 @@ def _at_dim(index: View, like: View, dim: int) -> View:
 
 
 def _take(recorder: Recorder, out: Tensor, x: Tensor, index: Tensor) -> None:
-    flat = _flat(recorder, recorder.view(x), 0)
+    source = flat(recorder, recorder.view(x), 0)
     target, place = map(_vector, (recorder.result(out), recorder.view(index)))
     place = _from_front(recorder, place, x.numel())
-    _pick(recorder, target, flat.broadcast((*(1 for _ in target.shape[1:]), x.numel())), len(target.shape) - 1, place)
-
-
-def _flat(recorder: Recorder, view: View, kept: int) -> View:
-    """Return the view with all dimensions behind the first ones as one."""
-    step = merged(view.shape[kept:], view.strides[kept:])
-    if step is None:
-        view, step = recorder.copy(view), 1
-    return view._replace(shape=(*view.shape[:kept], math.prod(view.shape[kept:])), strides=(*view.strides[:kept], step))
+    _pick(recorder, target, source.broadcast((*(1 for _ in target.shape[1:]), x.numel())), len(target.shape) - 1, place)
 
 
 def _from_front(recorder: Recorder, index: View, n: int) -> View:
@@ -222,11 +211,12 @@ def _selection(recorder: Recorder, x: Tensor, indices: Sequence[Tensor | None]) 
     rest = [d for d in range(x.dim()) if d not in dims]
     # torch puts the dimensions of separated indices in front of the result.
     is_adjacent = dims == [*range(dims[0], dims[-1] + 1)]
-    index: View | None = None
-    for dim, each in zip(dims, given, strict=True):
-        own = _from_front(recorder, recorder.view(each).broadcast(shape), x.shape[dim])
-        index = own if index is None else _combined(recorder, index, own, x.shape[dim])
-    assert index is not None
+    sizes = [x.shape[d] for d in dims]
+    # One after the other, as they are combined.
+    places = (_from_front(recorder, recorder.view(i).broadcast(shape), n) for i, n in zip(given, sizes, strict=True))
+    index = next(places)
+    for own, n in zip(places, sizes[1:], strict=True):
+        index = _combined(recorder, index, own, n)
     return _Selection(dims, rest, dims[0] if is_adjacent else 0, index)
 
 
@@ -242,7 +232,7 @@ def _index(recorder: Recorder, out: Tensor, x: Tensor, indices: Sequence[Tensor 
     chosen = _selection(recorder, x, indices)
     target = recorder.result(out).moved(chosen.order())
     kept = len(chosen.rest)
-    source = _flat(recorder, recorder.view(x).moved([*chosen.rest, *chosen.dims]), kept)
+    source = flat(recorder, recorder.view(x).moved([*chosen.rest, *chosen.dims]), kept)
     # The indexed dimension comes first, then the dimensions of the indices, if any.
     shape = (*target.shape[:kept], 1, *target.shape[kept:])
     target, index = (_with_one(v, shape, kept) for v in (target, chosen.places.broadcast(target.shape)))
@@ -272,11 +262,11 @@ def _index_put(
     shape = (*others[: chosen.at], *own, *others[chosen.at :])
     placed = recorder.as_dtype(values, out.dtype).broadcast(shape).moved(chosen.order())
     ones = len(own)
-    flat = _flat(recorder, whole, kept)
-    flat = flat._replace(shape=(*flat.shape, *(1,) * ones), strides=(*flat.strides, *(0,) * ones))
+    goal = flat(recorder, whole, kept)
+    goal = goal._replace(shape=(*goal.shape, *(1,) * ones), strides=(*goal.strides, *(0,) * ones))
     spread = (*placed.shape[:kept], 1, *placed.shape[kept:])
     placed, index = (_with_one(v, spread, kept) for v in (placed, chosen.places.broadcast(placed.shape)))
-    _place(recorder, "SCATTER_ADD" if accumulate else "SCATTER", flat, kept, index, placed)
+    _place(recorder, "SCATTER_ADD" if accumulate else "SCATTER", goal, kept, index, placed)
     recorder.convert(recorder.result(out).moved(order), whole)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitdiff._recorded.record import Recorder
+from implicitdiff._recorded.record import INTEGERS, Emitter, Recorder
 from implicitdiff._recorded.registry import Emitters, overloads, registers
 from implicitdiff._recorded.tape import NotRecordableError, View
 from implicitdiff._torch.dispatch import aten
@@ -34,7 +34,7 @@ def _predicate(name: str, recorder: Recorder, out: Tensor, x: Tensor) -> None:
 
 def _binary(name: str, recorder: Recorder, out: Tensor, a: Operand, b: Operand, **kwargs: Any) -> None:
     # The machine holds all numbers as doubles, so integers are exact up to 2^53 only.
-    if not out.dtype.is_floating_point and out.dtype != torch.bool:
+    if out.dtype in INTEGERS:
         _refuse_inexact(name, b)
     recorder.tape.emit(name, [recorder.result(out)], [recorder.as_dtype(v, out.dtype) for v in (a, b)], out.shape)
 
@@ -126,64 +126,74 @@ def _nan_to_num(
     return None
 
 
+def _scaled(recorder: Recorder, view: View, factor: float, dtype: torch.dtype) -> View:
+    """Return a multiple of a view; the view itself for the factor 1."""
+    if factor == 1:
+        return view
+    scaled = recorder.temporary(view.shape, dtype)
+    recorder.tape.emit("MUL", [scaled], [view, recorder.constant(factor, dtype)], view.shape)
+    return scaled
+
+
 def _sum_of(name: str, recorder: Recorder, out: Tensor, a: Operand, b: Operand, alpha: float = 1) -> None:
     first, second = recorder.as_dtype(a, out.dtype), recorder.as_dtype(b, out.dtype)
-    if out.dtype == torch.bool:
-        name = "OR"
-    if alpha != 1:
-        scaled = recorder.temporary(second.shape, out.dtype)
-        recorder.tape.emit("MUL", [scaled], [second, recorder.constant(alpha, out.dtype)], second.shape)
-        second = scaled
+    second = _scaled(recorder, second, alpha, out.dtype)
     recorder.tape.emit(name, [recorder.result(out)], [first, second], out.shape)
 
 
-registers(ARITHMETIC, *overloads("add"))(partial(_sum_of, "ADD"))
+def _add(recorder: Recorder, out: Tensor, a: Operand, b: Operand, alpha: float = 1) -> None:
+    _sum_of("OR" if out.dtype == torch.bool else "ADD", recorder, out, a, b, alpha)
+
+
+registers(ARITHMETIC, *overloads("add"))(_add)
 registers(ARITHMETIC, *overloads("sub"))(partial(_sum_of, "SUB"))
 
 
 @registers(ARITHMETIC, *overloads("rsub"))
 def _rsub(recorder: Recorder, out: Tensor, a: Operand, b: Operand, alpha: float = 1) -> None:
-    if alpha != 1:
-        raise NotRecordableError("rsub has a factor")
-    _binary("SUB", recorder, out, b, a)
+    _sum_of("SUB", recorder, out, b, a, alpha)
 
 
 @registers(ARITHMETIC, *overloads("div"))
 def _div(recorder: Recorder, out: Tensor, a: Operand, b: Operand, rounding_mode: str | None = None) -> None:
-    if rounding_mode == "trunc" and not out.dtype.is_floating_point:
+    if rounding_mode != "trunc":
+        return _binary("DIV" if rounding_mode is None else "FLOOR_DIVIDE", recorder, out, a, b)
+    if out.dtype in INTEGERS:
         raise NotRecordableError("integers are divided, perhaps by zero")
-    if rounding_mode == "trunc":
-        quotient = recorder.temporary(out.shape, out.dtype)
-        recorder.tape.emit("DIV", [quotient], [recorder.as_dtype(v, out.dtype) for v in (a, b)], out.shape)
-        recorder.tape.emit("TRUNC", [recorder.result(out)], [quotient], out.shape)
-        return
-    _binary("DIV" if rounding_mode is None else "FLOOR_DIVIDE", recorder, out, a, b)
+    quotient = recorder.temporary(out.shape, out.dtype)
+    recorder.tape.emit("DIV", [quotient], [recorder.as_dtype(v, out.dtype) for v in (a, b)], out.shape)
+    return recorder.tape.emit("TRUNC", [recorder.result(out)], [quotient], out.shape)
 
 
-_ROOTS = {0.5: "SQRT", -0.5: "RSQRT"}
+def _cube(recorder: Recorder, out: Tensor, x: Operand) -> None:
+    square, view = recorder.temporary(out.shape, out.dtype), recorder.as_dtype(x, out.dtype)
+    recorder.tape.emit("MUL", [square], [view, view], out.shape)
+    recorder.tape.emit("MUL", [recorder.result(out)], [square, view], out.shape)
 
 
 @registers(ARITHMETIC, *overloads("pow"))
 def _pow(recorder: Recorder, out: Tensor, base: Operand, exponent: Operand) -> None:
-    # torch's kernel computes the exponents 2, 3, 0.5 and -0.5 without `pow`, by these operations.
-    if isinstance(exponent, Tensor):
-        _binary("POW", recorder, out, base, exponent)
-    elif exponent == 2:
-        _binary("MUL", recorder, out, base, base)
-    elif exponent == 3 and out.dtype.is_floating_point:
-        square = recorder.temporary(out.shape, out.dtype)
-        view = recorder.as_dtype(base, out.dtype)
-        recorder.tape.emit("MUL", [square], [view, view], out.shape)
-        recorder.tape.emit("MUL", [recorder.result(out)], [square, view], out.shape)
-    elif exponent in _ROOTS:
-        _unary(_ROOTS[exponent], recorder, out, base)
-    else:
-        _binary("POW", recorder, out, base, exponent)
+    # Keys are numbers: a tensor as exponent has no entry.
+    special = _POWERS.get((exponent, out.dtype.is_floating_point))
+    if special is None:
+        return _binary("POW", recorder, out, base, exponent)
+    return special(recorder, out, base)
 
 
 @registers(ARITHMETIC, aten.square.default)
 def _square(recorder: Recorder, out: Tensor, x: Tensor) -> None:
     _binary("MUL", recorder, out, x, x)
+
+
+# By exponent, and whether the result is floating point.
+_POWERS: dict[tuple[Operand, bool], Emitter] = {
+    (2, True): _square,
+    (2, False): _square,
+    (3, True): _cube,
+    (0.5, True): partial(_unary, "SQRT"),
+    (-0.5, True): partial(_unary, "RSQRT"),
+}
+"""The powers that torch's kernel computes without `pow`."""
 
 
 @registers(ARITHMETIC, *overloads("where"))
@@ -220,30 +230,33 @@ def _record_copy(recorder: Recorder, out: Tensor, x: Tensor, *args: Any, **kwarg
 
 def reduce(recorder: Recorder, name: str, out: View, view: View, dims: Sequence[int]) -> None:
     """Reduce some dimensions; `out` has the shape of the others."""
-    dims = sorted({d % max(len(view.shape), 1) for d in dims}) if view.shape else []
-    kept = [d for d in range(len(view.shape)) if d not in dims]
+    rank = len(view.shape)
+    reduced = {d % max(rank, 1) for d in dims}
+    kept = [d for d in range(rank) if d not in reduced]
     # Reduced dimensions lie last, merged into one, as `REDUCTIONS` need.
-    view = view.moved([*kept, *dims])
-    count = math.prod(view.shape[len(kept) :])
-    strides = merged(view.shape[len(kept) :], view.strides[len(kept) :])
-    if strides is None:
-        view = recorder.copy(view)
-        strides = 1
-    shape = (*view.shape[: len(kept)], count)
-    last = view._replace(shape=shape, strides=(*view.strides[: len(kept)], strides))
-    target = out._replace(shape=shape, strides=(*out.strides, 0))
-    recorder.tape.emit(name, [target], [last], shape)
+    last = flat(recorder, view.moved([*kept, *(d for d in range(rank) if d in reduced)]), len(kept))
+    target = out._replace(shape=last.shape, strides=(*out.strides, 0))
+    recorder.tape.emit(name, [target], [last], last.shape)
 
 
-def merged(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+def flat(recorder: Recorder, view: View, kept: int) -> View:
+    """Return the view with all dimensions behind the first ones as one."""
+    step = _merged(view.shape[kept:], view.strides[kept:])
+    if step is None:
+        view, step = recorder.copy(view), 1
+    return view._replace(shape=(*view.shape[:kept], math.prod(view.shape[kept:])), strides=(*view.strides[:kept], step))
+
+
+def _merged(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     """Return the stride of several dimensions merged into one; None if their elements are not evenly spaced."""
-    pairs = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
-    if not pairs:
-        return 1
-    for (_, outer), (n, inner) in pairwise(pairs):
-        if outer != n * inner:
-            return None
-    return pairs[-1][1]
+    pairs = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1] or [(1, 1)]
+    is_even = all([outer == n * inner for (_, outer), (n, inner) in pairwise(pairs)])
+    return pairs[-1][1] if is_even else None
+
+
+def _dims(x: Tensor, dim: int | Sequence[int] | None) -> Sequence[int]:
+    """Return the dimensions that an operation reduces: all by default."""
+    return [dim] if isinstance(dim, int) else dim or range(x.dim())
 
 
 def _without(view: View, dims: Sequence[int], rank: int) -> View:
@@ -264,7 +277,7 @@ def _reduction(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    dims = range(x.dim()) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
+    dims = _dims(x, dim)
     if dtype == torch.bool or (name == "PROD" and not out.dtype.is_floating_point):
         raise NotRecordableError(f"the operation {name.lower()} has results of dtype {out.dtype}")
     target, view = recorder.result(out), recorder.as_dtype(x, dtype or x.dtype)
@@ -281,7 +294,7 @@ registers(ARITHMETIC, aten.min.default)(partial(_reduction, "AMIN"))
 def _mean(
     recorder: Recorder, out: Tensor, x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, **kwargs: Any
 ) -> None:
-    dims = dim or range(x.dim())
+    dims = _dims(x, dim)
     target = recorder.result(out)
     # The sum stays a double, so that the mean alone is rounded to float32.
     total = recorder.temporary(out.shape, torch.float64)
@@ -310,7 +323,7 @@ def _vector_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    dims = range(x.dim()) if dim is None else dim
+    dims = _dims(x, dim)
     names = {2: "NORM", 1: "SUM", math.inf: "AMAX", -math.inf: "AMIN"}
     if ord not in names:
         raise NotRecordableError(f"a vector norm has the order {ord}")
@@ -369,19 +382,14 @@ def _dot(recorder: Recorder, out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _added(recorder: Recorder, out: Tensor, start: Tensor, product: View, beta: float, alpha: float) -> None:
     """Emit ``beta start + alpha product``."""
-    tape, dtype, terms = recorder.tape, out.dtype, []
-    for view, factor in ((recorder.view(start), beta), (product, alpha)):
-        if factor != 1:
-            scaled = recorder.temporary(view.shape, dtype)
-            tape.emit("MUL", [scaled], [view, recorder.constant(factor, dtype)], view.shape)
-            view = scaled
-        terms.append(view)
+    given = ((recorder.view(start), beta), (product, alpha))
+    first, second = [_scaled(recorder, view, factor, out.dtype) for view, factor in given]
     target = recorder.result(out)
     # With ``beta = 0`` torch ignores nan in the first term.
     if beta == 0:
-        recorder.convert(target, terms[1].broadcast(out.shape))
+        recorder.convert(target, second.broadcast(out.shape))
     else:
-        tape.emit("ADD", [target], terms, out.shape)
+        recorder.tape.emit("ADD", [target], [first, second], out.shape)
 
 
 @registers(ARITHMETIC, aten.addmm.default, aten.baddbmm.default)

@@ -21,6 +21,7 @@ from implicitdiff._recorded.tape import (
     Tape,
     View,
     contiguous,
+    refuse_change,
 )
 from implicitdiff._torch.dispatch import AtenOperation, aten
 from implicitdiff._torch.messages import line_of_user
@@ -44,12 +45,12 @@ FACTORIES = (
     aten.new_empty_strided.default,
 )
 """Operations that read the shape and the dtype of their argument alone."""
-_INTEGERS, _FLOATS = (torch.int64, torch.int32), (torch.float64, torch.float32)
-_RECORDED_DTYPES = (*_FLOATS, *_INTEGERS, torch.bool)
+INTEGERS, _FLOATS = (torch.int64, torch.int32), (torch.float64, torch.float32)
+_RECORDED_DTYPES = (*_FLOATS, *INTEGERS, torch.bool)
 _CONVERSIONS = {
-    **{(torch.bool, source): "TO_BOOL" for source in (*_FLOATS, *_INTEGERS)},
-    **{(target, source): "TRUNC" for target in _INTEGERS for source in _FLOATS},
-    **{(torch.float32, source): "COPY" for source in (torch.float64, *_INTEGERS)},
+    **{(torch.bool, source): "TO_BOOL" for source in (*_FLOATS, *INTEGERS)},
+    **{(target, source): "TRUNC" for target in INTEGERS for source in _FLOATS},
+    **{(torch.float32, source): "COPY" for source in (torch.float64, *INTEGERS)},
 }
 """The instructions for a dtype and another before it, where a conversion of doubles changes values."""
 
@@ -444,10 +445,7 @@ class Recorder(_dispatch.TorchDispatchMode):
         pairs = [(a, b) for a, b in zip(targets, sources, strict=True) if a != b]
         # Equal views: the branch returns the variable itself.
         for target, source in pairs:
-            if target.shape != source.shape or target.dtype != source.dtype:
-                raise NotRecordableError(
-                    f"a branch changes {list(target.shape)}, {target.dtype} to {list(source.shape)}, {source.dtype}"
-                )
+            refuse_change("a branch changes", target, source)
         # A value may be another variable: copy these before the first write.
         pairs = [(a, self.copy(b) if id(b.buffer) in own else b) for a, b in pairs]
         for target, source in pairs:

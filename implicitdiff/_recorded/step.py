@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
+from operator import not_
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ import implicitdiff._torch.dispatch as _dispatch
 from implicitdiff._recorded.emitters import EMITTERS
 from implicitdiff._recorded.lower import Code, Tapes, lower
 from implicitdiff._recorded.record import Guard, Recorder
-from implicitdiff._recorded.tape import Instruction, Kind, NotRecordableError, Reference, Tape, View
+from implicitdiff._recorded.tape import Instruction, Kind, NotRecordableError, Reference, Tape, View, refuse_change
 from implicitdiff._torch.trees import Leaves
 
 OneStep = Callable[[Recorder, Leaves, Leaves], tuple[Leaves, Tensor]]
@@ -73,18 +75,22 @@ class RecordedStep:
         self.machine.run(*tensors, lanes, at_most, torch.get_num_threads(), starts, judges)
 
 
+def _by_python(recorder: Recorder, carried: Leaves, operands: Leaves) -> Leaves:
+    raise NotRecordableError("the part is left to Python")
+
+
 class Parts(NamedTuple):
     """The parts of a search that are recorded.
 
     Attributes:
         step: makes a step.
-        start: computes the first state; None to leave this to Python.
-        judge: judges lanes that have stopped; None to leave this to Python.
+        start: computes the first state, by default left to Python.
+        judge: judges lanes that have stopped, by default left to Python.
     """
 
     step: OneStep
-    start: OneChange | None = None
-    judge: OneChange | None = None
+    start: OneChange = _by_python
+    judge: OneChange = _by_python
 
 
 @contextmanager
@@ -129,12 +135,9 @@ def record_step(
     carried = [t.detach().clone(memory_format=torch.contiguous_format) for t in carried]
     operands = [t.detach().clone(memory_format=torch.contiguous_format) for t in operands]
     buffers = [recorder.operand(t, Kind.CARRY) for t in carried]
-    own = []
-    for i, (tensor, varies) in enumerate(zip(operands, is_lane, strict=True)):
-        if varies:
-            own.append((i, recorder.operand(tensor, Kind.LANE)))
-        else:
-            recorder.share(tensor, i)
+    own = [(i, recorder.operand(t, Kind.LANE)) for i, t in compress(enumerate(operands), is_lane)]
+    for i, tensor in compress(enumerate(operands), map(not_, is_lane)):
+        recorder.share(tensor, i)
     with Guard():
         # The step comes last, so the recorder's tape is that of the step.
         start, judge = (_recorded_change(recorder, part, carried, operands) for part in (parts.start, parts.judge))
@@ -144,7 +147,7 @@ def record_step(
     flags = [running.buffer, paused.buffer]
     # The numbers in `recorder.shared` are places in this list, negative ones from its end.
     of_all = [*operands, *map(_dispatch.whole_storage, constants)]
-    tapes = Tapes(start or Tape(), recorder.tape, judge or Tape())
+    tapes = Tapes(start.tape, recorder.tape, judge.tape)
     code = lower(tapes, [b for _, b in own], buffers, flags, first, _C.cpu.operations())
     return RecordedStep(
         machine=_machine(
@@ -155,8 +158,8 @@ def record_step(
             [of_all[i].numel() for i in recorder.shared],
             [code.offsets[b] for b in flags],
         ),
-        starts=start is not None,
-        judges=judge is not None,
+        starts=start.is_recorded,
+        judges=judge.is_recorded,
         lane_operands=[i for i, _ in own],
         shared=recorder.shared,
         constants=code.constants,
@@ -176,16 +179,20 @@ def _machine(
     return _C.cpu.Machine(width, code.instructions, code.sections, code.arena, carries, inputs, sizes, *flags)
 
 
-def _recorded_change(recorder: Recorder, change: OneChange | None, carried: Leaves, operands: Leaves) -> Tape | None:
-    """Return the tape of a part that changes all lanes; None if the part is left to Python."""
-    if change is None:
-        return None
+class _Change(NamedTuple):
+    """A recorded part that changes all lanes; its tape is empty if the part is left to Python."""
+
+    tape: Tape
+    is_recorded: bool
+
+
+def _recorded_change(recorder: Recorder, change: OneChange, carried: Leaves, operands: Leaves) -> _Change:
     recorder.begin_part()
     try:
         _assign(recorder, carried, change(recorder, carried, operands), recorder.constant(True, torch.bool))
     except NotRecordableError:
-        return None
-    return recorder.tape
+        return _Change(Tape(), is_recorded=False)
+    return _Change(recorder.tape, is_recorded=True)
 
 
 def _commit(
@@ -211,11 +218,7 @@ def _assign(recorder: Recorder, carried: Leaves, new: Leaves, mask: View) -> Non
     targets, sources = [[recorder.view(t) for t in ts] for ts in (carried, new)]
     changed = [(a, b) for a, b in zip(targets, sources, strict=True) if a != b and a.buffer.size]
     for target, source in changed:
-        if target.shape != source.shape or target.dtype != source.dtype:
-            raise NotRecordableError(
-                f"a step changes a part of the state from {list(target.shape)}, {target.dtype} to "
-                f"{list(source.shape)}, {source.dtype}"
-            )
+        refuse_change("a step changes a part of the state from", target, source)
     where = Reference(mask.buffer, mask.offset, ())
     for target, source in _in_order(recorder, changed):
         value = Reference(source.buffer, source.offset, source.strides)

@@ -252,6 +252,17 @@ class Tape:
         return scope == self.scope[: len(scope)]
 
 
+def refuse_change(what: str, old: View, new: View) -> None:
+    """Raise if a value is to be replaced by one of another shape or dtype."""
+    if (old.shape, old.dtype) != (new.shape, new.dtype):
+        raise change(what, old, new)
+
+
+def change(what: str, old: View | Tensor, new: View | Tensor) -> NotRecordableError:
+    """Return the refusal of a value in the place of another."""
+    return NotRecordableError(f"{what} {list(old.shape)}, {old.dtype} to {list(new.shape)}, {new.dtype}")
+
+
 def grouped(pairs: Iterable[tuple[KeyT, ValueT]]) -> dict[KeyT, list[ValueT]]:
     """Return the values of each key, in order."""
     found: dict[KeyT, list[ValueT]] = {}
