@@ -6,6 +6,7 @@ import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -94,7 +95,7 @@ class _Lowering:
     operands: Sequence[Buffer]
     carried: Sequence[Buffer]
     flags: Sequence[Buffer]
-    first: Sequence[Instruction]
+    first: Sequence[TapeItem]
     names: Sequence[str]
     # Instructions of the first section: values that all lanes share, once for each thread.
     once: list[TapeItem] = field(default_factory=list)
@@ -163,7 +164,7 @@ class _Lowering:
     def _may_leave(self, item: TapeItem) -> bool:
         """Return whether an item computes the same in each iteration if its inputs stay the same."""
         # An instruction in a branch may not run.
-        if item.scope or _acts(item):
+        if item.scope or item.name in _ACTS:
             return False
         # A buffer with several writers has no single value, and flags are read at their places by the machine.
         return not any([r.buffer.writes > 1 or r.buffer in self.flags for r in item.outputs])
@@ -182,7 +183,9 @@ class _Lowering:
         return reference if _reads_shared(item, buffer) else reference._replace(buffer=self._local(buffer))
 
     def _local(self, buffer: Buffer) -> Buffer:
-        if (key := buffer.key()) not in self.spread:
+        # 0 and -0 are equal, and nan is not equal to itself.
+        key = buffer if buffer.number is None else repr(buffer.number)
+        if key not in self.spread:
             new = Buffer(Kind.RESULT, buffer.size, writes=1)
             self.spread[key] = new
             source, target = (Reference(b, 0, (1,)) for b in (buffer, new))
@@ -194,9 +197,8 @@ _OUTSIDE = {Kind.SHARED, Kind.CONSTANT}
 """The kinds of buffers outside of a block's memory."""
 
 
-def _acts(item: TapeItem) -> bool:
-    """Return whether an item does more than compute results: labels, jumps, and changes of carried buffers."""
-    return all([r.buffer.kind is Kind.CARRY for r in item.outputs])
+_ACTS = {"LABEL", "JUMP", "JUMP_UNLESS_ANY", "COMMIT"}
+"""Items that do more than compute results."""
 
 
 def _in_a_row(buffers: Iterable[Buffer]) -> tuple[dict[Buffer, int], int]:
@@ -231,8 +233,8 @@ def _outputs(items: Iterable[TapeItem]) -> list[Buffer]:
 
 def _needed(items: Sequence[TapeItem], flags: Sequence[Buffer]) -> list[TapeItem]:
     """Leave out the instructions whose results nothing reads."""
-    makers = grouped((buffer, item) for item in items for buffer in _outputs([item]))
-    left = [item for item in items if _acts(item)]
+    makers = grouped([(r.buffer, item) for item in items for r in item.outputs])
+    left = [item for item in items if item.name in _ACTS]
     for flag in flags:
         left += makers.pop(flag, ())
     needed: set[TapeItem] = set()
@@ -269,15 +271,17 @@ class _Spelling:
             dims = [*_coalesced(dims[:-1]), dims[-1]]
         elif item.name not in MATRICES:
             # In the order of the strides of the first operand, the longest first.
-            dims = _coalesced(sorted(dims, key=_shortness))
+            dims = _coalesced(sorted(dims, key=itemgetter(1), reverse=True))
         # `most_dimensions` of `src/cpu/kernels.h`, counted after neighbours are merged.
         if len(dims) > 6:
             raise NotRecordableError(f"an operation has {len(dims)} dimensions")
         # The words are opcode, rounding, number of dimensions, sizes, number of operands, and for each operand space,
         # offset and strides. `Reader` in `program.cpp` takes them in this order.
-        sizes = [dim[0] for dim in dims]
-        operands = [(*self._place(r), *[dim[k] for dim in dims]) for k, r in enumerate(references, start=1)]
-        return [self.codes[item.name], int(item.rounds), len(dims), *sizes, len(references), *chain(*operands)]
+        sizes, *strides = zip(*dims, strict=True) if dims else [()] * (1 + len(references))
+        words = [self.codes[item.name], int(item.rounds), len(dims), *sizes, len(references)]
+        for reference, steps in zip(references, strides, strict=True):
+            words += (*self._place(reference), *steps)
+        return words
 
     def jump(self, item: Jump, places: Mapping[TapeItem, int]) -> list[int]:
         # The words are opcode, index of the target instruction, and with a flag its offset and number of elements.
@@ -291,10 +295,6 @@ class _Spelling:
 
 Dim = tuple[int, ...]
 """The size of a dimension, and the stride of each operand."""
-
-
-def _shortness(dim: Dim) -> int:
-    return -abs(dim[1])
 
 
 def _coalesced(dims: Sequence[Dim]) -> list[Dim]:

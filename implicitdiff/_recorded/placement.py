@@ -51,8 +51,8 @@ class _Lives:
         self, items: Sequence[TapeItem], loops: Sequence[tuple[Label, Label]], fixed: Container[Buffer]
     ) -> None:
         used = [[r.buffer for r in (*item.outputs, *item.inputs)] for item in items]
-        pairs = ((b, at) for at, buffers in enumerate(used) for b in buffers)
-        self.uses = grouped((b, at) for b, at in pairs if b.kind is Kind.RESULT and b not in fixed)
+        pairs = [(b, at) for at, buffers in enumerate(used) for b in buffers]
+        self.uses = grouped([(b, at) for b, at in pairs if b.kind is Kind.RESULT and b not in fixed])
         self.group: dict[Buffer, Buffer] = {}
         self.ends = [at for at, item in enumerate(items) if not isinstance(item, Instruction)]
         places = {items[at]: at for at in self.ends}
@@ -79,7 +79,7 @@ def _without_copies(items: Sequence[TapeItem], lives: _Lives) -> list[TapeItem]:
     the copying."""
     kept = []
     for at, item in enumerate(items):
-        if _is_mere_copy(item):
+        if item.name == "COPY" and _is_mere_copy(item):
             target, source = (lives.of(r.buffer) for r in (*item.outputs, *item.inputs))
             if _may_share(items, lives, target, source, at):
                 lives.join(target, source)
@@ -103,8 +103,8 @@ def _may_share(items: Sequence[TapeItem], lives: _Lives, target: Buffer, source:
 
 
 def _is_mere_copy(item: TapeItem) -> bool:
-    """Return whether an item is a copy of a whole buffer, element for element."""
-    if item.name != "COPY" or item.rounds:
+    """Return whether a copy is of a whole buffer, element for element."""
+    if item.rounds:
         return False
     (out,), (source,) = item.outputs, item.inputs
     steps = [s for s, n in zip(out.strides, item.sizes, strict=True) if n > 1]
@@ -127,8 +127,8 @@ def _lie(reference: Reference, sizes: Sequence[int]) -> tuple[int, tuple[int, ..
 
 def _placed_from(length: int, lives: _Lives, offsets: dict[Buffer, int], top: int) -> int:
     """Place the buffers that are used at the positions of the iteration; return the end of the memory."""
-    births = grouped((uses[0], buffer) for buffer, uses in lives.uses.items())
-    deaths = grouped((uses[-1], buffer) for buffer, uses in lives.uses.items())
+    births = grouped([(uses[0], buffer) for buffer, uses in lives.uses.items()])
+    deaths = grouped([(uses[-1], buffer) for buffer, uses in lives.uses.items()])
     free = _FreeMemory(top)
     for at in range(length):
         # Births before deaths: a result must not lie on an operand that the same instruction reads.
@@ -141,26 +141,26 @@ def _placed_from(length: int, lives: _Lives, offsets: dict[Buffer, int], top: in
 
 
 class _FreeMemory:
-    """Pieces of memory between `bottom` and `top` that are free."""
+    """Pieces of memory between `bottom` and `top` that are free, by their beginnings and by their ends."""
 
     def __init__(self, bottom: int) -> None:
         self.top = bottom
-        self.pieces: list[tuple[int, int]] = []
+        self.ends: dict[int, int] = {}
+        self.begins: dict[int, int] = {}
 
     def take(self, size: int) -> int:
-        fitting = [(n, at) for at, n in self.pieces if n >= size]
+        fitting = [(end - at, at) for at, end in self.ends.items() if end - at >= size]
         if not fitting:
             at, self.top = self.top, self.top + size
             return at
         # The smallest piece that fits leaves larger pieces whole.
         n, at = min(fitting)
-        self.pieces.remove((at, n))
+        del self.begins[self.ends.pop(at)]
         self.give(at + size, n - size)
         return at
 
     def give(self, at: int, size: int) -> None:
-        # Free pieces never touch, since touching pieces are merged here, so a new piece has two neighbours at most.
-        touching = [p for p in self.pieces if not {at, at + size}.isdisjoint((p[0], sum(p)))]
-        merged = min([at, *(p[0] for p in touching)]), sum([size, *(p[1] for p in touching)])
-        apart = [p for p in self.pieces if p not in touching]
-        self.pieces = [p for p in (*apart, merged) if p[1]]
+        # The piece becomes one with the free pieces that end and begin where it begins and ends.
+        begin, end = self.begins.pop(at, at), self.ends.pop(at + size, at + size)
+        if begin < end:
+            self.ends[begin], self.begins[end] = end, begin

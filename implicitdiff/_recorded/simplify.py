@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
 
 import torch
 
@@ -55,12 +56,11 @@ class _Simplifier:
     def _note(self, item: TapeItem) -> None:
         """Remember a result; if an instruction only repeats a value, its buffer is replaced by that of the value."""
         out = item.outputs[0]
-        if _repeats(item):
+        if item.name == "COPY" and _repeats(item):
             self.same[out.buffer] = item.inputs[0].buffer
             return
-        read = [(r.buffer.key(), r.offset, r.strides) for r in item.inputs]
         # The layout of the result is part of the key: readers keep offsets and strides.
-        key = (item.name, item.sizes, item.rounds, out.offset, out.strides, out.buffer.size, *read)
+        key = (item.name, item.sizes, item.rounds, out.offset, out.strides, out.buffer.size, *map(_key, item.inputs))
         earlier = self.results.get(key)
         # The earlier result must exist wherever this result is read: made in the same scope or around.
         if earlier is not None and earlier.scope == item.scope[: len(earlier.scope)]:
@@ -85,17 +85,23 @@ _KINDS_READ = {"JUMP_UNLESS_ANY": _OF_LANE}
 def _is_pure(item: TapeItem) -> bool:
     """Return whether an instruction alone writes its result, as a whole, from values that do not change."""
     # Instructions write to results alone. Of other buffers carried ones change, at the end of a step.
-    return [r.buffer.writes for r in item.outputs] == [1] and all([r.buffer.writes <= 1 for r in item.inputs])
+    return len(item.outputs) == 1 and all([r.buffer.writes <= 1 for r in (*item.outputs, *item.inputs)])
 
 
 def _repeats(item: TapeItem) -> bool:
-    """Return whether an instruction copies to the same positions in a buffer of the same size."""
-    if item.name != "COPY" or item.rounds:
+    """Return whether a copy has the same positions as its source, in a buffer of the same size."""
+    if item.rounds:
         return False
     (out,), (source,) = item.outputs, item.inputs
     if out.buffer.size == source.buffer.size == 1:
         return source.buffer.kind is not Kind.SHARED
     return (out.buffer.size, *out[1:]) == (source.buffer.size, *source[1:]) and source.buffer.kind in _OF_LANE
+
+
+def _key(reference: Reference) -> Hashable:
+    # By repr: 0 and -0 are equal as numbers, and nan is unequal to itself.
+    number = reference.buffer.number
+    return reference if number is None else (repr(number), reference.strides)
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -133,8 +139,8 @@ def _sum_with_negative(item: TapeItem, made_by: dict[Buffer, TapeItem]) -> TapeI
 
 def _is_finite(item: TapeItem, made_by: dict[Buffer, TapeItem]) -> TapeItem:
     """``(x == x) * (|x| != inf)``, as torch spells ``isfinite``."""
-    equal, unequal = (_operands(n, r, item, made_by) for n, r in zip(("EQ", "NE"), item.inputs, strict=True))
-    values = [*equal, *(x for size in unequal[:1] for x in _operands("ABS", size, item, made_by))]
+    equal, unequal = _operands("EQ", item.inputs[0], item, made_by), _operands("NE", item.inputs[1], item, made_by)
+    values = [*equal, *chain(*[_operands("ABS", size, item, made_by) for size in unequal[:1]])]
     bounds = [r.buffer.number for r in unequal[1:]]
     # All three are the same operand.
     if (len(values), len({*values}), bounds) != (3, 1, [torch.inf]):

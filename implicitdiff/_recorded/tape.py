@@ -8,7 +8,7 @@ in place writes to a view.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple, TypeVar
@@ -70,11 +70,6 @@ class Buffer:
     value: Tensor | None = None
     number: float | None = None
     writes: int = 0
-
-    def key(self) -> Hashable:
-        """Return what constants of the same number share; the buffer itself if it is no number."""
-        # By repr: 0 and -0 are equal as numbers, and nan is unequal to itself.
-        return self if self.number is None else repr(self.number)
 
 
 class View(NamedTuple):
