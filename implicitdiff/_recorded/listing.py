@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import implicitdiff._torch.dispatch as _dispatch
 import implicitdiff._torch.trees as pytree
 from implicitdiff._recorded.record import FACTORIES, BranchT, asks_for_values
-from implicitdiff._recorded.replay import Block, Branch, ListedCall, ListItem, Loop, Replay, Slot
+from implicitdiff._recorded.replay import Block, Branch, ListedCall, ListItem, Loop, Replay, Slot, target_of, with_slots
 from implicitdiff._recorded.tape import NotRecordableError, change
 from implicitdiff._torch.bindings import binding_of
 from implicitdiff._torch.dispatch import AtenOperation, aten
@@ -47,19 +49,6 @@ class _Memory:
     level: int
 
 
-@dataclass(eq=False)
-class _Scope:
-    """An open list.
-
-    Attributes:
-        items: the operations so far.
-        slots: the numbers of the tensors that were seen first in this list.
-    """
-
-    items: list[ListItem] = field(default_factory=list)
-    slots: dict[Hashable, int] = field(default_factory=dict)
-
-
 class Lister(_dispatch.TorchDispatchMode):
     """A mode that lists every operation below autograd and torch.func.
 
@@ -75,7 +64,9 @@ class Lister(_dispatch.TorchDispatchMode):
     def __init__(self, carried: Sequence[Tensor], operands: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._memories: dict[int, _Memory] = {}
-        self._scopes = [_Scope()]
+        # The open lists, the innermost last, and the numbers of the tensors that these have made.
+        self._lists: list[list[ListItem]] = [[]]
+        self._slots: dict[Hashable, Slot] = {}
         # The number of a slot is an index into `_keys`, its storage.
         self._keys: list[int] = []
         # Storages to which an operation writes. A replay keeps all operations on these in order.
@@ -88,15 +79,13 @@ class Lister(_dispatch.TorchDispatchMode):
         """Return the recorded step with these results."""
         slots = [self._slot(t) for t in results]
         changing = {slot for slot, key in enumerate(self._keys) if key in self._written}
-        return Replay(Block(self._scopes[0].items, slots), self._strides, self._operands, changing)
+        return Replay(Block(self._lists[0], slots), self._strides, self._operands, changing)
 
     # --- tensors ------------------------------------------------------------------------------------------------------
 
     def _slot(self, tensor: Tensor) -> Slot:
-        place = _spot(tensor)
-        for scope in reversed(self._scopes):
-            if (slot := scope.slots.get(place)) is not None:
-                return Slot(slot)
+        if (slot := self._slots.get(_spot(tensor))) is not None:
+            return slot
         raise NotRecordableError("the function uses a tensor of unknown origin, such as one over memory of NumPy")
 
     def _new_slot(self, tensor: Tensor, *, is_own: bool, is_known: bool) -> Slot:
@@ -104,10 +93,10 @@ class Lister(_dispatch.TorchDispatchMode):
         slot, key = Slot(len(self._keys)), _dispatch.storage_key(tensor)
         self._keys.append(key)
         # Two tensors of one place share the first slot; the second number stays unused in the list.
-        self._scopes[-1].slots.setdefault(_spot(tensor), slot)
+        self._slots.setdefault(_spot(tensor), slot)
         if key not in self._memories:
             storage = StorageWeakRef(tensor.untyped_storage())
-            self._memories[key] = _Memory(storage, is_own, is_known, len(self._scopes))
+            self._memories[key] = _Memory(storage, is_own, is_known, len(self._lists))
         return slot
 
     def _memory(self, tensor: Tensor) -> _Memory:
@@ -138,17 +127,17 @@ class Lister(_dispatch.TorchDispatchMode):
             self._memory(target).is_known &= is_known
             self._written.add(_dispatch.storage_key(target))
         result = func(*args, **kwargs)
-        if result is not None and not isinstance(result, (Tensor, list, tuple)):
+        if not isinstance(result, (Tensor, list, tuple, NoneType)):
             return self._answer(func, tensors, result)
-        slots = self._slots_of(func, result, is_known)
-        if slots is not None or written or not pytree.tensors(result):
+        made = self._numbered(func, result, is_known)
+        if made[0] or written or not pytree.tensors(result):
             function = binding_of(func, args, kwargs, result)
-            self._scopes[-1].items.append(ListedCall(function, given[0], given[1], slots, bool(written)))
+            self._lists[-1].append(ListedCall(function, *given, *made, bool(written)))
         return result
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return arguments with a slot for each tensor."""
-        return [_with_slots(a, self._slot) for a in args], {k: _with_slots(v, self._slot) for k, v in kwargs.items()}
+        return [with_slots(a, self._slot) for a in args], {k: with_slots(v, self._slot) for k, v in kwargs.items()}
 
     def _answer(self, func: AtenOperation, tensors: Leaves, result: Any) -> Any:
         """Return the answer to a question about dtypes or shapes, which stays the same."""
@@ -156,21 +145,16 @@ class Lister(_dispatch.TorchDispatchMode):
             raise self._refusal(func, "has unusual results")
         return result
 
-    def _slots_of(self, func: AtenOperation, result: Any, is_known: bool) -> int | list[int | None] | None:
-        """Number the results of an operation; return None if all of them are known tensors, as of ``detach``."""
-        results = list(result) if isinstance(result, (list, tuple)) else [result]
-        for tensor in results:
-            if not (tensor is None or (isinstance(tensor, Tensor) and tensor.layout is torch.strided)):
-                raise self._refusal(func, "has unusual results")
-        if not any([t is not None and self._is_new(t) for t in results]):
-            return None
-        if isinstance(result, Tensor):
-            return self._new_slot(result, is_own=True, is_known=is_known)
-        return [None if t is None else self._new_slot(t, is_own=True, is_known=is_known) for t in results]
-
-    def _is_new(self, tensor: Tensor) -> bool:
-        place = _spot(tensor)
-        return not any([place in scope.slots for scope in self._scopes])
+    def _numbered(self, func: AtenOperation, result: Any, is_known: bool) -> tuple[Sequence[int], list[str]]:
+        """Number the results of an operation; return none if all are known tensors, as of ``detach``."""
+        results, first = list(result) if isinstance(result, (list, tuple)) else [result], len(self._keys)
+        tensors = [t for t in results if t is not None]
+        if not all([isinstance(t, Tensor) and t.layout is torch.strided for t in tensors]):
+            raise self._refusal(func, "has unusual results")
+        if self._slots.keys() >= {*map(_spot, tensors)}:
+            return [], []
+        target = target_of(result, partial(self._new_slot, is_own=True, is_known=is_known))
+        return range(first, len(self._keys)), target
 
     def _lifted(self, tensor: Tensor) -> Tensor:
         """List a tensor that `torch.tensor` has just made of numbers, with a copy for each run of the list."""
@@ -178,7 +162,7 @@ class Lister(_dispatch.TorchDispatchMode):
         with self._paused():
             value = tensor.clone()
         slot = self._new_slot(result, is_own=True, is_known=True)
-        self._scopes[-1].items.append(ListedCall(aten.clone.default, [value], {}, slot))
+        self._lists[-1].append(ListedCall(aten.clone.default, [value], {}, [slot], [f"v{slot}"]))
         return result
 
     def _other_view(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -191,26 +175,28 @@ class Lister(_dispatch.TorchDispatchMode):
         result = func(*args, **kwargs)
         if (_dispatch.storage_size(result), _dispatch.storage_key(result)) != (size, old):
             raise self._refusal(func, "changes the memory of a tensor")
-        slots = self._slots_of(func, result, self._memory(result).is_known)
-        if slots is not None:
-            self._scopes[-1].items.append(ListedCall(functional, given[0], given[1], slots))
+        made = self._numbered(func, result, self._memory(result).is_known)
+        if made[0]:
+            self._lists[-1].append(ListedCall(functional, *given, *made))
         return result
 
     def _refuse_unsafe(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not isinstance(func, AtenOperation) or _dispatch.is_custom(func):
             raise self._refusal(func, "is no operation of torch")
-        if _dispatch.is_random(func):
-            raise self._refusal(func, "draws random numbers")
-        if asks_for_values(func, args, self._is_known) or func in _UNTAGGED:
-            raise self._refusal(func, "reads the value of a tensor")
-        if func is aten.as_strided.default and not self._memory(args[0]).is_own:
-            raise self._refusal(func, "reads the memory of an operand, whose offset may be another in a later call")
+        of_operand = func is aten.as_strided.default and not self._memory(args[0]).is_own
+        refusals = (
+            (_dispatch.is_random(func), "draws random numbers"),
+            (func in _UNTAGGED or asks_for_values(func, args, self._is_known), "reads the value of a tensor"),
+            (of_operand, "reads the memory of an operand, whose offset may be another in a later call"),
+        )
+        for why in [why for holds, why in refusals if holds]:
+            raise self._refusal(func, why)
 
     def _refuse_write(self, func: AtenOperation, tensor: Tensor) -> None:
         memory = self._memory(tensor)
         if not memory.is_own:
             raise self._refusal(func, "writes to an operand or to a result of a branch")
-        if memory.level != len(self._scopes):
+        if memory.level != len(self._lists):
             raise self._refusal(func, "writes in a branch to a tensor from outside")
 
     def _refusal(self, func: AtenOperation, why: str) -> NotRecordableError:
@@ -228,7 +214,7 @@ class Lister(_dispatch.TorchDispatchMode):
         leaves, structure = pytree.flatten(carry)
         # The flag is computed before the branch, in the outer list.
         asked = self._slot(flag)
-        with self._opened() as scope:
+        with self._opened() as items:
             values = structure.tensors_of(then(structure.unflatten(leaves)))
             # `_like` may add a copy, part of the branch, so the scope is still open.
             values = [_like(a, b) for a, b in zip(values, leaves, strict=True)]
@@ -240,8 +226,8 @@ class Lister(_dispatch.TorchDispatchMode):
             old if self._slot(old) == new else self._stand_in(value)
             for old, new, value in zip(leaves, taken, values, strict=True)
         ]
-        block = Block(scope.items, taken).needed()
-        self._scopes[-1].items.append(Branch(asked, block, taken, passed, [self._slot(t) for t in results]))
+        block = Block(items, taken).needed()
+        self._lists[-1].append(Branch(asked, block, taken, passed, [self._slot(t) for t in results]))
         made: BranchT = structure.unflatten(results)
         return made
 
@@ -253,15 +239,15 @@ class Lister(_dispatch.TorchDispatchMode):
         # Every pass finds the same strides.
         leaves = [_without_traits(t).contiguous() for t in leaves]
         first, variables = [self._slot(t) for t in leaves], [self._stand_in(t) for t in leaves]
-        with self._opened() as asking:
+        with self._opened() as questions:
             asked = self._slot(flag(structure.unflatten(variables)))
-        with self._opened() as scope:
+        with self._opened() as items:
             values = structure.tensors_of(body(structure.unflatten(variables)))
             values = [_like(a, b).contiguous() for a, b in zip(values, variables, strict=True)]
             news = [self._slot(t) for t in values]
         results = [self._slot(t) for t in variables]
-        blocks = Block(asking.items, [asked]).needed(), Block(scope.items, news).needed()
-        self._scopes[-1].items.append(Loop(blocks[0], asked, blocks[1], first, news, results, at_most))
+        blocks = Block(questions, [asked]).needed(), Block(items, news).needed()
+        self._lists[-1].append(Loop(blocks[0], asked, blocks[1], first, news, results, at_most))
         made: BranchT = structure.unflatten(variables)
         return made
 
@@ -274,12 +260,16 @@ class Lister(_dispatch.TorchDispatchMode):
         raise NotRecordableError("a linear solver of the step may fail")
 
     @contextmanager
-    def _opened(self) -> Iterator[_Scope]:
-        self._scopes.append(_Scope())
+    def _opened(self) -> Iterator[list[ListItem]]:
+        before = self._slots
+        # A tensor that is seen first in the list is not known after it.
+        self._slots = dict(before)
+        self._lists.append([])
         try:
-            yield self._scopes[-1]
+            yield self._lists[-1]
         finally:
-            self._scopes.pop()
+            self._slots = before
+            self._lists.pop()
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
         """Return a new tensor for a result of a branch or a loop."""
@@ -327,12 +317,3 @@ def _spot(tensor: Tensor) -> Hashable:
         tensor.is_conj(),
         tensor.is_neg(),
     )
-
-
-def _with_slots(argument: Any, slot_of: Callable[[Tensor], Slot]) -> Any:
-    """Return an argument with a slot for each tensor."""
-    if isinstance(argument, Tensor):
-        return slot_of(argument)
-    if type(argument) in (list, tuple):
-        return [_with_slots(a, slot_of) for a in argument]
-    return argument

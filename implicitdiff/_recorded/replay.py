@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import NoneType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,35 +32,35 @@ class ListedCall:
         function: the operation.
         args: its arguments by position, with a `Slot` for each tensor.
         kwargs: its arguments by name, likewise.
-        results: the number of the result; for several results a list, with None where torch returns no tensor; None if
-            no result is new.
+        made: the values that the operation makes.
+        target: the left side of the assignment of these, see `target_of`.
         writes: True if the operation writes to an argument.
     """
 
     function: Callable[..., Any]
     args: list[Any]
     kwargs: dict[str, Any]
-    results: int | list[int | None] | None
+    made: Sequence[int]
+    target: list[str]
     writes: bool = False
 
     def reads(self) -> list[int]:
         """Return the values that the operation takes."""
         return _slots([self.args, [*self.kwargs.values()]])
 
-    def makes(self) -> list[int]:
+    def makes(self) -> Sequence[int]:
         """Return the values that the operation makes."""
-        return [self.results] if isinstance(self.results, int) else [s for s in self.results or () if s is not None]
+        return self.made
+
+    def straight(self) -> list[ListItem]:
+        """Return the operation."""
+        return [self]
 
     def lines(self, names: Names) -> Iterator[str]:
         """Yield the lines of the operation."""
         by_name = [f"{k}={names.shown(v)}" for k, v in self.kwargs.items()]
         call = f"{names.of(self.function)}({', '.join([*map(names.shown, self.args), *by_name])})"
-        if self.results is None:
-            yield call
-        elif isinstance(self.results, int):
-            yield f"v{self.results} = {call}"
-        else:
-            yield f"{''.join('_, ' if s is None else f'v{s}, ' for s in self.results)}= {call}"
+        yield " = ".join([*self.target, call])
 
 
 @dataclass(eq=False)
@@ -79,6 +80,7 @@ class Branch:
     taken: Sequence[int]
     passed: Sequence[int]
     results: Sequence[int]
+    writes: ClassVar[bool] = False
 
     def reads(self) -> list[int]:
         """Return the values from outside of the branch."""
@@ -89,13 +91,17 @@ class Branch:
         """Return the values that the branch makes for the items after it."""
         return self.results
 
+    def straight(self) -> list[ListItem]:
+        """Return the operations of the branch, after which the results get the numbers that later items read."""
+        pairs = zip(self.taken, self.results, strict=True)
+        return [*self.block.straight().items, *[ListedCall(_itself, [Slot(s)], {}, [r], [f"v{r}"]) for s, r in pairs]]
+
     def lines(self, names: Names) -> Iterator[str]:
         """Yield the lines of the branch."""
         yield f"if v{self.flag}.any():"
-        yield from _indented([*self.block.lines(names), *_renamed(self.taken, self.results, self.block)] or ["pass"])
-        if self.results:
-            yield "else:"
-            yield from _indented(_renamed(self.passed, self.results))
+        yield from _indented([*self.block.lines(names), *_renamed(self.taken, self.results, self.block)])
+        yield "else:"
+        yield from _indented(_renamed(self.passed, self.results))
 
 
 @dataclass(eq=False)
@@ -119,6 +125,7 @@ class Loop:
     news: Sequence[int]
     results: Sequence[int]
     at_most: int
+    writes: ClassVar[bool] = False
 
     def reads(self) -> list[int]:
         """Return the values from outside of the loop."""
@@ -129,6 +136,10 @@ class Loop:
     def makes(self) -> Sequence[int]:
         """Return the values that the loop makes for the items after it."""
         return self.results
+
+    def straight(self) -> list[ListItem]:
+        """Refuse, since the length depends on values."""
+        raise NotRecordableError("the step has a loop whose length depends on values")
 
     def lines(self, names: Names) -> Iterator[str]:
         """Yield the lines of the loop."""
@@ -167,7 +178,7 @@ class Block:
         for item in reversed(self.items):
             makes = item.makes()
             # An operation without results may raise, as a check does.
-            if not makes or not read.isdisjoint(makes) or getattr(item, "writes", False):
+            if not makes or not read.isdisjoint(makes) or item.writes:
                 read.update(item.reads())
                 items.append(item)
         return Block(items[::-1], self.wanted)
@@ -200,17 +211,7 @@ class Block:
         Raises:
             NotRecordableError: the list has a loop, whose length depends on values.
         """
-        items: list[ListItem] = []
-        for item in self.items:
-            if isinstance(item, Loop):
-                raise NotRecordableError("the step has a loop whose length depends on values")
-            if isinstance(item, Branch):
-                # The results of the branch get the numbers that later items read.
-                same = [ListedCall(_itself, [Slot(s)], {}, r) for s, r in zip(item.taken, item.results, strict=True)]
-                items += [*item.block.straight().items, *same]
-            else:
-                items.append(item)
-        return Block(items, self.wanted)
+        return Block([part for item in self.items for part in item.straight()], self.wanted)
 
     def lines(self, names: Names) -> Iterator[str]:
         """Yield the lines of the list; a value is deleted after its last use."""
@@ -252,7 +253,7 @@ class Names:
             return f"[{', '.join(map(self.shown, argument))}]"
         # Infinity and nan have no literal, and become names.
         # Exact types: the repr of a subclass such as `IntEnum` is no expression.
-        if argument is None or type(argument) in (int, bool) or (type(argument) is float and math.isfinite(argument)):
+        if type(argument) in (NoneType, int, bool) or (type(argument) is float and math.isfinite(argument)):
             return repr(argument)
         return self.of(argument)
 
@@ -327,13 +328,28 @@ def _indented(lines: Iterable[str]) -> Iterator[str]:
 
 def _renamed(sources: Sequence[int], targets: Sequence[int], block: Block | None = None) -> Iterator[str]:
     """Yield the lines that give values their numbers after a branch; the values that `block` has made end."""
-    if sources:
-        # One assignment of tuples, since a source may be a target as well.
-        left, right = (", ".join(f"v{s}" for s in slots) for slots in (targets, sources))
-        yield f"{left} = {right}"
+    # One assignment of tuples, since a source may be a target as well.
+    left, right = (", ".join(f"v{s}" for s in slots) for slots in (targets, sources))
+    yield f"{left} = {right}"
     # Without these names the tensors of a pass would live on into the next.
     if block is not None and (own := sorted(block.makes() & set(sources))):
         yield f"del {', '.join(f'v{s}' for s in own)}"
+
+
+def with_slots(argument: Any, slot_of: Callable[[Tensor], Any]) -> Any:
+    """Return an argument with a slot for each tensor."""
+    if isinstance(argument, Tensor):
+        return slot_of(argument)
+    if type(argument) in (list, tuple):
+        return [with_slots(a, slot_of) for a in argument]
+    return argument
+
+
+def target_of(result: Any, slot_of: Callable[[Tensor], int]) -> list[str]:
+    """Return the left side of an assignment of the results of an operation; torch returns None for some of them."""
+    if isinstance(result, Tensor):
+        return [f"v{slot_of(result)}"]
+    return [" ".join(["_," if t is None else f"v{slot_of(t)}," for t in result])]
 
 
 def _slots(arguments: Any) -> list[int]:

@@ -13,7 +13,9 @@ once, and has to give the same value, and the same derivatives of the first and 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ import implicitdiff._torch.functions as _functions
 import implicitdiff._torch.switches as _switches
 import implicitdiff._torch.trees as pytree
 from implicitdiff._recorded.record import FACTORIES, Guard, asks_for_values
+from implicitdiff._recorded.replay import Block, ListedCall, ListItem, Slot, function_of, target_of, with_slots
 from implicitdiff._recorded.tape import NotRecordableError
 from implicitdiff._torch.dispatch import AtenOperation, aten
 from implicitdiff._torch.messages import is_torch_asking
@@ -46,71 +49,31 @@ _BY_STRIDES = (
 _CUTS = (aten.detach.default, aten.detach_copy.default, aten.detach_.default)
 _DETACH = (Tensor.detach, torch.detach)
 _ABOUT_GRADIENTS = ("requires_grad", "is_leaf", "grad_fn", "grad", "retains_grad")
+_UNKNOWN = Slot(-1)
 _ORDERS = 2
 """The derivatives that are compared."""
 _UNITS_APART = 2**10
 """Largest difference between two evaluations, in units of the last place of the largest entry."""
 
 
-class _Variable(NamedTuple):
-    """Stands for a tensor among the arguments of an operation."""
-
-    number: int
-
-
-class _Operation(NamedTuple):
-    """One operation.
-
-    Attributes:
-        function: the operation.
-        args, kwargs: its arguments, with a `_Variable` in the place of each tensor.
-        made: the slots of the tensors among its results.
-        writes: whether it writes to an argument.
-        fault: why the operation cannot be repeated, in words; None if it can.
-    """
-
-    function: AtenOperation
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    made: tuple[int, ...]
-    writes: bool
-    fault: str | None
-
-
 class StraightLine(NamedTuple):
     """The operations of a function.
 
     Attributes:
-        operations: the operations in order.
-        tensors: the constants at their slots, and None at the slots of operands and results; the operands come first.
-        results: the slots of the results.
+        function: the operations, without those that the results do not need, as a function of operands and constants.
+        text: the function in Python.
+        constants: tensors that are the same in each evaluation.
     """
 
-    operations: Sequence[_Operation]
-    tensors: Sequence[Tensor | None]
-    results: Sequence[int]
+    function: Callable[..., Leaves]
+    text: str
+    constants: Sequence[Tensor]
 
     def __call__(self, operands: Sequence[Tensor]) -> Leaves:
         """Return the results of the operations with these operands."""
-        values: list[Any] = [*operands, *self.tensors[len(operands) :]]
         # All are operations of the dispatcher, in which no Guard has anything to refuse.
         with no_modes():
-            for function, args, kwargs, made, *_ in self.operations:
-                found = function(*_substituted(args, values), **_substituted(kwargs, values))
-                results = [found] if isinstance(found, Tensor) else pytree.tensors(found)
-                for slot, tensor in zip(made, results, strict=True):
-                    values[slot] = tensor
-        return [values[slot] for slot in self.results]
-
-
-def _substituted(value: Any, values: Sequence[Tensor]) -> Any:
-    """Return arguments with tensors in the place of slots."""
-    kind = type(value)
-    if kind is _Variable:
-        return values[value.number]
-    if kind is tuple or kind is list:
-        return kind([_substituted(v, values) for v in value])
-    return {k: _substituted(v, values) for k, v in value.items()} if kind is dict else value
+            return self.function(*operands, *self.constants)
 
 
 class _StateGuard(Guard):
@@ -149,16 +112,15 @@ class _Notes(_dispatch.TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.refusal: str | None = None
         self._is_detaching = False
-        self._operations: list[_Operation] = []
-        # A slot is an index into this list; the operands have the first slots.
-        self._tensors: list[Tensor | None] = []
+        self._operations: list[ListItem] = []
+        # Why an operation cannot be repeated, in words.
+        self._faults: dict[ListItem, str] = {}
         # By id of the tensor. Memory is known by the key of its storage.
-        self._slots: dict[int, int] = {}
-        # The ids of tensors and of memories are unique as long as the tensors live.
+        self._slots: dict[int, Slot] = {}
+        # The ids of tensors and of memories are unique as long as the tensors live. A slot is an index into this list.
         self._alive: list[Tensor] = []
-        self._constants = {id(t) for t in constants}
-        for operand in operands:
-            self._new(operand)
+        self._operands = [self._new(t) for t in operands]
+        self._constants = {self._new(t): t for t in constants}
         # Memory that depends on an operand, and memory that the function must not write to.
         self._varying = {_dispatch.storage_key(t) for t in operands}
         self._foreign = {_dispatch.storage_key(t) for t in (*operands, *constants)}
@@ -179,25 +141,19 @@ class _Notes(_dispatch.TorchDispatchMode):
         Raises:
             NotRecordableError: a later evaluation could not repeat the operations.
         """
-        slots = [self._slot(t).number for t in results]
+        slots = [self._slot(t) for t in results]
         if self.refusal is not None:
             raise NotRecordableError(self.refusal)
-        operations = self._needed(slots)
-        if faults := [operation.fault for operation in operations if operation.fault is not None]:
+        # All writes are kept: a later operation may read the memory as another slot.
+        block = Block(self._operations, slots).needed()
+        operations = [item for item in block.items if isinstance(item, ListedCall)]
+        if faults := [self._faults[operation] for operation in operations if operation in self._faults]:
             raise NotRecordableError(faults[0])
         if not any([operation.writes for operation in operations]):
             # No write shows whether a result is a view; a view fails in a batch that lies otherwise in memory.
             operations = [_with_reshape(operation) for operation in operations]
-        return StraightLine(operations, self._tensors, slots)
-
-    def _needed(self, slots: Sequence[int]) -> list[_Operation]:
-        needed, kept = set(slots), []
-        for operation in reversed(self._operations):
-            # All writes are kept: a later operation may read the memory as another slot.
-            if operation.writes or not needed.isdisjoint(operation.made):
-                kept.append(operation)
-                needed.update(_variables_in((operation.args, operation.kwargs)))
-        return kept[::-1]
+        given = [*self._operands, *self._constants]
+        return StraightLine(*function_of(Block([*operations], slots), given), [*self._constants.values()])
 
     def __torch_dispatch__(
         self, func: AtenOperation, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -205,97 +161,80 @@ class _Notes(_dispatch.TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten.lift_fresh.default:
             # The argument is a tensor that `torch.tensor` has just made of numbers, once for all evaluations.
-            self._constants.add(id(args[0]))
+            self._constants[self._new(args[0])] = args[0]
             self._foreign.add(_dispatch.storage_key(args[0]))
         # Before the operation runs: a write returns its argument, under a new slot.
-        shown_args, shown_kwargs = self._shown(args), self._shown(kwargs)
+        shown = with_slots(args, self._slot), {k: with_slots(v, self._slot) for k, v in kwargs.items()}
         result = func(*args, **kwargs)
-        self._note(func, (args, kwargs), (shown_args, shown_kwargs), result)
+        self._refuse_unrepeatable(func, (args, kwargs))
+        self._note(_repeated(func), (args, kwargs), shown, result)
         return result
 
-    def _note(self, func: AtenOperation, given: Any, shown: tuple[Any, Any], result: Any) -> None:
-        self._refuse_unrepeatable(func, given)
-        if _dispatch.changes_geometry(func):
-            # The argument, which is the result as well, becomes a view of what it was.
-            func = _as_view(func) or func
-        used, made = pytree.tensors(given), pytree.tensors(result)
-        varies = func not in FACTORIES and not self._are_fixed(used)
-        fault = self._fault(func) if varies else None
-        writes = _dispatch.changes_arguments(func)
-        if varies:
-            # By memory, so a view of varying memory varies as well.
-            self._varying.update(map(_dispatch.storage_key, [*made, *_dispatch.written(func, *given)]))
-        self._operations.append(_Operation(func, *shown, tuple(map(self._new, made)), writes, fault))
-
-    def _fault(self, func: AtenOperation) -> str | None:
-        """Return why an operation on varying tensors shows too little of a derivative, in words."""
-        if func in _CUTS and not self._is_detaching:
-            return "detaches a tensor"
-        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            return "switches gradients off"
-        return "runs in forward mode" if _context.now().forward else None
+    def _note(self, func: AtenOperation, given: Any, shown: tuple[list[Any], dict[str, Any]], result: Any) -> None:
+        made, writes, first = pytree.tensors(result), _dispatch.changes_arguments(func), len(self._alive)
+        if not made and not writes:
+            return
+        target = target_of(result, self._new) if made else []
+        operation = ListedCall(func, *shown, range(first, len(self._alive)), target, writes)
+        self._operations.append(operation)
+        if func in FACTORIES or self._are_fixed(pytree.tensors(given)):
+            return
+        # By memory, so a view of varying memory varies as well.
+        self._varying.update(map(_dispatch.storage_key, [*made, *_dispatch.written(func, *given)]))
+        faults = (
+            (func in _CUTS and not self._is_detaching, "detaches a tensor"),
+            (not torch.is_grad_enabled() or torch.is_inference_mode_enabled(), "switches gradients off"),
+            (_context.now().forward, "runs in forward mode"),
+        )
+        # An operation on varying tensors shows too little of a derivative.
+        for fault in [why for holds, why in faults if holds]:
+            self._faults.setdefault(operation, fault)
 
     def _refuse_unrepeatable(self, func: AtenOperation, given: Any) -> None:
-        if _dispatch.is_random(func):
-            self._note_refusal(f"{func} draws random numbers")
-        if asks_for_values(func, given[0], self._are_fixed):
-            self._note_refusal(f"{func} reads the value of a tensor")
-        if func in _BY_STRIDES or (_dispatch.changes_geometry(func) and _as_view(func) is None):
-            self._note_refusal(f"{func} depends on how a tensor lies in memory")
-        if _dispatch.is_custom(func):
-            self._note_refusal(f"{func} is not of torch")
-        if any([_dispatch.storage_key(t) in self._foreign for t in _dispatch.written(func, *given)]):
-            self._note_refusal(f"{func} writes to a tensor from outside")
+        written = [_dispatch.storage_key(t) for t in _dispatch.written(func, *given)]
+        by_memory = func in _BY_STRIDES or _dispatch.changes_geometry(_repeated(func))
+        refusals = (
+            (_dispatch.is_random(func), "draws random numbers"),
+            (asks_for_values(func, given[0], self._are_fixed), "reads the value of a tensor"),
+            (by_memory, "depends on how a tensor lies in memory"),
+            (_dispatch.is_custom(func), "is not of torch"),
+            (not self._foreign.isdisjoint(written), "writes to a tensor from outside"),
+        )
+        for why in [why for holds, why in refusals if holds]:
+            self._note_refusal(f"{func} {why}")
 
     def _are_fixed(self, tensors: Sequence[Tensor]) -> bool:
-        return all([_dispatch.storage_key(t) not in self._varying for t in tensors])
+        return self._varying.isdisjoint(map(_dispatch.storage_key, tensors))
 
     def _note_refusal(self, why: str) -> None:
         self.refusal = self.refusal or why
 
-    def _shown(self, value: Any) -> Any:
-        """Return arguments with slots in the place of tensors."""
-        if isinstance(value, Tensor):
-            return self._slot(value)
-        if isinstance(value, (list, tuple)):
-            return type(value)([self._shown(v) for v in value])
-        return {k: self._shown(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    def _slot(self, tensor: Tensor) -> _Variable:
-        if (known := self._slots.get(id(tensor))) is not None:
-            return _Variable(known)
-        if id(tensor) not in self._constants:
+    def _slot(self, tensor: Tensor) -> Slot:
+        if id(tensor) not in self._slots:
             self._note_refusal("uses a tensor of unknown origin")
-        slot = self._new(tensor)
-        self._tensors[slot] = tensor
-        return _Variable(slot)
-
-    def _new(self, tensor: Tensor) -> int:
-        """Return a new slot. A write returns its argument, which the new slot then stands for."""
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
             self._note_refusal("uses a tensor of another kind")
-        self._slots[id(tensor)] = slot = len(self._tensors)
-        self._tensors.append(None)
+        return self._slots.get(id(tensor), _UNKNOWN)
+
+    def _new(self, tensor: Tensor) -> Slot:
+        """Return a new slot. A write returns its argument, which the new slot then stands for."""
+        self._slots[id(tensor)] = slot = Slot(len(self._alive))
         self._alive.append(tensor)
         return slot
 
 
-def _variables_in(value: Any) -> Iterator[int]:
-    if type(value) is _Variable:
-        yield value.number
-    elif isinstance(value, (tuple, list, dict)):
-        for v in value.values() if isinstance(value, dict) else value:
-            yield from _variables_in(v)
-
-
-def _as_view(operation: AtenOperation) -> AtenOperation | None:
-    """Return the view that an operation such as ``squeeze_`` makes of its argument; None for other operations."""
+@cache
+def _repeated(operation: AtenOperation) -> AtenOperation:
+    """Return the operation that stands for another: for ``squeeze_``, whose argument becomes a view of what it was, the
+    view ``squeeze``."""
     view = _dispatch.out_of_place(operation)
-    return view if view is not None and _dispatch.returns_views(view) and view not in _BY_STRIDES else None
+    if view is None or view in _BY_STRIDES or not _dispatch.returns_views(view):
+        return operation
+    return view
 
 
-def _with_reshape(operation: _Operation) -> _Operation:
-    return operation._replace(function=aten.reshape.default) if operation.function is aten.view.default else operation
+def _with_reshape(operation: ListedCall) -> ListedCall:
+    return replace(operation, function=aten.reshape.default) if operation.function is aten.view.default else operation
 
 
 def straight_line(
@@ -422,21 +361,18 @@ class StraightLines:
         return any([line is not None for line in self._lines.values()])
 
     def _noted(self, function: Function, more: Sequence[Tensor]) -> StraightLine | None:
+        # If the function is nowhere defined, the search will say so.
+        with suppress(Exception):
+            line = self._line(function, more)
+            if not self.compares or has_values_of(line, function, self.at, more):
+                return line
+        return None
+
+    def _line(self, function: Function, more: Sequence[Tensor]) -> StraightLine:
         try:
-            line = straight_line(function, self.near, more, self.constants)
+            return straight_line(function, self.near, more, self.constants)
         except NotRecordableError:
-            return None
+            raise
         except Exception:
             # The function may be undefined at this point.
-            return self._noted_at_last(function, more)
-        try:
-            return line if not self.compares or has_values_of(line, function, self.at, more) else None
-        except Exception:
-            return None
-
-    def _noted_at_last(self, function: Function, more: Sequence[Tensor]) -> StraightLine | None:
-        try:
             return straight_line(function, self.at, more, self.constants)
-        except Exception:
-            # If the function is nowhere defined, the search will say so.
-            return None
