@@ -280,9 +280,9 @@ def _checked_argnums(maker: str, argnums: int | Sequence[int] | None) -> frozens
     return frozenset(chosen)
 
 
-def _check_argnums(name: str, chosen: frozenset[int] | None, positions: int | None) -> None:
-    """Raise if `chosen` exceeds the number of the solver's positional arguments; ``positions=None``: any number."""
-    if chosen and positions is not None and max(chosen) >= positions:
+def _check_argnums(name: str, chosen: frozenset[int] | None, positions: float) -> None:
+    """Raise if `chosen` exceeds the number of the solver's positional arguments."""
+    if chosen and max(chosen) >= positions:
         raise ValueError(
             f"{name}: argnums names argument {max(chosen)}, but the last positional argument of the solver is number "
             f"{positions - 1} (number 0 is the initial guess)"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from inspect import Parameter
+from typing import Any
 
 from implicitdiff._torch.trees import Tree, UserFunction
 
@@ -40,7 +42,7 @@ def name_of(fn: object) -> str:
     """Return the name of a function for error messages."""
     if isinstance(fn, functools.partial):
         return name_of(fn.func)
-    return getattr(fn, "__qualname__", None) or getattr(fn, "__name__", None) or type(fn).__name__
+    return getattr(fn, "__qualname__", getattr(fn, "__name__", type(fn).__name__))
 
 
 class Matcher:
@@ -55,11 +57,12 @@ class Matcher:
         self.names = (
             f"solver {name_of(solver)}{show(solver)} and optimality function {name_of(condition)}{show(condition)}"
         )
-        self.solver = _signature(solver) or _ANYTHING
+        self.solver = _signature(solver)
         kinds = [p.kind for p in self.solver.parameters.values()]
-        # The number of positional arguments that the solver takes; None: any number.
-        self.positions = None if Parameter.VAR_POSITIONAL in kinds else sum(kind in _POSITIONAL for kind in kinds)
-        parameters = list((_signature(condition) or _ANYTHING).parameters.values())
+        # The parameters of the solver that take a positional argument, and how many such arguments it takes.
+        self.called = [p.name for p in self.solver.parameters.values() if p.kind in _POSITIONAL]
+        self.positions = math.inf if Parameter.VAR_POSITIONAL in kinds else len(self.called)
+        parameters = list(_signature(condition).parameters.values())
         slots = [p for p in parameters if p.kind in _POSITIONAL][1:]
         self.slots = len(slots)
         self.named = {p.name: p for p in (*slots, *(p for p in parameters if p.kind is Parameter.KEYWORD_ONLY))}
@@ -82,13 +85,11 @@ class Matcher:
         # The route depends only on the form of the call, so it is computed once for each form.
         call = (len(positions), *keywords, frozenset(given))
         if call not in self.routes:
-            named = [p.name for p in self.solver.parameters.values() if p.kind in _POSITIONAL]
-            names = [named[i] if i < len(named) else None for i in range(1, len(positions))]
-            options = {name for name in (*names, *keywords) if name in self.solver.parameters and name not in given}
-            self.routes[call] = self._route(names, list(keywords), options)
+            names = [*self.called, *[None] * (len(positions) - len(self.called))][1:]
+            self.routes[call] = self._route(names, list(keywords), self.solver.parameters.keys() - given)
         return Call(positions[0], positions[1:], keywords, self.routes[call])
 
-    def _route(self, names: list[str | None], keywords: list[str], options: set[str | None]) -> Route:
+    def _route(self, names: list[str | None], keywords: list[str], options: Set[str]) -> Route:
         """Assign to each parameter of the condition a position, or a keyword, of the solver's call.
 
         Args:
@@ -96,42 +97,35 @@ class Matcher:
             keywords: the keywords of the call.
             options: parameters of the solver that may remain unassigned.
         """
-        keys: dict[str, int | str] = {name: i for i, name in enumerate(names) if name is not None}
-        keys |= {name: name for name in keywords}
+        called: dict[int | str, str | None] = {**dict(enumerate(names)), **dict(zip(keywords, keywords, strict=True))}
         # First, find a source for each parameter of the condition.
-        source: dict[str, int | str] = {}
-        for i, (name, parameter) in enumerate(self.named.items()):
-            if name in keys:
-                source[name] = keys[name]
-            elif i < min(self.slots, len(names)) and self._may_stand_for(names[i], parameter, options):
-                source[name] = i
-            elif parameter.default is Parameter.empty:
-                raise TypeError(
-                    f"no argument is given for parameter {name!r} of the optimality function, in a call of the "
-                    f"{self.names}"
-                )
+        places = zip(self.named, range(self.slots), names, strict=False)
+        sources: dict[str | None, int | str] = {
+            name: i for name, i, other in places if self._may_stand_for(other, self.named[name], options)
+        }
+        sources |= {name: key for key, name in called.items()}
+        source = {name: sources[name] for name in self.named if name in sources}
+        required = [name for name, parameter in self.named.items() if parameter.default is Parameter.empty]
+        if lacking := [name for name in required if name not in source]:
+            raise TypeError(
+                f"no argument is given for parameter {lacking[0]!r} of the optimality function, in a call of the "
+                f"{self.names}"
+            )
         # Second, every argument without a destination goes to ``*args`` or ``**kwargs`` of the condition, or raises.
-        more: list[int] = []
-        for key in (*range(len(names)), *keywords):
-            called = names[key] if isinstance(key, int) else key
-            if key in source.values() or called in options:
-                continue
-            if isinstance(key, int) and self.takes_more and key >= self.slots:
-                more.append(key)
-            elif called is not None and self.takes_keywords:
-                source[called] = key
-            else:
-                self._refuse(f"argument {called or key!r}")
+        left = {key: name for key, name in called.items() if key not in source.values() and name not in options}
+        more = [i for i in range(self.slots, len(names)) if i in left] if self.takes_more else []
+        rest = {key: name for key, name in left.items() if key not in more}
+        if unfit := [name or key for key, name in rest.items() if not (self.takes_keywords and name)]:
+            self._refuse(f"argument {unfit[0]!r}")
+        source |= {str(name): key for key, name in rest.items()}
         return self._router(source, more)
 
-    def _may_stand_for(self, name: str | None, parameter: Parameter, options: set[str | None]) -> bool:
+    def _may_stand_for(self, name: str | None, parameter: Parameter, options: Set[str]) -> bool:
         """True if an argument of the solver may go to a parameter of another name at the same position.
 
         False for optional parameters: two options at the same position are unrelated.
         """
-        if name is None:
-            return True
-        return name not in self.named and name not in options and parameter.default is Parameter.empty
+        return name is None or (name not in self.named.keys() | options and parameter.default is Parameter.empty)
 
     def _router(self, source: dict[str, int | str], more: list[int]) -> Route:
         """Return the route that takes each parameter from its source, and ``*args`` from the positions `more`."""
@@ -144,10 +138,8 @@ class Matcher:
         positional = [*(source.pop(name) for name in filled), *more]
 
         def route(args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> Arguments:
-            def pick(key: int | str) -> Tree:
-                return args[key] if isinstance(key, int) else kwargs[key]
-
-            return tuple(pick(key) for key in positional), {name: pick(key) for name, key in source.items()}
+            given: dict[Any, Tree] = {**dict(enumerate(args)), **kwargs}
+            return tuple([given[key] for key in positional]), {name: given[key] for name, key in source.items()}
 
         return route
 
@@ -159,17 +151,17 @@ class Matcher:
         )
 
 
-def _signature(fn: UserFunction) -> inspect.Signature | None:
+def _signature(fn: UserFunction) -> inspect.Signature:
     try:
         return inspect.signature(fn)
     except (TypeError, ValueError):  # some builtins have no signature
-        return None
+        return _ANYTHING
 
 
 def show(fn: UserFunction) -> str:
     """Return the parameters of a function, for error messages."""
     signature = _signature(fn)
-    if signature is None:
+    if signature is _ANYTHING:
         return "(...)"
     # Without the defaults: a default may be a large tensor.
     bare = [p.replace(annotation=Parameter.empty, default=Parameter.empty) for p in signature.parameters.values()]
