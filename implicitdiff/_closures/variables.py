@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from itertools import filterfalse, repeat
-from types import CellType
 from typing import Any, Final
 
 import torch
@@ -62,35 +61,14 @@ class Location:
 
     def keep_used(self, used: Container[int]) -> bool:
         """Forget the tensors that are not `used`, by id, and may have a graph. Return True if any value is left."""
-        # Unused constants stay: they have no graph that could grow from call to call.
-        is_unused = isinstance(self.value, torch.Tensor) and id(self.value) not in used
-        return not (is_unused and may_be_differentiated(self.value))
+        return not _unused([(self.key, self.value)], used)
 
 
-def contents_of(*cells: CellType) -> list[Any]:
-    """Return the values of variables of an enclosing function, `ABSENT` for one without a value."""
-    values: list[Any] = []
-    for cell in cells:
-        try:
-            values.append(cell.cell_contents)
-        except ValueError:  # not assigned yet
-            values.append(ABSENT)
-    return values
-
-
-class ClosureCell(Location):
-    """A variable of an enclosing function."""
-
-    __slots__ = ()
-
-    def read(self) -> Any:
-        return contents_of(self.owner)[0]
-
-    def write(self, value: Any) -> None:
-        if value is not ABSENT:
-            self.owner.cell_contents = value
-        elif self.read() is not ABSENT:
-            del self.owner.cell_contents
+def _unused(values: Iterable[tuple[Any, Any]], used: Container[int]) -> list[Any]:
+    """Return the keys of the tensors that are not `used`, by id, and may have a graph."""
+    # Unused constants stay: they have no graph that could grow from call to call.
+    tensors = [(key, v) for key, v in values if isinstance(v, torch.Tensor)]
+    return [key for key, v in tensors if id(v) not in used and may_be_differentiated(v)]
 
 
 class Variables(Location):
@@ -141,45 +119,62 @@ class Variables(Location):
         return bool(self.value)
 
     def keep_used(self, used: Container[int]) -> bool:
-        for name, v in [*self.value.items()]:
-            if isinstance(v, torch.Tensor) and id(v) not in used and may_be_differentiated(v):
-                del self.value[name]
+        for name in _unused(self.value.items(), used):
+            del self.value[name]
         return bool(self.value)
 
 
+def attribute_of(owner: object, name: str) -> Any:
+    """Return an attribute, or `ABSENT`, without the own `__getattribute__` and `__getattr__` of the owner."""
+    try:
+        return object.__getattribute__(owner, name)
+    except (AttributeError, ValueError):  # ValueError: a variable of an enclosing function that has no value yet
+        return ABSENT
+
+
 class Attribute(Location):
-    """An attribute outside of an instance dictionary: a slot of an object, or an attribute of a class."""
+    """An attribute outside of an instance dictionary: a slot of an object, or the contents of a closure's cell."""
 
     __slots__ = ()
 
+    # Past any `__setattr__` of the class, such as that of a frozen dataclass.
+    _set: Callable[[Any, str, Any], None] = staticmethod(object.__setattr__)
+
     def read(self) -> Any:
-        if isinstance(self.owner, type):
-            return vars(self.owner).get(self.key, ABSENT)
-        # Without the owner's own `__getattribute__` and `__getattr__`, which may compute or raise.
-        try:
-            return object.__getattribute__(self.owner, self.key)
-        except AttributeError:
-            return ABSENT
+        return attribute_of(self.owner, self.key)
 
     def write(self, value: Any) -> None:
-        # Past any `__setattr__` of the class, such as that of a frozen dataclass.
-        setter = type.__setattr__ if isinstance(self.owner, type) else object.__setattr__
         if value is not ABSENT:
-            setter(self.owner, self.key, value)
+            self._set(self.owner, self.key, value)
         elif self.read() is not ABSENT:
             delattr(self.owner, self.key)
 
 
+class ClassAttribute(Attribute):
+    """An attribute of a class."""
+
+    __slots__ = ()
+
+    _set = staticmethod(type.__setattr__)
+
+    def read(self) -> Any:
+        return vars(self.owner).get(self.key, ABSENT)
+
+
 class Contents(Location):
-    """The contents of a list, a deque, a set or a dictionary.
+    """The contents of a list, a deque or a set.
 
     `ABSENT` replaces a tensor that the function does not use: `restore` leaves the current item in its place.
     """
 
     __slots__ = ()
 
+    keys: Callable[[Any], Any] = staticmethod(len)
+    values: Callable[[Any], Iterable[Any]] = staticmethod(iter)
+    items: Callable[[Any], Iterable[tuple[Any, Any]]] = staticmethod(enumerate)
+
     def read(self) -> Any:
-        return dict(self.owner) if isinstance(self.owner, dict) else list(self.owner)
+        return list(self.owner)
 
     def write(self, value: Any) -> None:
         # In place, since other references to the container must see the values.
@@ -188,40 +183,44 @@ class Contents(Location):
 
     def is_unchanged(self) -> bool:
         now = self.read()
-        if len(now) != len(self.value):
-            return False
-        if not isinstance(now, dict):
-            return all([a is b or a is ABSENT for a, b in zip(self.value, now, strict=True)])
-        for (key, v), (key_now, v_now) in zip(self.value.items(), now.items(), strict=True):
-            # Compare keys by identity first: `==` of tensors returns a tensor.
-            if key is not key_now and not (type(key) in (str, int) and key == key_now):
-                return False
-            if v is not v_now and v is not ABSENT:
-                return False
-        return True
+        pairs = zip(self.values(self.value), self.values(now), strict=False)
+        return self.keys(now) == self.keys(self.value) and all([a is b or a is ABSENT for a, b in pairs])
 
     def restore(self) -> None:
-        now = self.read()
-        if isinstance(now, dict):
-            # `ABSENT` marks a forgotten item: the current item stays, if any.
-            then = {k: now.get(k, ABSENT) if v is ABSENT else v for k, v in self.value.items()}
-            self.write({k: v for k, v in then.items() if v is not ABSENT})
-        else:
-            # Padded, because the list may be shorter now.
-            later = [*now, *[None] * len(self.value)]
-            self.write([later[i] if v is ABSENT else v for i, v in enumerate(self.value)])
+        # Padded, because the list may be shorter now.
+        later = [*self.read(), *[None] * len(self.value)]
+        self.write([later[i] if v is ABSENT else v for i, v in enumerate(self.value)])
 
     def replaced(self) -> list[object]:
-        then, now = self.value, self.read()
-        if isinstance(now, dict):
-            then, now = then.values(), now.values()
         # By id, since items may be tensors.
-        there = set(map(id, now))
-        return [v for v in then if id(v) not in there]
+        there = set(map(id, self.values(self.read())))
+        return [v for v in self.values(self.value) if id(v) not in there]
 
     def keep_used(self, used: Container[int]) -> bool:
-        for key, v in self.value.items() if isinstance(self.value, dict) else enumerate(self.value):
-            if isinstance(v, torch.Tensor) and id(v) not in used and may_be_differentiated(v):
-                # The keys stay, so the iteration may go on.
-                self.value[key] = ABSENT
+        for key in _unused(self.items(self.value), used):
+            self.value[key] = ABSENT
         return True
+
+
+def _identities(values: Iterable[Any]) -> list[Any]:
+    """Return strings and integers as they are, and ids of others: `==` of tensors returns a tensor."""
+    return [v if type(v) in (str, int) else (id(v),) for v in values]
+
+
+class Items(Contents):
+    """The contents of a dictionary."""
+
+    __slots__ = ()
+
+    keys = staticmethod(_identities)
+    values = staticmethod(dict.values)
+    items = staticmethod(dict.items)
+
+    def read(self) -> Any:
+        return dict(self.owner)
+
+    def restore(self) -> None:
+        # `ABSENT` marks a forgotten item: the current item stays, if any.
+        now = self.read()
+        kept = {key: now.get(key, ABSENT) for key, v in self.value.items() if v is ABSENT}
+        self.write({key: v for key, v in {**self.value, **kept}.items() if v is not ABSENT})

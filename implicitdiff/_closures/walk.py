@@ -11,7 +11,7 @@ import dis
 import functools
 import threading
 import weakref
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import (
@@ -35,17 +35,18 @@ from implicitdiff._closures.packages import home_packages, is_installed, is_trus
 from implicitdiff._closures.variables import (
     Absent,
     Attribute,
-    ClosureCell,
+    ClassAttribute,
     Contents,
+    Items,
     Location,
     Variables,
-    contents_of,
+    attribute_of,
 )
 
 _ATOMIC_TYPES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Absent)
 
 
-_CONTAINERS = (list, dict, set, deque)
+_SEQUENCES = (list, set, deque)
 
 
 # Limits on the items of one container and on all recorded values. Beyond them, only the comparison of operations
@@ -95,6 +96,10 @@ class _ClassInfo:
         self.hidden: set[str] = set()
 
 
+# Of a function or a module.
+_NO_CLASS = _ClassInfo(())
+
+
 class Walk:
     """Breadth-first search from a function to all values that the function may look up.
 
@@ -123,7 +128,7 @@ class Walk:
         self.variables: dict[int, Variables] = {}
         self.attributes: set[tuple[int, str]] = set()
         # Objects with their dictionaries, examined again whenever a name is new.
-        self.objects: list[tuple[object, dict[str, Any], _ClassInfo | None]] = []
+        self.objects: list[tuple[object, dict[str, Any], _ClassInfo]] = []
         self.classes: dict[type, _ClassInfo] = {}
         # A name opens an attribute of every reached object, in whatever object the code meant.
         self.names: set[str] = {*_OPERATORS, "forward"}
@@ -151,19 +156,12 @@ class Walk:
         """Visit the waiting values, and all values reachable from them."""
         while self.todo and self.count < _MAX_VALUES:
             value = self.todo.popleft()
-            of: type = type(value)
+            # A proxy has another `__class__`, and is visited as the value that it stands for.
+            of: type = getattr(value, "__class__", type(value))
             visit = _visitor_of(of)
-            if visit is _ignore or id(value) in self.seen:
-                continue
-            if isinstance(value, torch.Tensor):
-                # A tensor leads to no other value, so another visit costs nothing.
-                self.tensors.append(value)
-                continue
-            if visit is Walk._object and isinstance(value, _VISITED_TYPES):  # a proxy, with another `__class__`
-                named: type = value.__class__
-                visit = _visitor_of(named)
-            self.seen[id(value)] = value
-            visit(self, value)
+            if visit is not _ignore and id(value) not in self.seen:
+                self.seen[id(value)] = value
+                visit(self, value)
 
     @functools.cached_property
     def homes(self) -> frozenset[str]:
@@ -188,26 +186,26 @@ class Walk:
         self.count += len(fresh)
         self.todo += fresh
 
-    def _note_attribute(self, owner: object, name: str) -> None:
+    def _note_attribute(self, attribute: type[Attribute], owner: object, name: str) -> None:
         if (id(owner), name) not in self.attributes:
             self.attributes.add((id(owner), name))
-            self._note(Attribute(owner, name))
+            self._note(attribute(owner, name))
 
     # --- values -----------------------------------------------------------------------------------------------------
 
     def _function(self, fn: FunctionType) -> None:
-        module = fn.__globals__.get("__name__")
-        is_library = isinstance(module, str) and f"{module}.".startswith("implicitdiff.")
+        module, cells = fn.__globals__.get("__name__"), fn.__closure__ or ()
+        is_library = top_package(module) == "implicitdiff"
         # Variables of this library do not change, so their values are followed but not recorded.
         if is_library:
-            self.todo += contents_of(*fn.__closure__ or ())
+            self.todo += [attribute_of(cell, "cell_contents") for cell in cells]
         else:
-            for cell in fn.__closure__ or ():
-                self._note(ClosureCell(cell))
+            for cell in cells:
+                self._note(Attribute(cell, "cell_contents"))
         self.todo += fn.__defaults__ or ()
         self.todo += (fn.__kwdefaults__ or {}).values()
         if fn.__dict__:
-            self.objects.append((fn, fn.__dict__, None))
+            self.objects.append((fn, fn.__dict__, _NO_CLASS))
         if not is_library and self._is_followed(module):
             variables, attributes, stored = _names_used(fn.__code__)
             self.names |= attributes
@@ -228,16 +226,22 @@ class Walk:
     def _fixed(self, value: tuple[object, ...] | frozenset[object]) -> None:
         self.todo += value
 
-    def _container(self, value: Any) -> None:
+    def _tensor(self, value: torch.Tensor) -> None:
+        self.tensors.append(value)
+
+    def _sequence(self, value: Any, contents: type[Contents] = Contents) -> None:
         if len(value) > _MAX_ITEMS:
             self.may_miss_tensors = True
         else:
-            location = Contents(value)
+            location = contents(value)
             self.locations.append(location)
             self.count += 1 + len(location.value)
-            self.todo += location.value.values() if isinstance(location.value, dict) else location.value
-        if isinstance(value, defaultdict):
-            self.todo.append(value.default_factory)
+            self.todo += location.values(location.value)
+
+    def _dictionary(self, value: dict[Any, Any]) -> None:
+        self._sequence(value, Items)
+        # That of a `defaultdict`.
+        self.todo.append(getattr(value, "default_factory", None))
 
     def _descriptor(self, value: property | staticmethod[..., Any] | classmethod[Any, ..., Any]) -> None:
         self.todo.append(_function_of(value))
@@ -249,11 +253,10 @@ class Walk:
 
     def _module(self, value: ModuleType) -> None:
         if not is_trusted(value.__name__):
-            self.objects.append((value, vars(value), None))
+            self.objects.append((value, vars(value), _NO_CLASS))
 
     def _class(self, value: type) -> None:
-        if not is_trusted(value.__module__):
-            self._class_info(value)
+        self._class_info(value)
 
     def _object(self, value: object) -> None:
         of: type = type(value)
@@ -264,20 +267,18 @@ class Walk:
             # names.
             simple = [name for name in attributes.keys() - _OF_MODULES if isinstance(attributes[name], _SIMPLE)]
             self._note_variables(attributes, ("_parameters", "_buffers", "_modules", *simple))
-        if "__wrapped__" in attributes:
-            self.todo.append(attributes["__wrapped__"])
-        if attributes or info is not None:
+        self.todo.append(attributes.get("__wrapped__"))
+        if attributes or info.bases:
             self.objects.append((value, attributes, info))
 
     # --- attributes -------------------------------------------------------------------------------------------------
 
-    def _class_info(self, cls: type) -> _ClassInfo | None:
-        found = self.classes.get(cls)
-        if found is None and (bases := _changeable_bases(cls)):
-            self.classes[cls] = found = _ClassInfo(bases)
-        return found
+    def _class_info(self, cls: type) -> _ClassInfo:
+        if cls not in self.classes:
+            self.classes[cls] = _ClassInfo(_changeable_bases(cls))
+        return self.classes[cls]
 
-    def _attributes(self, value: object, attributes: dict[str, Any], info: _ClassInfo | None) -> None:
+    def _attributes(self, value: object, attributes: dict[str, Any], info: _ClassInfo) -> None:
         """Record the attributes of an object or a module whose names occur in reached code."""
         # Objects of this library use all of their attributes.
         is_library = type(value).__module__.startswith("implicitdiff")
@@ -286,12 +287,11 @@ class Walk:
         if attributes:
             # Attributes that the function may create: recorded as absent, and deleted again for a later evaluation.
             wanted |= self.stored
-        if info is not None:
-            wanted |= attributes.keys() & info.names
-            wanted |= info.stored
-            wanted |= info.hidden
-            for name in info.slots:
-                self._note_attribute(value, name)
+        wanted |= attributes.keys() & info.names
+        wanted |= info.stored
+        wanted |= info.hidden
+        for name in info.slots:
+            self._note_attribute(Attribute, value, name)
         if isinstance(value, Module):
             # Recorded in `_object`; the other attributes of every module belong to torch.
             wanted -= _OF_MODULES
@@ -311,9 +311,9 @@ class Walk:
         """Record, or follow, one member of a class."""
         if isinstance(member, MemberDescriptorType):
             info.slots.add(name)
-        elif isinstance(member, _SIMPLE) and not isinstance(member, FunctionType):
+        elif isinstance(member, _VALUES):
             # A value of the class. Later code may set an instance attribute of the same name, which then counts.
-            self._note_attribute(base, name)
+            self._note_attribute(ClassAttribute, base, name)
             info.hidden.add(name)
         else:
             if isinstance(member, functools.cached_property):
@@ -350,7 +350,8 @@ def _ignore(walk: Walk, value: object) -> None:
     """Do nothing: the value contains no other values."""
 
 
-_SIMPLE = (*_ATOMIC_TYPES, torch.Tensor, *_CONTAINERS, FunctionType, tuple)
+_VALUES = (*_ATOMIC_TYPES, torch.Tensor, *_SEQUENCES, dict, tuple)
+_SIMPLE = (*_VALUES, FunctionType)
 
 
 # The attributes that `nn.Module.__init__` sets. Of these, `training` alone is followed by name.
@@ -387,20 +388,19 @@ def _may_hide_tensors(cls: type) -> bool:
 # The visitor of a value other than a tensor, by class: the first match applies.
 _VISITORS: tuple[tuple[type | tuple[type, ...], Callable[[Walk, Any], None]], ...] = (
     (_ATOMIC_TYPES, _ignore),
+    (torch.Tensor, Walk._tensor),
     (FunctionType, Walk._function),
     (MethodType, Walk._method),
     (BuiltinMethodType, Walk._builtin),
     (functools.partial, Walk._partial),
     ((tuple, frozenset), Walk._fixed),
-    (_CONTAINERS, Walk._container),
+    (_SEQUENCES, Walk._sequence),
+    (dict, Walk._dictionary),
     ((property, staticmethod, classmethod), Walk._descriptor),
     (ModuleType, Walk._module),
     (np.ndarray, Walk._array),
     (type, Walk._class),
 )
-
-
-_VISITED_TYPES = tuple(kind for kinds, _ in _VISITORS for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -414,6 +414,15 @@ def _changeable_bases(cls: type) -> tuple[type, ...]:
     return tuple(base for base in cls.__mro__ if not is_trusted(base.__module__))
 
 
+# The instructions that look a global variable up, that look an attribute up, and that set an attribute. Python 3.12 has
+# no `LOAD_METHOD` any more, and has `LOAD_SUPER_ATTR`.
+_LOOKUPS = (
+    {"LOAD_GLOBAL", "LOAD_NAME"},
+    {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"},
+    {"STORE_ATTR"},
+)
+
+
 @functools.lru_cache(maxsize=4096)
 def _names_used(code: CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
     """Return the names of the global variables and of the attributes that a function may look up, and of the attributes
@@ -422,17 +431,9 @@ def _names_used(code: CodeType) -> tuple[frozenset[str], frozenset[str], frozens
     ``co_names`` lists all names without their use. The instructions separate the uses: a global variable that merely
     shares its name with an attribute may hold a large graph. Strings count as attributes, as arguments of `getattr`.
     """
-    variables: set[str] = set()
-    stored: set[str] = set()
-    attributes = {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
-    # Python 3.12 has no `LOAD_METHOD` any more, and has `LOAD_SUPER_ATTR`.
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            variables.add(instruction.argval)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"):
-            attributes.add(instruction.argval)
-        elif instruction.opname == "STORE_ATTR":
-            stored.add(instruction.argval)
+    instructions = [*dis.get_instructions(code)]
+    variables, attributes, stored = ({i.argval for i in instructions if i.opname in names} for names in _LOOKUPS)
+    attributes |= {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
     inner = [_names_used(c) for c in code.co_consts if isinstance(c, CodeType)]
     union = [
         frozenset(own).union(*others) for own, *others in zip((variables, attributes, stored), *inner, strict=True)
