@@ -107,7 +107,7 @@ class Watch(OwnMode):
             if not COMPARED.issuperset(map(type, shown)):
                 shown = program.as_compared(args)
             named = program.named_as_compared(kwargs) if kwargs else {}
-            is_sparse = program.has_sparse and have_sparse(args, kwargs)
+            is_sparse = len(program.layouts) > 1 and have_sparse(args, kwargs)
             program.has_dispatch_mode = program.has_dispatch_mode or _context.dispatch_modes() > 0
         # While a handler runs, torch keeps the mode itself off the stack. So the record has the user's operation, and
         # no part of a replacement.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from types import BuiltinMethodType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any
+
+from implicitdiff._closures.variables import attribute_of
 
 # A walk does not enter modules and classes of these packages and of the standard library.
 _TRUSTED = {"torch", "implicitdiff", "numpy", "scipy"} | sys.stdlib_module_names - {"__main__"}
@@ -17,12 +19,12 @@ _SITES = {"site-packages", "dist-packages"}
 
 def top_package(module: object) -> str:
     """Return the top-level package of a module, given the module's name."""
-    return module.partition(".")[0] if isinstance(module, str) else ""
+    return str(module).partition(".")[0]
 
 
 def is_trusted(module: object) -> bool:
     """True if a module belongs to torch, NumPy, SciPy, the standard library or this library."""
-    return isinstance(module, str) and _has_trusted_top(module)
+    return _has_trusted_top(str(module))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -32,11 +34,10 @@ def _has_trusted_top(module: str) -> bool:
 
 def is_installed(module: object) -> bool:
     """True if an installer wrote the file of a module. Packages installed in editable mode are not of this sort."""
-    if not isinstance(module, str) or module == "__main__":  # the user's program, in any folder
-        return False
-    loaded = sys.modules.get(module)
-    file = own_attributes(loaded).get("__file__")
-    return isinstance(file, str) and _was_installed(file, module)
+    name = str(module)
+    file = own_attributes(sys.modules.get(name)).get("__file__")
+    # "__main__" is the user's program, in any folder.
+    return isinstance(file, str) and name != "__main__" and _was_installed(file, name)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -83,25 +84,20 @@ def home_packages(values: Iterable[object]) -> frozenset[str]:
         elif isinstance(value, functools.partial):
             todo.append(value.func)
         elif isinstance(value, MethodType):
-            todo += [value.__func__, value.__self__] if is_trusted(value.__func__.__module__) else [value.__func__]
+            todo += (value.__func__, value.__self__)
         elif isinstance(value, (tuple, list)):
             todo += value
         elif type(value).__module__.startswith("implicitdiff"):
             todo += own_attributes(value).values()
-        elif callable(value) and not is_trusted(type(value).__module__) and not isinstance(value, BuiltinMethodType):
+        elif callable(value) and not is_trusted(type(value).__module__):
             found.add(top_package(type(value).__module__))
     return frozenset(found)
 
 
-def _wrapped(fn: FunctionType) -> Iterator[object]:
-    """Yield the values of a wrapper function among which the wrapped function may be."""
-    for cell in fn.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-    yield from fn.__defaults__ or ()
-    yield fn.__dict__.get("__wrapped__")
+def _wrapped(fn: FunctionType) -> list[object]:
+    """Return the values of a wrapper function among which the wrapped function may be."""
+    enclosed = [attribute_of(cell, "cell_contents") for cell in fn.__closure__ or ()]
+    return [*enclosed, *(fn.__defaults__ or ()), fn.__dict__.get("__wrapped__")]
 
 
 def own_attributes(value: object) -> dict[str, Any]:

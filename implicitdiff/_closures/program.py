@@ -11,9 +11,10 @@ every transform.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from itertools import filterfalse
 from typing import Any
@@ -59,7 +60,7 @@ class Program:
         recorded: for each operation, whether gradients were enabled.
         silent: the number of running library calls. A library call counts as one operation, so the operations inside
             are not recorded.
-        has_sparse: whether a sparse tensor occurred.
+        layouts: the layouts of all tensors that occurred, and the dense layout.
         has_dispatch_mode: whether an operation ran under a TorchDispatchMode, which may change its result.
         origins: the origin of each known tensor by id, of captured and hidden tensors too.
         aliases: origins that stand for the same tensor as another origin.
@@ -85,7 +86,7 @@ class Program:
         # Under an outer `no_grad` the flags in `recorded` are all False, and say nothing about the function.
         self.is_recording = torch.is_grad_enabled()
         self.silent = 0
-        self.has_sparse = False
+        self.layouts = {torch.strided, *(tensor.layout for tensor in operands)}
         self.unseen: str | None = None
         self.communicates = False
         self.has_dispatch_mode = False
@@ -102,7 +103,6 @@ class Program:
             origin = Origin(("operand", i))
             if (known := self.origins.setdefault(id(tensor), origin)) is not origin:
                 self.aliases[origin] = known
-            self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
 
     # --- recording --------------------------------------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ class Program:
                     continue
                 self.origins[id(tensor)] = origin
                 self._alive.append(tensor)
-                self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
+                self.layouts.add(tensor.layout)
                 # The tensors inside too: a transform that ends returns those.
                 while _levels.level(tensor) > self.depth:
                     tensor = _levels.unwrap(tensor)
@@ -188,7 +188,7 @@ class Program:
         if origin is None:
             origin = self.origins[id(tensor)] = Origin(("constant", id(tensor)))
             self.outside[id(tensor)] = (tensor, version(tensor))
-            self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
+            self.layouts.add(tensor.layout)
             if self.notes_memory:
                 self.note_memory([tensor])
         if dims:
@@ -200,7 +200,7 @@ class Program:
         for tensor in tensors:
             if id(tensor) not in self.origins:
                 self.origins[id(tensor)] = _HIDDEN
-                self.has_sparse = self.has_sparse or tensor.layout is not torch.strided
+                self.layouts.add(tensor.layout)
                 # The callback removes the entry before another tensor can get the id.
                 self._hidden[id(tensor)] = weakref.ref(tensor, functools.partial(self._forget, id(tensor)))
 
@@ -215,41 +215,43 @@ class Program:
 
         `OPAQUE` stands for objects without a comparison by value.
         """
-        if isinstance(value, torch.Tensor):
-            return self.origin_of(value)
-        if isinstance(value, (list, tuple)):
-            return self.as_compared(value)
-        if isinstance(value, dict):
-            return dict(zip(value, self.as_compared([*value.values()]), strict=True))
-        if isinstance(value, slice):
-            return ["slice", *self.as_compared((value.start, value.stop, value.step))]
-        if isinstance(value, np.ndarray):
-            # NumPy counts no versions, so a checksum stands for the numbers of an array.
-            return ["array", value.shape.__repr__(), str(value.dtype), self._borrow(value), value.nbytes]
-        if isinstance(value, torch.Generator):
-            with _switches.no_levels(), no_modes():
-                return ["generator", value.get_state().numpy().tobytes()]
-        return value if isinstance(value, (int, float, complex, str, np.generic)) else OPAQUE
+        of: type = type(value)
+        return _shown_of(of)(self, value)
+
+    def _shown_dictionary(self, value: dict[object, object]) -> object:
+        return dict(zip(value, self.as_compared([*value.values()]), strict=True))
+
+    def _shown_slice(self, value: slice) -> object:
+        return ["slice", *self.as_compared((value.start, value.stop, value.step))]
+
+    def _shown_array(self, value: npt.NDArray[Any]) -> object:
+        # NumPy counts no versions, so a checksum stands for the numbers of an array.
+        return ["array", value.shape.__repr__(), str(value.dtype), self._borrow(value), value.nbytes]
+
+    def _shown_generator(self, value: torch.Generator) -> object:
+        with _switches.no_levels(), no_modes():
+            return ["generator", value.get_state().numpy().tobytes()]
+
+    def _shown_number(self, value: object) -> object:
+        return value
+
+    def _shown_opaque(self, value: object) -> object:
+        return OPAQUE
 
     # --- memory that other code may write to --------------------------------------------------------------------------
 
     def note_memory(self, tensors: Leaves) -> None:
         """Record checksums of tensors whose memory other code may write to."""
         for tensor in map(_levels.base, tensors):
-            is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.numel()
-            try:
+            # Subclasses and wrappers have no memory, and NumPy lacks some dtypes and devices.
+            with contextlib.suppress(TypeError, RuntimeError):
                 # A storage over foreign memory, as of `torch.from_numpy`, cannot be resized.
-                is_borrowed = is_plain and not tensor.untyped_storage().resizable()
-            except NotImplementedError:  # subclasses and wrappers without memory
-                continue
-            if is_borrowed:
-                with _switches.no_levels(), no_modes():
-                    self._borrow(_as_numpy(tensor))
+                if not tensor.untyped_storage().resizable():
+                    with _switches.no_levels(), no_modes():
+                        self._borrow(_as_numpy(tensor))
 
-    def _borrow(self, array: npt.NDArray[Any] | None) -> list[object] | None:
+    def _borrow(self, array: npt.NDArray[Any]) -> list[object]:
         """Return the checksum of an array, and record the checksum for a later comparison."""
-        if array is None:
-            return None
         self.borrowed[id(array)] = (array, found := checksum(array))
         return found
 
@@ -295,15 +297,20 @@ class _Comparison:
         self.aliases, self.constants = aliases, constants
 
     def __call__(self, now: object, then: object) -> bool:
-        if isinstance(then, Origin):
-            return isinstance(now, Origin) and self._origins(self._first(now), self._first(then))
-        if isinstance(then, (float, complex)) and isinstance(now, (float, complex)):
-            return _are_close(now, then)
-        if isinstance(then, list):
-            return isinstance(now, list) and len(now) == len(then) and all(map(self, now, then))
-        if isinstance(then, dict):
-            return isinstance(now, dict) and now.keys() == then.keys() and all(self(now[k], then[k]) for k in now)
-        return type(now) is type(then) and bool(now == then)
+        return type(now) is type(then) and _COMPARE.get(type(then), _Comparison._values)(self, now, then)
+
+    def _values(self, now: Any, then: Any) -> bool:
+        return bool(now == then)
+
+    def _numbers(self, now: complex, then: complex) -> bool:
+        # Up to rounding: a function may compute its arguments from tensors.
+        return bool(np.isclose(now, then, rtol=1e-6, atol=0.0, equal_nan=True))
+
+    def _lists(self, now: list[object], then: list[object]) -> bool:
+        return len(now) == len(then) and all(map(self, now, then))
+
+    def _dictionaries(self, now: dict[str, object], then: dict[str, object]) -> bool:
+        return now.keys() == then.keys() and all(map(self, map(now.__getitem__, then), then.values()))
 
     def _first(self, origin: Origin) -> Origin:
         while origin in self.aliases:
@@ -314,10 +321,37 @@ class _Comparison:
         """True if two origins are equal, or need not be compared."""
         if self.constants is None:
             return True
+        now, then = self._first(now), self._first(then)
         if then[0] == "constant" and then[1] not in self.constants:
             # The function computes this tensor anew each time, unseen by the mode, so ids differ.
             return bool(now[0] == "constant")
         return bool(now == then)
+
+
+_COMPARE: dict[type, Callable[[_Comparison, Any, Any], bool]] = {
+    Origin: _Comparison._origins,
+    list: _Comparison._lists,
+    dict: _Comparison._dictionaries,
+    **dict.fromkeys((float, complex, np.float64, np.complex128), _Comparison._numbers),
+}
+
+
+# The form of an argument in a comparison, by its class: the first match applies.
+_SHOWN: tuple[tuple[type | tuple[type, ...], Callable[[Program, Any], object]], ...] = (
+    (torch.Tensor, Program.origin_of),
+    ((list, tuple), Program.as_compared),
+    (dict, Program._shown_dictionary),
+    (slice, Program._shown_slice),
+    (np.ndarray, Program._shown_array),
+    (torch.Generator, Program._shown_generator),
+    ((int, float, complex, str, np.generic), Program._shown_number),
+    (object, Program._shown_opaque),
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shown_of(cls: type) -> Callable[[Program, Any], object]:
+    return next(show for kinds, show in _SHOWN if issubclass(cls, kinds))
 
 
 # The origin of results of library calls, which have no operation of their own in the record.
@@ -363,12 +397,6 @@ def _attribute_of(accessor: object) -> str:
     return str(getattr(getattr(accessor, "__self__", None), "__name__", ""))
 
 
-def _are_close(now: complex, then: complex) -> bool:
-    """True if two numbers are equal up to rounding: a function may compute its arguments from tensors."""
-    both_nan = now != now and then != then
-    return bool(both_nan or now == then or abs(now - then) <= 1e-6 * max(abs(now), abs(then)))
-
-
 def _describe_function(function: object) -> str:
     return "a library call" if isinstance(function, Program) else str(getattr(function, "__name__", function))
 
@@ -386,7 +414,7 @@ def _describe_value(value: object) -> str:
             str(value[0]), "a captured tensor"
         )
     if isinstance(value, list):
-        if value and value[0] in ("array", "generator"):
+        if value[:1] in (["array"], ["generator"]):
             return f"a {value[0]} in this state"
         return f"[{', '.join(map(_describe_value, value))}]"
     return repr(value)
@@ -397,16 +425,11 @@ def version(tensor: torch.Tensor) -> int:
     return tensor._version if _levels.level(tensor) == _levels.PLAIN and not tensor.is_inference() else 0
 
 
-def _as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any] | None:
-    """Return the memory of a plain tensor as an array; None for a dtype that NumPy lacks."""
+def _as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """Return the memory of a plain tensor as an array."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     # NumPy has no bfloat16. The bits serve for a checksum.
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        tensor = tensor.view(torch.int16)
-    try:
-        return tensor.numpy()
-    except (TypeError, RuntimeError):
-        return None
+    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
 def is_exact(found: list[Any], size: int) -> bool:
