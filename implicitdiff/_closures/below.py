@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.switches as _switches
 from implicitdiff._closures.modes import Rewriting, is_traced, substitutes
 from implicitdiff._torch.modes import no_modes, uncached
+from implicitdiff._torch.trees import Leaves
 
 Derived = dict[int, "weakref.ref[torch.Tensor]"]
 """Weak references to tensors, by id."""
@@ -26,7 +27,7 @@ _REFUSES_LEVELS = (_BACKWARD,)
 
 
 @contextmanager
-def below_autodiff(outside: bool = False) -> Iterator[Derived]:
+def below_autodiff(form: type[DropGradientLayers]) -> Iterator[Derived]:
     """Run the body without the running grad, vjp and jvp levels, and with gradients off; vmaps stay. Yield the tensors
     that the body computes from differentiated tensors.
 
@@ -35,19 +36,14 @@ def below_autodiff(outside: bool = False) -> Iterator[Derived]:
     transform.
 
     Args:
-        outside: whether to run the body with no level at all. The body should then use no wrapper of a running
-            transform, which cannot always be distinguished from a wrapper of the body's own transforms.
+        form: `DropGradientLayers`, or `DropOutside` to run the body with no level at all.
     """
     depth = _context.depth()
-    levels = _switches.no_transforms() if outside else _levels.inert_gradient_levels()
     # Entered first, `KeepGradients` is the outer mode: operations arrive with the layers dropped already.
-    with KeepGradients() as gradients, uncached(), levels, torch.no_grad():
+    with KeepGradients() as gradients, uncached(), form.levels(), torch.no_grad():
         try:
             # Without running transforms and modes, no tensor has a layer to drop.
-            if depth or is_traced():
-                with (DropOutside if outside else DropGradientLayers)(depth, gradients.bare):
-                    yield gradients.derived
-            else:
+            with form(depth, gradients.bare) if depth or is_traced() else _switches.UNCHANGED:
                 yield gradients.derived
         finally:
             gradients.restore()
@@ -69,7 +65,7 @@ class KeepGradients(TorchFunctionMode):
         super().__init__()
         self.derived: Derived = {}
         self.bare: Derived = {}
-        # Tensors hash by identity, so a dictionary of tensors compares no entries.
+        # The gradients of the caller. Tensors hash by identity, so a dictionary of tensors compares no entries.
         self.before: dict[torch.Tensor, torch.Tensor | None] = {}
 
     def __torch_function__(
@@ -79,22 +75,27 @@ class KeepGradients(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
+        kwargs = kwargs or {}
         if func is _BACKWARD:
-            for leaf in _functions.graph_leaves([args[0]]):
-                if leaf not in self.before:
-                    # autograd accumulates into `grad` in place, so save a copy.
-                    self.before[leaf] = None if leaf.grad is None else leaf.grad.clone()
-        result = func(*args, **(kwargs or {}))
+            self._put_aside(_functions.graph_leaves([args[0]]))
+        result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor):
             # Gradients are off in the body, so `requires_grad` of a result tells nothing. Ids of results are noted
             # instead.
-            if self._is_derived(args) or (kwargs and self._is_derived(tuple(kwargs.values()))):
+            if self._is_derived([*args, *kwargs.values()]):
                 self.derived[id(result)] = weakref.ref(result)
             else:
                 # Python may have reused the id of a dead tensor.
                 self.derived.pop(id(result), None)
                 self.bare.pop(id(result), None)
         return result
+
+    def _put_aside(self, leaves: Leaves) -> None:
+        """Save the gradients of the caller. `backward` accumulates in place, here into copies."""
+        with no_modes():
+            for leaf in {*leaves} - self.before.keys():
+                self.before[leaf] = leaf.grad
+                leaf.grad = None if leaf.grad is None else leaf.grad.clone()
 
     def _is_derived(self, values: Sequence[Any]) -> bool:
         for value in values:
@@ -107,14 +108,10 @@ class KeepGradients(TorchFunctionMode):
 
     def restore(self) -> None:
         """Restore the saved gradients."""
-        # `backward` accumulates in place, so the current `grad` is the caller's own tensor: copy into this tensor.
         with no_modes():
             # A mode would rewrite or record these writes.
             for leaf, grad in self.before.items():
-                if grad is None or leaf.grad is None:
-                    leaf.grad = grad
-                else:
-                    leaf.grad.copy_(grad)
+                leaf.grad = grad
 
 
 class DropGradientLayers(Rewriting):
@@ -126,6 +123,8 @@ class DropGradientLayers(Rewriting):
 
     # The body is evaluated once, so no later evaluation needs the operands of its autograd.Functions.
     is_traced = False
+    levels: Callable[[], AbstractContextManager[object]] = staticmethod(_levels.inert_gradient_levels)
+    """The levels of the body."""
 
     def __init__(self, outer: int, bare: Derived) -> None:
         super().__init__()
@@ -177,8 +176,11 @@ class DropOutside(DropGradientLayers):
 
     A wrapper with an outer level number is ambiguous while an inner transform of this number runs. Keeping the layer is
     safe inside an inner gradient transform: results of the function are constants of the outer transform. Inside an
-    inner vmap the layer must go, because vmap refuses the wrapper.
+    inner vmap the layer must go, because vmap refuses the wrapper. So the body should use no wrapper of a running
+    transform.
     """
+
+    levels = staticmethod(_switches.no_transforms)
 
     def _is_outer(self, tensor: torch.Tensor) -> bool:
         level = _levels.level(tensor)

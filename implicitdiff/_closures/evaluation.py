@@ -19,8 +19,27 @@ from implicitdiff._torch.switches import UNCHANGED
 from implicitdiff._torch.trees import Leaves, Tree, UserFunction
 from implicitdiff.errors import TransformError
 
-# State of the thread, like grad mode.
-_evaluation = threading.local()
+
+class _Uncounted(Counter[int]):
+    """Counts that stay zero."""
+
+    def __setitem__(self, key: int, count: int) -> None:
+        pass
+
+
+class _Evaluation(threading.local):
+    """State of the thread, like grad mode.
+
+    Attributes:
+        is_alone: whether autograd alone differentiates the running function.
+        compared: the number of compared evaluations of each function, by id, in the running derivative.
+    """
+
+    is_alone = False
+    compared: Counter[int] = _Uncounted()
+
+
+_evaluation = _Evaluation()
 
 
 class named_in_errors(AbstractContextManager["named_in_errors"]):
@@ -52,7 +71,7 @@ def transform_error(name: str, error: BaseException | None) -> TransformError | 
 
 def by_autograd_alone(is_alone: bool) -> AbstractContextManager[None]:
     """Record whether autograd alone, and not torch.func, differentiates the function in the body."""
-    return UNCHANGED if is_alone == getattr(_evaluation, "is_alone", False) else _by_autograd_alone(is_alone)
+    return UNCHANGED if is_alone == _evaluation.is_alone else _by_autograd_alone(is_alone)
 
 
 @contextmanager
@@ -67,7 +86,7 @@ def _by_autograd_alone(is_alone: bool) -> Iterator[None]:
 def is_by_autograd_alone() -> bool:
     """True if autograd alone differentiates the running function."""
     # A transform that the function starts itself differentiates as usual.
-    return getattr(_evaluation, "is_alone", False) and _context.depth() == 0
+    return _evaluation.is_alone and _context.depth() == 0
 
 
 COMPARISONS = 2
@@ -82,17 +101,17 @@ class one_derivative:
     """
 
     def __enter__(self) -> None:
-        self.before = compared_evaluations()
-        if self.before is None:
+        self.before = _evaluation.compared
+        if isinstance(self.before, _Uncounted):
             _evaluation.compared = Counter()
 
     def __exit__(self, *error: object) -> None:
         _evaluation.compared = self.before
 
 
-def compared_evaluations() -> Counter[int] | None:
-    """Return the number of compared evaluations of each function, by id, in the running derivative; None outside."""
-    return getattr(_evaluation, "compared", None)
+def compared_evaluations() -> Counter[int]:
+    """Return the number of compared evaluations of each function, by id, in the running derivative; outside, zeros."""
+    return _evaluation.compared
 
 
 def gradient(fn: Callable[..., torch.Tensor], x: Tree, *args: Any) -> Tree:

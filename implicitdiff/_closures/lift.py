@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from operator import call, methodcaller
+from operator import call, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -111,7 +111,7 @@ class Lifted:
             return self.within_call(operands, *more)
         # Within one derivative, compare only the first evaluations; see `one_derivative`.
         compared = compared_evaluations()
-        if compared is not None and compared[id(self)] == COMPARISONS:
+        if compared[id(self)] == COMPARISONS:
             with with_settings(self.settings), self.snapshot.put_back(), _switches.isolated_from_caller():
                 return self.within_call(operands, *more)
         # Programs hold no values of tensors, so a constant that was written to would pass the comparison.
@@ -124,8 +124,7 @@ class Lifted:
                 "and must find it unchanged: take the derivative before the change, or pass the changing value as an "
                 "argument"
             )
-        if compared is not None:
-            compared[id(self)] += 1
+        compared[id(self)] += 1
         return result
 
     def run_again(self, operands: Sequence[torch.Tensor]) -> Tree:
@@ -196,7 +195,7 @@ class Lifted:
 
     def by_autograd(self, why: str) -> Lifted:
         """Return the function lifted again, for autograd alone; `why` is the refusal of torch.func."""
-        return _lift_once(self.name, self.fn, self.operands[: self.given], self.arguments, why)
+        return _lift_for_autograd(self.name, self.fn, self.operands[: self.given], self.arguments, why)
 
     def _run(self, inert: int, operands: Sequence[torch.Tensor], *more: Any) -> Tree:
         args = self.arguments.unflatten(operands[: self.given])
@@ -258,7 +257,12 @@ def lift(name: str, fn: UserFunction, *args: Any, differentiated: Sequence[bool]
         if not _context.now().is_outside:
             raise
         why = str(error)
-    return _lift_once(name, fn, given, arguments, why)
+    return _lift_for_autograd(name, fn, given, arguments, why)
+
+
+def _lift_for_autograd(name: str, fn: UserFunction, given: Leaves, arguments: Structure, refusal: str) -> Lifted:
+    # The function may call `torch.autograd.grad` with respect to its arguments.
+    return _lift_once(name, fn, given, arguments, refusal, [*map(_tracking.is_continuous, given)])
 
 
 def _lift_once(
@@ -267,7 +271,7 @@ def _lift_once(
     given: Leaves,
     arguments: Structure,
     refusal: str | None,
-    differentiated: Sequence[bool] = (),
+    differentiated: Sequence[bool],
 ) -> Lifted:
     """Run `fn` once, or twice if the first run stores tensors, and return the lifted function."""
     # Before the first run, which may assign to the variables.
@@ -335,10 +339,7 @@ def _run_watched(
     random_state = _switches.random_state()
     with _levels.levels_up_to(0 if refusal else 1) as inert, _switches.isolated_from_caller(), torch.enable_grad():
         aliases = [t.detach() for t in given]
-        if refusal:
-            # The function may call `torch.autograd.grad` with respect to its arguments.
-            aliases = _requiring_grad(aliases)
-        elif differentiated:
+        if differentiated:
             with _switches.requires_grad_allowed():
                 aliases = [t.requires_grad_(flag) for t, flag in zip(aliases, differentiated, strict=True)]
         before = [*map(version, aliases)]
@@ -369,7 +370,7 @@ def _run_watched(
 
 
 def _requiring_grad(tensors: Leaves) -> Leaves:
-    return [t.requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors]
+    return [t.requires_grad_(_tracking.is_continuous(t)) for t in tensors]
 
 
 def confirm(lifted: Lifted) -> Tree:
@@ -425,14 +426,7 @@ def _split_outside(program: Program) -> tuple[Leaves, list[tuple[torch.Tensor, i
     program.outside.clear()
     # The program held the last references. A tensor that dies now was computed inside the function, unseen by the mode,
     # so later evaluations do not use the tensor.
-    captured: Leaves = []
-    constants: list[tuple[torch.Tensor, int]] = []
-    is_one_lost = False
-    for ref, v, is_smooth in seen:
-        if (t := ref()) is None:
-            is_one_lost = is_one_lost or is_smooth
-        elif is_smooth:
-            captured.append(t)
-        else:
-            constants.append((t, v))
-    return captured, constants, is_one_lost
+    alive = [(t, v, is_smooth) for ref, v, is_smooth in seen if (t := ref()) is not None]
+    captured = [t for t, _, is_smooth in alive if is_smooth]
+    constants = [(t, v) for t, v, is_smooth in alive if not is_smooth]
+    return captured, constants, sum(map(itemgetter(2), seen)) > len(captured)

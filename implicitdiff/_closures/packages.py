@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
-from implicitdiff._closures.variables import attribute_of
+from implicitdiff._closures.variables import contents_of
 
 # A walk does not enter modules and classes of these packages and of the standard library.
 _TRUSTED = {"torch", "implicitdiff", "numpy", "scipy"} | sys.stdlib_module_names - {"__main__"}
@@ -96,8 +96,7 @@ def home_packages(values: Iterable[object]) -> frozenset[str]:
 
 def _wrapped(fn: FunctionType) -> list[object]:
     """Return the values of a wrapper function among which the wrapped function may be."""
-    enclosed = [attribute_of(cell, "cell_contents") for cell in fn.__closure__ or ()]
-    return [*enclosed, *(fn.__defaults__ or ()), fn.__dict__.get("__wrapped__")]
+    return [*contents_of(fn.__closure__ or ()), *(fn.__defaults__ or ()), fn.__dict__.get("__wrapped__")]
 
 
 def own_attributes(value: object) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from itertools import filterfalse
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ class Program:
         # Under an outer `no_grad` the flags in `recorded` are all False, and say nothing about the function.
         self.is_recording = torch.is_grad_enabled()
         self.silent = 0
-        self.layouts = {torch.strided, *(tensor.layout for tensor in operands)}
+        self.layouts = {torch.strided, *map(_LAYOUT, operands)}
         self.unseen: str | None = None
         self.communicates = False
         self.has_dispatch_mode = False
@@ -354,6 +355,7 @@ def _shown_of(cls: type) -> Callable[[Program, Any], object]:
     return next(show for kinds, show in _SHOWN if issubclass(cls, kinds))
 
 
+_LAYOUT: Callable[[torch.Tensor], torch.layout] = attrgetter("layout")
 # The origin of results of library calls, which have no operation of their own in the record.
 _HIDDEN = Origin(("result", -1, 0))
 OPAQUE = Opaque.OPAQUE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
 from itertools import filterfalse, repeat
+from types import CellType
 from typing import Any, Final
 
 import torch
@@ -67,8 +68,7 @@ class Location:
 def _unused(values: Iterable[tuple[Any, Any]], used: Container[int]) -> list[Any]:
     """Return the keys of the tensors that are not `used`, by id, and may have a graph."""
     # Unused constants stay: they have no graph that could grow from call to call.
-    tensors = [(key, v) for key, v in values if isinstance(v, torch.Tensor)]
-    return [key for key, v in tensors if id(v) not in used and may_be_differentiated(v)]
+    return [key for key, v in values if isinstance(v, torch.Tensor) and id(v) not in used and may_be_differentiated(v)]
 
 
 class Variables(Location):
@@ -130,6 +130,11 @@ def attribute_of(owner: object, name: str) -> Any:
         return object.__getattribute__(owner, name)
     except (AttributeError, ValueError):  # ValueError: a variable of an enclosing function that has no value yet
         return ABSENT
+
+
+def contents_of(cells: Iterable[CellType]) -> Iterable[Any]:
+    """Return the values of variables of an enclosing function, `ABSENT` for one without a value."""
+    return map(attribute_of, cells, repeat("cell_contents"))
 
 
 class Attribute(Location):
@@ -202,9 +207,9 @@ class Contents(Location):
         return True
 
 
-def _identities(values: Iterable[Any]) -> list[Any]:
-    """Return strings and integers as they are, and ids of others: `==` of tensors returns a tensor."""
-    return [v if type(v) in (str, int) else (id(v),) for v in values]
+def _comparable(keys: Iterable[Any]) -> list[Any]:
+    """Return strings and integers as they are, and ids in the place of other keys: `==` of tensors returns a tensor."""
+    return [*keys] if {str, int}.issuperset(map(type, keys)) else [*map(id, keys)]
 
 
 class Items(Contents):
@@ -212,7 +217,7 @@ class Items(Contents):
 
     __slots__ = ()
 
-    keys = staticmethod(_identities)
+    keys = staticmethod(_comparable)
     values = staticmethod(dict.values)
     items = staticmethod(dict.items)
 

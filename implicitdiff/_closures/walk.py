@@ -40,7 +40,7 @@ from implicitdiff._closures.variables import (
     Items,
     Location,
     Variables,
-    attribute_of,
+    contents_of,
 )
 
 _ATOMIC_TYPES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Absent)
@@ -195,10 +195,10 @@ class Walk:
 
     def _function(self, fn: FunctionType) -> None:
         module, cells = fn.__globals__.get("__name__"), fn.__closure__ or ()
-        is_library = top_package(module) == "implicitdiff"
+        is_library = f"{module}.".startswith("implicitdiff.")
         # Variables of this library do not change, so their values are followed but not recorded.
         if is_library:
-            self.todo += [attribute_of(cell, "cell_contents") for cell in cells]
+            self.todo += contents_of(cells)
         else:
             for cell in cells:
                 self._note(Attribute(cell, "cell_contents"))

@@ -14,7 +14,7 @@ import implicitdiff._closures.modes as _modes
 import implicitdiff._torch.context as _context
 import implicitdiff._torch.decisions as _decisions
 import implicitdiff._torch.levels as _levels
-from implicitdiff._closures.below import below_autodiff
+from implicitdiff._closures.below import DropGradientLayers, below_autodiff
 from implicitdiff._closures.lift import Lifted, confirm, lift
 from implicitdiff._implicit.checks import check_like
 from implicitdiff._implicit.linearisation import ByFunctorch, Linearisation, OfOperands, Product
@@ -73,7 +73,7 @@ def solve_linear(problem: LinearProblem, b: Leaves, operands: Leaves, aids: Leav
     # The derivatives follow from the equation, so the user's solver sees no gradient layer.
     values = [_levels.plain_under_vmap(t) for t in [*b, *operands]]
     sides, operands_below = values[: len(b)], values[len(b) :]
-    with below_autodiff():
+    with below_autodiff(DropGradientLayers):
         # Without any number to solve for, such as under a vmap of size 0, the user's function is not called.
         if any(_levels.base(t).numel() for t in sides):
             x = problem.solve_by_user(sides, operands_below)

@@ -15,7 +15,7 @@ import implicitdiff._torch.context as _context
 import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.messages as _messages
 import implicitdiff._torch.trees as pytree
-from implicitdiff._closures.below import Derived, below_autodiff
+from implicitdiff._closures.below import Derived, DropGradientLayers, DropOutside, below_autodiff
 from implicitdiff._closures.signature import Call, name_of
 from implicitdiff._closures.walk import tensors_within
 from implicitdiff._torch.trees import Leaves, Structure, Tree, UserFunction
@@ -38,14 +38,14 @@ def run_solver(solver: UserSolver, call: Call, has_aux: bool) -> tuple[Tree, Tre
     # A tensor inside of a batch wrapper cannot be a leaf for the solver, so only plain values get flags.
     flags = [_levels.is_plain(v) and _levels.base(t).requires_grad for v, t in zip(values, tensors, strict=True)]
 
-    def run(outside: bool) -> tuple[Tree, Derived]:
-        with below_autodiff(outside) as derived:
+    def run(form: type[DropGradientLayers]) -> tuple[Tree, Derived]:
+        with below_autodiff(form) as derived:
             # The solver may write to its guess, and may differentiate with respect to its arguments by torch.autograd.
             # So clone the guess, and set the `requires_grad` flags again.
             entering = [v.clone() for v in values[:own]] + values[own:]
             # `detach` shares the version counter with the caller's tensor, so the counter shows a write of the solver.
             before = [_modes.version(v) for v in entering]
-            entered = [v.requires_grad_() if flag else v for v, flag in zip(entering, flags, strict=True)]
+            entered = [v.requires_grad_(flag) for v, flag in zip(entering, flags, strict=True)]
             init, args, kwargs = structure.unflatten(entered)
             result = solver(init, *args, **kwargs)
         _refuse_changed(solver, entering[own:], before[own:])
@@ -62,36 +62,39 @@ def run_solver(solver: UserSolver, call: Call, has_aux: bool) -> tuple[Tree, Tre
 
 
 def _run_outside_if_possible(
-    solver: UserSolver, run: Callable[[bool], tuple[Tree, Derived]], values: Leaves, structure: Structure
+    solver: UserSolver,
+    run: Callable[[type[DropGradientLayers]], tuple[Tree, Derived]],
+    values: Leaves,
+    structure: Structure,
 ) -> tuple[Tree, Derived]:
-    """Return ``run(outside)``, with no transform on the stack (``outside=True``) if possible."""
+    """Return the result of `run`, with no transform on the stack (`DropOutside`) if possible."""
     if _context.depth() == 0:
-        return run(False)
+        return run(DropGradientLayers)
     # Run with no level if no tensor of the solver belongs to a running transform. If captured tensors may be hidden
     # (`is_all` is False), run inside first, and outside only if a transform refuses an operation.
-    is_batched = not _levels.are_plain(values) or "different" in _context.randomness()
+    batches = _context.randomness()
+    is_batched = not _levels.are_plain(values) or "different" in batches
     within, is_all = tensors_within(solver, structure.others)
-    outside = not is_batched and _levels.are_plain(within)
-    if not is_all and (_context.randomness() or _context.now().forward):
-        # The solver may hold a hidden tensor of an outer vmap or jvp. With no level, functorch would confuse the tensor
-        # with tensors of the solver's own transforms.
-        outside = False
+    # A tensor of an outer vmap or jvp may be hidden. With no level, functorch would confuse the tensor with tensors of
+    # the solver's own transforms.
+    is_hidden = not is_all and (batches or _context.now().forward)
+    outside = _levels.are_plain(within) and not is_batched and not is_hidden
     # Under a vmap that forbids random numbers, run inside first: outside, the solver could draw them unnoticed.
-    at_once = outside and is_all and "error" not in _context.randomness()
+    at_once = outside and is_all and "error" not in batches
     try:
-        return run(at_once)
+        return run(DropOutside if at_once else DropGradientLayers)
     except RuntimeError as error:
         is_refused = isinstance(error, TransformError) or _messages.untransformable_function(error) is not None
-        if at_once or not outside or not is_refused:
+        if at_once or not (outside and is_refused):
             if (why := _refusal_reason(error, is_batched)) is None:
                 raise
             raise TransformError(f"the solver {name_of(solver)} {why}") from error
-    return run(True)
+    return run(DropOutside)
 
 
 def _refusal_reason(error: RuntimeError, is_batched: bool) -> str | None:
     """Return the operation that the running transforms refuse, and the remedy, in words; None for other errors."""
-    if "INTERNAL ASSERT FAILED" in str(error) and "TensorWrapper.cpp" in str(error):
+    if "TensorWrapper.cpp" in str(error):  # an internal assertion of functorch
         return (
             "uses a tensor of a surrounding transform from a place that the library cannot search, such as a "
             "generator: pass the tensor as an argument"

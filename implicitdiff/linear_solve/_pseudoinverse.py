@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff._torch.levels as _levels
-from implicitdiff._closures.below import below_autodiff
+from implicitdiff._closures.below import DropGradientLayers, below_autodiff
 from implicitdiff._implicit.checks import probe_vector
 from implicitdiff._implicit.linear_problem import LinearProblem
 from implicitdiff._implicit.system import Vectors, first_column
@@ -88,7 +88,7 @@ class PseudoinverseProblem(LinearProblem):
             return
         value = _levels.plain_under_vmap
         # Values alone: the check must not be differentiated, and reads all lanes at once.
-        with below_autodiff():
+        with below_autodiff(DropGradientLayers):
             theta, along = [value(t) for t in theta], {i: value(t) for i, t in tangents.items()}
             gap, bound = self._rank_gap([value(t) for t in x], theta, along)
             if x_bar is not None:
