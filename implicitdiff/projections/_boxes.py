@@ -11,6 +11,7 @@ from torch import Tensor
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.trees import Number, Tree, X
 from implicitdiff.projections._point import Point, holds, scale_of, sum_of
+from implicitdiff.projections._simplices import nonempty
 
 
 def box(v: X, lower: Tree, upper: Tree) -> X:
@@ -97,14 +98,10 @@ def box_section(v: X, lower: Tree, upper: Tree, w: Tree, c: Number) -> X:
         >>> box_section(torch.tensor([0.5, 1.0, -1.0]), 0.0, 0.6, torch.tensor([1.0, 1.0, 2.0]), 1.0)
         tensor([0.4000, 0.6000, 0.0000])
     """
-    point = Point.of("box_section", v)
-    if not point.size:
-        raise ValueError(f"box_section: v must have an entry, got {pytree.describe(v)}")
+    point = nonempty("box_section", v)
     # Bounds of all leaves as vectors, in the order of the entries of v.
     low, high = (point.flat(bounds) for bounds in _bounds(point, lower, upper))
-    normal, offset = point.flat(point.operands("w", w)), point.scalar("c", c)
-    if not holds((normal != 0).any()):
-        raise ValueError(f"box_section: w must be other than zero, got {pytree.describe(w)} of zeros")
+    offset, normal = point.scalar("c", c), point.normal("w", w)
     size = scale_of(normal)
 
     def project(v: Tensor, c: Tensor) -> Tensor:
@@ -121,7 +118,7 @@ def box_section(v: X, lower: Tree, upper: Tree, w: Tree, c: Number) -> X:
 
 def _bounds(point: Point, lower: Tree, upper: Tree) -> tuple[list[Any], list[Any]]:
     lowers, uppers = point.operands("lower", lower), point.operands("upper", upper)
-    if not all(low is None or holds(low <= high) for low, high in zip(lowers, uppers, strict=True)):
+    if not all(holds(low <= high) for low, high in zip(lowers, uppers, strict=True)):
         raise ValueError(
             f"{point.function}: lower must be at most upper in every entry, got lower {pytree.describe(lower)} and "
             f"upper {pytree.describe(upper)}"

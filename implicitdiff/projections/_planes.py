@@ -9,7 +9,7 @@ from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.trees import Number, Tree, X
-from implicitdiff.projections._point import Point, broadcasts, holds, scale_of, sum_of
+from implicitdiff.projections._point import Point, check_vector, holds, scale_of, sum_of
 
 
 def hyperplane(v: X, a: Tree, b: Number) -> X:
@@ -76,21 +76,18 @@ def affine_set(v: X, A: Tensor, b: Number) -> X:
     """
     point = Point.of("affine_set", v)
     # More rows than columns are linearly dependent.
-    if not isinstance(A, Tensor) or A.ndim != 2 or A.shape[0] > A.shape[1] or A.shape[1] != point.size:
+    if not isinstance(A, Tensor) or A.shape[1:] != (point.size,) or len(A) > point.size:
         raise ValueError(
             f"affine_set: A must be a matrix with {point.size} columns, as v has entries, and no more rows, "
             f"got {pytree.describe(A)}"
         )
-    if isinstance(b, Tensor) and not broadcasts(b.shape, A.shape[:1]):
-        raise ValueError(f"affine_set: b must be of shape {list(A.shape[:1])}, got {pytree.describe(b)}")
+    check_vector("affine_set", "b", b, len(A))
     return point.map_flat(_onto_affine_set, A, b)
 
 
 def _along(function: str, v: Tree, a: Tree, b: Number, step: Callable[[Tensor], Tensor]) -> Tree:
     point = Point.of(function, v)
-    normal, offset = point.flat(point.operands("a", a)), point.scalar("b", b)
-    if not holds((normal != 0).any()):
-        raise ValueError(f"{function}: a must be other than zero, got {pytree.describe(a)} of zeros")
+    offset, normal = point.scalar("b", b), point.normal("a", a)
     # Scaled so that a.a neither overflows nor underflows.
     size = scale_of(normal)
     normal = normal / size

@@ -10,7 +10,7 @@ from torch import Tensor
 import implicitdiff._torch.trees as pytree
 from implicitdiff._implicit.linear_problem import Solve
 from implicitdiff._torch.trees import Number, X
-from implicitdiff.projections._point import Point, broadcasts
+from implicitdiff.projections._point import Point, check_vector
 from implicitdiff.solvers.qp import qp
 
 
@@ -49,40 +49,34 @@ def polyhedron(
         tensor([0.2000, 0.7000, 0.1000])
     """
     point = Point.of("polyhedron", v)
-    given = [x for pair in (_checked_rows(point, "A", A, "b", b), _checked_rows(point, "G", G, "h", h)) for x in pair]
+    given = _checked_rows(point, "A", A, "b", b) | _checked_rows(point, "G", G, "h", h)
 
     def project(v: Tensor, *operands: Tensor) -> Tensor:
-        # `map_flat` passes tensors alone, so absent constraints are put back here.
-        rest = iter(operands)
-        matrix, right, below, limit = (None if x is None else next(rest) for x in given)
-        right, limit = (
-            None if m is None or x is None else x.expand(len(m)) for m, x in ((matrix, right), (below, limit))
-        )
+        rows = dict(zip(given, operands, strict=True))
+        names = ("A", "b"), ("G", "h")
+        pairs = [(rows[m], rows[r].expand(len(rows[m]))) if m in rows else (None, None) for m, r in names]
         # |x - v|^2 / 2 = x' I x / 2 - v.x + constant.
         eye = torch.eye(len(v), dtype=v.dtype, device=v.device)
-        solver = qp() if solve is None else qp(solve=solve)
+        solution, _ = qp(solve=solve).run(None, eye, -v, *pairs[0], *pairs[1])
         # The solution of the program carries the derivatives in all operands, by the KKT conditions.
-        x: Tensor = solver.run(None, eye, -v, matrix, right, below, limit)[0].primal
+        x: Tensor = solution.primal
         return x
 
-    return point.map_flat(project, *(x for x in given if x is not None))
+    return point.map_flat(project, *given.values())
 
 
-def _checked_rows(point: Point, name: str, matrix: object, other: str, right: object) -> tuple[Any, Any]:
-    """Check a matrix and its right-hand side, and return both."""
+def _checked_rows(point: Point, name: str, matrix: object, other: str, right: Any) -> dict[str, Any]:
+    """Check a matrix and its right-hand side, and return both by name; nothing for None."""
     if (matrix is None) != (right is None):
         raise ValueError(f"polyhedron: {name} and {other} go together: give both, or None for both")
     if matrix is None:
-        return None, None
+        return {}
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
         raise TypeError(f"polyhedron: {name} must be a floating-point tensor or None, got {pytree.describe(matrix)}")
-    if matrix.ndim != 2 or matrix.shape[1] != point.size:
+    if matrix.shape[1:] != (point.size,):
         raise ValueError(
             f"polyhedron: {name} must be a matrix with {point.size} columns, as v has entries, got "
             f"{pytree.describe(matrix)}"
         )
-    if not isinstance(right, (int, float, Tensor)):
-        raise TypeError(f"polyhedron: {other} must be a number or a tensor, got {pytree.describe(right)}")
-    if isinstance(right, Tensor) and not broadcasts(right.shape, matrix.shape[:1]):
-        raise ValueError(f"polyhedron: {other} must be of shape {list(matrix.shape[:1])}, got {pytree.describe(right)}")
-    return matrix, right
+    check_vector("polyhedron", other, right, len(matrix))
+    return {name: matrix, other: right}

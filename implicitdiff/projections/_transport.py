@@ -20,7 +20,7 @@ import implicitdiff._torch.trees as pytree
 from implicitdiff._torch.modes import uncached
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff._torch.values import refuse_valueless
-from implicitdiff.projections._point import Point, broadcasts, holds
+from implicitdiff.projections._point import Point, check_vector, holds
 from implicitdiff.solvers._loop.status import Status, report_failures
 
 
@@ -99,7 +99,8 @@ def _onto_transport(function: str, v: Tensor, row_sums: Number, column_sums: Num
     rows = _sums(function, "row_sums", row_sums, v, v.shape[0])
     columns = _sums(function, "column_sums", column_sums, v, v.shape[1])
     # Totals are compared up to the rounding of the coarsest dtype given.
-    coarsest = max(torch.finfo(t.dtype).eps for t in (v, row_sums, column_sums) if isinstance(t, Tensor))
+    tensors = [t for t in (v, row_sums, column_sums) if isinstance(t, Tensor)]
+    coarsest = max(torch.finfo(t.dtype).eps for t in tensors)
     gap = (rows.detach().sum() - columns.detach().sum()).abs()
     if not holds(gap <= 4 * (sum(v.shape) + 1) * coarsest * rows.detach().sum()):
         raise ValueError(f"{function}: row_sums and column_sums must have equal totals, got different ones")
@@ -107,7 +108,7 @@ def _onto_transport(function: str, v: Tensor, row_sums: Number, column_sums: Num
         return v
     packed = torch.cat([t.detach().double() for t in (v.flatten(), rows, columns)])
     # Derivatives in the sums alone need joined blocks.
-    joined = isinstance(row_sums, Tensor) or isinstance(column_sums, Tensor)
+    joined = len(tensors) > 1
     x, support, inverse = _below(function, partial(_search, function, (len(v), v.shape[1]), joined), packed)
     # x is a constant of double precision. All terms added to x are zero, and carry the derivative of the linear
     # equations for the support: dX = dv + df + dg on s, with row and column sums d(sums).
@@ -119,11 +120,8 @@ def _onto_transport(function: str, v: Tensor, row_sums: Number, column_sums: Num
 
 
 def _sums(function: str, name: str, value: Number, v: Tensor, count: int) -> Tensor:
-    if not isinstance(value, (int, float, Tensor)):
-        raise TypeError(f"{function}: {name} must be a number or a tensor, got {pytree.describe(value)}")
+    check_vector(function, name, value, count)
     sums = value if isinstance(value, Tensor) else torch.full((), value, dtype=v.dtype, device=v.device)
-    if not broadcasts(sums.shape, torch.Size([count])):
-        raise ValueError(f"{function}: {name} must be of shape {[count]}, got {pytree.describe(value)}")
     if not holds((sums >= 0) & sums.isfinite()):
         raise ValueError(f"{function}: {name} must be at least 0 and finite in every entry")
     return sums.to(v.dtype).expand(count)
