@@ -414,13 +414,13 @@ def _tangents(args: tuple[Tree, ...], tangents: tuple[Tree, ...]) -> dict[int, t
         leaves, structure = pytree.flatten(arg)
         try:
             found = {} if tangent is None else structure.positions_of(tangent)
+            if any((t.shape, t.dtype) != (leaves[k].shape, leaves[k].dtype) for k, t in found.items()):
+                raise ValueError("a tensor has another shape or dtype")
         except ValueError:
-            found = None
-        if found is None or any((t.shape, t.dtype) != (leaves[k].shape, leaves[k].dtype) for k, t in found.items()):
             raise ValueError(
                 f"root_jvp: tangents[{i}] must be a tree like args[{i}] or None: "
                 f"expected {pytree.describe(arg)}, got {pytree.describe(tangent)}"
-            )
+            ) from None
         given |= {first + k: t for k, t in found.items()}
         first += len(leaves)
     return given

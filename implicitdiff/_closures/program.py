@@ -276,7 +276,7 @@ class Program:
                     return f"in a function that it gives to a solver or a linear solve, {inner}"
             elif a[0] != b[0]:
                 return f"its operation {i} is {_describe_function(a[0])}, where it was {_describe_function(b[0])}"
-            elif not (same(a[1], b[1]) and same(a[2], b[2])):
+            elif not same([*a[1:]], [*b[1:]]):
                 return (
                     f"its operation {i}, {_describe_function(a[0])}, receives ({_describe_call(a)}), where it received "
                     f"({_describe_call(b)})"

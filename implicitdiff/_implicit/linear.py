@@ -54,23 +54,17 @@ class LinearSolver(Remembers, LinearMethod):
         lifted, x = self._lift(matvec, leaves, structure)
         image = structure.tensors_of(lifted.value)
         # The check of linearity needs entries on both sides.
-        of = leaves if x is None else x.leaves
-        if _have_entries(of) and _have_entries(image):
-            _check_linear(self.name, lifted, of, structure, image)
+        if _have_entries(x.leaves) and _have_entries(image):
+            _check_linear(self.name, lifted, x.leaves, structure, image)
         with lifted.during_call():
-            if x is not None:
+            if x.leaves is not leaves:
                 return _solve_embedded(self, lifted, x, leaves, structure)
             # Of a square operator the captured tensors are the only operands.
             problem = LinearProblem(lifted_operator(lifted, structure), self, structure, len(lifted.captured))
             return structure.unflatten(solve_linear(problem, leaves, lifted.captured))
 
-    def _lift(
-        self, matvec: Callable[[Tree], Tree], leaves: Leaves, structure: Structure
-    ) -> tuple[Lifted, Domain | None]:
-        """Return the lifted matvec and its domain; None stands for a domain of trees like `b`.
-
-        Otherwise the domain is that of `init`, or is found by a search.
-        """
+    def _lift(self, matvec: Callable[[Tree], Tree], leaves: Leaves, structure: Structure) -> tuple[Lifted, Domain]:
+        """Return the lifted matvec and its domain: trees like `b`, those like `init`, or what a search finds."""
         # `init` decides, if its tree differs from `b`. Otherwise try `b`, as for a square operator; if the matvec
         # refuses `b`, or maps `b` to another tree, search for a domain.
         name, b = f"{self.name}: matvec", structure.unflatten(leaves)
@@ -95,7 +89,7 @@ class LinearSolver(Remembers, LinearMethod):
         else:
             if is_like(lifted.value, leaves, structure):
                 confirm(lifted)
-                return lifted, None
+                return lifted, Domain(leaves, structure, leaves)
             if (x := self._find_domain(matvec, b)) is None:
                 hint = _NOT_SQUARE if self.rectangular is None else _HINT
                 check_like(f"{name}'s result", lifted.value, b, leaves, structure, f"its argument{hint}")

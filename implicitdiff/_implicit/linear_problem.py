@@ -115,8 +115,6 @@ def _with_aids(
 
     The solution does not depend on the two. So their tensors are detached; as operands they can still be batched.
     """
-    if solver.preconditioner is None and solver.init is None:
-        return problem, [*b, *operands]
     aids: Leaves = []
     precondition: Operator
     # Preconditioner and guess are given for one right-hand side in one lane.
@@ -142,7 +140,7 @@ def _with_aids(
         problem = replace(problem, has_start=True)
         # A view of zero strides: all lanes and columns share the guess.
         aids = aids + [t.expand_as(like) for t, like in zip(problem.structure.tensors_of(solver.init), b, strict=True)]
-    return problem, [*b, *operands, *(t.detach() for t in aids)]
+    return problem, [*b, *operands, *map(Tensor.detach, aids)]
 
 
 @dataclass(frozen=True)
@@ -190,14 +188,14 @@ class LinearProblem(Problem):
 
     def product(self, v: Leaves, operands: Leaves) -> Leaves:
         """Return ``A(operands) v``."""
-        matvec = self._over_lanes(self.operator, 0).products(operands, self._column(v)).matvec()
+        matvec = self._over_lanes(self.operator, slice(self.count)).products(operands, self._column(v)).matvec()
         return map_columns(matvec, len(self.lanes), len(self.columns))(v)
 
     def primal(self, theta: Leaves) -> Leaves:
         if not isinstance(self.solver, LinearMethod):
             raise AssertionError("a user's function solves in its caller's frame, never here")
         b, operands, aids, start = self._split(theta)
-        operator = self._over_lanes(self.operator, 0)
+        operator = self._over_lanes(self.operator, slice(self.count))
         blocks = operator.blocks
         # The algorithms need entries on both sides; without entries the solution is empty or zero.
         if not (any(t.numel() for t in b[blocks.domain]) and any(t.numel() for t in b[blocks.range])):
@@ -206,7 +204,7 @@ class LinearProblem(Problem):
         precondition = None
         if self.precondition is not None:
             like = self._column(b)[blocks.smaller]
-            precondition = self._over_lanes(self.precondition, self.count).products(aids, like).matvec
+            precondition = self._over_lanes(self.precondition, slice(self.count, None)).products(aids, like).matvec
         # The matrix is materialised lane by lane where possible, see `_materialise_each`.
         lane = operator.lane
         if lane is None and len(self.levels) == len(self.lanes):
@@ -214,8 +212,6 @@ class LinearProblem(Problem):
         vectors, system = make_system(
             operator, operands, b, self.lanes, self.columns, precondition, start or None, lane
         )
-        if isinstance(self.operator, Adjoint):
-            system = replace(system, is_adjoint=True)
         # A solver reads norms on the host, so the leader decides in the solve as well.
         with _decisions.frame():
             # The rows of b were divided by `scale`, and a solution is linear in b.
@@ -290,10 +286,9 @@ class LinearProblem(Problem):
         out = super().pushforward(x, theta, rest) if rest else [torch.zeros_like(t) for t in x]
         return [t - tangents[i] if i in tangents else t for i, t in enumerate(out)]
 
-    def _over_lanes(self, operator: Operator, first: int) -> Operator:
-        count = self.count if first == 0 else self.aids
+    def _over_lanes(self, operator: Operator, operands: slice) -> Operator:
         for dims in self.levels:
-            operator = operator.batched(dims[first : first + count])
+            operator = operator.batched(dims[operands])
         return operator
 
     def _column(self, leaves: Leaves) -> Leaves:
@@ -301,12 +296,9 @@ class LinearProblem(Problem):
 
     def _split(self, theta: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry], list[_Entry], list[_Entry]]:
         """Split theta, or the batch dimensions of theta: b, operands, operands of the preconditioner, guess."""
-        ends = [len(self.structure.slots), self.count, self.aids]
-        parts, at = [], 0
-        for n in ends:
-            parts.append(list(theta[at : at + n]))
-            at += n
-        return parts[0], parts[1], parts[2], list(theta[at:])
+        k = len(self.structure.slots)
+        m, n = k + self.count, k + self.count + self.aids
+        return list(theta[:k]), list(theta[k:m]), list(theta[m:n]), list(theta[n:])
 
 
 class BoundMatvec:

@@ -186,15 +186,15 @@ class RootAt:
         For example, the solver fills a cache that the function reads. Gradients are off in the solver, so the
         derivative of such a tensor would silently be zero.
         """
-        for constant, _ in self.lifted.constants:
-            # The id alone may belong to a later tensor, so the weak reference decides.
-            if is_continuous(constant) and id(constant) in derived and derived[id(constant)]() is constant:
-                raise ValueError(
-                    f"{self.lifted.name} uses a tensor of shape {list(constant.shape)} that the solver has computed "
-                    "from a differentiated tensor and has stored, in a cache or an attribute; gradients are off in "
-                    "the solver, so the derivative of the stored tensor would be lost: compute the tensor in the "
-                    "function itself, or before the call"
-                )
+        # The id alone may belong to a later tensor, so the weak reference decides.
+        constants = [t for t, _ in self.lifted.constants if is_continuous(t)]
+        if stored := [t for t in constants if id(t) in derived and derived[id(t)]() is t]:
+            raise ValueError(
+                f"{self.lifted.name} uses a tensor of shape {list(stored[0].shape)} that the solver has computed "
+                "from a differentiated tensor and has stored, in a cache or an attribute; gradients are off in "
+                "the solver, so the derivative of the stored tensor would be lost: compute the tensor in the "
+                "function itself, or before the call"
+            )
 
     def problem(self) -> RootProblem:
         """Return the problem, after a check that no captured tensor was missed."""
@@ -228,7 +228,7 @@ class RootAt:
 
         `with_graph` if its graph serves a first derivative, and no hook has to see its tensors; else `confirmed`.
         """
-        is_plain = _context.now().is_outside and torch.is_grad_enabled() and not _modes.is_inside()
+        is_plain = _context.now() == _PLAIN_AUTOGRAD and not _modes.is_inside()
         if not is_plain or not (self._wanted or self.lifted.refusal):
             return None
         keeps_graph = isinstance(self.solver, LinearSolver) and not _context.saved_tensor_hooks()
@@ -353,9 +353,13 @@ def root_at(
     return RootAt(lifted, form, solve, x, structure)
 
 
+# Autograd records, and nothing else runs.
+_PLAIN_AUTOGRAD = _context.Context((), records=True, forward=False)
+
+
 def _gradient_flags(x: Leaves, theta: Leaves) -> list[bool]:
     """Return the `requires_grad` flags of x and theta in an ordinary backward pass; empty if none is to follow."""
-    if not (_context.now().is_outside and torch.is_grad_enabled() and any(t.requires_grad for t in theta)):
+    if not (_context.now() == _PLAIN_AUTOGRAD and any(t.requires_grad for t in theta)):
         return []
     return [True] * len(x) + [t.requires_grad for t in theta]
 

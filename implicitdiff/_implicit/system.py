@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from implicitdiff._implicit.linearisation import OfOperands, Product
-from implicitdiff._implicit.operators import Lane, Operator, Products, with_vectors
+from implicitdiff._implicit.operators import Adjoint, Lane, Operator, Products, with_vectors
 from implicitdiff._torch.lanes import over_levels, vmap
 from implicitdiff._torch.trees import Leaves
 
@@ -93,7 +93,7 @@ class System:
         matvec: ``v -> A v`` on rows.
         rmatvec: ``u -> A^T u`` on rows.
         precondition: ``r -> M^-1 r`` on rows, or None.
-        of_range: whether `precondition` acts on rows like ``b``; else on rows like ``x``.
+        of_range: whether `precondition` acts on rows like ``b``; else, or if square, on rows like ``x``.
         materialise: ``() -> A``, as ``(lanes, m, n)``.
         is_adjoint: whether the matrix is the adjoint of an operator, as for a cotangent ``b``.
     """
@@ -110,7 +110,7 @@ class System:
     precondition: RowMap | None
     of_range: bool
     materialise: Callable[[], Tensor]
-    is_adjoint: bool = False
+    is_adjoint: bool
 
     def shifted(self, ridge: float) -> System:
         """Return the system of ``A + ridge I``."""
@@ -152,14 +152,12 @@ def make_system(
     whole = Vectors(b, batch)
     one_column = first_column(b, len(lanes), len(columns))
     is_square = blocks.domain == blocks.range
-    domain = whole if is_square else Vectors(b[blocks.domain], batch, whole.dtype)
-    range_ = whole if is_square else Vectors(b[blocks.range], batch, whole.dtype)
-    of_range = not is_square and blocks.smaller == blocks.range
+    sides = [whole, whole] if is_square else [Vectors(b[block], batch, whole.dtype) for block in blocks[:2]]
+    domain, range_ = sides
+    of_range = blocks.smaller == blocks.range
     smaller = range_ if of_range else domain
     # All columns share the matrix, so the matrix is formed without columns.
-    one = [domain, range_]
-    if columns:
-        one = [Vectors(one_column[block], lanes, whole.dtype) for block in blocks[:2]]
+    one = [Vectors(one_column[block], lanes, whole.dtype) for block in blocks[:2]] if columns else sides
     products = operator.block_products(operands, one_column, OfOperands)
 
     def rows(make: Callable[[], Product], source: Vectors, to: Vectors) -> RowMap:
@@ -184,6 +182,7 @@ def make_system(
         rmatvec=rows(products.rmatvec, range_, domain),
         precondition=None if precondition is None else rows(precondition, smaller, smaller),
         of_range=of_range,
+        is_adjoint=isinstance(operator, Adjoint),
         materialise=partial(_materialise, operator, products, one[0], one[1])
         if lane is None or not lanes
         else partial(_materialise_each, lane, one_column, lanes, whole.dtype),

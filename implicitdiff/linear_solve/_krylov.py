@@ -15,6 +15,7 @@ from implicitdiff.linear_solve._arithmetic import Arithmetic, Iterations, RowSca
 from implicitdiff.linear_solve._outcome import (
     OnFailure,
     Outcome,
+    check_count,
     check_not_negative,
     check_on_failure,
     report_failed_solves,
@@ -102,8 +103,7 @@ def check_tolerances(name: str, rtol: float | None, atol: float, maxiter: int | 
     """Raise unless tolerances and limit are valid."""
     check_not_negative(name, "rtol", rtol, or_none=True)
     check_not_negative(name, "atol", atol)
-    if maxiter is not None and (not isinstance(maxiter, int) or maxiter < 1):
-        raise ValueError(f"{name}: maxiter must be an integer >= 1 or None, got {maxiter!r}")
+    check_count(name, "maxiter", maxiter, 1, or_none=True)
 
 
 def residual_norm(ops: Arithmetic, r: Tensor) -> RowScalar:

@@ -109,6 +109,16 @@ def check_on_failure(name: str, on_failure: str) -> None:
 
 def check_not_negative(name: str, option: str, value: object, *, or_none: bool = False) -> None:
     """Raise unless an option is a finite number >= 0, or None where allowed."""
-    is_valid = or_none if value is None else isinstance(value, (int, float)) and 0 <= value < math.inf
-    if not is_valid:
-        raise ValueError(f"{name}: {option} must be a finite number >= 0{' or None' * or_none}, got {value!r}")
+    is_valid = isinstance(value, (int, float)) and 0 <= value < math.inf
+    _check_option(name, option, value, is_valid, "a finite number >= 0", or_none)
+
+
+def check_count(name: str, option: str, value: object, least: int, *, or_none: bool = False) -> None:
+    """Raise unless an option is an integer >= `least`, or None where allowed."""
+    is_valid = isinstance(value, int) and value >= least
+    _check_option(name, option, value, is_valid, f"an integer >= {least}", or_none)
+
+
+def _check_option(name: str, option: str, value: object, is_valid: bool, wanted: str, or_none: bool) -> None:
+    if not (or_none if value is None else is_valid):
+        raise ValueError(f"{name}: {option} must be {wanted}{' or None' * or_none}, got {value!r}")

@@ -17,7 +17,7 @@ from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
 from implicitdiff.linear_solve._arithmetic import Arithmetic, Iterations, OfOneRow, OfRecordedRows, RowScalar, norm
 from implicitdiff.linear_solve._krylov import Cycle, iterative
-from implicitdiff.linear_solve._outcome import OnFailure
+from implicitdiff.linear_solve._outcome import OnFailure, check_count
 
 NOT_FINITE = "the iteration has produced values that are not finite: check that the operator is finite"
 
@@ -66,8 +66,7 @@ def solve_gmres(
         >>> solve_gmres()(lambda v: A @ v, torch.tensor([1.0, 2.0])).round(decimals=4)
         tensor([-2.,  1.])
     """
-    if not isinstance(restart, int) or restart < 1:
-        raise ValueError(f"solve_gmres: restart must be an integer >= 1, got {restart!r}")
+    check_count("solve_gmres", "restart", restart, 1)
     return iterative(
         "solve_gmres",
         partial(gmres, restart=restart),

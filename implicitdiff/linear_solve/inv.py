@@ -83,7 +83,7 @@ def solve_inv(
             on_failure=on_failure,
         )
     # Options without an effect are errors, not ignored.
-    if (maxiter, alpha, rtol, init) != (None, None, None, None) or atol != 0.0:
+    if (maxiter, alpha, rtol, init, atol) != (None, None, None, None, 0.0):
         raise ValueError(
             "solve_inv: maxiter, alpha, rtol, atol and init are options of the Neumann series, which needs ns=True"
         )
