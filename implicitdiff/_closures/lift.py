@@ -426,7 +426,6 @@ def _split_outside(program: Program) -> tuple[Leaves, list[tuple[torch.Tensor, i
     program.outside.clear()
     # The program held the last references. A tensor that dies now was computed inside the function, unseen by the mode,
     # so later evaluations do not use the tensor.
-    alive = [(t, v, is_smooth) for ref, v, is_smooth in seen if (t := ref()) is not None]
-    captured = [t for t, _, is_smooth in alive if is_smooth]
-    constants = [(t, v) for t, v, is_smooth in alive if not is_smooth]
+    captured = [t for ref, _, is_smooth in seen if is_smooth and (t := ref()) is not None]
+    constants = [(t, v) for ref, v, is_smooth in seen if not is_smooth and (t := ref()) is not None]
     return captured, constants, sum(map(itemgetter(2), seen)) > len(captured)

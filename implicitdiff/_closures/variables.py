@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Container, Iterable
 from itertools import filterfalse, repeat
 from types import CellType
@@ -124,17 +125,13 @@ class Variables(Location):
         return bool(self.value)
 
 
-def attribute_of(owner: object, name: str) -> Any:
-    """Return an attribute, or `ABSENT`, without the own `__getattribute__` and `__getattr__` of the owner."""
-    try:
-        return object.__getattribute__(owner, name)
-    except (AttributeError, ValueError):  # ValueError: a variable of an enclosing function that has no value yet
-        return ABSENT
-
-
-def contents_of(cells: Iterable[CellType]) -> Iterable[Any]:
-    """Return the values of variables of an enclosing function, `ABSENT` for one without a value."""
-    return map(attribute_of, cells, repeat("cell_contents"))
+def contents_of(cells: Iterable[CellType]) -> list[Any]:
+    """Return the values of variables of an enclosing function, without those that have no value yet."""
+    values: list[Any] = []
+    for cell in cells:
+        with contextlib.suppress(ValueError):
+            values.append(cell.cell_contents)
+    return values
 
 
 class Attribute(Location):
@@ -146,7 +143,11 @@ class Attribute(Location):
     _set: Callable[[Any, str, Any], None] = staticmethod(object.__setattr__)
 
     def read(self) -> Any:
-        return attribute_of(self.owner, self.key)
+        # Without the owner's own `__getattribute__` and `__getattr__`, which may compute or raise.
+        try:
+            return object.__getattribute__(self.owner, self.key)
+        except (AttributeError, ValueError):  # ValueError: a cell of a variable that has no value yet
+            return ABSENT
 
     def write(self, value: Any) -> None:
         if value is not ABSENT:
@@ -174,7 +175,6 @@ class Contents(Location):
 
     __slots__ = ()
 
-    keys: Callable[[Any], Any] = staticmethod(len)
     values: Callable[[Any], Iterable[Any]] = staticmethod(iter)
     items: Callable[[Any], Iterable[tuple[Any, Any]]] = staticmethod(enumerate)
 
@@ -187,9 +187,8 @@ class Contents(Location):
         self.owner.extend(value) if hasattr(self.owner, "extend") else self.owner.update(value)
 
     def is_unchanged(self) -> bool:
-        now = self.read()
-        pairs = zip(self.values(self.value), self.values(now), strict=False)
-        return self.keys(now) == self.keys(self.value) and all([a is b or a is ABSENT for a, b in pairs])
+        now, then = self.read(), self.value
+        return len(now) == len(then) and all([v is w or v is ABSENT for v, w in zip(then, now, strict=True)])
 
     def restore(self) -> None:
         # Padded, because the list may be shorter now.
@@ -207,22 +206,26 @@ class Contents(Location):
         return True
 
 
-def _comparable(keys: Iterable[Any]) -> list[Any]:
-    """Return strings and integers as they are, and ids in the place of other keys: `==` of tensors returns a tensor."""
-    return [*keys] if {str, int}.issuperset(map(type, keys)) else [*map(id, keys)]
-
-
 class Items(Contents):
     """The contents of a dictionary."""
 
     __slots__ = ()
 
-    keys = staticmethod(_comparable)
     values = staticmethod(dict.values)
     items = staticmethod(dict.items)
 
     def read(self) -> Any:
         return dict(self.owner)
+
+    def is_unchanged(self) -> bool:
+        now, then = self.read(), self.value
+        # Compare keys by identity first: `==` of tensors returns a tensor.
+        return len(now) == len(then) and all(
+            [
+                (key is k or (type(key) in (str, int) and key == k)) and (v is w or v is ABSENT)
+                for (key, v), (k, w) in zip(then.items(), now.items(), strict=True)
+            ]
+        )
 
     def restore(self) -> None:
         # `ABSENT` marks a forgotten item: the current item stays, if any.
