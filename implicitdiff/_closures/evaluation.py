@@ -27,7 +27,7 @@ class _Uncounted(Counter[int]):
         pass
 
 
-class _Evaluation(threading.local):
+class _OfThread(threading.local):
     """State of the thread, like grad mode.
 
     Attributes:
@@ -39,7 +39,7 @@ class _Evaluation(threading.local):
     compared: Counter[int] = _Uncounted()
 
 
-_evaluation = _Evaluation()
+_evaluation = _OfThread()
 
 
 class named_in_errors(AbstractContextManager["named_in_errors"]):

@@ -298,9 +298,9 @@ class _Comparison:
         self.aliases, self.constants = aliases, constants
 
     def __call__(self, now: object, then: object) -> bool:
-        return type(now) is type(then) and _COMPARE.get(type(then), _Comparison._values)(self, now, then)
+        return type(now) is type(then) and _COMPARE.get(type(then), _Comparison._equal)(self, now, then)
 
-    def _values(self, now: Any, then: Any) -> bool:
+    def _equal(self, now: Any, then: Any) -> bool:
         return bool(now == then)
 
     def _numbers(self, now: complex, then: complex) -> bool:

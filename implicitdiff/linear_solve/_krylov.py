@@ -15,7 +15,7 @@ from implicitdiff.linear_solve._arithmetic import Arithmetic, Iterations, RowSca
 from implicitdiff.linear_solve._outcome import (
     OnFailure,
     Outcome,
-    check_count,
+    check_integer,
     check_not_negative,
     check_on_failure,
     report_failed_solves,
@@ -103,7 +103,7 @@ def check_tolerances(name: str, rtol: float | None, atol: float, maxiter: int | 
     """Raise unless tolerances and limit are valid."""
     check_not_negative(name, "rtol", rtol, or_none=True)
     check_not_negative(name, "atol", atol)
-    check_count(name, "maxiter", maxiter, 1, or_none=True)
+    check_integer(name, "maxiter", maxiter, 1, or_none=True)
 
 
 def residual_norm(ops: Arithmetic, r: Tensor) -> RowScalar:

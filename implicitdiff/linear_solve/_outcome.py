@@ -113,7 +113,7 @@ def check_not_negative(name: str, option: str, value: object, *, or_none: bool =
     _check_option(name, option, value, is_valid, "a finite number >= 0", or_none)
 
 
-def check_count(name: str, option: str, value: object, least: int, *, or_none: bool = False) -> None:
+def check_integer(name: str, option: str, value: object, least: int, *, or_none: bool = False) -> None:
     """Raise unless an option is an integer >= `least`, or None where allowed."""
     is_valid = isinstance(value, int) and value >= least
     _check_option(name, option, value, is_valid, f"an integer >= {least}", or_none)

@@ -13,7 +13,7 @@ from implicitdiff._implicit.system import System
 from implicitdiff.linear_solve._arithmetic import dot
 from implicitdiff.linear_solve._direct import factorised, materialised
 from implicitdiff.linear_solve._krylov import check_tolerances, iterate
-from implicitdiff.linear_solve._outcome import OnFailure, check_count, check_on_failure, report_failed_solves
+from implicitdiff.linear_solve._outcome import OnFailure, check_integer, check_on_failure, report_failed_solves
 from implicitdiff.linear_solve.cg import INDEFINITE, conjugate_gradients
 from implicitdiff.linear_solve.gmres import NOT_FINITE, gmres
 from implicitdiff.linear_solve.lu import SINGULAR, lu
@@ -47,7 +47,7 @@ def solve_auto(
     """
     check_on_failure("solve_auto", on_failure)
     check_tolerances("solve_auto", rtol, atol, None)
-    check_count("solve_auto", "dense_up_to", dense_up_to, 0)
+    check_integer("solve_auto", "dense_up_to", dense_up_to, 0)
 
     algorithm = partial(_solve_by_size, dense_up_to=dense_up_to, rtol=rtol, atol=atol, on_failure=on_failure)
     return LinearSolver("solve_auto", algorithm)

@@ -17,7 +17,7 @@ from implicitdiff._implicit.linear import LinearSolver
 from implicitdiff._torch.trees import Tree
 from implicitdiff.linear_solve._arithmetic import Arithmetic, Iterations, OfOneRow, OfRecordedRows, RowScalar, norm
 from implicitdiff.linear_solve._krylov import Cycle, iterative
-from implicitdiff.linear_solve._outcome import OnFailure, check_count
+from implicitdiff.linear_solve._outcome import OnFailure, check_integer
 
 NOT_FINITE = "the iteration has produced values that are not finite: check that the operator is finite"
 
@@ -66,7 +66,7 @@ def solve_gmres(
         >>> solve_gmres()(lambda v: A @ v, torch.tensor([1.0, 2.0])).round(decimals=4)
         tensor([-2.,  1.])
     """
-    check_count("solve_gmres", "restart", restart, 1)
+    check_integer("solve_gmres", "restart", restart, 1)
     return iterative(
         "solve_gmres",
         partial(gmres, restart=restart),
