@@ -81,7 +81,7 @@ class UpdateRule(ABC):
 
     @property
     def decays(self) -> bool:
-        return isinstance(self.weight_decay, torch.Tensor) or self.weight_decay != 0
+        return may_be_nonzero(self.weight_decay)
 
     @property
     def is_elementwise(self) -> bool:
@@ -97,16 +97,21 @@ class UpdateRule(ABC):
         self, c: Constants, g: torch.Tensor, p: torch.Tensor | None, moments: Leaves
     ) -> tuple[torch.Tensor, Leaves]:
         """Return the update and the new moments of a leaf. `p` is None without weight decay."""
+        # The sign and the L2 penalty belong to the gradient, so moments see both.
         if self.maximize:
             g = -g
+        if p is None:
+            return self.direction(g, moments, c)
         # L2 penalty: the gradient of weight_decay |p|^2 / 2 enters the moments. Decoupled decay bypasses them.
-        if p is not None and not self.decoupled:
-            g = g + c.weight_decay * p
-        # The sign and the L2 penalty belong to the gradient, so moments see both.
+        if not self.decoupled:
+            return self.direction(g + c.weight_decay * p, moments, c)
         u, moments = self.direction(g, moments, c)
-        if p is not None and self.decoupled:
-            u = u - c.lr * c.weight_decay * p
-        return u, moments
+        return u - c.lr * c.weight_decay * p, moments
+
+
+def may_be_nonzero(value: Setting) -> bool:
+    """False for the number 0 alone: the values of a tensor are not read, and those of a schedule or a tree vary."""
+    return isinstance(value, torch.Tensor) or value != 0
 
 
 def apply_rule(
@@ -117,24 +122,21 @@ def apply_rule(
     bases: Sequence[torch.Tensor | None],
     moments: Sequence[Leaves],
 ) -> list[Leaves]:
-    """Compute a step in plain torch, leaf by leaf, for leaves of one device and dtype.
+    """Compute a step in plain torch, leaf by leaf, for one leaf or more of one device and dtype.
 
     Returns:
         Columns: the updates (``base + update`` for a leaf with a base), then the new moments.
     """
-    results: list[Leaves] = [[] for _ in range(1 + len(moments))]
-    if not grads:
-        return results
     # Half-precision leaves are computed in float32 and rounded once, at the end.
     stored = grads[0].dtype
     dtype = accumulator(stored)
     # Coefficients are float64: in float32, 1 - 0.999**t is off by about 3e-8 / (1e-3 t).
     constants = _constants(rule.with_tensors(lambda v: v.double()), counts.double(), grads[0].device, dtype)
+    rows = []
     for c, g, p, base, *old in zip(constants, grads, decayed, bases, *moments, strict=True):
         u, new = rule.apply(c, _cast(g, dtype), None if p is None else _cast(p, dtype), old)
-        for column, result in zip(results, [_cast(u if base is None else base + u, stored), *new], strict=True):
-            column.append(result)
-    return results
+        rows.append([_cast(u if base is None else base + u, stored), *new])
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
