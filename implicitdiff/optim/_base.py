@@ -100,13 +100,13 @@ def apply_updates(params: Tree, updates: Tree, *, inplace: bool = False) -> Tree
     columns = Columns("apply_updates", "updates", updates)
     leaves = columns.match("params", params)
     olds, news = columns.present("params", leaves), columns.first
-    # Not None for plain tensors of equal shapes, dtypes and devices, so that further checks are needless.
+    # Located are plain tensors of equal shapes, dtypes and devices, which need no further checks.
     memory = _fused.locate([news, olds], [1] if inplace else [])
-    if memory is None:
+    if memory is _fused.NOT_LOCATED:
         columns.checked().compare("params", olds)
     if not inplace:
         return columns.tree_of(leaves, [p + u for p, u in zip(olds, news, strict=True)])
-    if memory is None or not memory.is_donated:
+    if not memory.is_donated:
         _donation.refuse_tracked("apply_updates", "updates", news)
         news = _donation.copied_if_shared("apply_updates", olds, news)
         _donation.refuse_unheld("apply_updates", olds, news)
@@ -140,13 +140,16 @@ def chain(*transformations: GradientTransformation) -> GradientTransformation:
         >>> update(torch.tensor([30.0, 40.0]), init(torch.zeros(2)))[0]
         tensor([-0.0600, -0.0800])
     """
-    for given in transformations:
-        if not (isinstance(given, (tuple, list)) and len(given) == 2 and all(map(callable, given))):
-            raise TypeError(
-                f"chain: each argument must be a pair (init, update) such as scale(0.1), got {type(given).__name__}"
-            )
+    if others := [given for given in transformations if not _is_pair(given)]:
+        raise TypeError(
+            f"chain: each argument must be a pair (init, update) such as scale(0.1), got {type(others[0]).__name__}"
+        )
     update = _Chain(transformations)
     return GradientTransformation(update.init, update)
+
+
+def _is_pair(given: object) -> bool:
+    return isinstance(given, (tuple, list)) and len(given) == 2 and all(map(callable, given))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

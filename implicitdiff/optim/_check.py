@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import NoneType
 
 import torch
 
@@ -54,15 +55,18 @@ def _is_non_negative(x: float) -> bool:
 
 
 def _require(name: str, values: dict[str, Tree], holds: Callable[[float], bool], wanted: str) -> None:
-    for key, value in values.items():
-        # The common case, without a walk through a tree.
-        if isinstance(value, (int, float, torch.Tensor)):
-            _require_number(name, key, value, holds, wanted)
-            continue
-        leaves, spec = pytree.leaves_of(value)
-        for way, leaf in zip(pytree.names_of(spec), leaves, strict=True):
-            if leaf is not None or not way:  # inside a tree, None marks a parameter that is not optimized
-                _require_number(name, f"{key}{way}", leaf, holds, wanted)
+    for key, number in [pair for item in values.items() for pair in _numbers_in(*item)]:
+        _require_number(name, key, number, holds, wanted)
+
+
+def _numbers_in(key: str, value: Tree) -> list[tuple[str, Tree]]:
+    """Return the leaves of a hyper-parameter by name. Inside a tree, None marks a parameter that is not optimized."""
+    # The common case, without a walk through a tree.
+    if isinstance(value, (int, float, torch.Tensor, NoneType)):
+        return [(key, value)]
+    leaves, spec = pytree.leaves_of(value)
+    ways = zip(pytree.names_of(spec), leaves, strict=True)
+    return [(f"{key}{way}", leaf) for way, leaf in ways if leaf is not None]
 
 
 def _require_number(name: str, key: str, value: object, holds: Callable[[float], bool], wanted: str) -> None:

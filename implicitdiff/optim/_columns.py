@@ -6,12 +6,14 @@ by the name of the leaf.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import Any, NoReturn, TypeGuard, TypeVar
 
 import torch
 
 import implicitdiff._torch.trees as pytree
+from implicitdiff._torch.tracking import is_continuous
 from implicitdiff._torch.trees import Leaves, Tree, TreeSpec
 
 Entry = TypeVar("Entry")
@@ -20,6 +22,10 @@ Entry = TypeVar("Entry")
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of moments and arithmetic for parameters of a dtype: float32 for half precision."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    return dtype
 
 
 def value_of_each_leaf(caller: str, key: str, value: Tree, spec: TreeSpec) -> list[Any]:
@@ -50,25 +56,31 @@ _LEAF = _Leaf()
 
 def refuse_others(caller: str, leaves: Sequence[object]) -> None:
     """Raise unless every leaf of the parameters is a tensor or None."""
-    for leaf in leaves:
-        if leaf is not None and not isinstance(leaf, torch.Tensor):
-            raise TypeError(f"{caller}: every leaf of params must be a tensor or None, got {leaf!r}")
+    if others := [leaf for leaf in leaves if not isinstance(leaf, (torch.Tensor, NoneType))]:
+        raise TypeError(f"{caller}: every leaf of params must be a tensor or None, got {others[0]!r}")
 
 
-def refuse_misfits(caller: str, key: str, values: Sequence[object], leaves: Sequence[Any], spec: TreeSpec) -> None:
+def refuse_misfits(caller: str, key: str, values: Sequence[Any], leaves: Sequence[Any], spec: TreeSpec) -> None:
     """Raise unless each tensor among the values of a hyper-parameter broadcasts to its leaf."""
-    for at, (value, leaf) in enumerate(zip(values, leaves, strict=True)):
-        is_optimized = leaf is not None and (leaf.is_floating_point() or leaf.is_complex())
-        if not is_optimized or not isinstance(value, torch.Tensor):
-            continue
-        # Broadcasting rule of torch, from the last dimension. The result must keep the shape of the leaf, so the leaf
-        # itself is not expanded.
-        aligned = zip(reversed(value.shape), reversed(leaf.shape), strict=False)
-        if value.ndim > leaf.ndim or any(n not in (1, m) for n, m in aligned):
-            raise ValueError(
-                f"{caller}: {key} must be a scalar or broadcast to each leaf that it is for, got shape "
-                f"{list(value.shape)} for the leaf{pytree.names_of(spec)[at]} of shape {list(leaf.shape)}"
-            )
+    by_elements = [at for at, value in enumerate(values) if isinstance(value, torch.Tensor) and value.ndim]
+    if misfits := [at for at in by_elements if is_optimized(leaves[at]) and not _broadcasts(values[at], leaves[at])]:
+        at = misfits[0]
+        raise ValueError(
+            f"{caller}: {key} must be a scalar or broadcast to each leaf that it is for, got shape "
+            f"{list(values[at].shape)} for the leaf{pytree.names_of(spec)[at]} of shape {list(leaves[at].shape)}"
+        )
+
+
+def is_optimized(leaf: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+    """True for the leaves of the parameters that have moments."""
+    return leaf is not None and is_continuous(leaf)
+
+
+def _broadcasts(value: torch.Tensor, leaf: torch.Tensor) -> bool:
+    """True if a product with `value` keeps the shape of the leaf."""
+    # Broadcasting rule of torch, from the last dimension. The leaf itself is not expanded.
+    aligned = zip(reversed(value.shape), reversed(leaf.shape), strict=False)
+    return value.ndim <= leaf.ndim and all(n in (1, m) for n, m in aligned)
 
 
 class Columns:
@@ -87,23 +99,23 @@ class Columns:
         self.caller, self.name, self.tree = caller, name, tree
         self.leaves, self.spec = pytree.leaves_of(tree) if like is None else self._in_the_order_of(*like)
         self.rows = [i for i, leaf in enumerate(self.leaves) if leaf is not None]
-        self.first = self.present(name, self.leaves)
+        self.first: Leaves = self.pick(self.leaves)
+        if not set(map(type, self.first)) <= _TENSORS:
+            for row, leaf in _others(self.first):
+                self._refuse(TypeError, row, name, f"must be a tensor or None, got {leaf!r}")
 
     def checked(self, why_dense: str = "") -> Columns:
         """Return `self`, or raise if a tensor of the first column is sparse or has no floating-point dtype.
 
         `why_dense` is appended to the message about a sparse tensor.
         """
-        dtypes = {leaf.dtype for leaf in self.first}
-        # Over sets of dtypes and layouts: models have many leaves of few kinds.
-        smooth = all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
-        if not smooth or {leaf.layout for leaf in self.first} - {torch.strided}:
-            for row, leaf in enumerate(self.first):
-                if leaf.layout is not torch.strided or not (leaf.is_floating_point() or leaf.is_complex()):
-                    why = why_dense if leaf.layout is not torch.strided else ""
-                    self._refuse(
-                        TypeError, row, self.name, f"must be dense and of floating point, got {_kind(leaf)}{why}"
-                    )
+        is_sparse = [leaf.layout is not torch.strided for leaf in self.first]
+        if odd := [row for row, leaf in enumerate(self.first) if is_sparse[row] or not is_continuous(leaf)]:
+            row = odd[0]
+            why = why_dense if is_sparse[row] else ""
+            self._refuse(
+                TypeError, row, self.name, f"must be dense and of floating point, got {_kind(self.first[row])}{why}"
+            )
         return self
 
     def densify(self) -> None:
@@ -136,14 +148,10 @@ class Columns:
     def present(self, name: str, leaves: list[Any]) -> Leaves:
         """Return the rows of a matched list, or raise if one is not a tensor."""
         column: Leaves = self.pick(leaves)
-        # Exact types first. Tensor subclasses fall through to isinstance, one by one.
         if not set(map(type, column)) <= _TENSORS:
-            for row, leaf in enumerate(column):
-                if not isinstance(leaf, torch.Tensor):
-                    if name != self.name:
-                        self.checked()  # an integer gradient has no moments: name the gradient as the cause
-                    what = "or None" if name == self.name else f"where {self.name} is not None"
-                    self._refuse(TypeError, row, name, f"must be a tensor {what}, got {leaf!r}")
+            for row, leaf in _others(column):
+                self.checked()  # an integer gradient has no moments: name the gradient as the cause
+                self._refuse(TypeError, row, name, f"must be a tensor where {self.name} is not None, got {leaf!r}")
         return column
 
     def column(self, name: str, leaves: list[Any]) -> Leaves:
@@ -152,35 +160,41 @@ class Columns:
         self.compare(name, column)
         return column
 
-    def compare(self, name: str, column: Sequence[torch.Tensor | None], *, accumulated: bool = False) -> None:
+    def compare(
+        self, name: str, column: Sequence[torch.Tensor | None], kept: Callable[[torch.dtype], torch.dtype] = _stored
+    ) -> None:
         """Raise if a tensor of a column differs from the first column in shape, device or dtype.
 
-        With `accumulated`, the expected dtype is the `accumulator` of the first column's.
+        `kept` is the expected dtype as a function of the first column's.
         """
         for row, (leaf, first) in enumerate(zip(column, self.first, strict=True)):
-            dtype = accumulator(first.dtype) if accumulated else first.dtype
+            dtype = kept(first.dtype)
             if leaf is None or (leaf.shape, leaf.dtype, leaf.device) == (first.shape, dtype, first.device):
                 continue
             at = "" if dtype is first.dtype else f", for which {str(dtype).removeprefix('torch.')} is kept"
             self._refuse(ValueError, row, name, f"is {_kind(leaf)}, but {self.name} is {_kind(first)}{at}")
 
-    def refuse_misfits(self, key: str, values: Sequence[object]) -> None:
+    def refuse_misfits(self, key: str, values: Sequence[Any]) -> None:
         """Raise unless the values of a hyper-parameter are given for all rows and broadcast to them."""
-        for row in self.rows:
-            if values[row] is None:
-                way = pytree.names_of(self.spec)[row]
-                raise ValueError(f"{self.caller}: {key}{way} must not be None where {self.name}{way} is a tensor")
+        if lacking := [row for row in self.rows if values[row] is None]:
+            way = pytree.names_of(self.spec)[lacking[0]]
+            raise ValueError(f"{self.caller}: {key}{way} must not be None where {self.name}{way} is a tensor")
         refuse_misfits(self.caller, key, values, self.leaves, self.spec)
 
-    def mask_of_rows(self, mask: Tree) -> list[Any]:
-        """Return for each row the entry of a mask: a tree of bools of equal nesting, or a prefix of one."""
+    def masked(self, column: Leaves, mask: Tree, tree: Tree) -> list[torch.Tensor | None]:
+        """Return a column with None in the rows outside of a mask.
+
+        `mask` is a tree of bools of equal nesting, a prefix of one, or a function that returns either for `tree`.
+        """
+        mask = mask(tree) if callable(mask) else mask
         try:
-            return self.pick(pytree.broadcast(self.spec, mask))
+            wanted = self.pick(pytree.broadcast(self.spec, mask))
         except ValueError as error:
             raise ValueError(
                 f"{self.caller}: mask must be nested like the parameters, or be a prefix of them, got {mask!r} for "
                 f"{self.name} {pytree.describe(self.tree)}"
             ) from error
+        return [leaf if want else None for leaf, want in zip(column, wanted, strict=True)]
 
     def tree_of(self, leaves: list[Any], rows: list[Any]) -> Tree:
         """Return the tree of `leaves`, with the rows replaced by `rows`."""
@@ -194,7 +208,13 @@ class Columns:
         raise error(f"{self.caller}: {name}{pytree.names_of(self.spec)[self.rows[row]]} {what}")
 
 
+# The usual types. Entries of other types, such as tensor subclasses, are looked at one by one.
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
+
+
+def _others(column: Sequence[object]) -> list[tuple[int, object]]:
+    """Return the entries of a column that are not tensors, with their rows."""
+    return [(row, leaf) for row, leaf in enumerate(column) if not isinstance(leaf, torch.Tensor)]
 
 
 def _kind(tensor: torch.Tensor) -> str:

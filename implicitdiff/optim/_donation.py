@@ -15,7 +15,7 @@ import torch
 import implicitdiff._torch.levels as _levels
 import implicitdiff._torch.tracking as _tracking
 from implicitdiff._torch.trees import Leaves
-from implicitdiff.optim._step import Buffers, Operands, Step
+from implicitdiff.optim._step import Buffers, Operands, Step, flat
 
 
 def refuse_tracked(caller: str, name: str, tensors: Leaves) -> None:
@@ -46,15 +46,15 @@ def refuse_needed(caller: str, name: str, tensors: Leaves) -> None:
 
 def refuse_unheld(caller: str, params: Operands, values: Leaves) -> None:
     """Raise if a vmap computes a value for each lane of a parameter that is not batched."""
-    if not can_hold_all(params, values):
+    if not all(p is None or can_hold(p, v) for p, v in zip(params, values, strict=True)):
         raise ValueError(
             f"{caller}: inplace=True would write a value for each lane of a vmap into parameters that all lanes share; "
             "use inplace=False, or batch the parameters too"
         )
 
 
-def unshared_buffers(caller: str, step: Step, buffers: Buffers) -> list[list[torch.Tensor | None]]:
-    """Return the buffers without overlap, which a step may overwrite, and None in place of others.
+def unshared_buffers(caller: str, step: Step) -> Buffers:
+    """Return the target and the moments of a step as buffers for its results, with None in place of unfit ones.
 
     Excluded are buffers that share memory with another buffer, with an operand of the step, or between two elements.
 
@@ -63,12 +63,13 @@ def unshared_buffers(caller: str, step: Step, buffers: Buffers) -> list[list[tor
     """
     # An operand is its own buffer by design. Any other operand that overlaps a buffer would be read after some of its
     # elements were overwritten.
+    buffers = [step.target, *step.moments]
     given = [t for column in buffers for t in column if t is not None]
     taken = set(map(id, given))
     read = [t for t in (*step.grads, *step.decayed) if t is not None and id(t) not in taken]
     unfit = {id([*given, *read][i]) for i in shared([*given, *read])}
-    kept = [[None if t is None or id(t) in unfit else t for t in column] for column in buffers]
-    if any(base is not None for base in step.bases):
+    kept = [[None if id(t) in unfit else t for t in column] for column in buffers]
+    if step.is_fused:
         refuse_shared(caller, kept[0])
         refuse_unheld(caller, kept[0], step.grads)
     return kept
@@ -87,7 +88,7 @@ def copied_if_shared(caller: str, params: Leaves, tensors: Leaves) -> Leaves:
     # Overlap of parameters with each other cannot be resolved by a copy.
     unfit = shared(params)
     refuse_shared(caller, [None if i in unfit else p for i, p in enumerate(params)])
-    return [t.clone() if len(params) + i in meeting else t for i, t in enumerate(tensors)]
+    return [t.clone() if i in meeting else t for i, t in enumerate(tensors, len(params))]
 
 
 def refuse_shared(caller: str, params: Operands) -> None:
@@ -109,13 +110,17 @@ def shared(tensors: Leaves) -> set[int]:
     if simple and not overlap([t.data_ptr() for t in tensors], [t.nbytes for t in tensors]):
         return set()
     plain = [i for i, t in enumerate(tensors) if _levels.is_plain(t) and t.numel()]
-    # Not contiguous and not provably dense: several elements may have one address.
-    loose = {i for i in plain if not tensors[i].is_contiguous() and not _is_dense(tensors[i])}
-    spans = [(tensors[i].data_ptr(), tensors[i].data_ptr() + _extent(tensors[i]), i) for i in plain]
-    if not overlap([a for a, _, _ in spans], [b - a for a, b, _ in spans]):
-        return loose
-    # Quadratic, but reached only after the sorted test has found an overlap.
-    return loose | {i for a, b, i in spans if any(i != j and c < b and a < d for c, d, j in spans)}
+    # Not provably dense: several elements may have one address.
+    loose = {i for i in plain if not _is_dense(tensors[i])}
+    addresses = {i: tensors[i].data_ptr() for i in plain}
+    # Address 0: no storage.
+    spans = sorted((start, start + _extent(tensors[i]), i) for i, start in addresses.items() if start)
+    # In order of their starts, a range meets a later one if it meets the next, and an earlier one if it begins before
+    # the largest end so far.
+    ends = itertools.accumulate((end for _, end, _ in spans), max, initial=0)
+    meet_later = {i for (_, end, i), (start, _, _) in itertools.pairwise(spans) if start < end}
+    meet_earlier = {i for (start, _, i), end in zip(spans, ends, strict=False) if start < end}
+    return loose | meet_later | meet_earlier
 
 
 def overlap(addresses: list[int], lengths: list[int]) -> bool:
@@ -127,8 +132,6 @@ def overlap(addresses: list[int], lengths: list[int]) -> bool:
 
 def _extent(tensor: torch.Tensor) -> int:
     """Number of bytes from the first element to the end of the last."""
-    if tensor.is_contiguous():
-        return tensor.numel() * tensor.itemsize
     # Strides of torch are never negative, so the last element lies furthest.
     return (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.itemsize
 
@@ -139,12 +142,9 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     In order of rising stride, each stride has to exceed the largest offset that the smaller strides reach. The test
     rejects some tensors without overlap, such as interleaved views.
     """
-    reach = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride < reach:
-            return False
-        reach += stride * (size - 1)
-    return True
+    steps = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    reaches = itertools.accumulate((stride * (size - 1) for stride, size in steps), initial=1)
+    return all(stride >= reach for (stride, _), reach in zip(steps, reaches, strict=False))
 
 
 def fill(buffers: Sequence[Sequence[torch.Tensor | None]], values: list[Leaves]) -> list[Leaves]:
@@ -152,33 +152,23 @@ def fill(buffers: Sequence[Sequence[torch.Tensor | None]], values: list[Leaves])
     # A value may be a view of another buffer, so all decisions precede the first write.
     # A buffer that is None, or cannot hold its value, is replaced by the value: new memory is returned.
     held = [
-        [v if b is None else b for b, v in zip(*columns, strict=True)]
-        if can_hold_all(*columns)
-        else [v if b is None or not can_hold(b, v) else b for b, v in zip(*columns, strict=True)]
+        [b if b is not None and can_hold(b, v) else v for b, v in zip(*columns, strict=True)]
         for columns in zip(buffers, values, strict=True)
     ]
     # Buffers may be leaves of a graph, such as parameters.
     with torch.no_grad():
-        for holders, column in zip(held, values, strict=True):
-            for holder, value in zip(holders, column, strict=True):
-                if holder is not value:
-                    holder.copy_(value)
+        for holder, value in zip(flat(held), flat(values), strict=True):
+            if holder is not value:
+                holder.copy_(value)
     return held
-
-
-def can_hold_all(buffers: Operands, values: Leaves) -> bool:
-    """True if every buffer is None or can hold its value."""
-    if _levels.are_plain([*(b for b in buffers if b is not None), *values]):
-        return True
-    return all(b is None or can_hold(b, v) for b, v in zip(buffers, values, strict=True))
 
 
 def can_hold(buffer: torch.Tensor, value: torch.Tensor) -> bool:
     """True if a buffer has an address for each element of a value in each lane.
 
     A base with overlapping elements, such as an expanded tensor, has too few addresses. So has a buffer that is batched
-    at fewer levels than the value.
+    at fewer levels than the value. Plain buffers with overlapping elements are left out before, see `shared`.
     """
-    if not _levels.is_plain(buffer) and not _is_dense(_levels.base(buffer)):
-        return False
-    return _levels.is_plain(value) or _levels.batch_levels(value) <= _levels.batch_levels(buffer)
+    has_addresses = _levels.is_plain(buffer) or _is_dense(_levels.base(buffer))
+    has_lanes = _levels.is_plain(value) or _levels.batch_levels(value) <= _levels.batch_levels(buffer)
+    return has_addresses and has_lanes

@@ -8,7 +8,6 @@ else: steps under vmap, in forward mode and while tracing, and derivatives of de
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -108,7 +107,7 @@ class Located(NamedTuple):
     @property
     def is_free(self) -> bool:
         """True if neither autograd nor forward mode records a step that makes new tensors."""
-        return not (self.requiring and torch.is_grad_enabled()) and not _context.now().forward
+        return not _records(self.requiring)
 
     @property
     def is_donated(self) -> bool:
@@ -116,15 +115,19 @@ class Located(NamedTuple):
 
         Parameters may require a gradient if they are leaves: the step is then not recorded, as in torch.optim.
         """
-        if not self.apart or self.inner & _PARAMS or _context.now().forward:
-            return False
-        return not (self.requiring & ~_PARAMS and torch.is_grad_enabled())
+        return self.apart and not self.inner & _PARAMS and not _records(self.requiring & ~_PARAMS)
 
 
-def locate(
-    columns: Sequence[Operands], overwritten: Sequence[int], count: torch.Tensor | None = None
-) -> Located | None:
-    """Return the addresses of a step on these columns; None if each tensor must be checked by itself.
+NOT_LOCATED = Located([], [], 0, 0, False)
+
+
+def _records(requiring: int) -> bool:
+    """True if autograd or forward mode records a step, with these columns, as bits, that require a gradient."""
+    return bool(requiring and torch.is_grad_enabled()) or _context.now().forward
+
+
+def locate(columns: Sequence[Operands], overwritten: Sequence[int], count: torch.Tensor | None = None) -> Located:
+    """Return the addresses of a step on these columns; `NOT_LOCATED` if each tensor must be checked by itself.
 
     Args:
         columns: columns of a `Step`, or gradients and parameters alone.
@@ -133,11 +136,11 @@ def locate(
     """
     # Under a transform, a mode or a tracer a tensor need not have the memory of its values.
     if _C.cpu is None or torch.compiler.is_compiling() or _context.depth() or _context.dispatch_modes():
-        return None
+        return NOT_LOCATED
     if is_any_running():
-        return None
+        return NOT_LOCATED
     found = _C.cpu.locate(columns, _MOMENTS, overwritten, count)
-    return None if found is None else Located._make(found)
+    return NOT_LOCATED if found is None else Located._make(found)
 
 
 def numbers_of(rule: UpdateRule) -> list[float]:
@@ -180,21 +183,18 @@ def is_number(value: object) -> bool:
     """True if a hyper-parameter is one number for all elements and has no derivative."""
     if not isinstance(value, torch.Tensor):
         return True
-    is_scalar = value.ndim == 0 and value.device.type == "cpu"
-    return is_scalar and _tracking.are_constant([value]) and not value.requires_grad
+    return value.ndim == 0 and value.device.type == "cpu" and not _tracking.may_be_differentiated(value)
 
 
-def run_kernel(name: str, step: Step, buffers: Buffers | None) -> list[Leaves]:
+def run_kernel(step: Step, buffers: Buffers) -> list[Leaves]:
     """Return the results of a step on tensors of one device and dtype, in the buffers that can hold them."""
-    if buffers is not None:
-        with _nothing_else():
-            return _in_place(name, step, buffers)
     if not _is_recorded(step):
-        with _nothing_else():
-            return _forward(step)
+        # Outside all modes and transforms tensors are those that have the memory.
+        with no_modes(), _switches.nothing_running():
+            return _forward(step, buffers)
     # An `autograd.Function` tracks only tensors among its direct arguments, so the tensors follow the emptied step.
     results = _Step.apply(step.emptied(), *step.operands)  # type: ignore[no-untyped-call]
-    return split(results, 1 + len(step.moments))
+    return _donation.fill(buffers, split(results, 1 + len(step.moments)))
 
 
 def at_once(
@@ -232,7 +232,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(step: Step, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(flat(_forward(step.of(operands))))
+        return tuple(flat(_forward(step.of(operands), step.no_buffers)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -295,14 +295,7 @@ def _in_places(values: Sequence[Any], where: Sequence[bool]) -> list[Any]:
     return [next(rest) if there else None for there in where]
 
 
-def _forward(step: Step) -> list[Leaves]:
-    outputs = [[_fresh(t) for t in like] for like in (step.grads, *step.moments)]
-    _launch_for(step, "step", step.columns, outputs)
-    return outputs
-
-
-def _in_place(name: str, step: Step, buffers: Buffers) -> list[Leaves]:
-    buffers = _donation.unshared_buffers(name, step, buffers)
+def _forward(step: Step, buffers: Buffers) -> list[Leaves]:
     # A buffer without a readable address gets a fresh tensor, from which `fill` copies the result.
     outputs = [
         [b if b is not None and _is_addressable(b) else _fresh(t) for b, t in zip(*pair, strict=True)]
@@ -315,12 +308,10 @@ def _in_place(name: str, step: Step, buffers: Buffers) -> list[Leaves]:
 
 def _backward(step: Step, cotangents: Operands, wanted: Sequence[bool]) -> Operands:
     bars = split(cotangents, 1 + len(step.moments))
-    operands = flat(step.columns)
-    asked = _in_places(wanted, [t is not None for t in operands])
-    fresh = [_fresh(t) if ask and t is not None else None for t, ask in zip(operands, asked, strict=True)]
-    outputs = split(fresh, len(step.columns))
+    fresh = [_fresh(t) if ask else None for t, ask in zip(step.operands, wanted, strict=True)]
+    outputs = split(_in_places(fresh, [t is not None for t in flat(step.columns)]), len(step.columns))
     _launch_for(step, "pull", [*_without_bases(step.columns), *bars], _without_bases(outputs))
-    return [out for out, t in zip(flat(outputs), operands, strict=True) if t is not None]
+    return fresh
 
 
 def _without_bases(columns: Sequence[Operands]) -> list[Operands]:
@@ -353,14 +344,12 @@ def _launch(
     """Call a compiled function on tensors of the device and dtype of `first`."""
     arguments = (kernel, numbers, _DTYPES[first.dtype], sizes, rows, count.data_ptr(), addresses)
     if first.is_cpu:
-        on_cpu = _C.cpu.step if function == "step" else _C.cpu.pull
-        on_cpu(*arguments, torch.get_num_threads())
+        getattr(_C.cpu, function)(*arguments, torch.get_num_threads())
     else:
-        on_cuda = _C.cuda.step if function == "step" else _C.cuda.pull
         # The kernel is launched on torch's current stream, hence ordered with torch's operations, without a
         # synchronisation.
         with torch.cuda.device(first.device):
-            on_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+            getattr(_C.cuda, function)(*arguments, torch.cuda.current_stream().cuda_stream)
 
 
 def _note_change(tensors: Leaves) -> None:
@@ -369,16 +358,6 @@ def _note_change(tensors: Leaves) -> None:
         torch.autograd.graph.increment_version(tensors)
     except RuntimeError:  # Tensors made in inference mode have no version.
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
-
-
-def _nothing_else() -> AbstractContextManager[object]:
-    """Run the body outside all modes and transforms: its tensors are then those that have the memory."""
-    if _context.depth() == 0 and not is_any_running():
-        return nullcontext()
-    stack = ExitStack()
-    stack.enter_context(no_modes())
-    stack.enter_context(_switches.nothing_running())
-    return stack
 
 
 def _fresh(like: torch.Tensor) -> torch.Tensor:

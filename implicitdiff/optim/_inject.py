@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -58,11 +59,11 @@ def inject_hyperparams(factory: Callable[..., GradientTransformation]) -> Callab
 
 
 def _injected(factory: Callable[..., GradientTransformation], **given: Tree) -> GradientTransformation:
-    # A mask may be a function too, but of the parameters. Of the other numeric values, those without a function are
-    # numbers, and move out of `schedules`.
-    schedules = {k: v for k, v in given.items() if k != "mask" and _is_numeric(v, scheduled=True)}
-    numbers = {k: schedules.pop(k) for k in [*schedules] if _is_numeric(schedules[k])}
-    statics = {k: v for k, v in given.items() if k not in schedules and k not in numbers}
+    # A mask may be a function too, but of the parameters.
+    hyperparams = {k: v for k, v in given.items() if k != "mask" and _is_hyperparameter(v)}
+    schedules = schedules_among(hyperparams)
+    numbers = {k: v for k, v in hyperparams.items() if k not in schedules}
+    statics = {k: v for k, v in given.items() if k not in hyperparams}
     update = _Injected(factory, statics, numbers, schedules)
     return GradientTransformation(update.init, update)
 
@@ -112,21 +113,24 @@ class _Injected(Remembers):
         return kept | {k: pytree.map_leaves(functools.partial(_value_at, count), v) for k, v in self.schedules.items()}
 
 
-def _is_numeric(value: Tree, scheduled: bool = False) -> bool:
-    """True if a value is a number or a tensor, or a tree of these. With `scheduled`, schedules count too."""
+def schedules_among(values: dict[str, Tree]) -> dict[str, Tree]:
+    """Return the hyper-parameters that are schedules or contain schedules."""
+    return {k: v for k, v in values.items() if any(map(callable, pytree.leaves_of(v)[0]))}
+
+
+def _is_hyperparameter(value: Tree) -> bool:
+    """True if a value is a number, a tensor or a schedule, or a tree of these."""
     leaves = pytree.leaves_of(value)[0]
-    some = [leaf for leaf in leaves if leaf is not None]
     # None is not a hyper-parameter, but an empty tree is one, for parameters without leaves.
-    return bool(some or leaves != [None]) and all(
-        (isinstance(leaf, (int, float, torch.Tensor)) and not isinstance(leaf, bool)) or (scheduled and callable(leaf))
-        for leaf in some
+    return [*map(type, leaves)] != [NoneType] and all(
+        callable(leaf) or (isinstance(leaf, (int, float, torch.Tensor, NoneType)) and not isinstance(leaf, bool))
+        for leaf in leaves
     )
 
 
 def _value_at(count: torch.Tensor, value: Tree) -> Tree:
     """Value of a leaf of a hyper-parameter after `count` updates, as float64 tensors."""
-    value = value(count) if callable(value) else value
-    return pytree.map_leaves(_double, value)
+    return pytree.map_leaves(_double, value(count) if callable(value) else value)
 
 
 def _as_own_tensor(value: Tree) -> torch.Tensor | None:
@@ -136,6 +140,8 @@ def _as_own_tensor(value: Tree) -> torch.Tensor | None:
 
 
 def _double(value: Tree) -> torch.Tensor | None:
-    if value is None or isinstance(value, torch.Tensor):
-        return None if value is None else value.double()
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return value.double()
     return torch.tensor(float(value), dtype=torch.float64, device="cpu")

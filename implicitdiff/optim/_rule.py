@@ -81,7 +81,12 @@ class UpdateRule(ABC):
 
     @property
     def decays(self) -> bool:
-        return may_be_nonzero(self.weight_decay)
+        return self.is_used(self.weight_decay)
+
+    @staticmethod
+    def is_used(value: Setting) -> bool:
+        """False for a hyper-parameter that is the number 0. The values of a tensor are not read, and schedules vary."""
+        return isinstance(value, torch.Tensor) or value != 0
 
     @property
     def is_elementwise(self) -> bool:
@@ -107,11 +112,6 @@ class UpdateRule(ABC):
             return self.direction(g + c.weight_decay * p, moments, c)
         u, moments = self.direction(g, moments, c)
         return u - c.lr * c.weight_decay * p, moments
-
-
-def may_be_nonzero(value: Setting) -> bool:
-    """False for the number 0 alone: the values of a tensor are not read, and those of a schedule or a tree vary."""
-    return isinstance(value, torch.Tensor) or value != 0
 
 
 def apply_rule(

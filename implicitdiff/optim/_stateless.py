@@ -61,9 +61,6 @@ def in_accumulator_dtype(g: torch.Tensor, fn: Callable[[torch.Tensor], torch.Ten
 
 def factor_of_each_row(key: str, factor: Tree, columns: Columns) -> list[Number]:
     """Return the factor of each row, from one factor for all leaves or a tree of factors."""
-    # One factor for all rows, without a walk through trees.
-    if isinstance(factor, (int, float)) or (isinstance(factor, torch.Tensor) and not factor.ndim):
-        return [factor] * len(columns.rows)
     values = value_of_each_leaf(columns.caller, key, factor, columns.spec)
     columns.refuse_misfits(key, values)
     return columns.pick(values)

@@ -15,7 +15,7 @@ from implicitdiff._torch.trees import Leaves, Tree
 
 Item = TypeVar("Item")
 Operands = Sequence[torch.Tensor | None]
-# Memory for the results: a column for updates or parameters, then one for each moment. None requests new memory.
+# Memory for the results: a column for updates or parameters, then one for each moment. None asks for new memory.
 Buffers = Sequence[Operands]
 
 # Stands for an operand of a step without tensors.
@@ -75,6 +75,21 @@ class Step:
         rule = dataclasses.replace(self.rule, **numbers)
         return dataclasses.replace(self.of([_HOLE] * len(self.operands)), rule=rule, count=self.count.clone())
 
+    @property
+    def target(self) -> Operands:
+        """The column whose memory updates or new parameters may take."""
+        return self.bases if self.is_fused else self.grads
+
+    @property
+    def is_fused(self) -> bool:
+        """True if the step computes new parameters instead of updates."""
+        return any(base is not None for base in self.bases)
+
+    @property
+    def no_buffers(self) -> Buffers:
+        """The request for new memory for all results."""
+        return [[None] * len(self.rows) for _ in (self.grads, *self.moments)]
+
     def baseless(self) -> Step:
         """Return the step that computes updates instead of new parameters."""
         return dataclasses.replace(self, bases=[None] * len(self.rows))
@@ -85,12 +100,12 @@ class Step:
         first = sum(t is not None for column in self.columns[:2] for t in column)
         return range(first, first + sum(t is not None for t in self.bases))
 
-    def subset(self, at: Sequence[int]) -> Step:
-        """Return the step of the rows at some positions."""
+    def subset(self, at: Sequence[int], rule: _rule.UpdateRule) -> Step:
+        """Return the step of the rows at some positions, by a rule of their own."""
         # torch.compile cannot trace the cached property `columns`.
         columns = [self.grads, self.decayed, self.bases, *self.moments]
         picked = self._with([[column[k] for k in at] for column in columns])
-        return dataclasses.replace(picked, rows=[self.rows[k] for k in at])
+        return dataclasses.replace(picked, rule=rule, rows=[self.rows[k] for k in at])
 
     def _with(self, columns: list[Any]) -> Step:
         grads, decayed, bases, *moments = columns

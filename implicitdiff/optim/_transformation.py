@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,17 @@ import implicitdiff._torch.trees as pytree
 import implicitdiff.optim._donation as _donation
 import implicitdiff.optim._fused as _fused
 from implicitdiff._calls import Remembers
-from implicitdiff._torch.tracking import is_continuous
-from implicitdiff._torch.trees import Leaves, Number, Tree
+from implicitdiff._torch.trees import Leaves, Number, Tree, TreeSpec
 from implicitdiff.optim._base import GradientTransformation
-from implicitdiff.optim._columns import Columns, accumulator, refuse_misfits, refuse_others, value_of_each_leaf
-from implicitdiff.optim._inject import inject_hyperparams
+from implicitdiff.optim._columns import (
+    Columns,
+    accumulator,
+    is_optimized,
+    refuse_misfits,
+    refuse_others,
+    value_of_each_leaf,
+)
+from implicitdiff.optim._inject import inject_hyperparams, schedules_among
 from implicitdiff.optim._rule import UpdateRule
 from implicitdiff.optim._step import Buffers, Operands, Step, flat
 
@@ -43,9 +49,7 @@ def transformation(
     if use_accelerated_op:
         _fused.require(name)
     others = {k: v for k, v in vars(rule).items() if not isinstance(v, (int, float))}
-    # A schedule may be a leaf in a tree of hyper-parameters.
-    schedules = {k: v for k, v in others.items() if any(map(callable, pytree.leaves_of(v)[0]))}
-    if schedules:
+    if schedules := schedules_among(others):
         # `inject_hyperparams` evaluates the schedules in each update and makes the pair again with their values.
         at = functools.partial(_with_values, name, rule, state, mask, use_accelerated_op)
         return inject_hyperparams(at)(**schedules)
@@ -66,7 +70,7 @@ def _with_values(
 
 
 def _initial(name: str, leaf: torch.Tensor | None, value: Number | complex | None) -> torch.Tensor | None:
-    if leaf is None or not is_continuous(leaf):
+    if not is_optimized(leaf):
         return None
     dtype = accumulator(leaf.dtype)
     if value is None:
@@ -110,31 +114,34 @@ class _RuleUpdate(Remembers):
     def init(self, params: Tree) -> Tree:
         leaves, spec = pytree.leaves_of(params)
         refuse_others(self.name, leaves)
-        for key in self.varied:
-            public = _PUBLIC.get(key, key)
+        for key, values in self._varied_values(spec).items():
             # An error in `init` names the hyper-parameter; in a step it would name a broken product.
-            refuse_misfits(
-                self.name, public, value_of_each_leaf(self.name, public, getattr(self.rule, key), spec), leaves, spec
-            )
-        moments = {}
-        for field, value in self.rule.moments.items():
-            starts = value_of_each_leaf(self.name, _PUBLIC["initial"], value, spec)
-            begun = [_initial(self.name, leaf, start) for leaf, start in zip(leaves, starts, strict=True)]
-            moments[field] = pytree.unflatten(begun, spec)
+            refuse_misfits(self.name, _PUBLIC.get(key, key), values, leaves, spec)
+        moments = {field: self._begun(value, leaves, spec) for field, value in self.rule.moments.items()}
         device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
         return self.state(count=torch.zeros(len(leaves), dtype=torch.int64, device=device), **moments)
+
+    def _varied_values(self, spec: TreeSpec) -> dict[str, list[Any]]:
+        """Return the values of each varied hyper-parameter, one for each leaf."""
+        named = {key: (_PUBLIC.get(key, key), getattr(self.rule, key)) for key in self.varied}
+        return {key: value_of_each_leaf(self.name, *given, spec) for key, given in named.items()}
+
+    def _begun(self, value: Tree, leaves: Leaves, spec: TreeSpec) -> Tree:
+        """Return the initial values of a moment."""
+        starts = value_of_each_leaf(self.name, _PUBLIC["initial"], value, spec)
+        return pytree.unflatten([_initial(self.name, *pair) for pair in zip(leaves, starts, strict=True)], spec)
 
     def __call__(self, grads: Tree, state: Tree, params: Tree = None, *, inplace: bool = False) -> tuple[Tree, Tree]:
         columns = self._columns(grads, state)
         decayed = self._decayed(columns, params)
-        outs, state = self._run(columns, state, decayed, None, inplace)
+        outs, state = self._run(columns, state, decayed, [None] * len(decayed), 0, inplace)
         return columns.tree_of(columns.leaves, outs), state
 
     def step(self, grads: Tree, state: Tree, params: Tree, *, inplace: bool = False) -> tuple[Tree, Tree]:
         columns = self._columns(grads, state)
         leaves = columns.match("params", params)
         bases = columns.present("params", leaves)
-        outs, state = self._run(columns, state, self._decayed(columns, params), bases, inplace)
+        outs, state = self._run(columns, state, self._decayed(columns, params), bases, 2, inplace)
         return columns.tree_of(leaves, outs), state
 
     def _columns(self, grads: Tree, state: Tree) -> Columns:
@@ -155,32 +162,30 @@ class _RuleUpdate(Remembers):
         column = columns.present("params", columns.match("params", params))
         if self.mask is None:
             return column
-        wanted = columns.mask_of_rows(self.mask(params) if callable(self.mask) else self.mask)
-        return [p if want else None for p, want in zip(column, wanted, strict=True)]
+        return columns.masked(column, self.mask, params)
 
     def _run(
-        self, columns: Columns, state: Tree, decayed: Operands, bases: Leaves | None, inplace: bool
+        self, columns: Columns, state: Tree, decayed: Operands, bases: Operands, target: int, inplace: bool
     ) -> tuple[Leaves, Tree]:
         leaves = [columns.match(name, getattr(state, field)) for name, field in self.moments.items()]
         moments = [columns.present(name, column) for name, column in zip(self.moments, leaves, strict=True)]
-        added: Operands = bases or [None] * len(decayed)
         # Columns by index: 0 gradients, 1 decayed parameters, 2 bases, from 3 on moments. In place, updates take the
-        # memory of gradients, new parameters that of the old.
-        table = [columns.first, decayed, added, *moments]
-        donated = [2 if bases else 0, *range(3, len(table))] if inplace else []
+        # memory of gradients, new parameters that of the old: `target` is the index of either.
+        table = [columns.first, decayed, bases, *moments]
+        donated = [target, *range(3, len(table))] if inplace else []
         memory = _fused.locate(table, donated, state.count)
-        if memory is None:
+        if memory is _fused.NOT_LOCATED:
             self._check(columns, table)
         increment = _increment(self.name, columns, state.count)
         numbers = self._numbers_for(columns, memory, inplace)
-        if memory is not None and numbers is not None:
+        if numbers is not None:
             # In place the count increases before the kernel reads it.
             count = _increment_in_place(self.name, state.count, increment) if inplace else state.count + increment
             results = _fused.at_once(self.rule.kernel, numbers, columns.rows, count, table, donated, memory)
         else:
             # The general path: groups of leaves by kernel or in plain torch, under any transform.
-            step = Step(self.rule, state.count + increment, columns.rows, columns.first, decayed, added, moments)
-            results, count = self._leaf_by_leaf(step, self._rules(columns), state.count if inplace else None)
+            step = Step(self.rule, state.count + increment, columns.rows, columns.first, decayed, bases, moments)
+            results, count = self._leaf_by_leaf(step, self._kinds(columns), state.count if inplace else None)
         news = zip(self.moments.values(), leaves, results[1:], strict=True)
         return results[0], self.state(count=count, **{field: columns.tree_of(old, new) for field, old, new in news})
 
@@ -192,134 +197,93 @@ class _RuleUpdate(Remembers):
         for column in table[1:3]:
             columns.compare("params", column)
         for name, column in zip(self.moments, table[3:], strict=True):
-            columns.compare(name, column, accumulated=True)
+            columns.compare(name, column, accumulator)
 
-    def _numbers_for(self, columns: Columns, memory: _fused.Located | None, inplace: bool) -> Sequence[float] | None:
+    def _numbers_for(self, columns: Columns, memory: _fused.Located, inplace: bool) -> Sequence[float] | None:
         """Return the arguments of a kernel, or None if no single kernel call may compute the step."""
-        if memory is None or self.use_accelerated_op is False or self.varied or not columns.first:
+        if self.varied or not memory.sizes or not self._has_kernel(columns.first[0]):
             return None
-        first = columns.first[0]
         # `is_free`: no transform or graph needs the result. `is_donated`: memory may be overwritten besides.
-        allowed = memory.is_donated if inplace else memory.is_free
-        if not allowed or _fused.missing(first.device, first.dtype) is not None:
+        if not (memory.is_donated if inplace else memory.is_free):
             return None
         if self.numbers is not None:
             return self.numbers
         return _fused.numbers_of(self.rule) if all(map(_fused.is_number, self.tensors)) else None
 
+    def _has_kernel(self, leaf: torch.Tensor) -> bool:
+        return self.use_accelerated_op is not False and _fused.missing(leaf.device, leaf.dtype) is None
+
+    def _kinds(self, columns: Columns) -> list[tuple[UpdateRule, list[int]]]:
+        """Return the groups of rows of equal device, dtype and hyper-parameters, with the rule of each."""
+        values = self._varied_values(columns.spec)
+        for key, column in values.items():
+            columns.refuse_misfits(_PUBLIC.get(key, key), column)
+        varied = {key: columns.pick(column) for key, column in values.items()}
+        kinds: defaultdict[Any, list[int]] = defaultdict(list)
+        for row, (leaf, *own) in enumerate(zip(columns.first, *varied.values(), strict=True)):
+            # Numbers are equal by value, tensors by identity. The types keep a tensor apart from a number of its hash.
+            kinds[leaf.device, leaf.dtype, *map(type, own), *own].append(row)
+        return [(self._rule_of(rows[0], varied), rows) for rows in kinds.values()]
+
+    def _rule_of(self, row: int, varied: dict[str, list[Any]]) -> UpdateRule:
+        # As tensors, so that the rule keeps a momentum of 0: the fields of the state must not differ by leaf.
+        return dataclasses.replace(self.rule, **{key: _as_tensor(column[row]) for key, column in varied.items()})
+
     def _leaf_by_leaf(
-        self, step: Step, rules: Sequence[UpdateRule], count: torch.Tensor | None
+        self, step: Step, kinds: Sequence[tuple[UpdateRule, list[int]]], count: torch.Tensor | None
     ) -> tuple[list[Leaves], torch.Tensor]:
         """Return the results and the count. With the old `count` given, both are written in place."""
+        if self.use_accelerated_op:
+            self._require_kernels(step.grads)
         if count is None:
-            return self._results(step, rules, None), step.count
-        results = self._overwrite(step, rules)
+            return self._results(step, kinds, step.no_buffers), step.count
+        self._refuse_overwrite(step)
+        with torch.no_grad():
+            results = self._results(step, kinds, _donation.unshared_buffers(self.name, step))
         # The count changes last, so a step that raises leaves the count as it was.
         [[new]] = _donation.fill([[count]], [[step.count]])
         return results, new
 
-    def _rules(self, columns: Columns) -> list[UpdateRule]:
-        """Return the rule of each row. Rows of equal hyper-parameters share one object, the key of groups."""
-        if not self.varied:
-            return [self.rule] * len(columns.rows)
-        values = {
-            k: value_of_each_leaf(self.name, _PUBLIC.get(k, k), getattr(self.rule, k), columns.spec)
-            for k in self.varied
-        }
-        known: dict[Any, UpdateRule] = {}
-        for k, column in values.items():
-            columns.refuse_misfits(_PUBLIC.get(k, k), column)
-        rules = []
-        for row in range(len(columns.rows)):
-            mine = {k: columns.pick(column)[row] for k, column in values.items()}
-            # The type keeps the `id` of a tensor apart from an equal number.
-            key = (
-                row
-                if torch.compiler.is_compiling()
-                else tuple((type(v), _hyperparameter_key(v)) for v in mine.values())
-            )
-            if key not in known:
-                # As tensors, so that the rule keeps a momentum of 0: the fields of the state must not differ by leaf.
-                known[key] = dataclasses.replace(self.rule, **{k: _as_tensor(v) for k, v in mine.items()})
-            rules.append(known[key])
-        return rules
+    def _refuse_overwrite(self, step: Step) -> None:
+        """Raise if the target or the moments may not be overwritten, or if the step has a derivative."""
+        _donation.refuse_needed(self.name, "params", [p for p in step.bases if p is not None])
+        # Decay reads a leaf of a graph by value, under no_grad, as torch.optim does.
+        read = [p for p in step.decayed if p is not None and not _donation.is_leaf(p)]
+        tracked = [*step.grads, *flat(step.moments), *self.tensors, *read]
+        _donation.refuse_tracked(self.name, "gradients, state, hyper-parameters or decayed parameters", tracked)
 
-    def _overwrite(self, step: Step, rules: Sequence[UpdateRule]) -> list[Leaves]:
-        """Write the results into the memory of the parameters (of the gradients in an update) and of the moments."""
-        fused = any(base is not None for base in step.bases)
-        # Otherwise autograd and transforms track nothing, and the search for history is saved.
-        if not step.is_constant or torch.is_grad_enabled() or self.tensors:
-            # Decay reads a leaf of a graph by value, under no_grad below, as torch.optim does.
-            read = [p for p in step.decayed if p is not None and not fused and not _donation.is_leaf(p)]
-            tracked = [*step.grads, *flat(step.moments), *self.tensors, *read]
-            _donation.refuse_tracked(self.name, "gradients, state, hyper-parameters or decayed parameters", tracked)
-        if fused:
-            _donation.refuse_needed(self.name, "params", [p for p in step.bases if p is not None])
-        with torch.no_grad():
-            return self._results(step, rules, [step.bases if fused else step.grads, *step.moments])
+    def _results(self, step: Step, kinds: Sequence[tuple[UpdateRule, list[int]]], buffers: Buffers) -> list[Leaves]:
+        parts = [
+            self._results_of_one_kind(step.subset(rows, rule), [[column[k] for k in rows] for column in buffers])
+            for rule, rows in kinds
+        ]
+        # The rows of all groups, one group after the other, and where each row of the step is among them.
+        joined = [flat(part[k] for part in parts) for k in range(len(buffers))]
+        order = sorted(range(len(step.rows)), key=flat(rows for _, rows in kinds).__getitem__)
+        return [[column[k] for k in order] for column in joined]
 
-    def _results(self, step: Step, rules: Sequence[UpdateRule], buffers: Buffers | None) -> list[Leaves]:
-        devices, dtypes = {g.device for g in step.grads}, {g.dtype for g in step.grads}
-        if self.use_accelerated_op:
-            self._require_kernels(devices, dtypes)
-        if len(devices) <= 1 and len(dtypes) <= 1 and not self.varied:
-            return self._results_of_one_kind(step, buffers)
-        if buffers is not None:
-            buffers = _donation.unshared_buffers(self.name, step, buffers)
-        # Placeholders, filled group by group in the order of the rows.
-        results: list[Leaves] = [[torch.empty(0)] * len(step.rows) for _ in range(1 + len(step.moments))]
-        # Groups of equal device, dtype and rule. Dynamo cannot trace `id`, so under compile rules are hashed by value.
-        kinds: defaultdict[Any, list[int]] = defaultdict(list)
-        for row, (g, rule) in enumerate(zip(step.grads, rules, strict=True)):
-            kinds[g.device, g.dtype, rule if torch.compiler.is_compiling() else id(rule)].append(row)
-        for at in kinds.values():
-            part = None if buffers is None else [[column[k] for k in at] for column in buffers]
-            some_rows = dataclasses.replace(step.subset(at), rule=rules[at[0]])
-            for column, values in zip(results, self._results_of_one_kind(some_rows, part), strict=True):
-                for row, value in zip(at, values, strict=True):
-                    column[row] = value
-        return results
+    def _require_kernels(self, leaves: Leaves) -> None:
+        if lacks := list(filter(None, [_fused.missing(leaf.device, leaf.dtype.to_real()) for leaf in leaves])):
+            raise ValueError(f"{self.name}: use_accelerated_op=True, but {lacks[0]}")
 
-    def _require_kernels(self, devices: Iterable[torch.device], dtypes: Iterable[torch.dtype]) -> None:
-        for device, dtype in ((device, dtype) for device in devices for dtype in dtypes):
-            if lack := _fused.missing(device, dtype.to_real()):
-                raise ValueError(f"{self.name}: use_accelerated_op=True, but {lack}")
-
-    def _results_of_one_kind(self, step: Step, buffers: Buffers | None) -> list[Leaves]:
-        """Compute the results of leaves of one device and dtype."""
-        if not step.grads:
-            return [[] for _ in (step.grads, *step.moments)]
-        device, dtype = step.grads[0].device, step.grads[0].dtype
-        if dtype.is_complex:
+    def _results_of_one_kind(self, step: Step, buffers: Buffers) -> list[Leaves]:
+        """Compute the results of leaves of one device, dtype and rule, in the buffers that can hold them."""
+        if step.grads[0].is_complex():
             return self._results_of_complex(step, buffers)
-        if self.use_accelerated_op is not False:
-            # `missing` tells if a kernel exists for the device and dtype, `serves` if it may run under the present
-            # transforms.
-            served = _fused.missing(device, dtype) is None
-            if served and _fused.serves(step, self.name, insists=bool(self.use_accelerated_op)):
-                return _fused.run_kernel(self.name, step, buffers)
-        results = step.results()
-        return (
-            results
-            if buffers is None
-            else _donation.fill(_donation.unshared_buffers(self.name, step, buffers), results)
-        )
+        # `serves` tells if a kernel may run under the present transforms.
+        insists = bool(self.use_accelerated_op)
+        if self._has_kernel(step.grads[0]) and _fused.serves(step, self.name, insists=insists):
+            return _fused.run_kernel(step, buffers)
+        return _donation.fill(buffers, step.results())
 
-    def _results_of_complex(self, step: Step, buffers: Buffers | None) -> list[list[Any]]:
+    def _results_of_complex(self, step: Step, buffers: Buffers) -> list[Leaves]:
         """Compute a step of complex leaves as one of pairs of reals, as torch.optim does."""
         # One view for each tensor: buffers are matched with operands by identity.
         pairs = {id(t): torch.view_as_real(t.resolve_conj()) for t in step.operands}
-        reals = step.of([pairs[id(t)] for t in step.operands])
-        if step.rule.is_elementwise:
-            # A number for each complex element is shared by its two reals.
-            pairwise = step.rule.with_tensors(lambda v: v.unsqueeze(-1) if v.ndim else v)
-            reals = dataclasses.replace(reals, rule=pairwise)
-        if buffers is None:
-            results = self._results_of_one_kind(reals, None)
-            return [[torch.view_as_complex(t.contiguous()) for t in column] for column in results]
-        results = self._results_of_one_kind(
-            reals, [[None if b is None else pairs[id(b)] for b in column] for column in buffers]
-        )
+        # A number for each complex element is shared by its two reals.
+        pairwise = step.rule.with_tensors(lambda v: v.unsqueeze(-1) if v.ndim else v)
+        reals = dataclasses.replace(step.of([pairs[id(t)] for t in step.operands]), rule=pairwise)
+        results = self._results_of_one_kind(reals, [[pairs.get(id(b)) for b in column] for column in buffers])
         return [
             [_complex_of(r, b, pairs) for b, r in zip(*columns, strict=True)]
             for columns in zip(buffers, results, strict=True)
@@ -330,11 +294,6 @@ _NOT_SPARSE = (
     " ({} also moves parameters whose gradient is zero, so sparse gradients would save nothing: use sgd or adagrad, "
     "torch.optim.SparseAdam, which is another algorithm, or grad.to_dense())"
 )
-
-
-def _hyperparameter_key(value: object) -> float:
-    """Return the key of a hyper-parameter in a grouping: numbers by value, tensors by identity."""
-    return value if isinstance(value, (int, float)) else id(value)
 
 
 def _as_tensor(value: Number | None) -> Any:

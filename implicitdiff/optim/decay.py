@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import torch
 
@@ -36,16 +35,16 @@ def add_decayed_weights(weight_decay: Number | Tree = 0.0, mask: Tree = None) ->
     """
     _check.require_non_negative("add_decayed_weights", weight_decay=weight_decay)
 
-    return stateless("add_decayed_weights", functools.partial(_all_decayed, weight_decay, mask))
+    wanted = True if mask is None else mask
+    return stateless("add_decayed_weights", functools.partial(_all_decayed, weight_decay, wanted))
 
 
 def _all_decayed(weight_decay: Number | Tree, mask: Tree, columns: Columns, params: Tree) -> Leaves:
     if params is None:
         raise ValueError("add_decayed_weights needs the parameters; call update(grads, state, params)")
-    column = columns.column("params", columns.match("params", params))
-    wanted = columns.mask_of_rows(True if mask is None else mask(params) if callable(mask) else mask)
-    rows = zip(columns.first, column, wanted, factor_of_each_row("weight_decay", weight_decay, columns), strict=True)
-    return [_decayed(g, p, each) if want else g for g, p, want, each in rows]
+    column = columns.masked(columns.column("params", columns.match("params", params)), mask, params)
+    rows = zip(columns.first, column, factor_of_each_row("weight_decay", weight_decay, columns), strict=True)
+    return [g if p is None else _decayed(g, p, each) for g, p, each in rows]
 
 
 def _decayed(g: torch.Tensor, p: torch.Tensor, weight_decay: Number) -> torch.Tensor:
@@ -83,21 +82,17 @@ class _Masked(Remembers):
 
     def init(self, params: Tree) -> Tree:
         columns = Columns("masked", "params", params)
-        return self.inner[0](columns.tree_of(columns.leaves, self._kept(columns)[1]))
-
-    def _kept(self, columns: Columns) -> tuple[list[Any], list[torch.Tensor | None]]:
-        """Return the mask of the rows, and the rows with None outside of the mask."""
-        wanted = columns.mask_of_rows(self.mask(columns.tree) if callable(self.mask) else self.mask)
-        return wanted, [leaf if want else None for leaf, want in zip(columns.first, wanted, strict=True)]
+        return self.inner[0](columns.tree_of(columns.leaves, columns.masked(columns.first, self.mask, params)))
 
     def __call__(self, grads: Tree, state: Tree, params: Tree = None, *, inplace: bool = False) -> tuple[Tree, Tree]:
         columns = Columns("masked", "grads", grads).checked()
-        wanted, kept = self._kept(columns)
+        column = columns.first
         if inplace:
             # One tensor may be the gradient of two leaves, of which the mask leaves one unchanged.
-            shared = _donation.shared(columns.first)
-            kept = [g.clone() if g is not None and i in shared else g for i, g in enumerate(kept)]
+            shared = _donation.shared(column)
+            column = [g.clone() if i in shared else g for i, g in enumerate(column)]
+        kept = columns.masked(column, self.mask, grads)
         updates, state = self.inner[1](columns.tree_of(columns.leaves, kept), state, params=params, inplace=inplace)
         transformed = columns.pick(columns.match("updates", updates))
-        mixed = [u if want else g for u, g, want in zip(transformed, columns.first, wanted, strict=True)]
+        mixed = [g if k is None else u for u, g, k in zip(transformed, columns.first, kept, strict=True)]
         return columns.tree_of(columns.leaves, mixed), state

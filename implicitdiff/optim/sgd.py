@@ -12,7 +12,7 @@ import implicitdiff.optim._check as _check
 from implicitdiff._calls import shows_call
 from implicitdiff._torch.trees import Leaves, Number, Tree
 from implicitdiff.optim._base import GradientTransformation
-from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule, may_be_nonzero
+from implicitdiff.optim._rule import UPHILL, Constants, Hyperparameter, Setting, UpdateRule
 from implicitdiff.optim._transformation import transformation
 
 
@@ -41,7 +41,7 @@ class SGDRule(UpdateRule):
 
     @property
     def has_momentum(self) -> bool:
-        return may_be_nonzero(self.momentum)
+        return self.is_used(self.momentum)
 
     @property
     def kernel(self) -> str:
