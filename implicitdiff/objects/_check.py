@@ -39,6 +39,19 @@ def convert_state(given: Tree, fresh: Tree) -> Tree:
     return structure.unflatten([t.to(like.device, like.dtype) for t, like in pairs])
 
 
+def fitted(
+    state: Tree, known: TensorOptions | None, params: Tree, init: Callable[[Tree], Tree]
+) -> tuple[Tree, TensorOptions]:
+    """Return a state with the dtypes and devices of the parameters, and these: `state`, or a fresh one without it.
+
+    `known` are the dtypes and devices of `state`.
+    """
+    options = tensor_options(params)
+    if state is None:
+        return init(params), options
+    return state if options == known else convert_state(state, init(params)), options
+
+
 def is_shaped_like(given: Tree, like: Tree) -> bool:
     """Return whether two trees agree in nesting and in the shapes of their tensors."""
     leaves, structure = pytree.flatten(like)

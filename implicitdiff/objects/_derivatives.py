@@ -7,7 +7,8 @@ contains an operation whose second or third derivative torch gets wrong, the der
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,10 +33,10 @@ def guard_derivatives(name: str, loss: Tensor, grads: dict[int, Tensor], params:
         name: of the public function, for error messages.
         loss: the loss; the graph of this step lies between `loss` and `params`.
         grads: gradients of the loss by position of the parameter, with their graph.
-        params: the parameters.
+        params: the parameters, which require a gradient.
     """
     # Backward nodes appear in the graph of the gradients, forward nodes in the graph of the loss.
-    ends = {_accumulating_node(t) for t in params}
+    ends = {torch.autograd.graph.get_gradient_edge(t).node for t in params}
     for node in _nodes_behind(list(grads.values()), ends):
         if (operation := _WRONG_THIRD.get(node.name())) is not None:
             node.register_hook(_OnceDifferentiable(_message(name, operation, "third")))
@@ -52,44 +53,41 @@ def _message(name: str, operation: str, which: str) -> str:
     )
 
 
-def _accumulating_node(tensor: Tensor) -> Node | None:
-    """Node of a tensor in the graph: for a leaf, the node that accumulates the gradient."""
-    return torch.autograd.graph.get_gradient_edge(tensor).node if tensor.requires_grad else None
-
-
-def _nodes_on_paths(tensors: Sequence[Tensor], ends: set[Node | None]) -> list[Node]:
+def _nodes_on_paths(tensors: Sequence[Tensor], ends: set[Node]) -> list[Node]:
     """Return the nodes on paths from tensors to `ends`.
 
     A node off all paths, such as a layer norm of data, takes no part in the gradient.
     """
     nodes = list(_nodes_behind(tensors, ends))
-    above: dict[Node, list[Node]] = {}
-    for node in nodes:
-        for below, _ in node.next_functions:
-            if below is not None:
-                above.setdefault(below, []).append(node)
+    above: defaultdict[Node | None, list[Node]] = defaultdict(list)
+    for upper, lower in [(node, below) for node in nodes for below in _inputs_of(node)]:
+        above[lower].append(upper)
     # Search upwards, from the ends against the direction of `next_functions`.
-    found: set[Node] = set()
-    todo = [node for end in ends - {None} for node in above.get(end, [])]  # type: ignore[arg-type]
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += above.get(node, [])
+    found = set(_reached([node for end in ends for node in above[end]], above.__getitem__, set()))
     return [node for node in nodes if node in found]
 
 
-def _nodes_behind(tensors: Sequence[Tensor], ends: set[Node | None]) -> Iterator[Node]:
+def _nodes_behind(tensors: Sequence[Tensor], ends: set[Node]) -> Iterator[Node]:
     """Iterate over the graph behind tensors, up to `ends`."""
+    return _reached([t.grad_fn for t in tensors], _inputs_of, {None, *ends})
+
+
+def _inputs_of(node: Node) -> list[Node | None]:
+    return [below for below, _ in node.next_functions]
+
+
+def _reached(
+    starts: Sequence[Node | None], following: Callable[[Node], Sequence[Node | None]], seen: set[Node | None]
+) -> Iterator[Node]:
+    """Iterate over the nodes that are reached from some nodes, except those `seen`."""
     # Iterative: graphs of long runs exceed Python's limit of recursion.
-    seen, todo = {None, *ends}, [t.grad_fn for t in tensors]
+    todo: list[Any] = [*starts]
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        todo += [below for below, _ in node.next_functions]
+        if node not in seen:
+            seen.add(node)
+            yield node
+            todo += following(node)
 
 
 class _OnceDifferentiable:

@@ -46,8 +46,7 @@ def inherit(new: torch.Tensor, old: torch.Tensor) -> None:
 
 def apply_inherited(tensor: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """Apply inherited hooks to the gradient of a tensor. Autograd has run the tensor's own hooks already."""
-    for table in _inherited(tensor).tables:
-        for hook in list(table.values()):
-            result = hook(grad)
-            grad = grad if result is None else result
+    for hook in [hook for table in _inherited(tensor).tables for hook in table.values()]:
+        result = hook(grad)
+        grad = grad if result is None else result
     return grad

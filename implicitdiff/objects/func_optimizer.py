@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 import implicitdiff._torch.trees as pytree
@@ -61,10 +63,7 @@ class FuncOptimizer:
         """
         inplace = self.inplace if inplace is None else inplace
         grads = loss_gradients("FuncOptimizer.step", loss, params, constant=inplace or first_order, keep=first_order)
-        state, options = self.state, _check.tensor_options(params)
-        if state is None or options != self._options:
-            fresh = self.transformation.init(params)
-            state = fresh if state is None else _check.convert_state(state, fresh)
+        state, options = _check.fitted(self.state, self._options, params, self.transformation.init)
         # A step in place has no derivative, and may overwrite leaves that require a gradient.
         with torch.set_grad_enabled(not inplace):
             stepped, self.state = self.transformation.step(grads, state, params, inplace=inplace)
@@ -99,17 +98,17 @@ def loss_gradients(name: str, loss: torch.Tensor, params: Tree, *, constant: boo
     leaves, structure = pytree.flatten(params)
     at = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
     some = [leaves[i] for i in at]
-    found: tuple[torch.Tensor | None, ...] = ()
+    found: Sequence[torch.Tensor | None] = [None] * len(some)
     if some and loss.requires_grad:
         found = torch.autograd.grad(
             loss, some, retain_graph=keep or not constant, create_graph=not constant, allow_unused=True
         )
-    # Without a derivative `found` is empty, whatever the length of `at`.
-    pairs = zip(at, found, strict=bool(found))
     with torch.set_grad_enabled(not constant):
         # After a conversion within a graph (`module.double()`), autograd returns gradients in the old dtype.
         grads = {
-            i: _hooks.apply_inherited(leaves[i], grad.to(leaves[i].dtype)) for i, grad in pairs if grad is not None
+            i: _hooks.apply_inherited(leaves[i], grad.to(leaves[i].dtype))
+            for i, grad in zip(at, found, strict=True)
+            if grad is not None
         }
     if not grads:
         raise ValueError(

@@ -97,14 +97,8 @@ class MetaOptimizer:
 
     def _fit(self, params: dict[str, torch.Tensor]) -> None:
         """Initialise the state, or convert it to the present dtypes and devices of the parameters."""
-        options = _check.tensor_options(params)
-        if self._state is None or options != self._options:
-            with torch.no_grad():
-                fresh = self.transformation.init(params)
-            self._state, self._options = (
-                fresh if self._state is None else _check.convert_state(self._state, fresh),
-                options,
-            )
+        init = torch.no_grad()(self.transformation.init)
+        self._state, self._options = _check.fitted(self._state, self._options, params, init)
 
     def step(self, loss: torch.Tensor, *, first_order: bool = False) -> None:
         """Replace the module's parameters by the result of a step along the gradients of a loss.

@@ -147,8 +147,8 @@ class Optimizer(torch.optim.Optimizer):
     def _pure(self, index: int, params: Leaves) -> Pure:
         # `self.state` holds the tensors of the state in plain dictionaries, as `state_dict` of torch requires.
         kept, options = self.state.get(group_key(index)), _check.tensor_options(params)
-        structure, known = self._structures.get(index, (None, None))
-        if kept and structure is not None and options == known:
+        structure, known = self._structures.get(index, _UNKNOWN)
+        if kept and options == known:
             return Pure(self._transformation, params, structure.unflatten([*kept.values()]))
         state = self._transformation.init(params)
         # The nesting of the state, cached with dtypes and devices: `init` would allocate a state in every step.
@@ -177,15 +177,20 @@ class Optimizer(torch.optim.Optimizer):
                 "Optimizer: the given state is of an optimizer with a state for each parameter; load it into SGD, "
                 "Adam or another optimizer of that kind"
             )
+        if not kept:
+            return
         # Shapes identify a state: it is saved without names.
-        if kept and [t.shape for t in kept] != [t.shape for t in mine]:
+        if [t.shape for t in kept] != [t.shape for t in mine]:
             raise ValueError(
                 f"Optimizer: the given state of group {index} does not belong to this transformation and these "
                 f"parameters: expected {pytree.describe(mine)}, got {pytree.describe(kept)}"
             )
-        if kept:
-            pairs = enumerate(zip(kept, mine, strict=True))
-            self.state[group_key(index)] = {str(i): t.to(like.device, like.dtype, copy=True) for i, (t, like) in pairs}
+        pairs = enumerate(zip(kept, mine, strict=True))
+        self.state[group_key(index)] = {str(i): t.to(like.device, like.dtype, copy=True) for i, (t, like) in pairs}
+
+
+# Of a group before its first step: the structure of no state, for no parameters.
+_UNKNOWN: tuple[pytree.Structure, _check.TensorOptions | None] = (pytree.flatten(())[1], None)
 
 
 def group_key(index: int) -> Any:  # `state` of torch.optim is typed for tensors as keys

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from implicitdiff.objects.optimizer import Group, Optimizer, Pure, group_key
 from implicitdiff.optim import InjectState
 from implicitdiff.optim._base import GradientTransformation
 from implicitdiff.optim._columns import accumulator
+from implicitdiff.optim._inject import schedules_among
 
 
 class _GroupTransformation(NamedTuple):
@@ -64,12 +66,12 @@ class _NamedOptimizer(Optimizer):
     def __init_subclass__(
         cls,
         factory: Callable[..., GradientTransformation] | None = None,
-        names: Mapping[str, str] | None = None,
-        flags: Mapping[str, bool] | None = None,
+        names: Mapping[str, str] = MappingProxyType({}),
+        flags: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
         super().__init_subclass__()
-        if factory is not None and names is not None:
-            cls.factory, cls.names, cls.flags = staticmethod(factory), names, flags or {}
+        if factory is not None:
+            cls.factory, cls.names, cls.flags = staticmethod(factory), names, flags
             cls.__signature__ = _check.object_signature("params", factory)
             # Groups with different weight_decay replace a mask.
             cls.hyperparameters = [key for key in inspect.signature(factory).parameters if key != "mask"]
@@ -102,14 +104,14 @@ class _NamedOptimizer(Optimizer):
             except BaseException:
                 self.param_groups.pop()
                 raise
-        if _schedules(values):
+        if schedules_among(values):
             self._count(self.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in the layout of torch.optim, with present values instead of schedules."""
         saved = torch.optim.Optimizer.state_dict(self)
         for group in saved["param_groups"]:
-            mine = _schedules(self._hyperparameters(group))
+            mine = schedules_among(self._hyperparameters(group))
             group.update({key: _current_value(group["count"], value) for key, value in mine.items()})
         return saved
 
@@ -119,7 +121,7 @@ class _NamedOptimizer(Optimizer):
         Raises:
             ValueError: the state belongs to other parameters or to another optimizer. Nothing is changed then.
         """
-        schedules = [_schedules(self._hyperparameters(group)) for group in self.param_groups]
+        schedules = [schedules_among(self._hyperparameters(group)) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, mine in zip(self.param_groups, schedules, strict=True):
             group.update(mine)
@@ -130,8 +132,9 @@ class _NamedOptimizer(Optimizer):
 
     def _count(self, group: Group) -> int:
         """Number of steps of a group with schedules; of a checkpoint without ``count``, the most of any parameter."""
-        steps = [int(self.state[p]["step"]) for p in group["params"] if p in self.state]
-        return int(group.setdefault("count", max(steps, default=0)))
+        if "count" not in group:
+            group["count"] = max((int(self.state[p]["step"]) for p in group["params"] if p in self.state), default=0)
+        return int(group["count"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**torch.optim.Optimizer.__getstate__(self), "_transformations": {}}
@@ -217,10 +220,8 @@ class _NamedOptimizer(Optimizer):
 
     def _store(self, index: int, params: Leaves, state: Tree) -> None:
         group = self.param_groups[index]
-        if isinstance(state, InjectState):
-            group["count"] = int(state.count)
-        elif params and _schedules(self._hyperparameters(group)):
-            # All present hyper-parameters are numbers; the schedules belong to parameters without a gradient.
+        if schedules_among(self._hyperparameters(group)):
+            # Also where all schedules belong to parameters without a gradient, so that `state` has no count of updates.
             group["count"] = self._count(group) + 1
         state = _inner_state(state)
         names = [(name, getattr(state, field)) for field, name in self._transformations[index].names.items()]
@@ -243,12 +244,12 @@ class _NamedOptimizer(Optimizer):
                 self.state[p] = self._checked_param_state(entry, kept)
 
     def _check_flags(self, group: Group) -> None:
-        for key, value in self.flags.items():
-            if group.get(key, value) != value:
-                raise ValueError(
-                    f"{type(self).__name__}: {key} must be {value} in every parameter group, got {group[key]}; use "
-                    f"{'Adam' if isinstance(self, AdamW) else 'AdamW'}"
-                )
+        if odd := {key: value for key, value in self.flags.items() if group.get(key, value) != value}:
+            [(key, value)] = odd.items()
+            raise ValueError(
+                f"{type(self).__name__}: {key} must be {value} in every parameter group, got {group[key]}; use "
+                f"{'Adam' if value else 'AdamW'}"
+            )
 
     def _checked_param_state(self, fresh: Group, kept: Group) -> Group:
         """Return the state of a parameter from a checkpoint, in the dtypes and on the devices of a fresh state.
@@ -276,17 +277,14 @@ def _inner_state(state: Tree) -> Tree:
     return state.inner if isinstance(state, InjectState) else state
 
 
-def _schedules(values: Group) -> Group:
-    """Return the hyper-parameters that are schedules or contain schedules."""
-    return {k: v for k, v in values.items() if any(map(callable, pytree.leaves_of(v)[0]))}
-
-
 def _current_value(count: int, value: Tree) -> Tree:
     """Evaluate the schedules in a hyper-parameter after `count` steps."""
 
     def now(leaf: Tree) -> Tree:
-        found = leaf(torch.tensor(count, device="cpu")) if callable(leaf) else leaf
-        return found.item() if callable(leaf) and isinstance(found, torch.Tensor) and found.ndim == 0 else found
+        if not callable(leaf):
+            return leaf
+        found = leaf(torch.tensor(count, device="cpu"))
+        return found.item() if isinstance(found, torch.Tensor) and found.ndim == 0 else found
 
     return pytree.map_leaves(now, value)
 

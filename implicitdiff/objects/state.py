@@ -192,13 +192,11 @@ def _tensor_tree(name: str, target: Tree) -> Tree:
     """Return the state of an optimizer, or the given tree, checked for leaves with a state of their own."""
     if isinstance(target, _OPTIMIZERS):
         return target.state_dict()
-    for leaf in pytree.leaves_of(target)[0]:
-        # A module in a list is a leaf without tensors for a pytree, and would be ignored silently.
-        if hasattr(leaf, "state_dict"):
-            kind = type(leaf).__name__
-            raise TypeError(
-                f"{name}: a tree must hold tensors, got {kind}; pass a module or a meta-optimizer by itself"
-            )
+    # A module in a list is a leaf without tensors for a pytree, and would be ignored silently.
+    if kinds := [type(leaf).__name__ for leaf in pytree.leaves_of(target)[0] if hasattr(leaf, "state_dict")]:
+        raise TypeError(
+            f"{name}: a tree must hold tensors, got {kinds[0]}; pass a module or a meta-optimizer by itself"
+        )
     return target
 
 
@@ -226,7 +224,7 @@ def _deep_copy(tensor: torch.Tensor, device: torch.device | str | None) -> torch
     value = tensor.detach().clone().to(device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(value, tensor.requires_grad)
-    return value.requires_grad_() if tensor.requires_grad else value
+    return value.requires_grad_(tensor.requires_grad)
 
 
 def _recover_module(module: nn.Module, state: Tree) -> None:
