@@ -84,21 +84,27 @@ def solve_implicitly(
             f"{type(module).__name__}.solve: the module has no inner parameters; create the parameters to be solved "
             "for in __init__"
         )
-    for name in values:
-        # Leaves are kept on the module for the next call. Tensors of a transform or a trace end with it.
-        if _levels.is_plain(begun[name].tensor) and not _modes.is_traced():
-            module._leaves[name] = begun[name].tensor
+    _keep_leaves(module, {name: begun[name] for name in values})
     try:
         return _ModuleProblem(module, method, condition, values)(args, kwargs)
     except BaseException:
         # Restore values and slots: after an error the module is as before.
         with _switches.no_levels(), torch.no_grad():
-            for name in values:
-                if _levels.is_plain(begun[name].tensor):
-                    begun[name].tensor.copy_(_levels.base(values[name]))
+            for name in [name for name in values if _levels.is_plain(begun[name].tensor)]:
+                begun[name].tensor.copy_(_levels.base(values[name]))
         for name, slot in begun.items():
             slot.put(before[name])
         raise
+
+
+def _keep_leaves(module: Module, slots: dict[str, ParameterSlot]) -> None:
+    """Keep leaves on the module for the next call."""
+    module._leaves.update({name: slot.tensor for name, slot in slots.items() if outlasts_call(slot.tensor)})
+
+
+def outlasts_call(tensor: torch.Tensor) -> bool:
+    """False for tensors of a transform or a trace, which end with it."""
+    return _levels.is_plain(tensor) and not _modes.is_traced()
 
 
 def _bind_options(
@@ -162,16 +168,15 @@ class _ModuleProblem:
         slots = self._slots()
         _refuse_captured(self.name, slots, root.theta)
         attached = root.attached()
-        # Tensors of the output that are inner parameters are returned with derivatives, others detached.
         known = {id(slot.tensor): slot.tensor for slot in slots.values()}
         # Without a tracked operand the solution has no derivative, and the parameters remain leaves.
         if any(tensor.requires_grad or not _levels.is_plain(tensor) for tensor in attached.values()):
+            _keep_leaves(self.module, slots)
             for name, slot in slots.items():
-                if _levels.is_plain(slot.tensor) and not _modes.is_traced():
-                    self.module._leaves[name] = slot.tensor
                 slot.put(attached[name])
                 known[id(slot.tensor)] = attached[name]
-        return pytree.map_tensors(lambda t: known[id(t)] if id(t) in known else t.detach(), self.output)
+        # Tensors of the output that are inner parameters are returned with derivatives, others detached.
+        return pytree.map_tensors(lambda t: known.get(id(t), t.detach()), self.output)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
         self.module._is_solving = True
@@ -262,20 +267,18 @@ def _drop_unused(twin: nn.Module, used: list[torch.Tensor]) -> None:
     """
     kept = set(map(id, used))
     for part in twin.modules():
-        for name, value in list(vars(part).items()):
-            if isinstance(value, torch.Tensor) and value.grad_fn is not None and id(value) not in kept:
-                del vars(part)[name]
+        held = {name: value for name, value in vars(part).items() if isinstance(value, torch.Tensor)}
+        for name in [name for name, t in held.items() if t.grad_fn is not None and id(t) not in kept]:
+            del vars(part)[name]
 
 
 def _refuse_captured(name: str, slots: dict[str, ParameterSlot], theta: list[torch.Tensor]) -> None:
     """Raise if the residuals captured an inner parameter as a constant."""
     # An inner parameter among the operands was captured by identity, so the residuals do not see its replacement.
     captured = set(map(id, theta))
-    for key, slot in slots.items():
-        if id(slot.tensor) in captured:
-            raise ValueError(
-                f"{name}.optimality: the inner parameter {key!r} is not read as an attribute of the module, but "
-                "through a list or a function that holds the parameter, its module or self, or through a module that "
-                "torch.compile made; the derivative would be wrong: read an attribute (an nn.ModuleList holds "
-                "modules)"
-            )
+    if keys := [key for key, slot in slots.items() if id(slot.tensor) in captured]:
+        raise ValueError(
+            f"{name}.optimality: the inner parameter {keys[0]!r} is not read as an attribute of the module, but "
+            "through a list or a function that holds the parameter, its module or self, or through a module that "
+            "torch.compile made; the derivative would be wrong: read an attribute (an nn.ModuleList holds modules)"
+        )

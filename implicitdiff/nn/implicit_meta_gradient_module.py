@@ -155,7 +155,7 @@ class ImplicitMetaGradientModule(MetaGradientModule):
         """Return a leaf with the values of an inner parameter, or None if the slot needs no replacement."""
         kept = self._leaves.get(name)
         is_frozen = kept is None and not tensor.requires_grad
-        if is_frozen or (tensor.is_leaf and _levels.is_plain(tensor) and not _modes.is_traced()):
+        if is_frozen or (tensor.is_leaf and _solve.outlasts_call(tensor)):
             return None
         if _levels.batch_levels(tensor):  # the lanes of a vmap have no common value to start from
             return kept
@@ -189,24 +189,25 @@ def _is_abstract(value: object) -> bool:
     return bool(getattr(value, "__isabstractmethod__", False))
 
 
+def _is_method(value: object) -> bool:
+    """True for any descriptor that binds `self`, such as the result of a decorator."""
+    return hasattr(type(value), "__get__") and not isinstance(value, (staticmethod, classmethod, property))
+
+
 def _check_methods(cls: type[ImplicitMetaGradientModule], is_base: bool) -> None:
     """Raise unless a class defines the required methods. A base class may lack some."""
-    for name in ("solve", "objective", "optimality"):
-        method = inspect.getattr_static(cls, name)
-        # Any descriptor that binds `self` is a method, such as the result of a decorator.
-        if isinstance(method, (staticmethod, classmethod, property)) or not hasattr(type(method), "__get__"):
-            raise TypeError(
-                f"{cls.__name__}: {name} must be a method, def {name}(self, ...), got {type(method).__name__}"
-            )
-    if is_base:
-        return
+    given = {name: inspect.getattr_static(cls, name) for name in ("solve", *_CONDITIONS)}
+    if odd := {name: method for name, method in given.items() if not _is_method(method)}:
+        name, method = next(iter(odd.items()))
+        raise TypeError(f"{cls.__name__}: {name} must be a method, def {name}(self, ...), got {type(method).__name__}")
     base = ImplicitMetaGradientModule
-    lacks = []
-    if _is_abstract(cls.solve):
-        lacks.append("does not define solve(), which is required")
-    if all(getattr(cls, name) is getattr(base, name) or _is_abstract(getattr(cls, name)) for name in _CONDITIONS):
-        lacks.append("defines neither objective() nor optimality(), of which one is required")
-    if lacks:
+    conditions = [getattr(cls, name) for name in _CONDITIONS if getattr(cls, name) is not getattr(base, name)]
+    required = {
+        "does not define solve(), which is required": [cls.solve],
+        "defines neither objective() nor optimality(), of which one is required": conditions,
+    }
+    lacks = [lack for lack, methods in required.items() if all(map(_is_abstract, methods))]
+    if lacks and not is_base:
         raise TypeError(
             f"{cls.__name__} {' and '.join(lacks)}; for a base class that leaves methods to subclasses, write class "
             f"{cls.__name__}(ImplicitMetaGradientModule, abc.ABC)"

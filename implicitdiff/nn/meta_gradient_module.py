@@ -77,7 +77,7 @@ class MetaGradientModule(nn.Module, metaclass=_ArgumentTracking):
         elif id(value) in self._meta_ids():
             self._keep(name, value)
             self._meta[name] = None
-        elif value.requires_grad and value.is_leaf and not isinstance(value, nn.Parameter):
+        elif _is_bare_leaf(value):
             self._keep(name, value)
         else:
             super().__setattr__(name, value)
@@ -133,12 +133,12 @@ class MetaGradientModule(nn.Module, metaclass=_ArgumentTracking):
         Raises:
             ValueError: the tensor is a meta-parameter.
         """
-        if param is not None and id(param) in self._meta_ids():
+        if id(param) in self._meta_ids():
             raise ValueError(f"parameter {name!r} is a meta-parameter; use register_meta_parameter")
-        if param is None or isinstance(param, nn.Parameter) or not (param.requires_grad and param.is_leaf):
-            super().register_parameter(name, param)  # type: ignore[arg-type]  # raises for a wrong type
-        else:
+        if _is_bare_leaf(param):
             self._keep(name, param)
+        else:
+            super().register_parameter(name, param)  # type: ignore[arg-type]  # raises for a wrong type
 
     def register_meta_parameter(self, name: str, param: torch.Tensor | None) -> None:
         """Add a meta-parameter: a floating-point or complex tensor, frozen or not; None keeps the name.
@@ -166,9 +166,9 @@ class MetaGradientModule(nn.Module, metaclass=_ArgumentTracking):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of inner and meta-parameters."""
         # `nn.Module.zero_grad` visits ``parameters()``, the inner parameters alone.
-        for slot in parameters_of(self).values():
-            if slot.tensor.is_leaf and slot.tensor.grad is not None:
-                slot.tensor.grad = None if set_to_none else torch.zeros_like(slot.tensor.grad)
+        leaves = [slot.tensor for slot in parameters_of(self).values() if slot.tensor.is_leaf]
+        for leaf, grad in [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]:
+            leaf.grad = None if set_to_none else torch.zeros_like(grad)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # `nn.Module._apply` writes to ``.data``, which loses history: tensors with history are taken out of their slots
@@ -228,10 +228,16 @@ class MetaGradientModule(nn.Module, metaclass=_ArgumentTracking):
 
     def _refuse_exchanged(self) -> None:
         """Raise if `functional_call` exchanged a meta-parameter that the module reads from inside of an argument."""
-        for path, tensor in self._adopted.items():
-            if self._parameters.get(path) is not tensor:
-                raise ValueError(
-                    f"{type(self).__name__}: torch.func.functional_call replaced the meta-parameter {path!r}, but the "
-                    "module reads it from inside of an argument: assign it to an attribute in __init__, and read the "
-                    "attribute"
-                )
+        adopted = self._adopted.items()
+        if exchanged := [path for path, tensor in adopted if self._parameters.get(path) is not tensor]:
+            raise ValueError(
+                f"{type(self).__name__}: torch.func.functional_call replaced the meta-parameter {exchanged[0]!r}, but "
+                "the module reads it from inside of an argument: assign it to an attribute in __init__, and read the "
+                "attribute"
+            )
+
+
+def _is_bare_leaf(value: object) -> bool:
+    """True for a leaf that requires a gradient and is no ``nn.Parameter``."""
+    is_leaf = isinstance(value, torch.Tensor) and value.requires_grad and value.is_leaf
+    return is_leaf and not isinstance(value, nn.Parameter)
