@@ -293,9 +293,8 @@ def shard(tree: Tree, axis: Axis = None, dim: int = 0) -> Tree:
 
 
 def _check_dim(name: str, tree: Tree, dim: int) -> None:
-    for t in pytree.tensors(tree):
-        if not -t.dim() <= dim < t.dim():
-            raise ValueError(f"{name}: a tensor of shape {list(t.shape)} has no dimension {dim}")
+    if short := [t for t in pytree.tensors(tree) if not -t.dim() <= dim < t.dim()]:
+        raise ValueError(f"{name}: a tensor of shape {list(short[0].shape)} has no dimension {dim}")
 
 
 def _on_tree(name: str, tree: Tree, axis: Axis) -> Tree:

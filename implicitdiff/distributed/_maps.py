@@ -204,10 +204,8 @@ def _dims_of(leaves: list[Any], spec: pytree.TreeSpec, in_dims: Any) -> list[Any
             f"vmap: in_dims must be a number, None, a Shard, or a tuple of these for each argument; got "
             f"{in_dims!r} for {spec.num_children} arguments"
         ) from None
-    for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
-        if dim is None:
-            continue
-        at = dim.dim if is_shard(dim) else dim
+    for i, leaf, dim in [(i, leaves[i], dim) for i, dim in enumerate(dims) if dim is not None]:
+        at = _number_of(dim)
         if not (isinstance(leaf, Tensor) and isinstance(at, int) and -leaf.dim() <= at < leaf.dim()):
             shown = f"a tensor of shape {list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)[:100]
             raise ValueError(f"vmap: in_dims has {dim!r} for {shown}, leaf {i} of the arguments")
@@ -215,48 +213,61 @@ def _dims_of(leaves: list[Any], spec: pytree.TreeSpec, in_dims: Any) -> list[Any
     return dims
 
 
+def _number_of(dim: Any) -> Any:
+    """Return the dimension that an entry of `in_dims` or `out_dims` names, as a number."""
+    return dim.dim if is_shard(dim) else dim
+
+
 def _lanes_of_ranks(leaves: list[Any], dims: list[Any], group: ProcessGroup) -> _Lanes:
     """Return the lanes of each rank: of `Shard` those that it passes, else about equal parts."""
     pairs = [(t, d) for t, d in zip(leaves, dims, strict=True) if d is not None]
     own = {t.shape[d.dim] for t, d in pairs if is_shard(d)}
     shared = {t.shape[d] for t, d in pairs if not is_shard(d)}
-    if len(own) > 1 or len(shared) > 1 or not (own or shared):
-        sizes = sorted(own if len(own) > 1 else shared)
-        raise ValueError(f"vmap: the mapped arguments must have one number of lanes; got {sizes or 'none'}")
-    rank, size = c10d.get_rank(group), c10d.get_world_size(group)
-    if own:
-        agree(group, "the numbers of lanes")
-        counts = tuple(count for (count,) in numbers_of_ranks(own, group))
-    else:
-        (total,) = shared
-        counts = tuple(total // size + (r < total % size) for r in range(size))
-    lanes = _Lanes(counts, rank)
-    if shared and lanes.total not in shared:
-        raise ValueError(f"vmap: the ranks pass {lanes.total} lanes of their own, and {max(shared)} that all have")
-    if not lanes.total or (own and 0 in counts):
+    sizes = max(own, shared, key=len)
+    if len(sizes) != 1:
+        raise ValueError(f"vmap: the mapped arguments must have one number of lanes; got {sorted(sizes) or 'none'}")
+    counts = _own_counts(own, shared, group) if own else _equal_counts(min(shared), c10d.get_world_size(group))
+    return _Lanes(counts, c10d.get_rank(group))
+
+
+def _own_counts(own: set[int], shared: set[int], group: ProcessGroup) -> tuple[int, ...]:
+    """Return the number of lanes that each rank passes; raise unless shared arguments have as many in sum."""
+    agree(group, "the numbers of lanes")
+    counts = tuple(count for (count,) in numbers_of_ranks(own, group))
+    if shared - {sum(counts)}:
+        raise ValueError(f"vmap: the ranks pass {sum(counts)} lanes of their own, and {max(shared)} that all have")
+    _refuse_none(min(counts), counts)
+    return counts
+
+
+def _equal_counts(total: int, size: int) -> tuple[int, ...]:
+    """Return about equal numbers of lanes for all ranks."""
+    counts = tuple(total // size + (r < total % size) for r in range(size))
+    _refuse_none(total, counts)
+    return counts
+
+
+def _refuse_none(lanes: int, counts: tuple[int, ...]) -> None:
+    """Raise if `lanes`, the lanes of all ranks or the fewest of one, are none."""
+    if not lanes:
         raise ValueError(f"vmap: each rank must pass a lane at least; the ranks pass {list(counts)}")
-    return lanes
 
 
 def _own_lanes(
     leaves: list[Any], dims: list[Any], lanes: _Lanes, group: ProcessGroup
 ) -> tuple[list[Any], list[int | None]]:
     """Return the arguments with the lanes of this rank, and the dimensions of the lanes."""
-    own, own_dims = list(leaves), [d.dim if is_shard(d) else d for d in dims]
-    sent = []
-    for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
-        if dim is None or is_shard(dim):
-            continue
-        # Under a mode always the same operation, whatever is differentiated in this evaluation.
-        if is_any_running() or _tracking.may_be_differentiated(leaf):
-            sent.append(i)
-            own[i], own_dims[i] = _by_ranks(leaf.movedim(dim, 0), lanes), 0
-        else:
-            own[i] = leaf.narrow(dim, lanes.first, lanes.run)
+    own, own_dims = list(leaves), [_number_of(d) for d in dims]
+    shared = [i for i, dim in enumerate(dims) if dim is not None and not is_shard(dim)]
+    # Under a mode always the same operation, whatever is differentiated in this evaluation.
+    sent = [i for i in shared if is_any_running() or _tracking.may_be_differentiated(leaves[i])]
+    for i in set(shared).difference(sent):
+        own[i] = leaves[i].narrow(dims[i], lanes.first, lanes.run)
     # The transpose of `shard` is `all_gather`, so the gradient reaches all ranks.
-    for i, part in zip(sent, on_leaves(Collective("shard", weakref.ref(group)), [own[i] for i in sent]), strict=True):
+    by_ranks = [_by_ranks(leaves[i].movedim(dims[i], 0), lanes) for i in sent]
+    for i, part in zip(sent, on_leaves(Collective("shard", weakref.ref(group)), by_ranks), strict=True):
         # The last rows are padding where the ranks have unequal numbers of lanes.
-        own[i] = part[: lanes.run]
+        own[i], own_dims[i] = part[: lanes.run], 0
     return own, own_dims
 
 
@@ -284,7 +295,7 @@ def _on_all_ranks(result: Tree, out_dims: Any, lanes: _Lanes, group: ProcessGrou
         if not lanes.is_even:
             whole = whole.index_select(0, torch.tensor(lanes.places(), device=t.device))
         leaves[i] = whole
-    placed = [t.movedim(0, d.dim if is_shard(d) else d) for t, d in zip(leaves, dims, strict=True)]
+    placed = [t.movedim(0, _number_of(d)) for t, d in zip(leaves, dims, strict=True)]
     return pytree.unflatten(placed, spec)
 
 
