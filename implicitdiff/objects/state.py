@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -258,24 +258,21 @@ def _check_fit(what: str, slots: dict[str, ParameterSlot], state: dict[str, torc
 
 def _assignments(target: Tree, state: Tree) -> list[tuple[Any, Any, torch.Tensor]]:
     """Return (container, key, new tensor) for each tensor in dictionaries and lists of the target."""
-    if not isinstance(target, (dict, list, tuple)):
-        if pytree.tensors(target):
-            raise _immutable_container(target)
-        return []
-    found = []
-    for key in target if isinstance(target, dict) else range(len(target)):
-        if not isinstance(target[key], torch.Tensor):
-            found += _assignments(target[key], state[key])
-        elif isinstance(target, tuple):
-            raise _immutable_container(target)
-        else:
-            # Collected first and written by the caller, so that an error leaves the target unchanged.
-            found.append((target, key, state[key]))
-    return found
+    entries = [*_children_of(target)]
+    keys = [key for key, entry in entries if isinstance(entry, torch.Tensor)]
+    if keys and not isinstance(target, (dict, list)):
+        raise TypeError(
+            f"recover_state_dict: a tensor in a {type(target).__name__} cannot be replaced; use the extracted state "
+            "itself, or keep tensors in dictionaries and lists"
+        )
+    # Collected first and written by the caller, so that an error leaves the target unchanged.
+    here = [(target, key, state[key]) for key in keys]
+    below = [(entry, state[key]) for key, entry in entries if not isinstance(entry, torch.Tensor)]
+    return here + [assignment for pair in below for assignment in _assignments(*pair)]
 
 
-def _immutable_container(target: Tree) -> TypeError:
-    return TypeError(
-        f"recover_state_dict: a tensor in a {type(target).__name__} cannot be replaced; use the extracted state "
-        "itself, or keep tensors in dictionaries and lists"
-    )
+def _children_of(target: Tree) -> Iterable[tuple[Any, Any]]:
+    """Return the entries of a dictionary, list or tuple by key, and of any other object its tensors."""
+    if isinstance(target, dict):
+        return target.items()
+    return enumerate(target if isinstance(target, (list, tuple)) else pytree.tensors(target))
