@@ -50,20 +50,41 @@ def shows_call(factory: FactoryT) -> FactoryT:
     return made  # type: ignore[return-value]
 
 
+@functools.singledispatch
 def shown(value: Any) -> str:
     """Return an argument as text of one line: functions by name, large tensors by shape."""
+    name = getattr(value, "__name__", None) or type(value).__name__
+    return _in_one_line(name if callable(value) else repr(value))
+
+
+@shown.register
+def _shown_call(value: Remembers) -> str:
+    return _in_one_line(repr(value))
+
+
+@shown.register
+def _shown_partial(value: functools.partial) -> str:  # type: ignore[type-arg]
     # A schedule is a partial as well, and shows the call of its factory.
-    if isinstance(value, functools.partial) and not isinstance(value, Remembers):
-        return repr(FactoryCall("partial", (value.func, *value.args), value.keywords))
-    if isinstance(value, torch.nn.Module):
-        return f"{type(value).__name__}(...)"
-    if isinstance(value, torch.Tensor):
-        text = f"Tensor(shape={tuple(value.shape)}, dtype={value.dtype})" if value.numel() > 8 else repr(value)
-    elif type(value) is tuple:
-        text = f"({', '.join(map(shown, value))}{',' * (len(value) == 1)})"
-    elif isinstance(value, Remembers) or not callable(value):
-        text = repr(value)
-    else:
-        text = getattr(value, "__name__", None) or type(value).__name__
+    return repr(FactoryCall("partial", (value.func, *value.args), value.keywords))
+
+
+@shown.register
+def _shown_module(value: torch.nn.Module) -> str:
+    return f"{type(value).__name__}(...)"
+
+
+@shown.register
+def _shown_tensor(value: torch.Tensor) -> str:
+    text = f"Tensor(shape={tuple(value.shape)}, dtype={value.dtype})" if value.numel() > 8 else repr(value)
+    return _in_one_line(text)
+
+
+@shown.register
+def _shown_tuple(value: tuple) -> str:  # type: ignore[type-arg]
+    text = f"({', '.join(map(shown, value))}{',' * (len(value) == 1)})"
+    return _in_one_line(text if type(value) is tuple else repr(value))
+
+
+def _in_one_line(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."

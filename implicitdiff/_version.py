@@ -13,8 +13,8 @@ def _version() -> str:
         return importlib.metadata.version("implicitdiff")
     except importlib.metadata.PackageNotFoundError:
         project = Path(__file__).resolve().parents[1] / "pyproject.toml"
-        written = re.search(r'^version = "(.+)"$', project.read_text(), re.MULTILINE) if project.is_file() else None
-        return written[1] if written else "0+unknown"
+        written = re.findall(r'^version = "(.+)"$', project.read_text(), re.MULTILINE) if project.is_file() else []
+        return next(iter(written), "0+unknown")
 
 
 __version__ = _version()
