@@ -10,7 +10,7 @@ import torch
 import implicitdiff._torch.trees as pytree
 import implicitdiff.objects._check as _check
 from implicitdiff._torch.trees import Leaves, Tree
-from implicitdiff.optim._base import GradientTransformation
+from implicitdiff.optim._base import GradientTransformation, step_beside_grads
 
 Group = dict[str, Any]
 
@@ -133,11 +133,8 @@ class Optimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "_transformation": self._transformation, "_structures": {}}
 
     def _step(self, transformation: GradientTransformation, params: Leaves, state: Tree, index: int) -> None:
-        grads = [p.grad for p in params]
-        if getattr(transformation.update, "step", None) is None:
-            # A step that is not fused overwrites gradients, but ``p.grad`` belongs to the user.
-            grads = pytree.map_tensors(torch.clone, grads)
-        _, state = transformation.step(grads, state, params, inplace=True)
+        # ``p.grad`` belongs to the user.
+        _, state = step_beside_grads(transformation, [p.grad for p in params], state, params, inplace=True)
         self._store(index, params, state)
 
     def _params_to_step(self, group: Group) -> Leaves:

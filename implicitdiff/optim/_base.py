@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import implicitdiff._torch.trees as pytree
 import implicitdiff.optim._donation as _donation
 import implicitdiff.optim._fused as _fused
 from implicitdiff._calls import FactoryCall, Remembers, shown, shows_call
@@ -72,6 +73,15 @@ class GradientTransformation(NamedTuple):
             grads = columns.tree_of(columns.leaves, _donation.copied_if_shared("step", olds, columns.first))
         updates, state = self.update(grads, state, params=params, inplace=inplace)
         return apply_updates(params, updates, inplace=inplace), state
+
+
+def step_beside_grads(
+    pair: GradientTransformation, grads: Tree, state: Tree, params: Tree, *, inplace: bool
+) -> tuple[Tree, Tree]:
+    """Return ``(params, state)`` after `GradientTransformation.step`, in which the gradients keep their memory."""
+    if inplace and getattr(pair.update, "step", None) is None:  # an unfused step overwrites the gradients
+        grads = pytree.map_tensors(torch.clone, grads)
+    return pair.step(grads, state, params, inplace=inplace)
 
 
 def apply_updates(params: Tree, updates: Tree, *, inplace: bool = False) -> Tree:

@@ -13,7 +13,7 @@ import torch
 import implicitdiff._torch.trees as pytree
 from implicitdiff._calls import Remembers
 from implicitdiff._torch.trees import Tree
-from implicitdiff.optim._base import GradientTransformation
+from implicitdiff.optim._base import GradientTransformation, step_beside_grads
 
 
 class InjectState(NamedTuple):
@@ -100,10 +100,7 @@ class _Injected(Remembers):
 
     def step(self, grads: Tree, state: InjectState, params: Tree, *, inplace: bool = False) -> tuple[Tree, InjectState]:
         values = self._hyperparams(state.count, state.hyperparams)
-        pair = self._of(values)
-        if inplace and getattr(pair.update, "step", None) is None:  # an unfused step overwrites the gradients
-            grads = pytree.map_tensors(torch.clone, grads)
-        params, inner = pair.step(grads, state.inner, params, inplace=inplace)
+        params, inner = step_beside_grads(self._of(values), grads, state.inner, params, inplace=inplace)
         return params, InjectState(state.count + 1, values, inner)
 
     def _of(self, values: dict[str, Tree]) -> GradientTransformation:
