@@ -127,11 +127,10 @@ class MetaOptimizer:
         # Differentiable in hyper-parameters even if the user computes the step under no_grad.
         with torch.enable_grad():
             stepped, self._state = self.transformation.step(grads, self._state, params)
-        for key, slot in slots.items():
-            # A parameter without a gradient keeps its tensor with the hooks.
-            if grads[key] is not None:
-                _hooks.inherit(stepped[key], slot.tensor)
-                slot.put(_as_parameter(stepped[key]))
+        # A parameter without a gradient keeps its tensor with the hooks.
+        for key, slot in [(key, slot) for key, slot in slots.items() if grads[key] is not None]:
+            _hooks.inherit(stepped[key], slot.tensor)
+            slot.put(_as_parameter(stepped[key]))
 
     def state_dict(self) -> Tree:
         """Return the state, a pytree of tensors with their graphs, not copied."""

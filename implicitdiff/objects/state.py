@@ -234,15 +234,13 @@ def _recover_module(module: nn.Module, state: Tree) -> None:
             f"{type(state).__name__}"
         )
     slots = listed_parameters_of(module)
+    kept = buffers_of(module) if state.buffers else {}
+    # Both checks precede the first write. Buffers are cloned, since the module may overwrite them.
     _check_fit("parameters", slots, state.params)
-    if state.buffers:
-        # Both checks precede the first write. Buffers are cloned, since the module may overwrite them.
-        kept = buffers_of(module)
-        _check_fit("buffers", kept, state.buffers)
-        for name, slot in kept.items():
-            slot.put(state.buffers[name].clone())
-    for name, slot in slots.items():
-        slot.put(state.params[name])
+    _check_fit("buffers", kept, state.buffers)
+    buffers = [(slot, state.buffers[name].clone()) for name, slot in kept.items()]
+    for slot, tensor in [*buffers, *((slot, state.params[name]) for name, slot in slots.items())]:
+        slot.put(tensor)
 
 
 def _check_fit(what: str, slots: dict[str, ParameterSlot], state: dict[str, torch.Tensor]) -> None:
