@@ -119,12 +119,14 @@ class DropGradientLayers(Rewriting):
 
     The closure of a function that runs below the transforms may contain tensors of outer transforms, and tensors that
     an outer `Substitute` replaces by operands.
+
+    Attributes:
+        levels: the context of the levels of the body.
     """
 
     # The body is evaluated once, so no later evaluation needs the operands of its autograd.Functions.
     is_traced = False
     levels: Callable[[], AbstractContextManager[object]] = staticmethod(_levels.inert_gradient_levels)
-    """The levels of the body."""
 
     def __init__(self, outer: int, bare: Derived) -> None:
         super().__init__()

@@ -109,7 +109,10 @@ class Program:
     # --- recording --------------------------------------------------------------------------------------------------
 
     def as_compared(self, values: Sequence[object]) -> list[object]:
-        """Return arguments of an operation in the form in which programs are compared; record captured tensors."""
+        """Return arguments of an operation in the form in which programs are compared; record captured tensors.
+
+        An origin stands for a tensor, a list for a tuple, and `OPAQUE` for an object without a comparison by value.
+        """
         if self.silent:
             for tensor in pytree.tensors([*values]):
                 self.origin_of(tensor)
@@ -117,8 +120,9 @@ class Program:
         # Only tensors have origins, and an origin ends before its tensor, so the id is unique.
         shown: list[Any] = [*map(self.origins.get, map(id, values), values)]
         for i, value in enumerate(shown):
-            if type(value) not in COMPARED:
-                shown[i] = self._shown(value)
+            of: type = type(value)
+            if of not in COMPARED:
+                shown[i] = _shown_of(of)(self, value)
         return shown
 
     def named_as_compared(self, kwargs: Mapping[str, object]) -> dict[str, object]:
@@ -211,14 +215,6 @@ class Program:
         self._hidden.pop(key, None)
         if self.origins.get(key) is _HIDDEN:
             del self.origins[key]
-
-    def _shown(self, value: object) -> object:
-        """Return an argument `as_compared`: an origin for a tensor, a list for a tuple.
-
-        `OPAQUE` stands for objects without a comparison by value.
-        """
-        of: type = type(value)
-        return _shown_of(of)(self, value)
 
     def _shown_dictionary(self, value: dict[object, object]) -> object:
         return dict(zip(value, self.as_compared([*value.values()]), strict=True))
