@@ -143,6 +143,7 @@ REFUSED = {
     "many eigenvalues": (lambda x: torch.linalg.eigvalsh(torch.eye(40, dtype=F64) * x[0, 0]), "has 40 eigenvalues"),
     "many singular values": (lambda x: torch.linalg.svdvals(torch.eye(40, dtype=F64) * x[0, 0]), "has 40 singular"),
     "all singular vectors": (lambda x: torch.linalg.svd(x[:2]), "are asked for"),
+    "another dtype": (lambda x: x * torch.full_like(x, 1.0).view(torch.int64), "interprets the memory"),
     "a factor": (lambda x: x.index_add(0, at(x)[0], x, alpha=2), "has a factor"),
 }
 

@@ -149,7 +149,7 @@ class _Lowering:
         varies: dict[Buffer, bool] = dict.fromkeys(self.operands, True)
         left: list[TapeItem] = []
         for item in items:
-            read = [r.buffer for r in item.inputs if r.buffer.kind not in _OUTSIDE]
+            read = [r.buffer for r in item.inputs if r.buffer.kind not in _COMMON]
             if not self._may_leave(item) or not varies.keys() >= {*read}:
                 left.append(item)
                 continue
@@ -171,13 +171,13 @@ class _Lowering:
 
     def _with_local_inputs(self, item: TapeItem) -> TapeItem:
         """Return an item whose inputs lie where the machine takes them; copies are made once."""
-        if _OUTSIDE.isdisjoint([r.buffer.kind for r in item.inputs]):
+        if _COMMON.isdisjoint([r.buffer.kind for r in item.inputs]):
             return item
         return item.with_inputs(tuple([self._within_reach(item, r) for r in item.inputs]))
 
     def _within_reach(self, item: TapeItem, reference: Reference) -> Reference:
         buffer = reference.buffer
-        if buffer.kind not in _OUTSIDE:
+        if buffer.kind not in _COMMON:
             return reference
         self.outside.setdefault(buffer)
         return reference if _reads_shared(item, buffer) else reference._replace(buffer=self._local(buffer))
@@ -193,8 +193,8 @@ class _Lowering:
         return self.spread[key]
 
 
-_OUTSIDE = {Kind.SHARED, Kind.CONSTANT}
-"""The kinds of buffers outside of a block's memory."""
+_COMMON = {Kind.SHARED, Kind.CONSTANT}
+"""The kinds of buffers that blocks share, outside of the memory of each."""
 
 
 _ACTS = {"LABEL", "JUMP", "JUMP_UNLESS_ANY", "COMMIT"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff._torch.trees as pytree
-from implicitdiff._recorded.operations import Operand, flat
+from implicitdiff._recorded.operations import Operand, flattened
 from implicitdiff._recorded.record import Emitter, Recorder
 from implicitdiff._recorded.registry import Emitters, registers
 from implicitdiff._recorded.tape import Kind, NotRecordableError, View
@@ -163,7 +163,7 @@ def _at_dim(index: View, like: View, dim: int) -> View:
 
 
 def _take(recorder: Recorder, out: Tensor, x: Tensor, index: Tensor) -> None:
-    source = flat(recorder, recorder.view(x), 0)
+    source = flattened(recorder, recorder.view(x), 0)
     target, place = map(_vector, (recorder.result(out), recorder.view(index)))
     place = _from_front(recorder, place, x.numel())
     _pick(recorder, target, source.broadcast((*(1 for _ in target.shape[1:]), x.numel())), len(target.shape) - 1, place)
@@ -232,7 +232,7 @@ def _index(recorder: Recorder, out: Tensor, x: Tensor, indices: Sequence[Tensor 
     chosen = _selection(recorder, x, indices)
     target = recorder.result(out).moved(chosen.order())
     kept = len(chosen.rest)
-    source = flat(recorder, recorder.view(x).moved([*chosen.rest, *chosen.dims]), kept)
+    source = flattened(recorder, recorder.view(x).moved([*chosen.rest, *chosen.dims]), kept)
     # The indexed dimension comes first, then the dimensions of the indices, if any.
     shape = (*target.shape[:kept], 1, *target.shape[kept:])
     target, index = (_with_one(v, shape, kept) for v in (target, chosen.places.broadcast(target.shape)))
@@ -262,7 +262,7 @@ def _index_put(
     shape = (*others[: chosen.at], *own, *others[chosen.at :])
     placed = recorder.as_dtype(values, out.dtype).broadcast(shape).moved(chosen.order())
     ones = len(own)
-    goal = flat(recorder, whole, kept)
+    goal = flattened(recorder, whole, kept)
     goal = goal._replace(shape=(*goal.shape, *(1,) * ones), strides=(*goal.strides, *(0,) * ones))
     spread = (*placed.shape[:kept], 1, *placed.shape[kept:])
     placed, index = (_with_one(v, spread, kept) for v in (placed, chosen.places.broadcast(placed.shape)))

@@ -126,7 +126,7 @@ def _nan_to_num(
     return None
 
 
-def _scaled(recorder: Recorder, view: View, factor: float, dtype: torch.dtype) -> View:
+def _multiple(recorder: Recorder, view: View, factor: float, dtype: torch.dtype) -> View:
     """Return a multiple of a view; the view itself for the factor 1."""
     if factor == 1:
         return view
@@ -137,7 +137,7 @@ def _scaled(recorder: Recorder, view: View, factor: float, dtype: torch.dtype) -
 
 def _sum_of(name: str, recorder: Recorder, out: Tensor, a: Operand, b: Operand, alpha: float = 1) -> None:
     first, second = recorder.as_dtype(a, out.dtype), recorder.as_dtype(b, out.dtype)
-    second = _scaled(recorder, second, alpha, out.dtype)
+    second = _multiple(recorder, second, alpha, out.dtype)
     recorder.tape.emit(name, [recorder.result(out)], [first, second], out.shape)
 
 
@@ -234,12 +234,12 @@ def reduce(recorder: Recorder, name: str, out: View, view: View, dims: Sequence[
     reduced = {d % max(rank, 1) for d in dims}
     kept = [d for d in range(rank) if d not in reduced]
     # Reduced dimensions lie last, merged into one, as `REDUCTIONS` need.
-    last = flat(recorder, view.moved([*kept, *(d for d in range(rank) if d in reduced)]), len(kept))
+    last = flattened(recorder, view.moved([*kept, *(d for d in range(rank) if d in reduced)]), len(kept))
     target = out._replace(shape=last.shape, strides=(*out.strides, 0))
     recorder.tape.emit(name, [target], [last], last.shape)
 
 
-def flat(recorder: Recorder, view: View, kept: int) -> View:
+def flattened(recorder: Recorder, view: View, kept: int) -> View:
     """Return the view with all dimensions behind the first ones as one."""
     step = _merged(view.shape[kept:], view.strides[kept:])
     if step is None:
@@ -383,7 +383,7 @@ def _dot(recorder: Recorder, out: Tensor, a: Tensor, b: Tensor) -> None:
 def _added(recorder: Recorder, out: Tensor, start: Tensor, product: View, beta: float, alpha: float) -> None:
     """Emit ``beta start + alpha product``."""
     given = ((recorder.view(start), beta), (product, alpha))
-    first, second = [_scaled(recorder, view, factor, out.dtype) for view, factor in given]
+    first, second = [_multiple(recorder, view, factor, out.dtype) for view, factor in given]
     target = recorder.result(out)
     # With ``beta = 0`` torch ignores nan in the first term.
     if beta == 0:

@@ -52,7 +52,7 @@ _CONVERSIONS = {
     **{(target, source): "TRUNC" for target in INTEGERS for source in _FLOATS},
     **{(torch.float32, source): "COPY" for source in (torch.float64, *INTEGERS)},
 }
-"""The instructions for a dtype and another before it, where a conversion of doubles changes values."""
+"""The instruction for a target and a source dtype, where a conversion of doubles changes values."""
 
 
 _Reads = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -72,10 +72,10 @@ def _of_places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leaves:
     return pytree.tensors((args[1:], {**kwargs, "input": None}))
 
 
-_READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__repr__)
+_VALUE_READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__repr__)
 _READERS_OF_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new)
 _GUARDED: dict[Any, tuple[str, _Reads]] = {
-    **dict.fromkeys(_READERS, ("Tensor.{} reads the value of a tensor", _always)),
+    **dict.fromkeys(_VALUE_READERS, ("Tensor.{} reads the value of a tensor", _always)),
     **dict.fromkeys((Tensor.apply_, Tensor.map_, Tensor.map2_), ("Tensor.{} runs Python code for each entry", _always)),
     Tensor.register_hook: ("Tensor.{} runs Python code in the backward pass", _always),
     **dict.fromkeys(_READERS_OF_LISTS, ("{} reads the value of a tensor", _of_list)),
