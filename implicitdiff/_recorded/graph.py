@@ -6,9 +6,11 @@ The host launches a graph by one call, where a step by itself is a call for each
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from implicitdiff._recorded.listing import separate, window
 from implicitdiff._recorded.replay import Replay
@@ -24,6 +26,11 @@ def several(step: Replay, count: int, carried: Leaves, prepared: Leaves) -> Leav
     for _ in range(count):
         carried = step(carried, prepared)
     return carried
+
+
+def _copy(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 @dataclass(eq=False)
@@ -59,8 +66,7 @@ class StepGraph:
             # By default an unsafe call of CUDA in another thread would break the capture.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 # All results are there before the first is stored.
-                for target, source in zip(self._carried, self._steps(step, count), strict=True):
-                    target.copy_(source)
+                _copy(self._carried, self._steps(step, count))
 
     def _steps(self, step: Replay, count: int) -> Leaves:
         # A step may return a carried tensor itself, whose memory the copies overwrite.
@@ -70,11 +76,9 @@ class StepGraph:
         """Return the carried tensors after the steps of one graph. No argument is changed."""
         # One search at a time, since the graph has one memory.
         with self._lock:
-            for target, source in zip(self._carried, carried, strict=True):
-                target.copy_(source)
-            for target, source in zip(self._operands, operands, strict=True):
-                # Several entries of an expanded tensor are one number in memory.
-                window(target).copy_(window(source))
+            _copy(self._carried, carried)
+            # Several entries of an expanded tensor are one number in memory.
+            _copy(map(window, self._operands), map(window, operands))
             self._graph.replay()
             # The next launch overwrites the memory of the graph.
             return [t.clone() for t in self._carried]

@@ -189,8 +189,8 @@ class Lister(_dispatch.TorchDispatchMode):
             (func in _UNTAGGED or asks_for_values(func, args, self._is_known), "reads the value of a tensor"),
             (of_operand, "reads the memory of an operand, whose offset may be another in a later call"),
         )
-        for why in [why for holds, why in refusals if holds]:
-            raise self._refusal(func, why)
+        if reasons := [why for holds, why in refusals if holds]:
+            raise self._refusal(func, reasons[0])
 
     def _refuse_write(self, func: AtenOperation, tensor: Tensor) -> None:
         memory = self._memory(tensor)

@@ -187,8 +187,8 @@ class _Notes(_dispatch.TorchDispatchMode):
             (_context.now().forward, "runs in forward mode"),
         )
         # An operation on varying tensors shows too little of a derivative.
-        for fault in [why for holds, why in faults if holds]:
-            self._faults.setdefault(operation, fault)
+        if reasons := [why for holds, why in faults if holds]:
+            self._faults[operation] = reasons[0]
 
     def _refuse_unrepeatable(self, func: AtenOperation, given: Any) -> None:
         written = [_dispatch.storage_key(t) for t in _dispatch.written(func, *given)]
