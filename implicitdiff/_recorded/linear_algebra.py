@@ -42,16 +42,8 @@ def _solve_triangular(
     if not left:
         # ``X A = B`` is ``A' X' = B'``.
         out, a, b, upper = transposed(out), transposed(a), transposed(b), not upper
-    _matrices(recorder, _SOLVES[upper, unit], out.shape[-2:], [out], [a, b])
-
-
-_SOLVES = {
-    (True, True): "SOLVE_UNIT_UPPER",
-    (True, False): "SOLVE_UPPER",
-    (False, True): "SOLVE_UNIT_LOWER",
-    (False, False): "SOLVE_LOWER",
-}
-"""The instructions for an upper triangle or a lower one, with ones on the diagonal or not."""
+    name = f"SOLVE_{'UNIT_' if unit else ''}{'UPPER' if upper else 'LOWER'}"
+    _matrices(recorder, name, out.shape[-2:], [out], [a, b])
 
 
 def transposed(view: View) -> View:
