@@ -268,7 +268,9 @@ def function_of(block: Block, given: Iterable[int]) -> tuple[Callable[..., Leave
     names = Names()
     body = [*block.lines(names), f"return [{', '.join(f'v{s}' for s in block.wanted)}]"]
     text = "\n".join([f"def step({', '.join(f'v{s}' for s in given)}):", *_indented(body)])
-    exec(text, names.space)  # the text of numbers and names alone that the lines above have written
+    # Code of this folder, so that messages name the line of the user instead.
+    code = compile(text, f"{__file__}, generated", "exec")
+    exec(code, names.space)  # the text of numbers and names alone that the lines above have written
     return names.space["step"], text
 
 
