@@ -151,7 +151,7 @@ class Lister(_dispatch.TorchDispatchMode):
         tensors = [t for t in results if t is not None]
         if not all([isinstance(t, Tensor) and t.layout is torch.strided for t in tensors]):
             raise self._refusal(func, "has unusual results")
-        if self._slots.keys() >= {*map(_spot, tensors)}:
+        if all([_spot(t) in self._slots for t in tensors]):
             return [], []
         target = target_of(result, partial(self._new_slot, is_own=True, is_known=is_known))
         return range(first, len(self._keys)), target
@@ -183,14 +183,12 @@ class Lister(_dispatch.TorchDispatchMode):
     def _refuse_unsafe(self, func: AtenOperation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not isinstance(func, AtenOperation) or _dispatch.is_custom(func):
             raise self._refusal(func, "is no operation of torch")
-        of_operand = func is aten.as_strided.default and not self._memory(args[0]).is_own
-        refusals = (
-            (_dispatch.is_random(func), "draws random numbers"),
-            (func in _UNTAGGED or asks_for_values(func, args, self._is_known), "reads the value of a tensor"),
-            (of_operand, "reads the memory of an operand, whose offset may be another in a later call"),
-        )
-        if reasons := [why for holds, why in refusals if holds]:
-            raise self._refusal(func, reasons[0])
+        if _dispatch.is_random(func):
+            raise self._refusal(func, "draws random numbers")
+        if asks_for_values(func, args, self._is_known) or func in _UNTAGGED:
+            raise self._refusal(func, "reads the value of a tensor")
+        if func is aten.as_strided.default and not self._memory(args[0]).is_own:
+            raise self._refusal(func, "reads the memory of an operand, whose offset may be another in a later call")
 
     def _refuse_write(self, func: AtenOperation, tensor: Tensor) -> None:
         memory = self._memory(tensor)
