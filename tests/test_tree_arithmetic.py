@@ -195,3 +195,11 @@ def test_a_tree_without_tensors_has_no_inner_product_and_no_norm():
         with pytest.raises(ValueError, match="tree_l2_norm: x must be a tree with tensors"):
             tree_l2_norm(empty)
         assert tree_add(empty, empty) == empty
+
+
+@pytest.mark.parametrize("others", [[3.0], [[3.0]]])
+def test_nestings_without_a_tensor_are_told_apart(others):
+    """They are cached under a key, which an empty list and a list of other leaves must not share."""
+    x = torch.ones(2, dtype=F64)
+    assert tree_neg([[], x])[0] == []
+    assert tree_neg([others, x])[0] == others
