@@ -190,7 +190,7 @@ def _walk(tree: Tree, leaves: list[Any]) -> NestingKey:
     # Most nodes have leaves alone: these avoid a loop in Python.
     if _LEAF_TYPES.issuperset(map(type, children)):
         leaves += children
-        return kind, context, *[0] * len(children)
+        return (kind, context) + (0,) * len(children)
     key: list[Any] = [kind, context]
     for child in children:
         if type(child) in _LEAF_TYPES:
@@ -249,10 +249,10 @@ def describe(tree: Tree) -> str:
 
 def leaves_of(tree: Tree) -> tuple[list[Any], TreeSpec]:
     """Return all leaves of a pytree, including None and other objects, and the nesting."""
-    if torch.compiler.is_compiling():  # torch.compile cannot trace the cache of nestings
-        return torch_pytree.tree_flatten(tree)
     if type(tree) in _LEAF_TYPES:
         return [tree], _ONE_TENSOR.spec
+    if torch.compiler.is_compiling():  # torch.compile cannot trace the cache of nestings
+        return torch_pytree.tree_flatten(tree)
     leaves: list[Any] = []
     return leaves, _nesting(_walk(tree, leaves), tree).spec
 
@@ -266,9 +266,11 @@ def match(spec: TreeSpec, tree: Tree) -> list[Any]:
 
 def unflatten(leaves: list[Any], spec: TreeSpec) -> Tree:
     """Return the tree of these leaves."""
+    if spec.is_leaf():
+        return leaves[0]
     # One node more than leaves: all children are leaves, as the parameters of most models, and no recursion is needed.
-    if spec.num_leaves + 1 == spec.num_nodes and spec.type in _MAKERS:
-        return _MAKERS[spec.type](spec.context)(leaves)
+    if spec.num_leaves + 1 == spec.num_nodes:
+        return torch_pytree.SUPPORTED_NODES[spec.type].unflatten_fn(leaves, spec.context)
     return torch_pytree.tree_unflatten(leaves, spec)
 
 
