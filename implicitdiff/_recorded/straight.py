@@ -49,7 +49,7 @@ _BY_STRIDES = (
 _CUTS = (aten.detach.default, aten.detach_copy.default, aten.detach_.default)
 _DETACH = (Tensor.detach, torch.detach)
 _ABOUT_GRADIENTS = ("requires_grad", "is_leaf", "grad_fn", "grad", "retains_grad")
-_UNKNOWN = Slot(-1)
+_NO_SLOT = Slot(-1)
 _ORDERS = 2
 """The derivatives that are compared."""
 _UNITS_APART = 2**10
@@ -214,7 +214,7 @@ class _Notes(_dispatch.TorchDispatchMode):
             self._note_refusal("uses a tensor of unknown origin")
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
             self._note_refusal("uses a tensor of another kind")
-        return self._slots.get(id(tensor), _UNKNOWN)
+        return self._slots.get(id(tensor), _NO_SLOT)
 
     def _new(self, tensor: Tensor) -> Slot:
         """Return a new slot. A write returns its argument, which the new slot then stands for."""

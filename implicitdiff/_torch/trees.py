@@ -155,7 +155,7 @@ def map_tensors(fn: Callable[[torch.Tensor], Any], tree: Tree) -> Tree:
     if isinstance(tree, torch.Tensor):
         return fn(tree)
     kind = type(tree)
-    if kind in _SEQUENCES:
+    if kind in _LISTS:
         return kind([map_tensors(fn, child) for child in tree])
     if kind is dict:
         return {key: map_tensors(fn, child) for key, child in tree.items()}
@@ -179,7 +179,7 @@ def _walk(tree: Tree, leaves: list[Any]) -> NestingKey:
     if kind is dict:
         # A list of names makes the key unhashable on purpose, so `_nesting` does not keep this tree.
         context, children = tuple(tree) if _NAMES.issuperset(map(type, tree)) else [*tree], tree.values()
-    elif kind in _SEQUENCES or _is_named(kind):
+    elif kind in _LISTS or _is_named(kind):
         children = tree
     elif kind in torch_pytree.SUPPORTED_NODES:
         given, context = torch_pytree.SUPPORTED_NODES[kind].flatten_fn(tree)
@@ -201,7 +201,7 @@ def _walk(tree: Tree, leaves: list[Any]) -> NestingKey:
     return tuple(key)
 
 
-_SEQUENCES = {tuple, list}
+_LISTS = {tuple, list}
 _is_named: Callable[[type], bool] = functools.lru_cache(maxsize=1024)(torch_pytree.is_namedtuple_class)
 # A dictionary with keys of other types is not cached: such keys may be large objects, and the cache would keep them.
 _NAMES = {str, int}
@@ -259,9 +259,19 @@ def leaves_of(tree: Tree) -> tuple[list[Any], TreeSpec]:
 
 def match(spec: TreeSpec, tree: Tree) -> list[Any]:
     """Return the subtree of `tree` at each leaf of `spec`; raise ValueError for another nesting."""
+    # The parameters of most models are a flat list or dictionary, for which no walk is needed.
+    if _is_flat(spec, tree):
+        return [tree[key] for key in spec.context] if spec.type is dict else list(tree)
     leaves, nesting = leaves_of(tree)
     # Equal nestings share one cached `spec`, most often.
     return leaves if nesting is spec else spec.flatten_up_to(tree)
+
+
+def _is_flat(spec: TreeSpec, tree: Any) -> bool:
+    if type(tree) is not spec.type or spec.num_leaves + 1 != spec.num_nodes or len(tree) != spec.num_leaves:
+        return False
+    # Keys are compared without order, and `match` then reads by key.
+    return spec.type is list or (spec.type is dict and tree.keys() == set(spec.context))
 
 
 def unflatten(leaves: list[Any], spec: TreeSpec) -> Tree:

@@ -81,12 +81,8 @@ class UpdateRule(ABC):
 
     @property
     def decays(self) -> bool:
-        return self.is_used(self.weight_decay)
-
-    @staticmethod
-    def is_used(value: Setting) -> bool:
-        """False for a hyper-parameter that is the number 0. The values of a tensor are not read, and schedules vary."""
-        return isinstance(value, torch.Tensor) or value != 0
+        # The values of a tensor are not read.
+        return isinstance(self.weight_decay, torch.Tensor) or self.weight_decay != 0
 
     @property
     def is_elementwise(self) -> bool:

@@ -201,17 +201,15 @@ class _RuleUpdate(Remembers):
 
     def _numbers_for(self, columns: Columns, memory: _fused.Located, inplace: bool) -> Sequence[float] | None:
         """Return the arguments of a kernel, or None if no single kernel call may compute the step."""
-        if self.varied or not memory.sizes or not self._has_kernel(columns.first[0]):
+        if self.varied or not memory.sizes or self.use_accelerated_op is False:
             return None
         # `is_free`: no transform or graph needs the result. `is_donated`: memory may be overwritten besides.
-        if not (memory.is_donated if inplace else memory.is_free):
+        first, allowed = columns.first[0], memory.is_donated if inplace else memory.is_free
+        if not allowed or _fused.missing(first.device, first.dtype) is not None:
             return None
         if self.numbers is not None:
             return self.numbers
         return _fused.numbers_of(self.rule) if all(map(_fused.is_number, self.tensors)) else None
-
-    def _has_kernel(self, leaf: torch.Tensor) -> bool:
-        return self.use_accelerated_op is not False and _fused.missing(leaf.device, leaf.dtype) is None
 
     def _kinds(self, columns: Columns) -> list[tuple[UpdateRule, list[int]]]:
         """Return the groups of rows of equal device, dtype and hyper-parameters, with the rule of each."""
@@ -268,11 +266,12 @@ class _RuleUpdate(Remembers):
 
     def _results_of_one_kind(self, step: Step, buffers: Buffers) -> list[Leaves]:
         """Compute the results of leaves of one device, dtype and rule, in the buffers that can hold them."""
-        if step.grads[0].is_complex():
+        first = step.grads[0]
+        if first.is_complex():
             return self._results_of_complex(step, buffers)
+        has_kernel = self.use_accelerated_op is not False and _fused.missing(first.device, first.dtype) is None
         # `serves` tells if a kernel may run under the present transforms.
-        insists = bool(self.use_accelerated_op)
-        if self._has_kernel(step.grads[0]) and _fused.serves(step, self.name, insists=insists):
+        if has_kernel and _fused.serves(step, self.name, insists=bool(self.use_accelerated_op)):
             return _fused.run_kernel(step, buffers)
         return _donation.fill(buffers, step.results())
 

@@ -46,7 +46,7 @@ class RMSPropRule(UpdateRule):
 
     @property
     def has_momentum(self) -> bool:
-        return self.is_used(self.momentum)
+        return isinstance(self.momentum, torch.Tensor) or self.momentum != 0
 
     @property
     def kernel(self) -> str:

@@ -41,7 +41,7 @@ class SGDRule(UpdateRule):
 
     @property
     def has_momentum(self) -> bool:
-        return self.is_used(self.momentum)
+        return isinstance(self.momentum, torch.Tensor) or self.momentum != 0
 
     @property
     def kernel(self) -> str:
