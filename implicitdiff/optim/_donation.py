@@ -155,10 +155,11 @@ def fill(buffers: Sequence[Sequence[torch.Tensor | None]], values: list[Leaves])
         [b if b is not None and can_hold(b, v) else v for b, v in zip(*columns, strict=True)]
         for columns in zip(buffers, values, strict=True)
     ]
-    # Buffers may be leaves of a graph, such as parameters.
-    with torch.no_grad():
-        for holder, value in zip(flat(held), flat(values), strict=True):
-            if holder is not value:
+    pairs = [(holder, v) for holder, v in zip(flat(held), flat(values), strict=True) if holder is not v]
+    if pairs:
+        # Buffers may be leaves of a graph, such as parameters.
+        with torch.no_grad():
+            for holder, value in pairs:
                 holder.copy_(value)
     return held
 

@@ -213,6 +213,8 @@ class _RuleUpdate(Remembers):
 
     def _kinds(self, columns: Columns) -> list[tuple[UpdateRule, list[int]]]:
         """Return the groups of rows of equal device, dtype and hyper-parameters, with the rule of each."""
+        if not self.varied and len({(leaf.device, leaf.dtype) for leaf in columns.first}) == 1:
+            return [(self.rule, [*range(len(columns.rows))])]
         values = self._varied_values(columns.spec)
         for key, column in values.items():
             columns.refuse_misfits(_PUBLIC.get(key, key), column)
@@ -251,6 +253,8 @@ class _RuleUpdate(Remembers):
         _donation.refuse_tracked(self.name, "gradients, state, hyper-parameters or decayed parameters", tracked)
 
     def _results(self, step: Step, kinds: Sequence[tuple[UpdateRule, list[int]]], buffers: Buffers) -> list[Leaves]:
+        if len(kinds) == 1 and kinds[0][0] is step.rule:
+            return self._results_of_one_kind(step, buffers)
         parts = [
             self._results_of_one_kind(step.subset(rows, rule), [[column[k] for k in rows] for column in buffers])
             for rule, rows in kinds
