@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 
 import pytest
 import torch
@@ -339,6 +340,34 @@ def test_a_capture_that_cannot_be_seen_is_refused_at_the_call(condition):
         custom_root(condition(theta))(lambda init: theta.sqrt())(None)
     with pytest.raises((ValueError, RuntimeError)):
         grad(lambda t: custom_root(condition(t))(lambda init: t.sqrt())(None).sum())(THETA)
+
+
+class WithoutContext:
+    """A proxy as of a web framework, outside of a request."""
+
+    @property
+    def __class__(self):
+        raise RuntimeError("there is no request")
+
+
+class Odd:
+    __class__ = 3
+
+
+def reference_of_a_dead_object():
+    held = Holder(THETA)
+    return weakref.proxy(held)
+
+
+@pytest.mark.parametrize("make", [reference_of_a_dead_object, WithoutContext, Odd])
+def test_a_proxy_without_a_value_may_lie_beside_what_is_captured(make):
+    bystander = make()
+
+    def condition(x, t):
+        return x**2 - t if bystander is not None else x
+
+    found = grad(lambda t: custom_root(condition)(lambda init, t: t.sqrt())(None, t).sum())(THETA)
+    torch.testing.assert_close(found, 0.5 / THETA.sqrt())
 
 
 def test_a_solver_may_differentiate_in_what_it_captures():

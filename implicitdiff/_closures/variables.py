@@ -68,8 +68,9 @@ class Location:
 
 def _unused(values: Iterable[tuple[Any, Any]], used: Container[int]) -> list[Any]:
     """Return the keys of the tensors that are not `used`, by id, and may have a graph."""
-    # Unused constants stay: they have no graph that could grow from call to call.
-    return [key for key, v in values if isinstance(v, torch.Tensor) and id(v) not in used and may_be_differentiated(v)]
+    # Unused constants stay: they have no graph that could grow from call to call. By type, which asks no proxy.
+    tensors = [(key, v) for key, v in values if issubclass(type(v), torch.Tensor) and id(v) not in used]
+    return [key for key, v in tensors if may_be_differentiated(v)]
 
 
 class Variables(Location):

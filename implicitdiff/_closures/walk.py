@@ -156,9 +156,11 @@ class Walk:
         """Visit the waiting values, and all values reachable from them."""
         while self.todo and self.count < _MAX_VALUES:
             value = self.todo.popleft()
-            # A proxy has another `__class__`, and is visited as the value that it stands for.
-            of: type = getattr(value, "__class__", type(value))
+            of: type = type(value)
             visit = _visitor_of(of)
+            if visit is Walk._object:
+                of = _claimed_class(value)
+                visit = _visitor_of(of)
             if visit is not _ignore and id(value) not in self.seen:
                 self.seen[id(value)] = value
                 visit(self, value)
@@ -262,7 +264,7 @@ class Walk:
         of: type = type(value)
         self.may_miss_tensors = self.may_miss_tensors or _may_hide_tensors(of)
         attributes, info = own_attributes(value), self._class_info(of)
-        if isinstance(value, Module):
+        if issubclass(of, Module):
             # Code of torch reads the registries of a module, and flags such as `training`, so no user code mentions the
             # names.
             simple = [name for name in attributes.keys() - _OF_MODULES if isinstance(attributes[name], _SIMPLE)]
@@ -282,7 +284,7 @@ class Walk:
         """Record the attributes of an object or a module whose names occur in reached code."""
         # Objects of this library use all of their attributes.
         is_library = type(value).__module__.startswith("implicitdiff")
-        is_whole = is_library or not (self.by_name or isinstance(value, (ModuleType, Module)))
+        is_whole = is_library or not (self.by_name or issubclass(type(value), (ModuleType, Module)))
         wanted = set(attributes) if is_whole else attributes.keys() & self.names
         if attributes:
             # Attributes that the function may create: recorded as absent, and deleted again for a later evaluation.
@@ -292,7 +294,7 @@ class Walk:
         wanted |= info.hidden
         for name in info.slots:
             self._note_attribute(Attribute, value, name)
-        if isinstance(value, Module):
+        if issubclass(type(value), Module):
             # Recorded in `_object`; the other attributes of every module belong to torch.
             wanted -= _OF_MODULES
         if wanted:
@@ -401,6 +403,16 @@ _VISITORS: tuple[tuple[type | tuple[type, ...], Callable[[Walk, Any], None]], ..
     (np.ndarray, Walk._array),
     (type, Walk._class),
 )
+
+
+def _claimed_class(value: object) -> type:
+    """Return the class of the value that a proxy stands for; of other values, and of a proxy without a value, their
+    own."""
+    try:
+        claimed = value.__class__
+    except Exception:  # of a `weakref.proxy` of a dead object, or of the user's own property
+        return type(value)
+    return claimed if isinstance(claimed, type) else type(value)
 
 
 @functools.lru_cache(maxsize=1024)
