@@ -65,7 +65,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._recordings: OrderedDict[Hashable, Recording | Replay | StepGraph | str | None] = OrderedDict()
+        self._recordings: OrderedDict[Hashable, Recording | Replay | StepGraph | str] = OrderedDict()
 
     def get(self, key: Hashable) -> Any:
         """Return the recording of a key, or the reason for a failed recording; None before the first attempt."""
@@ -75,7 +75,7 @@ class _Kept:
                 self._recordings.move_to_end(key)
             return found
 
-    def put(self, key: Hashable, found: Recording | Replay | StepGraph | str | None) -> None:
+    def put(self, key: Hashable, found: Recording | Replay | StepGraph | str) -> None:
         """Keep a recording."""
         with self._lock:
             self._recordings[key] = found
@@ -96,7 +96,8 @@ class _Kept:
                 found = make()
             except refusals as error:
                 found = str(error)
-            self.put(key, found)
+            if found is not None:
+                self.put(key, found)
         if isinstance(found, str):
             raise NotRecordableError(found)
         made: MadeT = found
