@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import time
 
 import pytest
@@ -70,6 +71,10 @@ def work(rank, folder):
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES, timeout=PATIENCE)
     nets = [DistributedDataParallel(Equilibrium(solve)) for solve in SOLVES]
     torch.save([trained(net, X[rank::PROCESSES], Y[rank::PROCESSES]) for net in nets], f"{folder}/{rank}.pt")
+    # The nets end before the group. A net that held the group last would end it, and wait for a thread of gloo that
+    # waits for the interpreter's lock.
+    del nets
+    gc.collect()
     distributed.destroy_process_group()
 
 
