@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Container, Iterable
 from itertools import filterfalse, repeat
 from types import CellType
@@ -130,8 +129,10 @@ def contents_of(cells: Iterable[CellType]) -> list[Any]:
     """Return the values of variables of an enclosing function, without those that have no value yet."""
     values: list[Any] = []
     for cell in cells:
-        with contextlib.suppress(ValueError):
+        try:
             values.append(cell.cell_contents)
+        except ValueError:
+            continue
     return values
 
 

@@ -145,6 +145,9 @@ def tensors(tree: Tree) -> Leaves:
     """Return the tensors of a pytree, in order."""
     if isinstance(tree, torch.Tensor):
         return [tree]
+    # Most often a list of tensors, which needs no walk.
+    if type(tree) in _LISTS and _TENSOR_TYPES.issuperset(map(type, tree)):
+        return [*tree]
     leaves: list[Any] = []
     _walk(tree, leaves)
     return [*filter(torch.is_tensor, leaves)]
