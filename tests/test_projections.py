@@ -488,3 +488,13 @@ def test_the_affine_set_does_not_square_the_condition_of_its_matrix() -> None:
     x = projections.affine_set(v, A, A @ draw(23, 9))
     torch.testing.assert_close(x - V @ (V.T @ x), v - V @ (V.T @ v), rtol=0, atol=1e-8)
     torch.testing.assert_close(A @ x, A @ draw(23, 9), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64, bool])
+def test_offsets_may_be_numbers_of_any_kind(number) -> None:
+    ones, v, one = torch.ones(1, 3, dtype=F64), draw(24, 3), number(1)
+    onto_plane = v + (1 - v.sum()) / 3
+    torch.testing.assert_close(projections.affine_set(v, ones, one), onto_plane)
+    torch.testing.assert_close(projections.hyperplane(v, 1.0, one), onto_plane)
+    torch.testing.assert_close(projections.polyhedron(v, ones, one), onto_plane)
+    torch.testing.assert_close(projections.transport(v[None], one, onto_plane.softmax(0)).sum(), tensor(1.0))

@@ -20,23 +20,16 @@ from implicitdiff._torch.trees import Leaves, Tree, UserFunction
 from implicitdiff.errors import TransformError
 
 
-class _Uncounted(Counter[int]):
-    """Counts that stay zero."""
-
-    def __setitem__(self, key: int, count: int) -> None:
-        pass
-
-
 class _OfThread(threading.local):
     """State of the thread, like grad mode.
 
     Attributes:
         is_alone: whether autograd alone differentiates the running function.
-        compared: the number of compared evaluations of each function, by id, in the running derivative.
+        compared: the numbers of compared evaluations of functions, by id, in the running derivative; None outside.
     """
 
     is_alone = False
-    compared: Counter[int] = _Uncounted()
+    compared: Counter[int] | None = None
 
 
 _evaluation = _OfThread()
@@ -102,7 +95,7 @@ class one_derivative:
 
     def __enter__(self) -> None:
         self.before = _evaluation.compared
-        if isinstance(self.before, _Uncounted):
+        if self.before is None:
             _evaluation.compared = Counter()
 
     def __exit__(self, *error: object) -> None:
@@ -110,8 +103,8 @@ class one_derivative:
 
 
 def compared_evaluations() -> Counter[int]:
-    """Return the number of compared evaluations of each function, by id, in the running derivative; outside, zeros."""
-    return _evaluation.compared
+    """Return the number of compared evaluations of each function, by id, in the running derivative, or new counts."""
+    return Counter() if _evaluation.compared is None else _evaluation.compared
 
 
 def gradient(fn: Callable[..., torch.Tensor], x: Tree, *args: Any) -> Tree:

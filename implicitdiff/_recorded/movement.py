@@ -212,7 +212,7 @@ def _selection(recorder: Recorder, x: Tensor, indices: Sequence[Tensor | None]) 
     # torch puts the dimensions of separated indices in front of the result.
     is_adjacent = dims == [*range(dims[0], dims[-1] + 1)]
     sizes = [x.shape[d] for d in dims]
-    # One after the other, as they are combined.
+    # A generator: each index is emitted right before its combination with the others.
     places = (_from_front(recorder, recorder.view(i).broadcast(shape), n) for i, n in zip(given, sizes, strict=True))
     index = next(places)
     for own, n in zip(places, sizes[1:], strict=True):

@@ -160,7 +160,7 @@ class _FreeMemory:
         return at
 
     def give(self, at: int, size: int) -> None:
-        # The piece becomes one with the free pieces that end and begin where it begins and ends.
+        # Merge the piece with the free pieces on both sides.
         begin, end = self.begins.pop(at, at), self.ends.pop(at + size, at + size)
         if begin < end:
             self.ends[begin], self.begins[end] = end, begin

@@ -68,7 +68,7 @@ def _of_list(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leaves:
 
 
 def _of_places(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leaves:
-    """Return the tensor from which a function reads the places where it splits."""
+    """Return the argument with the places of a split, if it is a tensor."""
     return pytree.tensors((args[1:], {**kwargs, "input": None}))
 
 

@@ -105,7 +105,7 @@ def returns_views(operation: AtenOperation) -> bool:
 
 
 def decomposition(operation: AtenOperation) -> Callable[..., Any] | None:
-    """Return torch's function that computes an operation by simpler operations; None if there is none."""
+    """Return torch's decomposition of an operation into simpler operations, or None."""
     return decomposition_table.get(operation)
 
 

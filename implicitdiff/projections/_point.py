@@ -134,9 +134,9 @@ def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 
 def check_vector(function: str, name: str, value: Number, length: int) -> None:
     """Raise unless a value is a number, or a tensor that can be expanded to a vector."""
-    if not isinstance(value, (int, float, Tensor)):
+    if not isinstance(value, _NUMERIC):
         raise TypeError(f"{function}: {name} must be a number or a tensor, got {pytree.describe(value)}")
-    if not broadcasts(torch.as_tensor(value).shape, torch.Size([length])):
+    if isinstance(value, Tensor) and not broadcasts(value.shape, torch.Size([length])):
         raise ValueError(f"{function}: {name} must be of shape {[length]}, got {pytree.describe(value)}")
 
 
