@@ -131,10 +131,8 @@ def _step(problem: BatchedProblem, x: Tensor, state: State[LbfgsMemory]) -> tupl
 
 
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: LbfgsMemory) -> NewtonStep:
-    """Return a Newton-type step preconditioned by ``H``; the next iteration tries the step."""
-    step = objective_newton_step(
-        problem, x, memory.magnitude, lambda v: -_lbfgs_direction(memory, v), few_products(problem, x)
-    )
+    """Return a Newton-type step; the next iteration tries the step."""
+    step = objective_newton_step(problem, x, memory.magnitude, few_products(problem, x))
     return step._replace(memory=memory._replace(ahead=step.d))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 import implicitdiff.solvers._loop.equations as _equations
-from implicitdiff._torch.control import repeat
+from implicitdiff._torch.control import if_any, repeat
 from implicitdiff._torch.trees import P, X
 from implicitdiff.solvers._loop.method import IterativeMethod, Start
 from implicitdiff.solvers._loop.newton_step import MAX_PRODUCTS, NewtonStep, objective_newton_step
@@ -32,12 +32,14 @@ class NewtonCgMemory(NamedTuple):
         grad: ``grad f(x)``, as one vector of length ``n``.
         magnitude: the largest ``|f|`` so far, a measure of the rounding of its values.
         first_error: ``|grad f|`` at the initial guess; infinite for a forcing term of zero.
+        ahead: the direction of the next step instead of that of conjugate gradients; zero for none.
     """
 
     value: Tensor
     grad: Tensor
     magnitude: Tensor
     first_error: Tensor
+    ahead: Tensor
 
 
 @solver_factory
@@ -100,7 +102,7 @@ def newton_cg(
 
 def _start(problem: BatchedProblem, x: Tensor) -> Start[NewtonCgMemory]:
     error, fields = initial_fields(problem, x)
-    return Start(error, NewtonCgMemory(**fields, first_error=error))
+    return Start(error, NewtonCgMemory(**fields, first_error=error, ahead=torch.zeros_like(x)))
 
 
 def _step(
@@ -111,19 +113,25 @@ def _step(
     # units.
     forcing = torch.sqrt(safe_divide(state.error, memory.first_error)).clamp(max=0.5)
     _, grad, product = problem.fn.hessian(x)
-    d = _truncated_newton_direction(product, grad, forcing, active, inner_maxiter or 2 * x.shape[1], problem.eps)
+    # A Newton-type step of the stopping rule replaces the direction once.
+    replaced = (memory.ahead != 0).any(dim=-1)
+    inner_limit = inner_maxiter or 2 * x.shape[1]
+    d = _truncated_newton_direction(product, grad, forcing, active & ~replaced, inner_limit, problem.eps)
+    d = if_any(replaced, lambda d: select(replaced, memory.ahead, d), d)
     point, failed, status = search(problem, x, state, d, torch.ones_like(memory.value))
     status = torch.where(failed, int(Status.LINE_SEARCH_FAILED), status)
-    memory = memory._replace(**fields_at(memory, point))
+    memory = memory._replace(**fields_at(memory, point), ahead=torch.zeros_like(memory.ahead))
     progress = state.progress.fallen(value_fell(problem, state.memory, point))
     return point.x, state._replace(error=row_norm(point.grad), status=status, progress=progress, memory=memory)
 
 
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: NewtonCgMemory) -> NewtonStep:
-    """Return the step without the forcing term; if the step is long, the forcing term is zero from then on."""
-    step = objective_newton_step(problem, x, memory.magnitude, lambda v: v, min(2 * x.shape[-1], MAX_PRODUCTS))
+    """Return a Newton-type step; if the step is long, the next iteration tries the step, and the forcing term is zero
+    from then on."""
+    step = objective_newton_step(problem, x, memory.magnitude, min(x.shape[-1], MAX_PRODUCTS))
     # The forcing term ``sqrt(|g| / inf)`` is 0.
-    return step._replace(memory=memory._replace(first_error=torch.full_like(memory.first_error, torch.inf)))
+    first_error = torch.full_like(memory.first_error, torch.inf)
+    return step._replace(memory=memory._replace(first_error=first_error, ahead=step.d))
 
 
 def _truncated_newton_direction(

@@ -130,7 +130,7 @@ def _start(problem: BatchedProblem, x: Tensor) -> Start[NonlinearCgMemory]:
 
 def _newton_step(problem: BatchedProblem, x: Tensor, memory: NonlinearCgMemory) -> NewtonStep:
     """Return a Newton-type step; the next iteration tries the step."""
-    step = objective_newton_step(problem, x, memory.magnitude, lambda v: v, few_products(problem, x))
+    step = objective_newton_step(problem, x, memory.magnitude, few_products(problem, x))
     # A Newton-type step has its length, so the first trial is 1.
     return step._replace(memory=memory._replace(direction=step.d, first_step=torch.ones_like(memory.first_step)))
 

@@ -46,7 +46,7 @@ class StepPowers(NamedTuple):
     failed: float
 
 
-TRIAL_STEP = StepPowers(near=2 / 5, failed=2 / 5)
+TRIAL_STEP = StepPowers(near=1 / 2, failed=1 / 2)
 """For a step that is not made, so that the step itself is the error of ``x``."""
 ROOT_STEP = StepPowers(near=1 / 3, failed=1 / 6)
 """For a step to a root that is made, so that the error is about its square. Rounding ends the search for a multiple

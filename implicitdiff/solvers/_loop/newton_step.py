@@ -19,6 +19,7 @@ from implicitdiff.solvers._loop.problem import (
     safe_divide,
     scattered_signs,
     select,
+    vecmat,
 )
 
 
@@ -52,10 +53,10 @@ class NewtonStep(NamedTuple):
 
 MAX_PRODUCTS = 60
 """Bound on the Hessian products of a step by a method that computes such steps anyway."""
-_SOLVED = 1e-4
-"""Part of the squared preconditioned residual that a step may leave after its first products."""
-_FEW_UNKNOWNS = 12
-"""Bound on the number of unknowns for which a step that leaves more takes products for all directions."""
+RESOLVED = 16
+"""Multiple of its rounding that a curvature must exceed."""
+_NOTHING = 100
+"""Multiple of ``eps`` of its length that Gram-Schmidt leaves of a dependent direction."""
 
 
 def if_twice_differentiable(make: Callable[[], ResultT]) -> ResultT | None:
@@ -71,28 +72,26 @@ def if_twice_differentiable(make: Callable[[], ResultT]) -> ResultT | None:
 def few_products(problem: BatchedProblem, x: Tensor) -> int:
     """Return the number of Hessian products for a method that makes no others; more in float32, whose gradients
     determine less."""
-    return min(2 * x.shape[-1], 8 if problem.eps < 1e-10 else 16)
+    return min(x.shape[-1], 12 if problem.eps < 1e-10 else 16)
 
 
 def gradient_newton_step(problem: BatchedProblem, x: Tensor, memory: Any) -> NewtonStep:
     """Return the step for a method that follows gradients alone, and that cannot try the step."""
     largest_value = x.new_full(x.shape[:1], torch.inf)
-    return objective_newton_step(problem, x, largest_value, lambda v: v, few_products(problem, x))
+    return objective_newton_step(problem, x, largest_value, few_products(problem, x))
 
 
-def objective_newton_step(
-    problem: BatchedProblem, x: Tensor, largest_value: Tensor, precondition: VectorMap, products: int
-) -> NewtonStep:
-    """Return the step of `truncated_cg` for an objective, at the cost of one evaluation and the products.
+def objective_newton_step(problem: BatchedProblem, x: Tensor, largest_value: Tensor, products: int) -> NewtonStep:
+    """Return the step of `conjugate_directions` for an objective, at the cost of one evaluation and the products.
 
     `largest_value` is the largest absolute value of the objective so far, infinite if unknown.
     """
     value, grad, product = problem.fn.hessian(x)
     value = value.detach()
-    step, gain = truncated_cg(x, grad, product, precondition, products, eps=problem.eps)
+    step, gain = conjugate_directions(x, grad, product, products, eps=problem.eps)
     step = step._replace(bends_down=_bends_down(problem, x, step))
-    # A gain below ``sqrt(eps)`` of the value is what the null space of a Hessian gives.
-    counts = promises = gain > problem.eps**0.5 * value.abs()
+    # A gain below ``eps^(2/3)`` of the value is what the null space of a Hessian gives.
+    counts = promises = gain > problem.eps ** (2 / 3) * value.abs()
     # The objective may be a small difference of large terms. Their size is about ``|x| |H x|``, and at most the largest
     # value seen.
     terms = torch.minimum(row_norm(x) * step.size, largest_value)
@@ -103,7 +102,7 @@ def objective_newton_step(
         # Measure the rounding of the objective: the change of its value if every unknown moves by 4 units in the last
         # place.
         moved = problem.fn(x.detach() + 4 * problem.eps * scattered_signs(x) * x.detach())[:, 0].detach()
-        resolved: Tensor = counts & ~(doubtful & (gain <= 16.0 * (moved - value).abs()))
+        resolved: Tensor = counts & ~(doubtful & (gain <= 2.0 * (moved - value).abs()))
         return resolved
 
     counts = if_any(doubtful, beyond_rounding, counts)
@@ -111,7 +110,7 @@ def objective_newton_step(
 
 
 def _bends_down(problem: BatchedProblem, x: Tensor, step: NewtonStep) -> Tensor:
-    """Return the lanes with a negative curvature beyond rounding, if the bound of `truncated_cg` leaves a doubt.
+    """Return the lanes with a negative curvature beyond rounding, where `conjugate_directions` leaves a doubt.
 
     That bound is relative to the stiffest direction, so hides the curvature of an unknown in much larger units, as on a
     plateau. Rounding is measured instead: the change of the curvature if the unknowns and the direction move by 4 units
@@ -127,107 +126,148 @@ def _bends_down(problem: BatchedProblem, x: Tensor, step: NewtonStep) -> Tensor:
     return if_any(doubtful, beyond_rounding, step.bends_down)
 
 
-def truncated_cg(
+def conjugate_directions(
     x: Tensor,
     grad: Tensor,
     product: VectorMap,
-    precondition: VectorMap,
     products: int,
     *,
     eps: float,
+    basis: Tensor | None = None,
 ) -> tuple[NewtonStep, Tensor]:
-    """Solve ``H d = -g`` approximately by preconditioned conjugate gradients; return the step and the gain that the
-    quadratic model predicts.
+    """Solve ``H d = -g`` by conjugate directions; return the step and the gain that the quadratic model predicts.
 
     A small gradient is a poor measure of the distance along directions in which an objective is much flatter than in
-    others, and a quasi-Newton method knows the curvature of its own steps only. Preconditioned by the method's inverse
-    Hessian, conjugate gradients find the other directions first. Along a direction of negative curvature the step uses
-    the absolute value of the curvature.
+    others, and a quasi-Newton method knows the curvature of its own steps only. With conjugate directions ``p_i``,
+    ``p_i'H p_j = 0``, the step is the sum of ``-(p_i'g / |p_i'H p_i|) p_i``, so that it follows a negative curvature
+    downhill. Gram-Schmidt makes the directions from the unit vectors if there is a product for each unknown, which
+    makes them independent of units, else from the residuals ``H d + g``, as conjugate gradients do.
+
+    A curvature ``p'H p`` is resolved if it exceeds its rounding, ``eps |p|'|H p|``. Along a flat direction ``H p`` is
+    small, so curvatures are resolved down to about ``eps^2 |H|``. Conjugate gradients and a factorisation of ``H``
+    resolve them down to ``eps |H|``. Directions with other curvatures have no part in the step.
 
     Args:
         x: the start of the step.
         grad: the gradient ``g`` at `x`.
         product: ``v -> H v``.
-        precondition: an approximation of ``v -> H^-1 v``.
-        products: the number of products; a large residual in few unknowns takes two for each.
-        eps: machine epsilon of the objective's values.
+        products: the number of products, at most that of the unknowns.
+        eps: machine epsilon of the products.
+        basis: other vectors instead of the unit vectors, in rows, ``(lanes, n, n)``.
+
+    Reference:
+        Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", J. Res. Natl. Bur. Stand. 49
+            (1952), section 4.
     """
 
-    def advance(cg: _Preconditioned) -> _Preconditioned:
-        d, r, p, rz, gain, stiffest, bends_down, down, below, active = cg
-        image = product(p)
-        curvature = row_dot(p, image)
-        stiffest = torch.maximum(stiffest, safe_divide(row_norm(image), row_norm(p)))
-        # A curvature of rounding size relative to the stiffest direction is not negative.
-        bends_down = bends_down | (active & (curvature < -(eps**0.5) * stiffest * row_dot(p, p)))
-        negative = active & (curvature < 0)
-        down, below = select(negative, p, down), torch.where(negative, curvature, below)
-        bends = active & (curvature != 0)
-        a = torch.where(bends, safe_divide(rz, curvature.abs()), 0.0)
-        # ``r`` is ``H d + g``, so a preconditioned ``-r`` points downhill; `p` begins with this sign in `_at_zero`.
-        d, r = d + a[:, None] * p, r + a[:, None] * image
-        # Each CG step lowers the model by ``a r'z / 2``, without cancellation.
-        # With ``|p'H p|`` in the model the formula holds along negative curvature as well.
-        gain = gain + 0.5 * a * rz
-        z = precondition(r)
-        rz, before = row_dot(r, z), rz
-        # Stop a lane after a step along negative curvature: conjugate gradients assume a positive definite matrix.
-        active = bends & (curvature > 0) & (rz > 0) & torch.isfinite(rz)
-        p = safe_divide(rz, before)[:, None] * p - z
-        return _Preconditioned(d, r, p, rz, gain, stiffest, bends_down, down, below, active)
-
-    def again(cg: _Preconditioned) -> _Preconditioned:
-        # In a lane that has stopped ``p`` may be infinite, and ``0 * inf`` is nan.
-        new = advance(cg)
-        return new._replace(d=select(cg.active, new.d, cg.d), gain=select(cg.active, new.gain, cg.gain))
+    def seed(found: _Directions) -> Tensor:
+        if products < x.shape[-1]:
+            return safe_divide(found.residual, row_norm(found.residual)[:, None])
+        return found.slot if basis is None else vecmat(found.slot, basis)
 
     # Products of a large gradient and a large curvature overflow, so the system is solved for a gradient of length 1.
     length = row_norm(grad)
     unit = safe_divide(grad, length[:, None])
-    cg = first = _at_zero(unit, precondition(unit))
-    if products:
-        cg = repeat(again, advance(cg), attrgetter("active"), products - 1)
-        # A large residual means that the flattest directions are missing, along which the step may be long.
-        cg = cg._replace(active=cg.active & (cg.rz > _SOLVED * first.rz))
-        more = 2 * x.shape[-1] - products if x.shape[-1] <= _FEW_UNKNOWNS else 0
-        cg = repeat(again, cg, attrgetter("active"), more)
+
+    def advance(found: _Directions) -> _Directions:
+        p = seed(found)
+        # A second pass removes what rounding leaves of the first (Kahan: "twice is enough").
+        for _ in range(2):
+            p = p - vecmat(safe_divide(vecmat(p, found.images.mT), found.curvatures), found.directions)
+        image = product(p)
+        curvature, length = row_dot(p, image), row_norm(p)
+        rounding = eps * row_dot(p.abs(), image.abs())
+        stiffest = torch.maximum(found.stiffest, safe_divide(row_norm(image), length))
+        # A curvature of rounding size relative to the stiffest direction is not negative.
+        bends_down = found.bends_down | (found.active & (curvature < -(eps**0.5) * stiffest * length * length))
+        doubt = safe_divide(curvature, rounding)
+        negative = found.active & (doubt < found.doubt)
+        # After all directions only rounding is left, which is short. In a lane that has stopped ``p`` may be infinite,
+        # and ``0 * inf`` is nan.
+        active = found.active & torch.isfinite(rounding) & (length > _NOTHING * eps)
+        resolved = active & (curvature.abs() > RESOLVED * rounding)
+        p = select(active, p, torch.zeros_like(p))
+        # Orthogonal to a direction of the null space is conjugate to it.
+        image = select(resolved, image, p)
+        curvature, slope = row_dot(p, image), torch.where(resolved, row_dot(p, unit), 0.0)
+        a = -safe_divide(slope, curvature.abs())
+        return _Directions(
+            slot=torch.cat([found.slot[:, -1:], found.slot[:, :-1]], dim=1),
+            directions=found.directions + found.slot[:, :, None] * p[:, None],
+            images=found.images + found.slot[:, :, None] * image[:, None],
+            curvatures=found.curvatures + found.slot * curvature[:, None],
+            d=found.d + a[:, None] * p,
+            residual=found.residual + a[:, None] * image,
+            # Each step lowers the model by ``-a p'g / 2``, without cancellation.
+            # With ``|p'H p|`` in the model the formula holds along negative curvature as well.
+            gain=found.gain - 0.5 * a * slope,
+            stiffest=stiffest,
+            bends_down=bends_down,
+            down=select(negative, p, found.down),
+            below=torch.where(negative, curvature, found.below),
+            doubt=torch.where(negative, doubt, found.doubt),
+            active=active,
+        )
+
+    found = repeat(advance, _no_directions(unit, products), attrgetter("active"), products)
     # One more product: ``|H x|``, the scale of the residual test, without a difference.
-    size, gain = row_norm(product(x)), length * (length * cg.gain)
-    return NewtonStep(x, length[:, None] * cg.d, gain > 0, gain > 0, size, cg.bends_down, cg.down, cg.below), gain
+    size, gain = row_norm(product(x)), length * (length * found.gain)
+    step = length[:, None] * found.d
+    return NewtonStep(x, step, gain > 0, gain > 0, size, found.bends_down, found.down, found.below), gain
 
 
-class _Preconditioned(NamedTuple):
-    """Preconditioned conjugate gradients after some products.
+class _Directions(NamedTuple):
+    """Conjugate directions after some products; rows of the others are zero.
 
     Attributes:
+        slot: 1 at the row of the next direction, else 0, ``(lanes, products)``.
+        directions: the directions ``p_i``, ``(lanes, products, n)``.
+        images: ``H p_i``, but ``p_i`` if the curvature is not resolved.
+        curvatures: the products of rows of both, ``(lanes, products)``.
         d: the step.
-        r: the residual ``H d + g``.
-        p: the next direction.
-        rz: ``r'z`` with the preconditioned residual ``z``.
+        residual: ``H d + g``.
         gain: the gain that the model predicts for ``d``.
         stiffest: the largest ``|H p| / |p|`` so far.
         bends_down: True if a curvature was negative beyond rounding.
         down: the direction of negative curvature; 0 if none.
         below: the curvature along this direction.
+        doubt: this curvature in units of its rounding.
         active: the lanes that have not stopped.
     """
 
+    slot: Tensor
+    directions: Tensor
+    images: Tensor
+    curvatures: Tensor
     d: Tensor
-    r: Tensor
-    p: Tensor
-    rz: Tensor
+    residual: Tensor
     gain: Tensor
     stiffest: Tensor
     bends_down: Tensor
     down: Tensor
     below: Tensor
+    doubt: Tensor
     active: Tensor
 
 
-def _at_zero(grad: Tensor, z: Tensor) -> _Preconditioned:
-    """Return conjugate gradients before the first product."""
-    rz = row_dot(grad, z)
-    zero, no = torch.zeros_like(rz), torch.zeros_like(rz, dtype=torch.bool)
-    active = (rz > 0) & torch.isfinite(rz)
-    none = torch.zeros_like(grad)
-    return _Preconditioned(none, grad, -z, rz, zero, zero, bends_down=no, down=none, below=zero, active=active)
+def _no_directions(grad: Tensor, products: int) -> _Directions:
+    """Return conjugate directions before the first product."""
+    none, zero = torch.zeros_like(grad), torch.zeros_like(grad[:, 0])
+    rows = zero[:, None].repeat(1, products)
+    square = rows[:, :, None] * none[:, None]
+    no, active = torch.zeros_like(zero, dtype=torch.bool), (grad != 0).any(dim=-1)
+    return _Directions(
+        slot=torch.cat([torch.ones_like(rows[:, :1]), rows[:, 1:]], dim=1),
+        directions=square,
+        images=square,
+        curvatures=rows,
+        d=none,
+        residual=grad,
+        gain=zero,
+        stiffest=zero,
+        bends_down=no,
+        down=none,
+        below=zero,
+        doubt=zero,
+        active=active,
+    )

@@ -186,6 +186,8 @@ class Termination:
         # Slow progress shows in as many iterations as there were before.
         is_idle = (state.status != Status.RUNNING) | (old.idle >= (state.iter_num // 2).clamp(min=_LONG_IDLE))
         enough = is_idle & (state.error <= old.enough)
+        if not method.steps_tell:
+            enough = enough & (old.step <= problem.eps**method.step_powers.failed)
         progress = old._replace(
             floor=torch.where(asked, torch.where(enough, torch.maximum(floor, state.error), floor), old.floor),
             # Double the patience: measurements after 4, 8, 16, ... idle iterations cost a vanishing share.
@@ -194,7 +196,6 @@ class Termination:
         # Valid at this point only: the floor depends on ``x``.
         at_floor = asked & (state.error <= progress.floor)
         found = self._at_floor(method, problem, x, state._replace(progress=progress), at_floor)
-        # A step was judged before, where the error was found to be enough.
         good = asked & enough
         return found._replace(
             status=torch.where(good, int(Status.CONVERGED), found.status),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import implicitdiff.solvers._loop.dense as _dense
-from implicitdiff.solvers._loop.newton_step import MAX_PRODUCTS, NewtonStep, truncated_cg
+from implicitdiff.solvers._loop.newton_step import RESOLVED, NewtonStep, conjugate_directions
 from implicitdiff.solvers._loop.problem import BatchedProblem, RowFunction, row_dot, row_norm, select, vecmat
 from implicitdiff.solvers._loop.state import JacobianMemory
 
@@ -86,23 +86,25 @@ def least_squares_newton_step(
     the Gauss-Newton step measures no distance."""
     x, grad, H = x.detach(), at.gradient.detach(), at.hessian.detach()
     J = torch.where(at.free[:, None], jacobian.detach(), 0.0)
-    # Precondition by the Gauss-Newton Hessian ``J'J = R'R`` with ``R`` from QR of ``J``: ``R`` has twice the digits of
-    # ``J'J``. The additional rows keep ``R`` regular.
+    # Orthonormal vectors of the Gauss-Newton Hessian ``J'J = R'R``, the columns of ``R^-1``, with ``R`` from QR of
+    # ``J``: ``R`` has twice the digits of ``J'J``. The additional rows keep ``R`` regular.
     squares = J.square().sum(dim=1)
     least = torch.diag_embed((problem.eps * torch.where(squares > 0, squares, 1.0)).sqrt())
     factor = torch.linalg.qr(torch.cat([J, least], dim=-2), mode="r")[1]
-
-    def precondition(v: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(factor.mT, v[..., None], upper=False)
-        whole: Tensor = torch.linalg.solve_triangular(factor, half, upper=True)
-        return torch.where(at.free, whole[..., 0], 0.0)
-
-    products = min(2 * x.shape[-1], MAX_PRODUCTS)
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(factor)
+    basis = torch.linalg.solve_triangular(factor.mT, eye, upper=False)
     # ``H v`` as ``v'H``: the Hessian is symmetric.
-    step, gain = truncated_cg(x, grad, lambda v: vecmat(v, H), precondition, products, eps=problem.eps)
+    step, gain = conjugate_directions(
+        x, grad, lambda v: vecmat(v, H), x.shape[-1], eps=problem.eps, basis=torch.where(at.free[:, None], basis, 0.0)
+    )
+    # The matrix itself is rounded.
+    way = step.down.abs()
+    bends_down = step.curvature < -RESOLVED * problem.eps * row_dot(way, vecmat(way, H.abs()))
     value, noise = losses.detach().sum(dim=-1), rounding_of_cost(problem, x, residual, jacobian, losses)
     counts = gain > problem.eps ** (2 / 3) * value + problem.eps ** (1 / 6) * noise
-    return step._replace(promises=gain > 8.0 * problem.eps * value, counts=counts, units=units_of(J))
+    return step._replace(
+        promises=gain > 8.0 * problem.eps * value, counts=counts, units=units_of(J), bends_down=bends_down
+    )
 
 
 def half_squares(r: Tensor) -> Tensor:

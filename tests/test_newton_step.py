@@ -1,0 +1,61 @@
+"""The Newton-type step by which minimisers judge their distance from a minimum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tables.solvers import LINE_SEARCHES, factories
+from torch import Tensor
+
+from implicitdiff.solvers._loop.newton_step import conjugate_directions
+
+F32, F64 = torch.float32, torch.float64
+
+
+def orthogonal(n: int, seed: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=F64))[0]
+
+
+@pytest.mark.parametrize("factory", factories(LINE_SEARCHES))
+def test_no_claim_far_from_the_minimum_of_a_singular_looking_fit(factory: Any) -> None:
+    """The Hessian has the condition number 1e10, above 1 / eps, and is singular as a float32 matrix."""
+    n = 12
+    for seed in range(4):
+        J = ((orthogonal(n, seed) * torch.logspace(0, -5, n, dtype=F64)) @ orthogonal(n, seed + 99)).to(F32)
+        solution = torch.linspace(1, 2, n, dtype=F64)
+        b = (J.to(F64) @ solution).to(F32)
+        x, state = factory(lambda x, J=J, b=b: (J @ x - b).square().sum(), on_failure="ignore").run(torch.zeros(n))
+        # Rounding moves the residual by a few eps of ``|b|``, and ``J^-1`` is at most 1e5.
+        assert not state.converged or (x - solution).norm() <= 4 * torch.finfo(F32).eps * 1e5 * solution.norm()
+
+
+@pytest.mark.parametrize("units", [0, 6])
+@pytest.mark.parametrize("n", [2, 5, 12])
+def test_conjugate_directions_resolve_curvatures_below_eps(n: int, units: int) -> None:
+    """Products with ``J'J`` of condition number 1e10 give the Newton step in float32, in any units."""
+    J = (orthogonal(n, n) * torch.logspace(0, -5, n, dtype=F64)) @ orthogonal(n, n + 99)
+    J = (J * torch.logspace(0, units, n, dtype=F64)).to(F32)
+    product = lambda v: (v @ J.mT) @ J  # noqa: E731
+    grad, eps = torch.ones(1, n) @ J, torch.finfo(F32).eps
+    step, gain = conjugate_directions(torch.ones(1, n), grad, product, n, eps=eps)
+    exact = torch.linalg.solve(J.to(F64), torch.ones(n, dtype=F64))
+    # ``J^-1`` of condition number 1e5 magnifies the rounding of ``J``.
+    torch.testing.assert_close(J.to(F64) @ (step.d[0].to(F64) + exact), torch.zeros(n, dtype=F64), rtol=0, atol=0.1)
+    assert abs(float(gain) - n / 2) <= 0.1 * n
+    assert not step.bends_down
+
+
+def test_a_curvature_of_rounding_size_has_no_part_in_the_step() -> None:
+    """Two of three unknowns enter as their sum only."""
+    J = torch.tensor([[1.0, 1.0, 0.3], [0.1, 0.1, 2.0]])
+    step, _ = conjugate_directions(torch.ones(1, 3), torch.ones(1, 2) @ J, lambda v: (v @ J.mT) @ J, 3, eps=1.2e-7)
+    torch.testing.assert_close(step.d @ J.mT, -torch.ones(1, 2), rtol=1e-5, atol=0)
+    assert step.d.abs().max() < 10
+
+
+def test_a_step_for_a_large_gradient_does_not_overflow() -> None:
+    curvature, distance = torch.tensor([1e15, 1e14, 1e13]), torch.tensor([[1e4, -2e4, 3e4]])
+    step, _ = conjugate_directions(distance, curvature * distance, lambda v: curvature * v, 3, eps=1.2e-7)
+    torch.testing.assert_close(step.d, -distance, rtol=1e-3, atol=0)
