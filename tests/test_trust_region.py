@@ -427,3 +427,11 @@ def test_gauss_newton_refuses_a_jacobian_without_full_rank() -> None:
         start = factor * torch.ones(10, dtype=F64)
         x, state = gauss_newton(lambda x: A @ x - 1, on_failure="ignore").run(start)
         assert state.status == Status.DIVERGED and x.abs().max() < 1e3
+
+
+def test_a_step_to_an_infinite_jacobian_is_refused() -> None:
+    """On the way the Jacobian overflows in float32 where the residual does not."""
+    rat43 = next(problem for problem in nist.PROBLEMS if problem.name == "Rat43")
+    x, _ = levenberg_marquardt(rat43.residual).run(torch.tensor(rat43.start, dtype=torch.float32))
+    certified = optimize.least_squares(rat43.residual, rat43.start, method="trf", x_scale="jac").x
+    torch.testing.assert_close(x, torch.tensor(certified, dtype=torch.float32), rtol=1e-3, atol=0)

@@ -283,7 +283,7 @@ class _Evaluation(NamedTuple):
 
     Attributes:
         gain: the actual gain.
-        known: True if the residual is finite.
+        known: True if the residual, and the gradient if computed, are finite.
         unresolved: True if rounding of the cost may hide the gain.
         accepted: True if the step is good enough.
         ratio: factor of the scaled gradient, ``|D^-1 J' r|`` at the end relative to the start; 1 if not computed.
@@ -323,11 +323,13 @@ def _evaluate(
         new_g = normal_gradient(new[1], new[0])
         gradients = _free_gradient(problem, there, new_g, bounded), _free_gradient(problem, x, base.gradient, bounded)
         ratio = safe_divide(*(row_norm(gradient / base.D) for gradient in gradients))
+        # The Jacobian may overflow where the residual does not.
+        inside = known & torch.isfinite(new_g).all(dim=-1)
         # `noise` is a bound, several times the usual rounding, and the gradient rises on the way into a narrow valley.
         # So the measured gain may accept an unresolved step too. Errors of such steps do not add up: each step lowers
         # the measured cost.
-        accepted = found.accepted | (unresolved & known & (ratio < 1.0))
-        return found._replace(accepted=accepted, ratio=ratio, new=new)
+        accepted = inside & (found.accepted | (unresolved & (ratio < 1.0)))
+        return found._replace(known=inside, accepted=accepted, ratio=ratio, new=new)
 
     here = r, memory.jacobian, memory.losses, memory.scale
     found = _Evaluation(gain, known, unresolved, accepted, torch.ones_like(gain), here)
