@@ -59,3 +59,30 @@ def test_a_step_for_a_large_gradient_does_not_overflow() -> None:
     curvature, distance = torch.tensor([1e15, 1e14, 1e13]), torch.tensor([[1e4, -2e4, 3e4]])
     step, _ = conjugate_directions(distance, curvature * distance, lambda v: curvature * v, 3, eps=1.2e-7)
     torch.testing.assert_close(step.d, -distance, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("units", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("held", [0, 1, 2])
+def test_a_basis_of_any_length_with_a_zero_row(units: float, held: int) -> None:
+    """The step has no part along a zero row, and all of the others."""
+    H = torch.tensor([[4.0, 1.0, 0.5], [1.0, 3.0, 0.2], [0.5, 0.2, 2.0]], dtype=F64)
+    basis, grad = units * torch.eye(3, dtype=F64), torch.tensor([[1.0, -2.0, 3.0]], dtype=F64)
+    basis[held] = 0
+    step, _ = conjugate_directions(
+        torch.ones(1, 3, dtype=F64), grad, lambda v: v @ H, 3, eps=torch.finfo(F64).eps, basis=basis[None]
+    )
+    free = [i for i in range(3) if i != held]
+    expected = torch.zeros(3, dtype=F64)
+    expected[free] = -torch.linalg.solve(H[free][:, free], grad[0, free])
+    torch.testing.assert_close(step.d[0], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("factory", factories(LINE_SEARCHES))
+def test_the_null_space_of_a_dense_hessian_is_no_distance(factory: Any) -> None:
+    """A product with the matrix along its null space is rounding, of either sign."""
+    for seed in range(6):
+        g = torch.Generator().manual_seed(seed)
+        B, aim = torch.randn(2, 5, generator=g, dtype=F64), torch.randn(5, generator=g, dtype=F64)
+        A = B.mT @ B
+        x, state = factory(lambda x, A=A, aim=aim: 0.5 * (x - aim) @ A @ (x - aim)).run(torch.zeros(5, dtype=F64))
+        assert state.converged and (B @ (x - aim)).norm() <= 1e-9 and x.norm() <= 2 * aim.norm()

@@ -55,6 +55,8 @@ MAX_PRODUCTS = 60
 """Bound on the Hessian products of a step by a method that computes such steps anyway."""
 RESOLVED = 16
 """Multiple of its rounding that a curvature must exceed."""
+_DOUBTFUL = 1000
+"""Multiple of ``eps`` of the stiffest curvature below which the rounding of a curvature is measured."""
 _NOTHING = 100
 """Multiple of ``eps`` of its length that Gram-Schmidt leaves of a dependent direction."""
 
@@ -143,9 +145,10 @@ def conjugate_directions(
     downhill. Gram-Schmidt makes the directions from the unit vectors if there is a product for each unknown, which
     makes them independent of units, else from the residuals ``H d + g``, as conjugate gradients do.
 
-    A curvature ``p'H p`` is resolved if it exceeds its rounding, ``eps |p|'|H p|``. Along a flat direction ``H p`` is
-    small, so curvatures are resolved down to about ``eps^2 |H|``. Conjugate gradients and a factorisation of ``H``
-    resolve them down to ``eps |H|``. Directions with other curvatures have no part in the step.
+    Only directions whose curvature ``p'H p`` exceeds its rounding have a part in the step. For products ``J'(J p)``, as
+    automatic differentiation of a sum of squares computes them, the rounding is about ``eps |p|'|H p|``. As ``J p`` is
+    small along a flat direction, curvatures are resolved down to ``eps^2 |H|``, by conjugate gradients and by a
+    factorisation of ``H`` down to ``eps |H|``.
 
     Args:
         x: the start of the step.
@@ -153,7 +156,8 @@ def conjugate_directions(
         product: ``v -> H v``.
         products: the number of products, at most that of the unknowns.
         eps: machine epsilon of the products.
-        basis: other vectors instead of the unit vectors, in rows, ``(lanes, n, n)``.
+        basis: other vectors instead of the unit vectors, in rows, ``(lanes, n, n)``, whose curvatures are far above
+            rounding.
 
     Reference:
         Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", J. Res. Natl. Bur. Stand. 49
@@ -170,44 +174,7 @@ def conjugate_directions(
     unit = safe_divide(grad, length[:, None])
 
     def advance(found: _Directions) -> _Directions:
-        p = seed(found)
-        # A second pass removes what rounding leaves of the first (Kahan: "twice is enough").
-        for _ in range(2):
-            p = p - vecmat(safe_divide(vecmat(p, found.images.mT), found.curvatures), found.directions)
-        image = product(p)
-        curvature, length = row_dot(p, image), row_norm(p)
-        rounding = eps * row_dot(p.abs(), image.abs())
-        stiffest = torch.maximum(found.stiffest, safe_divide(row_norm(image), length))
-        # A curvature of rounding size relative to the stiffest direction is not negative.
-        bends_down = found.bends_down | (found.active & (curvature < -(eps**0.5) * stiffest * length * length))
-        doubt = safe_divide(curvature, rounding)
-        negative = found.active & (doubt < found.doubt)
-        # After all directions only rounding is left, which is short. In a lane that has stopped ``p`` may be infinite,
-        # and ``0 * inf`` is nan.
-        active = found.active & torch.isfinite(rounding) & (length > _NOTHING * eps)
-        resolved = active & (curvature.abs() > RESOLVED * rounding)
-        p = select(active, p, torch.zeros_like(p))
-        # Orthogonal to a direction of the null space is conjugate to it.
-        image = select(resolved, image, p)
-        curvature, slope = row_dot(p, image), torch.where(resolved, row_dot(p, unit), 0.0)
-        a = -safe_divide(slope, curvature.abs())
-        return _Directions(
-            slot=torch.cat([found.slot[:, -1:], found.slot[:, :-1]], dim=1),
-            directions=found.directions + found.slot[:, :, None] * p[:, None],
-            images=found.images + found.slot[:, :, None] * image[:, None],
-            curvatures=found.curvatures + found.slot * curvature[:, None],
-            d=found.d + a[:, None] * p,
-            residual=found.residual + a[:, None] * image,
-            # Each step lowers the model by ``-a p'g / 2``, without cancellation.
-            # With ``|p'H p|`` in the model the formula holds along negative curvature as well.
-            gain=found.gain - 0.5 * a * slope,
-            stiffest=stiffest,
-            bends_down=bends_down,
-            down=select(negative, p, found.down),
-            below=torch.where(negative, curvature, found.below),
-            doubt=torch.where(negative, doubt, found.doubt),
-            active=active,
-        )
+        return _with_direction(found, seed(found), product, unit, eps, measures=basis is None)
 
     found = repeat(advance, _no_directions(unit, products), attrgetter("active"), products)
     # One more product: ``|H x|``, the scale of the residual test, without a difference.
@@ -232,7 +199,7 @@ class _Directions(NamedTuple):
         down: the direction of negative curvature; 0 if none.
         below: the curvature along this direction.
         doubt: this curvature in units of its rounding.
-        active: the lanes that have not stopped.
+        active: the lanes with a gradient.
     """
 
     slot: Tensor
@@ -248,6 +215,62 @@ class _Directions(NamedTuple):
     below: Tensor
     doubt: Tensor
     active: Tensor
+
+
+def _with_direction(
+    found: _Directions, p: Tensor, product: VectorMap, grad: Tensor, eps: float, *, measures: bool
+) -> _Directions:
+    """Return the directions and one more, made from `p`; `measures` the rounding of small curvatures."""
+    whole = row_norm(p)
+    # A second pass removes what rounding leaves of the first (Kahan: "twice is enough").
+    for _ in range(2):
+        p = p - vecmat(safe_divide(vecmat(p, found.images.mT), found.curvatures), found.directions)
+    image = product(p)
+    curvature, length = row_dot(p, image), row_norm(p)
+    rounding = eps * row_dot(p.abs(), image.abs())
+    stiffest = torch.maximum(found.stiffest, safe_divide(row_norm(image), length))
+    doubtful = curvature.abs() <= _DOUBTFUL * eps * stiffest * length * length
+
+    def measured(rounding: Tensor) -> Tensor:
+        # A product with a matrix has an error of ``eps |H|``: measure the change of the curvature if the entries of the
+        # direction move by 4 units in the last place.
+        for sign in (1, -1):
+            moved = p * (1 + 4 * sign * eps * scattered_signs(p))
+            change = (row_dot(moved, product(moved)) - curvature).abs()
+            rounding = torch.where(doubtful, torch.maximum(rounding, change), rounding)
+        return rounding
+
+    if measures:
+        rounding = if_any(doubtful, measured, rounding)
+    # A curvature of rounding size relative to the stiffest direction is not negative.
+    bends_down = found.bends_down | (found.active & (curvature < -(eps**0.5) * stiffest * length * length))
+    doubt = safe_divide(curvature, rounding)
+    negative = found.active & (doubt < found.doubt)
+    # Of a dependent vector only rounding is left. Products may be infinite, and ``0 * inf`` is nan.
+    usable = found.active & torch.isfinite(rounding) & (length > _NOTHING * eps * whole)
+    resolved = usable & (curvature.abs() > RESOLVED * rounding)
+    p = select(usable, p, torch.zeros_like(p))
+    # Orthogonal to a direction of the null space is conjugate to it.
+    image = select(resolved, image, p)
+    curvature, slope = row_dot(p, image), torch.where(resolved, row_dot(p, grad), 0.0)
+    a = -safe_divide(slope, curvature.abs())
+    return _Directions(
+        slot=torch.cat([found.slot[:, -1:], found.slot[:, :-1]], dim=1),
+        directions=found.directions + found.slot[:, :, None] * p[:, None],
+        images=found.images + found.slot[:, :, None] * image[:, None],
+        curvatures=found.curvatures + found.slot * curvature[:, None],
+        d=found.d + a[:, None] * p,
+        residual=found.residual + a[:, None] * image,
+        # Each step lowers the model by ``-a p'g / 2``, without cancellation.
+        # With ``|p'H p|`` in the model the formula holds along negative curvature as well.
+        gain=found.gain - 0.5 * a * slope,
+        stiffest=stiffest,
+        bends_down=bends_down,
+        down=select(negative, p, found.down),
+        below=torch.where(negative, curvature, found.below),
+        doubt=torch.where(negative, doubt, found.doubt),
+        active=found.active,
+    )
 
 
 def _no_directions(grad: Tensor, products: int) -> _Directions:
