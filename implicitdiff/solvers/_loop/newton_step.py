@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -229,19 +230,9 @@ def _with_direction(
     curvature, length = row_dot(p, image), row_norm(p)
     rounding = eps * row_dot(p.abs(), image.abs())
     stiffest = torch.maximum(found.stiffest, safe_divide(row_norm(image), length))
-    doubtful = curvature.abs() <= _DOUBTFUL * eps * stiffest * length * length
-
-    def measured(rounding: Tensor) -> Tensor:
-        # A product with a matrix has an error of ``eps |H|``: measure the change of the curvature if the entries of the
-        # direction move by 4 units in the last place.
-        for sign in (1, -1):
-            moved = p * (1 + 4 * sign * eps * scattered_signs(p))
-            change = (row_dot(moved, product(moved)) - curvature).abs()
-            rounding = torch.where(doubtful, torch.maximum(rounding, change), rounding)
-        return rounding
-
     if measures:
-        rounding = if_any(doubtful, measured, rounding)
+        small = curvature.abs() <= _DOUBTFUL * eps * stiffest * length * length
+        rounding = if_any(small, partial(_measured, p, curvature, small, product, eps), rounding)
     # A curvature of rounding size relative to the stiffest direction is not negative.
     bends_down = found.bends_down | (found.active & (curvature < -(eps**0.5) * stiffest * length * length))
     doubt = safe_divide(curvature, rounding)
@@ -271,6 +262,16 @@ def _with_direction(
         doubt=torch.where(negative, doubt, found.doubt),
         active=found.active,
     )
+
+
+def _measured(p: Tensor, curvature: Tensor, where: Tensor, product: VectorMap, eps: float, rounding: Tensor) -> Tensor:
+    """Return the rounding of the curvatures along `p`, in the flagged lanes at least their change if the entries of `p`
+    move by 4 units in the last place: a product with a matrix has an error of ``eps |H|``."""
+    for sign in (1, -1):
+        moved = p * (1 + 4 * sign * eps * scattered_signs(p))
+        change = (row_dot(moved, product(moved)) - curvature).abs()
+        rounding = torch.where(where, torch.maximum(rounding, change), rounding)
+    return rounding
 
 
 def _no_directions(grad: Tensor, products: int) -> _Directions:
