@@ -97,9 +97,9 @@ def least_squares_newton_step(
     step, gain = conjugate_directions(
         x, grad, lambda v: vecmat(v, H), x.shape[-1], eps=problem.eps, basis=torch.where(at.free[:, None], basis, 0.0)
     )
-    # The matrix itself is rounded.
+    # The entries of ``H`` are rounded, so a curvature has an error of ``eps |p|'|H| |p|``.
     way = step.down.abs()
-    bends_down = step.curvature < -RESOLVED * problem.eps * row_dot(way, vecmat(way, H.abs()))
+    bends_down = step.bends_down | (step.curvature < -RESOLVED * problem.eps * row_dot(way, vecmat(way, H.abs())))
     value, noise = losses.detach().sum(dim=-1), rounding_of_cost(problem, x, residual, jacobian, losses)
     counts = gain > problem.eps ** (2 / 3) * value + problem.eps ** (1 / 6) * noise
     return step._replace(
