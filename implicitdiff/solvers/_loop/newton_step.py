@@ -148,8 +148,8 @@ def conjugate_directions(
 
     Only directions whose curvature ``p'H p`` exceeds its rounding have a part in the step. For products ``J'(J p)``, as
     automatic differentiation of a sum of squares computes them, the rounding is about ``eps |p|'|H p|``. As ``J p`` is
-    small along a flat direction, curvatures are resolved down to ``eps^2 |H|``, by conjugate gradients and by a
-    factorisation of ``H`` down to ``eps |H|``.
+    small along a flat direction, curvatures are resolved down to ``eps^2 |H|``. Conjugate gradients and a factorisation
+    of ``H`` resolve them down to ``eps |H|``.
 
     Args:
         x: the start of the step.
