@@ -53,7 +53,7 @@ class LbfgsMemory(NamedTuple):
 
 @solver_factory
 def lbfgs(
-    objective_fn: Callable[Concatenate[X, P], Tensor], history: int = 10, **options: Unpack[SolverOptions]
+    objective_fn: Callable[Concatenate[X, P], Tensor], history: int = 20, **options: Unpack[SolverOptions]
 ) -> Solver[X, P, LbfgsMemory]:
     r"""Make a solver of ``min_x f(x, *args)``, ``f`` smooth, by limited-memory BFGS.
 
