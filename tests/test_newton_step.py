@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from tables.solvers import LINE_SEARCHES, factories
 from torch import Tensor
 
-from implicitdiff.solvers._loop.newton_step import conjugate_directions
+from implicitdiff.solvers._loop.newton_step import NewtonStep, _with_hidden_step, conjugate_directions
 
 F32, F64 = torch.float32, torch.float64
 
@@ -86,3 +87,30 @@ def test_the_null_space_of_a_dense_hessian_is_no_distance(factory: Any) -> None:
         A = B.mT @ B
         x, state = factory(lambda x, A=A, aim=aim: 0.5 * (x - aim) @ A @ (x - aim)).run(torch.zeros(5, dtype=F64))
         assert state.converged and (B @ (x - aim)).norm() <= 1e-9 and x.norm() <= 2 * aim.norm()
+
+
+def test_rounding_hides_a_curvature_but_not_the_slope() -> None:
+    """A dense float32 matrix of condition number 1e9 is singular to rounding."""
+    flat, stiff = torch.tensor([0.6, 0.8]), torch.tensor([0.8, -0.6])
+    H, slope = torch.outer(stiff, stiff) + 1e-9 * torch.outer(flat, flat), 1e-3
+    step, _ = conjugate_directions(torch.ones(1, 2), slope * (flat + stiff)[None], lambda v: v @ H, 2, eps=1.2e-7)
+    along = float(step.hidden[0] @ flat)
+    # Downhill, by the step for the largest curvature that rounding can hide: one of 1 to 100 eps.
+    assert along < 0 and abs(float(step.hidden[0] @ stiff)) <= 1e-5 * abs(along)
+    assert 1.2e-7 <= slope / -along <= 1.2e-5
+    # Along the conjugate direction the other step, to the minimum of ``u``, has made a part of the slope.
+    assert 0.1 <= float(step.hope) / (-0.5 * slope * along) <= 10
+
+
+@pytest.mark.parametrize(
+    ("slope", "length", "falls"), [(1e-4, 0.5, True), (1e-4, 50.0, False), (0.0, 0.5, False), (1e-9, 0.5, False)]
+)
+def test_values_decide_on_hidden_directions(slope: float, length: float, falls: bool) -> None:
+    """A step along them counts where the objective falls by more than rounding, and is not one along a null space."""
+    x, zero, no = torch.ones(1, 2), torch.zeros(1), torch.zeros(1, dtype=torch.bool)
+    d, hidden = torch.tensor([[0.0, 1e-3]]), torch.tensor([[-length, 0.0]])
+    step = NewtonStep(x, d, no, no, zero, no, zero, zero, hidden, hope=torch.tensor([1e-2]))
+    problem: Any = SimpleNamespace(fn=lambda x: 1 + slope * x[:, :1], eps=1.2e-7)
+    found = _with_hidden_step(problem, x, problem.fn(x)[:, 0], step)
+    assert found.promises.equal(torch.tensor([falls])) and found.counts.equal(found.promises)
+    torch.testing.assert_close(found.d, d + hidden if falls else d, rtol=0, atol=0)

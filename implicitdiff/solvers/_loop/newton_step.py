@@ -36,6 +36,8 @@ class NewtonStep(NamedTuple):
         bends_down: True if a curvature is negative beyond rounding, so that no minimum is near.
         down: the direction of the negative curvature, rounding or not; 0 if none was found.
         curvature: the curvature ``p'H p`` along this direction.
+        hidden: the step along directions whose curvature rounding hides, for the largest curvature that it hides.
+        hope: the gain of this step by the model, the least gain that the gradient allows for.
         memory: the method's memory with this step to be tried next; None if the next iteration cannot try the step.
         units: scale of each unknown for the length of the step; None for the unknowns' own.
     """
@@ -48,6 +50,8 @@ class NewtonStep(NamedTuple):
     bends_down: Tensor
     down: Tensor
     curvature: Tensor
+    hidden: Tensor
+    hope: Tensor
     memory: Any = None
     units: Tensor | None = None
 
@@ -58,6 +62,8 @@ RESOLVED = 16
 """Multiple of its rounding that a curvature must exceed."""
 _DOUBTFUL = 1000
 """Multiple of ``eps`` of the stiffest curvature below which the rounding of a curvature is measured."""
+_NULL_LENGTH = 10
+"""Multiple of ``x`` from which a step along directions of unresolved curvature counts as one along a null space."""
 _NOTHING = 100
 """Multiple of ``eps`` of its length that Gram-Schmidt leaves of a dependent direction."""
 
@@ -109,7 +115,31 @@ def objective_newton_step(problem: BatchedProblem, x: Tensor, largest_value: Ten
         return resolved
 
     counts = if_any(doubtful, beyond_rounding, counts)
-    return step._replace(promises=promises, counts=counts)
+    return _with_hidden_step(problem, x, value, step._replace(promises=promises, counts=counts))
+
+
+def _with_hidden_step(problem: BatchedProblem, x: Tensor, value: Tensor, step: NewtonStep) -> NewtonStep:
+    """Return the step with its hidden part in lanes where an evaluation shows that the objective falls along it.
+
+    Along such directions neither the curvature nor the gradient tells a flat minimum from a slope, but values do.
+    """
+    length, size = row_norm(step.hidden), row_norm(x)
+    # Along the null space of a Hessian the step is many times as long as ``x``.
+    matters = (length > problem.eps**0.5 * size) & (length < _NULL_LENGTH * size)
+    doubtful = matters & (step.hope > problem.eps ** (2 / 3) * value.abs())
+
+    def values(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the objective, and its rounding: its change if the unknowns move by 4 units in the last place."""
+        here, up, down = (problem.fn(x * (1 + 4 * k * problem.eps * scattered_signs(x)))[:, 0] for k in (0, 1, -1))
+        return here.detach(), torch.maximum((up - here).abs(), (down - here).abs()).detach()
+
+    def measured(step: NewtonStep) -> NewtonStep:
+        d = step.d + step.hidden
+        (_, near), (there, far) = values(x.detach()), values(x.detach() + d)
+        falls = doubtful & (value - there > 4.0 * torch.maximum(torch.maximum(near, far), problem.eps * value.abs()))
+        return step._replace(d=select(falls, d, step.d), promises=step.promises | falls, counts=step.counts | falls)
+
+    return if_any(doubtful, measured, step)
 
 
 def _bends_down(problem: BatchedProblem, x: Tensor, step: NewtonStep) -> Tensor:
@@ -180,8 +210,9 @@ def conjugate_directions(
     found = repeat(advance, _no_directions(unit, products), attrgetter("active"), products)
     # One more product: ``|H x|``, the scale of the residual test, without a difference.
     size, gain = row_norm(product(x)), length * (length * found.gain)
-    step = length[:, None] * found.d
-    return NewtonStep(x, step, gain > 0, gain > 0, size, found.bends_down, found.down, found.below), gain
+    step, hidden, hope = length[:, None] * found.d, length[:, None] * found.hidden, length * (length * found.hope)
+    good = gain > 0
+    return NewtonStep(x, step, good, good, size, found.bends_down, found.down, found.below, hidden, hope), gain
 
 
 class _Directions(NamedTuple):
@@ -200,6 +231,8 @@ class _Directions(NamedTuple):
         down: the direction of negative curvature; 0 if none.
         below: the curvature along this direction.
         doubt: this curvature in units of its rounding.
+        hidden: the step along directions whose curvature is not resolved.
+        hope: the gain that the model predicts for `hidden`.
         active: the lanes with a gradient.
     """
 
@@ -215,6 +248,8 @@ class _Directions(NamedTuple):
     down: Tensor
     below: Tensor
     doubt: Tensor
+    hidden: Tensor
+    hope: Tensor
     active: Tensor
 
 
@@ -241,10 +276,13 @@ def _with_direction(
     usable = found.active & torch.isfinite(rounding) & (length > _NOTHING * eps * whole)
     resolved = usable & (curvature.abs() > RESOLVED * rounding)
     p = select(usable, p, torch.zeros_like(p))
+    # Not resolved, the curvature is at most this one.
+    most, slope = curvature.abs() + RESOLVED * rounding, row_dot(p, grad)
+    b = -torch.where(usable & ~resolved, safe_divide(slope, most), 0.0)
     # Orthogonal to a direction of the null space is conjugate to it.
     image = select(resolved, image, p)
-    curvature, slope = row_dot(p, image), torch.where(resolved, row_dot(p, grad), 0.0)
-    a = -safe_divide(slope, curvature.abs())
+    curvature = row_dot(p, image)
+    a = -torch.where(resolved, safe_divide(slope, curvature.abs()), 0.0)
     return _Directions(
         slot=torch.cat([found.slot[:, -1:], found.slot[:, :-1]], dim=1),
         directions=found.directions + found.slot[:, :, None] * p[:, None],
@@ -260,6 +298,8 @@ def _with_direction(
         down=select(negative, p, found.down),
         below=torch.where(negative, curvature, found.below),
         doubt=torch.where(negative, doubt, found.doubt),
+        hidden=found.hidden + b[:, None] * p,
+        hope=found.hope - 0.5 * b * slope,
         active=found.active,
     )
 
@@ -293,5 +333,7 @@ def _no_directions(grad: Tensor, products: int) -> _Directions:
         down=none,
         below=zero,
         doubt=zero,
+        hidden=none,
+        hope=zero,
         active=active,
     )
