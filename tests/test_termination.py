@@ -244,7 +244,7 @@ def test_a_solution_of_zero_is_found_up_to_the_rounding_of_the_data(
 ) -> None:
     """The terms that cancel at zero are data alone, and the error is their rounding."""
     of_fit, converged = OF_FIT[FITTED.get(factory, "objective")], 0
-    for seed in range(4):
+    for seed in range(8):
         w, state = factory(of_fit(*best_already(dtype, seed)), on_failure="ignore").run(
             torch.full((3,), start, dtype=dtype)
         )
@@ -253,7 +253,7 @@ def test_a_solution_of_zero_is_found_up_to_the_rounding_of_the_data(
         converged += bool(state.converged)
     # From a guess of zero no size is known: rounding is recognised by a statistic of 16 values, and methods without a
     # measure of the distance report a failure instead.
-    least = 3 if start else 0 if factory in FITTED else 2
+    least = 6 if start else 0 if factory in FITTED else 4
     assert converged >= least
 
 

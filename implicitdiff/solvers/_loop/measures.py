@@ -138,12 +138,14 @@ class Rounding(NamedTuple):
     """The rounding of a residual, of constants too.
 
     Attributes:
-        size: the rounding; 0 in lanes in which it could not be measured.
+        size: the rounding; 0 in lanes in which it could not be told from other changes.
+        most: a bound of the rounding, which includes other changes.
         length: the length of a move that changes the residual by 256 times its size.
         everywhere: True if all second differences are of one order, as they are unless the residual has a few jumps.
     """
 
     size: Tensor
+    most: Tensor
     length: Tensor
     everywhere: Tensor
 
@@ -176,7 +178,8 @@ def rounding(residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Te
     alternates = products.mean(dim=0) < -0.3 * squares.mean(dim=0)
     # The variance of a second difference is 6 times that of the values.
     everywhere = squares.amin(dim=0) > 0.01 * squares.mean(dim=0)
-    return Rounding(torch.where(linear & alternates, (squares.mean(dim=0) / 6).sqrt(), 0.0), length, everywhere)
+    most = (squares.mean(dim=0) / 6).sqrt()
+    return Rounding(torch.where(linear & alternates, most, 0.0), most, length, everywhere)
 
 
 def _noise(residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Tensor) -> Tensor:

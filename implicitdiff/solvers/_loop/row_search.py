@@ -25,7 +25,7 @@ class Frame(NamedTuple):
         see: ``see(x, state)`` reports progress and returns the number of running lanes.
         advance: ``advance(x, state, running) -> (x, state)`` makes some iterations.
         judge: ``judge(x, state, verdict) -> (state, verdict)``, called when every lane has stopped.
-        settle: ``settle(x, state) -> state``, called at the end of a loop that has made an iteration.
+        settle: ``settle(x, state) -> state``, called at the end of a search that has made an iteration.
     """
 
     see: Callable[[Any, State[Any]], int]
@@ -34,9 +34,10 @@ class Frame(NamedTuple):
     settle: Callable[[Any, State[Any]], State[Any]]
 
 
-def until_stopped(x: Any, state: State[Any], verdict: Verdict, frame: Frame) -> tuple[Any, State[Any]]:
-    """Run the loop of every search."""
-    is_moved = False
+def until_stopped(
+    x: Any, state: State[Any], verdict: Verdict, frame: Frame, *, is_moved: bool = False
+) -> tuple[Any, State[Any]]:
+    """Run the loop of every search; `is_moved` if a compiled loop has made iterations already."""
     # A judgement may let lanes run on, so each round counts the running lanes anew.
     while running := frame.see(x, state):
         is_moved = True
@@ -82,7 +83,7 @@ class RowSearch:
             return self.parts.judge(self.problem, first_x, x, state, verdict)
 
         frame = Frame(self.see, self._advance, judge, partial(self.parts.settle, self.problem))
-        x, state = until_stopped(x, self._taken_over(state), verdict, frame)
+        x, state = until_stopped(x, self._taken_over(state), verdict, frame, is_moved=is_recorded)
         is_recorded = is_recorded or (self.compiler is not None and self.compiler.is_replayed)
         if not is_recorded or (above := unfinished(self.problem, x, state)) is None:
             return x, state

@@ -341,7 +341,7 @@ class Termination:
             return None
         # A loop that is compiled rounds otherwise than torch. The evaluations in between belong to one function only
         # if those before and after agree.
-        bound = bound + _ROUNDING * rounding(problem.residual, problem, x, here).size
+        bound = bound + _ROUNDING * rounding(problem.residual, problem, x, here).most
         last = problem.residual(problem, x).detach()
         steady = (row_norm(there - here) == 0) & (row_norm(last - here) == 0)
         other = other & ~(steady & (row_norm(here) <= bound))
