@@ -92,6 +92,7 @@ FIXED_POINTS: list[tuple[str, Run]] = [
     ("fixed_point_iteration", partial(ours, solvers.fixed_point_iteration, function)),
     ("anderson", partial(ours, solvers.anderson, function)),
     ("broyden", partial(ours, solvers.broyden, function)),
+    ("dogleg_root", partial(ours, solvers.dogleg_root, displacement)),
     ("SciPy hybr", partial(scipy_root, "hybr", displacement)),
     ("optimistix.FixedPointIteration", optimistix_run("fixed_point", "FixedPointIteration", 10_000, function)),
     ("jaxopt.AndersonAcceleration", jaxopt_run("AndersonAcceleration", function)),

@@ -17,7 +17,8 @@ Sets of least-squares problems
 Other sets
     ``minpack-roots``, ``nonlinear-solve`` and ``roots`` are systems ``F(x) = 0``, the first with all initial guesses of
     MINPACK's test; SciPy's "hybr" and "lm" get the Jacobian. To claim a minimum of ``|F|`` that is no root is false,
-    though "lm" is made to find one. ``fixed-points`` are ``f(x) = x``, which "hybr" solves as ``x - f(x) = 0``.
+    though "lm" is made to find one. ``fixed-points`` are ``f(x) = x``, which `dogleg_root` and "hybr" solve as
+    ``x - f(x) = 0``.
     ``brackets`` are scalar roots between bounds. ``bounded`` are minima between bounds, ``minima`` those without.
     ``composites`` are minima of a smooth function and a penalty, ``sets`` of one over a convex set, ``simplices``
     those of them whose set is a product of simplices. ``programs`` are quadratic programs, with a table of their own:
