@@ -133,13 +133,14 @@ def _with_hidden_step(problem: BatchedProblem, x: Tensor, value: Tensor, step: N
         here, up, down = (problem.fn(x * (1 + 4 * k * problem.eps * scattered_signs(x)))[:, 0] for k in (0, 1, -1))
         return here.detach(), torch.maximum((up - here).abs(), (down - here).abs()).detach()
 
-    def measured(step: NewtonStep) -> NewtonStep:
+    def measured(old: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         d = step.d + step.hidden
         (_, near), (there, far) = values(x.detach()), values(x.detach() + d)
         falls = doubtful & (value - there > 4.0 * torch.maximum(torch.maximum(near, far), problem.eps * value.abs()))
-        return step._replace(d=select(falls, d, step.d), promises=step.promises | falls, counts=step.counts | falls)
+        return select(falls, d, old[0]), old[1] | falls, old[2] | falls
 
-    return if_any(doubtful, measured, step)
+    d, promises, counts = if_any(doubtful, measured, (step.d, step.promises, step.counts))
+    return step._replace(d=d, promises=promises, counts=counts)
 
 
 def _bends_down(problem: BatchedProblem, x: Tensor, step: NewtonStep) -> Tensor:
