@@ -50,8 +50,7 @@ class LevenbergMarquardtMemory(NamedTuple):
         jacobian: ``J = dr/dx``, ``(m, n)``; with a loss, multiplied by weights so that ``J'J`` is the model of the
             Hessian.
         losses: the terms of the cost, ``(m,)``; ``r^2 / 2`` without a loss.
-        scale: ``D^2``, the largest squared norms of the columns of ``J`` so far, with weights ``rho'``, and at least
-            those of `first_scale`, ``(n,)``.
+        scale: ``D^2``, the largest squared norms of the columns of ``J`` so far, with weights ``rho'``, ``(n,)``.
         radius: ``Delta``, the radius of the trust region.
         refusals: the number of steps, with gains hidden by rounding, that were refused since the last accepted step.
         slow: the number of steps since the last step that halved the gradient, not counting steps refused for their
@@ -87,9 +86,8 @@ def levenberg_marquardt(
     lies in the region. The step is accepted if the cost decreases by at least 1e-4 of the model's prediction, or, where
     rounding may hide that, if the gradient decreases. ``Delta`` grows and shrinks with the ratio of gain and
     prediction. ``D`` holds the largest norms of the columns of ``J`` so far, so the units of the unknowns do not
-    matter. At the initial guess ``D_j |x_j|`` is at least ``|D x| / 100``, so that a step of the length ``|D x|``
-    changes no unknown by more than a hundred times its size. ``r`` may have any length, even shorter than ``x``, and
-    ``J`` any rank; the derivative of the solution needs a strict minimum.
+    matter. ``r`` may have any length, even shorter than ``x``, and ``J`` any rank; the derivative of the solution needs
+    a strict minimum.
 
     If the residual is large at the solution, ``J'J`` is far from the Hessian of the cost, and Gauss-Newton steps gain
     little. So if four steps have not halved the gradient, or rounding hides the gain of a step, the next step is a
@@ -197,7 +195,7 @@ def _start(
         residual=residual,
         jacobian=jacobian,
         losses=losses,
-        scale=_trust_region.first_scale(inside, squares),
+        scale=squares,
         radius=radius * _trust_region.first_radius(inside, residual, squares),
         refusals=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device),
         slow=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device),

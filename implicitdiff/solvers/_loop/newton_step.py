@@ -277,7 +277,7 @@ def _with_direction(
     usable = found.active & torch.isfinite(rounding) & (length > _NOTHING * eps * whole)
     resolved = usable & (curvature.abs() > RESOLVED * rounding)
     p = select(usable, p, torch.zeros_like(p))
-    # Not resolved, the curvature is at most this one.
+    # An upper bound of a curvature that is not resolved.
     most, slope = curvature.abs() + RESOLVED * rounding, row_dot(p, grad)
     b = -torch.where(usable & ~resolved, safe_divide(slope, most), 0.0)
     # Orthogonal to a direction of the null space is conjugate to it.

@@ -22,8 +22,6 @@ MIN_GAIN_RATIO = 1e-4
 """Smallest ratio of actual and predicted gain of an accepted step, as in MINPACK."""
 MAX_REFUSALS = 5
 """Number of consecutive refusals of steps that seemed good, after which a search ends."""
-_LEAST_SHARE = 0.01
-"""Least ``D_j |x_j| / |D x|`` at the initial guess."""
 _MAX_NEWTON_STEPS = 100
 """Bound on the Newton steps for the multiplier; fewer than ten are usual."""
 
@@ -38,17 +36,6 @@ def first_radius(x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
     # In the units of ``r``, as ``D`` holds derivatives of ``r``.
     size, other = length(scaling_of(scale) * x), length(residual)
     return torch.where(size > torch.finfo(x.dtype).eps * other, size, other)
-
-
-def first_scale(x: Tensor, squares: Tensor) -> Tensor:
-    """Return ``D^2`` at an initial guess from the squared norms of the columns of ``J``.
-
-    ``D_j |x_j|`` is at least a hundredth of ``|D x|``, so that a step of the length ``|D x|`` changes no unknown by
-    more than a hundred times its size. Without this bound an unknown with little influence at the guess, such as the
-    rate of a decay that is over before the first measurement, determines how far the others can move.
-    """
-    share = _LEAST_SHARE * length(scaling_of(squares) * x)
-    return torch.maximum(squares, safe_divide(share[:, None], x).square())
 
 
 def next_radius(
