@@ -130,8 +130,11 @@ def test_weights_that_hide_each_other_stall_soon_at_the_best_point():
 
     _, state = vmap(run)(weights, c, G, h)
     stalled = state.status == Status.STALLED
-    assert stalled.any() and (stalled | state.converged).all() and state.iter_num.max() < 5000
-    reviews = [10 * 2**k for k in range(8)]
+    assert stalled.any() and (stalled | state.converged).all()
+    # Rounding may halve an error in a late review.
+    patience = torch.clamp(8 * state.memory.halved, min=1280)
+    assert (state.iter_num <= patience)[stalled].all()
+    reviews = [10 * 2**k for k in range(10) if 10 * 2**k < state.history.shape[1]]
     assert (state.error <= 2 * state.history[:, reviews].amin(dim=1))[stalled].all()
 
 

@@ -117,10 +117,11 @@ def levenberg_marquardt(
 
         The model of the Hessian is ``J' diag(rho' + 2 z rho'') J`` (Triggs) with weights of at least ``rho' / 100``,
         hence positive; the true cost decides on the steps. The last three losses are not convex: several minima are
-        possible, and an initial guess should have most residuals within the scale. If ``rho'`` is 0 in all residuals,
-        as Tukey's is beyond the scale, the cost is flat and every point stationary: a search that begins at such a
-        point has the status ``DIVERGED``. If fewer residuals than unknowns are within Tukey's scale, the minimum is not
-        strict: the search may converge to one of many points, and the linear solve of the derivative raises.
+        possible, and an initial guess should have most residuals within the scale, as a fit with ``huber`` may. If
+        ``rho'`` is 0 in all residuals, as Tukey's is beyond the scale, the cost is flat and every point stationary: a
+        search that begins at such a point has the status ``DIVERGED``. If fewer residuals than unknowns are within
+        Tukey's scale, the minimum is not strict: the search may converge to one of many points, and the linear solve of
+        the derivative raises.
 
     Args:
         residual_fn: ``r(x, *args)``, a tree of any tensors.

@@ -139,7 +139,7 @@ class Rounding(NamedTuple):
 
     Attributes:
         size: the rounding; 0 in lanes in which it could not be told from other changes.
-        most: a bound of the rounding, which includes other changes.
+        most: a bound of the rounding, which includes other changes; 0 in lanes with a residual that is not linear.
         length: the length of a move that changes the residual by 256 times its size.
         everywhere: True if all second differences are of one order, as they are unless the residual has a few jumps.
     """
@@ -178,8 +178,8 @@ def rounding(residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Te
     alternates = products.mean(dim=0) < -0.3 * squares.mean(dim=0)
     # The variance of a second difference is 6 times that of the values.
     everywhere = squares.amin(dim=0) > 0.01 * squares.mean(dim=0)
-    most = (squares.mean(dim=0) / 6).sqrt()
-    return Rounding(torch.where(linear & alternates, most, 0.0), most, length, everywhere)
+    most = torch.where(linear, (squares.mean(dim=0) / 6).sqrt(), 0.0)
+    return Rounding(torch.where(alternates, most, 0.0), most, length, everywhere)
 
 
 def _noise(residual: RowResidual, problem: BatchedProblem, x: Tensor, here: Tensor) -> Tensor:
