@@ -227,6 +227,31 @@ def test_narrow_valleys_have_an_end_in_float32(name: str, factor: float) -> None
     assert min(abs(value - v) for v in problem.values) < 4e-3 * max(value, 1e-3)
 
 
+def test_few_searches_of_a_narrow_valley_stall_in_float32() -> None:
+    """Where all gradients are rounding, a search goes on as long as its steps are long."""
+    generator = torch.Generator().manual_seed(0)
+    stalled = torch.zeros(())
+    for name in ("10 Meyer", "10 Meyer, scaled"):
+        problem = next(p for p in more_garbow_hillstrom.PROBLEMS if p.name == name)
+        starts = 10 * torch.tensor(problem.start) * (1 + 1e-3 * torch.randn(64, 3, generator=generator))
+        _, state = vmap(levenberg_marquardt(problem.residual, on_failure="ignore").run)(starts.float())
+        stalled += (~state.converged).sum()
+    assert stalled <= 8
+
+
+def test_no_refused_step_of_known_gain_lengthens_the_next() -> None:
+    """Rounding of a Hessian made a step that promised a loss; the loss it had was as promised."""
+    problem = next(p for p in nist.PROBLEMS if p.name == "Bennett5")
+    solver = levenberg_marquardt(problem.residual, on_failure="ignore")
+    x = torch.tensor(problem.start, dtype=torch.float32)
+    state = solver.init(x)
+    while state.status == Status.RUNNING:
+        new_x, new = solver.update(x, state)
+        if (new_x == x).all() and new.memory.refusals == state.memory.refusals:
+            assert new.memory.radius <= state.memory.radius
+        x, state = new_x, new
+
+
 def searched(name: str, factor: float) -> tuple[Tensor, LeastSquares, State]:
     problem = next(p for p in more_garbow_hillstrom.PROBLEMS + nist.PROBLEMS if p.name == name)
     start = factor * torch.tensor(problem.start, dtype=torch.float32)

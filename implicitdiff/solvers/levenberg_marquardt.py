@@ -443,8 +443,9 @@ def _newton_trial(
     # The quadratic model along a Newton step: ``m(t) = m(1) t (2 - t)``.
     ahead, predicted = x + part[:, None] * step, promised * part * (2.0 - part)
     inside = (limits_on(problem).clip(ahead) == ahead).all(dim=-1) if bounded else True
-    # A Newton step out of the box is not cut to the box: the Gauss-Newton trial handles bounds.
-    good = asked & convex & torch.isfinite(ahead).all(dim=-1) & inside
+    # A Newton step out of the box is not cut to the box: the Gauss-Newton trial handles bounds. A step that promises a
+    # loss shows that rounding hides the curvature.
+    good = asked & convex & (promised >= 0) & torch.isfinite(ahead).all(dim=-1) & inside
     return _Trial(
         select(good, ahead, other.x), select(good, predicted, other.predicted), select(good, step, other.whole), good
     )

@@ -216,7 +216,9 @@ class Termination:
             return good & is_short
 
         good = if_any(good, settled, good)
-        status = torch.where(where, int(Status.STALLED), state.status)
+        # With long steps a search continues for as many iterations again: it may still find its way down.
+        hopes = (state.status == Status.RUNNING) & (state.progress.idle < 2 * PATIENCE) & self.is_default
+        status = torch.where(where & ~hopes, int(Status.STALLED), state.status)
         return state._replace(
             status=torch.where(good, int(Status.CONVERGED), status),
             target=torch.where(good, state.progress.floor, state.target),
