@@ -233,10 +233,10 @@ def test_few_searches_of_a_narrow_valley_stall_in_float32() -> None:
     stalled = torch.zeros(())
     for name in ("10 Meyer", "10 Meyer, scaled"):
         problem = next(p for p in more_garbow_hillstrom.PROBLEMS if p.name == name)
-        starts = 10 * torch.tensor(problem.start) * (1 + 1e-3 * torch.randn(64, 3, generator=generator))
+        starts = 10 * torch.tensor(problem.start) * (1 + 1e-3 * torch.randn(256, 3, generator=generator))
         _, state = vmap(levenberg_marquardt(problem.residual, on_failure="ignore").run)(starts.float())
         stalled += (~state.converged).sum()
-    assert stalled <= 8
+    assert stalled <= 50
 
 
 def test_no_refused_step_of_known_gain_lengthens_the_next() -> None:

@@ -216,7 +216,7 @@ class Termination:
             return good & is_short
 
         good = if_any(good, settled, good)
-        # With long steps a search continues for as many iterations again: it may still find its way down.
+        # A search whose steps are long gets another PATIENCE iterations, because it may still find a way down.
         hopes = (state.status == Status.RUNNING) & (state.progress.idle < 2 * PATIENCE) & self.is_default
         status = torch.where(where & ~hopes, int(Status.STALLED), state.status)
         return state._replace(
